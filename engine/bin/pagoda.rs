@@ -1,0 +1,2 @@
+//! The command `pagoda`.
+fn main() {}

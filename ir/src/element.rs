@@ -1,0 +1,144 @@
+//! Element types: the one enum that the builders, host tensors, PJRT buffers and the tile machine share.
+
+use std::fmt;
+
+/// The type of one array element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Element {
+    /// Boolean (`i1` in MLIR, one byte in host memory).
+    Pred,
+    /// Signed 8-bit integer.
+    I8,
+    /// Signed 16-bit integer.
+    I16,
+    /// Signed 32-bit integer.
+    I32,
+    /// Signed 64-bit integer.
+    I64,
+    /// Unsigned 8-bit integer.
+    U8,
+    /// Unsigned 16-bit integer.
+    U16,
+    /// Unsigned 32-bit integer.
+    U32,
+    /// Unsigned 64-bit integer.
+    U64,
+    /// bfloat16: 8 exponent bits, 7 stored mantissa bits.
+    Bf16,
+    /// IEEE binary16.
+    F16,
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary64.
+    F64,
+}
+
+impl Element {
+    /// All element types, in declaration order.
+    pub const ALL: [Self; 13] = [
+        Self::Pred,
+        Self::I8,
+        Self::I16,
+        Self::I32,
+        Self::I64,
+        Self::U8,
+        Self::U16,
+        Self::U32,
+        Self::U64,
+        Self::Bf16,
+        Self::F16,
+        Self::F32,
+        Self::F64,
+    ];
+
+    /// Bytes of one element in host memory (a `Pred` takes one).
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Pred | Self::I8 | Self::U8 => 1,
+            Self::I16 | Self::U16 | Self::Bf16 | Self::F16 => 2,
+            Self::I32 | Self::U32 | Self::F32 => 4,
+            Self::I64 | Self::U64 | Self::F64 => 8,
+        }
+    }
+
+    /// The name as MLIR spells it in StableHLO types (`i1`, `ui32`, `bf16`, ...).
+    pub const fn mlir(self) -> &'static str {
+        match self {
+            Self::Pred => "i1",
+            Self::I8 => "i8",
+            Self::I16 => "i16",
+            Self::I32 => "i32",
+            Self::I64 => "i64",
+            Self::U8 => "ui8",
+            Self::U16 => "ui16",
+            Self::U32 => "ui32",
+            Self::U64 => "ui64",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+            Self::F32 => "f32",
+            Self::F64 => "f64",
+        }
+    }
+
+    /// The element type that MLIR spells `name`.
+    pub fn from_mlir(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|element| element.mlir() == name)
+    }
+
+    /// A floating-point type.
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::Bf16 | Self::F16 | Self::F32 | Self::F64)
+    }
+
+    /// A signed integer type (`Pred` is none).
+    pub const fn is_signed(self) -> bool {
+        matches!(self, Self::I8 | Self::I16 | Self::I32 | Self::I64)
+    }
+
+    /// A signed or unsigned integer type (`Pred` is none).
+    pub const fn is_integer(self) -> bool {
+        self.is_signed() || matches!(self, Self::U8 | Self::U16 | Self::U32 | Self::U64)
+    }
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pred => "pred",
+            Self::U8 => "u8",
+            Self::U16 => "u16",
+            Self::U32 => "u32",
+            Self::U64 => "u64",
+            other => other.mlir(),
+        })
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A Rust type that is stored exactly like an [`Element`].
+///
+/// Sealed: every implementor is plain old data of [`Element::bytes`] bytes, valid for any bit pattern, which is what
+/// lets [`HostTensor`](crate::tensor::HostTensor) view its bytes as a slice.
+pub trait Native: Copy + Send + Sync + 'static + sealed::Sealed {
+    /// The element type.
+    const ELEMENT: Element;
+}
+
+macro_rules! native {
+    ($($rust:ty => $element:ident),* $(,)?) => {$(
+        impl sealed::Sealed for $rust {}
+        impl Native for $rust {
+            const ELEMENT: Element = Element::$element;
+        }
+    )*};
+}
+
+native! {
+    i8 => I8, i16 => I16, i32 => I32, i64 => I64,
+    u8 => U8, u16 => U16, u32 => U32, u64 => U64,
+    half::bf16 => Bf16, half::f16 => F16, f32 => F32, f64 => F64,
+}

@@ -1,0 +1,3 @@
+//! MLIR for Pagoda, through `melior`.
+pub mod element;
+pub mod tensor;
