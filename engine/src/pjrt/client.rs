@@ -54,7 +54,7 @@ pub(super) fn check(plugin: &Plugin, call: &'static str, error: *mut sys::PJRT_E
         }
         message
     };
-    Err(Error::Plugin { call, code: code_name(code.code as u32), message })
+    Err(Error::Plugin { call, code: code_name(code.code), message })
 }
 
 /// Waits for an event, takes its error, and frees it. A null event counts as done.
@@ -248,7 +248,7 @@ impl Buffer {
         let mut args = sys::PJRT_Buffer_ElementType_Args::new();
         args.buffer = raw;
         call!(client.plugin(), PJRT_Buffer_ElementType, args)?;
-        buffer.element = from_pjrt(args.type_).ok_or(Error::ElementType(args.type_ as u32))?;
+        buffer.element = from_pjrt(args.type_).ok_or(Error::ElementType(args.type_))?;
         let mut args = sys::PJRT_Buffer_Dimensions_Args::new();
         args.buffer = raw;
         call!(client.plugin(), PJRT_Buffer_Dimensions, args)?;
