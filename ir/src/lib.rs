@@ -6,7 +6,7 @@ pub mod context;
 pub mod element;
 pub mod error;
 pub mod shape;
-// pub mod stablehlo;
+pub mod stablehlo;
 pub mod tensor;
 
 pub use context::Context;
