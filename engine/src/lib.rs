@@ -1,5 +1,6 @@
 //! Engine.
 pub mod error;
+pub mod model;
 pub mod pages;
 pub mod scheduler;
 pub mod stop;
