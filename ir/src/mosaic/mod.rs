@@ -10,13 +10,12 @@
 //! let context = Context::new();
 //! // C[m, n] = A[m, k] B[k, n], one 128 x 128 tile of C at a time.
 //! let matmul = mosaic::kernel(&context, "matmul", |k| {
-//!     let [i, j, step] = k.grid([(4, Semantics::Parallel), (4, Semantics::Parallel), (2, Semantics::Arbitrary)]);
-//!     let a = k.input(Element::Bf16, &[512, 512], Window::blocks(&[128, 256], |t| [t.grid(0), t.grid(2)]));
-//!     let b = k.input(Element::Bf16, &[512, 512], Window::blocks(&[256, 128], |t| [t.grid(2), t.grid(1)]));
-//!     let c = k.output(Element::F32, &[512, 512], Window::blocks(&[128, 128], |t| [t.grid(0), t.grid(1)]));
-//!     let sum = k.scratch(MemorySpace::Vmem, Element::F32, &[128, 128]);
-//!     let _ = (i, j);
-//!     k.when(step.equals(0), || sum.store(k.zeros(Element::F32, &[128, 128])));
+//!     let [_, _, step] = k.grid([(4, Semantics::Parallel), (4, Semantics::Parallel), (2, Semantics::Arbitrary)]);
+//!     let a = k.input("a", Element::Bf16, &[512, 512], Window::blocks(&[128, 256], |t| [t.grid(0), t.grid(2)]));
+//!     let b = k.input("b", Element::Bf16, &[512, 512], Window::blocks(&[256, 128], |t| [t.grid(2), t.grid(1)]));
+//!     let c = k.output("c", Element::F32, &[512, 512], Window::blocks(&[128, 128], |t| [t.grid(0), t.grid(1)]));
+//!     let sum = k.scratch("sum", MemorySpace::Vmem, Element::F32, &[128, 128]);
+//!     k.when(step.equals(0), || sum.store(0.0));
 //!     sum.store(k.matmul(a.load(), b.load(), sum.load()));
 //!     k.when(step.equals(1), || c.store(sum.load()));
 //! })?;
@@ -42,9 +41,11 @@
 
 mod builder;
 mod memref;
+mod signature;
 mod value;
 pub mod wire;
 
-pub use builder::{Builder, Carry, Kernel, Operand, Semantics, Transform, Window, kernel};
+pub use builder::{Builder, Carry, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
 pub use memref::{Copy, IntoIndices, MemorySpace, Ref, RefElement};
+pub use signature::{Argument, Signature, WindowParams, tile_padded_bytes};
 pub use value::{DotDims, IntoOperand, Precision, Value};
