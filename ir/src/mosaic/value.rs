@@ -770,7 +770,8 @@ impl<'a> Builder<'a> {
             Ok(result) if sum == TensorType::new(accumulates, &result) => {
                 let numbers = self.attribute(op, &dims.attribute(left.rank(), right.rank()));
                 let not = |key| (key, BoolAttribute::new(self.context, false).into());
-                let mut attributes = vec![("dimension_numbers", numbers), not("transpose_lhs"), not("transpose_rhs")];
+                let mut attributes = vec![("dimension_numbers", numbers)];
+                attributes.extend(["transpose_lhs", "transpose_lhs_hint", "transpose_rhs"].map(not));
                 if precision == Precision::Fp32 {
                     attributes.push(("precision", self.attribute(op, "#tpu.contract_precision<fp32>")));
                 }
