@@ -5,6 +5,7 @@
 pub mod context;
 pub mod element;
 pub mod error;
+pub mod mosaic;
 pub mod shape;
 pub mod stablehlo;
 pub mod tensor;

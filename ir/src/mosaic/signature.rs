@@ -1,0 +1,261 @@
+//! What a Mosaic module says about its kernel: grid, windows, buffers. Reads modules of any origin.
+
+use melior::ir::{
+    Attribute, BlockLike, Module, RegionLike, Type, TypeLike, ValueLike,
+    attribute::{ArrayAttribute, DenseI64ArrayAttribute, DictionaryAttribute, FlatSymbolRefAttribute, IntegerAttribute,
+        StringAttribute,
+    },
+    operation::{OperationLike, OperationRef},
+    r#type::{MemRefType, ShapedTypeLike},
+};
+
+use super::{
+    builder::{Role, Semantics},
+    memref::{MemorySpace, RefElement},
+};
+use crate::{
+    element::Element,
+    error::{Error, Result},
+    shape::element_of,
+};
+
+/// The kernel function of a Mosaic module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Signature {
+    /// The function's symbol.
+    pub name: String,
+    /// Size and semantics of each grid dimension.
+    pub grid: Vec<(usize, Semantics)>,
+    /// The memrefs that follow the grid indices, in order.
+    pub arguments: Vec<Argument>,
+}
+
+/// One memref argument of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Argument {
+    /// The name that the kernel's author gave it, or `argN`.
+    pub name: String,
+    /// What it is for.
+    pub role: Role,
+    /// What it holds.
+    pub element: RefElement,
+    /// The sizes that the kernel sees: of a block for windowed operands, of the array or buffer otherwise.
+    pub dims: Vec<usize>,
+    /// The memory that it is in.
+    pub space: MemorySpace,
+    /// How the pipeline fills it, for windowed operands.
+    pub window: Option<WindowParams>,
+}
+
+/// The window of a pipelined operand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WindowParams {
+    /// The function that maps a grid step to the index of its block.
+    pub transform: String,
+    /// The sizes of a block.
+    pub block: Vec<usize>,
+    /// Whether it has two buffers.
+    pub double_buffered: bool,
+}
+
+impl Argument {
+    /// Bytes of memory that the buffer takes: 4 a scalar or semaphore; tiles padded in VMEM ([`tile_padded_bytes`]), and
+    /// twice that if double-buffered. Zero for arrays in HBM.
+    pub fn bytes(&self) -> usize {
+        let cells = self.dims.iter().product::<usize>();
+        let buffers = 1 + usize::from(self.window.as_ref().is_some_and(|window| window.double_buffered));
+        match (self.space, self.element) {
+            (MemorySpace::Any | MemorySpace::Hbm, _) => 0,
+            (MemorySpace::Vmem, RefElement::Data(element)) => buffers * tile_padded_bytes(element, &self.dims),
+            _ => 4 * cells,
+        }
+    }
+}
+
+/// Bytes of a VMEM buffer: the two minor dimensions are padded to tiles of 128 lanes and of as many rows as the array
+/// has, up to 8 (at least one 32-bit word of rows). Source: `infer_memref_layout` of `jaxlib/mosaic`.
+pub fn tile_padded_bytes(element: Element, dims: &[usize]) -> usize {
+    let packing = (4 / element.bytes()).max(1);
+    let (major, rows, lanes) = match dims {
+        [] => (1, 1, 1),
+        [lanes] => (1, 1, *lanes),
+        [major @ .., rows, lanes] => (major.iter().product(), *rows, *lanes),
+    };
+    let tile_rows = rows.next_power_of_two().clamp(packing, 8);
+    major * rows.next_multiple_of(tile_rows) * lanes.next_multiple_of(128) * element.bytes()
+}
+
+impl Signature {
+    /// Reads the kernel of `module` (readable form).
+    ///
+    /// # Errors
+    /// When the module has no kernel function, or one whose attributes do not fit its arguments.
+    pub fn read(module: &Module) -> Result<Self> {
+        Self::of_function(kernel_function(module)?)
+    }
+
+    pub(crate) fn of_function(function: OperationRef) -> Result<Self> {
+        let name = symbol(function)?;
+        let bounds = integers(function, "iteration_bounds").unwrap_or_default();
+        let semantics: Vec<_> = array(function, "dimension_semantics").iter().map(ToString::to_string).collect();
+        let grid = bounds
+            .iter()
+            .enumerate()
+            .map(|(dim, &size)| {
+                let parallel = semantics.get(dim).is_some_and(|text| text.contains("parallel"));
+                let size = usize::try_from(size).map_err(|_| Error::mosaic(format!("grid dimension {dim} of size {size}")))?;
+                Ok((size, if parallel { Semantics::Parallel } else { Semantics::Arbitrary }))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let entry = function
+            .region(0)
+            .ok()
+            .and_then(|region| region.first_block())
+            .ok_or_else(|| Error::mosaic(format!("the kernel function @{name} has no body")))?;
+        let count = entry.argument_count();
+        let memrefs = count.checked_sub(grid.len()).ok_or_else(|| {
+            Error::mosaic(format!("@{name} has {count} arguments for a grid of rank {}", grid.len()))
+        })?;
+        let prefetch = integer(function, "scalar_prefetch").unwrap_or(0);
+        let scratch = integer(function, "scratch_operands").unwrap_or(0);
+        let windows = array(function, "window_params");
+        let windowed = memrefs.checked_sub(prefetch + scratch).ok_or_else(|| {
+            Error::mosaic(format!("@{name}: {memrefs} memrefs, of which {prefetch} prefetched and {scratch} scratch"))
+        })?;
+        if !windows.is_empty() && windows.len() != windowed {
+            return Err(Error::mosaic(format!("@{name}: {} window_params for {windowed} operands", windows.len())));
+        }
+        let mut arguments = Vec::new();
+        for index in 0..memrefs {
+            let position = grid.len() + index;
+            let argument = entry.argument(position).map_err(|error| Error::mosaic(error.to_string()))?;
+            let (element, dims, space) = read_memref(argument.r#type())
+                .map_err(|message| Error::mosaic(format!("@{name}: argument {position}: {message}")))?;
+            let role = match index {
+                _ if index < prefetch => Role::Prefetch,
+                _ if index >= prefetch + windowed => Role::Scratch,
+                _ => Role::Input,
+            };
+            let window = match windows.get(index.wrapping_sub(prefetch)) {
+                Some(&params) if role == Role::Input => window_params(params)?,
+                _ => None,
+            };
+            if window.as_ref().is_some_and(|window| window.block != dims) {
+                return Err(Error::mosaic(format!("@{name}: argument {position} is {dims:?}, not its window's block")));
+            }
+            let location = argument.location();
+            let name = match location.is_name() {
+                true => location.name_value().as_string_ref().as_str().unwrap_or_default().to_owned(),
+                false => format!("arg{position}"),
+            };
+            arguments.push(Argument { name, role, element, dims, space, window });
+        }
+        Ok(Self { name, grid, arguments })
+    }
+
+    /// Marks the last `outputs` operands before the scratch as outputs. The module itself does not tell inputs from
+    /// outputs; the custom call around it does.
+    pub fn with_outputs(mut self, outputs: usize) -> Self {
+        let operands = self.arguments.iter_mut().filter(|argument| matches!(argument.role, Role::Input | Role::Output));
+        let operands: Vec<_> = operands.collect();
+        let first = operands.len().saturating_sub(outputs);
+        for (index, argument) in operands.into_iter().enumerate() {
+            argument.role = if index < first { Role::Input } else { Role::Output };
+        }
+        self
+    }
+
+    /// Bytes of VMEM that the kernel declares, tile padding and double buffers included.
+    pub fn vmem_bytes(&self) -> usize {
+        let vmem = self.arguments.iter().filter(|argument| argument.space == MemorySpace::Vmem);
+        vmem.map(Argument::bytes).sum()
+    }
+}
+
+/// The function with a grid, or the only one.
+pub(crate) fn kernel_function<'c, 'a>(module: &'a Module<'c>) -> Result<OperationRef<'c, 'a>> {
+    let functions = functions(module);
+    let of_kernel = |function: &&OperationRef| function.has_attribute("iteration_bounds");
+    let mut kernels = functions.iter().filter(of_kernel);
+    match (kernels.next(), kernels.next(), functions.as_slice()) {
+        (Some(kernel), None, _) => Ok(*kernel),
+        (Some(_), Some(_), _) => Err(Error::mosaic("the module has two kernel functions")),
+        (None, _, [only]) => Ok(*only),
+        _ => Err(Error::mosaic(format!("the module has {} functions and none with iteration_bounds", functions.len()))),
+    }
+}
+
+pub(crate) fn functions<'c, 'a>(module: &'a Module<'c>) -> Vec<OperationRef<'c, 'a>> {
+    let first = module.body().first_operation();
+    let all = std::iter::successors(first, |operation| operation.next_in_block());
+    all.filter(|operation| op_name(*operation) == "func.func").collect()
+}
+
+pub(crate) fn op_name(operation: OperationRef) -> String {
+    operation.name().as_string_ref().as_str().unwrap_or_default().to_owned()
+}
+
+pub(crate) fn symbol(function: OperationRef) -> Result<String> {
+    let name = function.attribute("sym_name").ok().and_then(|name| StringAttribute::try_from(name).ok());
+    name.map(|name| name.value().to_owned()).ok_or_else(|| Error::mosaic("a function without a name"))
+}
+
+fn integers(operation: OperationRef, name: &str) -> Option<Vec<i64>> {
+    i64_array(operation.attribute(name).ok()?)
+}
+
+pub(crate) fn i64_array(attribute: Attribute) -> Option<Vec<i64>> {
+    let array = DenseI64ArrayAttribute::try_from(attribute).ok()?;
+    (0..array.len()).map(|index| array.element(index).ok()).collect()
+}
+
+fn integer(operation: OperationRef, name: &str) -> Option<usize> {
+    let attribute = IntegerAttribute::try_from(operation.attribute(name).ok()?).ok()?;
+    usize::try_from(attribute.value()).ok()
+}
+
+fn array<'c>(operation: OperationRef<'c, '_>, name: &str) -> Vec<Attribute<'c>> {
+    let array = operation.attribute(name).ok().and_then(|attribute| ArrayAttribute::try_from(attribute).ok());
+    array.map_or_else(Vec::new, |array| (0..array.len()).filter_map(|index| array.element(index).ok()).collect())
+}
+
+fn window_params(attribute: Attribute) -> Result<Option<WindowParams>> {
+    let params = DictionaryAttribute::try_from(attribute).map_err(|error| Error::mosaic(error.to_string()))?;
+    let Some(bounds) = params.element_by_name("window_bounds") else {
+        return Ok(None);
+    };
+    if let Some(kind) = params.element_by_name("window_kind") {
+        return Err(Error::mosaic(format!("windows of kind {kind} are not supported")));
+    }
+    let transform = params.element_by_name("transform_indices").and_then(|name| FlatSymbolRefAttribute::try_from(name).ok());
+    let (Some(transform), Some(block)) = (transform, i64_array(bounds)) else {
+        return Err(Error::mosaic(format!("window {attribute} lacks transform_indices or sizes")));
+    };
+    let mode = params.element_by_name("pipeline_mode").map(|mode| mode.to_string()).unwrap_or_default();
+    Ok(Some(WindowParams {
+        transform: transform.value().to_owned(),
+        block: block.into_iter().map(|size| size as usize).collect(),
+        double_buffered: !mode.contains("synchronous"),
+    }))
+}
+
+/// Element, sizes and memory of a memref type.
+pub(crate) fn read_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<usize>, MemorySpace), String> {
+    let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is no memref", r#type))?;
+    let element = match memref.element() {
+        element if element.to_string() == "!tpu.dma_semaphore" => RefElement::DmaSemaphore,
+        element if element.to_string() == "!tpu.semaphore" => RefElement::Semaphore,
+        element => RefElement::Data(element_of(element).ok_or_else(|| format!("unknown element type in {}", r#type))?),
+    };
+    let dims = (0..memref.rank())
+        // SAFETY: the type is a ranked memref and the dimension is within its rank.
+        .map(|dim| unsafe { mlir_sys::mlirShapedTypeGetDimSize(memref.to_raw(), dim as isize) })
+        .map(|size| usize::try_from(size).map_err(|_| format!("{} has a dynamic size", r#type)))
+        .collect::<std::result::Result<Vec<_>, _>>()?;
+    let space = memref.memory_space().map(|space| space.to_string()).unwrap_or_default();
+    // `#tpu.memory_space<vmem>`, or the string "vmem" where the text was parsed without the tpu dialect.
+    let mnemonic = space.strip_prefix("#tpu.memory_space<").and_then(|rest| rest.strip_suffix('>'));
+    let mnemonic = mnemonic.unwrap_or(space.trim_matches('"'));
+    let space = MemorySpace::ALL.into_iter().find(|known| known.mnemonic() == mnemonic);
+    Ok((element, dims, space.ok_or_else(|| format!("unknown memory space in {}", r#type))?))
+}

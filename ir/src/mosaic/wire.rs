@@ -1,0 +1,376 @@
+//! Kernels on the wire: `stable_mosaic` bytecode in the configuration of a `tpu_custom_call`, and back.
+//!
+//! The body of a custom call is a module whose ops are called `stable_mosaic.<op>` and which carries the version of
+//! that vocabulary ([`VERSION`]); types and attributes keep their names. It is written as MLIR bytecode, in base64,
+//! into a JSON object, beside the limit of scoped VMEM. Source: `tpu_custom_call.py` and `serde.cc` of JAX 0.10.2.
+
+use std::collections::{BTreeMap, HashMap};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use melior::ir::{
+    AttributeLike, Block, BlockLike, Location, Module, Region, RegionLike, RegionRef, TypeLike, Value, ValueLike,
+    attribute::IntegerAttribute,
+    block::BlockRef,
+    operation::{Operation, OperationBuilder, OperationLike, OperationMutLike, OperationRef},
+
+    r#type::IntegerType,
+};
+use serde_json::{Value as Json, json};
+
+use super::{
+    builder::{Kernel, Role, Semantics},
+    signature::{Signature, op_name},
+};
+use crate::{
+    context::{Context, diagnosed},
+    error::{Error, Result},
+    stablehlo::{self, BackendConfig, CustomCall, OutputOperandAlias},
+    tensor::HostTensor,
+    element::Element,
+};
+
+/// The version of the `stable_mosaic` vocabulary that Pagoda writes.
+pub const VERSION: i64 = 15;
+/// The custom call that libtpu compiles as a Mosaic kernel.
+pub const TARGET: &str = "tpu_custom_call";
+const PREFIX: &str = "stable_mosaic.";
+const VERSION_ATTRIBUTE: &str = "stable_mosaic.version";
+/// XLA's number of VMEM in `scoped_memory_configs`.
+const XLA_VMEM: u64 = 1;
+
+/// Bytecode of `module` with its ops renamed for the wire.
+pub fn serialize(module: &Module) -> Vec<u8> {
+    let context = module.context();
+    // SAFETY: the module keeps its context alive.
+    let context = unsafe { context.to_ref() };
+    let mut mangled = renamed(context, module, &|name| format!("{PREFIX}{name}"));
+    let version = IntegerAttribute::new(IntegerType::new(context, 64).into(), VERSION);
+    mangled.as_operation_mut().set_attribute(VERSION_ATTRIBUTE, version.into());
+    mangled.as_operation().write_bytecode()
+}
+
+/// The module that `body` holds, in readable form. `body` is bytecode or text, mangled or not.
+///
+/// # Errors
+/// When MLIR cannot read it.
+pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> {
+    let context = context.melior();
+    let text;
+    let mut source = body;
+    if !body.starts_with(b"ML\xefR") {
+        // MLIR refuses foreign attributes as memory spaces when it parses them as text; strings it takes.
+        text = without_foreign_spaces(&String::from_utf8_lossy(body));
+        source = text.as_bytes();
+    }
+    // Bytecode is read in place and wants alignment; text wants a zero behind it.
+    let mut aligned = HostTensor::zeros(Element::U8, &[source.len() + 1]);
+    aligned.bytes_mut()[..source.len()].copy_from_slice(source);
+    let (module, diagnostics) = diagnosed(context, || {
+        let source = mlir_sys::MlirStringRef { data: aligned.bytes().as_ptr().cast(), length: source.len() };
+        // SAFETY: the source outlives the call, and a null module becomes `None`.
+        unsafe { Module::from_option_raw(mlir_sys::mlirModuleCreateParse(context.to_raw(), source)) }
+    });
+    let module = module.ok_or_else(|| Error::mosaic(format!("the body is no MLIR module: {diagnostics}")))?;
+    if !module.as_operation().has_attribute(VERSION_ATTRIBUTE) {
+        return Ok(module);
+    }
+    Ok(renamed(context, &module, &|name| name.strip_prefix(PREFIX).unwrap_or(name).to_owned()))
+}
+
+fn without_foreign_spaces(text: &str) -> String {
+    let mut result = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("#tpu.memory_space<") {
+        let (space, after) = after.split_once('>').unwrap_or((after, ""));
+        result.extend([before, "\"", space, "\""]);
+        rest = after;
+    }
+    result + rest
+}
+
+/// A copy of a module with every op but the module itself renamed.
+fn renamed<'c>(context: &'c melior::Context, module: &Module, rename: &dyn Fn(&str) -> String) -> Module<'c> {
+    let copy = Module::new(Location::unknown(context));
+    let mut renamer = Renamer { rename, values: HashMap::new(), blocks: HashMap::new() };
+    for operation in operations(module.body()) {
+        copy.body().append_operation(renamer.operation(operation));
+    }
+    copy
+}
+
+fn operations<'c: 'a, 'a>(block: BlockRef<'c, 'a>) -> impl Iterator<Item = OperationRef<'c, 'a>> {
+    std::iter::successors(block.first_operation(), |operation| operation.next_in_block())
+}
+
+fn blocks<'c: 'a, 'a>(region: RegionRef<'c, 'a>) -> impl Iterator<Item = BlockRef<'c, 'a>> {
+    std::iter::successors(region.first_block(), |block| block.next_in_region())
+}
+
+struct Renamer<'r> {
+    rename: &'r dyn Fn(&str) -> String,
+    values: HashMap<*const std::ffi::c_void, mlir_sys::MlirValue>,
+    blocks: HashMap<*mut std::ffi::c_void, mlir_sys::MlirBlock>,
+}
+
+impl Renamer<'_> {
+    fn operation<'c>(&mut self, source: OperationRef) -> Operation<'c> {
+        // SAFETY: types, attributes and locations belong to the context, which both modules share and which outlives
+        // the copy; blocks and values are looked up among those of the copy.
+        unsafe {
+            let operands: Vec<Value> =
+                source.operands().map(|operand| Value::from_raw(self.values[&operand.to_raw().ptr])).collect();
+            let results: Vec<_> =
+                source.results().map(|result| melior::ir::Type::from_raw(result.r#type().to_raw())).collect();
+            let attributes: Vec<_> = source
+                .attributes()
+                .map(|(name, value)| {
+                    (melior::ir::Identifier::from_raw(name.to_raw()), melior::ir::Attribute::from_raw(value.to_raw()))
+                })
+                .collect();
+            let regions = source.regions().map(|region| self.region(region)).collect();
+            let successors: Vec<BlockRef> =
+                source.successors().map(|block| BlockRef::from_raw(self.blocks[&block.to_raw().ptr])).collect();
+            let successors: Vec<&Block> = successors.iter().map(|block| &**block).collect();
+            let name = (self.rename)(&op_name(source));
+            let copy = OperationBuilder::new(&name, Location::from_raw(source.location().to_raw()))
+                .add_operands(&operands)
+                .add_results(&results)
+                .add_attributes(&attributes)
+                .add_regions_vec(regions)
+                .add_successors(&successors)
+                .build()
+                .expect("result types are given, so that nothing is inferred");
+            for (from, to) in source.results().zip(copy.results()) {
+                self.values.insert(from.to_raw().ptr, to.to_raw());
+            }
+            copy
+        }
+    }
+
+    fn region<'c>(&mut self, source: RegionRef) -> Region<'c> {
+        let region = Region::new();
+        for from in blocks(source) {
+            // SAFETY: as in `operation`.
+            let arguments: Vec<_> = (0..from.argument_count())
+                .filter_map(|index| from.argument(index).ok())
+                .map(|argument| unsafe {
+                    let r#type = melior::ir::Type::from_raw(argument.r#type().to_raw());
+                    (r#type, Location::from_raw(argument.location().to_raw()))
+                })
+                .collect();
+            let to = region.append_block(Block::new(&arguments));
+            self.blocks.insert(from.to_raw().ptr, to.to_raw());
+            for index in 0..from.argument_count() {
+                if let (Ok(from), Ok(to)) = (from.argument(index), to.argument(index)) {
+                    self.values.insert(from.to_raw().ptr, to.to_raw());
+                }
+            }
+        }
+        for from in blocks(source) {
+            // SAFETY: the block was made above and the region owns it.
+            let to: BlockRef = unsafe { BlockRef::from_raw(self.blocks[&from.to_raw().ptr]) };
+            for operation in operations(from) {
+                to.append_operation(self.operation(operation));
+            }
+        }
+        region
+    }
+}
+
+/// The `backend_config` of a custom call that runs `kernel`.
+pub fn backend_config(kernel: &Kernel) -> String {
+    let body = BASE64.encode(serialize(kernel.module()));
+    let mut config = json!({
+        "custom_call_config": { "body": body, "serialization_format": 1, "needs_layout_passes": true },
+    });
+    if let Some(bytes) = kernel.vmem_limit() {
+        config["scoped_memory_configs"] = json!([{ "memory_space": XLA_VMEM, "offset": 0, "size": bytes }]);
+    }
+    config.to_string()
+}
+
+/// A custom call's configuration, opened.
+pub struct Opened<'c> {
+    /// The kernel in readable form.
+    pub module: Module<'c>,
+    /// The limit of scoped VMEM in bytes, if the call sets one.
+    pub vmem_limit: Option<usize>,
+}
+
+/// Opens the `backend_config` of a `tpu_custom_call`.
+///
+/// # Errors
+/// When it is no such configuration, or its body is damaged.
+pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>> {
+    let config: Json = serde_json::from_str(backend_config)
+        .map_err(|error| Error::mosaic(format!("the backend_config is no JSON: {error}")))?;
+    let body = config["custom_call_config"]["body"]
+        .as_str()
+        .ok_or_else(|| Error::mosaic("the backend_config has no `custom_call_config.body`"))?;
+    let body = BASE64.decode(body).map_err(|error| Error::mosaic(format!("the body is no base64: {error}")))?;
+    let scopes = config["scoped_memory_configs"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let vmem = scopes.iter().find(|scope| scope["memory_space"].as_u64() == Some(XLA_VMEM));
+    let vmem_limit = vmem.and_then(|scope| scope["size"].as_u64()).map(|size| size as usize);
+    Ok(Opened { module: deserialize(context, &body)?, vmem_limit })
+}
+
+/// The `backend_config` of every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in
+/// any form, and bytecode (where a configuration that several calls share appears once).
+///
+/// StableHLO's own dialect is not needed for it: the configurations are found by what they look like.
+pub fn find_backend_configs(module: &[u8]) -> Vec<String> {
+    const KEY: &[u8] = b"custom_call_config";
+    let mut found = Vec::new();
+    let mut at = 0;
+    while let Some(offset) = module[at..].windows(KEY.len()).position(|window| window == KEY) {
+        let key = at + offset;
+        at = key + KEY.len();
+        let Some(open) = module[..key].iter().rposition(|&byte| byte == b'{') else { continue };
+        let raw = match module[key - 1] {
+            b'"' if module.get(key.wrapping_sub(2)) != Some(&b'\\') => module[open..].to_vec(),
+            _ => unescaped(&module[open..]),
+        };
+        let mut values = serde_json::Deserializer::from_slice(&raw).into_iter::<Json>();
+        if let Some(Ok(config)) = values.next()
+            && config["custom_call_config"]["body"].is_string()
+        {
+            found.push(config.to_string());
+        }
+    }
+    found
+}
+
+/// The content of an MLIR string literal up to its closing quote.
+fn unescaped(literal: &[u8]) -> Vec<u8> {
+    let hex = |byte: Option<&u8>| byte.and_then(|&byte| (byte as char).to_digit(16)).map(|digit| digit as u8);
+    let mut bytes = Vec::new();
+    let mut at = 0;
+    while at < literal.len() && literal[at] != b'"' {
+        if literal[at] != b'\\' {
+            bytes.push(literal[at]);
+            at += 1;
+            continue;
+        }
+        match (hex(literal.get(at + 1)), hex(literal.get(at + 2))) {
+            (Some(high), Some(low)) => {
+                bytes.push(16 * high + low);
+                at += 3;
+            }
+            _ => {
+                bytes.extend(literal.get(at + 1));
+                at += 2;
+            }
+        }
+    }
+    bytes
+}
+
+/// How often each op occurs in a module, nested ones included.
+pub fn op_counts(module: &Module) -> BTreeMap<String, usize> {
+    fn count(block: BlockRef, counts: &mut BTreeMap<String, usize>) {
+        for operation in operations(block) {
+            *counts.entry(op_name(operation)).or_default() += 1;
+            operation.regions().flat_map(|region| blocks(region).collect::<Vec<_>>()).for_each(|block| count(block, counts));
+        }
+    }
+    let mut counts = BTreeMap::new();
+    count(module.body(), &mut counts);
+    counts
+}
+
+/// What `pagoda inspect` tells about a kernel.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Summary {
+    /// The kernel's name.
+    pub name: String,
+    /// Grid sizes, with `parallel` or `arbitrary`.
+    pub grid: Vec<(usize, &'static str)>,
+    /// Every buffer, in the order of the kernel's arguments.
+    pub buffers: Vec<BufferSummary>,
+    /// Bytes of VMEM declared: scratch and pipeline windows, tile-padded and double-buffered.
+    pub vmem_bytes: usize,
+    /// The limit of scoped VMEM in bytes; `None` for the chip's default.
+    pub vmem_limit: Option<usize>,
+    /// How often each op occurs.
+    pub ops: BTreeMap<String, usize>,
+}
+
+/// One buffer of a [`Summary`].
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct BufferSummary {
+    /// Its name.
+    pub name: String,
+    /// `prefetch`, `operand` (input or output) or `scratch`.
+    pub role: &'static str,
+    /// Element type and sizes: `bf16[8,128]`.
+    pub shape: String,
+    /// The memory that it is in.
+    pub memory: &'static str,
+    /// Whether the pipeline fills it block by block.
+    pub windowed: bool,
+    /// Bytes that it takes there (arrays in HBM: 0).
+    pub bytes: usize,
+}
+
+/// Summarises an opened kernel.
+///
+/// # Errors
+/// When the module holds no kernel.
+pub fn summarize(kernel: &Opened) -> Result<Summary> {
+    let signature = Signature::read(&kernel.module)?;
+    let buffers = signature.arguments.iter().map(|argument| BufferSummary {
+        name: argument.name.clone(),
+        role: match argument.role {
+            Role::Prefetch => "prefetch",
+            Role::Input | Role::Output => "operand",
+            Role::Scratch => "scratch",
+        },
+        shape: super::memref::describe(argument.element, &argument.dims),
+        memory: argument.space.mnemonic(),
+        windowed: argument.window.is_some(),
+        bytes: argument.bytes(),
+    });
+    let semantics = |semantics| if semantics == Semantics::Parallel { "parallel" } else { "arbitrary" };
+    Ok(Summary {
+        name: signature.name.clone(),
+        grid: signature.grid.iter().map(|&(size, how)| (size, semantics(how))).collect(),
+        buffers: buffers.collect(),
+        vmem_bytes: signature.vmem_bytes(),
+        vmem_limit: kernel.vmem_limit,
+        ops: op_counts(&kernel.module),
+    })
+}
+
+impl Kernel<'_> {
+    /// Calls the kernel from a StableHLO program: `operands` are the prefetched arrays and the inputs.
+    ///
+    /// # Errors
+    /// When the operands are not what the kernel takes.
+    pub fn call<'c, 'a>(
+        &self,
+        b: &stablehlo::Builder<'c, 'a>,
+        operands: &[stablehlo::Tensor<'c, 'a>],
+    ) -> Result<Vec<stablehlo::Tensor<'c, 'a>>> {
+        let (expected, given) = (self.inputs(), operands.iter().map(|operand| operand.ty()).collect::<Vec<_>>());
+        if expected != given {
+            let list = |types: &[crate::TensorType]| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let message = format!("@{TARGET}: kernel `{}` takes ({}), not ({})", self.name(), list(&expected), list(&given));
+            return Err(Error::op("stablehlo.custom_call", message));
+        }
+        let row_major = |types: &[crate::TensorType]| types.iter().map(|ty| (0..ty.rank()).rev().collect()).collect();
+        let aliases = self.aliases().iter().map(|&(operand, result)| OutputOperandAlias { result, operand });
+        b.custom_call(
+            TARGET,
+            operands,
+            &self.outputs(),
+            CustomCall {
+                backend_config: BackendConfig::Text { text: backend_config(self), api_version: 1 },
+                output_operand_aliases: aliases.collect(),
+                operand_layouts: Some(row_major(&expected)),
+                result_layouts: Some(row_major(&self.outputs())),
+                kernel_name: Some(self.name().to_owned()),
+                ..CustomCall::default()
+            },
+        )
+    }
+}
