@@ -45,6 +45,7 @@ pub struct Certifier {
     plugin: PathBuf,
     timeout: Duration,
     keep: Option<PathBuf>,
+    in_program: bool,
 }
 
 /// Why nothing could be said about a program.
@@ -104,8 +105,10 @@ pub struct Certificate {
     pub verdict: Verdict,
     /// VMEM of each Mosaic kernel, in order of appearance.
     pub kernels: Vec<KernelVmem>,
-    /// Static cycles of each op that takes any, kernels among them; `None` where the compiler has no model of the chip.
-    pub cycles: Option<Vec<OpCycles>>,
+    /// Where the cycles come from.
+    pub profile: Profile,
+    /// Static cycles of each op that takes any, kernels among them.
+    pub cycles: Vec<OpCycles>,
     /// Device memory of the program.
     pub memory: Option<MemoryStats>,
     /// Seconds that the compiler took, start of the worker included.
@@ -120,6 +123,18 @@ pub enum Verdict {
     Compiles,
     /// A memory is too small.
     OutOfMemory(OutOfMemory),
+}
+
+/// The compiler's static profile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Profile {
+    /// It wrote one.
+    Complete,
+    /// It wrote one and then aborted on a check of its own; the program compiles without it.
+    Aborted,
+    /// It has no model of this chip, or aborted before it wrote anything.
+    None,
 }
 
 /// The compiler's static estimate for one op of the compiled program.
@@ -139,9 +154,9 @@ impl Certificate {
 
     /// Static cycles of all Mosaic kernels together.
     pub fn kernel_cycles(&self) -> Option<u64> {
-        let cycles = self.cycles.as_ref()?;
-        let kernels = cycles.iter().filter(|op| self.kernels.iter().any(|kernel| kernel.name == op.op));
-        Some(kernels.map(|op| op.cycles).sum())
+        let kernels = self.cycles.iter().filter(|op| self.kernels.iter().any(|kernel| kernel.name == op.op));
+        let cycles: u64 = kernels.map(|op| op.cycles).sum();
+        (cycles > 0).then_some(cycles)
     }
 
     /// Spills of all Mosaic kernels: the largest.
@@ -157,7 +172,7 @@ impl fmt::Display for Certificate {
             Verdict::OutOfMemory(out) => writeln!(f, "does not compile for {} ({}): {out}", self.topology, self.compiler)?,
         }
         self.kernels.iter().try_for_each(|kernel| write!(f, "{kernel}"))?;
-        for op in self.cycles.iter().flatten() {
+        for op in &self.cycles {
             writeln!(f, "  {:<53} {:>12} cycles", op.op, op.cycles)?;
         }
         Ok(())
@@ -167,7 +182,7 @@ impl fmt::Display for Certificate {
 impl Certifier {
     /// A certifier that runs `worker` (an executable whose `main` calls [`run_if_asked`] first) on the given libtpu.
     pub fn new(worker: impl Into<PathBuf>, plugin: impl Into<PathBuf>) -> Self {
-        Self { worker: worker.into(), plugin: plugin.into(), timeout: Duration::from_secs(180), keep: None }
+        Self { worker: worker.into(), plugin: plugin.into(), timeout: Duration::from_secs(180), keep: None, in_program: false }
     }
 
     /// A certifier that runs `worker`, with the libtpu that is found as any plugin is.
@@ -200,6 +215,13 @@ impl Certifier {
         Self { keep: Some(folder.into()), ..self }
     }
 
+    /// Lets XLA move operands of kernels into VMEM beforehand, as it does when it compiles a whole program for real.
+    /// Otherwise they stay in HBM, and what a kernel takes depends on the kernel alone.
+    #[must_use]
+    pub fn in_program(self) -> Self {
+        Self { in_program: true, ..self }
+    }
+
     /// Compiles `program` for `topology` (`v5p:2x2x1`).
     ///
     /// # Errors
@@ -208,6 +230,47 @@ impl Certifier {
     pub fn certify(&self, topology: &str, program: Program) -> Result<Certificate, Error> {
         let chip = Chip::of_topology(topology).ok_or_else(|| Error::Topology(topology.to_owned()))?;
         let start = Instant::now();
+        let profiled = chip.has_static_profile();
+        let (answer, kernels, cycles, profile) = match self.attempt(topology, program, profiled)? {
+            (Ok(answer), dumps) => (answer, dumps.kernels, dumps.cycles, if profiled { Profile::Complete } else { Profile::None }),
+            // The profiler checks types more strictly than the compiler and aborts on some packed stores, after it has
+            // written its estimate: the verdict is the one of a second run without it.
+            (Err(_), first) if profiled => match self.attempt(topology, program, false)? {
+                (Ok(answer), second) => {
+                    let profile = if first.cycles.is_empty() { Profile::None } else { Profile::Aborted };
+                    (answer, second.kernels, first.cycles, profile)
+                }
+                (Err(crash), _) => return Err(crash),
+            },
+            (Err(crash), _) => return Err(crash),
+        };
+        let verdict = match answer.error {
+            None => Verdict::Compiles,
+            Some(message) => match report::out_of_memory(&message) {
+                Some(out) => Verdict::OutOfMemory(out),
+                None => return Err(Error::Refused(message)),
+            },
+        };
+        let compiles = verdict == Verdict::Compiles;
+        Ok(Certificate {
+            compiler: answer.compiler,
+            topology: topology.to_owned(),
+            verdict,
+            kernels,
+            profile,
+            cycles: if compiles { cycles } else { vec![] },
+            memory: answer.memory,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Runs one worker. The inner result tells whether it lived to answer; the dumps are there in either case.
+    fn attempt(
+        &self,
+        topology: &str,
+        program: Program,
+        profiled: bool,
+    ) -> Result<(Result<worker::Answer, Error>, Dumps), Error> {
         let folder = tempfile::Builder::new().prefix("pagoda-certify-").tempdir();
         let folder = folder.map_err(io("create", &std::env::temp_dir()))?;
         let folder = folder.path();
@@ -229,40 +292,24 @@ impl Certifier {
             .arg(folder)
             .current_dir(folder)
             .envs(environment(folder))
-            .env("LIBTPU_INIT_ARGS", self.flags(chip, &dumps))
+            .env("LIBTPU_INIT_ARGS", self.flags(profiled, &dumps))
             .stdin(Stdio::null())
             .stdout(create(&stdout)?)
             .stderr(create(&stderr)?)
             .spawn()
             .map_err(io("run", &self.worker))?;
         let status = self.wait(worker)?;
-        let tail = || tail(&stderr).or_else(|| tail(&stdout)).unwrap_or_else(|| "it said nothing".into());
         let answer = std::fs::read(folder.join(worker::ANSWER)).ok();
         let answer: Option<worker::Answer> = answer.and_then(|answer| serde_json::from_slice(&answer).ok());
-        let Some(answer) = answer else {
-            return Err(Error::Crash { status: status.to_string(), message: tail() });
-        };
-        let verdict = match answer.error {
-            None => Verdict::Compiles,
-            Some(message) => match report::out_of_memory(&message) {
-                Some(out) => Verdict::OutOfMemory(out),
-                None => return Err(Error::Refused(message)),
-            },
-        };
-        let (kernels, cycles) = read_dumps(&dumps)?;
-        Ok(Certificate {
-            compiler: answer.compiler,
-            topology: topology.to_owned(),
-            verdict,
-            kernels,
-            cycles: chip.has_static_profile().then_some(cycles),
-            memory: answer.memory,
-            seconds: start.elapsed().as_secs_f64(),
-        })
+        let answer = answer.ok_or_else(|| {
+            let message = complaint(&stderr).or_else(|| complaint(&stdout));
+            Error::Crash { status: status.to_string(), message: message.unwrap_or_else(|| "it said nothing".into()) }
+        });
+        Ok((answer, Dumps::read(&dumps)?))
     }
 
     /// libtpu's flags: only the reports that are read here, unless everything is wanted.
-    fn flags(&self, chip: Chip, dumps: &Path) -> String {
+    fn flags(&self, profiled: bool, dumps: &Path) -> String {
         let dumps = dumps.display();
         let mut flags = format!("--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true");
         if self.keep.is_none() {
@@ -270,7 +317,11 @@ impl Certifier {
         } else {
             flags += &format!(" --xla_mosaic_dump_to={dumps}");
         }
-        if chip.has_static_profile() {
+        if !self.in_program {
+            // v5 and before; v6 and after.
+            flags += " --xla_vf_vmem_memory_space_assignment=false --xla_gf_vmem_memory_space_assignment=false";
+        }
+        if profiled {
             flags += &format!(" --xla_jf_dump_static_llo_profile_to={dumps}");
         }
         flags
@@ -306,37 +357,53 @@ fn environment(folder: &Path) -> [(&'static str, std::ffi::OsString); 7] {
     ]
 }
 
-fn read_dumps(dumps: &Path) -> Result<(Vec<KernelVmem>, Vec<OpCycles>), Error> {
-    let mut paths: Vec<PathBuf> = std::fs::read_dir(dumps).map_err(io("read", dumps))?.flatten().map(|e| e.path()).collect();
-    paths.sort();
-    let (mut kernels, mut cycles) = (Vec::<KernelVmem>::new(), Vec::<OpCycles>::new());
-    for path in paths {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.ends_with("-vmem_report.html") {
-            let html = std::fs::read_to_string(&path).map_err(io("read", &path))?;
-            for kernel in report::vmem(&html)? {
-                // The report is written once per stage; the last one counts.
-                kernels.retain(|known| known.name != kernel.name);
-                kernels.push(kernel);
-            }
-        } else if name.ends_with("_static_llo_profile.textproto") {
-            let text = std::fs::read_to_string(&path).map_err(io("read", &path))?;
-            for op in report::static_cycles(&text)? {
-                cycles.retain(|known| known.op != op.op);
-                cycles.push(op);
-            }
-        }
-    }
-    Ok((kernels, cycles))
+/// What the compiler left behind.
+struct Dumps {
+    kernels: Vec<KernelVmem>,
+    cycles: Vec<OpCycles>,
 }
 
-/// The last lines of a log, for an error message.
-fn tail(path: &Path) -> Option<String> {
-    const MOST: usize = 2000;
-    let text = String::from_utf8_lossy(&std::fs::read(path).ok()?).into_owned();
-    let text = text.trim();
-    let start = text.char_indices().rev().nth(MOST).map_or(0, |(at, _)| at);
-    (!text.is_empty()).then(|| text[start..].to_owned())
+impl Dumps {
+    fn read(folder: &Path) -> Result<Self, Error> {
+        let entries = std::fs::read_dir(folder).map_err(io("read", folder))?;
+        let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+        paths.sort();
+        let mut dumps = Self { kernels: vec![], cycles: vec![] };
+        for path in paths {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let read = || std::fs::read_to_string(&path).map_err(io("read", &path));
+            if name.ends_with("-vmem_report.html") {
+                // The report is written once per stage; the last one counts.
+                for kernel in report::vmem(&read()?)? {
+                    dumps.kernels.retain(|known| known.name != kernel.name);
+                    dumps.kernels.push(kernel);
+                }
+            } else if name.ends_with("_static_llo_profile.textproto") {
+                for op in report::static_cycles(&read()?)? {
+                    dumps.cycles.retain(|known| known.op != op.op);
+                    dumps.cycles.push(op);
+                }
+            }
+        }
+        Ok(dumps)
+    }
+}
+
+/// What a crashed process had to say: its fatal line, or the end of its log, without stack traces.
+fn complaint(log: &Path) -> Option<String> {
+    const MOST: usize = 1000;
+    let text = String::from_utf8_lossy(&std::fs::read(log).ok()?).into_owned();
+    let noise = |line: &&str| !line.trim_start().starts_with("@ ") && !line.starts_with("http") && !line.starts_with("PC:");
+    let lines: Vec<&str> = text.lines().filter(noise).collect();
+    // glog: `F1124 23:17:55.755984 29721 file.cc:76] message`.
+    let fatal = |line: &&&str| line.starts_with('F') && line.chars().nth(1).is_some_and(|c| c.is_ascii_digit());
+    let said = match lines.iter().find(fatal) {
+        Some(&line) => line.split_once("] ").map_or(line, |(_, message)| message).to_owned(),
+        None => lines.join("\n").trim().to_owned(),
+    };
+    let start = said.len().saturating_sub(MOST);
+    let start = (start..=said.len()).find(|&at| said.is_char_boundary(at))?;
+    (!said.is_empty()).then(|| said[start..].to_owned())
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), Error> {

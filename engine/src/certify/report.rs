@@ -92,7 +92,7 @@ impl fmt::Display for KernelVmem {
     }
 }
 
-/// Parses a `*-vmem_report.html`: the kernels with scoped allocations.
+/// Parses a `*-vmem_report.html`: the Mosaic kernels with their scoped allocations.
 ///
 /// # Errors
 /// When the file is not of the form that libtpu 0.0.52 writes.
@@ -117,7 +117,11 @@ pub fn vmem(html: &str) -> Result<Vec<KernelVmem>, Error> {
                 allocations.push(self::allocation(size, tag).map_err(|message| bad(&message))?);
             }
         }
-        if !allocations.is_empty() {
+        // Ops of XLA's own take scoped VMEM too: copies, fusions. They have no windows and no scratch operands.
+        let mosaic = |allocation: &Allocation| {
+            matches!(allocation.kind, AllocationKind::Buffer(kind) if kind != BufferKind::InternalScratch)
+        };
+        if allocations.iter().any(mosaic) {
             kernels.push(KernelVmem { name: name.clone(), allocations, total: Bytes(total) });
         }
     }
@@ -149,8 +153,7 @@ pub fn static_cycles(text: &str) -> Result<Vec<OpCycles>, Error> {
     };
     let estimates = text.split("hlo_op_estimate").skip(1);
     let parsed = estimates.map(|block| {
-        let cycles = field(block, "estimated_cycles").unwrap_or_else(|| "0".into());
-        Some(OpCycles { op: field(block, "hlo_op_name")?, cycles: cycles.parse().ok()? })
+        Some(OpCycles { op: field(block, "hlo_op_name")?, cycles: field(block, "estimated_cycles")?.parse().ok()? })
     });
     parsed.collect::<Option<_>>().ok_or_else(|| Error::Report {
         report: "static profile",

@@ -379,20 +379,24 @@ impl<'p> Blocks<'p> {
             (true, true) => [&["w_gate", "w_up"], &["x"]],
         };
         let mut buffers = Vec::new();
-        let mut window = |name: &str, kind, element, dims: &[usize]| {
-            buffers.push(Buffer::new(name, kind, element, dims, 2));
+        let [row_blocks, column_blocks, steps] = self.counts;
+        // An array that is one block has one buffer: there is no next block to fetch meanwhile.
+        let mut window = |name: &str, kind, element, dims: &[usize], blocks: usize| {
+            buffers.push(Buffer::new(name, kind, element, dims, if blocks > 1 { 2 } else { 1 }));
         };
-        lhs_names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &[rows, depth]));
-        rhs_names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &rhs));
+        let (lhs_blocks, rhs_blocks) = (row_blocks * steps, column_blocks * steps);
+        lhs_names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &[rows, depth], lhs_blocks));
+        rhs_names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &rhs, rhs_blocks));
         if epilogue.bias {
             let names: &[&str] = if gated(self.problem) { &["bias_gate", "bias_up"] } else { &["bias"] };
-            let dims = if feature_major { [rows, 1] } else { [1, columns] };
-            names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &dims));
+            let (dims, blocks) = if feature_major { ([rows, 1], row_blocks) } else { ([1, columns], column_blocks) };
+            names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &dims, blocks));
         }
+        let out_blocks = row_blocks * column_blocks;
         if epilogue.residual {
-            window("residual", BufferKind::InputWindow, output, &[rows, columns]);
+            window("residual", BufferKind::InputWindow, output, &[rows, columns], out_blocks);
         }
-        window("out", BufferKind::OutputWindow, output, &[rows, columns]);
+        window("out", BufferKind::OutputWindow, output, &[rows, columns], out_blocks);
         if self.counts[2] > 1 {
             let names: &[&str] = if gated(self.problem) { &["sum_gate", "sum_up"] } else { &["sum"] };
             for name in names {
@@ -461,8 +465,7 @@ const F32_PASSES: f64 = 6.0;
 /// The chunk of a tile: small enough for the registers, deep and wide enough to keep the matrix units busy.
 fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
     let [rows, columns, _] = blocks.block;
-    let _ = info;
-    Chunk { rows, columns }
+    Chunk { rows: rows.min(256), columns: columns.min(info.mxu) }
 }
 
 /// The cheapest tiles that fit `limit` without spills.
