@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut certifier = Certifier::of_this_executable()?;
         if let Ok(d) = std::env::var("DUMPS") { certifier = certifier.keep_dumps(d); }
         let answer = certifier.certify(chip.info().topology, Program { module: &module.bytecode(), replicas: 1 });
-        println!("{line}: {} order {:?} chunk {:?} plan {} est {:.0}", plan.name(), plan.order(), plan.chunk(), plan.vmem().total().0, plan.estimate().cycles);
+        println!("{line}: {} order {:?} chunk {:?} plan {} est {:.0}", plan.name(), plan.order(), plan.chunk(), plan.vmem().total().0, plan.estimate().cycles); println!("   bytes {} mxu {:.0}", plan.estimate().bytes_moved, plan.estimate().mxu_cycles);
         match answer {
             Ok(c) => { for k in &c.kernels { println!("   compiled {} spills {} ", k.without_spills().0, k.spills());
                  if k.without_spills() != plan.vmem().total() { print!("{k}{}\n", plan.vmem()); } }

@@ -89,14 +89,22 @@ struct Body<'a, 'p> {
     sums: Vec<Ref<'a>>,
 }
 
+/// What a product is added to.
+#[derive(Clone, Copy)]
+enum Sum {
+    /// Nothing: the first step along `k`.
+    Zero,
+    /// The accumulator.
+    Loaded,
+}
+
 impl<'a, 'p> Body<'a, 'p> {
     fn declare(k: &'a Builder<'a>, plan: &'p Plan) -> Self {
         let (problem, shape) = (plan.problem(), plan.shape());
         let [rows, columns, depth] = plan.blocks();
         let grid = plan.grid();
         let semantics = [Semantics::Parallel, Semantics::Parallel, Semantics::Arbitrary];
-        let [first, second, step] = k.grid(std::array::from_fn(|dim| (grid[dim], semantics[dim])));
-        let _ = (first, second);
+        let [_, _, step] = k.grid(std::array::from_fn(|dim| (grid[dim], semantics[dim])));
         let swapped = plan.order() == Order::ColumnsOuter;
         // Block indices of a step: (row block, column block, depth block).
         let at = move |t: &Transform<'a>| {
@@ -192,19 +200,17 @@ impl<'a, 'p> Body<'a, 'p> {
 
     fn write(&self) {
         let (k, steps) = (self.k, self.plan.steps());
-        let edge = self.plan.edge();
-        let first = |index: usize| index == 0;
-        if steps == 1 {
-            return self.multiply(true, Some(edge).filter(|&edge| edge > 0));
-        }
-        let _ = first;
-        k.when(self.step.equals(0), || self.sums.iter().for_each(|sum| sum.store(0.0)));
-        let last = self.step.equals(steps - 1);
-        if edge == 0 {
-            self.multiply(false, None);
-            k.when(last, || self.finish());
-        } else {
-            k.if_else(last, || self.multiply(true, Some(edge)), || self.multiply(false, None));
+        let edge = Some(self.plan.edge()).filter(|&edge| edge > 0);
+        let first = self.step.equals(0);
+        match steps {
+            1 => self.multiply(Sum::Zero, true, edge),
+            // Neither a pass that zeroes the accumulator nor one that reads it back.
+            2 => k.if_else(first, || self.multiply(Sum::Zero, false, None), || self.multiply(Sum::Loaded, true, edge)),
+            _ => {
+                k.when(first, || self.sums.iter().for_each(|sum| sum.store(0.0)));
+                let last = self.step.equals(steps - 1);
+                k.if_else(last, || self.multiply(Sum::Loaded, true, edge), || self.multiply(Sum::Loaded, false, None));
+            }
         }
     }
 
@@ -224,12 +230,12 @@ impl<'a, 'p> Body<'a, 'p> {
         chunks
     }
 
-    /// Adds the tiles' product to the accumulator, or, with `finish`, goes on to the epilogue and stores the result.
-    /// `edge` is how much of the depth is real, if not all.
-    fn multiply(&self, finish: bool, edge: Option<usize>) {
+    /// Adds the tiles' product to what `start` names, and keeps it in the accumulator or, with `finish`, goes on to the
+    /// epilogue and stores the result. `edge` is how much of the depth is real, if not all.
+    fn multiply(&self, start: Sum, finish: bool, edge: Option<usize>) {
+        let products = self.lhs.len().max(self.rhs.len());
         for [row, column] in self.chunks() {
-            let sums: Vec<_> =
-                (0..self.lhs.len().max(self.rhs.len())).map(|half| self.product(half, row, column, edge)).collect();
+            let sums: Vec<_> = (0..products).map(|half| self.product(half, row, column, start, edge)).collect();
             if finish {
                 self.store(row, column, sums);
             } else {
@@ -240,8 +246,15 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// Accumulator plus product of one chunk.
-    fn product(&self, half: usize, row: (usize, usize), column: (usize, usize), edge: Option<usize>) -> Value<'a> {
+    /// Start plus product of one chunk.
+    fn product(
+        &self,
+        half: usize,
+        row: (usize, usize),
+        column: (usize, usize),
+        start: Sum,
+        edge: Option<usize>,
+    ) -> Value<'a> {
         let k = self.k;
         let lhs = self.lhs[half.min(self.lhs.len() - 1)].slice(0, row.0, row.1).load();
         let rhs = &self.rhs[half.min(self.rhs.len() - 1)];
@@ -253,9 +266,9 @@ impl<'a, 'p> Body<'a, 'p> {
             None => (lhs, rhs),
             Some(edge) => (self.masked(lhs, 1, edge), self.masked(rhs, depth_dim, edge)),
         };
-        let sum = match self.sums.get(half) {
-            Some(sum) => part(sum, row, column).load(),
-            None => k.zeros(Element::F32, &[row.1, column.1]),
+        let sum = match start {
+            Sum::Zero => k.zeros(Element::F32, &[row.1, column.1]),
+            Sum::Loaded => part(&self.sums[half], row, column).load(),
         };
         let precision = match self.plan.problem().input {
             Element::F32 => Precision::Fp32,
@@ -272,14 +285,7 @@ impl<'a, 'p> Body<'a, 'p> {
         self.k.iota(&tile.dims(), dim).less(edge).select(wide, 0.0).cast(element)
     }
 
-    /// The epilogue over the accumulator.
-    fn finish(&self) {
-        for [row, column] in self.chunks() {
-            let sums = self.sums.iter().map(|sum| part(sum, row, column).load()).collect();
-            self.store(row, column, sums);
-        }
-    }
-
+    /// The epilogue, and the store of the result.
     fn store(&self, row: (usize, usize), column: (usize, usize), mut sums: Vec<Value<'a>>) {
         let problem = self.plan.problem();
         for (sum, bias) in sums.iter_mut().zip(&self.bias) {

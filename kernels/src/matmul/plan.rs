@@ -430,9 +430,10 @@ impl<'p> Blocks<'p> {
         let per_core = (blocks / cores).ceil();
         let mxu_step = products * self.mxu_cycles_per_step(info);
         let bandwidth = info.hbm_bytes_per_cycle() / cores;
-        let dma_step = bytes / (blocks * steps) / bandwidth;
-        let overhead = STEP_OVERHEAD + if steps > 1.0 { products * rows * columns / ACCUMULATE_PER_CYCLE } else { 0.0 };
-        let body = per_core * steps * (mxu_step + overhead).max(dma_step);
+        // The next tiles are asked for when a step begins and must be there when it ends.
+        let dma_step = DMA_LATENCY + bytes / (blocks * steps) / bandwidth;
+        let accumulate = if steps > 1.0 { products * rows * columns / ACCUMULATE_PER_CYCLE } else { 0.0 };
+        let body = per_core * steps * (mxu_step + STEP_OVERHEAD + accumulate).max(dma_step);
         // The first tiles come in and the last goes out with nothing beside them.
         let ends = 2.0 * DMA_LATENCY + (lhs_tile + rhs_tile + out_tile) / bandwidth;
         Estimate { cycles: body + ends, mxu_cycles: per_core * steps * mxu_step, bytes_moved: bytes as u64 }
@@ -453,8 +454,8 @@ impl<'p> Blocks<'p> {
 
 /// Cycles of a grid step besides its work: index arithmetic, semaphores, pipeline fill.
 const STEP_OVERHEAD: f64 = 250.0;
-/// f32 accumulator elements read, added and written back per cycle.
-const ACCUMULATE_PER_CYCLE: f64 = 16384.0;
+/// f32 accumulator elements read, added and written back per cycle, beside the matrix units' work.
+const ACCUMULATE_PER_CYCLE: f64 = 1024.0;
 /// Cycles until a copy's first byte arrives.
 const DMA_LATENCY: f64 = 700.0;
 /// Cycles to load the next weight tile, as a part of its side (measured on 8 rows: 86 of 128).
