@@ -112,6 +112,9 @@ impl Sum for Bytes {
     }
 }
 
+/// What windows are given VMEM in (libtpu 0.0.52 on every chip: 2560 bytes take 3072, while scratch of 512 takes 512).
+pub const WINDOW_UNIT: Bytes = Bytes(1024);
+
 /// What a buffer in VMEM is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -155,9 +158,13 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// A buffer of `copies` copies, each padded to tiles.
+    /// A buffer of `copies` copies, each padded to tiles; all copies of a window together to [`WINDOW_UNIT`].
     pub fn new(name: &str, kind: BufferKind, element: Element, dims: &[usize], copies: u64) -> Self {
-        let bytes = Bytes(tile_padded_bytes(element, dims) as u64) * copies;
+        let bytes = tile_padded_bytes(element, dims) as u64 * copies;
+        let bytes = match kind {
+            BufferKind::InputWindow | BufferKind::OutputWindow => Bytes(bytes.next_multiple_of(WINDOW_UNIT.0)),
+            BufferKind::Scratch | BufferKind::InternalScratch => Bytes(bytes),
+        };
         Self { name: name.to_owned(), kind, element, dims: dims.to_vec(), copies, bytes }
     }
 

@@ -12,6 +12,7 @@
 //! Invariants: nothing of a worker outlives the call (process and folder are gone); a program that does not compile is
 //! never reported as certified; what the compiler did not tell is absent, not zero.
 
+pub mod matmul;
 pub mod report;
 pub mod worker;
 
@@ -408,6 +409,18 @@ fn complaint(log: &Path) -> Option<String> {
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     std::fs::write(path, bytes).map_err(io("write", path))
+}
+
+impl From<Error> for crate::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Plugin(error) => Self::Pjrt(error),
+            Error::Topology(topology) => {
+                Self::setting("topology", topology, "names no known chip", "use e.g. v5p:2x2x1, v5e:2x2 or tpu7x:2x2x1")
+            }
+            error => Self::Runtime { action: "certifying".into(), source: error.into() },
+        }
+    }
 }
 
 fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {

@@ -55,7 +55,8 @@ pub fn call<'c, 'a>(
     {
         let columns = problem.weight_columns();
         let dims = if problem.layout == Layout::FeatureMajor { [columns, 1] } else { [1, columns] };
-        let bias = b.reshape(bias, &dims)?;
+        // As f32: broadcasting a packed row takes scratch on v4, and the bias is small.
+        let bias = b.reshape(b.convert(bias, Element::F32)?, &dims)?;
         operands.extend(std::iter::repeat_n(bias, if gated { 2 } else { 1 }));
     }
     operands.extend(rest);
@@ -167,14 +168,14 @@ impl<'a, 'p> Body<'a, 'p> {
                         let [i, _, _] = at(t);
                         (if skip == 0 { i } else { i + skip }, 0)
                     });
-                    k.input(&name, problem.input, &[shape.rows * total, 1], window)
+                    k.input(&name, Element::F32, &[shape.rows * total, 1], window)
                 } else {
                     let skip = window_of(half, shape.columns / columns.max(1));
                     let window = Window::blocks(&[1, columns], move |t| {
                         let [_, j, _] = at(t);
                         (0, if skip == 0 { j } else { j + skip })
                     });
-                    k.input(&name, problem.input, &[1, shape.columns * total], window)
+                    k.input(&name, Element::F32, &[1, shape.columns * total], window)
                 });
             }
         }
@@ -293,7 +294,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 Layout::FeatureMajor => bias.slice(0, row.0, row.1),
                 _ => bias.slice(1, column.0, column.1),
             };
-            *sum = *sum + bias.load().cast(Element::F32);
+            *sum = *sum + bias.load();
         }
         let mut result = match sums[..] {
             [gate, up] => gate * gate.logistic() * up,

@@ -170,7 +170,7 @@ impl Plan {
             .min_by(|(_, a), (_, b)| a.cycles.total_cmp(&b.cycles))
             .expect("two orders");
         let chunk = chunk(info, &layout);
-        Self { problem, chip, tiles, order, chunk, limit, report: layout.report(), estimate }
+        Self { problem, chip, tiles, order, chunk, limit, report: layout.report(chip), estimate }
     }
 
     /// The same plan with other chunks: for the search for better ones.
@@ -364,7 +364,7 @@ impl<'p> Blocks<'p> {
     }
 
     /// Every VMEM buffer, in the order of the kernel's operands.
-    fn report(&self) -> VmemReport {
+    fn report(&self, chip: Chip) -> VmemReport {
         let [rows, columns, depth] = self.block;
         let (input, output, epilogue) = (self.problem.input, self.problem.output, self.problem.epilogue);
         let rhs = match self.problem.layout {
@@ -390,7 +390,7 @@ impl<'p> Blocks<'p> {
         if epilogue.bias {
             let names: &[&str] = if gated(self.problem) { &["bias_gate", "bias_up"] } else { &["bias"] };
             let (dims, blocks) = if feature_major { ([rows, 1], row_blocks) } else { ([1, columns], column_blocks) };
-            names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &dims, blocks));
+            names.iter().for_each(|name| window(name, BufferKind::InputWindow, Element::F32, &dims, blocks));
         }
         let out_blocks = row_blocks * column_blocks;
         if epilogue.residual {
@@ -402,6 +402,11 @@ impl<'p> Blocks<'p> {
             for name in names {
                 buffers.push(Buffer::new(name, BufferKind::Scratch, Element::F32, &[rows, columns], 1));
             }
+        }
+        if chip == Chip::V4 && input == Element::Bf16 && rows <= 4 && depth > LANES {
+            // Rows packed into less than a tile are spread over one before the product: on v4 through 36 KiB of scratch
+            // (measured for 1 to 4 rows and any depth beyond one tile).
+            buffers.push(Buffer::new("row spread", BufferKind::InternalScratch, Element::I32, &[72, LANES], 1));
         }
         VmemReport { buffers }
     }
@@ -483,7 +488,7 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
             for &k in &ks {
                 let tiles = Tiles { m, n, k };
                 let blocks = Blocks::new(problem, tiles);
-                if blocks.report().total() + spill_margin(&blocks) > limit {
+                if blocks.report(chip).total() + spill_margin(&blocks) > limit {
                     continue;
                 }
                 let cycles = [Order::RowsOuter, Order::ColumnsOuter]
