@@ -23,11 +23,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let problem = Problem::new(spec)?;
         let tiles = words.get(4).filter(|w| **w != "-").map(|t| Tiles::parse(t)).transpose()?;
         let limit = words.get(5).filter(|w| **w != "-").map(|t| Bytes::parse(t)).transpose()?;
-        let mut plan = Plan::new(problem, chip, Options { tiles, vmem_limit: limit })?;
-        if let Some(c) = words.get(6).filter(|w| **w != "-") {
-            let (r, c) = c.split_once(',').unwrap();
-            plan = plan.with_chunk(r.parse()?, c.parse()?);
-        }
+        let plan = Plan::new(problem, chip, Options { tiles, vmem_limit: limit })?;
+        if std::env::var_os("PLAN_ONLY").is_some() { println!("{line}: {} {} {:?} grid {:?} est {:.0} mxu {:.0} MB {}", plan.name(), plan.vmem().total(), plan.order(), plan.grid(), plan.estimate().cycles, plan.estimate().mxu_cycles, plan.estimate().bytes_moved>>20); continue; }
         let module = mosaic::module(&context, &plan)?;
         let mut certifier = Certifier::of_this_executable()?;
         if let Ok(d) = std::env::var("DUMPS") { certifier = certifier.keep_dumps(d); }

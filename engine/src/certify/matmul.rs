@@ -5,7 +5,7 @@ use std::fmt;
 use pagoda_ir::{Context, Element};
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::matmul::plan::{Estimate, Options, Order, Plan, Tiles};
-use pagoda_kernels::matmul::{Epilogue, Layout, Problem, Spec, mosaic, tuned};
+use pagoda_kernels::matmul::{Activation, Epilogue, Layout, Problem, Spec, mosaic, tuned};
 use pagoda_kernels::vmem::{self, BufferKind, Bytes, Spills, VmemReport};
 use serde::Serialize;
 
@@ -157,6 +157,8 @@ pub fn differences(planned: &VmemReport, compiled: &KernelVmem) -> Vec<Differenc
 /// A plan and the compiler's answer to it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Certified {
+    #[serde(skip)]
+    spec: Spec,
     /// The plan, judged by the certificate.
     pub plan: Planned,
     /// The compiler's answer.
@@ -172,7 +174,8 @@ impl Certified {
         Some(tuned::Record {
             chip: self.plan.chip,
             problem: self.plan.problem.clone(),
-            input: self.plan.vmem.buffers.first()?.element,
+            input: self.spec.input,
+            gated: self.spec.epilogue.activation == Activation::SiluGate,
             tiles: self.plan.tiles,
             vmem: kernel.without_spills(),
             spills: kernel.spills(),
@@ -211,5 +214,5 @@ pub fn certify_matmul(request: &Request, certifier: &Certifier) -> Result<Certif
         _ => Spills::Unknown,
     };
     let differences = kernel.map_or_else(Vec::new, |kernel| differences(plan.vmem(), kernel));
-    Ok(Certified { plan: Planned::new(&plan, spills), certificate, differences })
+    Ok(Certified { spec: request.spec, plan: Planned::new(&plan, spills), certificate, differences })
 }

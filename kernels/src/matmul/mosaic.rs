@@ -217,18 +217,9 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// Row and column ranges of the chunks.
     fn chunks(&self) -> Vec<[(usize, usize); 2]> {
-        let [rows, columns, _] = self.plan.blocks();
-        let chunk = self.plan.chunk();
-        let ranges = |size: usize, step: usize| {
-            (0..size).step_by(step).map(move |start| (start, step.min(size - start))).collect::<Vec<_>>()
-        };
-        let mut chunks = Vec::new();
-        for column in ranges(columns, chunk.columns) {
-            for row in ranges(rows, chunk.rows) {
-                chunks.push([row, column]);
-            }
-        }
-        chunks
+        let ([rows, columns, _], chunk) = (self.plan.blocks(), self.plan.chunk());
+        let columns = ranges(columns, chunk.columns);
+        columns.flat_map(|column| ranges(rows, chunk.rows).map(move |row| [row, column])).collect()
     }
 
     /// Adds the tiles' product to what `start` names, and keeps it in the accumulator or, with `finish`, goes on to the
@@ -257,25 +248,33 @@ impl<'a, 'p> Body<'a, 'p> {
         edge: Option<usize>,
     ) -> Value<'a> {
         let k = self.k;
-        let lhs = self.lhs[half.min(self.lhs.len() - 1)].slice(0, row.0, row.1).load();
+        let lhs = self.lhs[half.min(self.lhs.len() - 1)].slice(0, row.0, row.1);
         let rhs = &self.rhs[half.min(self.rhs.len() - 1)];
-        let (rhs, depth_dim, dims) = match self.plan.problem().layout {
-            Layout::WeightTransposed => (rhs.slice(0, column.0, column.1).load(), 1, DotDims::nt()),
-            Layout::RowMajor | Layout::FeatureMajor => (rhs.slice(1, column.0, column.1).load(), 0, DotDims::nn()),
-        };
-        let (lhs, rhs) = match edge {
-            None => (lhs, rhs),
-            Some(edge) => (self.masked(lhs, 1, edge), self.masked(rhs, depth_dim, edge)),
-        };
-        let sum = match start {
-            Sum::Zero => k.zeros(Element::F32, &[row.1, column.1]),
-            Sum::Loaded => part(&self.sums[half], row, column).load(),
+        let transposed = self.plan.problem().layout == Layout::WeightTransposed;
+        let (rhs, rhs_depth, dims) = match transposed {
+            true => (rhs.slice(0, column.0, column.1), 1, DotDims::nt()),
+            false => (rhs.slice(1, column.0, column.1), 0, DotDims::nn()),
         };
         let precision = match self.plan.problem().input {
             Element::F32 => Precision::Fp32,
             _ => Precision::Default,
         };
-        k.dot_general(lhs, rhs, sum, &dims, precision)
+        let mut sum = match start {
+            Sum::Zero => k.zeros(Element::F32, &[row.1, column.1]),
+            Sum::Loaded => part(&self.sums[half], row, column).load(),
+        };
+        let [_, _, depth] = self.plan.blocks();
+        for (from, size) in ranges(depth, self.plan.chunk().depth) {
+            let (mut lhs, mut rhs) = (lhs.slice(1, from, size).load(), rhs.slice(rhs_depth, from, size).load());
+            if let Some(edge) = edge.map(|edge| edge.saturating_sub(from)).filter(|&edge| edge < size) {
+                if edge == 0 {
+                    break;
+                }
+                (lhs, rhs) = (self.masked(lhs, 1, edge), self.masked(rhs, rhs_depth, edge));
+            }
+            sum = k.dot_general(lhs, rhs, sum, &dims, precision);
+        }
+        sum
     }
 
     /// Zeros from `edge` on along `dim`.
@@ -305,6 +304,11 @@ impl<'a, 'p> Body<'a, 'p> {
         }
         part(&self.out, row, column).store(result.cast(problem.output));
     }
+}
+
+/// (start, size) of the parts of at most `step` that make up `size`.
+fn ranges(size: usize, step: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..size).step_by(step).map(move |start| (start, step.min(size - start)))
 }
 
 fn part<'a>(of: &Ref<'a>, row: (usize, usize), column: (usize, usize)) -> Ref<'a> {

@@ -13,7 +13,10 @@ use std::fmt;
 use pagoda_ir::element::Element;
 use serde::{Deserialize, Serialize};
 
-use super::problem::{Activation, Layout, Problem};
+use super::{
+    problem::{Activation, Layout, Problem},
+    tuned,
+};
 use crate::{
     chips::{Chip, ChipInfo},
     vmem::{Buffer, BufferKind, Bytes, Spills, Suggestion, Verdict, VmemReport},
@@ -84,6 +87,8 @@ pub struct Chunk {
     pub rows: usize,
     /// Columns of it.
     pub columns: usize,
+    /// How much of the depth is multiplied at a time.
+    pub depth: usize,
 }
 
 /// What a plan should cost, by a model of one core that overlaps copies and products.
@@ -171,12 +176,6 @@ impl Plan {
             .expect("two orders");
         let chunk = chunk(info, &layout);
         Self { problem, chip, tiles, order, chunk, limit, report: layout.report(chip), estimate }
-    }
-
-    /// The same plan with other chunks: for the search for better ones.
-    #[must_use]
-    pub fn with_chunk(self, rows: usize, columns: usize) -> Self {
-        Self { chunk: Chunk { rows, columns }, ..self }
     }
 
     /// The problem.
@@ -468,10 +467,13 @@ const WEIGHT_LOAD: f64 = 0.67;
 /// bf16 passes of a true f32 product.
 const F32_PASSES: f64 = 6.0;
 
-/// The chunk of a tile: small enough for the registers, deep and wide enough to keep the matrix units busy.
+/// The chunk of a tile: few enough values for the registers, as many columns as a matrix unit has (half of them halve
+/// the speed on v6e and tpu7x). More rows than 256 gain no cycles and spill. True f32 products split each operand into
+/// three bf16 parts, all of which are live: they go through the depth in pieces.
 fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
-    let [rows, columns, _] = blocks.block;
-    Chunk { rows: rows.min(256), columns: columns.min(info.mxu) }
+    let [rows, columns, depth] = blocks.block;
+    let (most_rows, most_depth) = if blocks.problem.input == Element::F32 { (128, 128) } else { (256, depth) };
+    Chunk { rows: rows.min(most_rows), columns: columns.min(info.mxu), depth: depth.min(most_depth) }
 }
 
 /// The cheapest tiles that fit `limit` without spills.
@@ -479,6 +481,7 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
     let lane_m = problem.layout == Layout::FeatureMajor;
     let (ms, ns) = (candidates(problem.m, lane_m, MAX_TILE), candidates(problem.n, !lane_m, MAX_TILE));
     let ks = candidates(problem.k, true, MAX_DEPTH);
+    let margin = tuned::spill_bound(chip, problem).unwrap_or(UNMEASURED_SPILLS);
     let mut best: Option<(f64, Tiles)> = None;
     for &m in &ms {
         for &n in &ns {
@@ -488,7 +491,7 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
             for &k in &ks {
                 let tiles = Tiles { m, n, k };
                 let blocks = Blocks::new(problem, tiles);
-                if blocks.report(chip).total() + spill_margin(&blocks) > limit {
+                if blocks.report(chip).total() + margin > limit {
                     continue;
                 }
                 let cycles = [Order::RowsOuter, Order::ColumnsOuter]
@@ -506,12 +509,8 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
 
 const MAX_TILE: usize = 2048;
 const MAX_DEPTH: usize = 8192;
-
-/// What the planner keeps free for spills.
-fn spill_margin(blocks: &Blocks) -> Bytes {
-    let [rows, columns, _] = blocks.block;
-    Bytes((rows * columns * 6) as u64)
-}
+/// What is kept free for spills where none were recorded.
+const UNMEASURED_SPILLS: Bytes = Bytes::mib(2);
 
 /// Tile sizes worth trying along one dimension: all of it, powers of two, and three times powers of two.
 fn candidates(size: usize, lanes: bool, most: usize) -> Vec<usize> {

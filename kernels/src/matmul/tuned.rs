@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     plan::{Plan, Tiles},
-    problem::Spec,
+    problem::{Activation, Spec},
 };
 use crate::{
     chips::Chip,
@@ -26,6 +26,8 @@ pub struct Record {
     pub problem: String,
     /// Type of both sides.
     pub input: Element,
+    /// Whether gates and ups are two products of one kernel.
+    pub gated: bool,
     /// The tiles.
     pub tiles: Tiles,
     /// VMEM without spills: the plan's sum and the compiler's report, which agree.
@@ -52,7 +54,7 @@ pub fn describe(spec: &Spec) -> String {
     let mut text = format!("{}x{}x{} {} -> {} {:?}", spec.m, spec.k, spec.n, spec.input, spec.output, spec.layout);
     for (set, name) in [
         (spec.epilogue.bias, "bias"),
-        (spec.epilogue.activation == super::Activation::SiluGate, "silu-gate"),
+        (spec.epilogue.activation == Activation::SiluGate, "silu-gate"),
         (spec.epilogue.residual, "residual"),
     ] {
         if set {
@@ -63,19 +65,28 @@ pub fn describe(spec: &Spec) -> String {
     text
 }
 
-/// What is known of a plan's spills: exactly, if this very kernel was compiled; else a bound, twice the largest spill of
-/// any recorded kernel of the chip and the input type. The body works chunk by chunk and every chunk of a chip has the
-/// same largest size, so that spills do not grow with the tiles.
+/// What is known of a plan's spills: exactly, if this very kernel was compiled; else [`spill_bound`].
 pub fn spills(plan: &Plan) -> Spills {
-    let alike = || records().iter().filter(|record| record.chip == plan.chip() && record.input == plan.problem().input);
     let problem = describe(plan.problem());
-    if let Some(same) = alike().find(|record| record.problem == problem && record.tiles == plan.tiles()) {
-        return Spills::Certified { bytes: same.spills };
+    let same = |record: &&Record| {
+        record.chip == plan.chip() && record.problem == problem && record.tiles == plan.tiles()
+    };
+    match (records().iter().find(same), spill_bound(plan.chip(), plan.problem())) {
+        (Some(same), _) => Spills::Certified { bytes: same.spills },
+        (None, Some(bytes)) => Spills::Bounded { bytes },
+        (None, None) => Spills::Unknown,
     }
-    match alike().map(|record| record.spills).max() {
-        Some(largest) => Spills::Bounded { bytes: (largest * 2).max(Bytes::kib(64)) },
-        None => Spills::Unknown,
-    }
+}
+
+/// More than any matmul of this chip, input type and number of products spills: twice the largest that was recorded, and 64 KiB at least.
+/// `None` where none was recorded.
+///
+/// The body works chunk by chunk and every chunk of a chip has the same largest size, so that spills do not grow with
+/// the tiles.
+pub fn spill_bound(chip: Chip, problem: &Spec) -> Option<Bytes> {
+    let key = (chip, problem.input, problem.epilogue.activation == Activation::SiluGate);
+    let alike = records().iter().filter(|record| (record.chip, record.input, record.gated) == key);
+    Some((alike.map(|record| record.spills).max()? * 2).max(Bytes::kib(64)))
 }
 
 #[cfg(test)]
