@@ -12,14 +12,9 @@ use melior::ir::Attribute;
 pub enum Across {
     /// Replica ids; every partition has groups of its own.
     Replicas,
-    /// Partition ids; every replica has groups of its own. `channel` (positive) must be unique in the program.
-    Partitions {
-        /// The channel's number.
-        channel: usize,
-    },
-    /// `replica_id * partitions + partition_id`. `channel` (positive) must be unique in the program.
+    /// `replica_id * partitions + partition_id`: in a program of one replica, the partition's id.
     Devices {
-        /// The channel's number.
+        /// A positive number that no other collective of the program has.
         channel: usize,
     },
 }
@@ -39,42 +34,67 @@ impl DeviceGroups {
         Self { groups: vec![(0..count).collect()], across: Across::Replicas }
     }
 
-    /// One group of partitions 0 to `count` - 1.
-    pub fn partitions(count: usize, channel: usize) -> Self {
-        Self { groups: vec![(0..count).collect()], across: Across::Partitions { channel } }
-    }
-
-    fn check(&self, op: &str) -> Result<usize> {
-        let size = self.groups.first().map_or(0, Vec::len);
-        let ids = self.groups.concat();
-        ensure(size > 0 && self.groups.iter().all(|group| group.len() == size), op, || {
-            format!("groups {:?} must be of one size, and not empty", self.groups)
-        })?;
-        ensure_dims(op, "device ids", &ids, usize::MAX)?;
-        Ok(size)
+    /// One group of devices 0 to `count` - 1.
+    pub fn devices(count: usize, channel: usize) -> Self {
+        Self { groups: vec![(0..count).collect()], across: Across::Devices { channel } }
     }
 }
 
+/// How an op reads ids that come with a channel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ids {
+    /// As device ids, when told so.
+    Devices,
+    /// As partition ids always: these are device ids only in a program of one replica.
+    Partitions,
+}
+
 impl<'c, 'a> Builder<'c, 'a> {
-    fn group_attributes(&self, groups: &DeviceGroups) -> Result<Vec<(&'static str, Attribute<'c>)>> {
+    /// Checks the ids, and returns the size of a group.
+    fn ensure_groups(&self, op: &str, groups: &DeviceGroups, ids: Ids) -> Result<usize> {
+        let size = groups.groups.first().map_or(0, Vec::len);
+        ensure(size > 0 && groups.groups.iter().all(|group| group.len() == size), op, || {
+            format!("groups {:?} must be of one size, and not empty", groups.groups)
+        })?;
+        self.ensure_ids(op, "group members", &groups.groups.concat(), groups.across, ids)?;
+        Ok(size)
+    }
+
+    fn ensure_ids(&self, op: &str, what: &str, members: &[usize], across: Across, ids: Ids) -> Result<()> {
+        let (replicas, partitions) = (self.shared.replicas, self.shared.partitions);
+        let (kind, count) = match across {
+            Across::Replicas => ("replicas", replicas),
+            Across::Devices { channel } => {
+                ensure(channel > 0, op, || "channel 0 means no channel: number channels from 1".to_owned())?;
+                ensure(ids == Ids::Devices || replicas == 1, op, || {
+                    format!("has no form for device ids in a module of {replicas} replicas: use replica ids")
+                })?;
+                ("devices", replicas * partitions)
+            }
+        };
+        let limit = members.iter().all(|&id| id < count);
+        ensure(limit, op, || {
+            format!("{what} {members:?} exceed the module's {count} {kind}: make it with Module::replicated")
+        })?;
+        ensure_dims(op, what, members, count)
+    }
+
+    fn group_attributes(&self, groups: &DeviceGroups, ids: Ids) -> Result<Vec<(&'static str, Attribute<'c>)>> {
         let (count, size) = (groups.groups.len(), groups.groups[0].len());
         let text = format!("dense<{:?}> : tensor<{count}x{size}xi64>", groups.groups);
         let mut attributes = vec![("replica_groups", self.parse(&text)?)];
         attributes.extend(self.channel(groups.across)?);
-        if matches!(groups.across, Across::Devices { .. }) {
+        if ids == Ids::Devices && matches!(groups.across, Across::Devices { .. }) {
             attributes.push(("use_global_device_ids", Attribute::unit(self.context)));
         }
         Ok(attributes)
     }
 
     fn channel(&self, across: Across) -> Result<Option<(&'static str, Attribute<'c>)>> {
-        match across {
-            Across::Replicas => Ok(None),
-            Across::Partitions { channel } | Across::Devices { channel } => {
-                let text = format!("#stablehlo.channel_handle<handle = {channel}, type = 1>");
-                Ok(Some(("channel_handle", self.parse(&text)?)))
-            }
-        }
+        let Across::Devices { channel } = across else { return Ok(None) };
+        // Type 1: from device to device.
+        let text = format!("#stablehlo.channel_handle<handle = {channel}, type = 1>");
+        Ok(Some(("channel_handle", self.parse(&text)?)))
     }
 
     /// Combines `x` over each group with `combine(b, acc, x)`, element by element; every device gets the result.
@@ -86,10 +106,10 @@ impl<'c, 'a> Builder<'c, 'a> {
     ) -> Result<Tensor<'c, 'a>> {
         let op = "all_reduce";
         let ty = x.ty();
-        groups.check(op)?;
+        self.ensure_groups(op, groups, Ids::Devices)?;
         let scalars = [TensorType::scalar(ty.element)];
         let body = self.combiner(op, &scalars, |b, acc, x| Ok(vec![combine(b, acc[0], x[0])?]))?;
-        Ok(self.emit_all(op, &[x], &self.group_attributes(groups)?, &[ty], vec![body])?[0])
+        Ok(self.emit_all(op, &[x], &self.group_attributes(groups, Ids::Devices)?, &[ty], vec![body])?[0])
     }
 
     /// The sum of `x` over each group.
@@ -100,11 +120,11 @@ impl<'c, 'a> Builder<'c, 'a> {
     /// Joins the `x` of each group along `dim`, in the group's order.
     pub fn all_gather(&self, x: Tensor<'c, 'a>, dim: usize, groups: &DeviceGroups) -> Result<Tensor<'c, 'a>> {
         let op = "all_gather";
-        let size = groups.check(op)?;
+        let size = self.ensure_groups(op, groups, Ids::Devices)?;
         let mut ty = x.ty();
         ensure_dims(op, "dim", &[dim], ty.rank())?;
         ty.dims[dim] *= size;
-        let mut attributes = self.group_attributes(groups)?;
+        let mut attributes = self.group_attributes(groups, Ids::Devices)?;
         attributes.push(("all_gather_dim", self.i64(dim)));
         self.emit(op, &[x], &attributes, ty)
     }
@@ -118,7 +138,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         combine: impl FnOnce(&Builder<'c, 'a>, Tensor<'c, 'a>, Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>>,
     ) -> Result<Tensor<'c, 'a>> {
         let op = "reduce_scatter";
-        let size = groups.check(op)?;
+        let size = self.ensure_groups(op, groups, Ids::Devices)?;
         let ty = x.ty();
         ensure_dims(op, "dim", &[dim], ty.rank())?;
         ensure(ty.dims[dim].is_multiple_of(size), op, || {
@@ -128,7 +148,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         let body = self.combiner(op, &scalars, |b, acc, x| Ok(vec![combine(b, acc[0], x[0])?]))?;
         let mut result = ty;
         result.dims[dim] /= size;
-        let mut attributes = self.group_attributes(groups)?;
+        let mut attributes = self.group_attributes(groups, Ids::Devices)?;
         attributes.push(("scatter_dimension", self.i64(dim)));
         Ok(self.emit_all(op, &[x], &attributes, &[result], vec![body])?[0])
     }
@@ -143,19 +163,16 @@ impl<'c, 'a> Builder<'c, 'a> {
         groups: &DeviceGroups,
     ) -> Result<Tensor<'c, 'a>> {
         let op = "all_to_all";
-        let size = groups.check(op)?;
+        let size = self.ensure_groups(op, groups, Ids::Partitions)?;
         let mut ty = x.ty();
         ensure_dims(op, "split_dim", &[split_dim], ty.rank())?;
         ensure_dims(op, "concat_dim", &[concat_dim], ty.rank())?;
         ensure(ty.dims[split_dim].is_multiple_of(size), op, || {
             format!("{ty} dim {split_dim} = {} does not split into {size} parts", ty.dims[split_dim])
         })?;
-        ensure(!matches!(groups.across, Across::Devices { .. }), op, || {
-            "has no form for global device ids: use replica or partition ids".to_owned()
-        })?;
         ty.dims[split_dim] /= size;
         ty.dims[concat_dim] *= size;
-        let mut attributes = self.group_attributes(groups)?;
+        let mut attributes = self.group_attributes(groups, Ids::Partitions)?;
         attributes.push(("split_dimension", self.i64(split_dim)));
         attributes.push(("concat_dimension", self.i64(concat_dim)));
         attributes.push(("split_count", self.i64(size)));
@@ -172,11 +189,8 @@ impl<'c, 'a> Builder<'c, 'a> {
         let op = "collective_permute";
         let (sources, targets): (Vec<_>, Vec<_>) = pairs.iter().copied().unzip();
         ensure(!pairs.is_empty(), op, || "needs one pair at least".to_owned())?;
-        ensure_dims(op, "sources", &sources, usize::MAX)?;
-        ensure_dims(op, "targets", &targets, usize::MAX)?;
-        ensure(!matches!(across, Across::Devices { .. }), op, || {
-            "has no form for global device ids: use replica or partition ids".to_owned()
-        })?;
+        self.ensure_ids(op, "sources", &sources, across, Ids::Partitions)?;
+        self.ensure_ids(op, "targets", &targets, across, Ids::Partitions)?;
         let rows: Vec<[usize; 2]> = pairs.iter().map(|&(source, target)| [source, target]).collect();
         let text = format!("dense<{rows:?}> : tensor<{}x2xi64>", rows.len());
         let mut attributes = vec![("source_target_pairs", self.parse(&text)?)];

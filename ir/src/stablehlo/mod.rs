@@ -22,6 +22,8 @@ mod elementwise;
 mod emit;
 mod module;
 mod shape_ops;
+#[cfg(test)]
+mod tests;
 
 use std::{cell::RefCell, collections::BTreeMap, fmt, marker::PhantomData, rc::Rc};
 
@@ -40,8 +42,14 @@ pub use self::{
 };
 use crate::{element::Element, shape::TensorType};
 
-/// Functions that a module holds already, by name.
-type Signatures = Rc<RefCell<BTreeMap<String, Signature>>>;
+/// What the builders of a module's functions know about the module.
+#[derive(Debug)]
+struct Shared {
+    replicas: usize,
+    partitions: usize,
+    /// The functions that the module holds already, by name.
+    signatures: RefCell<BTreeMap<String, Signature>>,
+}
 
 /// The types of a function.
 #[derive(Clone, Debug)]
@@ -101,7 +109,7 @@ pub struct Builder<'c, 'a> {
     block: BlockRef<'c, 'a>,
     /// The open blocks around and including `block`, outermost first.
     scopes: Vec<Scope>,
-    signatures: Signatures,
+    shared: Rc<Shared>,
     function: PhantomData<fn(&'a ()) -> &'a ()>,
 }
 
