@@ -34,7 +34,20 @@ fn a_layer_of_a_network() {
         let scale = b.broadcast_to(b.scalar(Element::F32, 0.5)?, &[8, 128])?;
         Ok(vec![b.convert(b.multiply(gated, scale)?, Element::Bf16)?])
     });
-    insta::assert_snapshot!(module, @"");
+    insta::assert_snapshot!(module, @r#"
+    module @m {
+      func.func public @main(%arg0: tensor<8x64xbf16>, %arg1: tensor<128x64xbf16>) -> tensor<8x128xbf16> {
+        %0 = "stablehlo.dot_general"(%arg0, %arg1) {dot_dimension_numbers = #stablehlo.dot<lhs_batching_dimensions = [], rhs_batching_dimensions = [], lhs_contracting_dimensions = [1], rhs_contracting_dimensions = [1]>} : (tensor<8x64xbf16>, tensor<128x64xbf16>) -> tensor<8x128xf32>
+        %1 = "stablehlo.logistic"(%0) : (tensor<8x128xf32>) -> tensor<8x128xf32>
+        %2 = "stablehlo.multiply"(%0, %1) : (tensor<8x128xf32>, tensor<8x128xf32>) -> tensor<8x128xf32>
+        %3 = "stablehlo.constant"() {value = dense<5.000000e-01> : tensor<f32>} : () -> tensor<f32>
+        %4 = "stablehlo.broadcast_in_dim"(%3) {broadcast_dimensions = array<i64>} : (tensor<f32>) -> tensor<8x128xf32>
+        %5 = "stablehlo.multiply"(%2, %4) : (tensor<8x128xf32>, tensor<8x128xf32>) -> tensor<8x128xf32>
+        %6 = "stablehlo.convert"(%5) : (tensor<8x128xf32>) -> tensor<8x128xbf16>
+        return %6 : tensor<8x128xbf16>
+      }
+    }
+    "#);
 }
 
 #[test]
@@ -48,7 +61,31 @@ fn a_loop_with_captures_and_a_reduction() {
         )?;
         Ok(vec![b.reduce_sum(state[1], &[0])?])
     });
-    insta::assert_snapshot!(module, @"");
+    insta::assert_snapshot!(module, @r#"
+    module @m {
+      func.func public @main(%arg0: tensor<4xf32>, %arg1: tensor<i32>) -> tensor<f32> {
+        %0 = "stablehlo.constant"() {value = dense<0> : tensor<i32>} : () -> tensor<i32>
+        %1:2 = "stablehlo.while"(%0, %arg0) ({
+        ^bb0(%arg2: tensor<i32>, %arg3: tensor<4xf32>):
+          %4 = "stablehlo.compare"(%arg2, %arg1) {compare_type = #stablehlo<comparison_type SIGNED>, comparison_direction = #stablehlo<comparison_direction LT>} : (tensor<i32>, tensor<i32>) -> tensor<i1>
+          "stablehlo.return"(%4) : (tensor<i1>) -> ()
+        }, {
+        ^bb0(%arg2: tensor<i32>, %arg3: tensor<4xf32>):
+          %4 = "stablehlo.constant"() {value = dense<1> : tensor<i32>} : () -> tensor<i32>
+          %5 = "stablehlo.add"(%arg2, %4) : (tensor<i32>, tensor<i32>) -> tensor<i32>
+          %6 = "stablehlo.add"(%arg3, %arg0) : (tensor<4xf32>, tensor<4xf32>) -> tensor<4xf32>
+          "stablehlo.return"(%5, %6) : (tensor<i32>, tensor<4xf32>) -> ()
+        }) : (tensor<i32>, tensor<4xf32>) -> (tensor<i32>, tensor<4xf32>)
+        %2 = "stablehlo.constant"() {value = dense<0.000000e+00> : tensor<f32>} : () -> tensor<f32>
+        %3 = "stablehlo.reduce"(%1#1, %2) ({
+        ^bb0(%arg2: tensor<f32>, %arg3: tensor<f32>):
+          %4 = "stablehlo.add"(%arg2, %arg3) : (tensor<f32>, tensor<f32>) -> tensor<f32>
+          "stablehlo.return"(%4) : (tensor<f32>) -> ()
+        }) {dimensions = array<i64: 0>} : (tensor<4xf32>, tensor<f32>) -> tensor<f32>
+        return %3 : tensor<f32>
+      }
+    }
+    "#);
 }
 
 #[test]
@@ -68,7 +105,23 @@ fn functions_donation_and_names() {
     module.name_argument("main", 1, "cache").unwrap();
     module.name_result("main", 1, "cache").unwrap();
     module.verify().unwrap();
-    insta::assert_snapshot!(module.text(), @"");
+    insta::assert_snapshot!(module.text(), @r#"
+    module @step attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 2 : i32} {
+      func.func private @twice(%arg0: tensor<2x2xf32>) -> tensor<2x2xf32> {
+        %0 = "stablehlo.add"(%arg0, %arg0) : (tensor<2x2xf32>, tensor<2x2xf32>) -> tensor<2x2xf32>
+        return %0 : tensor<2x2xf32>
+      }
+      func.func public @main(%arg0: tensor<i32> {pagoda.name = "token"}, %arg1: tensor<2x2xf32> {pagoda.name = "cache", tf.aliasing_output = 1 : i32}) -> (tensor<i32>, tensor<2x2xf32> {jax.result_info = "cache"}) {
+        %0 = call @twice(%arg1) : (tensor<2x2xf32>) -> tensor<2x2xf32>
+        %1 = "stablehlo.all_reduce"(%0) ({
+        ^bb0(%arg2: tensor<f32>, %arg3: tensor<f32>):
+          %2 = "stablehlo.add"(%arg2, %arg3) : (tensor<f32>, tensor<f32>) -> tensor<f32>
+          "stablehlo.return"(%2) : (tensor<f32>) -> ()
+        }) {replica_groups = dense<[[0, 1]]> : tensor<1x2xi64>} : (tensor<2x2xf32>) -> tensor<2x2xf32>
+        return %arg0, %1 : tensor<i32>, tensor<2x2xf32>
+      }
+    }
+    "#);
 
     let errors = [
         module.donate("main", 0, 1),
@@ -81,7 +134,16 @@ fn functions_donation_and_names() {
         module.function("f", &[], |b, x| b.call("thrice", x)),
     ];
     let errors: Vec<String> = errors.into_iter().map(|result| result.unwrap_err().to_string()).collect();
-    insta::assert_snapshot!(errors.join("\n"), @"");
+    insta::assert_snapshot!(errors.join("\n"), @r#"
+    function `main`: argument 0 is i32[] and cannot become result 1, which is f32[2,2]
+    function `main`: argument 2 is not one of its 2
+    function `main`: result 2 is not one of its 2
+    function `decode`: is not defined (yet) in this module; it has: main, twice
+    function `main`: result 2 is not one of its 2
+    function `twice`: is defined already
+    function `twice`: takes (f32[2,2]) and is called with (f32[3])
+    function `thrice`: is not defined (yet) in this module; it has: main, twice
+    "#);
 }
 
 #[test]
@@ -100,7 +162,24 @@ fn gather_scatter_and_sort() {
         let rows = b.take(written, b.reshape(x[1], &[3])?, 0)?;
         b.sort(&[rows], 1, true, |b, pairs| b.compare(pairs[0].0, Direction::Gt, pairs[0].1))
     });
-    insta::assert_snapshot!(module, @"");
+    insta::assert_snapshot!(module, @r#"
+    module @m {
+      func.func public @main(%arg0: tensor<10x4xf32>, %arg1: tensor<3x1xi32>, %arg2: tensor<3x4xf32>) -> tensor<3x4xf32> {
+        %0 = "stablehlo.scatter"(%arg0, %arg1, %arg2) ({
+        ^bb0(%arg3: tensor<f32>, %arg4: tensor<f32>):
+          "stablehlo.return"(%arg4) : (tensor<f32>) -> ()
+        }) {indices_are_sorted = false, scatter_dimension_numbers = #stablehlo.scatter<update_window_dims = [1], inserted_window_dims = [0], input_batching_dims = [], scatter_indices_batching_dims = [], scatter_dims_to_operand_dims = [0], index_vector_dim = 1>, unique_indices = true} : (tensor<10x4xf32>, tensor<3x1xi32>, tensor<3x4xf32>) -> tensor<10x4xf32>
+        %1 = "stablehlo.reshape"(%arg1) : (tensor<3x1xi32>) -> tensor<3xi32>
+        %2 = "stablehlo.gather"(%0, %1) {dimension_numbers = #stablehlo.gather<offset_dims = [1], collapsed_slice_dims = [0], operand_batching_dims = [], start_indices_batching_dims = [], start_index_map = [0], index_vector_dim = 1>, indices_are_sorted = false, slice_sizes = array<i64: 1, 4>} : (tensor<10x4xf32>, tensor<3xi32>) -> tensor<3x4xf32>
+        %3 = "stablehlo.sort"(%2) ({
+        ^bb0(%arg3: tensor<f32>, %arg4: tensor<f32>):
+          %4 = "stablehlo.compare"(%arg3, %arg4) {compare_type = #stablehlo<comparison_type FLOAT>, comparison_direction = #stablehlo<comparison_direction GT>} : (tensor<f32>, tensor<f32>) -> tensor<i1>
+          "stablehlo.return"(%4) : (tensor<i1>) -> ()
+        }) {dimension = 1 : i64, is_stable = true} : (tensor<3x4xf32>) -> tensor<3x4xf32>
+        return %3 : tensor<3x4xf32>
+      }
+    }
+    "#);
 }
 
 #[test]
@@ -126,7 +205,15 @@ fn custom_calls_of_both_kinds() {
         };
         b.custom_call("pagoda.rpa", &out, &[x[0].ty(), x[1].ty()], ffi)
     });
-    insta::assert_snapshot!(module, @"");
+    insta::assert_snapshot!(module, @r#"
+    module @m {
+      func.func public @main(%arg0: tensor<16x128xbf16>, %arg1: tensor<8xf32>) -> (tensor<16x128xbf16>, tensor<8xf32>) {
+        %0 = "stablehlo.custom_call"(%arg0, %arg1) {api_version = 1 : i32, backend_config = "{\22custom_call_config\22: {\22body\22: \22TUw=\22}}", call_target_name = "tpu_custom_call", has_side_effect = false, kernel_name = "rpa-p128-bq32-kv4", operand_layouts = [dense<[1, 0]> : tensor<2xindex>, dense<0> : tensor<1xindex>], output_operand_aliases = [#stablehlo.output_operand_alias<output_tuple_indices = [], operand_index = 0, operand_tuple_indices = []>], result_layouts = [dense<[1, 0]> : tensor<2xindex>]} : (tensor<16x128xbf16>, tensor<8xf32>) -> tensor<16x128xbf16>
+        %1:2 = "stablehlo.custom_call"(%0) {api_version = 4 : i32, backend_config = {scale = 1.250000e-01 : f32, window = -1 : i64}, call_target_name = "pagoda.rpa", has_side_effect = true} : (tensor<16x128xbf16>) -> (tensor<16x128xbf16>, tensor<8xf32>)
+        return %1#0, %1#1 : tensor<16x128xbf16>, tensor<8xf32>
+      }
+    }
+    "#);
 }
 
 #[test]
@@ -180,7 +267,7 @@ fn every_misfit_names_the_op_and_the_shapes() {
         |b, x| Ok(vec![b.slice(x[0], &[0, 100], &[8, 129], &[1, 1])?]),
         |b, x| Ok(vec![b.pad(x[2], x[3], &[0], &[0], &[0])?]),
         |b, x| Ok(vec![b.concatenate(&[x[0], x[1]], 0)?]),
-        |b, x| Ok(vec![b.iota(Element::F32, &[4], 1)?]),
+        |b, _| Ok(vec![b.iota(Element::F32, &[4], 1)?]),
         |b, x| Ok(vec![b.dynamic_slice(x[0], &[b.scalar(Element::I32, 0.0)?], &[1, 1])?]),
         |b, x| {
             let zero = b.scalar(Element::I32, 0.0)?;
@@ -239,7 +326,52 @@ fn every_misfit_names_the_op_and_the_shapes() {
         },
     ];
     let errors: Vec<String> = bodies.iter().map(|&body| error(&arguments, body)).collect();
-    insta::assert_snapshot!(errors.join("\n"), @"");
+    insta::assert_snapshot!(errors.join("\n"), @r#"
+    stablehlo.add: operands differ: lhs f32[8,128], rhs f32[64,256]
+    stablehlo.exponential: needs a float type, got i32[8]
+    stablehlo.subtract: needs an integer or a float type, got pred[]
+    stablehlo.and: needs an integer type or pred, got f32[8,128]
+    stablehlo.select: needs a pred of the same dims or a scalar, and two equal types, got i32[8], f32[8,128], f32[64,256]
+    stablehlo.clamp: bounds i32[8], f32[8,128] fit neither f32[8,128] nor its scalar
+    stablehlo.compare: operands differ: lhs f32[8,128], rhs i32[8]
+    stablehlo.constant: i8 does not hold 128
+    stablehlo.constant: u64 does not hold 0.5
+    stablehlo.bitcast_convert: f32[8,128] as f64 needs a minor dimension of 2
+    stablehlo.dot_general: contracting sizes differ: lhs f32[8,128] dim 1 = 128, rhs f32[64,256] dim 0 = 64
+    stablehlo.dot_general: lhs f32[8,128] and rhs i32[8] cannot accumulate in f32
+    stablehlo.dot_general: batch dims do not pair: lhs [0], rhs []
+    stablehlo.dot_general: lhs f32[8,128] batch and contract = [0, 0]: dimension 0 is named twice
+    stablehlo.broadcast_in_dim: i32[8] dim 0 = 8 does not broadcast to i32[4,16] dim 1 = 16
+    stablehlo.broadcast_in_dim: map = [2]: dimension 2 is not below the rank 1
+    stablehlo.reshape: f32[8,128] has 1024 elements, f32[8,64] has 512
+    stablehlo.transpose: permutation = [0, 0]: dimension 0 is named twice
+    stablehlo.slice: dim 1: 100..129 by 1 is no part of f32[8,128]
+    stablehlo.pad: i32[8] cannot be padded with pred[]
+    stablehlo.concatenate: operands differ beyond dim 0: f32[8,128], f32[64,256]
+    stablehlo.iota: dim = [1]: dimension 1 is not below the rank 1
+    stablehlo.dynamic_slice: needs one scalar start of the same integer type per dimension of f32[8,128], got i32[]
+    stablehlo.dynamic_update_slice: the update f32[64,256] is no part of f32[8,128]
+    stablehlo.gather: indices f32[8,128] must be integers
+    stablehlo.gather: index vectors of i32[8] have 8 entries, [] maps 0
+    stablehlo.scatter: updates f32[64,256] with update_window_dims [1] fit neither f32[8,128] nor the indices i32[8]
+    stablehlo.reduce: inputs (f32[8,128]) start from (pred[]) and must start from (f32[])
+    stablehlo.reduce: dims of f32[8,128] = [2]: dimension 2 is not below the rank 2
+    stablehlo.reduce: reduce_and needs pred, got f32[8,128]
+    stablehlo.sort: needs operands of equal dims, got f32[8,128], f32[64,256]
+    stablehlo.sort: the comparator returns f32[] and must return pred[]
+    stablehlo.while: the condition returns f32[8,128] and must return pred[]
+    stablehlo.while: the body returns (f32[64,256]) and must return (f32[8,128])
+    stablehlo.if: the condition is i32[8] and must be pred[]
+    stablehlo.if: branches differ: true (f32[8,128]), false (f32[64,256], i32[8])
+    stablehlo.case: the index is i32[8] and must be i32[]
+    stablehlo.rng_bit_generator: the state is i32[8] and must be u64[2]
+    stablehlo.all_gather: dim = [2]: dimension 2 is not below the rank 2
+    stablehlo.all_reduce: group members [0, 1, 2, 3] exceed the module's 2 replicas: make it with Module::replicated
+    stablehlo.collective_permute: targets = [1, 1]: dimension 1 is named twice
+    stablehlo.all_to_all: has no form for device ids in a module of 2 replicas: use replica ids
+    stablehlo.custom_call: result 0 (f32[64,256]) cannot take the buffer of operand 0 (f32[8,128])
+    stablehlo.custom_call: operand_layouts: [0] does not order the dims of f32[8,128]
+    "#);
 }
 
 #[test]
@@ -257,7 +389,11 @@ fn bodies_that_run_alone_must_not_use_what_is_outside() {
         },
     ];
     let errors: Vec<String> = bodies.iter().map(|&body| error(&arguments, body)).collect();
-    insta::assert_snapshot!(errors.join("\n"), @"");
+    insta::assert_snapshot!(errors.join("\n"), @r#"
+    stablehlo.reduce: its body uses a f32[] from outside in stablehlo.add; this body may only use its own arguments and what it computes: build constants inside it
+    stablehlo.reduce: its body uses a f32[] from outside in stablehlo.return; this body may only use its own arguments and what it computes: build constants inside it
+    stablehlo.sort: its body uses a f32[] from outside in stablehlo.compare; this body may only use its own arguments and what it computes: build constants inside it
+    "#);
 }
 
 #[test]
@@ -274,7 +410,7 @@ fn values_of_a_body_do_not_outlive_it() {
         )?;
         Ok(vec![b.negate(inner.unwrap())?])
     });
-    insta::assert_snapshot!(escaped, @"");
+    insta::assert_snapshot!(escaped, @"stablehlo.negate: uses a f32[] of a body that has ended; return it from that body's op instead");
     // Also when the body failed: its values stay valid to look at, and are refused as operands.
     let failed = error(&[TensorType::scalar(Element::Pred)], |b, x| {
         let mut inner = None;
@@ -302,7 +438,11 @@ fn the_verifier_tells_what_is_wrong() {
         melior::ir::operation::OperationBuilder::new("func.return", melior::ir::Location::unknown(context.melior()));
     use melior::ir::BlockLike;
     module.melior().body().append_operation(operation.build().unwrap());
-    insta::assert_snapshot!(module.verify().unwrap_err(), @"");
+    insta::assert_snapshot!(module.verify().unwrap_err(), @r#"
+    module `broken` does not verify:
+    error: 'func.return' op expects parent op 'func.func'
+      note: see current operation: "func.return"() : () -> ()
+    "#);
 }
 
 #[test]
