@@ -12,8 +12,8 @@ use pagoda_engine::pjrt::{
 use pagoda_ir::{
     Context, Element, HostTensor, Result, TensorType,
     stablehlo::{
-        Across, BackendConfig, Branch, Builder, ConfigValue, CustomCall, DeviceGroups, Direction, DotDims, GatherDims,
-        Module, OPS, OutputOperandAlias, Precision, ScatterDims, Tensor, Window,
+        BackendConfig, Branch, Builder, ConfigValue, CustomCall, Direction, DotDims, GatherDims, Module, OPS,
+        OutputOperandAlias, Precision, ReplicaGroups, ScatterDims, Tensor, Window,
     },
 };
 
@@ -49,7 +49,7 @@ impl Case {
     fn module<'c>(&self, context: &'c Context) -> Module<'c> {
         let module = match self.inputs.len() {
             1 => Module::new(context, "case"),
-            replicas => Module::replicated(context, "case", replicas, 1),
+            replicas => Module::replicated(context, "case", replicas),
         };
         let types: Vec<_> = self.inputs[0].iter().map(|input| TensorType::new(input.element(), input.dims())).collect();
         let body = self.body;
@@ -878,8 +878,8 @@ fn reductions_sorts_and_bits() -> Vec<Case> {
     ]
 }
 
-fn pairs_of_four() -> DeviceGroups {
-    DeviceGroups { groups: vec![vec![0, 1], vec![3, 2]], across: Across::Replicas }
+fn pairs_of_four() -> ReplicaGroups {
+    ReplicaGroups(vec![vec![0, 1], vec![3, 2]])
 }
 
 fn collectives() -> Vec<Case> {
@@ -897,7 +897,7 @@ fn collectives() -> Vec<Case> {
         replicated(
             "all_reduce over all, sum",
             rows(),
-            |b, x| Ok(vec![b.all_reduce_sum(x[0], &DeviceGroups::replicas(4))?]),
+            |b, x| Ok(vec![b.all_reduce_sum(x[0], &ReplicaGroups::all(4))?]),
             per_replica([0, 1, 2, 3].map(|_| vec![60, 64, 68, 72])),
         ),
         replicated(
@@ -905,16 +905,6 @@ fn collectives() -> Vec<Case> {
             rows(),
             |b, x| Ok(vec![b.all_reduce(x[0], &pairs_of_four(), |b, acc, x| b.maximum(acc, x))?]),
             per_replica([row(1), row(1), row(3), row(3)]),
-        ),
-        replicated(
-            "all_reduce by device ids",
-            rows(),
-            |b, x| {
-                let groups =
-                    DeviceGroups { groups: vec![vec![0, 2], vec![1, 3]], across: Across::Devices { channel: 1 } };
-                Ok(vec![b.all_reduce_sum(x[0], &groups)?])
-            },
-            per_replica([0, 1, 0, 1].map(|first| (0..4).map(|column| 20 * first + 20 + 2 * column).collect())),
         ),
         replicated(
             "all_gather in the group's order",
@@ -925,19 +915,19 @@ fn collectives() -> Vec<Case> {
         replicated(
             "reduce_scatter",
             rows(),
-            |b, x| Ok(vec![b.reduce_scatter(x[0], 0, &DeviceGroups::replicas(4), |b, acc, x| b.add(acc, x))?]),
+            |b, x| Ok(vec![b.reduce_scatter(x[0], 0, &ReplicaGroups::all(4), |b, acc, x| b.add(acc, x))?]),
             per_replica([vec![60], vec![64], vec![68], vec![72]]),
         ),
         replicated(
             "all_to_all",
             rows(),
-            |b, x| Ok(vec![b.all_to_all(x[0], 0, 0, &DeviceGroups::replicas(4))?]),
+            |b, x| Ok(vec![b.all_to_all(x[0], 0, 0, &ReplicaGroups::all(4))?]),
             per_replica([0, 1, 2, 3].map(|column| (0..4).map(|r| 10 * r + column).collect())),
         ),
         replicated(
             "collective_permute",
             rows(),
-            |b, x| Ok(vec![b.collective_permute(x[0], &[(0, 1), (1, 2), (3, 0)], Across::Replicas)?]),
+            |b, x| Ok(vec![b.collective_permute(x[0], &[(0, 1), (1, 2), (3, 0)])?]),
             per_replica([row(3), row(0), row(1), vec![0; 4]]),
         ),
     ]

@@ -215,7 +215,7 @@ impl<'c, 'a> Builder<'c, 'a> {
                     Some(op) => Err(Error::op(
                         format!("stablehlo.{op}"),
                         format!(
-                            "its body uses a {} from outside in {name}; this body may only use its own arguments \
+                            "its body uses a value of type {} from outside in {name}; this body may only use its own arguments \
                              and what it computes: build constants inside it",
                             tensor.ty()
                         ),
@@ -224,7 +224,10 @@ impl<'c, 'a> Builder<'c, 'a> {
             }
             isolated = isolated.or(scope.isolated);
         }
-        let message = format!("uses a {} of a body that has ended; return it from that body's op instead", tensor.ty());
+        let message = format!(
+            "uses a value of type {} of a body that has ended; return it from that body's op instead",
+            tensor.ty()
+        );
         Err(Error::op(name, message))
     }
 

@@ -34,24 +34,24 @@ pub struct Module<'c> {
 impl<'c> Module<'c> {
     /// An empty module for one device.
     pub fn new(context: &'c Context, name: &str) -> Self {
-        Self::replicated(context, name, 1, 1)
+        Self::replicated(context, name, 1)
     }
 
-    /// A module that runs as `replicas` x `partitions` copies; collectives and
-    /// [`Builder::replica_id`]/[`Builder::partition_id`] tell them apart.
-    pub fn replicated(context: &'c Context, name: &str, replicas: usize, partitions: usize) -> Self {
+    /// A module that runs as `replicas` copies, each with its own arguments; collectives and [`Builder::replica_id`]
+    /// tell them apart.
+    pub fn replicated(context: &'c Context, name: &str, replicas: usize) -> Self {
         let context = context.melior();
         let module = Self {
             context,
             name: name.to_owned(),
             melior: melior::ir::Module::new(Location::unknown(context)),
-            shared: Rc::new(Shared { replicas, partitions, signatures: RefCell::default() }),
+            shared: Rc::new(Shared { replicas, signatures: RefCell::default() }),
             arguments: RefCell::default(),
             results: RefCell::default(),
         };
         module.set("sym_name", StringAttribute::new(context, name).into());
-        if replicas * partitions > 1 {
-            for (key, count) in [("mhlo.num_replicas", replicas), ("mhlo.num_partitions", partitions)] {
+        if replicas > 1 {
+            for (key, count) in [("mhlo.num_replicas", replicas), ("mhlo.num_partitions", 1)] {
                 let i32 = IntegerType::new(context, 32).into();
                 module.set(key, IntegerAttribute::new(i32, count as i64).into());
             }

@@ -21,7 +21,7 @@ fn text(arguments: &[TensorType], body: Body) -> String {
 /// The text of the error that `body` ends with.
 fn error(arguments: &[TensorType], body: Body) -> String {
     let context = Context::new();
-    let module = Module::replicated(&context, "m", 2, 1);
+    let module = Module::replicated(&context, "m", 2);
     module.function("main", arguments, |b, x| body(b, x)).unwrap_err().to_string()
 }
 
@@ -91,12 +91,12 @@ fn a_loop_with_captures_and_a_reduction() {
 #[test]
 fn functions_donation_and_names() {
     let context = Context::new();
-    let module = Module::replicated(&context, "step", 2, 1);
+    let module = Module::replicated(&context, "step", 2);
     let cache = ty(Element::F32, &[2, 2]);
     module.private_function("twice", std::slice::from_ref(&cache), |b, x| Ok(vec![b.add(x[0], x[0])?])).unwrap();
     module
         .function("main", &[ty(Element::I32, &[]), cache], |b, x| {
-            let sum = b.all_reduce_sum(b.call("twice", &[x[1]])?[0], &DeviceGroups::replicas(2))?;
+            let sum = b.all_reduce_sum(b.call("twice", &[x[1]])?[0], &ReplicaGroups::all(2))?;
             Ok(vec![x[0], sum])
         })
         .unwrap();
@@ -301,10 +301,11 @@ fn every_misfit_names_the_op_and_the_shapes() {
         |b, x| b.if_(x[3], |_| Ok(vec![x[0]]), |_| Ok(vec![x[1], x[2]])),
         |b, x| b.case(x[2], vec![]),
         |b, x| Ok(vec![b.rng_bit_generator(x[2], TensorType::new(Element::U32, &[4]))?.1]),
-        |b, x| Ok(vec![b.all_gather(x[0], 2, &DeviceGroups::replicas(2))?]),
-        |b, x| Ok(vec![b.all_reduce_sum(x[0], &DeviceGroups::replicas(4))?]),
-        |b, x| Ok(vec![b.collective_permute(x[0], &[(0, 1), (1, 1)], Across::Replicas)?]),
-        |b, x| Ok(vec![b.all_to_all(x[0], 0, 1, &DeviceGroups::devices(2, 1))?]),
+        |b, x| Ok(vec![b.all_gather(x[0], 2, &ReplicaGroups::all(2))?]),
+        |b, x| Ok(vec![b.all_reduce_sum(x[0], &ReplicaGroups::all(4))?]),
+        |b, x| Ok(vec![b.all_reduce_sum(x[0], &ReplicaGroups(vec![vec![1]]))?]),
+        |b, x| Ok(vec![b.collective_permute(x[0], &[(0, 1), (1, 1)])?]),
+        |b, x| Ok(vec![b.all_to_all(x[0], 0, 1, &ReplicaGroups(vec![vec![0], vec![]]))?]),
         |b, x| {
             b.custom_call(
                 "k",
@@ -338,14 +339,14 @@ fn every_misfit_names_the_op_and_the_shapes() {
     stablehlo.constant: u64 does not hold 0.5
     stablehlo.bitcast_convert: f32[8,128] as f64 needs a minor dimension of 2
     stablehlo.dot_general: contracting sizes differ: lhs f32[8,128] dim 1 = 128, rhs f32[64,256] dim 0 = 64
-    stablehlo.dot_general: lhs f32[8,128] and rhs i32[8] cannot accumulate in f32
+    stablehlo.dot_general: lhs f32[8,128] and rhs i32[8] cannot be multiplied into f32
     stablehlo.dot_general: batch dims do not pair: lhs [0], rhs []
     stablehlo.dot_general: lhs f32[8,128] batch and contract = [0, 0]: dimension 0 is named twice
     stablehlo.broadcast_in_dim: i32[8] dim 0 = 8 does not broadcast to i32[4,16] dim 1 = 16
     stablehlo.broadcast_in_dim: map = [2]: dimension 2 is not below the rank 1
     stablehlo.reshape: f32[8,128] has 1024 elements, f32[8,64] has 512
     stablehlo.transpose: permutation = [0, 0]: dimension 0 is named twice
-    stablehlo.slice: dim 1: 100..129 by 1 is no part of f32[8,128]
+    stablehlo.slice: dim 1: 100 to 129 by 1 is no part of f32[8,128]
     stablehlo.pad: i32[8] cannot be padded with pred[]
     stablehlo.concatenate: operands differ beyond dim 0: f32[8,128], f32[64,256]
     stablehlo.iota: dim = [1]: dimension 1 is not below the rank 1
@@ -366,9 +367,10 @@ fn every_misfit_names_the_op_and_the_shapes() {
     stablehlo.case: the index is i32[8] and must be i32[]
     stablehlo.rng_bit_generator: the state is i32[8] and must be u64[2]
     stablehlo.all_gather: dim = [2]: dimension 2 is not below the rank 2
-    stablehlo.all_reduce: group members [0, 1, 2, 3] exceed the module's 2 replicas: make it with Module::replicated
-    stablehlo.collective_permute: targets = [1, 1]: dimension 1 is named twice
-    stablehlo.all_to_all: has no form for device ids in a module of 2 replicas: use replica ids
+    stablehlo.all_reduce: groups name replica 2, the module has 2: make it with Module::replicated
+    stablehlo.all_reduce: groups [[1]] must name each of the module's 2 replicas
+    stablehlo.collective_permute: targets name replica 1 twice
+    stablehlo.all_to_all: groups [[0], []] must be of one size, and not empty
     stablehlo.custom_call: result 0 (f32[64,256]) cannot take the buffer of operand 0 (f32[8,128])
     stablehlo.custom_call: operand_layouts: [0] does not order the dims of f32[8,128]
     "#);
@@ -390,9 +392,9 @@ fn bodies_that_run_alone_must_not_use_what_is_outside() {
     ];
     let errors: Vec<String> = bodies.iter().map(|&body| error(&arguments, body)).collect();
     insta::assert_snapshot!(errors.join("\n"), @r#"
-    stablehlo.reduce: its body uses a f32[] from outside in stablehlo.add; this body may only use its own arguments and what it computes: build constants inside it
-    stablehlo.reduce: its body uses a f32[] from outside in stablehlo.return; this body may only use its own arguments and what it computes: build constants inside it
-    stablehlo.sort: its body uses a f32[] from outside in stablehlo.compare; this body may only use its own arguments and what it computes: build constants inside it
+    stablehlo.reduce: its body uses a value of type f32[] from outside in stablehlo.add; this body may only use its own arguments and what it computes: build constants inside it
+    stablehlo.reduce: its body uses a value of type f32[] from outside in stablehlo.return; this body may only use its own arguments and what it computes: build constants inside it
+    stablehlo.sort: its body uses a value of type f32[] from outside in stablehlo.compare; this body may only use its own arguments and what it computes: build constants inside it
     "#);
 }
 
@@ -410,7 +412,7 @@ fn values_of_a_body_do_not_outlive_it() {
         )?;
         Ok(vec![b.negate(inner.unwrap())?])
     });
-    insta::assert_snapshot!(escaped, @"stablehlo.negate: uses a f32[] of a body that has ended; return it from that body's op instead");
+    insta::assert_snapshot!(escaped, @"stablehlo.negate: uses a value of type f32[] of a body that has ended; return it from that body's op instead");
     // Also when the body failed: its values stay valid to look at, and are refused as operands.
     let failed = error(&[TensorType::scalar(Element::Pred)], |b, x| {
         let mut inner = None;
