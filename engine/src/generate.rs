@@ -15,7 +15,8 @@ use pagoda_ir::{Context, Element};
 
 use crate::error::Result;
 use crate::llama::step::{self, Output, StepShape};
-use crate::llama::{DeviceModel, LlamaConfig};
+use crate::llama::DeviceModel;
+use crate::model::config::LlamaConfig;
 use crate::pjrt::{Arg, Buffer, Client, Executable};
 use crate::sampler::Sampling;
 use crate::scheduler::{DecodeRow, Finished, Limits, PrefillRow, Request, Scheduler, Step};

@@ -24,7 +24,7 @@ use pagoda_ir::tensor::HostTensor;
 use pagoda_ir::{Context, Element, Result, TensorType};
 use pagoda_kernels::rpa;
 
-use crate::model::LlamaConfig;
+use crate::model::config::LlamaConfig;
 use crate::sampler::{self, Keys, Parameters, Sampling};
 
 /// The static sizes of a step program.
@@ -97,21 +97,21 @@ struct Weights<'c, 'a> {
 /// (untied only) head, rotary table.
 pub fn weight_types(config: &LlamaConfig, shape: &StepShape) -> Vec<TensorType> {
     let ty = |dims: &[usize]| TensorType::new(shape.compute, dims);
-    let (hidden, heads) = (config.hidden, config.q_heads * config.head_dim);
-    let mut types = vec![ty(&[config.vocab, hidden])];
+    let (hidden, heads) = (config.hidden_size, config.q_heads * config.head_dim);
+    let mut types = vec![ty(&[config.vocab_size, hidden])];
     for _ in 0..config.layers {
         types.extend([
             ty(&[hidden]),
             ty(&[heads + 2 * config.kv_heads * config.head_dim, hidden]),
             ty(&[hidden, heads]),
             ty(&[hidden]),
-            ty(&[2 * config.intermediate, hidden]),
-            ty(&[hidden, config.intermediate]),
+            ty(&[2 * config.intermediate_size, hidden]),
+            ty(&[hidden, config.intermediate_size]),
         ]);
     }
     types.push(ty(&[hidden]));
-    if !config.tied_embeddings {
-        types.push(ty(&[config.vocab, hidden]));
+    if !config.tie_word_embeddings {
+        types.push(ty(&[config.vocab_size, hidden]));
     }
     types.push(TensorType::new(Element::F32, &[shape.max_positions, config.head_dim]));
     types
@@ -126,7 +126,7 @@ impl<'c, 'a> Weights<'c, 'a> {
             .map(|w| Layer { input_norm: w[0], qkv: w[1], output: w[2], post_norm: w[3], gate_up: w[4], down: w[5] })
             .collect();
         let (norm, rest) = (args[layers_end], &args[layers_end + 1..]);
-        let (head, rest) = if config.tied_embeddings { (args[0], rest) } else { (rest[0], &rest[1..]) };
+        let (head, rest) = if config.tie_word_embeddings { (args[0], rest) } else { (rest[0], &rest[1..]) };
         (Self { embedding: args[0], layers, norm, head, rotary: rest[0] }, &rest[1..])
     }
 }
@@ -243,7 +243,7 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
 
     /// `down(silu(gate(x)) * up(x))`
     fn mlp(&self, layer: &Layer<'c, 'a>, x: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        let (b, inner) = (self.b, self.config.intermediate);
+        let (b, inner) = (self.b, self.config.intermediate_size);
         let gate_up = self.linear(layer.gate_up, x)?; // [2 * intermediate, rows]
         let gate = b.slice_in_dim(gate_up, 0, inner, 0)?;
         let up = b.slice_in_dim(gate_up, inner, 2 * inner, 0)?;
