@@ -1,4 +1,5 @@
 //! Engine.
+pub mod config;
 pub mod error;
 pub mod model;
 pub mod pages;
