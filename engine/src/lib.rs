@@ -1,7 +1,9 @@
 //! Engine.
 pub mod config;
 pub mod error;
+pub mod hosts;
 pub mod model;
+pub mod output;
 pub mod pages;
 pub mod scheduler;
 pub mod stop;
