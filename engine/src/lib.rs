@@ -1,4 +1,4 @@
-//! Engine.
+//! The engine: models from Hugging Face files, settings, continuous batching over paged KV, and output that survives crashes.
 pub mod config;
 pub mod error;
 pub mod hosts;

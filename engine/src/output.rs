@@ -9,14 +9,16 @@
 //! dropped, because its sample was never acknowledged.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::hosts::Share;
+use crate::scheduler::Finished;
 use crate::stop::FinishReason;
 use crate::units::SampleId;
 
@@ -45,6 +47,13 @@ pub struct Record {
 }
 
 impl Record {
+    /// The record of a sample that the scheduler finished; `text` is that of its first `text_tokens` tokens.
+    pub fn new(run: &Run, finished: Finished, prompt: String, text: String) -> Self {
+        let Finished { id, prompt: prompt_tokens, tokens, reason: finish_reason, .. } = finished;
+        let (round, generation) = run.labels(id);
+        Self { index: id.index, round, generation, prompt, prompt_tokens, tokens, text, finish_reason }
+    }
+
     /// Which sample of the run this is.
     pub fn id(&self) -> SampleId {
         SampleId { round: self.round.unwrap_or(0), index: self.index, generation: self.generation.unwrap_or(0) }
@@ -73,6 +82,18 @@ pub struct Run {
 }
 
 impl Run {
+    /// The run of these settings on a model, which `model` identifies (see [`Weights::identity`]).
+    ///
+    /// [`Weights::identity`]: crate::model::weights::Weights::identity
+    pub fn new(settings: &Settings, model: &str) -> Self {
+        Self {
+            identity: fingerprint([settings.identity().as_bytes(), model.as_bytes()]),
+            prompts: settings.prompts.len(),
+            generations: settings.n_generations as u32, // sizes of settings are within i32
+            rounds: settings.n_rounds as u32,
+        }
+    }
+
     /// A host's samples, in the order in which they are printed and stored.
     pub fn samples(&self, share: Share) -> Vec<SampleId> {
         let prompts = share.prompts(self.prompts);
@@ -138,7 +159,8 @@ impl Journal {
         } else {
             let path = folder.join(share.file_name("jsonl.partial"));
             let file = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", &path))?;
-            if file.try_lock().is_err() {
+            // Other failures mean a file system without locks, where the user keeps writers apart.
+            if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
                 return Err(Error::file(path, "another process is writing it", "wait for it, or give another --out"));
             }
             sync_folder(folder)?;
@@ -298,17 +320,14 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn record(run: &Run, id: SampleId) -> Record {
-        let (round, generation) = run.labels(id);
-        Record {
-            index: id.index,
-            round,
-            generation,
-            prompt: format!("prompt \"{}\"\n", id.index),
-            prompt_tokens: vec![0, id.index as u32],
+        let finished = Finished {
+            id,
+            prompt: vec![0, id.index as u32],
             tokens: vec![5, 1],
-            text: "שלום\u{2028}".into(),
-            finish_reason: FinishReason::Stop,
-        }
+            text_tokens: 1,
+            reason: FinishReason::Stop,
+        };
+        Record::new(run, finished, format!("prompt \"{}\"\n", id.index), "שלום\u{2028}".into())
     }
 
     #[test]
@@ -335,7 +354,9 @@ pub(crate) mod tests {
         drop(journal);
         let partial = folder.path().join("host_0000_of_0001.jsonl.partial");
         let whole = fs::read(&partial).unwrap();
-        for length in 0..=whole.len() {
+        // Every sync costs milliseconds, so not quite every byte: each newline's neighbours, and the rest in steps.
+        let near_newline = |at: usize| whole[at.saturating_sub(2)..(at + 1).min(whole.len())].contains(&b'\n');
+        for length in (0..=whole.len()).filter(|&at| at % 29 == 0 || near_newline(at)) {
             fs::write(&partial, &whole[..length]).unwrap();
             let kept = whole[..length].iter().filter(|&&byte| byte == b'\n').count();
             let mut journal = open().unwrap();
