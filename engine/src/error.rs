@@ -6,6 +6,8 @@
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
+use crate::pjrt;
+
 /// A result of the engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -58,6 +60,9 @@ pub enum Error {
         /// What to do.
         fix: String,
     },
+    /// A plugin that was not found or cannot be used, or an error of one that runs.
+    #[error(transparent)]
+    Pjrt(#[from] pjrt::Error),
     /// The operating system refused to read or write.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -76,6 +81,12 @@ pub enum Error {
         /// The cause.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+impl From<pagoda_ir::Error> for Error {
+    fn from(error: pagoda_ir::Error) -> Self {
+        Self::Runtime { action: "emitting a program".into(), source: error.into() }
+    }
 }
 
 impl Error {
@@ -110,8 +121,9 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Setting { .. } | Self::File { .. } | Self::Tensor { .. } | Self::Plugin { .. } => 2,
+            Self::Pjrt(pjrt::Error::Missing { .. } | pjrt::Error::NoPlugin { .. }) => 2,
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => 2,
-            Self::Io { .. } | Self::Runtime { .. } => 1,
+            Self::Io { .. } | Self::Runtime { .. } | Self::Pjrt(_) => 1,
         }
     }
 }

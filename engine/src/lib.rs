@@ -1,10 +1,12 @@
-//! The engine: models from Hugging Face files, settings, continuous batching over paged KV, and output that survives crashes.
+//! The engine: PJRT plugins, the Llama step program, paged KV, the scheduler, the sampler, hosts, and the command line.
 pub mod config;
 pub mod error;
 pub mod hosts;
 pub mod model;
 pub mod output;
 pub mod pages;
+pub mod pjrt;
+pub mod sampler;
 pub mod scheduler;
 pub mod stop;
 pub mod units;

@@ -1,3 +1,16 @@
-//! MLIR for Pagoda, through `melior`.
+//! MLIR for Pagoda, through `melior`: what can be said about arrays, and how it is written down for a compiler.
+//!
+//! [`stablehlo`] builds whole programs for any PJRT plugin. This crate knows dialects, shapes and element types; it
+//! knows no kernel, no device and no file.
+pub mod context;
 pub mod element;
+pub mod error;
+pub mod shape;
+pub mod stablehlo;
 pub mod tensor;
+
+pub use context::Context;
+pub use element::Element;
+pub use error::{Error, Result};
+pub use shape::TensorType;
+pub use tensor::HostTensor;

@@ -1,0 +1,114 @@
+//! StableHLO modules, built op by op with shape inference, for any PJRT plugin.
+//!
+//! A [`Module`] holds functions; a function's body is written through a [`Builder`], whose methods are the StableHLO ops
+//! (<https://openxla.org/stablehlo/spec>). Each infers its result's type from its operands and refuses operands that
+//! do not fit, with an error that names the op and the shapes. The dialect is not part of LLVM, so its ops are
+//! *unregistered* MLIR operations here: MLIR checks structure and dominance, this module checks everything else.
+//!
+//! Invariants:
+//! - No implicit broadcasting: binary ops want equal types ([`Builder::broadcast_to`] is explicit).
+//! - An op may use values of its own region and of the regions around it. Bodies of `while`, `if` and `case` may use
+//!   what is outside them; bodies of `reduce`, `reduce_window`, `sort`, `scatter` and of the collectives must not.
+//! - A [`Tensor`] cannot leave the function that it belongs to: every function has its own lifetime `'a`.
+//!
+//! Modules are never put together from text.
+
+mod collectives;
+mod contraction;
+mod control_flow;
+mod custom_call;
+mod data_dependent;
+mod elementwise;
+mod emit;
+mod module;
+mod shape_ops;
+
+use std::{cell::RefCell, collections::BTreeMap, fmt, marker::PhantomData, rc::Rc};
+
+use melior::ir::{BlockRef, Value, ValueLike};
+use mlir_sys::MlirBlock;
+
+pub use self::{
+    collectives::{Across, DeviceGroups},
+    contraction::{DotDims, Precision},
+    control_flow::Branch,
+    custom_call::{BackendConfig, ConfigValue, CustomCall, OutputOperandAlias},
+    data_dependent::{GatherDims, ScatterDims, Window},
+    elementwise::Direction,
+    emit::OPS,
+    module::Module,
+};
+use crate::{element::Element, shape::TensorType};
+
+/// Functions that a module holds already, by name.
+type Signatures = Rc<RefCell<BTreeMap<String, Signature>>>;
+
+/// The types of a function.
+#[derive(Clone, Debug)]
+struct Signature {
+    arguments: Vec<TensorType>,
+    results: Vec<TensorType>,
+}
+
+/// A value of a function that is being built: a copyable handle.
+#[derive(Clone, Copy)]
+pub struct Tensor<'c, 'a> {
+    value: Value<'c, 'a>,
+    /// Invariant in `'a`, so that the lifetimes of two functions never unify.
+    function: PhantomData<fn(&'a ()) -> &'a ()>,
+}
+
+impl<'c, 'a> Tensor<'c, 'a> {
+    fn new(value: Value<'c, 'a>) -> Self {
+        Self { value, function: PhantomData }
+    }
+
+    /// The element type and the size of each dimension.
+    pub fn ty(self) -> TensorType {
+        TensorType::from_mlir(self.value.r#type()).expect("the builder makes static tensors of known elements only")
+    }
+
+    /// The element type.
+    pub fn element(self) -> Element {
+        self.ty().element
+    }
+
+    /// The size of each dimension, major to minor.
+    pub fn dims(self) -> Vec<usize> {
+        self.ty().dims
+    }
+
+    /// The number of dimensions.
+    pub fn rank(self) -> usize {
+        self.ty().rank()
+    }
+
+    /// The MLIR value.
+    pub fn value(self) -> Value<'c, 'a> {
+        self.value
+    }
+}
+
+impl fmt::Debug for Tensor<'_, '_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor({})", self.ty())
+    }
+}
+
+/// Writes ops at the end of one block: a function's body, or the body of an op's region.
+pub struct Builder<'c, 'a> {
+    context: &'c melior::Context,
+    block: BlockRef<'c, 'a>,
+    /// The open blocks around and including `block`, outermost first.
+    scopes: Vec<Scope>,
+    signatures: Signatures,
+    function: PhantomData<fn(&'a ()) -> &'a ()>,
+}
+
+/// A block that is being written.
+#[derive(Clone, Copy)]
+struct Scope {
+    block: MlirBlock,
+    /// The op whose body this is and must not use values from outside.
+    isolated: Option<&'static str>,
+}
