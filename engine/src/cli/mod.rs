@@ -15,6 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use pagoda_ir::Element;
 
 use crate::error::{Error, Result};
+use crate::hosts::merge;
 use crate::pjrt::{Client, Plugin, PluginChoice};
 
 pub use bench::{DecodeRate, decode_rate};
@@ -30,14 +31,11 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Sample continuations of prompts: the generation loop over any PJRT plugin.
-    Sample(sample::SampleArgs),
+    Sample(Box<sample::SampleArgs>),
     /// Check that every host's share of a run is there, and join them in prompt order.
     Merge {
         /// The folder that the hosts wrote into (`--out`).
         dir: PathBuf,
-        /// Where the joined JSONL goes [default: DIR/merged.jsonl].
-        #[arg(long)]
-        out: Option<PathBuf>,
     },
     /// Show which plugins are installed, where, and whether they answer.
     Doctor {
@@ -119,7 +117,11 @@ pub fn main() -> ExitCode {
     // clap prints its own errors and exits with 2, like the rest of us.
     let outcome = match Cli::parse().command {
         Command::Sample(args) => sample::sample(&args),
-        Command::Merge { dir, out } => merge(dir, out),
+        Command::Merge { dir } => merge(&dir).map(|merged| {
+            eprintln!("# joined {} samples of {} hosts", merged.samples, merged.hosts);
+            println!("{}", merged.path.display());
+            ExitCode::SUCCESS
+        }),
         Command::Doctor { json } => Ok(if doctor::doctor(json) { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
         Command::Bench { what: Bench::Decode { model, slots, new, compute, plugin, json } } => plugin
             .client()
@@ -132,7 +134,14 @@ pub fn main() -> ExitCode {
     })
 }
 
-fn bench(client: &Client, model: &std::path::Path, slots: usize, new: usize, compute: Compute, json: bool) -> Result<()> {
+fn bench(
+    client: &Client,
+    model: &std::path::Path,
+    slots: usize,
+    new: usize,
+    compute: Compute,
+    json: bool,
+) -> Result<()> {
     if slots == 0 || new == 0 {
         let (key, fix) = if slots == 0 { ("--slots", "ask for at least 1") } else { ("--new", "ask for at least 1") };
         return Err(Error::setting(key, 0, "leaves nothing to measure", fix));
