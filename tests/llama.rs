@@ -127,7 +127,10 @@ fn logits_in_chunks(client: &Client, tokens: &[u32], rows: usize) -> Vec<Vec<f32
             padded(positions.clone().map(|position| position as i32).collect(), 0),
             padded(positions.map(slot).collect(), (shape.null_page() * page_size) as i32),
             HostTensor::new(&[2], &[end, 0]),
-            HostTensor::new(&[2, pages_per_seq], &[table.clone(), vec![shape.null_page() as i32; pages_per_seq]].concat()),
+            HostTensor::new(
+                &[2, pages_per_seq],
+                &[table.clone(), vec![shape.null_page() as i32; pages_per_seq]].concat(),
+            ),
             HostTensor::new(&[3], &[0, part.len() as i32, part.len() as i32]),
             HostTensor::new(&[1], &[1i32]),
             HostTensor::zeros(Element::I32, &[2]),

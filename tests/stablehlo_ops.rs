@@ -174,17 +174,17 @@ fn unary() -> Vec<Case> {
     };
     let integers = [i32::MIN, -7, -1, 0, 1, 2, 255, i32::MAX];
     let mapped = |map: fn(i32) -> i32| i(&[8], &integers.map(map));
-    let (x, flags) = (i(&[8], &integers), p(&[2], &[true, false]));
+    let (x, flags) = (|| i(&[8], &integers), p(&[2], &[true, false]));
     cases.extend([
-        case("negate i32", &[x.clone()], |b, x| Ok(vec![b.negate(x[0])?]), &[mapped(i32::wrapping_neg)]),
-        case("abs i32", &[x.clone()], |b, x| Ok(vec![b.abs(x[0])?]), &[mapped(i32::wrapping_abs)]),
-        case("sign i32", &[x.clone()], |b, x| Ok(vec![b.sign(x[0])?]), &[mapped(i32::signum)]),
-        case("not i32", &[x.clone()], |b, x| Ok(vec![b.not(x[0])?]), &[mapped(|x| !x)]),
+        case("negate i32", &[x()], |b, x| Ok(vec![b.negate(x[0])?]), &[mapped(i32::wrapping_neg)]),
+        case("abs i32", &[x()], |b, x| Ok(vec![b.abs(x[0])?]), &[mapped(i32::wrapping_abs)]),
+        case("sign i32", &[x()], |b, x| Ok(vec![b.sign(x[0])?]), &[mapped(i32::signum)]),
+        case("not i32", &[x()], |b, x| Ok(vec![b.not(x[0])?]), &[mapped(|x| !x)]),
         case("not pred", &[flags], |b, x| Ok(vec![b.not(x[0])?]), &[p(&[2], &[false, true])]),
-        case("popcnt", &[x.clone()], |b, x| Ok(vec![b.popcnt(x[0])?]), &[mapped(|x| x.count_ones() as i32)]),
+        case("popcnt", &[x()], |b, x| Ok(vec![b.popcnt(x[0])?]), &[mapped(|x| x.count_ones() as i32)]),
         case(
             "count_leading_zeros",
-            &[x],
+            &[x()],
             |b, x| Ok(vec![b.count_leading_zeros(x[0])?]),
             &[mapped(|x| x.leading_zeros() as i32)],
         ),
@@ -962,11 +962,11 @@ fn custom_calls() -> Vec<Case> {
             entry("inner", ConfigValue::Dictionary(vec![entry("deep", ConfigValue::Text("x".to_owned()))])),
         ])
     }
-    let input = i(&[2, 3], &[0, 1, 2, 3, 4, 5]);
+    let input = || i(&[2, 3], &[0, 1, 2, 3, 4, 5]);
     vec![
         case(
             "custom_call",
-            &[input.clone()],
+            &[input()],
             |b, x| {
                 let call = CustomCall { backend_config: config(), has_side_effect: true, ..CustomCall::default() };
                 b.custom_call(AddLength::TARGET, x, &[x[0].ty()], call)
@@ -977,7 +977,7 @@ fn custom_calls() -> Vec<Case> {
         // way that says that both layouts were honoured.
         case(
             "custom_call with layouts",
-            &[input.clone()],
+            &[input()],
             |b, x| {
                 let call = CustomCall {
                     backend_config: config(),
@@ -990,7 +990,7 @@ fn custom_calls() -> Vec<Case> {
         ),
         case(
             "custom_call in its operand's buffer",
-            &[input],
+            &[input()],
             |b, x| {
                 let call = CustomCall {
                     backend_config: config(),
