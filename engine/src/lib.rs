@@ -1,6 +1,9 @@
 //! The engine: PJRT plugins, the Llama step program, paged KV, the scheduler, the sampler, hosts, and the command line.
+pub mod config;
 pub mod error;
+pub mod hosts;
 pub mod model;
+pub mod output;
 pub mod pages;
 pub mod pjrt;
 pub mod sampler;
