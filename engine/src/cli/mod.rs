@@ -136,6 +136,11 @@ impl PluginArgs {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    // The plugins' own chatter on stderr, unless it was asked for.
+    if std::env::var_os("TF_CPP_MIN_LOG_LEVEL").is_none() {
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var("TF_CPP_MIN_LOG_LEVEL", "2") };
+    }
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp(None).init();
     // clap prints its own errors and exits with 2, like the rest of us.
     let outcome = match Cli::parse().command {

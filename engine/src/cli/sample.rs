@@ -54,13 +54,13 @@ pub(super) struct SampleArgs {
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<usize>,
     /// 0 for greedy.
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Sample among the K most likely tokens; 0 for all.
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     top_k: Option<usize>,
     /// Sample among the most likely tokens that reach probability P together.
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Seed of sampling.
     #[arg(long, value_name = "S")]
