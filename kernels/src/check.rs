@@ -124,8 +124,10 @@ pub fn check(case: Case, runner: &dyn Runner) -> Result<(), CheckError> {
             let expected = rpa::reference::written(problem, inputs, k, v);
             let result = run(runner, &module, &arguments, &problem.kv_pages_type())?;
             // Bytes move, nothing is computed: poison must stay poison, so NaN equals NaN here.
-            let actual: Vec<f64> = result.to_f64().iter().map(|value| if value.is_nan() { POISON } else { *value }).collect();
-            let expected: Vec<f64> = expected.iter().map(|value| if value.is_nan() { POISON } else { *value }).collect();
+            let actual: Vec<f64> =
+                result.to_f64().iter().map(|value| if value.is_nan() { POISON } else { *value }).collect();
+            let expected: Vec<f64> =
+                expected.iter().map(|value| if value.is_nan() { POISON } else { *value }).collect();
             let actual = HostTensor::from_f64(Element::F64, result.dims(), &actual);
             compare(module.name(), &actual, &expected, &vec![0.0; expected.len()], 0.0)
         }

@@ -42,7 +42,8 @@ pub fn tensor(ty: TensorType) -> impl Strategy<Value = HostTensor> {
 pub fn matmul_inputs(problem: matmul::Problem) -> impl Strategy<Value = matmul::Inputs> {
     any::<u64>().prop_map(move |seed| {
         let mut random = Random(seed);
-        let mut arrays = problem.argument_types().into_iter().map(|ty| random.tensor(&ty)).collect::<Vec<_>>().into_iter();
+        let mut arrays =
+            problem.argument_types().into_iter().map(|ty| random.tensor(&ty)).collect::<Vec<_>>().into_iter();
         let mut next = || arrays.next().expect("an array per argument");
         matmul::Inputs {
             x: next(),
@@ -112,8 +113,9 @@ fn build(problem: &rpa::Problem, drawn: &[Lengths], layer: usize, seed: u64) -> 
     let (mut q, mut kv_pages) = (poisoned(&q), poisoned(&kv));
     let mut fill = |tensor: &mut HostTensor, first: usize, count: usize| match tensor.element() {
         Element::F32 => tensor.as_mut_slice::<f32>()[first..first + count].fill_with(|| random.value() as f32),
-        _ => tensor.as_mut_slice::<half::bf16>()[first..first + count]
-            .fill_with(|| half::bf16::from_f64(random.value())),
+        _ => {
+            tensor.as_mut_slice::<half::bf16>()[first..first + count].fill_with(|| half::bf16::from_f64(random.value()))
+        }
     };
     fill(&mut q, 0, rows * problem.q_heads * problem.head_dim);
     let token = 2 * problem.kv_heads * problem.head_dim;

@@ -48,15 +48,20 @@ impl Batch {
         cu_q_lens: &[i32],
         num_seqs: usize,
     ) -> Result<Self, Invalid> {
-        let check = |holds, key: &str, value: i64, limit: String, fix: &str| {
-            ensure(holds, SUBJECT, key, value, || limit, fix)
-        };
+        let check =
+            |holds, key: &str, value: i64, limit: String, fix: &str| ensure(holds, SUBJECT, key, value, || limit, fix);
         for (key, len, expected) in [
             ("kv_lens.len()", kv_lens.len(), problem.max_seqs),
             ("page_indices.len()", page_indices.len(), problem.max_seqs * problem.pages_per_seq),
             ("cu_q_lens.len()", cu_q_lens.len(), problem.max_seqs + 1),
         ] {
-            check(len == expected, key, len as i64, format!("is not {expected}"), "pad the array to the problem's size")?;
+            check(
+                len == expected,
+                key,
+                len as i64,
+                format!("is not {expected}"),
+                "pad the array to the problem's size",
+            )?;
         }
         let limit = format!("is beyond max_seqs = {}", problem.max_seqs);
         check(num_seqs <= problem.max_seqs, "num_seqs", num_seqs as i64, limit, "split the batch or raise max_seqs")?;
@@ -85,7 +90,13 @@ impl Batch {
                 problem.pages_per_seq, problem.page_size
             );
             let key = format!("kv_lens[{seq}]");
-            check(kv_len as usize <= capacity, &key, kv_len.into(), limit, "shorten the sequence or raise pages_per_seq")?;
+            check(
+                kv_len as usize <= capacity,
+                &key,
+                kv_len.into(),
+                limit,
+                "shorten the sequence or raise pages_per_seq",
+            )?;
             for column in 0..(kv_len as usize).div_ceil(problem.page_size) {
                 let page = page_indices[seq * problem.pages_per_seq + column];
                 check(

@@ -20,7 +20,8 @@ pub fn reference(problem: &Problem, inputs: &Inputs) -> Reference {
     // The elements of one token of one half-head (K at 2h, V at 2h + 1).
     let token = |pages: &[i32], position: usize, half_head: usize| {
         let page = inputs.layer * problem.pages + pages[position / problem.page_size] as usize;
-        let start = ((page * problem.page_size + position % problem.page_size) * 2 * problem.kv_heads + half_head) * dim;
+        let start =
+            ((page * problem.page_size + position % problem.page_size) * 2 * problem.kv_heads + half_head) * dim;
         &kv[start..start + dim]
     };
     let mut output = vec![0.0; q.len()];

@@ -51,14 +51,8 @@ pub struct Operands<'c, 'a> {
 /// # Errors
 /// When an operand does not have the problem's type.
 pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, operands: &Operands<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-    let given = [
-        operands.q,
-        operands.kv_pages,
-        operands.kv_lens,
-        operands.page_indices,
-        operands.cu_q_lens,
-        operands.num_seqs,
-    ];
+    let given =
+        [operands.q, operands.kv_pages, operands.kv_lens, operands.page_indices, operands.cu_q_lens, operands.num_seqs];
     for (index, (tensor, expected)) in given.iter().zip(problem.argument_types()).enumerate() {
         if tensor.ty() != expected {
             let message = format!("operand {index} is {} and must be {expected}", tensor.ty());
@@ -157,11 +151,8 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
         let (seqs, tokens) = (problem.max_seqs, problem.tokens);
         let starts = b.slice_in_dim(operands.cu_q_lens, 0, seqs, 0)?;
         let ends = b.slice_in_dim(operands.cu_q_lens, 1, seqs + 1, 0)?;
-        let live = b.compare(
-            b.iota(Element::I32, &[seqs], 0)?,
-            Direction::Lt,
-            b.broadcast_to(self.num_seqs, &[seqs])?,
-        )?;
+        let live =
+            b.compare(b.iota(Element::I32, &[seqs], 0)?, Direction::Lt, b.broadcast_to(self.num_seqs, &[seqs])?)?;
         let single = b.compare(b.subtract(ends, starts)?, Direction::Eq, self.ints(&[seqs], 1)?)?;
         let active = b.and(live, single)?;
         let end_key = b.select(active, operands.kv_lens, self.ints(&[seqs], 0)?)?;
@@ -400,10 +391,8 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
         let (b, problem) = (self.b, self.problem);
         let seqs = pages.dims()[0];
         let grid = [seqs, problem.kv_heads, self.pages_per_block, 1];
-        let head = b.add(
-            b.multiply(b.iota(Element::I32, &grid, 1)?, self.ints(&grid, 2)?)?,
-            self.ints(&grid, half as i64)?,
-        )?;
+        let head =
+            b.add(b.multiply(b.iota(Element::I32, &grid, 1)?, self.ints(&grid, 2)?)?, self.ints(&grid, half as i64)?)?;
         let indices = b.concatenate(&[b.broadcast_in_dim(pages, &grid, &[0, 2])?, head], 3)?;
         let dims = GatherDims {
             offset_dims: &[3, 4],
