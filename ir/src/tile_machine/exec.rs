@@ -562,11 +562,11 @@ impl<'i> Executor<'_, 'i> {
 
     fn check_written(&self, region: &Region, origin: u32) -> Step<()> {
         match self.buffers[region.buffer].unwritten_in(region) {
-            None => Ok(()),
-            Some(offset) => {
+            Some(offset) if !self.machine.allow_unwritten_reads => {
                 let fault = self.fault_at(FaultKind::UnwrittenRead, origin, String::new());
                 Err(self.in_buffer(fault, region.buffer, offset))
             }
+            _ => Ok(()),
         }
     }
 

@@ -29,7 +29,8 @@
 //! # Faults
 //! Each names the op, its source line, the buffer, the index, the grid step and, where there is one, the copy.
 //! - [`FaultKind::OutOfBounds`]: an index outside a view, a view outside a buffer, a block that starts outside its array.
-//! - [`FaultKind::UnwrittenRead`]: a load, or the source of a copy, that nobody wrote.
+//! - [`FaultKind::UnwrittenRead`]: a load, or the source of a copy, that nobody wrote
+//!   ([`Machine::allow_unwritten_reads`]).
 //! - [`FaultKind::ReadInFlight`], [`FaultKind::OverwriteInFlight`]: a race with a copy in flight.
 //! - [`FaultKind::SemaphoreUnbalanced`]: at the end of the kernel a copy was not waited for or a semaphore is not zero;
 //!   or a copy is in flight between steps of a `parallel` dimension.
@@ -81,6 +82,9 @@ pub struct Machine {
     pub dma: DmaOrder,
     /// Whether outputs may keep elements that no step wrote (for kernels that leave padding unspecified); they are NaN.
     pub allow_unwritten_outputs: bool,
+    /// Whether unwritten memory may be read (for kernels that load it and select something else); it is NaN, or an odd
+    /// integer, and shows in the output if it gets there.
+    pub allow_unwritten_reads: bool,
     /// How many ops may run before a loop counts as endless.
     pub max_ops: u64,
 }
@@ -95,6 +99,7 @@ impl Default for Machine {
             semaphore_bytes: 4 << 10,
             dma: DmaOrder::Late,
             allow_unwritten_outputs: false,
+            allow_unwritten_reads: false,
             max_ops: 1 << 32,
         }
     }
