@@ -49,5 +49,5 @@ pub use builder::{Builder, Carry, Kernel, Operand, Role, Semantics, Transform, W
 pub use memref::{Copy, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, Signature, WindowParams, tile_padded_bytes};
 pub(crate) use signature::{functions, i64_array, kernel_function, op_name, read_memref, symbol};
-pub(crate) use value::{scalar_element, vector_dims};
 pub use value::{DotDims, IntoOperand, Precision, Value};
+pub(crate) use value::{scalar_element, vector_dims};

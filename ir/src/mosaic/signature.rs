@@ -2,7 +2,8 @@
 
 use melior::ir::{
     Attribute, BlockLike, Module, RegionLike, Type, TypeLike, ValueLike,
-    attribute::{ArrayAttribute, DenseI64ArrayAttribute, DictionaryAttribute, FlatSymbolRefAttribute, IntegerAttribute,
+    attribute::{
+        ArrayAttribute, DenseI64ArrayAttribute, DictionaryAttribute, FlatSymbolRefAttribute, IntegerAttribute,
         StringAttribute,
     },
     operation::{OperationLike, OperationRef},
@@ -103,7 +104,8 @@ impl Signature {
             .enumerate()
             .map(|(dim, &size)| {
                 let parallel = semantics.get(dim).is_some_and(|text| text.contains("parallel"));
-                let size = usize::try_from(size).map_err(|_| Error::mosaic(format!("grid dimension {dim} of size {size}")))?;
+                let size =
+                    usize::try_from(size).map_err(|_| Error::mosaic(format!("grid dimension {dim} of size {size}")))?;
                 Ok((size, if parallel { Semantics::Parallel } else { Semantics::Arbitrary }))
             })
             .collect::<Result<Vec<_>>>()?;
@@ -113,9 +115,9 @@ impl Signature {
             .and_then(|region| region.first_block())
             .ok_or_else(|| Error::mosaic(format!("the kernel function @{name} has no body")))?;
         let count = entry.argument_count();
-        let memrefs = count.checked_sub(grid.len()).ok_or_else(|| {
-            Error::mosaic(format!("@{name} has {count} arguments for a grid of rank {}", grid.len()))
-        })?;
+        let memrefs = count
+            .checked_sub(grid.len())
+            .ok_or_else(|| Error::mosaic(format!("@{name} has {count} arguments for a grid of rank {}", grid.len())))?;
         let prefetch = integer(function, "scalar_prefetch").unwrap_or(0);
         let scratch = integer(function, "scratch_operands").unwrap_or(0);
         let windows = array(function, "window_params");
@@ -227,7 +229,8 @@ fn window_params(attribute: Attribute) -> Result<Option<WindowParams>> {
     if let Some(kind) = params.element_by_name("window_kind") {
         return Err(Error::mosaic(format!("windows of kind {kind} are not supported")));
     }
-    let transform = params.element_by_name("transform_indices").and_then(|name| FlatSymbolRefAttribute::try_from(name).ok());
+    let transform =
+        params.element_by_name("transform_indices").and_then(|name| FlatSymbolRefAttribute::try_from(name).ok());
     let (Some(transform), Some(block)) = (transform, i64_array(bounds)) else {
         return Err(Error::mosaic(format!("window {attribute} lacks transform_indices or sizes")));
     };

@@ -12,21 +12,20 @@ use melior::ir::{
     attribute::IntegerAttribute,
     block::BlockRef,
     operation::{Operation, OperationBuilder, OperationLike, OperationMutLike, OperationRef},
-
     r#type::IntegerType,
 };
 use serde_json::{Value as Json, json};
 
 use super::{
     builder::{Kernel, Role, Semantics},
-    signature::{Signature, op_name},
+    signature::{Signature, kernel_function, op_name},
 };
 use crate::{
     context::{Context, diagnosed},
+    element::Element,
     error::{Error, Result},
     stablehlo::{self, BackendConfig, CustomCall, OutputOperandAlias},
     tensor::HostTensor,
-    element::Element,
 };
 
 /// The version of the `stable_mosaic` vocabulary that Pagoda writes.
@@ -200,7 +199,7 @@ pub struct Opened<'c> {
 /// Opens the `backend_config` of a `tpu_custom_call`.
 ///
 /// # Errors
-/// When it is no such configuration, or its body is damaged.
+/// When it is no such configuration, or its body is damaged or holds no kernel.
 pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>> {
     let config: Json = serde_json::from_str(backend_config)
         .map_err(|error| Error::mosaic(format!("the backend_config is no JSON: {error}")))?;
@@ -211,7 +210,9 @@ pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>
     let scopes = config["scoped_memory_configs"].as_array().map(Vec::as_slice).unwrap_or_default();
     let vmem = scopes.iter().find(|scope| scope["memory_space"].as_u64() == Some(XLA_VMEM));
     let vmem_limit = vmem.and_then(|scope| scope["size"].as_u64()).map(|size| size as usize);
-    Ok(Opened { module: deserialize(context, &body)?, vmem_limit })
+    let module = deserialize(context, &body)?;
+    kernel_function(&module)?;
+    Ok(Opened { module, vmem_limit })
 }
 
 /// The `backend_config` of every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in
@@ -270,7 +271,10 @@ pub fn op_counts(module: &Module) -> BTreeMap<String, usize> {
     fn count(block: BlockRef, counts: &mut BTreeMap<String, usize>) {
         for operation in operations(block) {
             *counts.entry(op_name(operation)).or_default() += 1;
-            operation.regions().flat_map(|region| blocks(region).collect::<Vec<_>>()).for_each(|block| count(block, counts));
+            operation
+                .regions()
+                .flat_map(|region| blocks(region).collect::<Vec<_>>())
+                .for_each(|block| count(block, counts));
         }
     }
     let mut counts = BTreeMap::new();
@@ -353,8 +357,10 @@ impl Kernel<'_> {
     ) -> Result<Vec<stablehlo::Tensor<'c, 'a>>> {
         let (expected, given) = (self.inputs(), operands.iter().map(|operand| operand.ty()).collect::<Vec<_>>());
         if expected != given {
-            let list = |types: &[crate::TensorType]| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            let message = format!("@{TARGET}: kernel `{}` takes ({}), not ({})", self.name(), list(&expected), list(&given));
+            let list =
+                |types: &[crate::TensorType]| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let message =
+                format!("@{TARGET}: kernel `{}` takes ({}), not ({})", self.name(), list(&expected), list(&given));
             return Err(Error::op("stablehlo.custom_call", message));
         }
         let row_major = |types: &[crate::TensorType]| types.iter().map(|ty| (0..ty.rank()).rev().collect()).collect();

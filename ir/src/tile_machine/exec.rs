@@ -177,7 +177,8 @@ impl<'i> Executor<'_, 'i> {
         let takes = arguments.iter().filter(|a| matches!(a.role, Role::Prefetch | Role::Input)).count();
         let gives = arguments.iter().filter(|a| a.role == Role::Output).count();
         if takes != inputs.len() || gives != outputs.len() {
-            let detail = format!("{} inputs and {} outputs for a kernel with {takes} and {gives}", inputs.len(), outputs.len());
+            let detail =
+                format!("{} inputs and {} outputs for a kernel with {takes} and {gives}", inputs.len(), outputs.len());
             return Err(bad(self, detail));
         }
         let parallel = self.program.signature.grid.iter().any(|&(size, how)| how == Semantics::Parallel && size > 1);
@@ -208,7 +209,9 @@ impl<'i> Executor<'_, 'i> {
                                 let data = &self.buffers[array].data;
                                 data.element() == ty.element && data.dims() == ty.dims
                             };
-                            array.filter(same).ok_or_else(|| bad(self, format!("input {input} and output `{name}` cannot share memory")))?
+                            array.filter(same).ok_or_else(|| {
+                                bad(self, format!("input {input} and output `{name}` cannot share memory"))
+                            })?
                         }
                         None => {
                             self.buffers.push(Buffer::poisoned(name, MemorySpace::Hbm, ty.element, &ty.dims));
@@ -289,7 +292,8 @@ impl<'i> Executor<'_, 'i> {
     }
 
     fn check_capacity(&mut self, arguments: &[Argument]) -> Step<()> {
-        let of = |spaces: &[MemorySpace]| arguments.iter().filter(|a| spaces.contains(&a.space)).map(Argument::bytes).sum();
+        let of =
+            |spaces: &[MemorySpace]| arguments.iter().filter(|a| spaces.contains(&a.space)).map(Argument::bytes).sum();
         let hbm = self.buffers.iter().filter(|b| b.space == MemorySpace::Hbm).map(|b| b.data.bytes().len()).sum();
         let vmem: usize = of(&[MemorySpace::Vmem]);
         self.counters.vmem_bytes = vmem;
@@ -545,7 +549,8 @@ impl<'i> Executor<'_, 'i> {
             return Ok(());
         }
         for copy in &self.copies {
-            let hit = copy.destination.overlap(region).or_else(|| if writes { copy.source.overlap(region) } else { None });
+            let hit =
+                copy.destination.overlap(region).or_else(|| if writes { copy.source.overlap(region) } else { None });
             if let Some(offset) = hit {
                 let kind = if writes { FaultKind::OverwriteInFlight } else { FaultKind::ReadInFlight };
                 let mut fault = match origin {
@@ -648,7 +653,8 @@ impl<'i> Executor<'_, 'i> {
             let chosen = match (candidates.as_slice(), self.machine.dma) {
                 ([], _) => {
                     let has = self.semaphores[&key].value;
-                    let detail = format!("{bytes} bytes are waited for, {has} arrived and no other copy was started on it");
+                    let detail =
+                        format!("{bytes} bytes are waited for, {has} arrived and no other copy was started on it");
                     let fault = self.fault_at(FaultKind::Deadlock, origin, detail);
                     return Err(self.in_buffer(fault, key.0, key.1));
                 }
@@ -662,7 +668,8 @@ impl<'i> Executor<'_, 'i> {
         semaphore.credit += bytes;
         semaphore.origin = origin;
         while let Some(&id) = semaphore.landed.front() {
-            let index = self.copies.iter().position(|copy| copy.id == id).expect("a landed copy stays until waited for");
+            let index =
+                self.copies.iter().position(|copy| copy.id == id).expect("a landed copy stays until waited for");
             if self.copies[index].bytes > semaphore.credit {
                 break;
             }
@@ -757,7 +764,13 @@ impl<'i> Executor<'_, 'i> {
                     (Reg::Tile(condition), Reg::Tile(then), Reg::Tile(otherwise)) => {
                         Reg::Tile(tile::select(&condition, then, otherwise))
                     }
-                    (condition, then, otherwise) => if int(&condition) != 0 { then } else { otherwise },
+                    (condition, then, otherwise) => {
+                        if int(&condition) != 0 {
+                            then
+                        } else {
+                            otherwise
+                        }
+                    }
                 }
             }
             Op::Convert { from, to, signed, x } => match self.take(x) {
@@ -811,7 +824,8 @@ impl<'i> Executor<'_, 'i> {
             Op::SliceRef { place } => {
                 let (view, start) = self.place(place);
                 let sliced = view.slice(&start, &place.sizes);
-                let sliced = sliced.map_err(|(dim, index)| self.out_of_bounds(&view, dim, index, &start, place, origin))?;
+                let sliced =
+                    sliced.map_err(|(dim, index)| self.out_of_bounds(&view, dim, index, &start, place, origin))?;
                 Reg::View(Arc::new(sliced))
             }
             Op::SqueezeRef { base, dims } => {
@@ -827,7 +841,8 @@ impl<'i> Executor<'_, 'i> {
                 self.recast(&view, view.bitcast(*to, *ratio), origin)?
             }
             Op::StartCopy { source, destination, semaphore } => {
-                let (source, destination, semaphore) = (self.view(source), self.view(destination), self.view(semaphore));
+                let (source, destination, semaphore) =
+                    (self.view(source), self.view(destination), self.view(semaphore));
                 self.start_copy(&source, &destination, &semaphore, origin)?;
                 Reg::Empty
             }
@@ -957,7 +972,8 @@ impl<'i> Executor<'_, 'i> {
     }
 
     fn recast(&self, view: &View, recast: Option<View>, origin: u32) -> Step<Reg> {
-        let message = || format!("a view of sizes {:?} and strides {:?} cannot be seen like this", view.dims, view.strides);
+        let message =
+            || format!("a view of sizes {:?} and strides {:?} cannot be seen like this", view.dims, view.strides);
         let recast = recast.ok_or_else(|| self.fault_at(FaultKind::OutOfBounds, origin, message()))?;
         Ok(Reg::View(Arc::new(recast)))
     }

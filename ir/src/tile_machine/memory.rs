@@ -444,9 +444,17 @@ impl View {
     /// The elements in the same order with sizes `dims`; `None` where strides forbid it.
     pub(super) fn reshape(&self, dims: &[usize]) -> Option<Self> {
         let contiguous = tile::strides(&self.dims);
-        let fits = self.dims.iter().zip(&self.strides).zip(&contiguous).all(|((&size, stride), own)| size == 1 || stride == own);
-        (fits && self.packed.is_none())
-            .then(|| Self { dims: dims.to_vec(), strides: tile::strides(dims), ..self.clone() })
+        let fits = self
+            .dims
+            .iter()
+            .zip(&self.strides)
+            .zip(&contiguous)
+            .all(|((&size, stride), own)| size == 1 || stride == own);
+        (fits && self.packed.is_none()).then(|| Self {
+            dims: dims.to_vec(),
+            strides: tile::strides(dims),
+            ..self.clone()
+        })
     }
 
     /// The memory read as an element type of `ratio` times the width.

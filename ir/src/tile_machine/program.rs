@@ -3,8 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use melior::ir::{
-    Attribute, AttributeLike, BlockLike, BlockRef, Location, Module, RegionLike, RegionRef, Type, Value,
-    ValueLike,
+    Attribute, AttributeLike, BlockLike, BlockRef, Location, Module, RegionLike, RegionRef, Type, Value, ValueLike,
     attribute::{BoolAttribute, DenseI32ArrayAttribute, FloatAttribute, IntegerAttribute},
     operation::{OperationLike, OperationRef},
 };
@@ -64,40 +63,167 @@ pub(super) struct Place {
 pub(super) enum Op {
     Scalar(Scalar),
     Constant(Tile),
-    Unary { op: Unary, element: Element, x: Use },
-    Binary { op: Binary, element: Element, x: Use, y: Use },
-    Compare { op: Compare, x: Use, y: Use },
-    Select { condition: Use, then: Use, otherwise: Use },
-    Convert { from: Element, to: Element, signed: bool, x: Use },
-    Broadcast { x: Use, from: Vec<usize>, to: Vec<usize> },
+    Unary {
+        op: Unary,
+        element: Element,
+        x: Use,
+    },
+    Binary {
+        op: Binary,
+        element: Element,
+        x: Use,
+        y: Use,
+    },
+    Compare {
+        op: Compare,
+        x: Use,
+        y: Use,
+    },
+    Select {
+        condition: Use,
+        then: Use,
+        otherwise: Use,
+    },
+    Convert {
+        from: Element,
+        to: Element,
+        signed: bool,
+        x: Use,
+    },
+    Broadcast {
+        x: Use,
+        from: Vec<usize>,
+        to: Vec<usize>,
+    },
     /// The same elements under other sizes.
-    Same { x: Use },
-    Transpose { x: Use, dims: Vec<usize>, permutation: Vec<usize> },
-    Slice { x: Use, dims: Vec<usize>, offsets: Vec<usize>, sizes: Vec<usize>, steps: Vec<usize> },
-    Concatenate { tiles: Vec<Use>, sizes: Vec<Vec<usize>>, dim: usize },
-    Rotate { x: Use, amount: Use, dims: Vec<usize>, dim: usize },
-    Reduce { how: Reduction, element: Element, x: Use, initial: Use, dims: Vec<usize>, over: Vec<usize> },
-    Bitcast { x: Use, dims: Vec<usize>, from: Element, to: Element },
-    Extract { x: Use, index: usize },
-    Matmul { shape: MatmulShape, lhs: Use, rhs: Use, accumulator: Use, exact: bool },
-    Load { place: Place, to: Element },
-    Store { place: Place, value: Use, mask: Option<Use>, add: bool },
-    LoadScalar { place: Place },
-    StoreScalar { place: Place, value: Use },
-    SliceRef { place: Place },
-    SqueezeRef { base: Use, dims: Vec<usize> },
-    ReshapeRef { base: Use, dims: Vec<usize> },
-    BitcastRef { base: Use, to: Element, ratio: usize },
-    StartCopy { source: Use, destination: Use, semaphore: Use },
-    WaitCopy { semaphore: Use, destination: Use },
-    Signal { semaphore: Use, amount: Use },
-    WaitSemaphore { semaphore: Use, amount: Use },
-    ReadSemaphore { semaphore: Use },
-    AssumeMultiple { x: Use, multiple: i32 },
-    If { condition: Use, then: Code, otherwise: Code },
-    For { low: Use, high: Use, step: Use, initial: Vec<Use>, body: Code },
-    While { initial: Vec<Use>, before: Code, after: Code },
-    Region { body: Code },
+    Same {
+        x: Use,
+    },
+    Transpose {
+        x: Use,
+        dims: Vec<usize>,
+        permutation: Vec<usize>,
+    },
+    Slice {
+        x: Use,
+        dims: Vec<usize>,
+        offsets: Vec<usize>,
+        sizes: Vec<usize>,
+        steps: Vec<usize>,
+    },
+    Concatenate {
+        tiles: Vec<Use>,
+        sizes: Vec<Vec<usize>>,
+        dim: usize,
+    },
+    Rotate {
+        x: Use,
+        amount: Use,
+        dims: Vec<usize>,
+        dim: usize,
+    },
+    Reduce {
+        how: Reduction,
+        element: Element,
+        x: Use,
+        initial: Use,
+        dims: Vec<usize>,
+        over: Vec<usize>,
+    },
+    Bitcast {
+        x: Use,
+        dims: Vec<usize>,
+        from: Element,
+        to: Element,
+    },
+    Extract {
+        x: Use,
+        index: usize,
+    },
+    Matmul {
+        shape: MatmulShape,
+        lhs: Use,
+        rhs: Use,
+        accumulator: Use,
+        exact: bool,
+    },
+    Load {
+        place: Place,
+        to: Element,
+    },
+    Store {
+        place: Place,
+        value: Use,
+        mask: Option<Use>,
+        add: bool,
+    },
+    LoadScalar {
+        place: Place,
+    },
+    StoreScalar {
+        place: Place,
+        value: Use,
+    },
+    SliceRef {
+        place: Place,
+    },
+    SqueezeRef {
+        base: Use,
+        dims: Vec<usize>,
+    },
+    ReshapeRef {
+        base: Use,
+        dims: Vec<usize>,
+    },
+    BitcastRef {
+        base: Use,
+        to: Element,
+        ratio: usize,
+    },
+    StartCopy {
+        source: Use,
+        destination: Use,
+        semaphore: Use,
+    },
+    WaitCopy {
+        semaphore: Use,
+        destination: Use,
+    },
+    Signal {
+        semaphore: Use,
+        amount: Use,
+    },
+    WaitSemaphore {
+        semaphore: Use,
+        amount: Use,
+    },
+    ReadSemaphore {
+        semaphore: Use,
+    },
+    AssumeMultiple {
+        x: Use,
+        multiple: i32,
+    },
+    If {
+        condition: Use,
+        then: Code,
+        otherwise: Code,
+    },
+    For {
+        low: Use,
+        high: Use,
+        step: Use,
+        initial: Vec<Use>,
+        body: Code,
+    },
+    While {
+        initial: Vec<Use>,
+        before: Code,
+        after: Code,
+    },
+    Region {
+        body: Code,
+    },
 }
 
 impl Op {
@@ -208,26 +334,22 @@ impl Program {
         let mut transforms = Vec::new();
         for argument in &signature.arguments {
             let transform = argument.window.as_ref().map(|window| {
-                let named = |function: &&OperationRef| crate::mosaic::symbol(**function).is_ok_and(|name| name == window.transform);
+                let named = |function: &&OperationRef| {
+                    crate::mosaic::symbol(**function).is_ok_and(|name| name == window.transform)
+                };
                 let function = functions.iter().find(named);
                 let function = function.ok_or_else(|| Error::mosaic(format!("no function @{}", window.transform)))?;
                 let code = decoder.function(*function)?;
                 if code.yields.len() != window.block.len() {
-                    let message = format!("yields {} indices for blocks of rank {}", code.yields.len(), window.block.len());
+                    let message =
+                        format!("yields {} indices for blocks of rank {}", code.yields.len(), window.block.len());
                     return Err(Error::op("func.func", format!("@{} {message}", window.transform)));
                 }
                 Ok(code)
             });
             transforms.push(transform.transpose()?);
         }
-        Ok(Self {
-            signature,
-            body,
-            transforms,
-            origins: decoder.origins,
-            slots: decoder.slots.len(),
-            aliases: vec![],
-        })
+        Ok(Self { signature, body, transforms, origins: decoder.origins, slots: decoder.slots.len(), aliases: vec![] })
     }
 
     /// Lets output `output` live in the memory of input `input`, as the custom call says (both counted from 0).
@@ -330,12 +452,12 @@ impl Decoder {
 
     fn op(&mut self, operation: OperationRef, name: &str) -> Result<Op> {
         use Binary::*;
-        let unsupported = |message: String| Error::op(name, format!("{message} (at {})", describe(operation.location())));
+        let unsupported =
+            |message: String| Error::op(name, format!("{message} (at {})", describe(operation.location())));
         let x = |decoder: &mut Self| decoder.operand(operation, 0);
         let y = |decoder: &mut Self| decoder.operand(operation, 1);
-        let unary = |decoder: &mut Self, op| {
-            Ok(Op::Unary { op, element: result_shape(operation)?.element, x: x(decoder)? })
-        };
+        let unary =
+            |decoder: &mut Self, op| Ok(Op::Unary { op, element: result_shape(operation)?.element, x: x(decoder)? });
         let binary = |decoder: &mut Self, op| {
             let element = result_shape(operation)?.element;
             Ok(Op::Binary { op, element, x: x(decoder)?, y: y(decoder)? })
@@ -556,7 +678,10 @@ impl Decoder {
                 Ok(Op::While { initial, before: self.nested(operation, 0)?, after: self.nested(operation, 1)? })
             }
             "tpu.region" => Ok(Op::Region { body: self.nested(operation, 0)? }),
-            _ => Err(Error::op(name, format!("the tile machine does not know this op (at {})", describe(operation.location())))),
+            _ => Err(Error::op(
+                name,
+                format!("the tile machine does not know this op (at {})", describe(operation.location())),
+            )),
         }
     }
 
@@ -595,12 +720,16 @@ impl Decoder {
         };
         let one = |dims: &[usize]| if let [dim] = dims { Some(*dim) } else { None };
         let batches = (batch_l.as_slice(), batch_r.as_slice());
-        let (Some(k_l), Some(k_r), Some(m), Some(n)) = (one(contract_l), one(contract_r), one(free_l), one(free_r)) else {
+        let (Some(k_l), Some(k_r), Some(m), Some(n)) = (one(contract_l), one(contract_r), one(free_l), one(free_r))
+        else {
             return Err(Error::op(op, format!("more than one contracted or free dimension on a side: {numbers:?}")));
         };
         let standard: Vec<usize> = batch_l.iter().flat_map(|&dim| [0, dim]).chain([0, m, 1, n]).collect();
         if batches.0.len() > 1 || batches.0.len() != batches.1.len() || *order != standard {
-            return Err(Error::op(op, format!("dimension numbers {numbers:?}: at most one batch dimension, which leads")));
+            return Err(Error::op(
+                op,
+                format!("dimension numbers {numbers:?}: at most one batch dimension, which leads"),
+            ));
         }
         let (strides_l, strides_r) = (tile::strides(&lhs), tile::strides(&rhs));
         let batch_stride = |strides: &[usize], dims: &[usize]| dims.first().map_or(0, |&dim| strides[dim]);
@@ -779,8 +908,22 @@ fn comparison(name: &str, predicate: i64) -> Option<Compare> {
     use Compare::*;
     const INTEGER: [Compare; 10] = [Eq, Ne, Lt, Le, Gt, Ge, UnsignedLt, UnsignedLe, UnsignedGt, UnsignedGe];
     const FLOAT: [Compare; 16] = [
-        Never, Eq, Gt, Ge, Lt, Le, OrderedNe, Ordered, UnorderedEq, UnorderedGt, UnorderedGe, UnorderedLt, UnorderedLe,
-        Ne, Unordered, Always,
+        Never,
+        Eq,
+        Gt,
+        Ge,
+        Lt,
+        Le,
+        OrderedNe,
+        Ordered,
+        UnorderedEq,
+        UnorderedGt,
+        UnorderedGe,
+        UnorderedLt,
+        UnorderedLe,
+        Ne,
+        Unordered,
+        Always,
     ];
     let table: &[Compare] = if name == "arith.cmpi" { &INTEGER } else { &FLOAT };
     table.get(usize::try_from(predicate).ok()?).copied()

@@ -72,7 +72,8 @@ impl Unary {
 fn erf(x: f32) -> f32 {
     let (sign, x) = (x.signum(), f64::from(x.abs()));
     let t = 1.0 / (1.0 + 0.327_591_1 * x);
-    let poly = t * (0.254_829_592 + t * (-0.284_496_736 + t * (1.421_413_741 + t * (-1.453_152_027 + t * 1.061_405_429))));
+    let poly =
+        t * (0.254_829_592 + t * (-0.284_496_736 + t * (1.421_413_741 + t * (-1.453_152_027 + t * 1.061_405_429))));
     sign * (1.0 - poly * (-x * x).exp()) as f32
 }
 
@@ -376,7 +377,9 @@ pub(super) fn select(condition: &Tile, then: Tile, otherwise: Tile) -> Tile {
             }
             Err(then) => {
                 let sides = condition.iter().zip(then.iter()).zip(otherwise.iter());
-                Arc::new(sides.map(|((&condition, &then), &otherwise)| if condition { then } else { otherwise }).collect())
+                Arc::new(
+                    sides.map(|((&condition, &then), &otherwise)| if condition { then } else { otherwise }).collect(),
+                )
             }
         }
     }
@@ -629,7 +632,8 @@ pub(super) fn bitcast(x: &Tile, dims: &[usize], from: Element, to: Element) -> T
     } else {
         let mask = (1u32 << (8 * narrow)) - 1;
         let rows = bits.chunks_exact(lanes);
-        let split = |row: &[u32]| (0..ratio).flat_map(|part| row.iter().map(move |x| x >> shift(part) & mask)).collect();
+        let split =
+            |row: &[u32]| (0..ratio).flat_map(|part| row.iter().map(move |x| x >> shift(part) & mask)).collect();
         rows.flat_map(|row| -> Vec<u32> { split(row) }).collect()
     };
     from_bits(to, bits)
