@@ -1,2 +1,5 @@
 //! The command `pagoda`.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    pagoda_engine::cli::main()
+}

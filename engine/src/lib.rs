@@ -1,1 +1,17 @@
-//! Engine.
+//! The engine: PJRT plugins, the Llama step program, paged KV, the scheduler, the sampler, hosts, and the command line.
+pub mod cli;
+pub mod config;
+pub mod error;
+pub mod generate;
+pub mod hosts;
+pub mod llama;
+pub mod model;
+pub mod output;
+pub mod pages;
+pub mod pjrt;
+pub mod sampler;
+pub mod scheduler;
+pub mod stop;
+pub mod units;
+
+pub use error::{Error, Result};

@@ -1,0 +1,397 @@
+//! The generation loop: drives the step programs by the scheduler's plan and hands out finished samples.
+//!
+//! Per host call the device prefills one packed chunk, or decodes up to `max_rounds` steps by itself; the host only
+//! moves a few kilobytes of integers in between. The KV buffer stays on the device and is donated from call to call.
+//!
+//! Invariants: every request that was accepted ends in exactly one [`Finished`], handed out as soon as it is done; a
+//! cancelled run has handed out all that was finished. The text of a sample depends on its own prompt, index and
+//! generation only, whatever ran beside it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use pagoda_ir::tensor::HostTensor;
+use pagoda_ir::{Context, Element};
+
+use crate::error::{Error, Result};
+use crate::llama::DeviceModel;
+use crate::llama::step::{self, Output, StepShape};
+use crate::model::config::LlamaConfig;
+use crate::pjrt::{Arg, Buffer, Client, Executable};
+use crate::sampler::Sampling;
+use crate::scheduler::{DecodeRow, Finished, Limits, PrefillRow, Request, Scheduler, Step};
+use crate::stop::StopRule;
+use crate::units::Slot;
+
+/// How tokens are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct SamplingOptions {
+    /// 0 for greedy.
+    pub temperature: f32,
+    /// Keep the k most likely tokens.
+    pub top_k: Option<u32>,
+    /// Keep the smallest set of tokens whose probability reaches p.
+    pub top_p: Option<f32>,
+    /// Seed of all random keys.
+    pub seed: u64,
+}
+
+impl SamplingOptions {
+    /// Greedy decoding.
+    pub const GREEDY: Self = Self { temperature: 0.0, top_k: None, top_p: None, seed: 0 };
+
+    /// The program variant that these options need.
+    pub fn kind(&self) -> Sampling {
+        if self.temperature == 0.0 {
+            return Sampling::Greedy;
+        }
+        Sampling::Random { top_k: self.top_k.is_some(), top_p: self.top_p.is_some_and(|p| p < 1.0) }
+    }
+}
+
+/// Where the run stands, told after every host call.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Progress {
+    /// Samples that are done.
+    pub finished: usize,
+    /// Tokens sampled so far.
+    pub tokens: usize,
+    /// Sequences in slots.
+    pub active: usize,
+    /// Pages reserved by them.
+    pub pages_used: usize,
+}
+
+/// What a run took.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct Timing {
+    /// Prefill calls.
+    pub prefill_calls: usize,
+    /// Decode calls (each of up to `max_rounds` steps).
+    pub decode_calls: usize,
+    /// Decode steps run on the device.
+    pub decode_steps: usize,
+    /// Tokens sampled in decode steps.
+    pub decode_tokens: usize,
+    /// Seconds waiting for prefill calls.
+    pub prefill_device_s: f64,
+    /// Seconds waiting for decode calls.
+    pub decode_device_s: f64,
+    /// Seconds of everything else in the loop: planning, packing, uploads, bookkeeping.
+    pub host_s: f64,
+    /// Seconds from the start of the run to the first sampled token.
+    pub first_token_s: f64,
+}
+
+/// The sizes and choices that an engine is built for.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Slots, pages and step sizes.
+    pub limits: Limits,
+    /// Type of weights, activations and KV: f32 or bf16.
+    pub compute: Element,
+    /// How tokens are chosen.
+    pub sampling: SamplingOptions,
+    /// When a sample ends.
+    pub stop: StopRule,
+}
+
+impl EngineOptions {
+    /// The step programs' static sizes.
+    pub fn shape(&self) -> StepShape {
+        let limits = &self.limits;
+        StepShape {
+            prefill_rows: limits.max_prefill_size,
+            slots: limits.max_seqs,
+            pages: limits.max_pages,
+            page_size: limits.page_size.tokens(),
+            pages_per_seq: limits.pages_per_seq(),
+            max_positions: limits.max_seq_len,
+            max_rounds: limits.max_rounds,
+            compute: self.compute,
+        }
+    }
+}
+
+/// A model on a device, with its compiled step programs and its KV cache.
+pub struct Engine {
+    client: Client,
+    options: EngineOptions,
+    shape: StepShape,
+    model: DeviceModel,
+    prefill: Executable,
+    decode: Executable,
+    /// Taken while a call has it.
+    kv: Option<Buffer>,
+    /// Temperature, top-k, top-p, seed.
+    parameters: [Buffer; 4],
+    compile: Duration,
+}
+
+impl Engine {
+    /// Compiles the step programs and allocates the KV cache.
+    ///
+    /// # Errors
+    /// When the programs do not compile or the cache does not fit the device.
+    pub fn new(client: &Client, model: DeviceModel, options: EngineOptions) -> Result<Self> {
+        let (shape, config) = (options.shape(), model.config());
+        let started = Instant::now();
+        let context = Context::new();
+        let kind = options.sampling.kind();
+        let end_of_text: Vec<i32> = options.stop.eos().iter().map(|&id| id as i32).collect();
+        let prefill = step::prefill(&context, config, &shape, Output::Tokens(kind))?;
+        let decode = step::decode(&context, config, &shape, kind, &end_of_text)?;
+        let prefill = client.compile(prefill.bytecode(), 1)?;
+        let decode = client.compile(decode.bytecode(), 1)?;
+        let compile = started.elapsed();
+
+        let kv = empty_cache(client, &shape, config)?;
+        let sampling = options.sampling;
+        let scalar = |tensor: HostTensor| client.upload(&tensor, 0);
+        let parameters = [
+            scalar(HostTensor::scalar(sampling.temperature))?,
+            scalar(HostTensor::scalar(sampling.top_k.map_or(i32::MAX, |k| k.min(i32::MAX as u32) as i32)))?,
+            scalar(HostTensor::scalar(sampling.top_p.unwrap_or(1.0)))?,
+            scalar(HostTensor::new(&[2], &[(sampling.seed >> 32) as u32, sampling.seed as u32]))?,
+        ];
+        let client = client.clone();
+        Ok(Self { client, options, shape, model, prefill, decode, kv: Some(kv), parameters, compile })
+    }
+
+    /// Time spent emitting and compiling the step programs.
+    pub fn compile_time(&self) -> Duration {
+        self.compile
+    }
+
+    /// The decode program, for its statistics.
+    pub fn decode_program(&self) -> &Executable {
+        &self.decode
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &LlamaConfig {
+        self.model.config()
+    }
+
+    /// Runs all requests to their end. `finished` gets each sample as it is done, `progress` a report per host call;
+    /// once `cancel` is set the run ends after the current call.
+    ///
+    /// # Errors
+    /// When a request can never run, or the device fails, or `finished` does.
+    pub fn run(
+        &mut self,
+        requests: impl IntoIterator<Item = Request>,
+        cancel: &AtomicBool,
+        mut finished: impl FnMut(Finished) -> Result<()>,
+        mut progress: impl FnMut(&Progress),
+    ) -> Result<Timing> {
+        let mut scheduler = Scheduler::new(self.options.limits, self.options.stop.clone());
+        for request in requests {
+            scheduler.push(request)?;
+        }
+        let started = Instant::now();
+        let (mut timing, mut state) = (Timing::default(), Progress::default());
+        while !cancel.load(Ordering::Relaxed) {
+            let sampled = match scheduler.next() {
+                Step::Done => break,
+                Step::Prefill(rows) => {
+                    let call = self.prefill_call(&scheduler, &rows)?;
+                    let tokens = self.timed(&mut timing.prefill_device_s, |engine| engine.launch_prefill(call))?;
+                    timing.prefill_calls += 1;
+                    let sampled = rows.iter().zip(tokens).filter(|(row, _)| row.samples);
+                    sampled.map(|(row, token)| (row.slot, vec![token as u32])).collect::<Vec<_>>()
+                }
+                Step::Decode { rows, rounds } => {
+                    let call = self.decode_call(&scheduler, &rows, rounds)?;
+                    let tokens = self.timed(&mut timing.decode_device_s, |engine| engine.launch_decode(call))?;
+                    timing.decode_calls += 1;
+                    let sampled: Vec<(Slot, Vec<u32>)> = rows
+                        .iter()
+                        .map(|row| {
+                            let line = &tokens[row.slot.0 * self.shape.max_rounds..][..rounds];
+                            (row.slot, line.iter().take_while(|&&id| id >= 0).map(|&id| id as u32).collect())
+                        })
+                        .collect();
+                    timing.decode_steps += sampled.iter().map(|(_, line)| line.len()).max().unwrap_or(0);
+                    timing.decode_tokens += sampled.iter().map(|(_, line)| line.len()).sum::<usize>();
+                    sampled
+                }
+            };
+            if state.tokens == 0 && !sampled.is_empty() {
+                timing.first_token_s = started.elapsed().as_secs_f64();
+            }
+            for (slot, tokens) in sampled {
+                state.tokens += tokens.len();
+                if let Some(sample) = scheduler.record(slot, &tokens) {
+                    state.finished += 1;
+                    finished(sample)?;
+                }
+            }
+            state.active = scheduler.active();
+            state.pages_used = scheduler.pages_used();
+            progress(&state);
+        }
+        timing.host_s = started.elapsed().as_secs_f64() - timing.prefill_device_s - timing.decode_device_s;
+        Ok(timing)
+    }
+
+    /// Runs `work` and adds what it took to `seconds`.
+    fn timed<T>(&mut self, seconds: &mut f64, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let started = Instant::now();
+        let outcome = work(self);
+        *seconds += started.elapsed().as_secs_f64();
+        outcome
+    }
+
+    /// Packs a prefill step: sequences in the order of `rows`, their tokens back to back.
+    fn prefill_call(&self, scheduler: &Scheduler, rows: &[PrefillRow]) -> Result<Vec<Buffer>> {
+        let shape = &self.shape;
+        let page_size = shape.page_size;
+        let mut tokens = vec![0i32; shape.prefill_rows];
+        let mut positions = vec![0i32; shape.prefill_rows];
+        let mut kv_slots = vec![-1i32; shape.prefill_rows];
+        let mut first_rows = vec![0i32; shape.slots + 1];
+        let mut kv_lens = vec![0i32; shape.slots];
+        let mut sample_rows = vec![0i32; shape.slots];
+        let mut table = PageTable::new(shape);
+        let mut keys = [vec![0u32; shape.slots], vec![0u32; shape.slots], vec![0u32; shape.slots]];
+        let mut at = 0;
+        for (sequence, row) in rows.iter().enumerate() {
+            let pages = scheduler.pages(row.slot);
+            table.set(sequence, pages);
+            for (offset, &token) in row.tokens.iter().enumerate() {
+                let position = row.position + offset;
+                tokens[at] = token as i32;
+                positions[at] = position as i32;
+                kv_slots[at] = (pages[position / page_size].0 as usize * page_size + position % page_size) as i32;
+                at += 1;
+            }
+            first_rows[sequence + 1] = at as i32;
+            kv_lens[sequence] = row.kv_len() as i32;
+            sample_rows[sequence] = at as i32 - 1;
+            keys[0][sequence] = row.id.index as u32;
+            keys[1][sequence] = row.id.generation;
+            keys[2][sequence] = row.kv_len() as u32;
+        }
+        first_rows[rows.len() + 1..].fill(at as i32);
+        let [index, generation, position] = keys;
+        self.upload([
+            ints(tokens),
+            ints(positions),
+            ints(kv_slots),
+            ints(kv_lens),
+            table.tensor(),
+            ints(first_rows),
+            ints(vec![rows.len() as i32]),
+            ints(sample_rows),
+            words(index),
+            words(generation),
+            words(position),
+        ])
+    }
+
+    /// Packs a decode step: sequences by slot.
+    fn decode_call(&self, scheduler: &Scheduler, rows: &[DecodeRow], rounds: usize) -> Result<Vec<Buffer>> {
+        let slots = self.shape.slots;
+        let mut tokens = vec![0i32; slots];
+        let mut positions = vec![0i32; slots];
+        let mut remaining = vec![0i32; slots];
+        let mut table = PageTable::new(&self.shape);
+        let mut keys = [vec![0u32; slots], vec![0u32; slots]];
+        for row in rows {
+            let slot = row.slot.0;
+            tokens[slot] = row.token as i32;
+            positions[slot] = row.position as i32;
+            remaining[slot] = rounds as i32;
+            table.set(slot, scheduler.pages(row.slot));
+            keys[0][slot] = row.id.index as u32;
+            keys[1][slot] = row.id.generation;
+        }
+        let [index, generation] = keys;
+        self.upload([
+            ints(tokens),
+            ints(positions),
+            ints(remaining),
+            table.tensor(),
+            words(index),
+            words(generation),
+            HostTensor::scalar(rounds as i32),
+        ])
+    }
+
+    fn upload<const N: usize>(&self, tensors: [HostTensor; N]) -> Result<Vec<Buffer>> {
+        tensors.iter().map(|tensor| Ok(self.client.upload(tensor, 0)?)).collect()
+    }
+
+    /// Runs the prefill program: one token per sequence.
+    fn launch_prefill(&mut self, call: Vec<Buffer>) -> Result<Vec<i32>> {
+        let cache = self.cache()?;
+        let parameters = self.parameters.iter().map(Arg::Keep);
+        let args = call.into_iter().map(Arg::Donate).chain(parameters).collect();
+        let (kv, tokens) = launch(&self.prefill, &self.model, cache, args)?;
+        self.kv = Some(kv);
+        Ok(tokens.values()?)
+    }
+
+    /// Runs the decode program: `[slots, max_rounds]` tokens.
+    fn launch_decode(&mut self, mut call: Vec<Buffer>) -> Result<Vec<i32>> {
+        let rounds = call.pop();
+        let cache = self.cache()?;
+        let parameters = self.parameters.iter().map(Arg::Keep);
+        let args = call.into_iter().map(Arg::Donate).chain(parameters).chain(rounds.map(Arg::Donate)).collect();
+        let (kv, tokens) = launch(&self.decode, &self.model, cache, args)?;
+        self.kv = Some(kv);
+        Ok(tokens.values()?)
+    }
+
+    /// The KV buffer; a new one when a failed call took the last with it.
+    fn cache(&mut self) -> Result<Buffer> {
+        self.kv.take().map_or_else(|| empty_cache(&self.client, &self.shape, self.model.config()), Ok)
+    }
+}
+
+/// Runs a step program on the weights, the KV buffer and the rest of its arguments: the KV buffer and the tokens.
+fn launch(program: &Executable, model: &DeviceModel, kv: Buffer, args: Vec<Arg<'_>>) -> Result<(Buffer, Buffer)> {
+    let all = model.weights().iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(args).collect();
+    let results = program.run(all)?;
+    let found = results.len();
+    <[Buffer; 2]>::try_from(results)
+        .map(|[kv, tokens]| (kv, tokens))
+        .map_err(|_| Error::runtime("running a step program")(format!("it returned {found} results instead of 2")))
+}
+
+fn empty_cache(client: &Client, shape: &StepShape, config: &LlamaConfig) -> Result<Buffer> {
+    let kv_type = shape.kv_type(config);
+    Ok(client.upload(&HostTensor::zeros(kv_type.element, &kv_type.dims), 0)?)
+}
+
+/// A page table `i32[slots, pages_per_seq]`; entries that no sequence uses are page 0.
+struct PageTable {
+    entries: Vec<i32>,
+    dims: [usize; 2],
+}
+
+impl PageTable {
+    fn new(shape: &StepShape) -> Self {
+        let dims = [shape.slots, shape.pages_per_seq];
+        Self { entries: vec![0; dims[0] * dims[1]], dims }
+    }
+
+    fn set(&mut self, row: usize, pages: &[crate::units::PageId]) {
+        for (entry, page) in self.entries[row * self.dims[1]..].iter_mut().zip(pages) {
+            *entry = page.0 as i32;
+        }
+    }
+
+    fn tensor(&self) -> HostTensor {
+        HostTensor::new(&self.dims, &self.entries)
+    }
+}
+
+fn ints(values: Vec<i32>) -> HostTensor {
+    HostTensor::new(&[values.len()], &values)
+}
+
+fn words(values: Vec<u32>) -> HostTensor {
+    HostTensor::new(&[values.len()], &values)
+}

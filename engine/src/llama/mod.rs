@@ -1,0 +1,97 @@
+//! Llama on a device: loading its weights, and the step programs that run it.
+
+pub mod step;
+
+use pagoda_ir::{Element, HostTensor};
+
+use crate::error::Result;
+use crate::model::config::LlamaConfig;
+use crate::model::weights::{TensorSpec, Weights, expected_tensors};
+use crate::pjrt::{Buffer, Client};
+
+/// A model's weights on a device, as the step programs take them.
+pub struct DeviceModel {
+    config: LlamaConfig,
+    compute: Element,
+    positions: usize,
+    buffers: Vec<Buffer>,
+}
+
+impl DeviceModel {
+    /// Uploads all weights in the type `compute`, and a rotary table for `positions` positions.
+    ///
+    /// Host memory holds one argument of the program at a time beyond the device's own copy: each is converted (and
+    /// where the program wants several projections as one matrix, stacked), uploaded, and dropped.
+    ///
+    /// # Errors
+    /// When a tensor is missing or malformed, or the device is out of memory.
+    pub fn load(
+        client: &Client,
+        config: &LlamaConfig,
+        weights: &Weights,
+        compute: Element,
+        positions: usize,
+    ) -> Result<Self> {
+        let mut buffers = Vec::new();
+        for group in stacks(config) {
+            buffers.push(upload(client, weights, &group, compute)?);
+            for spec in &group {
+                weights.release(spec);
+            }
+        }
+        buffers.push(client.upload(&step::rotary_table(config, positions), 0)?);
+        Ok(Self { config: config.clone(), compute, positions, buffers })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// The type that the weights were uploaded in.
+    pub fn compute(&self) -> Element {
+        self.compute
+    }
+
+    /// Positions that the rotary table covers: the longest sequence.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// The leading arguments of every step program, in the order of [`step::weight_types`].
+    pub fn weights(&self) -> &[Buffer] {
+        &self.buffers
+    }
+}
+
+/// The tensors behind each weight argument but the rotary table: one, or several that are stacked along their rows
+/// (query, key and value; gate and up).
+fn stacks(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
+    let stacked_on = |spec: &TensorSpec| ["k_proj", "v_proj", "up_proj"].iter().any(|name| spec.name.contains(name));
+    let mut groups: Vec<Vec<TensorSpec>> = Vec::new();
+    for spec in expected_tensors(config) {
+        match groups.last_mut() {
+            Some(group) if stacked_on(&spec) => group.push(spec),
+            _ => groups.push(vec![spec]),
+        }
+    }
+    groups
+}
+
+/// Uploads tensors of equal width, one below the other.
+fn upload(client: &Client, weights: &Weights, group: &[TensorSpec], compute: Element) -> Result<Buffer> {
+    if let [spec] = group {
+        let data = weights.tensor(spec)?.to_element(compute);
+        return Ok(client.upload_bytes(compute, &spec.dims, data.bytes(), 0)?);
+    }
+    let rows = group.iter().map(|spec| spec.dims[0]).sum();
+    let mut stacked = HostTensor::zeros(compute, &[rows, group[0].dims[1]]);
+    let mut rest = stacked.bytes_mut();
+    for spec in group {
+        let data = weights.tensor(spec)?.to_element(compute);
+        let (part, after) = rest.split_at_mut(data.bytes().len());
+        part.copy_from_slice(data.bytes());
+        rest = after;
+    }
+    Ok(client.upload(&stacked, 0)?)
+}

@@ -1,0 +1,261 @@
+//! The reference: Llama's forward pass in float64, as plain loops, written from the model's definition.
+//!
+//! It shares no code with the step program, not even the rotary frequencies: its only inputs are the configuration's
+//! numbers and the weights. It sees one whole sequence, without pages, batches or chunks. It must never be used to make
+//! text for users: a weight takes 8 bytes here, and nothing is blocked, fused or threaded.
+
+use super::config::LlamaConfig;
+use super::weights::{TensorSpec, Weights, expected_tensors};
+use crate::error::Result;
+
+struct Layer {
+    input_norm: Vec<f64>,
+    q: Vec<f64>,
+    k: Vec<f64>,
+    v: Vec<f64>,
+    o: Vec<f64>,
+    post_attention_norm: Vec<f64>,
+    gate: Vec<f64>,
+    up: Vec<f64>,
+    down: Vec<f64>,
+}
+
+/// A Llama in float64.
+pub struct Reference {
+    config: LlamaConfig,
+    embedding: Vec<f64>,
+    layers: Vec<Layer>,
+    final_norm: Vec<f64>,
+    /// The output projection, unless it is the embedding.
+    head: Option<Vec<f64>>,
+}
+
+/// One sequence: the keys and values of all tokens so far.
+pub struct Session<'a> {
+    model: &'a Reference,
+    /// Per layer: `[tokens, kv_heads * head_dim]`, keys rotated.
+    keys: Vec<Vec<f64>>,
+    values: Vec<Vec<f64>>,
+    position: usize,
+}
+
+impl Reference {
+    /// Converts all weights.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has the wrong shape or type.
+    pub fn new(config: &LlamaConfig, weights: &Weights) -> Result<Self> {
+        let specs = expected_tensors(config);
+        let load = |name: &str| -> Result<Vec<f64>> {
+            let missing = TensorSpec { name: name.into(), dims: vec![] };
+            let spec = specs.iter().find(|spec| spec.name == name).unwrap_or(&missing);
+            Ok(weights.tensor(spec)?.to_f64())
+        };
+        let layer = |at: usize| -> Result<Layer> {
+            let load = |name: &str| load(&format!("model.layers.{at}.{name}.weight"));
+            Ok(Layer {
+                input_norm: load("input_layernorm")?,
+                q: load("self_attn.q_proj")?,
+                k: load("self_attn.k_proj")?,
+                v: load("self_attn.v_proj")?,
+                o: load("self_attn.o_proj")?,
+                post_attention_norm: load("post_attention_layernorm")?,
+                gate: load("mlp.gate_proj")?,
+                up: load("mlp.up_proj")?,
+                down: load("mlp.down_proj")?,
+            })
+        };
+        Ok(Self {
+            embedding: load("model.embed_tokens.weight")?,
+            layers: (0..config.layers).map(layer).collect::<Result<_>>()?,
+            final_norm: load("model.norm.weight")?,
+            head: if config.tie_word_embeddings { None } else { Some(load("lm_head.weight")?) },
+            config: config.clone(),
+        })
+    }
+
+    /// A sequence with no tokens.
+    pub fn session(&self) -> Session<'_> {
+        let empty = vec![Vec::new(); self.layers.len()];
+        Session { model: self, keys: empty.clone(), values: empty, position: 0 }
+    }
+
+    /// The logits after each token: `[tokens][vocab]`.
+    pub fn logits(&self, tokens: &[u32]) -> Vec<Vec<f64>> {
+        let mut session = self.session();
+        tokens.iter().map(|&token| session.step(token)).collect()
+    }
+
+    /// The `new` most likely next tokens, one by one; the first of equals.
+    pub fn greedy(&self, prompt: &[u32], new: usize) -> Vec<u32> {
+        let mut session = self.session();
+        let mut logits = Vec::new();
+        for &token in prompt {
+            logits = session.step(token);
+        }
+        let mut tokens = Vec::with_capacity(new);
+        for at in 0..new {
+            let best = (0..logits.len()).reduce(|best, id| if logits[id] > logits[best] { id } else { best });
+            let token = best.expect("a prompt has tokens and a vocabulary has entries") as u32;
+            tokens.push(token);
+            if at + 1 < new {
+                logits = session.step(token);
+            }
+        }
+        tokens
+    }
+}
+
+impl Session<'_> {
+    /// Appends a token; the logits of what follows it, `[vocab]`.
+    pub fn step(&mut self, token: u32) -> Vec<f64> {
+        let Reference { config, embedding, layers, final_norm, head } = self.model;
+        let hidden = config.hidden_size;
+        let mut x = embedding[token as usize * hidden..][..hidden].to_vec();
+        for (at, layer) in layers.iter().enumerate() {
+            let normed = rms_norm(&x, &layer.input_norm, config.rms_norm_eps);
+            let mut q = project(&layer.q, &normed);
+            let mut k = project(&layer.k, &normed);
+            for head in q.chunks_mut(config.head_dim).chain(k.chunks_mut(config.head_dim)) {
+                rotate(head, self.position as f64, config);
+            }
+            self.keys[at].extend(k);
+            self.values[at].extend(project(&layer.v, &normed));
+            let attended = attend(&q, &self.keys[at], &self.values[at], config);
+            add(&mut x, &project(&layer.o, &attended));
+
+            let normed = rms_norm(&x, &layer.post_attention_norm, config.rms_norm_eps);
+            let gate = project(&layer.gate, &normed);
+            let up = project(&layer.up, &normed);
+            let inner: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+            add(&mut x, &project(&layer.down, &inner));
+        }
+        self.position += 1;
+        project(head.as_ref().unwrap_or(embedding), &rms_norm(&x, final_norm, config.rms_norm_eps))
+    }
+}
+
+/// `x / sqrt(mean(x^2) + epsilon) * weight`.
+fn rms_norm(x: &[f64], weight: &[f64], epsilon: f64) -> Vec<f64> {
+    let mean_square = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
+    let scale = (mean_square + epsilon).sqrt();
+    x.iter().zip(weight).map(|(v, w)| v / scale * w).collect()
+}
+
+/// `matrix [out, in] * x [in]`.
+fn project(matrix: &[f64], x: &[f64]) -> Vec<f64> {
+    matrix.chunks_exact(x.len()).map(|row| row.iter().zip(x).map(|(w, v)| w * v).sum()).collect()
+}
+
+fn add(x: &mut [f64], other: &[f64]) {
+    x.iter_mut().zip(other).for_each(|(v, o)| *v += o);
+}
+
+/// Turns each pair `(i, i + head_dim/2)` of a head, the pairing of Hugging Face's Llama, by its angle at `position`.
+fn rotate(head: &mut [f64], position: f64, config: &LlamaConfig) {
+    let half = head.len() / 2;
+    for i in 0..half {
+        let mut wavelength = std::f64::consts::TAU * config.rope_theta.powf(2.0 * i as f64 / head.len() as f64);
+        if let Some(scaling) = config.rope_scaling {
+            let context = scaling.original_max_position_embeddings;
+            let (longest, shortest) = (context / scaling.low_freq_factor, context / scaling.high_freq_factor);
+            if wavelength > longest {
+                wavelength *= scaling.factor;
+            } else if wavelength > shortest {
+                // Between the two bounds, frequencies are blended linearly in turns per original context.
+                let range = scaling.high_freq_factor - scaling.low_freq_factor;
+                let smooth = (context / wavelength - scaling.low_freq_factor) / range;
+                wavelength = 1.0 / ((1.0 - smooth) / (scaling.factor * wavelength) + smooth / wavelength);
+            }
+        }
+        let (sin, cos) = (position / wavelength * std::f64::consts::TAU).sin_cos();
+        let (a, b) = (head[i], head[i + half]);
+        head[i] = a * cos - b * sin;
+        head[i + half] = b * cos + a * sin;
+    }
+}
+
+/// Attention of one token (the last) over all `keys` and `values [tokens, kv_heads, head_dim]`; `q [q_heads, head_dim]`.
+fn attend(q: &[f64], keys: &[f64], values: &[f64], config: &LlamaConfig) -> Vec<f64> {
+    let (d, kv_width) = (config.head_dim, config.kv_heads * config.head_dim);
+    let group = config.q_heads / config.kv_heads;
+    let mut out = Vec::with_capacity(q.len());
+    for (head, q) in q.chunks_exact(d).enumerate() {
+        let at = head / group * d;
+        let scores: Vec<f64> = keys
+            .chunks_exact(kv_width)
+            .map(|key| q.iter().zip(&key[at..at + d]).map(|(a, b)| a * b).sum::<f64>() / (d as f64).sqrt())
+            .collect();
+        let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        for lane in at..at + d {
+            let sum: f64 = weights.iter().zip(values.chunks_exact(kv_width)).map(|(w, v)| w * v[lane]).sum();
+            out.push(sum / total);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::model::config::Llama3Scaling;
+
+    fn tiny() -> (LlamaConfig, Weights, serde_json::Value) {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny-llama-kjv");
+        let golden = std::fs::read(folder.join("golden.json")).unwrap();
+        let golden = serde_json::from_slice(&golden).unwrap();
+        (LlamaConfig::open(&folder).unwrap(), Weights::open(&folder).unwrap(), golden)
+    }
+
+    /// Against a float64 forward pass written elsewhere.
+    #[test]
+    fn greedy_text_is_golden() {
+        let (config, weights, golden) = tiny();
+        let reference = Reference::new(&config, &weights).unwrap();
+        let golden = golden.as_object().unwrap();
+        assert_eq!(golden.len(), 3);
+        for (prompt, golden) in golden {
+            let ids: Vec<u32> = serde_json::from_value(golden["ids"].clone()).unwrap();
+            let (start, new) = ids.split_at(ids.len() - 48);
+            assert_eq!(reference.greedy(start, 48), new, "{prompt}");
+            // The smallest gap between the two best logits is a number of the other implementation, too.
+            let gap = reference.logits(&ids[..ids.len() - 1])[start.len() - 1..]
+                .iter()
+                .map(|logits| {
+                    let mut sorted = logits.clone();
+                    sorted.sort_by(f64::total_cmp);
+                    sorted[sorted.len() - 1] - sorted[sorted.len() - 2]
+                })
+                .fold(f64::INFINITY, f64::min);
+            let expected = golden["smallest_top2_gap"].as_f64().unwrap();
+            assert!((gap - expected).abs() < 1e-5, "{prompt}: {gap} for {expected}");
+        }
+    }
+
+    /// The reference's own rotary scaling agrees with the frequencies that the step program uses.
+    #[test]
+    fn rotation_agrees_with_the_frequencies() {
+        let (mut config, ..) = tiny();
+        let scaling = Llama3Scaling {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 512.0,
+        };
+        for scaling in [None, Some(scaling)] {
+            config.rope_scaling = scaling;
+            let mut head = vec![0.0; config.head_dim];
+            head[..config.head_dim / 2].fill(1.0);
+            rotate(&mut head, 3.0, &config);
+            for (i, frequency) in config.rope_frequencies().into_iter().enumerate() {
+                let (sin, cos) = (3.0 * frequency).sin_cos();
+                let found = (head[i], head[i + config.head_dim / 2]);
+                assert!((found.0 - cos).abs() < 1e-13 && (found.1 - sin).abs() < 1e-13, "pair {i}");
+            }
+        }
+    }
+}

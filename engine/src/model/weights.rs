@@ -1,0 +1,453 @@
+//! Safetensors weights, memory-mapped: one file, or shards named by `model.safetensors.index.json`.
+//!
+//! Nothing is copied on opening: a tensor's bytes are read by the system when they are used, and can be dropped again
+//! after upload ([`Weights::release`]), so loading holds at most one tensor in memory beyond what the device holds.
+//! The files must not be changed while they are mapped (a truncated mapping faults on access).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::{Mmap, UncheckedAdvice};
+use pagoda_ir::element::Element;
+use pagoda_ir::tensor::HostTensor;
+use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+
+use super::config::LlamaConfig;
+use super::read_json;
+use crate::error::{Error, Result};
+use crate::output::fingerprint;
+use crate::units::Bytes;
+
+/// A tensor that a model needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Its name in the safetensors files.
+    pub name: String,
+    /// Its shape, row-major. Projections are `[out, in]`.
+    pub dims: Vec<usize>,
+}
+
+/// Every tensor of a Llama, in the order of the forward pass.
+pub fn expected_tensors(config: &LlamaConfig) -> Vec<TensorSpec> {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let (q, kv) = (config.q_heads * config.head_dim, config.kv_heads * config.head_dim);
+    let spec = |name: String, dims: &[usize]| TensorSpec { name, dims: dims.to_vec() };
+    let mut specs = vec![spec("model.embed_tokens.weight".into(), &[config.vocab_size, hidden])];
+    for layer in 0..config.layers {
+        let tensors: [(&str, &[usize]); 9] = [
+            ("input_layernorm", &[hidden]),
+            ("self_attn.q_proj", &[q, hidden]),
+            ("self_attn.k_proj", &[kv, hidden]),
+            ("self_attn.v_proj", &[kv, hidden]),
+            ("self_attn.o_proj", &[hidden, q]),
+            ("post_attention_layernorm", &[hidden]),
+            ("mlp.gate_proj", &[inner, hidden]),
+            ("mlp.up_proj", &[inner, hidden]),
+            ("mlp.down_proj", &[hidden, inner]),
+        ];
+        specs.extend(tensors.map(|(name, dims)| spec(format!("model.layers.{layer}.{name}.weight"), dims)));
+    }
+    specs.push(spec("model.norm.weight".into(), &[hidden]));
+    if !config.tie_word_embeddings {
+        specs.push(spec("lm_head.weight".into(), &[config.vocab_size, hidden]));
+    }
+    specs
+}
+
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+    header: Metadata,
+    /// Where the tensors' bytes begin.
+    data: usize,
+}
+
+/// The mapped weights of a model folder.
+pub struct Weights {
+    folder: PathBuf,
+    shards: Vec<Shard>,
+    /// Which shard holds each tensor.
+    homes: BTreeMap<String, usize>,
+}
+
+/// A tensor in a mapped file.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a> {
+    /// Element type: BF16, F16 or F32.
+    pub element: Element,
+    /// Shape, row-major.
+    pub dims: &'a [usize],
+    /// Little-endian bytes, of no particular alignment.
+    pub bytes: &'a [u8],
+}
+
+/// A tensor's bytes in the type that was asked for.
+pub enum TensorData<'a> {
+    /// The file's own bytes: nothing was copied.
+    Mapped(&'a [u8]),
+    /// A converted copy.
+    Converted(HostTensor),
+}
+
+impl TensorData<'_> {
+    /// The bytes, row-major, little-endian.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Mapped(bytes) => bytes,
+            Self::Converted(tensor) => tensor.bytes(),
+        }
+    }
+}
+
+impl<'a> TensorView<'a> {
+    /// The tensor as `element` (BF16, F16 or F32; rounded to nearest even), borrowed when it already is.
+    ///
+    /// # Panics
+    /// When `element` is no float type of at most 32 bits.
+    pub fn to_element(&self, element: Element) -> TensorData<'a> {
+        if element == self.element {
+            return TensorData::Mapped(self.bytes);
+        }
+        let mut tensor = HostTensor::zeros(element, self.dims);
+        match element {
+            Element::F32 => self.fill(tensor.as_mut_slice::<f32>(), |value| value),
+            Element::Bf16 => self.fill(tensor.as_mut_slice::<bf16>(), bf16::from_f32),
+            Element::F16 => self.fill(tensor.as_mut_slice::<f16>(), f16::from_f32),
+            other => panic!("weights cannot be converted to {other}"),
+        }
+        TensorData::Converted(tensor)
+    }
+
+    /// Every value as f64, exactly.
+    pub fn to_f64(&self) -> Vec<f64> {
+        let mut values = vec![0.0; self.dims.iter().product()];
+        self.fill(&mut values, f64::from);
+        values
+    }
+
+    fn fill<T>(&self, out: &mut [T], convert: impl Fn(f32) -> T) {
+        let pairs = || self.bytes.as_chunks::<2>().0.iter();
+        match self.element {
+            Element::Bf16 => {
+                out.iter_mut().zip(pairs()).for_each(|(o, &b)| *o = convert(bf16::from_le_bytes(b).into()))
+            }
+            Element::F16 => out.iter_mut().zip(pairs()).for_each(|(o, &b)| *o = convert(f16::from_le_bytes(b).into())),
+            Element::F32 => {
+                let quads = self.bytes.as_chunks::<4>().0.iter();
+                out.iter_mut().zip(quads).for_each(|(o, &b)| *o = convert(f32::from_le_bytes(b)));
+            }
+            other => unreachable!("a view is never made of {other}"),
+        }
+    }
+}
+
+impl Weights {
+    /// Maps the safetensors files of a model folder and checks their headers, sizes and the index.
+    ///
+    /// # Errors
+    /// When a file is missing, truncated or malformed, or the index and the shards disagree.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let index = folder.join("model.safetensors.index.json");
+        let single = folder.join("model.safetensors");
+        let (paths, named) = if index.exists() {
+            let named = read_index(&index)?;
+            (named.values().cloned().collect::<BTreeSet<_>>(), Some(named))
+        } else if single.exists() {
+            (BTreeSet::from(["model.safetensors".to_owned()]), None)
+        } else {
+            let problem = "it holds neither model.safetensors nor model.safetensors.index.json";
+            return Err(Error::file(folder, problem, "download the model's weights into it"));
+        };
+        let shards = paths.iter().map(|name| Shard::open(folder.join(name))).collect::<Result<Vec<_>>>()?;
+        let mut homes = BTreeMap::new();
+        for (at, shard) in shards.iter().enumerate() {
+            for name in shard.header.offset_keys() {
+                if let Some(first) = homes.insert(name.clone(), at) {
+                    let problem = format!("tensor {name} is also in {}", shards[first].path.display());
+                    return Err(Error::file(&shard.path, problem, "download the model again"));
+                }
+            }
+        }
+        for (tensor, file) in named.iter().flatten() {
+            let home = homes.get(tensor).map(|&at| &shards[at].path);
+            if home != Some(&folder.join(file)) {
+                let problem = format!("tensor {tensor} is not in {file}, where the index says it is");
+                return Err(Error::file(&index, problem, "download the model again"));
+            }
+        }
+        Ok(Self { folder: folder.into(), shards, homes })
+    }
+
+    /// Checks that every tensor of the model is there, in its shape and in a supported type.
+    ///
+    /// Answers the names of tensors that the model does not use (older checkpoints store `rotary_emb.inv_freq`), for
+    /// the caller to warn about.
+    ///
+    /// # Errors
+    /// Names all missing tensors, or the first with a wrong shape or type.
+    pub fn check(&self, config: &LlamaConfig) -> Result<Vec<&str>> {
+        let specs = expected_tensors(config);
+        let missing: Vec<_> =
+            specs.iter().map(|spec| spec.name.as_str()).filter(|name| !self.homes.contains_key(*name)).collect();
+        if let [first, ..] = missing.as_slice() {
+            let more = if missing.len() > 1 { format!(" and {} more", missing.len() - 1) } else { String::new() };
+            let problem = format!("tensor {first}{more} of {} is missing", specs.len());
+            return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
+        }
+        for spec in &specs {
+            self.tensor(spec)?;
+        }
+        let known: BTreeSet<_> = specs.iter().map(|spec| spec.name.as_str()).collect();
+        // With tied embeddings some checkpoints store the output projection all the same.
+        Ok(self.homes.keys().map(String::as_str).filter(|name| !known.contains(name)).collect())
+    }
+
+    /// A tensor, which must have the shape of `spec`.
+    ///
+    /// # Errors
+    /// When it is missing, has another shape, or is not BF16, F16 or F32.
+    pub fn tensor(&self, spec: &TensorSpec) -> Result<TensorView<'_>> {
+        let Some((shard, info)) = self.find(&spec.name) else {
+            let problem = format!("tensor {} is missing", spec.name);
+            return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
+        };
+        let mismatch = |expected: String, found: String| Error::Tensor {
+            path: shard.path.clone(),
+            tensor: spec.name.clone(),
+            expected,
+            found,
+        };
+        let element = match info.dtype {
+            Dtype::BF16 => Element::Bf16,
+            Dtype::F16 => Element::F16,
+            Dtype::F32 => Element::F32,
+            other => return Err(mismatch("BF16, F16 or F32".into(), format!("{other:?}"))),
+        };
+        if info.shape != spec.dims {
+            return Err(mismatch(format!("{:?}", spec.dims), format!("{:?}", info.shape)));
+        }
+        let (start, end) = info.data_offsets;
+        Ok(TensorView { element, dims: &info.shape, bytes: &shard.map[shard.data + start..shard.data + end] })
+    }
+
+    /// Lets the system drop a tensor's file pages from this process's memory: for after it was uploaded.
+    pub fn release(&self, spec: &TensorSpec) {
+        let Some((shard, info)) = self.find(&spec.name) else { return };
+        let (start, end) = info.data_offsets;
+        // SAFETY: the mapping is read-only and backed by the file, so dropped pages read the same bytes again. A
+        // failure only means that memory is given back later.
+        let _ = unsafe { shard.map.unchecked_advise_range(UncheckedAdvice::DontNeed, shard.data + start, end - start) };
+    }
+
+    /// The bytes of all tensors.
+    pub fn size(&self) -> Bytes {
+        Bytes(self.shards.iter().map(|shard| shard.header.data_len() as u64).sum())
+    }
+
+    /// Identifies the weights: a [`fingerprint`] of all names, types and shapes, and of the beginning of each tensor, so
+    /// that two trainings of one architecture differ, and a large model need not be read twice.
+    pub fn identity(&self) -> String {
+        let pieces = self.shards.iter().flat_map(|shard| {
+            let starts = shard.header.tensors().into_values().map(|info| info.data_offsets).collect::<BTreeSet<_>>();
+            let heads = starts
+                .into_iter()
+                .map(|(start, end)| &shard.map[shard.data + start..shard.data + end.min(start + Self::IDENTITY_BYTES)]);
+            std::iter::once(&shard.map[..shard.data]).chain(heads)
+        });
+        fingerprint(pieces)
+    }
+
+    /// How much of each tensor [`identity`](Self::identity) reads.
+    const IDENTITY_BYTES: usize = 4096;
+
+    fn find(&self, name: &str) -> Option<(&Shard, &safetensors::tensor::TensorInfo)> {
+        let shard = &self.shards[*self.homes.get(name)?];
+        Some((shard, shard.header.info(name)?))
+    }
+}
+
+impl Shard {
+    fn open(path: PathBuf) -> Result<Self> {
+        let file = File::open(&path).map_err(Error::io("read", &path))?;
+        // SAFETY: the module's documentation asks that the files stay as they are while mapped.
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
+        let (header_bytes, header) = SafeTensors::read_metadata(&map).map_err(|error| {
+            let problem = match declared_length(&map) {
+                Some(declared) if declared > map.len() as u64 => {
+                    format!("it is truncated: its header declares {declared} bytes, but it has {}", map.len())
+                }
+                _ => format!("it is no safetensors file ({error})"),
+            };
+            Error::file(&path, problem, "download the file again")
+        })?;
+        Ok(Self { path, map, header, data: 8 + header_bytes })
+    }
+}
+
+/// How long a safetensors file says it is: the header's own length, and the largest data offset if it can be read.
+fn declared_length(bytes: &[u8]) -> Option<u64> {
+    let length = u64::from_le_bytes(*bytes.first_chunk::<8>()?);
+    let end = length.checked_add(8)?;
+    if end > 100_000_000 {
+        return None; // The format's limit on headers: this is some other kind of file.
+    }
+    let Some(header) = bytes.get(8..end as usize) else { return Some(end) };
+    let header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
+    let data = header.values().filter_map(|info| info.get("data_offsets")?.get(1)?.as_u64()).max().unwrap_or(0);
+    end.checked_add(data)
+}
+
+/// The index's map from tensor name to file name.
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    let value = read_json(path)?;
+    let entries = value.get("weight_map").and_then(serde_json::Value::as_object);
+    let map: Option<BTreeMap<_, _>> = entries.and_then(|entries| {
+        entries.iter().map(|(tensor, file)| Some((tensor.clone(), file.as_str()?.to_owned()))).collect()
+    });
+    // A file name, not a path: an index must not reach outside its folder.
+    let plain = |file: &String| Path::new(file).file_name().is_some_and(|name| name == file.as_str());
+    match map {
+        Some(map) if !map.is_empty() && map.values().all(plain) => Ok(map),
+        _ => Err(Error::file(path, "weight_map is no map from tensor to file name", "download the file again")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use safetensors::tensor::TensorView as Source;
+
+    use super::*;
+
+    fn tiny() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny-llama-kjv")
+    }
+
+    fn write(path: &Path, tensors: &[(&str, Dtype, &[usize], &[u8])]) {
+        let views = tensors
+            .iter()
+            .map(|(name, dtype, dims, bytes)| (name.to_string(), Source::new(*dtype, dims.to_vec(), bytes).unwrap()));
+        fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    }
+
+    fn spec(name: &str, dims: &[usize]) -> TensorSpec {
+        TensorSpec { name: name.into(), dims: dims.into() }
+    }
+
+    #[test]
+    fn the_tiny_model_is_complete() {
+        let config = LlamaConfig::open(&tiny()).unwrap();
+        let weights = Weights::open(&tiny()).unwrap();
+        assert!(weights.check(&config).unwrap().is_empty());
+        let specs = expected_tensors(&config);
+        let parameters: usize = specs.iter().map(|spec| spec.dims.iter().product::<usize>()).sum();
+        assert_eq!(weights.size(), Bytes(2 * parameters as u64));
+        // Released pages are read again from the file.
+        let before = weights.tensor(&specs[0]).unwrap().to_f64();
+        weights.release(&specs[0]);
+        assert_eq!(weights.tensor(&specs[0]).unwrap().to_f64(), before);
+
+        // Another training of the same shapes is another model.
+        let folder = tempfile::tempdir().unwrap();
+        let mut bytes = fs::read(tiny().join("model.safetensors")).unwrap();
+        let copy = |bytes: &[u8]| {
+            fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+            Weights::open(folder.path()).unwrap().identity()
+        };
+        assert_eq!(copy(&bytes), weights.identity());
+        let last = bytes.len() - 512; // the start of the last tensor in the file, a norm
+        bytes[last] ^= 1;
+        assert_ne!(copy(&bytes), weights.identity());
+
+        let untied = LlamaConfig { tie_word_embeddings: false, ..config.clone() };
+        let error = weights.check(&untied).unwrap_err().to_string();
+        assert!(error.contains("tensor lm_head.weight of 39 is missing"), "{error}");
+        let wider = LlamaConfig { intermediate_size: 1024, ..config };
+        let error = weights.check(&wider).unwrap_err().to_string();
+        let expected = "model.safetensors: tensor model.layers.0.mlp.gate_proj.weight is [768, 256], \
+                        but config.json asks for [1024, 256]";
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn types_are_converted() {
+        let folder = tempfile::tempdir().unwrap();
+        let values = [1.0f32, -0.5, 3.0, 1.0 + 1.0 / 256.0];
+        let f32s: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let f16s: Vec<u8> = values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect();
+        let bf16s: Vec<u8> = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
+        write(
+            &folder.path().join("model.safetensors"),
+            &[
+                ("a", Dtype::F32, &[2, 2], &f32s),
+                ("b", Dtype::F16, &[4], &f16s),
+                ("c", Dtype::BF16, &[4], &bf16s),
+                ("d", Dtype::I32, &[4], &f32s),
+            ],
+        );
+        let weights = Weights::open(folder.path()).unwrap();
+        // 1 + 1/256 lies half way between two bf16 numbers: to even, which is 1.
+        let rounded = [1.0, -0.5, 3.0, 1.0];
+        let exact = values.map(f64::from);
+        for (name, dims, exact) in [("a", &[2, 2][..], exact), ("b", &[4], exact), ("c", &[4], rounded)] {
+            let view = weights.tensor(&spec(name, dims)).unwrap();
+            assert_eq!(view.to_f64(), exact, "{name}");
+            for (element, expected) in [(Element::F32, exact), (Element::Bf16, rounded)] {
+                let data = view.to_element(element);
+                let back = HostTensor::from_bytes(element, dims, data.bytes()).to_f64();
+                assert_eq!(back, expected, "{name} as {element}");
+                assert_eq!(matches!(data, TensorData::Mapped(_)), element == view.element);
+            }
+        }
+        let error = weights.tensor(&spec("d", &[4])).unwrap_err().to_string();
+        assert!(error.contains("tensor d is I32, but config.json asks for BF16, F16 or F32"), "{error}");
+    }
+
+    #[test]
+    fn shards_and_their_index() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let one = 1.0f32.to_le_bytes();
+        write(&path("x-1.safetensors"), &[("a", Dtype::F32, &[1], &one)]);
+        write(&path("x-2.safetensors"), &[("b", Dtype::F32, &[1], &one)]);
+        let index = |map: &str| fs::write(path("model.safetensors.index.json"), map).unwrap();
+        let error = || Weights::open(folder.path()).map(|_| ()).unwrap_err().to_string();
+
+        index(r#"{"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}"#);
+        let weights = Weights::open(folder.path()).unwrap();
+        assert_eq!(weights.tensor(&spec("b", &[1])).unwrap().to_f64(), [1.0]);
+        index(r#"{"weight_map": {"a": "x-1.safetensors", "b": "x-1.safetensors"}}"#);
+        assert!(error().contains("tensor b is not in x-1.safetensors, where the index says it is"), "{}", error());
+        index(r#"{"weight_map": {"a": "x-3.safetensors"}}"#);
+        assert!(error().contains("cannot read") && error().contains("x-3.safetensors"), "{}", error());
+        index(r#"{"weight_map": {"a": "../x-1.safetensors"}}"#);
+        assert!(error().contains("weight_map is no map"), "{}", error());
+    }
+
+    #[test]
+    fn damaged_files_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let error = || {
+            let error = Weights::open(folder.path()).map(|_| ()).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            error.to_string()
+        };
+        assert!(error().contains("it holds neither model.safetensors nor"), "{}", error());
+        write(&path, &[("a", Dtype::F32, &[64], &[0; 256])]);
+        let whole = fs::read(&path).unwrap();
+        for length in [whole.len() - 1, whole.len() - 256, 20] {
+            fs::write(&path, &whole[..length]).unwrap();
+            assert!(error().contains("it is truncated: its header declares"), "{length}: {}", error());
+            assert!(error().contains(&format!("but it has {length}")), "{length}: {}", error());
+        }
+        for (bytes, message) in [(&b""[..], "no safetensors file"), (b"<html>not found</html>", "no safetensors file")]
+        {
+            fs::write(&path, bytes).unwrap();
+            assert!(error().contains(message), "{}", error());
+        }
+    }
+}

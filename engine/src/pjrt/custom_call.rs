@@ -1,0 +1,375 @@
+//! Custom calls written in Rust, through XLA's typed FFI.
+//!
+//! A plugin with the FFI extension (type 5 in its extension chain; the CPU plugin has it) calls a registered handler
+//! in the middle of a program, with typed views of the operands and results: `stablehlo.custom_call @name` with
+//! `api_version = 4` and a dictionary as `backend_config`. The call frame's layout is that of XLA's
+//! `xla/ffi/api/c_api.h`, FFI API 0.1.
+//!
+//! Invariants: a handler never unwinds into the plugin (a panic becomes an FFI error with its message); operand and
+//! result memory is only borrowed for the duration of the call; the handler may run on any thread of the plugin.
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use pagoda_ir::element::{Element, Native};
+
+use super::error::{Error, Result};
+use super::plugin::Plugin;
+
+/// A function that programs can call by name.
+pub trait CustomCall {
+    /// The target name in `stablehlo.custom_call`.
+    const TARGET: &'static str;
+
+    /// Runs one call. Operands and results have the shapes of the op.
+    ///
+    /// # Errors
+    /// The message becomes the program's error.
+    fn call(frame: &mut Frame<'_>) -> std::result::Result<(), String>;
+}
+
+/// The operands, results and attributes of one call.
+pub struct Frame<'a> {
+    raw: &'a RawFrame,
+}
+
+/// A typed view of an operand.
+#[derive(Clone, Copy)]
+pub struct Operand<'a> {
+    /// Element type.
+    pub element: Element,
+    /// Dimensions.
+    pub dims: &'a [i64],
+    data: *const u8,
+}
+
+impl<'a> Operand<'a> {
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        self.dims.iter().product::<i64>() as usize
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes, row-major.
+    pub fn bytes(&self) -> &'a [u8] {
+        match self.len() * self.element.bytes() {
+            0 => &[],
+            // SAFETY: XLA passes a dense row-major array of this shape that lives as long as the call.
+            size => unsafe { std::slice::from_raw_parts(self.data, size) },
+        }
+    }
+
+    /// The elements, row-major.
+    ///
+    /// # Errors
+    /// When the operand has another element type.
+    pub fn values<T: Native>(&self) -> std::result::Result<&'a [T], String> {
+        let viewed = if self.element == Element::Pred { Element::U8 } else { self.element };
+        if viewed != T::ELEMENT || !self.data.cast::<T>().is_aligned() {
+            return Err(format!("an operand of {} was expected, got {}", T::ELEMENT, self.element));
+        }
+        match self.len() {
+            0 => Ok(&[]),
+            // SAFETY: as in `bytes`; type and alignment were checked.
+            count => Ok(unsafe { std::slice::from_raw_parts(self.data.cast(), count) }),
+        }
+    }
+}
+
+impl<'a> Frame<'a> {
+    /// The number of operands.
+    pub fn operands(&self) -> usize {
+        self.raw.args.size as usize
+    }
+
+    /// The number of results.
+    pub fn results(&self) -> usize {
+        self.raw.rets.size as usize
+    }
+
+    /// An operand.
+    ///
+    /// # Errors
+    /// When there is no such operand, or its type is unknown here.
+    pub fn operand(&self, index: usize) -> std::result::Result<Operand<'a>, String> {
+        Self::view(&self.raw.args, index, "operand")
+    }
+
+    /// Shape and type of a result.
+    ///
+    /// # Errors
+    /// As [`operand`](Self::operand).
+    pub fn result_type(&self, index: usize) -> std::result::Result<(Element, &'a [i64]), String> {
+        Self::view(&self.raw.rets, index, "result").map(|result| (result.element, result.dims))
+    }
+
+    /// The bytes of a result, row-major, to be written.
+    ///
+    /// # Errors
+    /// As [`operand`](Self::operand).
+    pub fn result(&mut self, index: usize) -> std::result::Result<&mut [u8], String> {
+        let result = Self::view(&self.raw.rets, index, "result")?;
+        match result.len() * result.element.bytes() {
+            0 => Ok(&mut []),
+            // SAFETY: XLA passes writable memory of this size for each result; `&mut self` keeps the borrow unique.
+            size => Ok(unsafe { std::slice::from_raw_parts_mut(result.data.cast_mut(), size) }),
+        }
+    }
+
+    /// A string attribute of the call's `backend_config` dictionary.
+    pub fn string(&self, name: &str) -> Option<&'a str> {
+        let attributes = &self.raw.attrs;
+        (0..attributes.size as usize).find_map(|index| {
+            // SAFETY: XLA passes `size` attributes; a name is a byte span, a string attribute too.
+            unsafe {
+                let span = &**attributes.names.add(index);
+                if *attributes.types.add(index) != ATTRIBUTE_STRING || span.bytes() != name.as_bytes() {
+                    return None;
+                }
+                std::str::from_utf8((*(*attributes.attrs.add(index)).cast::<RawSpan>()).bytes()).ok()
+            }
+        })
+    }
+
+    fn view(list: &'a RawList, index: usize, what: &str) -> std::result::Result<Operand<'a>, String> {
+        if index >= list.size as usize {
+            return Err(format!("{what} {index} of {}", list.size));
+        }
+        // SAFETY: the list holds `size` buffers.
+        let buffer = unsafe { &*(*list.items.add(index)).cast::<RawBuffer>() };
+        let element =
+            element(buffer.dtype).ok_or_else(|| format!("{what} {index} has FFI element type {}", buffer.dtype))?;
+        let dims = match buffer.rank {
+            0 => &[][..],
+            // SAFETY: a buffer has `rank` dimensions.
+            rank => unsafe { std::slice::from_raw_parts(buffer.dims, rank as usize) },
+        };
+        Ok(Operand { element, dims, data: buffer.data.cast() })
+    }
+}
+
+/// Registers a custom call with a plugin, before any program that calls it is compiled.
+///
+/// # Errors
+/// When the plugin has no FFI extension, or refuses (e.g. a name registered twice with different handlers).
+pub fn register<T: CustomCall>(plugin: &Plugin) -> Result<()> {
+    let mut extension = plugin.table().extension_start.cast::<RawExtension>();
+    // SAFETY: the chain is a linked list of structs that start like `RawExtension`, ended by null.
+    let ffi = unsafe {
+        loop {
+            if extension.is_null() {
+                return Err(Error::Unsupported("custom calls (it has no FFI extension)"));
+            }
+            if (*extension).kind == EXTENSION_FFI && (*extension).struct_size >= size_of::<RawFfiExtension>() {
+                break &*extension.cast::<RawFfiExtension>();
+            }
+            extension = (*extension).next;
+        }
+    };
+    let Some(register) = ffi.register_handler else { return Err(Error::Unsupported("PJRT_FFI_Register_Handler")) };
+    let platform = "Host";
+    let target = CString::new(T::TARGET).map_err(|_| Error::Misuse(format!("custom call name {:?}", T::TARGET)))?;
+    let mut args = RawRegister {
+        struct_size: std::mem::offset_of!(RawRegister, traits) + size_of::<u32>(),
+        target_name: target.as_ptr(),
+        target_name_size: T::TARGET.len(),
+        handler: trampoline::<T> as *const c_void,
+        platform_name: platform.as_ptr().cast(),
+        platform_name_size: platform.len(),
+        traits: 0,
+    };
+    // SAFETY: the struct has the extension's layout and outlives the call.
+    let error = unsafe { register(&mut args) };
+    super::client::check(plugin, "PJRT_FFI_Register_Handler", error)
+}
+
+unsafe extern "C" fn trampoline<T: CustomCall>(frame: *mut RawFrame) -> *mut c_void {
+    // SAFETY: XLA passes a call frame that lives as long as the call.
+    let frame = unsafe { &*frame };
+    // SAFETY: as above; the one extension that XLA defines asks for the handler's metadata.
+    unsafe {
+        let mut extension = frame.extension_start;
+        while !extension.is_null() {
+            if (*extension).kind == FFI_EXTENSION_METADATA {
+                let metadata = (*extension.cast::<RawMetadataExtension>()).metadata;
+                (*metadata).major = 0;
+                (*metadata).minor = 1;
+                (*metadata).traits = 0;
+                return std::ptr::null_mut();
+            }
+            extension = (*extension).next;
+        }
+    }
+    if frame.stage != STAGE_EXECUTE {
+        return std::ptr::null_mut();
+    }
+    let outcome = catch_unwind(AssertUnwindSafe(|| T::call(&mut Frame { raw: frame })));
+    let message = match outcome {
+        Ok(Ok(())) => return std::ptr::null_mut(),
+        Ok(Err(message)) => message,
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+            format!("the handler panicked: {}", text.unwrap_or_default())
+        }
+    };
+    let message = CString::new(format!("{}: {message}", T::TARGET).replace('\0', "?")).unwrap_or_default();
+    let mut args = RawErrorCreate {
+        struct_size: std::mem::offset_of!(RawErrorCreate, code) + size_of::<c_int>(),
+        extension_start: std::ptr::null_mut(),
+        message: message.as_ptr(),
+        code: CODE_INTERNAL,
+    };
+    // SAFETY: the frame's API table starts like `RawApi` in every version; XLA copies the message.
+    unsafe { ((*frame.api).error_create)(&mut args) }
+}
+
+fn element(dtype: c_int) -> Option<Element> {
+    Some(match dtype {
+        1 => Element::Pred,
+        2 => Element::I8,
+        3 => Element::I16,
+        4 => Element::I32,
+        5 => Element::I64,
+        6 => Element::U8,
+        7 => Element::U16,
+        8 => Element::U32,
+        9 => Element::U64,
+        10 => Element::F16,
+        11 => Element::F32,
+        12 => Element::F64,
+        16 => Element::Bf16,
+        _ => return None,
+    })
+}
+
+const EXTENSION_FFI: c_int = 5;
+const FFI_EXTENSION_METADATA: c_int = 1;
+const STAGE_EXECUTE: c_int = 3;
+const ATTRIBUTE_STRING: c_int = 4;
+const CODE_INTERNAL: c_int = 13;
+
+#[repr(C)]
+struct RawExtension {
+    struct_size: usize,
+    kind: c_int,
+    next: *mut RawExtension,
+}
+
+#[repr(C)]
+struct RawFfiExtension {
+    base: RawExtension,
+    type_id_register: *const c_void,
+    user_data_add: *const c_void,
+    register_handler: Option<unsafe extern "C" fn(*mut RawRegister) -> *mut pjrt_sys::PJRT_Error>,
+}
+
+#[repr(C)]
+struct RawRegister {
+    struct_size: usize,
+    target_name: *const c_char,
+    target_name_size: usize,
+    handler: *const c_void,
+    platform_name: *const c_char,
+    platform_name_size: usize,
+    traits: u32,
+}
+
+#[repr(C)]
+struct RawMetadataExtension {
+    base: RawExtension,
+    metadata: *mut RawMetadata,
+}
+
+#[repr(C)]
+struct RawMetadata {
+    struct_size: usize,
+    version_struct_size: usize,
+    version_extension: *mut RawExtension,
+    major: c_int,
+    minor: c_int,
+    traits: u32,
+}
+
+#[repr(C)]
+struct RawFrame {
+    struct_size: usize,
+    extension_start: *mut RawExtension,
+    api: *const RawApi,
+    context: *mut c_void,
+    stage: c_int,
+    args: RawList,
+    rets: RawList,
+    attrs: RawAttributes,
+}
+
+#[repr(C)]
+struct RawList {
+    struct_size: usize,
+    extension_start: *mut RawExtension,
+    size: i64,
+    types: *const c_int,
+    items: *const *mut c_void,
+}
+
+#[repr(C)]
+struct RawAttributes {
+    struct_size: usize,
+    extension_start: *mut RawExtension,
+    size: i64,
+    types: *const c_int,
+    names: *const *const RawSpan,
+    attrs: *const *const c_void,
+}
+
+#[repr(C)]
+struct RawSpan {
+    data: *const u8,
+    size: usize,
+}
+
+impl RawSpan {
+    /// # Safety
+    /// The span points to `size` readable bytes.
+    unsafe fn bytes(&self) -> &[u8] {
+        match self.size {
+            0 => &[],
+            // SAFETY: by contract.
+            size => unsafe { std::slice::from_raw_parts(self.data, size) },
+        }
+    }
+}
+
+#[repr(C)]
+struct RawBuffer {
+    struct_size: usize,
+    extension_start: *mut RawExtension,
+    dtype: c_int,
+    data: *mut c_void,
+    rank: i64,
+    dims: *const i64,
+}
+
+#[repr(C)]
+struct RawApi {
+    struct_size: usize,
+    extension_start: *mut RawExtension,
+    version_struct_size: usize,
+    version_extension: *mut RawExtension,
+    major: c_int,
+    minor: c_int,
+    internal: *const c_void,
+    error_create: unsafe extern "C" fn(*mut RawErrorCreate) -> *mut c_void,
+}
+
+#[repr(C)]
+struct RawErrorCreate {
+    struct_size: usize,
+    extension_start: *mut RawExtension,
+    message: *const c_char,
+    code: c_int,
+}

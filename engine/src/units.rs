@@ -1,0 +1,79 @@
+//! Units and identities that are easily confused: a page is not a token, a slot is not a sequence.
+//!
+//! Plain counts stay `usize`; a newtype exists only where mixing two numbers would compile and be wrong.
+
+use std::fmt;
+use std::num::NonZeroUsize;
+
+/// Tokens that one KV page holds: the only way from tokens to pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageSize(NonZeroUsize);
+
+impl PageSize {
+    /// A page of `tokens` tokens; `None` for zero.
+    pub const fn new(tokens: usize) -> Option<Self> {
+        match NonZeroUsize::new(tokens) {
+            Some(tokens) => Some(Self(tokens)),
+            None => None,
+        }
+    }
+
+    /// Tokens per page.
+    pub const fn tokens(self) -> usize {
+        self.0.get()
+    }
+
+    /// Pages that hold `tokens` tokens of one sequence.
+    pub const fn pages_for(self, tokens: usize) -> usize {
+        tokens.div_ceil(self.0.get())
+    }
+}
+
+/// A page of the KV cache: a row of `kv_pages [pages, page_size, 2*kv_heads, head_dim]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PageId(pub u32);
+
+/// A slot of the running batch: a row of `page_indices [max_seqs, pages_per_seq]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slot(pub usize);
+
+/// Which sample of a run this is. Ordered as results are printed and merged: by round, prompt, generation.
+///
+/// The random key of a token depends on this, the seed and the position alone: never on slot, batch or host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SampleId {
+    /// Repetition of the whole prompt list, from 0.
+    pub round: u32,
+    /// The prompt's place in the whole run's list, from 0, whichever host runs it.
+    pub index: usize,
+    /// Which of the prompt's `n_generations` samples, from 0.
+    pub generation: u32,
+}
+
+/// A number of bytes, shown in the largest binary unit that keeps it above one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(u32, &str); 3] = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+        match UNITS.into_iter().find(|(shift, _)| self.0 >> shift != 0) {
+            Some((shift, unit)) => write!(f, "{:.2} {unit}", self.0 as f64 / f64::from(1u32 << shift)),
+            None => write!(f, "{} B", self.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units() {
+        let page = PageSize::new(16).unwrap();
+        assert_eq!([0, 1, 16, 17].map(|tokens| page.pages_for(tokens)), [0, 1, 1, 2]);
+        assert_eq!(PageSize::new(0), None);
+        let shown = [1023, 1024, 7_348_736, 3 << 30].map(|bytes| Bytes(bytes).to_string());
+        assert_eq!(shown, ["1023 B", "1.00 KiB", "7.01 MiB", "3.00 GiB"]);
+    }
+}

@@ -1,0 +1,34 @@
+//! What is wrong with a problem or a batch.
+
+use std::fmt::Display;
+
+/// A value that makes a problem or a batch invalid: which one, what it was, its limit, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{subject}: {key} = {value} {limit}: {fix}")]
+pub struct Invalid {
+    /// What is invalid: `rpa problem`, `rpa batch`, `matmul problem`.
+    pub subject: &'static str,
+    /// The offending key, with its index where there is one: `kv_lens[3]`.
+    pub key: String,
+    /// Its value.
+    pub value: String,
+    /// The limit that it breaks.
+    pub limit: String,
+    /// How to repair it.
+    pub fix: String,
+}
+
+/// `Ok` when `holds`, else the [`Invalid`] made of the rest.
+pub(crate) fn ensure(
+    holds: bool,
+    subject: &'static str,
+    key: impl Display,
+    value: impl Display,
+    limit: impl FnOnce() -> String,
+    fix: &str,
+) -> Result<(), Invalid> {
+    if holds {
+        return Ok(());
+    }
+    Err(Invalid { subject, key: key.to_string(), value: value.to_string(), limit: limit(), fix: fix.to_owned() })
+}

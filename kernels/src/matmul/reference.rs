@@ -1,0 +1,58 @@
+//! Matrix multiplication in f64, from the definition.
+
+use super::{
+    Inputs,
+    problem::{Activation, Layout, Problem},
+};
+
+/// The output and the scale of each value's rounding error.
+#[derive(Clone, Debug)]
+pub struct Reference {
+    /// The output, row-major in the problem's layout.
+    pub output: Vec<f64>,
+    /// The sum of the absolute values of the terms of each output: what its error is relative to.
+    pub magnitude: Vec<f64>,
+}
+
+/// Computes the product of `inputs` and its epilogue.
+pub fn reference(problem: &Problem, inputs: &Inputs) -> Reference {
+    let (m, k, n) = (problem.m, problem.k, problem.n);
+    let (x, w) = (inputs.x.to_f64(), inputs.w.to_f64());
+    let bias = inputs.bias.as_ref().map(|bias| bias.to_f64());
+    let residual = inputs.residual.as_ref().map(|residual| residual.to_f64());
+    let columns = w.len() / k;
+    // The sum over the features and the sum of the absolute terms.
+    let product = |row: usize, column: usize| {
+        let start = bias.as_ref().map_or(0.0, |bias| bias[column]);
+        (0..k).fold((start, start.abs()), |(sum, magnitude), feature| {
+            let term = match problem.layout {
+                Layout::RowMajor => x[row * k + feature] * w[feature * columns + column],
+                Layout::WeightTransposed => x[row * k + feature] * w[column * k + feature],
+                Layout::FeatureMajor => x[feature * m + row] * w[column * k + feature],
+            };
+            (sum + term, magnitude + term.abs())
+        })
+    };
+    let mut output = vec![0.0; m * n];
+    let mut magnitudes = vec![0.0; m * n];
+    for row in 0..m {
+        for column in 0..n {
+            let (mut value, mut magnitude) = product(row, column);
+            if problem.epilogue.activation == Activation::SiluGate {
+                let (up, up_magnitude) = product(row, n + column);
+                let sigmoid = 1.0 / (1.0 + (-value).exp());
+                // |d silu(g) / dg| <= 1.1 and |silu(g)| <= |g|.
+                magnitude = 1.1 * magnitude * up.abs() + value.abs() * sigmoid * up_magnitude;
+                value *= sigmoid * up;
+            }
+            let index = if problem.layout == Layout::FeatureMajor { column * m + row } else { row * n + column };
+            if let Some(residual) = &residual {
+                value += residual[index];
+                magnitude += residual[index].abs();
+            }
+            output[index] = value;
+            magnitudes[index] = magnitude;
+        }
+    }
+    Reference { output, magnitude: magnitudes }
+}

@@ -1,0 +1,139 @@
+//! The PJRT layer on the real CPU plugin: devices, types, donation, replicas, errors, custom calls in Rust.
+
+use half::bf16;
+use pagoda_engine::pjrt::custom_call::{CustomCall, Frame, register};
+use pagoda_engine::pjrt::{Arg, Client, Error, Plugin, PluginChoice};
+use pagoda_ir::element::Element;
+use pagoda_ir::tensor::HostTensor;
+
+fn plugin() -> Plugin {
+    Plugin::load(&PluginChoice::parse("cpu").unwrap()).expect("the CPU plugin: run `make setup`")
+}
+
+fn client(devices: usize) -> Client {
+    plugin().client(devices).unwrap()
+}
+
+const ADD: &str = "module { func.func @main(%a: tensor<4xbf16>, %b: tensor<4xbf16>) -> tensor<4xbf16> {
+  %0 = stablehlo.add %a, %b : tensor<4xbf16>
+  return %0 : tensor<4xbf16> } }";
+
+#[test]
+fn bf16_and_integers_go_in_and_out_bit_for_bit() {
+    let client = client(1);
+    let a = [1.0, -2.5, 0.125, 300.0].map(bf16::from_f32);
+    let sum = client.compile(ADD, 1).unwrap().call(&[HostTensor::new(&[4], &a), HostTensor::new(&[4], &a)]).unwrap();
+    assert_eq!(sum[0].to_f64(), [2.0, -5.0, 0.25, 600.0]);
+    for element in Element::ALL {
+        let bytes: Vec<u8> = (0..6 * element.bytes()).map(|i| (i % 2) as u8).collect();
+        let tensor = HostTensor::from_bytes(element, &[2, 3], &bytes);
+        assert_eq!(client.upload(&tensor, 0).unwrap().download().unwrap(), tensor);
+    }
+    let empty = HostTensor::new::<f32>(&[0, 3], &[]);
+    assert_eq!(client.upload(&empty, 0).unwrap().download().unwrap(), empty);
+}
+
+#[test]
+fn donation_reuses_the_argument_and_keep_protects_it() {
+    let client = client(1);
+    let text = "module { func.func @main(%a: tensor<1024xf32> {tf.aliasing_output = 0 : i32}) -> tensor<1024xf32> {
+      %0 = stablehlo.add %a, %a : tensor<1024xf32>
+      return %0 : tensor<1024xf32> } }";
+    let program = client.compile(text, 1).unwrap();
+    assert_eq!(program.memory_stats().unwrap().aliased, 4096);
+    assert!(program.cost_analysis().unwrap().flops.unwrap() >= 1024.0);
+    let ones = client.upload(&HostTensor::new(&[1024], &[1f32; 1024]), 0).unwrap();
+    let twos = program.run(vec![Arg::Keep(&ones)]).unwrap().pop().unwrap();
+    assert_eq!(ones.values::<f32>().unwrap()[0], 1.0, "a kept argument survives a program that may alias it");
+    let fours = program.run(vec![Arg::Donate(twos)]).unwrap().pop().unwrap();
+    assert_eq!(fours.values::<f32>().unwrap(), [4.0; 1024]);
+}
+
+#[test]
+fn replicas_take_their_own_arguments_and_reduce() {
+    let client = client(4);
+    let text = "module @r attributes {mhlo.num_replicas = 4 : i32} {
+      func.func @main(%a: tensor<2xi32>) -> (tensor<2xi32>, tensor<2xi32>) {
+        %0 = \"stablehlo.all_reduce\"(%a) ({
+          ^bb0(%x: tensor<i32>, %y: tensor<i32>):
+            %s = stablehlo.add %x, %y : tensor<i32>
+            stablehlo.return %s : tensor<i32>
+        }) {replica_groups = dense<[[0, 1, 2, 3]]> : tensor<1x4xi64>} : (tensor<2xi32>) -> tensor<2xi32>
+        return %a, %0 : tensor<2xi32>, tensor<2xi32> } }";
+    let program = client.compile(text, 4).unwrap();
+    let inputs: Vec<_> =
+        (0..4).map(|i| client.upload(&HostTensor::new(&[2], &[i, 10 * i]), i as usize).unwrap()).collect();
+    let outputs = program.run_replicated(inputs.into_iter().map(|b| vec![Arg::Donate(b)]).collect()).unwrap();
+    for (i, replica) in outputs.iter().enumerate() {
+        assert_eq!(replica[0].values::<i32>().unwrap(), [i as i32, 10 * i as i32]);
+        assert_eq!(replica[1].values::<i32>().unwrap(), [6, 60]);
+    }
+    assert!(matches!(program.run(vec![]), Err(Error::Misuse(_))), "one replica's arguments to a program of four");
+}
+
+#[test]
+fn errors_carry_call_code_and_message() {
+    let client = client(1);
+    let Err(Error::Plugin { call, message, .. }) = client.compile("module { nonsense }", 1) else { panic!() };
+    assert_eq!(call, "PJRT_Client_Compile");
+    assert!(message.contains("nonsense"), "the compiler's own words: {message}");
+    assert!(matches!(client.compile(ADD, 2), Err(Error::Misuse(_))));
+    assert!(matches!(client.upload(&HostTensor::scalar(1i32), 7), Err(Error::Misuse(_))));
+    assert!(matches!(client.upload_bytes(Element::F32, &[3], &[0; 8], 0), Err(Error::Misuse(_))));
+    let program = client.compile(ADD, 1).unwrap();
+    let Err(Error::Plugin { call, code, message }) = program.call(&[HostTensor::scalar(1i32)]) else { panic!() };
+    assert_eq!((call, code), ("PJRT_LoadedExecutable_Execute", "INVALID_ARGUMENT"), "{message}");
+}
+
+#[test]
+fn what_is_no_plugin_is_refused_by_name() {
+    let missing = PluginChoice::parse("/nowhere/plugin.so").unwrap_err().to_string();
+    assert!(missing.contains("/nowhere/plugin.so"), "{missing}");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let choice = PluginChoice::parse(file.path().to_str().unwrap()).unwrap();
+    assert!(matches!(Plugin::load(&choice), Err(Error::NoPlugin { .. })));
+}
+
+/// `y = factor * x`, or a failure, or a panic, as the attribute says.
+struct Scale;
+
+impl CustomCall for Scale {
+    const TARGET: &'static str = "pagoda_test_scale";
+
+    fn call(frame: &mut Frame<'_>) -> Result<(), String> {
+        let factor = match frame.string("mode") {
+            Some("panic") => panic!("as asked"),
+            Some("fail") => return Err("as asked".into()),
+            Some(text) => text.parse::<f32>().map_err(|error| error.to_string())?,
+            None => return Err("no mode".into()),
+        };
+        let x = frame.operand(0)?.values::<f32>()?;
+        assert_eq!(frame.result_type(0)?, (Element::F32, &[2, 3][..]));
+        for (y, x) in frame.result(0)?.chunks_exact_mut(4).zip(x) {
+            y.copy_from_slice(&(factor * x).to_le_bytes());
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn custom_calls_run_rust_inside_a_program() {
+    register::<Scale>(&plugin()).unwrap();
+    let client = client(1);
+    let run = |mode: &str| {
+        let text = format!(
+            "module {{ func.func @main(%a: tensor<2x3xf32>) -> tensor<2x3xf32> {{
+              %0 = stablehlo.custom_call @{}(%a) {{api_version = 4 : i32, backend_config = {{mode = \"{mode}\"}}}}
+                : (tensor<2x3xf32>) -> tensor<2x3xf32>
+              return %0 : tensor<2x3xf32> }} }}",
+            Scale::TARGET
+        );
+        let input = HostTensor::new(&[2, 3], &[0f32, 1.0, 2.0, 3.0, 4.0, 5.0]);
+        client.compile(text, 1).unwrap().call(&[input])
+    };
+    assert_eq!(run("2.5").unwrap()[0].to_f64(), [0.0, 2.5, 5.0, 7.5, 10.0, 12.5]);
+    for mode in ["fail", "panic"] {
+        let error = run(mode).unwrap_err().to_string();
+        assert!(error.contains("as asked") && error.contains(Scale::TARGET), "{error}");
+    }
+}

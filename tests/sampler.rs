@@ -1,0 +1,202 @@
+//! Sampling on the device against a host reference in f64 that shares nothing with it.
+
+use pagoda_engine::pjrt::{Plugin, PluginChoice};
+use pagoda_engine::sampler::{self, Keys, Parameters, Sampling};
+use pagoda_ir::stablehlo::Module;
+use pagoda_ir::{Context, Element, HostTensor, TensorType};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+const ROWS: usize = 4;
+
+/// What one call gets.
+#[derive(Clone, Debug)]
+struct Case {
+    logits: Vec<f32>, // [ROWS, vocab]
+    temperature: f32,
+    top_k: i32,
+    top_p: f32,
+    seed: u64,
+    keys: [[u32; 3]; ROWS], // index, generation, position
+}
+
+struct Device {
+    program: pagoda_engine::pjrt::Executable,
+    vocab: usize,
+}
+
+impl Device {
+    fn new(sampling: Sampling, vocab: usize) -> Self {
+        let context = Context::new();
+        let module = Module::new(&context, "sample");
+        let words = TensorType::new(Element::U32, &[ROWS]);
+        let types = [
+            TensorType::new(Element::F32, &[ROWS, vocab]),
+            words.clone(),
+            words.clone(),
+            words,
+            TensorType::scalar(Element::F32),
+            TensorType::scalar(Element::I32),
+            TensorType::scalar(Element::F32),
+            TensorType::new(Element::U32, &[2]),
+        ];
+        module
+            .function("main", &types, |b, a| {
+                let parameters = Parameters { temperature: a[4], top_k: a[5], top_p: a[6], seed: a[7] };
+                let keys = Keys { index: a[1], generation: a[2], position: a[3] };
+                Ok(vec![sampler::emit(b, sampling, a[0], &parameters, &keys)?])
+            })
+            .unwrap();
+        let plugin = Plugin::load(&PluginChoice::parse("cpu").unwrap()).expect("the CPU plugin: run `make setup`");
+        let program = plugin.client(1).unwrap().compile(module.bytecode(), 1).unwrap();
+        Self { program, vocab }
+    }
+
+    fn sample(&self, case: &Case) -> Vec<i32> {
+        let word = |at: usize| HostTensor::new(&[ROWS], &case.keys.map(|key| key[at]));
+        let inputs = [
+            HostTensor::new(&[ROWS, self.vocab], &case.logits),
+            word(0),
+            word(1),
+            word(2),
+            HostTensor::scalar(case.temperature),
+            HostTensor::scalar(case.top_k),
+            HostTensor::scalar(case.top_p),
+            HostTensor::new(&[2], &[(case.seed >> 32) as u32, case.seed as u32]),
+        ];
+        self.program.call(&inputs).unwrap()[0].as_slice::<i32>().to_vec()
+    }
+}
+
+/// Threefry-2x32-20 from the paper's definition.
+fn threefry(key: [u32; 2], counter: [u32; 2]) -> [u32; 2] {
+    let rotations = [13, 15, 26, 6, 17, 29, 16, 24];
+    let keys = [key[0], key[1], 0x1bd1_1bda ^ key[0] ^ key[1]];
+    let mut x = [counter[0].wrapping_add(keys[0]), counter[1].wrapping_add(keys[1])];
+    for round in 0..20 {
+        x[0] = x[0].wrapping_add(x[1]);
+        x[1] = x[1].rotate_left(rotations[round % 8]) ^ x[0];
+        if round % 4 == 3 {
+            let injection = round / 4 + 1;
+            x[0] = x[0].wrapping_add(keys[injection % 3]);
+            x[1] = x[1].wrapping_add(keys[(injection + 1) % 3]).wrapping_add(injection as u32);
+        }
+    }
+    x
+}
+
+/// Tokens that a correct sampler may choose: the one that the definition gives, and its neighbours in the kept set when
+/// the uniform number lies within f32 rounding (1e-5 of the mass) of a boundary.
+fn allowed(case: &Case, row: usize, sampling: Sampling) -> Vec<usize> {
+    let vocab = case.logits.len() / ROWS;
+    let logits: Vec<f64> = case.logits[row * vocab..][..vocab].iter().map(|&x| f64::from(x)).collect();
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let Sampling::Random { top_k, top_p } = sampling else {
+        return vec![logits.iter().position(|&x| x == max).unwrap()];
+    };
+    let mut weights: Vec<f64> = logits.iter().map(|x| ((x - max) / f64::from(case.temperature)).exp()).collect();
+    let keep = |weights: &mut Vec<f64>, count: usize| {
+        let mut sorted = weights.clone();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        let threshold = sorted[count.clamp(1, sorted.len()) - 1];
+        weights.iter_mut().filter(|w| **w < threshold).for_each(|w| *w = 0.0);
+    };
+    if top_k {
+        keep(&mut weights, case.top_k as usize);
+    }
+    if top_p {
+        let total: f64 = weights.iter().sum();
+        let mut sorted = weights.clone();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        let mut sum = 0.0;
+        let count = sorted.iter().position(|w| {
+            sum += w;
+            sum >= f64::from(case.top_p) * total
+        });
+        keep(&mut weights, count.map_or(sorted.len(), |at| at + 1));
+    }
+    let [index, generation, position] = case.keys[row];
+    let key = threefry([(case.seed >> 32) as u32, case.seed as u32], [index, generation]);
+    let uniform = f64::from(threefry(key, [position, 0])[0] >> 8) / f64::from(1 << 24);
+    let total: f64 = weights.iter().sum();
+    let slack = 1e-5;
+    let mut running = 0.0;
+    (0..vocab)
+        .filter(|&token| {
+            let before = running;
+            running += weights[token] / total;
+            weights[token] > 0.0 && before - slack <= uniform && uniform <= running + slack
+        })
+        .collect()
+}
+
+fn cases(vocab: usize) -> impl Strategy<Value = Case> {
+    let logits = prop_oneof![
+        prop::collection::vec(-8f32..8.0, ROWS * vocab),
+        // Many ties, and a dominant token.
+        prop::collection::vec((0..4).prop_map(|x| x as f32), ROWS * vocab),
+        (0..ROWS * vocab).prop_map(move |hot| (0..ROWS * vocab).map(|i| if i == hot { 30.0 } else { 0.0 }).collect()),
+    ];
+    let keys = prop::array::uniform4(prop::array::uniform3(any::<u32>()));
+    (logits, 0.1f32..3.0, 1..2 * vocab as i32, 0.01f32..1.0, any::<u64>(), keys).prop_map(
+        |(logits, temperature, top_k, top_p, seed, keys)| Case { logits, temperature, top_k, top_p, seed, keys },
+    )
+}
+
+#[test]
+fn threefry_reference_matches_the_published_vectors() {
+    // Random123's kat_vectors for threefry2x32-20.
+    assert_eq!(threefry([0, 0], [0, 0]), [0x6b20_0159, 0x99ba_4efe]);
+    assert_eq!(threefry([u32::MAX; 2], [u32::MAX; 2]), [0x1cb9_96fc, 0xbb00_2be7]);
+    assert_eq!(threefry([0x13198a2e, 0x03707344], [0x243f6a88, 0x85a308d3]), [0xc492_3a9c, 0x483d_f7a0]);
+}
+
+#[test]
+fn every_mode_samples_what_its_definition_says() {
+    let modes = [
+        Sampling::Greedy,
+        Sampling::Random { top_k: false, top_p: false },
+        Sampling::Random { top_k: true, top_p: false },
+        Sampling::Random { top_k: false, top_p: true },
+        Sampling::Random { top_k: true, top_p: true },
+    ];
+    for sampling in modes {
+        for vocab in [1, 7, 300] {
+            let device = Device::new(sampling, vocab);
+            let mut runner = TestRunner::new(Config { cases: 60, failure_persistence: None, ..Config::default() });
+            runner
+                .run(&cases(vocab), |case| {
+                    for (row, &token) in device.sample(&case).iter().enumerate() {
+                        let allowed = allowed(&case, row, sampling);
+                        // A mass within f32 rounding of p may keep one token more or less: then both sets count.
+                        let other = [-1e-5, 1e-5].map(|shift| {
+                            let top_p = (case.top_p as f64 * (1.0 + shift)) as f32;
+                            self::allowed(&Case { top_p, ..case.clone() }, row, sampling)
+                        });
+                        let found = allowed.iter().chain(other.iter().flatten()).any(|&t| t == token as usize);
+                        prop_assert!(found, "row {row} chose {token}, allowed {allowed:?}");
+                    }
+                    Ok(())
+                })
+                .unwrap_or_else(|error| panic!("{sampling:?}, vocabulary {vocab}: {error}"));
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_place_or_its_neighbours() {
+    let sampling = Sampling::Random { top_k: true, top_p: true };
+    let device = Device::new(sampling, 300);
+    let row: Vec<f32> = (0..300).map(|i| ((i * 37) % 101) as f32 / 20.0).collect();
+    let alone =
+        Case { logits: row.repeat(ROWS), temperature: 0.8, top_k: 40, top_p: 0.95, seed: 7, keys: [[3, 0, 11]; ROWS] };
+    let expected = device.sample(&alone)[0];
+    assert_eq!(device.sample(&alone), [expected; ROWS]);
+    let mut among_others = alone.clone();
+    among_others.logits = [vec![1.0; 900], row].concat();
+    among_others.keys = [[9, 9, 9], [8, 8, 8], [7, 7, 7], [3, 0, 11]];
+    assert_eq!(device.sample(&among_others)[3], expected);
+    let draws: std::collections::BTreeSet<i32> =
+        (0..50).map(|position| device.sample(&Case { keys: [[3, 0, position]; ROWS], ..alone.clone() })[0]).collect();
+    assert!(draws.len() > 10, "positions draw their own numbers: {draws:?}");
+}
