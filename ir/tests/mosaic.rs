@@ -113,7 +113,7 @@ fn damaged_bodies_are_errors() {
         ("{\"custom_call_config\": {}}".into(), "no `custom_call_config.body`"),
         (body("%%%"), "is no base64"),
         (body("AAAA"), "the module has 0 functions"),
-        (config.replacen("TUzvUg", "TUzvUgAAAAAA", 1), "is no MLIR module"),
+        (config.replacen("TUzvUg", "TUzvUgAAAAAAAA", 1), "is no MLIR module"),
     ];
     for (config, expected) in cases {
         let error = wire::open(&context, &config).err().expect("damaged").to_string();
