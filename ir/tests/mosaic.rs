@@ -37,9 +37,12 @@ fn a_kernel_becomes_a_custom_call_and_comes_back() {
     module.verify().expect("the module is sound");
     let written = [("text", module.text().into_bytes()), ("bytecode", module.bytecode())];
     for (form, module) in written {
-        let configs = wire::find_backend_configs(&module);
-        assert_eq!(configs.len(), 1, "{form}");
-        let opened = wire::open(&context, &configs[0]).expect("the body is readable");
+        let calls = wire::find_custom_calls(&module);
+        assert_eq!(calls.len(), 1, "{form}");
+        if form == "text" {
+            assert_eq!(calls[0].types, Some((kernel.inputs(), kernel.outputs())));
+        }
+        let opened = wire::open(&context, &calls[0].backend_config).expect("the body is readable");
         assert_eq!(opened.vmem_limit, Some(8 << 20), "{form}");
         assert_eq!(opened.module.as_operation().to_string(), kernel.text(), "{form}");
         assert_eq!(Signature::read(&opened.module), Signature::read(kernel.module()), "{form}");
@@ -72,14 +75,36 @@ fn the_summary_lists_buffers_and_ops() {
     assert_eq!((summary.ops["tpu.matmul"], summary.ops["tpu.vector_store"], summary.ops["scf.if"]), (1, 3, 2));
 }
 
+/// A cache that the kernel updates in place: the call says so, and a reader of the module sees it.
+#[test]
+fn aliases_are_written_and_found() {
+    let context = Context::new();
+    let kernel = mosaic::kernel(&context, "update", |k| {
+        k.grid([(1, Semantics::Arbitrary)]);
+        let rows = k.input("rows", Element::F32, &[8, 128], Window::whole(&[8, 128]));
+        k.hbm_input("cache", Element::F32, &[64, 128]);
+        let cache = k.hbm_output("updated", Element::F32, &[64, 128]);
+        let semaphore = k.dma_semaphores("semaphore", &[]);
+        k.alias(1, 0);
+        k.async_copy(rows, cache.slice(0, 16, 8), semaphore).wait();
+    });
+    let kernel = kernel.expect("the kernel fits");
+    let module = stablehlo::Module::new(&context, "main");
+    module.function("main", &kernel.inputs(), |b, operands| kernel.call(b, operands)).expect("the operands fit");
+    let calls = wire::find_custom_calls(module.text().as_bytes());
+    assert_eq!((calls[0].aliases.as_slice(), kernel.aliases()), ([(1, 0)].as_slice(), [(1, 0)].as_slice()));
+}
+
 /// `scaled_sums.mlir` is what JAX 0.10.2 made of the Pallas kernel in `scaled_sums.py`.
 #[test]
 fn a_kernel_lowered_by_jax_opens_and_runs() {
     let context = Context::new();
-    let configs = wire::find_backend_configs(include_bytes!("data/scaled_sums.mlir"));
-    assert_eq!(configs.len(), 1);
-    let opened = wire::open(&context, &configs[0]).expect("the body is readable");
+    let calls = wire::find_custom_calls(include_bytes!("data/scaled_sums.mlir"));
+    assert_eq!(calls.len(), 1);
+    let opened = wire::open(&context, &calls[0].backend_config).expect("the body is readable");
     assert_eq!(opened.vmem_limit, Some(8 << 20));
+    let (operands, outputs) = calls[0].types.clone().expect("text tells the types");
+    assert_eq!(operands, [TensorType::new(Element::I32, &[2]), TensorType::new(Element::F32, &[64, 128])]);
     let text = opened.module.as_operation().to_string();
     for part in
         ["func.func @scaled_sums", "scf.for", "\"tpu.enqueue_dma\"", "memref<64x128xf32, #tpu.memory_space<hbm>>"]
@@ -94,7 +119,7 @@ fn a_kernel_lowered_by_jax_opens_and_runs() {
     let program = Program::decode(&opened.module).expect("every op is known");
     for dma in [DmaOrder::Early, DmaOrder::Late, DmaOrder::Random(1)] {
         let machine = Machine { dma, ..Machine::default() };
-        let run = program.run(&machine, &inputs, &[TensorType::new(Element::F32, &[8, 128])]);
+        let run = program.run(&machine, &inputs, &outputs);
         let run = run.unwrap_or_else(|fault| panic!("{fault}"));
         // f32 sums of five terms of size 1.
         let close = |(got, want): (f64, &f64)| (got - want).abs() < 1e-5;

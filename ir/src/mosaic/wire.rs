@@ -24,6 +24,7 @@ use crate::{
     context::{Context, diagnosed},
     element::Element,
     error::{Error, Result},
+    shape::TensorType,
     stablehlo::{self, BackendConfig, CustomCall, OutputOperandAlias},
     tensor::HostTensor,
 };
@@ -215,11 +216,22 @@ pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>
     Ok(Opened { module, vmem_limit })
 }
 
-/// The `backend_config` of every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in
-/// any form, and bytecode (where a configuration that several calls share appears once).
+/// A Mosaic custom call in a StableHLO module.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CallSite {
+    /// Its configuration, for [`open`].
+    pub backend_config: String,
+    /// The types of its operands and results; `None` in bytecode, where they cannot be read without StableHLO's dialect.
+    pub types: Option<(Vec<TensorType>, Vec<TensorType>)>,
+    /// Pairs (operand, result) that share memory; empty in bytecode.
+    pub aliases: Vec<(usize, usize)>,
+}
+
+/// Every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in any form, and bytecode
+/// (where a configuration that several calls share appears once).
 ///
-/// StableHLO's own dialect is not needed for it: the configurations are found by what they look like.
-pub fn find_backend_configs(module: &[u8]) -> Vec<String> {
+/// StableHLO's own dialect is not needed for it: the calls are found by what their configurations look like.
+pub fn find_custom_calls(module: &[u8]) -> Vec<CallSite> {
     const KEY: &[u8] = b"custom_call_config";
     let mut found = Vec::new();
     let mut at = 0;
@@ -227,18 +239,51 @@ pub fn find_backend_configs(module: &[u8]) -> Vec<String> {
         let key = at + offset;
         at = key + KEY.len();
         let Some(open) = module[..key].iter().rposition(|&byte| byte == b'{') else { continue };
-        let raw = match module[key - 1] {
-            b'"' if module.get(key.wrapping_sub(2)) != Some(&b'\\') => module[open..].to_vec(),
-            _ => unescaped(&module[open..]),
-        };
+        // In text the quotes inside the string are escaped, in bytecode they are not.
+        let in_text = module[key - 1] != b'"' || module.get(key.wrapping_sub(2)) == Some(&b'\\');
+        let raw = if in_text { unescaped(&module[open..]) } else { module[open..].to_vec() };
         let mut values = serde_json::Deserializer::from_slice(&raw).into_iter::<Json>();
-        if let Some(Ok(config)) = values.next()
-            && config["custom_call_config"]["body"].is_string()
-        {
-            found.push(config.to_string());
+        let Some(Ok(config)) = values.next() else { continue };
+        if !config["custom_call_config"]["body"].is_string() {
+            continue;
         }
+        // An op is one line of text.
+        let line = module[at..].split(|&byte| byte == b'\n').next().unwrap_or_default();
+        let start = module[..key].iter().rposition(|&byte| byte == b'\n').map_or(0, |newline| newline + 1);
+        let before = String::from_utf8_lossy(&module[start..key]);
+        let after = String::from_utf8_lossy(line);
+        let types = if in_text { call_types(&after) } else { None };
+        let aliases = if types.is_some() { [call_aliases(&before), call_aliases(&after)].concat() } else { vec![] };
+        found.push(CallSite { backend_config: config.to_string(), types, aliases });
     }
     found
+}
+
+/// Operand and result types at the end of an op's text: `... : (tensor<8xi32>) -> tensor<8xf32>`.
+fn call_types(line: &str) -> Option<(Vec<TensorType>, Vec<TensorType>)> {
+    let (_, types) = line.rsplit_once(" : (")?;
+    let (operands, results) = types.split_once(") -> ")?;
+    let list = |text: &str| text.split("tensor<").skip(1).map(tensor_type).collect::<Option<Vec<_>>>();
+    Some((list(operands)?, list(results)?))
+}
+
+/// `8x128xbf16>...`
+fn tensor_type(text: &str) -> Option<TensorType> {
+    let mut parts: Vec<_> = text.split(['>', ',']).next()?.split('x').collect();
+    let element = Element::from_mlir(parts.pop()?.trim())?;
+    let dims = parts.into_iter().map(|size| size.trim().parse().ok()).collect::<Option<Vec<usize>>>()?;
+    Some(TensorType { element, dims })
+}
+
+/// `#stablehlo.output_operand_alias<output_tuple_indices = [0], operand_index = 1, ...>`
+fn call_aliases(text: &str) -> Vec<(usize, usize)> {
+    let aliases = text.split("output_operand_alias<").skip(1).filter_map(|alias| {
+        let field = |name: &str| alias.split_once(name)?.1.split([',', ']', '>']).next();
+        let operand = field("operand_index = ")?.trim().parse().ok()?;
+        let result = field("output_tuple_indices = [")?.trim();
+        Some((operand, if result.is_empty() { 0 } else { result.parse().ok()? }))
+    });
+    aliases.collect()
 }
 
 /// The content of an MLIR string literal up to its closing quote.
@@ -357,13 +402,12 @@ impl Kernel<'_> {
     ) -> Result<Vec<stablehlo::Tensor<'c, 'a>>> {
         let (expected, given) = (self.inputs(), operands.iter().map(|operand| operand.ty()).collect::<Vec<_>>());
         if expected != given {
-            let list =
-                |types: &[crate::TensorType]| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let list = |types: &[TensorType]| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             let message =
                 format!("@{TARGET}: kernel `{}` takes ({}), not ({})", self.name(), list(&expected), list(&given));
             return Err(Error::op("stablehlo.custom_call", message));
         }
-        let row_major = |types: &[crate::TensorType]| types.iter().map(|ty| (0..ty.rank()).rev().collect()).collect();
+        let row_major = |types: &[TensorType]| types.iter().map(|ty| (0..ty.rank()).rev().collect()).collect();
         let aliases = self.aliases().iter().map(|&(operand, result)| OutputOperandAlias { result, operand });
         b.custom_call(
             TARGET,

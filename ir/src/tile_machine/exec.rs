@@ -312,7 +312,7 @@ impl<'i> Executor<'_, 'i> {
         Ok(())
     }
 
-    fn results(self, arrays: &[usize]) -> Result<Run, Box<Fault>> {
+    fn results(mut self, arrays: &[usize]) -> Result<Run, Box<Fault>> {
         if !self.machine.allow_unwritten_outputs {
             for &array in arrays {
                 if let Some(offset) = self.buffers[array].first_unwritten() {
@@ -321,7 +321,9 @@ impl<'i> Executor<'_, 'i> {
                 }
             }
         }
-        let outputs = arrays.iter().map(|&array| self.buffers[array].data.clone().into_owned()).collect();
+        let empty = || Cow::Owned(HostTensor::zeros(Element::U8, &[0]));
+        let mut take = |&array: &usize| std::mem::replace(&mut self.buffers[array].data, empty()).into_owned();
+        let outputs = arrays.iter().map(&mut take).collect();
         Ok(Run { outputs, counters: self.counters })
     }
 
@@ -802,10 +804,10 @@ impl<'i> Executor<'_, 'i> {
             }
             Op::Bitcast { x, dims, from, to } => Reg::Tile(tile::bitcast(&self.tile(x), dims, *from, *to)),
             Op::Extract { x, index } => Reg::Scalar(self.tile(x).get(*index)),
-            Op::Matmul { shape, lhs, rhs, accumulator, exact } => {
+            Op::Matmul { shape, lhs, rhs, accumulator, round } => {
                 self.counters.mxu_flops += shape.flops();
                 let (lhs, rhs, accumulator) = (self.tile(lhs), self.tile(rhs), self.tile(accumulator));
-                Reg::Tile(tile::matmul(shape, lhs, rhs, accumulator, *exact))
+                Reg::Tile(tile::matmul(shape, lhs, rhs, accumulator, *round))
             }
             Op::Load { place, to } => Reg::Tile(self.load(place, *to, origin)?),
             Op::LoadScalar { place } => Reg::Scalar(self.load_scalar(place, origin)?),

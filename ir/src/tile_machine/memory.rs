@@ -101,7 +101,11 @@ impl<'i> Buffer<'i> {
     }
 
     fn mark(&mut self, start: usize, len: usize, stride: usize) {
-        if self.unwritten > 0 {
+        if self.unwritten > 0 && stride == 1 {
+            let written = &mut self.written[start..start + len];
+            self.unwritten -= written.iter().filter(|&&written| !written).count();
+            written.fill(true);
+        } else if self.unwritten > 0 {
             for at in (0..len).map(|i| start + i * stride) {
                 self.unwritten -= usize::from(!self.written[at]);
                 self.written[at] = true;

@@ -145,7 +145,7 @@ pub(super) enum Op {
         lhs: Use,
         rhs: Use,
         accumulator: Use,
-        exact: bool,
+        round: [bool; 2],
     },
     Load {
         place: Place,
@@ -703,7 +703,10 @@ impl Decoder {
 
     fn matmul(&mut self, operation: OperationRef) -> Result<Op> {
         let op = "tpu.matmul";
-        let (lhs, rhs) = (operand_shape(operation, 0)?.dims, operand_shape(operation, 1)?.dims);
+        let (lhs, rhs) = (operand_shape(operation, 0)?, operand_shape(operation, 1)?);
+        let exact = operation.attribute("precision").is_ok_and(|precision| precision.to_string().contains("fp32"));
+        let round = [&lhs, &rhs].map(|side| side.element == Element::F32 && !exact);
+        let (lhs, rhs) = (lhs.dims, rhs.dims);
         let flag = |name: &str| {
             let flag = operation.attribute(name).ok().and_then(|flag| BoolAttribute::try_from(flag).ok());
             flag.is_some_and(|flag| flag.value())
@@ -741,9 +744,8 @@ impl Decoder {
             lhs: Strides { batch: batch_stride(&strides_l, batch_l), row: strides_l[m], column: strides_l[k_l] },
             rhs: Strides { batch: batch_stride(&strides_r, batch_r), row: strides_r[k_r], column: strides_r[n] },
         };
-        let exact = operation.attribute("precision").is_ok_and(|precision| precision.to_string().contains("fp32"));
         let (lhs, rhs) = (self.operand(operation, 0)?, self.operand(operation, 1)?);
-        Ok(Op::Matmul { shape, lhs, rhs, accumulator: self.operand(operation, 2)?, exact })
+        Ok(Op::Matmul { shape, lhs, rhs, accumulator: self.operand(operation, 2)?, round })
     }
 }
 

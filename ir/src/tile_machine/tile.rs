@@ -692,11 +692,12 @@ impl MatmulShape {
     }
 }
 
-/// `accumulator + lhs x rhs`; `exact` keeps f32 operands, else they are rounded to bf16 as the MXU does.
-pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Tile, exact: bool) -> Tile {
+/// `accumulator + lhs x rhs`. The sides that `round` names are rounded to bf16 first, as the MXU does with f32.
+pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Tile, round: [bool; 2]) -> Tile {
     match (lhs, rhs, accumulator) {
         (Tile::Float(lhs), Tile::Float(rhs), Tile::Float(sum)) => {
-            let (lhs, rhs) = if exact { (lhs, rhs) } else { (to_bf16(lhs), to_bf16(rhs)) };
+            let lhs = if round[0] { map(lhs, round_to_bf16) } else { lhs };
+            let rhs = if round[1] { map(rhs, round_to_bf16) } else { rhs };
             let mut sum = unique(sum);
             for batch in 0..shape.batch {
                 let (MatmulShape { m, n, k, .. }, l, r) = (*shape, shape.lhs, shape.rhs);
@@ -751,11 +752,6 @@ pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Til
         }
         _ => unreachable!("decoding gives all operands one kind"),
     }
-}
-
-fn to_bf16(x: Arc<Vec<f32>>) -> Arc<Vec<f32>> {
-    // bf16 operands are there already: no copy then.
-    if x.iter().all(|x| x.to_bits() & 0xffff == 0) { x } else { map(x, round_to_bf16) }
 }
 
 /// Widens bf16 memory.
