@@ -3,12 +3,13 @@
 //! A program for several devices is replicated, never partitioned: XLA takes a partitioned module to be written for the
 //! whole mesh and splits it itself, unless every op carries a `manual` sharding. Replicas run the module as it is.
 
+use melior::ir::Attribute;
+
 use super::{
     Builder, Tensor,
     emit::{ensure, ensure_dims},
 };
 use crate::{element::Element, error::Result, shape::TensorType};
-use melior::ir::Attribute;
 
 /// The groups of replicas that take part in one collective together, each in its order: of equal size, and every
 /// replica of the module in one.
@@ -63,8 +64,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         let op = "all_reduce";
         let ty = x.ty();
         let (groups, _) = self.groups(op, groups)?;
-        let scalars = [TensorType::scalar(ty.element)];
-        let body = self.combiner(op, &scalars, |b, acc, x| Ok(vec![combine(b, acc[0], x[0])?]))?;
+        let body = self.scalar_combiner(op, &TensorType::scalar(ty.element), combine)?;
         Ok(self.emit_all(op, &[x], &[groups], &[ty], vec![body])?[0])
     }
 
@@ -80,9 +80,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         let mut ty = x.ty();
         ensure_dims(op, "dim", &[dim], ty.rank())?;
         ty.dims[dim] *= size;
-        let mut attributes = vec![groups];
-        attributes.push(("all_gather_dim", self.i64(dim)));
-        self.emit(op, &[x], &attributes, ty)
+        self.emit(op, &[x], &[groups, ("all_gather_dim", self.i64(dim))], ty)
     }
 
     /// Combines `x` over each group and leaves each replica its part along `dim`.
@@ -100,13 +98,10 @@ impl<'c, 'a> Builder<'c, 'a> {
         ensure(ty.dims[dim].is_multiple_of(size), op, || {
             format!("{ty} dim {dim} = {} does not split into {size} parts", ty.dims[dim])
         })?;
-        let scalars = [TensorType::scalar(ty.element)];
-        let body = self.combiner(op, &scalars, |b, acc, x| Ok(vec![combine(b, acc[0], x[0])?]))?;
+        let body = self.scalar_combiner(op, &TensorType::scalar(ty.element), combine)?;
         let mut result = ty;
         result.dims[dim] /= size;
-        let mut attributes = vec![groups];
-        attributes.push(("scatter_dimension", self.i64(dim)));
-        Ok(self.emit_all(op, &[x], &attributes, &[result], vec![body])?[0])
+        Ok(self.emit_all(op, &[x], &[groups, ("scatter_dimension", self.i64(dim))], &[result], vec![body])?[0])
     }
 
     /// Splits `x` along `split_dim` into one part per replica of its group, and joins what the replica gets from the
@@ -128,10 +123,12 @@ impl<'c, 'a> Builder<'c, 'a> {
         })?;
         ty.dims[split_dim] /= size;
         ty.dims[concat_dim] *= size;
-        let mut attributes = vec![groups];
-        attributes.push(("split_dimension", self.i64(split_dim)));
-        attributes.push(("concat_dimension", self.i64(concat_dim)));
-        attributes.push(("split_count", self.i64(size)));
+        let attributes = [
+            groups,
+            ("split_dimension", self.i64(split_dim)),
+            ("concat_dimension", self.i64(concat_dim)),
+            ("split_count", self.i64(size)),
+        ];
         self.emit(op, &[x], &attributes, ty)
     }
 

@@ -215,8 +215,8 @@ impl<'c, 'a> Builder<'c, 'a> {
                     Some(op) => Err(Error::op(
                         format!("stablehlo.{op}"),
                         format!(
-                            "its body uses a value of type {} from outside in {name}; this body may only use its own arguments \
-                             and what it computes: build constants inside it",
+                            "its body uses a value of type {} from outside in {name}; this body may only use its own \
+                             arguments and what it computes: build constants inside it",
                             tensor.ty()
                         ),
                     )),

@@ -47,10 +47,12 @@ mod collectives;
 mod contraction;
 mod control_flow;
 mod custom_call;
-mod data_dependent;
 mod elementwise;
 mod emit;
+mod indexing;
 mod module;
+mod random;
+mod reductions;
 mod shape_ops;
 #[cfg(test)]
 mod tests;
@@ -65,10 +67,11 @@ pub use self::{
     contraction::{DotDims, Precision},
     control_flow::Branch,
     custom_call::{BackendConfig, ConfigValue, CustomCall, OutputOperandAlias},
-    data_dependent::{GatherDims, ScatterDims, Window},
     elementwise::Direction,
     emit::OPS,
+    indexing::{GatherDims, ScatterDims},
     module::Module,
+    reductions::Window,
 };
 use crate::{element::Element, shape::TensorType};
 

@@ -384,7 +384,7 @@ fn bodies_that_run_alone_must_not_use_what_is_outside() {
         |b, x| b.reduce(&[x[0]], &[x[1]], &[0], |_, _, _| Ok(vec![x[1]])),
         |b, x| {
             b.sort(&[x[0]], 0, true, |b, pairs| {
-                // Out of the `if`, out of the comparator: the outermost body that forbids it is named.
+                // Out of the `if` and out of the comparator: the one that forbids it is named.
                 let pred = b.compare(pairs[0].0, Direction::Lt, pairs[0].1)?;
                 Ok(b.if_(pred, |b| Ok(vec![b.compare(x[1], Direction::Lt, x[1])?]), |_| Ok(vec![pred]))?[0])
             })
