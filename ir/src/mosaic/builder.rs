@@ -73,7 +73,7 @@ pub struct Operand {
     pub space: MemorySpace,
     /// The block of one grid step, for windowed operands.
     pub block: Option<Vec<usize>>,
-    /// Whether a windowed operand is double-buffered.
+    /// Whether it is windowed and has two buffers.
     pub double_buffered: bool,
 }
 
@@ -234,10 +234,14 @@ pub fn kernel<'c>(context: &'c Context, name: &str, body: impl for<'a> FnOnce(&'
     if !valid {
         return Err(Error::Verify { module: name.to_owned(), diagnostics });
     }
+    let mut operands = signature.operands;
+    for (operand, argument) in operands.iter_mut().zip(super::Signature::read(&module)?.arguments) {
+        operand.double_buffered = argument.window.is_some_and(|window| window.double_buffered);
+    }
     Ok(Kernel {
         name: name.to_owned(),
         module,
-        operands: signature.operands,
+        operands,
         grid: signature.grid.unwrap_or_default(),
         vmem_limit: signature.vmem_limit,
         aliases: signature.aliases,
@@ -421,7 +425,6 @@ impl<'a> Builder<'a> {
             block = block.iter().map(|&size| size.max(1)).collect();
         }
         let index = self.signature.borrow().windows.len();
-        let double_buffered = window.as_ref().is_some_and(|window| window.double_buffered);
         let params = window.map(|window| {
             let transform = format!("transform_{index}");
             self.define_transform(&transform, &window, dims.len());
@@ -435,7 +438,7 @@ impl<'a> Builder<'a> {
             dims: dims.to_vec(),
             space,
             block: params.as_ref().map(|(_, block, _)| block.clone()),
-            double_buffered,
+            double_buffered: false,
         });
         if matches!(role, Role::Input | Role::Output) {
             signature.windows.push(params);

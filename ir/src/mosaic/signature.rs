@@ -1,5 +1,7 @@
 //! What a Mosaic module says about its kernel: grid, windows, buffers. Reads modules of any origin.
 
+use std::collections::HashSet;
+
 use melior::ir::{
     Attribute, BlockLike, Module, RegionLike, Type, TypeLike, ValueLike,
     attribute::{
@@ -55,7 +57,8 @@ pub struct WindowParams {
     pub transform: String,
     /// The sizes of a block.
     pub block: Vec<usize>,
-    /// Whether it has two buffers.
+    /// Whether it has two buffers: unless the kernel asks for one, or the block is the same in every step (the compiler
+    /// gives such a window one buffer; seen with libtpu 0.0.52).
     pub double_buffered: bool,
 }
 
@@ -74,12 +77,15 @@ impl Argument {
 }
 
 /// Bytes of a VMEM buffer: the two minor dimensions are padded to tiles of 128 lanes and of as many rows as the array
-/// has, up to 8 (at least one 32-bit word of rows). Source: `infer_memref_layout` of `jaxlib/mosaic`.
+/// has, up to 8 (at least one 32-bit word of rows); an array of one dimension to 128 words.
+///
+/// Source: `infer_memref_layout` of `jaxlib/mosaic`; compared with the compiler's own report for 27 shapes (libtpu
+/// 0.0.52, v5p).
 pub fn tile_padded_bytes(element: Element, dims: &[usize]) -> usize {
     let packing = (4 / element.bytes()).max(1);
     let (major, rows, lanes) = match dims {
         [] => (1, 1, 1),
-        [lanes] => (1, 1, *lanes),
+        [lanes] => return lanes.next_multiple_of(128 * packing) * element.bytes(),
         [major @ .., rows, lanes] => (major.iter().product(), *rows, *lanes),
     };
     let tile_rows = rows.next_power_of_two().clamp(packing, 8);
@@ -92,10 +98,8 @@ impl Signature {
     /// # Errors
     /// When the module has no kernel function, or one whose attributes do not fit its arguments.
     pub fn read(module: &Module) -> Result<Self> {
-        Self::of_function(kernel_function(module)?)
-    }
-
-    pub(crate) fn of_function(function: OperationRef) -> Result<Self> {
+        let function = kernel_function(module)?;
+        let functions = functions(module);
         let name = symbol(function)?;
         let bounds = integers(function, "iteration_bounds").unwrap_or_default();
         let semantics: Vec<_> = array(function, "dimension_semantics").iter().map(ToString::to_string).collect();
@@ -139,7 +143,7 @@ impl Signature {
                 _ => Role::Input,
             };
             let window = match windows.get(index.wrapping_sub(prefetch)) {
-                Some(&params) if role == Role::Input => window_params(params)?,
+                Some(&params) if role == Role::Input => window_params(params, &functions, &grid)?,
                 _ => None,
             };
             if window.as_ref().is_some_and(|window| window.block != dims) {
@@ -221,7 +225,11 @@ fn array<'c>(operation: OperationRef<'c, '_>, name: &str) -> Vec<Attribute<'c>> 
     array.map_or_else(Vec::new, |array| (0..array.len()).filter_map(|index| array.element(index).ok()).collect())
 }
 
-fn window_params(attribute: Attribute) -> Result<Option<WindowParams>> {
+fn window_params(
+    attribute: Attribute,
+    functions: &[OperationRef],
+    grid: &[(usize, Semantics)],
+) -> Result<Option<WindowParams>> {
     let params = DictionaryAttribute::try_from(attribute).map_err(|error| Error::mosaic(error.to_string()))?;
     let Some(bounds) = params.element_by_name("window_bounds") else {
         return Ok(None);
@@ -235,11 +243,32 @@ fn window_params(attribute: Attribute) -> Result<Option<WindowParams>> {
         return Err(Error::mosaic(format!("window {attribute} lacks transform_indices or sizes")));
     };
     let mode = params.element_by_name("pipeline_mode").map(|mode| mode.to_string()).unwrap_or_default();
+    let function = functions.iter().find(|function| symbol(**function).is_ok_and(|name| name == transform.value()));
+    let function = function.ok_or_else(|| Error::mosaic(format!("no function @{}", transform.value())))?;
     Ok(Some(WindowParams {
         transform: transform.value().to_owned(),
         block: block.into_iter().map(|size| size as usize).collect(),
-        double_buffered: !mode.contains("synchronous"),
+        double_buffered: !mode.contains("synchronous") && moves(*function, grid),
     }))
+}
+
+/// Whether a window's transform depends on the grid step.
+fn moves(transform: OperationRef, grid: &[(usize, Semantics)]) -> bool {
+    let Some(entry) = transform.region(0).ok().and_then(|region| region.first_block()) else { return true };
+    let still = grid.iter().enumerate().filter(|(_, (size, _))| *size == 1).map(|(dim, _)| dim);
+    let still = still.chain(grid.len()..entry.argument_count()).filter_map(|index| entry.argument(index).ok());
+    // Values that are the same in every step: constants, prefetched arrays, and what is computed from them.
+    let mut fixed: HashSet<_> = still.map(|argument| argument.to_raw().ptr).collect();
+    let operations = std::iter::successors(entry.first_operation(), |operation| operation.next_in_block());
+    for operation in operations {
+        let depends = operation.operands().any(|operand| !fixed.contains(&operand.to_raw().ptr));
+        match op_name(operation).as_str() {
+            "func.return" => return depends,
+            _ if depends || operation.region_count() > 0 => {}
+            _ => fixed.extend(operation.results().map(|result| result.to_raw().ptr)),
+        }
+    }
+    true
 }
 
 /// Element, sizes and memory of a memref type.
