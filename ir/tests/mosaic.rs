@@ -146,6 +146,60 @@ fn damaged_bodies_are_errors() {
     }
 }
 
+/// What the pipeline keeps twice, as the compiler's own report has it (libtpu 0.0.52, v5p).
+#[test]
+fn windows_that_move_have_two_buffers() {
+    let context = Context::new();
+    let kernel = mosaic::kernel(&context, "windows", |k| {
+        k.grid([(1, Semantics::Parallel), (4, Semantics::Arbitrary)]);
+        k.prefetch("order", Element::I32, &[4]);
+        let dims = [64, 128];
+        k.input("moving", Element::F32, &dims, Window::blocks(&[16, 128], |t| (t.grid(1), 0)));
+        k.input(
+            "ordered",
+            Element::F32,
+            &dims,
+            Window::blocks(&[16, 128], |t| (t.prefetch(0).at(t.grid(1)).load(), 0)),
+        );
+        k.input("asked for one", Element::F32, &dims, Window::blocks(&[16, 128], |t| (t.grid(1), 0)).single_buffered());
+        k.input("whole", Element::F32, &dims, Window::whole(&dims));
+        k.input("fixed", Element::F32, &dims, Window::blocks(&[16, 128], |t| (t.prefetch(0).at(0).load(), 0)));
+        k.input("along one step", Element::F32, &dims, Window::blocks(&[16, 128], |t| (t.grid(0) + 1, 0)));
+    });
+    let kernel = kernel.expect("the kernel fits");
+    let doubled: Vec<_> = kernel.operands().iter().filter(|o| o.double_buffered).map(|o| o.name.as_str()).collect();
+    assert_eq!(doubled, ["moving", "ordered"]);
+    let bytes = (2 + 2 + 1 + 4 + 1 + 1) * 16 * 128 * 4;
+    assert_eq!(Signature::read(kernel.module()).expect("it is a kernel").vmem_bytes(), bytes);
+}
+
+/// Sizes that libtpu 0.0.52 reported for scratch buffers on v5p.
+#[test]
+fn buffers_are_padded_as_the_compiler_pads_them() {
+    let reported: &[(Element, &[usize], usize)] = &[
+        (Element::F32, &[1, 128], 512),
+        (Element::F32, &[3, 128], 2048),
+        (Element::F32, &[5, 130], 8192),
+        (Element::F32, &[12, 128], 8192),
+        (Element::F32, &[4, 3, 128], 8192),
+        (Element::F32, &[100], 512),
+        (Element::Bf16, &[1, 128], 512),
+        (Element::Bf16, &[3, 128], 1024),
+        (Element::Bf16, &[7, 128], 2048),
+        (Element::Bf16, &[12, 128], 4096),
+        (Element::Bf16, &[2, 128, 4, 128], 262_144),
+        (Element::Bf16, &[5, 16, 64], 20_480),
+        (Element::Bf16, &[1000], 2048),
+        (Element::Bf16, &[3000], 6144),
+        (Element::I8, &[4, 128], 512),
+        (Element::I8, &[32, 128], 4096),
+        (Element::I8, &[64, 64], 8192),
+    ];
+    for &(element, dims, bytes) in reported {
+        assert_eq!(mosaic::tile_padded_bytes(element, dims), bytes, "{element}{dims:?}");
+    }
+}
+
 /// Every check of the builder names its op and tells the shapes.
 #[test]
 fn mistakes_name_the_op() {

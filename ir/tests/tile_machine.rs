@@ -761,17 +761,49 @@ fn calls_must_fit_the_kernel() {
     }
 }
 
+/// Ops that MLIR does not know and so did not check.
 #[test]
-fn unknown_ops_are_named_before_anything_runs() {
+fn what_cannot_run_is_named_before_anything_runs() {
+    let cases = [
+        (r#""tpu.prng_set_seed_32"() : () -> ()"#, "tpu.prng_set_seed_32: the tile machine does not know this op"),
+        (r#"%0 = "tpu.vector_load"(%x) : (memref<8x128xf32, "vmem">) -> vector<8x128xf32>"#, "do not fit together"),
+        (
+            r#"%0 = "tpu.strided_load"(%x, %c, %c) {strides = array<i32: 0, 1>} : (memref<8x128xf32, "vmem">, index, index) -> vector<8x128xf32>"#,
+            "do not fit together",
+        ),
+        (
+            r#""tpu.enqueue_dma"(%x, %x, %x) : (memref<8x128xf32, "vmem">, memref<8x128xf32, "vmem">, memref<8x128xf32, "vmem">) -> ()"#,
+            "do not fit together",
+        ),
+        (r#"%0 = "tpu.assume_multiple"(%i) {multiple = 0 : i32} : (i32) -> i32"#, "do not fit together"),
+        (
+            r#"%0 = "tpu.matmul"(%v, %v, %v) : (vector<8x128xf32>, vector<8x128xf32>, vector<8x128xf32>) -> vector<8x128xf32>"#,
+            "[8, 128] x [8, 128] + [8, 128]",
+        ),
+        (
+            r#"%0 = "tpu.concatenate"(%v, %v) {dimension = 2 : i32} : (vector<8x128xf32>, vector<8x128xf32>) -> vector<16x128xf32>"#,
+            "do not fit together",
+        ),
+        (r#"%0 = "tpu.bitcast"(%v) : (vector<8x128xf32>) -> vector<8x128xbf16>"#, "do not fit together"),
+        (r#"%0 = "tpu.memref_bitcast"(%x) : (memref<8x128xf32, "vmem">) -> memref<16x128xbf16, "vmem">"#, "narrower"),
+        (r#"%0 = arith.constant 1.0 : f64"#, "values of type f64 are not supported"),
+    ];
     let context = Context::new();
-    let text = r#"
-        func.func @k(%x: memref<8x128xf32, "vmem">) attributes {iteration_bounds = array<i64>} {
-          "tpu.prng_set_seed_32"() : () -> ()
-          return
-        }"#;
-    let module = mosaic::wire::deserialize(&context, text.as_bytes()).expect("it parses");
-    let error = Program::decode(&module).expect_err("the op is unknown").to_string();
-    assert!(error.contains("tpu.prng_set_seed_32: the tile machine does not know this op"), "{error}");
+    for (op, expected) in cases {
+        let text = format!(
+            r#"func.func @k(%x: memref<8x128xf32, "vmem">) attributes {{iteration_bounds = array<i64>}} {{
+                 %i = arith.constant 0 : i32
+                 %c = arith.constant 0 : index
+                 %v = arith.constant dense<0.0> : vector<8x128xf32>
+                 {op}
+                 return
+               }}"#
+        );
+        let module =
+            mosaic::wire::deserialize(&context, text.as_bytes()).unwrap_or_else(|error| panic!("{op}: {error}"));
+        let error = Program::decode(&module).expect_err(op).to_string();
+        assert!(error.contains(expected), "{op}: {error}");
+    }
 }
 
 /// Programs are run from other threads, a PJRT custom call's for instance.

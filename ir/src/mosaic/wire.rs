@@ -39,11 +39,14 @@ const VERSION_ATTRIBUTE: &str = "stable_mosaic.version";
 const XLA_VMEM: u64 = 1;
 
 /// Bytecode of `module` with its ops renamed for the wire.
+///
+/// # Panics
+/// When `module` does not verify; that of a [`Kernel`] does.
 pub fn serialize(module: &Module) -> Vec<u8> {
     let context = module.context();
     // SAFETY: the module keeps its context alive.
     let context = unsafe { context.to_ref() };
-    let mut mangled = renamed(context, module, &|name| format!("{PREFIX}{name}"));
+    let mut mangled = renamed(context, module, &|name| format!("{PREFIX}{name}")).expect("the module is sound");
     let version = IntegerAttribute::new(IntegerType::new(context, 64).into(), VERSION);
     mangled.as_operation_mut().set_attribute(VERSION_ATTRIBUTE, version.into());
     mangled.as_operation().write_bytecode()
@@ -74,7 +77,9 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
     if !module.as_operation().has_attribute(VERSION_ATTRIBUTE) {
         return Ok(module);
     }
-    Ok(renamed(context, &module, &|name| name.strip_prefix(PREFIX).unwrap_or(name).to_owned()))
+    let module = renamed(context, &module, &|name| name.strip_prefix(PREFIX).unwrap_or(name).to_owned())?;
+    let (valid, diagnostics) = diagnosed(context, || module.as_operation().verify());
+    if valid { Ok(module) } else { Err(Error::Verify { module: "the kernel".to_owned(), diagnostics }) }
 }
 
 fn without_foreign_spaces(text: &str) -> String {
@@ -89,13 +94,13 @@ fn without_foreign_spaces(text: &str) -> String {
 }
 
 /// A copy of a module with every op but the module itself renamed.
-fn renamed<'c>(context: &'c melior::Context, module: &Module, rename: &dyn Fn(&str) -> String) -> Module<'c> {
+fn renamed<'c>(context: &'c melior::Context, module: &Module, rename: &dyn Fn(&str) -> String) -> Result<Module<'c>> {
     let copy = Module::new(Location::unknown(context));
     let mut renamer = Renamer { rename, values: HashMap::new(), blocks: HashMap::new() };
     for operation in operations(module.body()) {
-        copy.body().append_operation(renamer.operation(operation));
+        copy.body().append_operation(renamer.operation(operation)?);
     }
-    copy
+    Ok(copy)
 }
 
 fn operations<'c: 'a, 'a>(block: BlockRef<'c, 'a>) -> impl Iterator<Item = OperationRef<'c, 'a>> {
@@ -113,12 +118,15 @@ struct Renamer<'r> {
 }
 
 impl Renamer<'_> {
-    fn operation<'c>(&mut self, source: OperationRef) -> Operation<'c> {
+    fn operation<'c>(&mut self, source: OperationRef) -> Result<Operation<'c>> {
         // SAFETY: types, attributes and locations belong to the context, which both modules share and which outlives
         // the copy; blocks and values are looked up among those of the copy.
         unsafe {
-            let operands: Vec<Value> =
-                source.operands().map(|operand| Value::from_raw(self.values[&operand.to_raw().ptr])).collect();
+            let early = || Error::mosaic(format!("{} uses a value or a block before its definition", op_name(source)));
+            let operands = (source.operands())
+                .map(|operand| self.values.get(&operand.to_raw().ptr).map(|&raw| Value::from_raw(raw)))
+                .collect::<Option<Vec<Value>>>()
+                .ok_or_else(early)?;
             let results: Vec<_> =
                 source.results().map(|result| melior::ir::Type::from_raw(result.r#type().to_raw())).collect();
             let attributes: Vec<_> = source
@@ -127,9 +135,11 @@ impl Renamer<'_> {
                     (melior::ir::Identifier::from_raw(name.to_raw()), melior::ir::Attribute::from_raw(value.to_raw()))
                 })
                 .collect();
-            let regions = source.regions().map(|region| self.region(region)).collect();
-            let successors: Vec<BlockRef> =
-                source.successors().map(|block| BlockRef::from_raw(self.blocks[&block.to_raw().ptr])).collect();
+            let regions = source.regions().map(|region| self.region(region)).collect::<Result<_>>()?;
+            let successors = (source.successors())
+                .map(|block| self.blocks.get(&block.to_raw().ptr).map(|&raw| BlockRef::from_raw(raw)))
+                .collect::<Option<Vec<BlockRef>>>()
+                .ok_or_else(early)?;
             let successors: Vec<&Block> = successors.iter().map(|block| &**block).collect();
             let name = (self.rename)(&op_name(source));
             let copy = OperationBuilder::new(&name, Location::from_raw(source.location().to_raw()))
@@ -139,15 +149,15 @@ impl Renamer<'_> {
                 .add_regions_vec(regions)
                 .add_successors(&successors)
                 .build()
-                .expect("result types are given, so that nothing is inferred");
+                .map_err(|error| Error::mosaic(format!("{name}: {error}")))?;
             for (from, to) in source.results().zip(copy.results()) {
                 self.values.insert(from.to_raw().ptr, to.to_raw());
             }
-            copy
+            Ok(copy)
         }
     }
 
-    fn region<'c>(&mut self, source: RegionRef) -> Region<'c> {
+    fn region<'c>(&mut self, source: RegionRef) -> Result<Region<'c>> {
         let region = Region::new();
         for from in blocks(source) {
             // SAFETY: as in `operation`.
@@ -170,10 +180,10 @@ impl Renamer<'_> {
             // SAFETY: the block was made above and the region owns it.
             let to: BlockRef = unsafe { BlockRef::from_raw(self.blocks[&from.to_raw().ptr]) };
             for operation in operations(from) {
-                to.append_operation(self.operation(operation));
+                to.append_operation(self.operation(operation)?);
             }
         }
-        region
+        Ok(region)
     }
 }
 

@@ -333,6 +333,15 @@ impl Program {
         let functions = crate::mosaic::functions(module);
         let mut transforms = Vec::new();
         for argument in &signature.arguments {
+            let element = argument.element.data();
+            if element.is_some_and(|element| {
+                !matches!(element, Element::I8 | Element::I16 | Element::I32 | Element::Bf16 | Element::F32)
+            }) || argument.dims.contains(&0)
+            {
+                let message =
+                    format!("argument `{}` of {}{:?} is not supported", argument.name, argument.element, argument.dims);
+                return Err(Error::op("func.func", message));
+            }
             let transform = argument.window.as_ref().map(|window| {
                 let named = |function: &&OperationRef| {
                     crate::mosaic::symbol(**function).is_ok_and(|name| name == window.transform)
@@ -340,6 +349,10 @@ impl Program {
                 let function = functions.iter().find(named);
                 let function = function.ok_or_else(|| Error::mosaic(format!("no function @{}", window.transform)))?;
                 let code = decoder.function(*function)?;
+                let last = function.region(0).ok().and_then(|region| region.first_block()?.terminator());
+                if !last.is_some_and(|last| well_formed(last, "func.return")) {
+                    return Err(Error::op("func.func", format!("@{} does not yield i32 indices", window.transform)));
+                }
                 if code.yields.len() != window.block.len() {
                     let message =
                         format!("yields {} indices for blocks of rank {}", code.yields.len(), window.block.len());
@@ -452,6 +465,13 @@ impl Decoder {
 
     fn op(&mut self, operation: OperationRef, name: &str) -> Result<Op> {
         use Binary::*;
+        if !well_formed(operation, name) {
+            let types = |values: Vec<Type>| values.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let operands = types(operation.operands().map(|value| value.r#type()).collect());
+            let results = types(operation.results().map(|value| value.r#type()).collect());
+            let at = describe(operation.location());
+            return Err(Error::op(name, format!("({operands}) -> ({results}) do not fit together (at {at})")));
+        }
         let unsupported =
             |message: String| Error::op(name, format!("{message} (at {})", describe(operation.location())));
         let x = |decoder: &mut Self| decoder.operand(operation, 0);
@@ -721,7 +741,7 @@ impl Decoder {
         let [contract_l, contract_r, free_l, free_r, order, batch_l, batch_r] = numbers.as_slice() else {
             return Err(Error::op(op, format!("dimension numbers {numbers:?}")));
         };
-        let one = |dims: &[usize]| if let [dim] = dims { Some(*dim) } else { None };
+        let one = |dims: &'_ Vec<usize>| if let [dim] = dims.as_slice() { Some(*dim) } else { None };
         let batches = (batch_l.as_slice(), batch_r.as_slice());
         let (Some(k_l), Some(k_r), Some(m), Some(n)) = (one(contract_l), one(contract_r), one(free_l), one(free_r))
         else {
@@ -733,6 +753,16 @@ impl Decoder {
                 op,
                 format!("dimension numbers {numbers:?}: at most one batch dimension, which leads"),
             ));
+        }
+        let sum = operand_shape(operation, 2)?.dims;
+        let size = |dims: &[usize], dim: usize| dims.get(dim).copied().unwrap_or(0);
+        let batch = batch_l.first().map(|&dim| size(&lhs, dim));
+        let expected: Vec<usize> = batch.into_iter().chain([size(&lhs, m), size(&rhs, n)]).collect();
+        let ranks = (lhs.len(), rhs.len()) == (2 + batch_l.len(), 2 + batch_r.len());
+        let batches = batch == batch_r.first().map(|&dim| size(&rhs, dim));
+        let inner = size(&lhs, k_l) == size(&rhs, k_r);
+        if !ranks || !batches || !inner || sum != expected || sum.contains(&0) || size(&lhs, k_l) == 0 {
+            return Err(Error::op(op, format!("{lhs:?} x {rhs:?} + {sum:?} with dimension numbers {numbers:?}")));
         }
         let (strides_l, strides_r) = (tile::strides(&lhs), tile::strides(&rhs));
         let batch_stride = |strides: &[usize], dims: &[usize]| dims.first().map_or(0, |&dim| strides[dim]);
@@ -747,6 +777,140 @@ impl Decoder {
         let (lhs, rhs) = (self.operand(operation, 0)?, self.operand(operation, 1)?);
         Ok(Op::Matmul { shape, lhs, rhs, accumulator: self.operand(operation, 2)?, round })
     }
+}
+
+/// Whether operands and results of an op that MLIR does not know, and so did not check, are of the kinds and sizes that
+/// running it takes for granted. MLIR checked the ops that it knows, but for what the machine wants beyond that.
+fn well_formed(operation: OperationRef, name: &str) -> bool {
+    let types: Vec<Type> = operation.operands().map(|value| value.r#type()).collect();
+    let result = operation.results().next().map(|value| value.r#type());
+    let tile_of = |r#type: Type| Some(shape(operation, r#type).ok()?).filter(|shape| !shape.dims.is_empty());
+    let tile = |index: usize| tile_of(*types.get(index)?);
+    let memref = |index: usize| crate::mosaic::read_memref(*types.get(index)?).ok();
+    let result_tile = || tile_of(result?);
+    let result_memref = || crate::mosaic::read_memref(result?).ok();
+    // All operands from `from` on, `count` of them, are scalar integers.
+    let scalars = |from: usize, count: usize| {
+        let rest = types.get(from..from + count).unwrap_or_default();
+        let scalar =
+            |r#type: &Type| shape(operation, *r#type).is_ok_and(|s| s.dims.is_empty() && s.element == Element::I32);
+        rest.len() == count && rest.iter().all(scalar)
+    };
+    let semaphore =
+        |index: usize| memref(index).is_some_and(|(element, dims, _)| element.data().is_none() && dims.is_empty());
+    let number = |name: &str| integer(operation, name).ok().and_then(|number| usize::try_from(number).ok());
+    let check = || -> Option<bool> {
+        Some(match name {
+            "vector.load" | "tpu.vector_load" | "tpu.strided_load" => {
+                let ((element, dims, _), result) = (memref(0)?, result_tile()?);
+                let steps = operation.attribute("strides").ok().and_then(to_sizes).unwrap_or_default();
+                let steps = steps.is_empty() || (steps.len() == dims.len() && !steps.contains(&0));
+                element == RefElement::Data(result.element)
+                    && dims.len() == result.dims.len()
+                    && scalars(1, dims.len())
+                    && steps
+            }
+            "vector.store" | "tpu.vector_store" | "tpu.strided_store" => {
+                let (value, (element, dims, _)) = (tile(0)?, memref(1)?);
+                let steps = operation.attribute("strides").ok().and_then(to_sizes).unwrap_or_default();
+                let steps = steps.is_empty() || (steps.len() == dims.len() && !steps.contains(&0));
+                let mask = match types.len() - 2 - dims.len().min(types.len() - 2) {
+                    0 => true,
+                    1 => tile(2 + dims.len())
+                        .is_some_and(|mask| mask.element == Element::Pred && mask.dims == value.dims),
+                    _ => false,
+                };
+                let sizes = dims.len() == value.dims.len() && scalars(2, dims.len());
+                element == RefElement::Data(value.element) && sizes && steps && mask
+            }
+            "memref.load" | "memref.store" => {
+                let (element, dims, _) = memref(usize::from(name == "memref.store"))?;
+                let wide = matches!(element, RefElement::Data(Element::I32 | Element::F32));
+                wide && scalars(types.len() - dims.len(), dims.len())
+            }
+            "tpu.memref_slice" => {
+                let ((element, whole, space), (result, dims, to)) = (memref(0)?, result_memref()?);
+                element == result
+                    && space == to
+                    && whole.len() == dims.len()
+                    && !dims.contains(&0)
+                    && scalars(1, dims.len())
+            }
+            "tpu.memref_squeeze" | "tpu.memref_reshape" | "tpu.erase_memref_layout" => {
+                let ((element, from, _), (result, to, _)) = (memref(0)?, result_memref()?);
+                element == result && from.iter().product::<usize>() == to.iter().product::<usize>()
+            }
+            "tpu.memref_bitcast" => {
+                let ((from, mut dims, _), (to, result, _)) = (memref(0)?, result_memref()?);
+                let (from, to, rows) = (from.data()?.bytes(), to.data()?.bytes(), dims.len().checked_sub(2)?);
+                let fits = (dims[rows] * from).is_multiple_of(to);
+                dims[rows] = dims[rows] * from / to;
+                fits && dims == result
+            }
+            "tpu.enqueue_dma" if types.len() == 3 => {
+                let ((from, source, _), (to, destination, _)) = (memref(0)?, memref(1)?);
+                from == to && from.data().is_some() && source == destination && semaphore(2)
+            }
+            "tpu.wait_dma2" => memref(2)?.0.data().is_some() && semaphore(0),
+            "tpu.wait_dma" => memref(1)?.0.data().is_some() && semaphore(0),
+            "tpu.sem_signal" | "tpu.sem_wait" => semaphore(0) && scalars(1, 1),
+            "tpu.sem_read" => semaphore(0),
+            "tpu.assume_multiple" => scalars(0, 1) && number("multiple").is_some_and(|multiple| multiple > 0),
+            "tpu.matmul" => {
+                let (lhs, rhs, sum) = (tile(0)?, tile(1)?, tile(2)?);
+                let kind = |shape: &Shape| (shape.element.is_float(), shape.element == Element::Pred);
+                kind(&lhs) == kind(&rhs) && kind(&lhs) == kind(&sum) && kind(&lhs) != (false, true)
+            }
+            "tpu.concatenate" | "tpu.repeat" => {
+                let (mut total, result, dim) = (tile(0)?, result_tile()?, number("dimension")?);
+                let along = |shape: &Shape| shape.dims.get(dim).copied();
+                let tiles = (0..types.len()).map(tile).collect::<Option<Vec<_>>>()?;
+                let sizes = tiles.iter().map(along).sum::<Option<usize>>()?;
+                total.dims[dim] = if name == "tpu.repeat" { sizes * number("times")? } else { sizes };
+                let same = |tile: &Shape| {
+                    let others = |(at, (a, b)): (usize, (&usize, &usize))| at == dim || a == b;
+                    tile.element == result.element
+                        && tile.dims.len() == result.dims.len()
+                        && tile.dims.iter().zip(&result.dims).enumerate().all(others)
+                };
+                total.dims == result.dims && tiles.iter().all(same)
+            }
+            "tpu.dynamic_rotate" => {
+                let (x, result) = (tile(0)?, result_tile()?);
+                x.dims == result.dims
+                    && x.element == result.element
+                    && scalars(1, 1)
+                    && number("dimension")? < x.dims.len()
+            }
+            "tpu.iota" => {
+                let over = sizes(operation, "dimensions").ok()?;
+                let result = result_tile()?;
+                over.iter().all(|&dim| dim < result.dims.len()) && !result.element.is_float()
+            }
+            "tpu.bitcast" => {
+                let (x, result) = (tile(0)?, result_tile()?);
+                let (minor, rest) = (x.dims.last()?, result.dims.last()?);
+                let whole = x.element.bytes() == result.element.bytes()
+                    || x.dims.len() >= 2
+                        && (x.dims[x.dims.len() - 2] * x.element.bytes()).is_multiple_of(result.element.bytes());
+                let bytes = |shape: &Shape| shape.len() * shape.element.bytes();
+                whole && minor == rest && bytes(&x) == bytes(&result)
+            }
+            "tpu.transpose" => {
+                let (x, result) = (tile(0)?, result_tile()?);
+                let permutation = sizes(operation, "permutation").ok()?;
+                let mut sorted = permutation.clone();
+                sorted.sort_unstable();
+                let permutes = sorted.iter().copied().eq(0..x.dims.len());
+                permutes && permutation.iter().map(|&dim| x.dims[dim]).eq(result.dims) && x.element == result.element
+            }
+            "tpu.reshape" => tile(0)?.len() == result_tile()?.len() && tile(0)?.element == result_tile()?.element,
+            "tpu.reciprocal" | "tpu.truncf" | "tpu.extf" | "tpu.sitofp" => tile(0)?.dims == result_tile()?.dims,
+            "func.return" => scalars(0, types.len()),
+            _ => true,
+        })
+    };
+    check().unwrap_or(false)
 }
 
 /// Marks where each register is read for the last time, and drops pure instructions that nobody reads.
