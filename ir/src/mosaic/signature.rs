@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use melior::ir::{
-    Attribute, BlockLike, Module, RegionLike, Type, TypeLike, ValueLike,
+    Attribute, AttributeLike, BlockLike, Identifier, Module, RegionLike, Type, TypeLike, ValueLike,
     attribute::{
         ArrayAttribute, DenseI64ArrayAttribute, DictionaryAttribute, FlatSymbolRefAttribute, IntegerAttribute,
         StringAttribute,
@@ -17,6 +17,7 @@ use super::{
     memref::{MemorySpace, RefElement},
 };
 use crate::{
+    context::printed,
     element::Element,
     error::{Error, Result},
     shape::element_of,
@@ -102,7 +103,7 @@ impl Signature {
         let functions = functions(module);
         let name = symbol(function)?;
         let bounds = integers(function, "iteration_bounds").unwrap_or_default();
-        let semantics: Vec<_> = array(function, "dimension_semantics").iter().map(ToString::to_string).collect();
+        let semantics: Vec<_> = array(function, "dimension_semantics").iter().map(printed).collect();
         let grid = bounds
             .iter()
             .enumerate()
@@ -151,7 +152,7 @@ impl Signature {
             }
             let location = argument.location();
             let name = match location.is_name() {
-                true => location.name_value().as_string_ref().as_str().unwrap_or_default().to_owned(),
+                true => identifier(location.name_value()),
                 false => format!("arg{position}"),
             };
             arguments.push(Argument { name, role, element, dims, space, window });
@@ -198,12 +199,29 @@ pub(crate) fn functions<'c, 'a>(module: &'a Module<'c>) -> Vec<OperationRef<'c, 
 }
 
 pub(crate) fn op_name(operation: OperationRef) -> String {
-    operation.name().as_string_ref().as_str().unwrap_or_default().to_owned()
+    identifier(operation.name())
+}
+
+/// The text of an identifier, whatever bytes a damaged module has there.
+pub(crate) fn identifier(identifier: Identifier) -> String {
+    // SAFETY: the identifier is valid.
+    text_of(unsafe { mlir_sys::mlirIdentifierStr(identifier.to_raw()) })
+}
+
+fn text_of(string: mlir_sys::MlirStringRef) -> String {
+    if string.length == 0 {
+        return String::new(); // its pointer may be null
+    }
+    // SAFETY: MLIR's strings live as long as the context that they were taken from.
+    let bytes = unsafe { std::slice::from_raw_parts(string.data.cast(), string.length) };
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 pub(crate) fn symbol(function: OperationRef) -> Result<String> {
     let name = function.attribute("sym_name").ok().and_then(|name| StringAttribute::try_from(name).ok());
-    name.map(|name| name.value().to_owned()).ok_or_else(|| Error::mosaic("a function without a name"))
+    // SAFETY: it is a string attribute.
+    name.map(|name| text_of(unsafe { mlir_sys::mlirStringAttrGetValue(name.to_raw()) }))
+        .ok_or_else(|| Error::mosaic("a function without a name"))
 }
 
 fn integers(operation: OperationRef, name: &str) -> Option<Vec<i64>> {
@@ -235,18 +253,20 @@ fn window_params(
         return Ok(None);
     };
     if let Some(kind) = params.element_by_name("window_kind") {
-        return Err(Error::mosaic(format!("windows of kind {kind} are not supported")));
+        return Err(Error::mosaic(format!("windows of kind {} are not supported", printed(&kind))));
     }
     let transform =
         params.element_by_name("transform_indices").and_then(|name| FlatSymbolRefAttribute::try_from(name).ok());
+    // SAFETY: it is a symbol reference.
+    let transform = transform.map(|name| text_of(unsafe { mlir_sys::mlirFlatSymbolRefAttrGetValue(name.to_raw()) }));
     let (Some(transform), Some(block)) = (transform, i64_array(bounds)) else {
-        return Err(Error::mosaic(format!("window {attribute} lacks transform_indices or sizes")));
+        return Err(Error::mosaic(format!("window {} lacks transform_indices or sizes", printed(&attribute))));
     };
-    let mode = params.element_by_name("pipeline_mode").map(|mode| mode.to_string()).unwrap_or_default();
-    let function = functions.iter().find(|function| symbol(**function).is_ok_and(|name| name == transform.value()));
-    let function = function.ok_or_else(|| Error::mosaic(format!("no function @{}", transform.value())))?;
+    let mode = params.element_by_name("pipeline_mode").map(|mode| printed(&mode)).unwrap_or_default();
+    let function = functions.iter().find(|function| symbol(**function).is_ok_and(|name| name == transform));
+    let function = function.ok_or_else(|| Error::mosaic(format!("no function @{transform}")))?;
     Ok(Some(WindowParams {
-        transform: transform.value().to_owned(),
+        transform,
         block: block.into_iter().map(|size| size as usize).collect(),
         double_buffered: !mode.contains("synchronous") && moves(*function, grid),
     }))
@@ -273,21 +293,23 @@ fn moves(transform: OperationRef, grid: &[(usize, Semantics)]) -> bool {
 
 /// Element, sizes and memory of a memref type.
 pub(crate) fn read_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<usize>, MemorySpace), String> {
-    let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is no memref", r#type))?;
+    let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is no memref", printed(&r#type)))?;
     let element = match memref.element() {
-        element if element.to_string() == "!tpu.dma_semaphore" => RefElement::DmaSemaphore,
-        element if element.to_string() == "!tpu.semaphore" => RefElement::Semaphore,
-        element => RefElement::Data(element_of(element).ok_or_else(|| format!("unknown element type in {}", r#type))?),
+        element if printed(&element) == "!tpu.dma_semaphore" => RefElement::DmaSemaphore,
+        element if printed(&element) == "!tpu.semaphore" => RefElement::Semaphore,
+        element => RefElement::Data(
+            element_of(element).ok_or_else(|| format!("unknown element type in {}", printed(&r#type)))?,
+        ),
     };
     let dims = (0..memref.rank())
         // SAFETY: the type is a ranked memref and the dimension is within its rank.
         .map(|dim| unsafe { mlir_sys::mlirShapedTypeGetDimSize(memref.to_raw(), dim as isize) })
-        .map(|size| usize::try_from(size).map_err(|_| format!("{} has a dynamic size", r#type)))
+        .map(|size| usize::try_from(size).map_err(|_| format!("{} has a dynamic size", printed(&r#type))))
         .collect::<std::result::Result<Vec<_>, _>>()?;
-    let space = memref.memory_space().map(|space| space.to_string()).unwrap_or_default();
+    let space = memref.memory_space().map(|space| printed(&space)).unwrap_or_default();
     // `#tpu.memory_space<vmem>`, or the string "vmem" where the text was parsed without the tpu dialect.
     let mnemonic = space.strip_prefix("#tpu.memory_space<").and_then(|rest| rest.strip_suffix('>'));
     let mnemonic = mnemonic.unwrap_or(space.trim_matches('"'));
     let space = MemorySpace::ALL.into_iter().find(|known| known.mnemonic() == mnemonic);
-    Ok((element, dims, space.ok_or_else(|| format!("unknown memory space in {}", r#type))?))
+    Ok((element, dims, space.ok_or_else(|| format!("unknown memory space in {}", printed(&r#type)))?))
 }

@@ -10,6 +10,7 @@ use melior::ir::{
 
 use super::tile::{self, Binary, Compare, MatmulShape, Reduction, Scalar, Strides, Tile, Unary};
 use crate::{
+    context::printed,
     element::Element,
     error::{Error, Result},
     mosaic::{RefElement, Signature},
@@ -466,7 +467,7 @@ impl Decoder {
     fn op(&mut self, operation: OperationRef, name: &str) -> Result<Op> {
         use Binary::*;
         if !well_formed(operation, name) {
-            let types = |values: Vec<Type>| values.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let types = |values: Vec<Type>| values.iter().map(printed).collect::<Vec<_>>().join(", ");
             let operands = types(operation.operands().map(|value| value.r#type()).collect());
             let results = types(operation.results().map(|value| value.r#type()).collect());
             let at = describe(operation.location());
@@ -586,7 +587,7 @@ impl Decoder {
                 Ok(Op::Constant(iota(element, &dims, &over)))
             }
             "vector.multi_reduction" => {
-                let kind = attribute(operation, "kind")?.to_string();
+                let kind = printed(&attribute(operation, "kind")?);
                 let how = match kind.trim_start_matches("#vector.kind<").trim_end_matches('>') {
                     "add" => Reduction::Sum,
                     "mul" => Reduction::Product,
@@ -724,7 +725,7 @@ impl Decoder {
     fn matmul(&mut self, operation: OperationRef) -> Result<Op> {
         let op = "tpu.matmul";
         let (lhs, rhs) = (operand_shape(operation, 0)?, operand_shape(operation, 1)?);
-        let exact = operation.attribute("precision").is_ok_and(|precision| precision.to_string().contains("fp32"));
+        let exact = operation.attribute("precision").is_ok_and(|precision| printed(&precision).contains("fp32"));
         let round = [&lhs, &rhs].map(|side| side.element == Element::F32 && !exact);
         let (lhs, rhs) = (lhs.dims, rhs.dims);
         let flag = |name: &str| {
@@ -732,7 +733,7 @@ impl Decoder {
             flag.is_some_and(|flag| flag.value())
         };
         let numbers = match operation.attribute("dimension_numbers") {
-            Ok(numbers) => bracketed(&numbers.to_string()),
+            Ok(numbers) => bracketed(&printed(&numbers)),
             Err(_) => {
                 let (l, r) = (usize::from(!flag("transpose_lhs")), usize::from(flag("transpose_rhs")));
                 vec![vec![l], vec![r], vec![1 - l], vec![1 - r], vec![0, 1 - l, 1, 1 - r], vec![], vec![]]
@@ -1014,7 +1015,7 @@ fn shape(operation: OperationRef, r#type: Type) -> Result<Shape> {
         matches!(element, Element::Pred | Element::I8 | Element::I16 | Element::I32 | Element::Bf16 | Element::F32)
     });
     let element = element.ok_or_else(|| {
-        Error::op(crate::mosaic::op_name(operation), format!("values of type {} are not supported", r#type))
+        Error::op(crate::mosaic::op_name(operation), format!("values of type {} are not supported", printed(&r#type)))
     })?;
     Ok(Shape { element, dims: crate::mosaic::vector_dims(r#type) })
 }
@@ -1037,7 +1038,7 @@ fn constant(operation: OperationRef) -> Result<Op> {
             _ => Scalar::Int(value.value() as i32),
         }),
     };
-    let unsupported = || lacks(operation, &format!("a readable value, not {value},"));
+    let unsupported = || lacks(operation, &format!("a readable value, not {},", printed(&value)));
     if shape.dims.is_empty() {
         return number(value).map(Op::Scalar).ok_or_else(unsupported);
     }
@@ -1104,16 +1105,15 @@ fn bracketed(text: &str) -> Vec<Vec<usize>> {
 /// `file:line` of a location, or what it prints as.
 fn describe(location: Location) -> String {
     if location.is_file_line_col_range() {
-        let file = location.file_line_col_range_filename();
-        let file = file.as_string_ref().as_str().unwrap_or_default().to_owned();
+        let file = crate::mosaic::identifier(location.file_line_col_range_filename());
         return format!("{file}:{}", location.file_line_col_range_start_line());
     }
     if location.is_name() {
-        let (name, child) = (location.name_value(), describe(location.name_child_location()));
-        let name = name.as_string_ref().as_str().unwrap_or_default().to_owned();
+        let name = crate::mosaic::identifier(location.name_value());
+        let child = describe(location.name_child_location());
         return if child == "unknown" { name } else { format!("{child} ({name})") };
     }
-    let text = location.to_string();
+    let text = printed(&location);
     if text == "loc(unknown)" {
         return "unknown".into();
     }
