@@ -126,6 +126,11 @@ fn a_kernel_lowered_by_jax_opens_and_runs() {
         assert!(run.outputs[0].to_f64().into_iter().zip(&expected).all(close));
         assert_eq!((run.counters.copies, run.counters.hbm_bytes_read), (5, 5 * 8 * 128 * 4));
     }
+    // The readable text, semaphores and all, is the same kernel.
+    let reread = wire::deserialize(&context, text.as_bytes()).expect("the text is readable");
+    assert_eq!(Signature::read(&reread).map(|s| s.arguments.len()), Ok(5));
+    let run = Program::decode(&reread).expect("known ops").run(&Machine::default(), &inputs, &outputs);
+    assert!(run.is_ok_and(|run| run.counters.copies == 5));
 }
 
 #[test]
@@ -140,6 +145,14 @@ fn damaged_bodies_are_errors() {
         (body("AAAA"), "the module has 0 functions"),
         (config.replacen("TUzvUg", "TUzvUgAAAAAAAA", 1), "is no MLIR module"),
     ];
+    let body = wire::serialize(matmul(&context).module());
+    for length in (4..2000).step_by(101) {
+        assert!(
+            wire::deserialize(&context, &body[..length.min(body.len() - 1)]).is_err(),
+            "{length} bytes of {}",
+            body.len()
+        );
+    }
     for (config, expected) in cases {
         let error = wire::open(&context, &config).err().expect("damaged").to_string();
         assert!(error.contains(expected), "{error}");

@@ -294,22 +294,25 @@ fn moves(transform: OperationRef, grid: &[(usize, Semantics)]) -> bool {
 /// Element, sizes and memory of a memref type.
 pub(crate) fn read_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<usize>, MemorySpace), String> {
     let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is no memref", printed(&r#type)))?;
-    let element = match memref.element() {
-        element if printed(&element) == "!tpu.dma_semaphore" => RefElement::DmaSemaphore,
-        element if printed(&element) == "!tpu.semaphore" => RefElement::Semaphore,
-        element => RefElement::Data(
-            element_of(element).ok_or_else(|| format!("unknown element type in {}", printed(&r#type)))?,
-        ),
-    };
     let dims = (0..memref.rank())
         // SAFETY: the type is a ranked memref and the dimension is within its rank.
         .map(|dim| unsafe { mlir_sys::mlirShapedTypeGetDimSize(memref.to_raw(), dim as isize) })
         .map(|size| usize::try_from(size).map_err(|_| format!("{} has a dynamic size", printed(&r#type))))
         .collect::<std::result::Result<Vec<_>, _>>()?;
     let space = memref.memory_space().map(|space| printed(&space)).unwrap_or_default();
-    // `#tpu.memory_space<vmem>`, or the string "vmem" where the text was parsed without the tpu dialect.
+    // `#tpu.memory_space<vmem>`, or the string "vmem" where the module was read from text; the same goes for semaphores,
+    // which are integers then.
     let mnemonic = space.strip_prefix("#tpu.memory_space<").and_then(|rest| rest.strip_suffix('>'));
     let mnemonic = mnemonic.unwrap_or(space.trim_matches('"'));
     let space = MemorySpace::ALL.into_iter().find(|known| known.mnemonic() == mnemonic);
-    Ok((element, dims, space.ok_or_else(|| format!("unknown memory space in {}", printed(&r#type)))?))
+    let space = space.ok_or_else(|| format!("unknown memory space in {}", printed(&r#type)))?;
+    let element = memref.element();
+    let element = match (space, printed(&element).as_str()) {
+        (MemorySpace::Semaphore, "!tpu.dma_semaphore" | "i64") => RefElement::DmaSemaphore,
+        (MemorySpace::Semaphore, "!tpu.semaphore" | "i32") => RefElement::Semaphore,
+        _ => RefElement::Data(
+            element_of(element).ok_or_else(|| format!("unknown element type in {}", printed(&r#type)))?,
+        ),
+    };
+    Ok((element, dims, space))
 }

@@ -54,6 +54,8 @@ pub fn serialize(module: &Module) -> Vec<u8> {
 
 /// The module that `body` holds, in readable form. `body` is bytecode or text, mangled or not.
 ///
+/// Damage is an error as far as MLIR's reader notices it; that reader is not hardened against hostile bytecode.
+///
 /// # Errors
 /// When MLIR cannot read it.
 pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> {
@@ -61,8 +63,7 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
     let text;
     let mut source = body;
     if !body.starts_with(b"ML\xefR") {
-        // MLIR refuses foreign attributes as memory spaces when it parses them as text; strings it takes.
-        text = without_foreign_spaces(&String::from_utf8_lossy(body));
+        text = without_foreign_memrefs(&String::from_utf8_lossy(body));
         source = text.as_bytes();
     }
     // Bytecode is read in place and wants alignment; text wants a zero behind it.
@@ -82,9 +83,13 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
     if valid { Ok(module) } else { Err(Error::Verify { module: "the kernel".to_owned(), diagnostics }) }
 }
 
-fn without_foreign_spaces(text: &str) -> String {
+/// MLIR refuses foreign memory spaces and element types in the memrefs of a text (in bytecode it does not): spaces become
+/// strings, semaphores the integers that [`signature`](super::signature) takes for them in semaphore memory.
+fn without_foreign_memrefs(text: &str) -> String {
+    let text = text.replace("x!tpu.dma_semaphore", "xi64").replace("<!tpu.dma_semaphore", "<i64");
+    let text = text.replace("x!tpu.semaphore", "xi32").replace("<!tpu.semaphore", "<i32");
     let mut result = String::with_capacity(text.len());
-    let mut rest = text;
+    let mut rest = text.as_str();
     while let Some((before, after)) = rest.split_once("#tpu.memory_space<") {
         let (space, after) = after.split_once('>').unwrap_or((after, ""));
         result.extend([before, "\"", space, "\""]);
