@@ -6,6 +6,7 @@ pub mod generate;
 pub mod hosts;
 pub mod llama;
 pub mod model;
+pub mod native;
 pub mod output;
 pub mod pages;
 pub mod pjrt;

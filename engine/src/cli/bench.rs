@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
 use crate::llama::DeviceModel;
+use crate::llama::step::KernelForm;
 use crate::model::config::LlamaConfig;
 use crate::model::weights::Weights;
 use crate::pjrt::Client;
@@ -38,7 +39,14 @@ pub struct DecodeRate {
 ///
 /// # Errors
 /// When the model does not load, compile or run.
-pub fn decode_rate(client: &Client, folder: &Path, slots: usize, new: usize, compute: Element) -> Result<DecodeRate> {
+pub fn decode_rate(
+    client: &Client,
+    folder: &Path,
+    slots: usize,
+    new: usize,
+    compute: Element,
+    kernels: KernelForm,
+) -> Result<DecodeRate> {
     const RUNS: usize = 3;
     const PAGE: PageSize = PageSize::new(16).expect("not zero");
     let config = LlamaConfig::open(folder)?;
@@ -53,7 +61,8 @@ pub fn decode_rate(client: &Client, folder: &Path, slots: usize, new: usize, com
         max_rounds: 64,
     };
     let model = DeviceModel::load(client, &config, &weights, compute, limits.max_seq_len)?;
-    let options = EngineOptions { limits, compute, sampling: SamplingOptions::GREEDY, stop: StopRule::default() };
+    let options =
+        EngineOptions { limits, compute, kernels, sampling: SamplingOptions::GREEDY, stop: StopRule::default() };
     let mut engine = Engine::new(client, model, options)?;
     let mut runs: Vec<(f64, Timing)> = Vec::new();
     for _ in 0..=RUNS {

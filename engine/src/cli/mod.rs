@@ -8,7 +8,7 @@ mod doctor;
 mod sample;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -16,6 +16,7 @@ use pagoda_ir::Element;
 
 use crate::error::{Error, Result};
 use crate::hosts::merge;
+use crate::llama::step::KernelForm;
 use crate::pjrt::{Client, Plugin, PluginChoice};
 
 pub use bench::{DecodeRate, decode_rate};
@@ -92,14 +93,36 @@ impl Compute {
     }
 }
 
+/// The kernel forms on offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kernels {
+    /// Plain StableHLO, for any plugin.
+    Stablehlo,
+    /// Rust inside the step program, for the CPU plugin.
+    Native,
+}
+
 #[derive(Clone, Debug, Args)]
 struct PluginArgs {
+    /// The form of the attention kernel [default: native on the CPU plugin, stablehlo elsewhere].
+    #[arg(long, value_enum)]
+    kernels: Option<Kernels>,
     /// The PJRT plugin: cpu, cuda, tpu, or the path of a shared library.
     #[arg(long, default_value = "cpu", value_name = "P")]
     plugin: String,
 }
 
 impl PluginArgs {
+    /// The kernels that were asked for, or the ones that suit the client.
+    fn kernels(&self, client: &Client) -> KernelForm {
+        match self.kernels {
+            Some(Kernels::Stablehlo) => KernelForm::Stablehlo,
+            Some(Kernels::Native) => KernelForm::Native,
+            None if client.platform().eq_ignore_ascii_case("cpu") => KernelForm::Native,
+            None => KernelForm::Stablehlo,
+        }
+    }
+
     /// Loads the plugin and creates a client of one device.
     fn client(&self) -> Result<Client> {
         let plugin = Plugin::load(&PluginChoice::parse(&self.plugin)?)?;
@@ -125,7 +148,10 @@ pub fn main() -> ExitCode {
         Command::Doctor { json } => Ok(if doctor::doctor(json) { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
         Command::Bench { what: Bench::Decode { model, slots, new, compute, plugin, json } } => plugin
             .client()
-            .and_then(|client| slots.iter().try_for_each(|&slots| bench(&client, &model, slots, new, compute, json)))
+            .and_then(|client| {
+                let kernels = plugin.kernels(&client);
+                slots.iter().try_for_each(|&slots| bench(&client, &model, slots, new, compute.element(), kernels, json))
+            })
             .map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {
@@ -136,17 +162,18 @@ pub fn main() -> ExitCode {
 
 fn bench(
     client: &Client,
-    model: &std::path::Path,
+    model: &Path,
     slots: usize,
     new: usize,
-    compute: Compute,
+    compute: Element,
+    kernels: KernelForm,
     json: bool,
 ) -> Result<()> {
     if slots == 0 || new == 0 {
         let (key, fix) = if slots == 0 { ("--slots", "ask for at least 1") } else { ("--new", "ask for at least 1") };
         return Err(Error::setting(key, 0, "leaves nothing to measure", fix));
     }
-    let rate = decode_rate(client, model, slots, new, compute.element())?;
+    let rate = decode_rate(client, model, slots, new, compute, kernels)?;
     if json {
         println!("{}", serde_json::to_string(&rate).map_err(Error::runtime("writing JSON"))?);
     } else {

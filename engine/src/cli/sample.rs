@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
 use crate::hosts::Share;
 use crate::llama::DeviceModel;
+use crate::llama::step::KernelForm;
 use crate::model::config::LlamaConfig;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
 use crate::model::weights::Weights;
@@ -178,6 +179,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     let options = EngineOptions {
         limits: settings.limits(&lengths, config.max_position_embeddings)?,
         compute: settings.engine.compute_dtype,
+        kernels: KernelForm::Stablehlo, // settled with the client
         sampling: SamplingOptions {
             temperature: settings.temperature,
             top_k: settings.top_k.map(|k| u32::try_from(k).unwrap_or(u32::MAX)),
@@ -222,11 +224,12 @@ impl StartUp {
         args: &SampleArgs,
         config: &LlamaConfig,
         weights: &Weights,
-        options: EngineOptions,
+        mut options: EngineOptions,
     ) -> Result<Engine> {
         let started = Instant::now();
         let client = args.plugin.client()?;
-        eprintln!("# plugin {client:?}");
+        options.kernels = args.plugin.kernels(&client);
+        eprintln!("# plugin {client:?}, kernels {:?}", options.kernels);
         self.plugin = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let model = DeviceModel::load(&client, config, weights, options.compute, options.limits.max_seq_len)?;

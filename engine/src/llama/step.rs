@@ -45,6 +45,18 @@ pub struct StepShape {
     pub max_rounds: usize,
     /// Type of weights, activations and KV.
     pub compute: Element,
+    /// Which form of the kernels the program carries.
+    pub kernels: KernelForm,
+}
+
+/// The forms in which a program can carry the attention kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelForm {
+    /// Plain StableHLO: any plugin.
+    Stablehlo,
+    /// Rust, as a custom call: the CPU plugin ([`crate::native::register_all`] comes first).
+    Native,
 }
 
 impl StepShape {
@@ -299,8 +311,7 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         kv: &mut Tensor<'c, 'a>,
     ) -> Result<Tensor<'c, 'a>> {
         let b = self.b;
-        *kv = rpa::kv_write::emit(b, self.attention, *kv, k, v, rows.kv_slots, Some(first_page))?;
-        let operands = rpa::stablehlo::Operands {
+        let mut operands = rpa::stablehlo::Operands {
             q,
             kv_pages: *kv,
             kv_lens: rows.kv_lens,
@@ -309,7 +320,19 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
             num_seqs: rows.num_seqs,
             first_page: Some(first_page),
         };
-        rpa::stablehlo::emit(b, self.attention, &operands)
+        match self.shape.kernels {
+            KernelForm::Stablehlo => {
+                *kv = rpa::kv_write::emit(b, self.attention, *kv, k, v, rows.kv_slots, Some(first_page))?;
+                operands.kv_pages = *kv;
+                rpa::stablehlo::emit(b, self.attention, &operands)
+            }
+            KernelForm::Native => {
+                let new = rpa::native::NewKv { k, v, slots: rows.kv_slots };
+                let (attended, written) = rpa::native::emit(b, self.attention, &operands, &new)?;
+                *kv = written;
+                Ok(attended)
+            }
+        }
     }
 }
 

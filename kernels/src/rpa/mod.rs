@@ -9,6 +9,7 @@
 //! hold anything, NaN included, and never reaches the result of a live row.
 pub mod batch;
 pub mod kv_write;
+pub mod native;
 pub mod problem;
 pub mod reference;
 pub mod stablehlo;
