@@ -30,6 +30,12 @@ pub enum Error {
         /// MLIR's diagnostics.
         diagnostics: String,
     },
+    /// A Mosaic kernel's serialized form is damaged, or is not what a kernel looks like.
+    #[error("Mosaic kernel: {message}")]
+    Mosaic {
+        /// What is wrong.
+        message: String,
+    },
     /// MLIR's verifier refused a module.
     #[error("module `{module}` does not verify:\n{diagnostics}")]
     Verify {
@@ -44,6 +50,11 @@ impl Error {
     /// An error of the op `op` (its full name).
     pub fn op(op: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Op { op: op.into(), message: message.into() }
+    }
+
+    /// An error about a Mosaic kernel's serialized form.
+    pub(crate) fn mosaic(message: impl Into<String>) -> Self {
+        Self::Mosaic { message: message.into() }
     }
 
     /// An error about the function `function`.

@@ -5,9 +5,11 @@
 pub mod context;
 pub mod element;
 pub mod error;
+pub mod mosaic;
 pub mod shape;
 pub mod stablehlo;
 pub mod tensor;
+pub mod tile_machine;
 
 pub use context::Context;
 pub use element::Element;

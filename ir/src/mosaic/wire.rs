@@ -1,0 +1,441 @@
+//! Kernels on the wire: `stable_mosaic` bytecode in the configuration of a `tpu_custom_call`, and back.
+//!
+//! The body of a custom call is a module whose ops are called `stable_mosaic.<op>` and which carries the version of
+//! that vocabulary ([`VERSION`]); types and attributes keep their names. It is written as MLIR bytecode, in base64,
+//! into a JSON object, beside the limit of scoped VMEM. Source: `tpu_custom_call.py` and `serde.cc` of JAX 0.10.2.
+
+use std::collections::{BTreeMap, HashMap};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use melior::ir::{
+    AttributeLike, Block, BlockLike, Location, Module, Region, RegionLike, RegionRef, TypeLike, Value, ValueLike,
+    attribute::IntegerAttribute,
+    block::BlockRef,
+    operation::{Operation, OperationBuilder, OperationLike, OperationMutLike, OperationRef},
+    r#type::IntegerType,
+};
+use serde_json::{Value as Json, json};
+
+use super::{
+    builder::{Kernel, Role, Semantics},
+    signature::{Signature, kernel_function, op_name},
+};
+use crate::{
+    context::{Context, diagnosed},
+    element::Element,
+    error::{Error, Result},
+    shape::TensorType,
+    stablehlo::{self, BackendConfig, CustomCall, OutputOperandAlias},
+    tensor::HostTensor,
+};
+
+/// The version of the `stable_mosaic` vocabulary that Pagoda writes.
+pub const VERSION: i64 = 15;
+/// The custom call that libtpu compiles as a Mosaic kernel.
+pub const TARGET: &str = "tpu_custom_call";
+const PREFIX: &str = "stable_mosaic.";
+const VERSION_ATTRIBUTE: &str = "stable_mosaic.version";
+/// XLA's number of VMEM in `scoped_memory_configs`.
+const XLA_VMEM: u64 = 1;
+
+/// Bytecode of `module` with its ops renamed for the wire.
+///
+/// # Panics
+/// When `module` does not verify; that of a [`Kernel`] does.
+pub fn serialize(module: &Module) -> Vec<u8> {
+    let context = module.context();
+    // SAFETY: the module keeps its context alive.
+    let context = unsafe { context.to_ref() };
+    let mut mangled = renamed(context, module, &|name| format!("{PREFIX}{name}")).expect("the module is sound");
+    let version = IntegerAttribute::new(IntegerType::new(context, 64).into(), VERSION);
+    mangled.as_operation_mut().set_attribute(VERSION_ATTRIBUTE, version.into());
+    mangled.as_operation().write_bytecode()
+}
+
+/// The module that `body` holds, in readable form. `body` is bytecode or text, mangled or not.
+///
+/// Damage is an error as far as MLIR's reader notices it; that reader is not hardened against hostile bytecode.
+///
+/// # Errors
+/// When MLIR cannot read it.
+pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> {
+    let context = context.melior();
+    let text;
+    let mut source = body;
+    if !body.starts_with(b"ML\xefR") {
+        text = without_foreign_memrefs(&String::from_utf8_lossy(body));
+        source = text.as_bytes();
+    }
+    // Bytecode is read in place and wants alignment; text wants a zero behind it.
+    let mut aligned = HostTensor::zeros(Element::U8, &[source.len() + 1]);
+    aligned.bytes_mut()[..source.len()].copy_from_slice(source);
+    let (module, diagnostics) = diagnosed(context, || {
+        let source = mlir_sys::MlirStringRef { data: aligned.bytes().as_ptr().cast(), length: source.len() };
+        // SAFETY: the source outlives the call, and a null module becomes `None`.
+        unsafe { Module::from_option_raw(mlir_sys::mlirModuleCreateParse(context.to_raw(), source)) }
+    });
+    let module = module.ok_or_else(|| Error::mosaic(format!("the body is no MLIR module: {diagnostics}")))?;
+    if !module.as_operation().has_attribute(VERSION_ATTRIBUTE) {
+        return Ok(module);
+    }
+    let module = renamed(context, &module, &|name| name.strip_prefix(PREFIX).unwrap_or(name).to_owned())?;
+    let (valid, diagnostics) = diagnosed(context, || module.as_operation().verify());
+    if valid { Ok(module) } else { Err(Error::Verify { module: "the kernel".to_owned(), diagnostics }) }
+}
+
+/// MLIR refuses foreign memory spaces and element types in the memrefs of a text (in bytecode it does not): spaces become
+/// strings, semaphores the integers that [`signature`](super::signature) takes for them in semaphore memory.
+fn without_foreign_memrefs(text: &str) -> String {
+    let text = text.replace("x!tpu.dma_semaphore", "xi64").replace("<!tpu.dma_semaphore", "<i64");
+    let text = text.replace("x!tpu.semaphore", "xi32").replace("<!tpu.semaphore", "<i32");
+    let mut result = String::with_capacity(text.len());
+    let mut rest = text.as_str();
+    while let Some((before, after)) = rest.split_once("#tpu.memory_space<") {
+        let (space, after) = after.split_once('>').unwrap_or((after, ""));
+        result.extend([before, "\"", space, "\""]);
+        rest = after;
+    }
+    result + rest
+}
+
+/// A copy of a module with every op but the module itself renamed.
+fn renamed<'c>(context: &'c melior::Context, module: &Module, rename: &dyn Fn(&str) -> String) -> Result<Module<'c>> {
+    let copy = Module::new(Location::unknown(context));
+    let mut renamer = Renamer { rename, values: HashMap::new(), blocks: HashMap::new() };
+    for operation in operations(module.body()) {
+        copy.body().append_operation(renamer.operation(operation)?);
+    }
+    Ok(copy)
+}
+
+fn operations<'c: 'a, 'a>(block: BlockRef<'c, 'a>) -> impl Iterator<Item = OperationRef<'c, 'a>> {
+    std::iter::successors(block.first_operation(), |operation| operation.next_in_block())
+}
+
+fn blocks<'c: 'a, 'a>(region: RegionRef<'c, 'a>) -> impl Iterator<Item = BlockRef<'c, 'a>> {
+    std::iter::successors(region.first_block(), |block| block.next_in_region())
+}
+
+struct Renamer<'r> {
+    rename: &'r dyn Fn(&str) -> String,
+    values: HashMap<*const std::ffi::c_void, mlir_sys::MlirValue>,
+    blocks: HashMap<*mut std::ffi::c_void, mlir_sys::MlirBlock>,
+}
+
+impl Renamer<'_> {
+    fn operation<'c>(&mut self, source: OperationRef) -> Result<Operation<'c>> {
+        // SAFETY: types, attributes and locations belong to the context, which both modules share and which outlives
+        // the copy; blocks and values are looked up among those of the copy.
+        unsafe {
+            let early = || Error::mosaic(format!("{} uses a value or a block before its definition", op_name(source)));
+            let operands = (source.operands())
+                .map(|operand| self.values.get(&operand.to_raw().ptr).map(|&raw| Value::from_raw(raw)))
+                .collect::<Option<Vec<Value>>>()
+                .ok_or_else(early)?;
+            let results: Vec<_> =
+                source.results().map(|result| melior::ir::Type::from_raw(result.r#type().to_raw())).collect();
+            let attributes: Vec<_> = source
+                .attributes()
+                .map(|(name, value)| {
+                    (melior::ir::Identifier::from_raw(name.to_raw()), melior::ir::Attribute::from_raw(value.to_raw()))
+                })
+                .collect();
+            let regions = source.regions().map(|region| self.region(region)).collect::<Result<_>>()?;
+            let successors = (source.successors())
+                .map(|block| self.blocks.get(&block.to_raw().ptr).map(|&raw| BlockRef::from_raw(raw)))
+                .collect::<Option<Vec<BlockRef>>>()
+                .ok_or_else(early)?;
+            let successors: Vec<&Block> = successors.iter().map(|block| &**block).collect();
+            let name = (self.rename)(&op_name(source));
+            let copy = OperationBuilder::new(&name, Location::from_raw(source.location().to_raw()))
+                .add_operands(&operands)
+                .add_results(&results)
+                .add_attributes(&attributes)
+                .add_regions_vec(regions)
+                .add_successors(&successors)
+                .build()
+                .map_err(|error| Error::mosaic(format!("{name}: {error}")))?;
+            for (from, to) in source.results().zip(copy.results()) {
+                self.values.insert(from.to_raw().ptr, to.to_raw());
+            }
+            Ok(copy)
+        }
+    }
+
+    fn region<'c>(&mut self, source: RegionRef) -> Result<Region<'c>> {
+        let region = Region::new();
+        for from in blocks(source) {
+            // SAFETY: as in `operation`.
+            let arguments: Vec<_> = (0..from.argument_count())
+                .filter_map(|index| from.argument(index).ok())
+                .map(|argument| unsafe {
+                    let r#type = melior::ir::Type::from_raw(argument.r#type().to_raw());
+                    (r#type, Location::from_raw(argument.location().to_raw()))
+                })
+                .collect();
+            let to = region.append_block(Block::new(&arguments));
+            self.blocks.insert(from.to_raw().ptr, to.to_raw());
+            for index in 0..from.argument_count() {
+                if let (Ok(from), Ok(to)) = (from.argument(index), to.argument(index)) {
+                    self.values.insert(from.to_raw().ptr, to.to_raw());
+                }
+            }
+        }
+        for from in blocks(source) {
+            // SAFETY: the block was made above and the region owns it.
+            let to: BlockRef = unsafe { BlockRef::from_raw(self.blocks[&from.to_raw().ptr]) };
+            for operation in operations(from) {
+                to.append_operation(self.operation(operation)?);
+            }
+        }
+        Ok(region)
+    }
+}
+
+/// The `backend_config` of a custom call that runs `kernel`.
+pub fn backend_config(kernel: &Kernel) -> String {
+    let body = BASE64.encode(serialize(kernel.module()));
+    let mut config = json!({
+        "custom_call_config": { "body": body, "serialization_format": 1, "needs_layout_passes": true },
+    });
+    if let Some(bytes) = kernel.vmem_limit() {
+        config["scoped_memory_configs"] = json!([{ "memory_space": XLA_VMEM, "offset": 0, "size": bytes }]);
+    }
+    config.to_string()
+}
+
+/// A custom call's configuration, opened.
+pub struct Opened<'c> {
+    /// The kernel in readable form.
+    pub module: Module<'c>,
+    /// The limit of scoped VMEM in bytes, if the call sets one.
+    pub vmem_limit: Option<usize>,
+}
+
+/// Opens the `backend_config` of a `tpu_custom_call`.
+///
+/// # Errors
+/// When it is no such configuration, or its body is damaged or holds no kernel.
+pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>> {
+    let config: Json = serde_json::from_str(backend_config)
+        .map_err(|error| Error::mosaic(format!("the backend_config is no JSON: {error}")))?;
+    let body = config["custom_call_config"]["body"]
+        .as_str()
+        .ok_or_else(|| Error::mosaic("the backend_config has no `custom_call_config.body`"))?;
+    let body = BASE64.decode(body).map_err(|error| Error::mosaic(format!("the body is no base64: {error}")))?;
+    let scopes = config["scoped_memory_configs"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let vmem = scopes.iter().find(|scope| scope["memory_space"].as_u64() == Some(XLA_VMEM));
+    let vmem_limit = vmem.and_then(|scope| scope["size"].as_u64()).map(|size| size as usize);
+    let module = deserialize(context, &body)?;
+    kernel_function(&module)?;
+    Ok(Opened { module, vmem_limit })
+}
+
+/// A Mosaic custom call in a StableHLO module.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CallSite {
+    /// Its configuration, for [`open`].
+    pub backend_config: String,
+    /// The types of its operands and results; `None` in bytecode, where they cannot be read without StableHLO's dialect.
+    pub types: Option<(Vec<TensorType>, Vec<TensorType>)>,
+    /// Pairs (operand, result) that share memory; empty in bytecode.
+    pub aliases: Vec<(usize, usize)>,
+}
+
+/// Every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in any form, and bytecode
+/// (where a configuration that several calls share appears once).
+///
+/// StableHLO's own dialect is not needed for it: the calls are found by what their configurations look like.
+pub fn find_custom_calls(module: &[u8]) -> Vec<CallSite> {
+    const KEY: &[u8] = b"custom_call_config";
+    let mut found = Vec::new();
+    let mut at = 0;
+    while let Some(offset) = module[at..].windows(KEY.len()).position(|window| window == KEY) {
+        let key = at + offset;
+        at = key + KEY.len();
+        let Some(open) = module[..key].iter().rposition(|&byte| byte == b'{') else { continue };
+        // In text the quotes inside the string are escaped, in bytecode they are not.
+        let in_text = module[key - 1] != b'"' || module.get(key.wrapping_sub(2)) == Some(&b'\\');
+        let raw = if in_text { unescaped(&module[open..]) } else { module[open..].to_vec() };
+        let mut values = serde_json::Deserializer::from_slice(&raw).into_iter::<Json>();
+        let Some(Ok(config)) = values.next() else { continue };
+        if !config["custom_call_config"]["body"].is_string() {
+            continue;
+        }
+        // An op is one line of text.
+        let line = module[at..].split(|&byte| byte == b'\n').next().unwrap_or_default();
+        let start = module[..key].iter().rposition(|&byte| byte == b'\n').map_or(0, |newline| newline + 1);
+        let before = String::from_utf8_lossy(&module[start..key]);
+        let after = String::from_utf8_lossy(line);
+        let types = if in_text { call_types(&after) } else { None };
+        let aliases = if types.is_some() { [call_aliases(&before), call_aliases(&after)].concat() } else { vec![] };
+        found.push(CallSite { backend_config: config.to_string(), types, aliases });
+    }
+    found
+}
+
+/// Operand and result types at the end of an op's text: `... : (tensor<8xi32>) -> tensor<8xf32>`.
+fn call_types(line: &str) -> Option<(Vec<TensorType>, Vec<TensorType>)> {
+    let (_, types) = line.rsplit_once(" : (")?;
+    let (operands, results) = types.split_once(") -> ")?;
+    let list = |text: &str| text.split("tensor<").skip(1).map(tensor_type).collect::<Option<Vec<_>>>();
+    Some((list(operands)?, list(results)?))
+}
+
+/// `8x128xbf16>...`
+fn tensor_type(text: &str) -> Option<TensorType> {
+    let mut parts: Vec<_> = text.split(['>', ',']).next()?.split('x').collect();
+    let element = Element::from_mlir(parts.pop()?.trim())?;
+    let dims = parts.into_iter().map(|size| size.trim().parse().ok()).collect::<Option<Vec<usize>>>()?;
+    Some(TensorType { element, dims })
+}
+
+/// `#stablehlo.output_operand_alias<output_tuple_indices = [0], operand_index = 1, ...>`
+fn call_aliases(text: &str) -> Vec<(usize, usize)> {
+    let aliases = text.split("output_operand_alias<").skip(1).filter_map(|alias| {
+        let field = |name: &str| alias.split_once(name)?.1.split([',', ']', '>']).next();
+        let operand = field("operand_index = ")?.trim().parse().ok()?;
+        let result = field("output_tuple_indices = [")?.trim();
+        Some((operand, if result.is_empty() { 0 } else { result.parse().ok()? }))
+    });
+    aliases.collect()
+}
+
+/// The content of an MLIR string literal up to its closing quote.
+fn unescaped(literal: &[u8]) -> Vec<u8> {
+    let hex = |byte: Option<&u8>| byte.and_then(|&byte| (byte as char).to_digit(16)).map(|digit| digit as u8);
+    let mut bytes = Vec::new();
+    let mut at = 0;
+    while at < literal.len() && literal[at] != b'"' {
+        if literal[at] != b'\\' {
+            bytes.push(literal[at]);
+            at += 1;
+            continue;
+        }
+        match (hex(literal.get(at + 1)), hex(literal.get(at + 2))) {
+            (Some(high), Some(low)) => {
+                bytes.push(16 * high + low);
+                at += 3;
+            }
+            _ => {
+                bytes.extend(literal.get(at + 1));
+                at += 2;
+            }
+        }
+    }
+    bytes
+}
+
+/// How often each op occurs in a module, nested ones included.
+pub fn op_counts(module: &Module) -> BTreeMap<String, usize> {
+    fn count(block: BlockRef, counts: &mut BTreeMap<String, usize>) {
+        for operation in operations(block) {
+            *counts.entry(op_name(operation)).or_default() += 1;
+            operation
+                .regions()
+                .flat_map(|region| blocks(region).collect::<Vec<_>>())
+                .for_each(|block| count(block, counts));
+        }
+    }
+    let mut counts = BTreeMap::new();
+    count(module.body(), &mut counts);
+    counts
+}
+
+/// What `pagoda inspect` tells about a kernel.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Summary {
+    /// The kernel's name.
+    pub name: String,
+    /// Grid sizes, with `parallel` or `arbitrary`.
+    pub grid: Vec<(usize, &'static str)>,
+    /// Every buffer, in the order of the kernel's arguments.
+    pub buffers: Vec<BufferSummary>,
+    /// Bytes of VMEM declared: scratch and pipeline windows, tile-padded and double-buffered.
+    pub vmem_bytes: usize,
+    /// The limit of scoped VMEM in bytes; `None` for the chip's default.
+    pub vmem_limit: Option<usize>,
+    /// How often each op occurs.
+    pub ops: BTreeMap<String, usize>,
+}
+
+/// One buffer of a [`Summary`].
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct BufferSummary {
+    /// Its name.
+    pub name: String,
+    /// `prefetch`, `operand` (input or output) or `scratch`.
+    pub role: &'static str,
+    /// Element type and sizes: `bf16[8,128]`.
+    pub shape: String,
+    /// The memory that it is in.
+    pub memory: &'static str,
+    /// Whether the pipeline fills it block by block.
+    pub windowed: bool,
+    /// Bytes that it takes there (arrays in HBM: 0).
+    pub bytes: usize,
+}
+
+/// Summarises an opened kernel.
+///
+/// # Errors
+/// When the module holds no kernel.
+pub fn summarize(kernel: &Opened) -> Result<Summary> {
+    let signature = Signature::read(&kernel.module)?;
+    let buffers = signature.arguments.iter().map(|argument| BufferSummary {
+        name: argument.name.clone(),
+        role: match argument.role {
+            Role::Prefetch => "prefetch",
+            Role::Input | Role::Output => "operand",
+            Role::Scratch => "scratch",
+        },
+        shape: super::memref::describe(argument.element, &argument.dims),
+        memory: argument.space.mnemonic(),
+        windowed: argument.window.is_some(),
+        bytes: argument.bytes(),
+    });
+    let semantics = |semantics| if semantics == Semantics::Parallel { "parallel" } else { "arbitrary" };
+    Ok(Summary {
+        name: signature.name.clone(),
+        grid: signature.grid.iter().map(|&(size, how)| (size, semantics(how))).collect(),
+        buffers: buffers.collect(),
+        vmem_bytes: signature.vmem_bytes(),
+        vmem_limit: kernel.vmem_limit,
+        ops: op_counts(&kernel.module),
+    })
+}
+
+impl Kernel<'_> {
+    /// Calls the kernel from a StableHLO program: `operands` are the prefetched arrays and the inputs.
+    ///
+    /// # Errors
+    /// When the operands are not what the kernel takes.
+    pub fn call<'c, 'a>(
+        &self,
+        b: &stablehlo::Builder<'c, 'a>,
+        operands: &[stablehlo::Tensor<'c, 'a>],
+    ) -> Result<Vec<stablehlo::Tensor<'c, 'a>>> {
+        let (expected, given) = (self.inputs(), operands.iter().map(|operand| operand.ty()).collect::<Vec<_>>());
+        if expected != given {
+            let list = |types: &[TensorType]| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let message =
+                format!("@{TARGET}: kernel `{}` takes ({}), not ({})", self.name(), list(&expected), list(&given));
+            return Err(Error::op("stablehlo.custom_call", message));
+        }
+        let row_major = |types: &[TensorType]| types.iter().map(|ty| (0..ty.rank()).rev().collect()).collect();
+        let aliases = self.aliases().iter().map(|&(operand, result)| OutputOperandAlias { result, operand });
+        b.custom_call(
+            TARGET,
+            operands,
+            &self.outputs(),
+            CustomCall {
+                backend_config: BackendConfig::Text { text: backend_config(self), api_version: 1 },
+                output_operand_aliases: aliases.collect(),
+                operand_layouts: Some(row_major(&expected)),
+                result_layouts: Some(row_major(&self.outputs())),
+                kernel_name: Some(self.name().to_owned()),
+                ..CustomCall::default()
+            },
+        )
+    }
+}
