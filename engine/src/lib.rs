@@ -1,4 +1,5 @@
 //! The engine: PJRT plugins, the Llama step program, paged KV, the scheduler, the sampler, hosts, and the command line.
+pub mod certify;
 pub mod cli;
 pub mod config;
 pub mod error;

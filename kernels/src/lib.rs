@@ -6,11 +6,13 @@
 //!
 //! This crate knows no device, no plugin and no file.
 pub mod check;
+pub mod chips;
 pub mod error;
 pub mod matmul;
 pub mod rpa;
 #[cfg(any(test, feature = "strategies"))]
 pub mod strategies;
+pub mod vmem;
 
 pub use check::{Case, CheckError, Runner, check};
 pub use error::Invalid;

@@ -487,7 +487,7 @@ impl fmt::Debug for Executable {
 }
 
 /// Device memory of a program, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct MemoryStats {
     /// Machine code.
     pub code: i64,

@@ -2,9 +2,12 @@
 //!
 //! One activation matrix `x` of `m` rows and `k` features, one weight `w` of `n` output features. [`Layout`] says how the
 //! three arrays lie in memory; the product is the same.
+pub mod mosaic;
+pub mod plan;
 pub mod problem;
 pub mod reference;
 pub mod stablehlo;
+pub mod tuned;
 
 use pagoda_ir::HostTensor;
 

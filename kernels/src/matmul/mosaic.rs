@@ -1,0 +1,312 @@
+//! Matrix multiplication as a Mosaic kernel.
+//!
+//! A grid kernel: the pipeline brings one tile of each side into VMEM per step, the body adds their product to the f32
+//! accumulator, and the last step along `k` applies the epilogue and stores. The body works through its tile in
+//! [`Chunk`]s, each of which reads its part of the accumulator, multiplies over the whole depth of the tile and writes it
+//! back, so that no more than a chunk is live in registers: whole tiles in registers spill (1.4 MB at 512 x 512) and take
+//! the compiler a minute.
+//!
+//! Ragged edges: rows and columns beyond the array are garbage that the pipeline never writes back, but garbage along `k`
+//! would be summed, so the last step along `k` selects zeros there, on both sides (NaN times zero is NaN).
+
+use pagoda_ir::{
+    Context, Element, Result,
+    mosaic::{self, Builder, DotDims, Kernel, MemorySpace, Precision, Ref, Semantics, Transform, Value, Window},
+    stablehlo::{self, Module, Tensor},
+};
+
+use super::{
+    plan::{Order, Plan},
+    problem::{Activation, Layout, Problem},
+};
+
+/// The Mosaic kernel that `plan` describes.
+///
+/// Its inputs are, in this order: the side whose rows are the output's rows, the other side (gates, then ups of a gated
+/// product: the weight is named twice), the bias as a row or a column, the residual.
+///
+/// # Errors
+/// None for a legal plan, unless MLIR fails.
+pub fn kernel<'c>(context: &'c Context, plan: &Plan) -> Result<Kernel<'c>> {
+    mosaic::kernel(context, &plan.name(), |k| Body::declare(k, plan).write())
+}
+
+/// The module's operands of a call: gives the kernel its arrays in its own order and shapes.
+///
+/// # Errors
+/// When the operands are not those of the problem.
+pub fn call<'c, 'a>(
+    b: &stablehlo::Builder<'c, 'a>,
+    kernel: &Kernel,
+    problem: &Problem,
+    args: &[Tensor<'c, 'a>],
+) -> Result<Tensor<'c, 'a>> {
+    let (x, w) = (args[0], args[1]);
+    let gated = problem.epilogue.activation == Activation::SiluGate;
+    let mut operands = match (problem.layout, gated) {
+        (Layout::FeatureMajor, false) => vec![w, x],
+        (Layout::FeatureMajor, true) => vec![w, w, x],
+        (_, false) => vec![x, w],
+        (_, true) => vec![x, w, w],
+    };
+    let mut rest = args[2..].iter().copied();
+    if problem.epilogue.bias
+        && let Some(bias) = rest.next()
+    {
+        let columns = problem.weight_columns();
+        let dims = if problem.layout == Layout::FeatureMajor { [columns, 1] } else { [1, columns] };
+        // As f32: broadcasting a packed row takes scratch on v4, and the bias is small.
+        let bias = b.reshape(b.convert(bias, Element::F32)?, &dims)?;
+        operands.extend(std::iter::repeat_n(bias, if gated { 2 } else { 1 }));
+    }
+    operands.extend(rest);
+    Ok(kernel.call(b, &operands)?[0])
+}
+
+/// A StableHLO module whose `main` takes the problem's arguments and runs the kernel on them.
+///
+/// # Errors
+/// As [`kernel`].
+pub fn module<'c>(context: &'c Context, plan: &Plan) -> Result<Module<'c>> {
+    let kernel = kernel(context, plan)?;
+    let problem = plan.problem();
+    let module = Module::new(context, "matmul");
+    module.function("main", &problem.argument_types(), |b, args| Ok(vec![call(b, &kernel, problem, args)?]))?;
+    Ok(module)
+}
+
+/// The kernel's operands.
+struct Body<'a, 'p> {
+    k: &'a Builder<'a>,
+    plan: &'p Plan,
+    /// The index of the step along `k`.
+    step: Value<'a>,
+    lhs: Vec<Ref<'a>>,
+    rhs: Vec<Ref<'a>>,
+    bias: Vec<Ref<'a>>,
+    residual: Option<Ref<'a>>,
+    out: Ref<'a>,
+    /// One per product (two of a gated one); none when one step covers all of `k`.
+    sums: Vec<Ref<'a>>,
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy)]
+enum Sum {
+    /// Nothing: the first step along `k`.
+    Zero,
+    /// The accumulator.
+    Loaded,
+}
+
+impl<'a, 'p> Body<'a, 'p> {
+    fn declare(k: &'a Builder<'a>, plan: &'p Plan) -> Self {
+        let (problem, shape) = (plan.problem(), plan.shape());
+        let [rows, columns, depth] = plan.blocks();
+        let grid = plan.grid();
+        let semantics = [Semantics::Parallel, Semantics::Parallel, Semantics::Arbitrary];
+        let [_, _, step] = k.grid(std::array::from_fn(|dim| (grid[dim], semantics[dim])));
+        let swapped = plan.order() == Order::ColumnsOuter;
+        // Block indices of a step: (row block, column block, depth block).
+        let at = move |t: &Transform<'a>| {
+            let (outer, inner) = (t.grid(0), t.grid(1));
+            if swapped { [inner, outer, t.grid(2)] } else { [outer, inner, t.grid(2)] }
+        };
+        // The second half of a gated weight starts this many blocks further.
+        let halves: &[usize] = if plan.gated() { &[0, 1] } else { &[0] };
+        let names = |name: &str| match plan.gated() {
+            true => vec![format!("{name}_gate"), format!("{name}_up")],
+            false => vec![name.to_owned()],
+        };
+        let feature_major = problem.layout == Layout::FeatureMajor;
+        let window_of = |half: usize, blocks: usize| (half * blocks) as i64;
+
+        let mut lhs = Vec::new();
+        let weight_rows = if feature_major { halves } else { &[0] };
+        let lhs_names = if feature_major { names("w") } else { vec!["x".to_owned()] };
+        let lhs_rows = shape.rows * if feature_major { halves.len() } else { 1 };
+        for (&half, name) in weight_rows.iter().zip(&lhs_names) {
+            let skip = window_of(half, shape.rows / rows.max(1));
+            let window = Window::blocks(&[rows, depth], move |t| {
+                let [i, _, l] = at(t);
+                [if skip == 0 { i } else { i + skip }, l]
+            });
+            lhs.push(k.input(name, problem.input, &[lhs_rows, shape.depth], window));
+        }
+        let mut rhs = Vec::new();
+        let weight_columns = if feature_major { &[0] } else { halves };
+        let rhs_names = if feature_major { vec!["x".to_owned()] } else { names("w") };
+        let rhs_columns = shape.columns * if feature_major { 1 } else { halves.len() };
+        for (&half, name) in weight_columns.iter().zip(&rhs_names) {
+            let skip = window_of(half, shape.columns / columns.max(1));
+            let shifted = move |t: &Transform<'a>| {
+                let [_, j, l] = at(t);
+                (if skip == 0 { j } else { j + skip }, l)
+            };
+            let (dims, window) = if problem.layout == Layout::WeightTransposed {
+                let window = Window::blocks(&[columns, depth], move |t| {
+                    let (j, l) = shifted(t);
+                    [j, l]
+                });
+                ([rhs_columns, shape.depth], window)
+            } else {
+                let window = Window::blocks(&[depth, columns], move |t| {
+                    let (j, l) = shifted(t);
+                    [l, j]
+                });
+                ([shape.depth, rhs_columns], window)
+            };
+            rhs.push(k.input(name, problem.input, &dims, window));
+        }
+        let mut bias = Vec::new();
+        if problem.epilogue.bias {
+            for (&half, name) in halves.iter().zip(names("bias")) {
+                let total = halves.len();
+                bias.push(if feature_major {
+                    let skip = window_of(half, shape.rows / rows.max(1));
+                    let window = Window::blocks(&[rows, 1], move |t| {
+                        let [i, _, _] = at(t);
+                        (if skip == 0 { i } else { i + skip }, 0)
+                    });
+                    k.input(&name, Element::F32, &[shape.rows * total, 1], window)
+                } else {
+                    let skip = window_of(half, shape.columns / columns.max(1));
+                    let window = Window::blocks(&[1, columns], move |t| {
+                        let [_, j, _] = at(t);
+                        (0, if skip == 0 { j } else { j + skip })
+                    });
+                    k.input(&name, Element::F32, &[1, shape.columns * total], window)
+                });
+            }
+        }
+        let tile = || {
+            Window::blocks(&[rows, columns], move |t| {
+                let [i, j, _] = at(t);
+                [i, j]
+            })
+        };
+        let dims = [shape.rows, shape.columns];
+        let residual = problem.epilogue.residual.then(|| k.input("residual", problem.output, &dims, tile()));
+        let out = k.output("out", problem.output, &dims, tile());
+        let sums = match plan.steps() {
+            1 => vec![],
+            _ => names("sum")
+                .iter()
+                .map(|name| k.scratch(name, MemorySpace::Vmem, Element::F32, &[rows, columns]))
+                .collect(),
+        };
+        k.vmem_limit(plan.limit().0 as usize);
+        Self { k, plan, step, lhs, rhs, bias, residual, out, sums }
+    }
+
+    fn write(&self) {
+        let (k, steps) = (self.k, self.plan.steps());
+        let edge = Some(self.plan.edge()).filter(|&edge| edge > 0);
+        let first = self.step.equals(0);
+        match steps {
+            1 => self.multiply(Sum::Zero, true, edge),
+            // Neither a pass that zeroes the accumulator nor one that reads it back.
+            2 => k.if_else(first, || self.multiply(Sum::Zero, false, None), || self.multiply(Sum::Loaded, true, edge)),
+            _ => {
+                k.when(first, || self.sums.iter().for_each(|sum| sum.store(0.0)));
+                let last = self.step.equals(steps - 1);
+                k.if_else(last, || self.multiply(Sum::Loaded, true, edge), || self.multiply(Sum::Loaded, false, None));
+            }
+        }
+    }
+
+    /// Row and column ranges of the chunks.
+    fn chunks(&self) -> Vec<[(usize, usize); 2]> {
+        let [rows, columns, _] = self.plan.blocks();
+        let chunk = self.plan.chunk();
+        let ranges = |size: usize, step: usize| {
+            (0..size).step_by(step).map(move |start| (start, step.min(size - start))).collect::<Vec<_>>()
+        };
+        let mut chunks = Vec::new();
+        for column in ranges(columns, chunk.columns) {
+            for row in ranges(rows, chunk.rows) {
+                chunks.push([row, column]);
+            }
+        }
+        chunks
+    }
+
+    /// Adds the tiles' product to what `start` names, and keeps it in the accumulator or, with `finish`, goes on to the
+    /// epilogue and stores the result. `edge` is how much of the depth is real, if not all.
+    fn multiply(&self, start: Sum, finish: bool, edge: Option<usize>) {
+        let products = self.lhs.len().max(self.rhs.len());
+        for [row, column] in self.chunks() {
+            let sums: Vec<_> = (0..products).map(|half| self.product(half, row, column, start, edge)).collect();
+            if finish {
+                self.store(row, column, sums);
+            } else {
+                for (sum, value) in self.sums.iter().zip(sums) {
+                    part(sum, row, column).store(value);
+                }
+            }
+        }
+    }
+
+    /// Start plus product of one chunk.
+    fn product(
+        &self,
+        half: usize,
+        row: (usize, usize),
+        column: (usize, usize),
+        start: Sum,
+        edge: Option<usize>,
+    ) -> Value<'a> {
+        let k = self.k;
+        let lhs = self.lhs[half.min(self.lhs.len() - 1)].slice(0, row.0, row.1).load();
+        let rhs = &self.rhs[half.min(self.rhs.len() - 1)];
+        let (rhs, depth_dim, dims) = match self.plan.problem().layout {
+            Layout::WeightTransposed => (rhs.slice(0, column.0, column.1).load(), 1, DotDims::nt()),
+            Layout::RowMajor | Layout::FeatureMajor => (rhs.slice(1, column.0, column.1).load(), 0, DotDims::nn()),
+        };
+        let (lhs, rhs) = match edge {
+            None => (lhs, rhs),
+            Some(edge) => (self.masked(lhs, 1, edge), self.masked(rhs, depth_dim, edge)),
+        };
+        let sum = match start {
+            Sum::Zero => k.zeros(Element::F32, &[row.1, column.1]),
+            Sum::Loaded => part(&self.sums[half], row, column).load(),
+        };
+        let precision = match self.plan.problem().input {
+            Element::F32 => Precision::Fp32,
+            _ => Precision::Default,
+        };
+        k.dot_general(lhs, rhs, sum, &dims, precision)
+    }
+
+    /// Zeros from `edge` on along `dim`.
+    fn masked(&self, tile: Value<'a>, dim: usize, edge: usize) -> Value<'a> {
+        let element = tile.element();
+        // Narrow elements have no selects of their own on older chips.
+        let wide = tile.cast(Element::F32);
+        self.k.iota(&tile.dims(), dim).less(edge).select(wide, 0.0).cast(element)
+    }
+
+    /// The epilogue, and the store of the result.
+    fn store(&self, row: (usize, usize), column: (usize, usize), mut sums: Vec<Value<'a>>) {
+        let problem = self.plan.problem();
+        for (sum, bias) in sums.iter_mut().zip(&self.bias) {
+            let bias = match problem.layout {
+                Layout::FeatureMajor => bias.slice(0, row.0, row.1),
+                _ => bias.slice(1, column.0, column.1),
+            };
+            *sum = *sum + bias.load();
+        }
+        let mut result = match sums[..] {
+            [gate, up] => gate * gate.logistic() * up,
+            _ => sums[0],
+        };
+        if let Some(residual) = &self.residual {
+            result = result + part(residual, row, column).load().cast(Element::F32);
+        }
+        part(&self.out, row, column).store(result.cast(problem.output));
+    }
+}
+
+fn part<'a>(of: &Ref<'a>, row: (usize, usize), column: (usize, usize)) -> Ref<'a> {
+    of.slice(0, row.0, row.1).slice(1, column.0, column.1)
+}

@@ -1,0 +1,530 @@
+//! Planning a matmul for a TPU: tiles, grid order, VMEM, and what it should cost.
+//!
+//! Pure and fast (every candidate is a few dozen arithmetic operations, all of them well below a millisecond). A plan is
+//! legal by construction: tiles that no layout allows are refused with the rule they break; whether the kernel *fits* is
+//! the separate question that [`Plan::verdict`] answers.
+//!
+//! All three layouts are one kernel `out [rows, columns] = lhs [rows, depth] rhs [depth, columns]`: the weight is the
+//! right side, or for feature-major activations the left one. [`Shape`] holds the sizes in this sense; [`Tiles`] are the
+//! user's, along `m`, `n` and `k`.
+
+use std::fmt;
+
+use pagoda_ir::element::Element;
+use serde::{Deserialize, Serialize};
+
+use super::problem::{Activation, Layout, Problem};
+use crate::{
+    chips::{Chip, ChipInfo},
+    vmem::{Buffer, BufferKind, Bytes, Spills, Suggestion, Verdict, VmemReport},
+};
+
+/// Tile sizes along `m`, `n` and `k`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Tiles {
+    /// Rows of activations.
+    pub m: usize,
+    /// Output features.
+    pub n: usize,
+    /// Summed features.
+    pub k: usize,
+}
+
+impl Tiles {
+    /// Reads `M,N,K`.
+    ///
+    /// # Errors
+    /// When the text is not three positive numbers.
+    pub fn parse(text: &str) -> Result<Self, PlanError> {
+        let numbers: Vec<usize> = text.split(',').filter_map(|part| part.trim().parse().ok()).collect();
+        match numbers[..] {
+            [m, n, k] if text.split(',').count() == 3 && m > 0 && n > 0 && k > 0 => Ok(Self { m, n, k }),
+            _ => Err(PlanError {
+                key: "tiles",
+                value: text.to_owned(),
+                limit: "is not three positive numbers M,N,K".into(),
+                fix: "write e.g. 512,512,1024, or leave the tiles to the planner".into(),
+            }),
+        }
+    }
+}
+
+impl fmt::Display for Tiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{},{},{}", self.m, self.n, self.k)
+    }
+}
+
+/// Which dimension of the output the grid walks along slowest. Blocks of the outer one are fetched once when a block
+/// spans all of `k`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Row blocks outside, column blocks inside.
+    RowsOuter,
+    /// Column blocks outside, row blocks inside.
+    ColumnsOuter,
+}
+
+/// The sizes as the kernel sees them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Shape {
+    /// Rows of the output.
+    pub rows: usize,
+    /// Columns of the output.
+    pub columns: usize,
+    /// What is summed over.
+    pub depth: usize,
+}
+
+/// The part of a tile that the body works on at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Chunk {
+    /// Rows of it.
+    pub rows: usize,
+    /// Columns of it.
+    pub columns: usize,
+}
+
+/// What a plan should cost, by a model of one core that overlaps copies and products.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// Cycles of the whole kernel.
+    pub cycles: f64,
+    /// Cycles that the matrix units work, per core.
+    pub mxu_cycles: f64,
+    /// Bytes moved between HBM and VMEM, all cores together.
+    pub bytes_moved: u64,
+}
+
+/// What the user may fix; the planner chooses the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Tiles, instead of the planner's choice.
+    pub tiles: Option<Tiles>,
+    /// Scoped VMEM limit, instead of the chip's default.
+    pub vmem_limit: Option<Bytes>,
+}
+
+/// Why a plan cannot be made.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key} = {value} {limit}: {fix}")]
+pub struct PlanError {
+    /// The setting.
+    pub key: &'static str,
+    /// Its value.
+    pub value: String,
+    /// What it breaks.
+    pub limit: String,
+    /// What to do.
+    pub fix: String,
+}
+
+/// A matmul kernel for a chip, every tile and every VMEM buffer named.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    problem: Problem,
+    chip: Chip,
+    tiles: Tiles,
+    order: Order,
+    chunk: Chunk,
+    limit: Bytes,
+    report: VmemReport,
+    estimate: Estimate,
+}
+
+impl Plan {
+    /// Plans `problem` on `chip`: with the given tiles, or with the cheapest ones that fit the limit.
+    ///
+    /// # Errors
+    /// When the limit passes the chip's VMEM, the tiles are illegal, or no tiles fit the limit.
+    pub fn new(problem: Problem, chip: Chip, options: Options) -> Result<Self, PlanError> {
+        let info = chip.info();
+        let limit = options.vmem_limit.unwrap_or(info.default_scoped_limit);
+        if limit > info.vmem_per_core || limit.0 == 0 {
+            return Err(PlanError {
+                key: "vmem-limit",
+                value: limit.to_string(),
+                limit: format!("is not within the {} of VMEM that a core of {chip} has", info.vmem_per_core),
+                fix: format!("give at most {}", info.vmem_per_core),
+            });
+        }
+        if let Some(tiles) = options.tiles {
+            check(&problem, tiles)?;
+            return Ok(Self::with(problem, chip, &info, tiles, limit));
+        }
+        best(&problem, chip, &info, limit).ok_or_else(|| PlanError {
+            key: "vmem-limit",
+            value: limit.to_string(),
+            limit: format!("holds no legal tiles of this product ({}x{}x{})", problem.m, problem.k, problem.n),
+            fix: format!("raise it, up to {} on {chip}", info.vmem_per_core),
+        })
+    }
+
+    /// A plan with legal tiles, in the better of both orders.
+    fn with(problem: Problem, chip: Chip, info: &ChipInfo, tiles: Tiles, limit: Bytes) -> Self {
+        let layout = Blocks::new(&problem, tiles);
+        let (order, estimate) = [Order::RowsOuter, Order::ColumnsOuter]
+            .map(|order| (order, layout.estimate(info, order)))
+            .into_iter()
+            .min_by(|(_, a), (_, b)| a.cycles.total_cmp(&b.cycles))
+            .expect("two orders");
+        let chunk = chunk(info, &layout);
+        Self { problem, chip, tiles, order, chunk, limit, report: layout.report(chip), estimate }
+    }
+
+    /// The same plan with other chunks: for the search for better ones.
+    #[must_use]
+    pub fn with_chunk(self, rows: usize, columns: usize) -> Self {
+        Self { chunk: Chunk { rows, columns }, ..self }
+    }
+
+    /// The problem.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// The chip that it is for.
+    pub fn chip(&self) -> Chip {
+        self.chip
+    }
+
+    /// The tiles along `m`, `n` and `k`.
+    pub fn tiles(&self) -> Tiles {
+        self.tiles
+    }
+
+    /// The grid's order.
+    pub fn order(&self) -> Order {
+        self.order
+    }
+
+    /// What the body works on at a time.
+    pub fn chunk(&self) -> Chunk {
+        self.chunk
+    }
+
+    /// The scoped VMEM limit that the kernel asks for.
+    pub fn limit(&self) -> Bytes {
+        self.limit
+    }
+
+    /// Every VMEM buffer.
+    pub fn vmem(&self) -> &VmemReport {
+        &self.report
+    }
+
+    /// What it should cost.
+    pub fn estimate(&self) -> Estimate {
+        self.estimate
+    }
+
+    /// `matmul-m512-n512-k1024`.
+    pub fn name(&self) -> String {
+        let Tiles { m, n, k } = self.tiles;
+        format!("matmul-m{m}-n{n}-k{k}")
+    }
+
+    /// Whether it fits, given what is known of its spills.
+    pub fn verdict(&self, spills: Spills) -> Verdict {
+        let info = self.chip.info();
+        let known = match spills {
+            Spills::Certified { bytes } | Spills::Bounded { bytes } => bytes,
+            Spills::Unknown => Bytes(0),
+        };
+        Verdict::judge(self.report.total(), spills, self.limit, || {
+            let mut suggestions = Vec::new();
+            if let Some(smaller) = best(&self.problem, self.chip, &info, self.limit)
+                && smaller.report.total() < self.report.total()
+            {
+                let bytes = smaller.report.total();
+                suggestions.push(Suggestion::Tiles { tiles: smaller.tiles.to_string(), bytes });
+            }
+            let bytes = self.report.total() + known;
+            if bytes <= info.vmem_per_core {
+                suggestions.push(Suggestion::Limit { bytes, chip: info.vmem_per_core });
+            }
+            suggestions
+        })
+    }
+
+    pub(super) fn shape(&self) -> Shape {
+        shape(&self.problem)
+    }
+
+    pub(super) fn gated(&self) -> bool {
+        gated(&self.problem)
+    }
+
+    /// Block sizes along the kernel's rows, columns and depth.
+    pub(super) fn blocks(&self) -> [usize; 3] {
+        Blocks::new(&self.problem, self.tiles).block
+    }
+
+    /// Steps of each grid dimension.
+    pub fn grid(&self) -> [usize; 3] {
+        let [rows, columns, depth] = Blocks::new(&self.problem, self.tiles).counts;
+        match self.order {
+            Order::RowsOuter => [rows, columns, depth],
+            Order::ColumnsOuter => [columns, rows, depth],
+        }
+    }
+
+    /// Steps along `k`.
+    pub(super) fn steps(&self) -> usize {
+        self.grid()[2]
+    }
+
+    /// Real elements of the last step along `k`; 0 if all are.
+    pub(super) fn edge(&self) -> usize {
+        self.shape().depth % self.blocks()[2]
+    }
+}
+
+fn shape(problem: &Problem) -> Shape {
+    let (rows, columns) = match problem.layout {
+        Layout::FeatureMajor => (problem.n, problem.m),
+        Layout::RowMajor | Layout::WeightTransposed => (problem.m, problem.n),
+    };
+    Shape { rows, columns, depth: problem.k }
+}
+
+fn gated(problem: &Problem) -> bool {
+    problem.epilogue.activation == Activation::SiluGate
+}
+
+/// The rule of the pipeline's copies: a block spans the array, or is a multiple of a tile's rows or lanes.
+fn check(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
+    let (lane_m, lane_n) = match problem.layout {
+        Layout::FeatureMajor => (true, false),
+        Layout::RowMajor | Layout::WeightTransposed => (false, true),
+    };
+    for (key, tile, size, lanes) in [
+        ("tiles.m", tiles.m, problem.m, lane_m),
+        ("tiles.n", tiles.n, problem.n, lane_n),
+        ("tiles.k", tiles.k, problem.k, true),
+    ] {
+        let unit = if lanes { LANES } else { SUBLANES };
+        if tile == 0 || tile > size.next_multiple_of(unit) || (tile != size && !tile.is_multiple_of(unit)) {
+            return Err(PlanError {
+                key,
+                value: tile.to_string(),
+                limit: format!("is neither the whole {size} nor a multiple of {unit} up to it"),
+                fix: format!("give {} or another multiple of {unit}", size.min(unit.max(tile / unit * unit))),
+            });
+        }
+    }
+    if gated(problem) && !halves_align(problem, tiles.n) {
+        return Err(PlanError {
+            key: "tiles.n",
+            value: tiles.n.to_string(),
+            limit: format!("does not divide the {} gates, so that no block could start at the first up", problem.n),
+            fix: match problem.n % if lane_n { LANES } else { SUBLANES } {
+                0 => "give a divisor of n".into(),
+                _ => "pad n to a multiple of 128, or compute gates and ups by two products".into(),
+            },
+        });
+    }
+    Ok(())
+}
+
+/// Whether a window of `tile` features can start at the first up of a gated weight.
+fn halves_align(problem: &Problem, tile: usize) -> bool {
+    let unit = if problem.layout == Layout::RowMajor { LANES } else { SUBLANES };
+    problem.n.is_multiple_of(tile) && tile.is_multiple_of(unit)
+}
+
+const LANES: usize = 128;
+const SUBLANES: usize = 8;
+
+/// A problem cut into blocks.
+struct Blocks<'p> {
+    problem: &'p Problem,
+    /// Sizes along rows, columns, depth.
+    block: [usize; 3],
+    counts: [usize; 3],
+}
+
+impl<'p> Blocks<'p> {
+    fn new(problem: &'p Problem, tiles: Tiles) -> Self {
+        let Shape { rows, columns, depth } = shape(problem);
+        let block = match problem.layout {
+            Layout::FeatureMajor => [tiles.n, tiles.m, tiles.k],
+            Layout::RowMajor | Layout::WeightTransposed => [tiles.m, tiles.n, tiles.k],
+        };
+        let counts = [rows.div_ceil(block[0]), columns.div_ceil(block[1]), depth.div_ceil(block[2])];
+        Self { problem, block, counts }
+    }
+
+    /// Windows of each side: the weight of a gated product has two.
+    fn sides(&self) -> [usize; 2] {
+        match (gated(self.problem), self.problem.layout) {
+            (false, _) => [1, 1],
+            (true, Layout::FeatureMajor) => [2, 1],
+            (true, _) => [1, 2],
+        }
+    }
+
+    /// Every VMEM buffer, in the order of the kernel's operands.
+    fn report(&self, chip: Chip) -> VmemReport {
+        let [rows, columns, depth] = self.block;
+        let (input, output, epilogue) = (self.problem.input, self.problem.output, self.problem.epilogue);
+        let rhs = match self.problem.layout {
+            Layout::WeightTransposed => [columns, depth],
+            Layout::RowMajor | Layout::FeatureMajor => [depth, columns],
+        };
+        let feature_major = self.problem.layout == Layout::FeatureMajor;
+        let [lhs_names, rhs_names]: [&[&str]; 2] = match (gated(self.problem), feature_major) {
+            (false, false) => [&["x"], &["w"]],
+            (false, true) => [&["w"], &["x"]],
+            (true, false) => [&["x"], &["w_gate", "w_up"]],
+            (true, true) => [&["w_gate", "w_up"], &["x"]],
+        };
+        let mut buffers = Vec::new();
+        let [row_blocks, column_blocks, steps] = self.counts;
+        // An array that is one block has one buffer: there is no next block to fetch meanwhile.
+        let mut window = |name: &str, kind, element, dims: &[usize], blocks: usize| {
+            buffers.push(Buffer::new(name, kind, element, dims, if blocks > 1 { 2 } else { 1 }));
+        };
+        let (lhs_blocks, rhs_blocks) = (row_blocks * steps, column_blocks * steps);
+        lhs_names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &[rows, depth], lhs_blocks));
+        rhs_names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &rhs, rhs_blocks));
+        if epilogue.bias {
+            let names: &[&str] = if gated(self.problem) { &["bias_gate", "bias_up"] } else { &["bias"] };
+            let (dims, blocks) = if feature_major { ([rows, 1], row_blocks) } else { ([1, columns], column_blocks) };
+            names.iter().for_each(|name| window(name, BufferKind::InputWindow, Element::F32, &dims, blocks));
+        }
+        let out_blocks = row_blocks * column_blocks;
+        if epilogue.residual {
+            window("residual", BufferKind::InputWindow, output, &[rows, columns], out_blocks);
+        }
+        window("out", BufferKind::OutputWindow, output, &[rows, columns], out_blocks);
+        if self.counts[2] > 1 {
+            let names: &[&str] = if gated(self.problem) { &["sum_gate", "sum_up"] } else { &["sum"] };
+            for name in names {
+                buffers.push(Buffer::new(name, BufferKind::Scratch, Element::F32, &[rows, columns], 1));
+            }
+        }
+        if chip == Chip::V4 && input == Element::Bf16 && rows <= 4 && depth > LANES {
+            // Rows packed into less than a tile are spread over one before the product: on v4 through 36 KiB of scratch
+            // (measured for 1 to 4 rows and any depth beyond one tile).
+            buffers.push(Buffer::new("row spread", BufferKind::InternalScratch, Element::I32, &[72, LANES], 1));
+        }
+        VmemReport { buffers }
+    }
+
+    fn estimate(&self, info: &ChipInfo, order: Order) -> Estimate {
+        let [rows, columns, depth] = self.block.map(|size| size as f64);
+        let [row_blocks, column_blocks, steps] = self.counts.map(|count| count as f64);
+        let (input, output) = (self.problem.input.bytes() as f64, self.problem.output.bytes() as f64);
+        let [lhs_windows, rhs_windows] = self.sides().map(|count| count as f64);
+        let products = lhs_windows.max(rhs_windows);
+        let lhs_tile = lhs_windows * rows * depth * input;
+        let rhs_tile = rhs_windows * depth * columns * input;
+        let residual = f64::from(u8::from(self.problem.epilogue.residual));
+        let out_tile = rows * columns * output * (1.0 + residual);
+        // A side whose block stays the same from one step to the next is not fetched again.
+        let (lhs_fetches, rhs_fetches) = match (steps > 1.0, order) {
+            (true, _) => (row_blocks * column_blocks * steps, row_blocks * column_blocks * steps),
+            (false, Order::RowsOuter) => (row_blocks, row_blocks * column_blocks),
+            (false, Order::ColumnsOuter) => (row_blocks * column_blocks, column_blocks),
+        };
+        let bytes = lhs_fetches * lhs_tile + rhs_fetches * rhs_tile + row_blocks * column_blocks * out_tile;
+
+        // A parallel dimension is split over the cores; the first that splits evenly, else the outer one.
+        let cores = info.cores as f64;
+        let blocks = row_blocks * column_blocks;
+        let per_core = (blocks / cores).ceil();
+        let mxu_step = products * self.mxu_cycles_per_step(info);
+        let bandwidth = info.hbm_bytes_per_cycle() / cores;
+        // The next tiles are asked for when a step begins and must be there when it ends.
+        let dma_step = DMA_LATENCY + bytes / (blocks * steps) / bandwidth;
+        let accumulate = if steps > 1.0 { products * rows * columns / ACCUMULATE_PER_CYCLE } else { 0.0 };
+        let body = per_core * steps * (mxu_step + STEP_OVERHEAD + accumulate).max(dma_step);
+        // The first tiles come in and the last goes out with nothing beside them.
+        let ends = 2.0 * DMA_LATENCY + (lhs_tile + rhs_tile + out_tile) / bandwidth;
+        Estimate { cycles: body + ends, mxu_cycles: per_core * steps * mxu_step, bytes_moved: bytes as u64 }
+    }
+
+    /// Cycles of the matrix units for one step: for each weight tile they hold, the rows that stream through it, but no
+    /// less than it takes to load the next one.
+    fn mxu_cycles_per_step(&self, info: &ChipInfo) -> f64 {
+        let [rows, columns, depth] = self.block;
+        let side = info.mxu;
+        let weight_tiles = (columns.div_ceil(side) * depth.div_ceil(side)) as f64;
+        let units = info.peak_flop_per_cycle_and_core as f64 / (2 * side * side) as f64;
+        let passes = if self.problem.input == Element::F32 { F32_PASSES } else { 1.0 };
+        let streamed = (rows.next_multiple_of(SUBLANES) as f64).max(WEIGHT_LOAD * side as f64);
+        passes * weight_tiles * streamed / units
+    }
+}
+
+/// Cycles of a grid step besides its work: index arithmetic, semaphores, pipeline fill.
+const STEP_OVERHEAD: f64 = 250.0;
+/// f32 accumulator elements read, added and written back per cycle, beside the matrix units' work.
+const ACCUMULATE_PER_CYCLE: f64 = 1024.0;
+/// Cycles until a copy's first byte arrives.
+const DMA_LATENCY: f64 = 700.0;
+/// Cycles to load the next weight tile, as a part of its side (measured on 8 rows: 86 of 128).
+const WEIGHT_LOAD: f64 = 0.67;
+/// bf16 passes of a true f32 product.
+const F32_PASSES: f64 = 6.0;
+
+/// The chunk of a tile: small enough for the registers, deep and wide enough to keep the matrix units busy.
+fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
+    let [rows, columns, _] = blocks.block;
+    Chunk { rows: rows.min(256), columns: columns.min(info.mxu) }
+}
+
+/// The cheapest tiles that fit `limit` without spills.
+fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<Plan> {
+    let lane_m = problem.layout == Layout::FeatureMajor;
+    let (ms, ns) = (candidates(problem.m, lane_m, MAX_TILE), candidates(problem.n, !lane_m, MAX_TILE));
+    let ks = candidates(problem.k, true, MAX_DEPTH);
+    let mut best: Option<(f64, Tiles)> = None;
+    for &m in &ms {
+        for &n in &ns {
+            if gated(problem) && !halves_align(problem, n) {
+                continue;
+            }
+            for &k in &ks {
+                let tiles = Tiles { m, n, k };
+                let blocks = Blocks::new(problem, tiles);
+                if blocks.report(chip).total() + spill_margin(&blocks) > limit {
+                    continue;
+                }
+                let cycles = [Order::RowsOuter, Order::ColumnsOuter]
+                    .map(|order| blocks.estimate(info, order).cycles)
+                    .into_iter()
+                    .fold(f64::INFINITY, f64::min);
+                if best.is_none_or(|(least, _)| cycles < least) {
+                    best = Some((cycles, tiles));
+                }
+            }
+        }
+    }
+    best.map(|(_, tiles)| Plan::with(*problem, chip, info, tiles, limit))
+}
+
+const MAX_TILE: usize = 2048;
+const MAX_DEPTH: usize = 8192;
+
+/// What the planner keeps free for spills.
+fn spill_margin(blocks: &Blocks) -> Bytes {
+    let [rows, columns, _] = blocks.block;
+    Bytes((rows * columns * 6) as u64)
+}
+
+/// Tile sizes worth trying along one dimension: all of it, powers of two, and three times powers of two.
+fn candidates(size: usize, lanes: bool, most: usize) -> Vec<usize> {
+    let unit = if lanes { LANES } else { SUBLANES };
+    let mut sizes: Vec<usize> = (0..16)
+        .flat_map(|power| [unit << power, (unit * 3) << power])
+        .filter(|&tile| tile < size && tile <= most)
+        .collect();
+    if size <= most {
+        sizes.push(size);
+    }
+    sizes.sort_unstable();
+    sizes
+}

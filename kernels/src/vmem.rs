@@ -1,0 +1,380 @@
+//! The planner's arithmetic: what a kernel takes of VMEM, buffer by buffer, and whether that is known to fit.
+//!
+//! A Mosaic kernel takes four kinds of VMEM: pipeline windows, declared scratch, scratch that the compiler adds of its
+//! own accord, and register spills. The first three are arithmetic, and a [`VmemReport`] states them to the byte as the
+//! compiler's own report does. Spills only the compiler knows: that is why a report's sum is a *lower bound*, why
+//! [`Verdict::Fits`] wants evidence (a certification, or a spill margin that was measured), and why the absence of
+//! evidence is [`Verdict::Unknown`], never "fits".
+//!
+//! Nothing here allocates, reads a file, or asks a compiler.
+
+use std::fmt;
+use std::iter::Sum;
+use std::ops::{Add, Mul, Sub};
+
+use pagoda_ir::element::Element;
+use pagoda_ir::mosaic::tile_padded_bytes;
+use serde::{Deserialize, Serialize};
+
+/// A number of bytes. Shown in MiB from one MiB on, in KiB from one KiB on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Bytes(pub u64);
+
+impl Bytes {
+    /// `count` KiB.
+    pub const fn kib(count: u64) -> Self {
+        Self(count << 10)
+    }
+
+    /// `count` MiB.
+    pub const fn mib(count: u64) -> Self {
+        Self(count << 20)
+    }
+
+    /// `count` GiB.
+    pub const fn gib(count: u64) -> Self {
+        Self(count << 30)
+    }
+
+    /// The number in MiB.
+    pub fn as_mib(self) -> f64 {
+        self.0 as f64 / (1u64 << 20) as f64
+    }
+
+    /// What is left of this after `other`, or zero.
+    pub const fn saturating_sub(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+
+    /// Reads `16MiB`, `512 KiB`, `2GiB`, or a plain number of bytes.
+    ///
+    /// # Errors
+    /// When the text is none of these, or too large for 64 bits.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let trimmed = text.trim();
+        let digits = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
+        let (number, unit) = trimmed.split_at(digits);
+        let shift = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kib" => 10,
+            "m" | "mib" => 20,
+            "g" | "gib" => 30,
+            _ => return Err(format!("`{text}` is no size: write 16MiB, 512KiB, 2GiB or a number of bytes")),
+        };
+        let value: f64 =
+            number.parse().map_err(|_| format!("`{text}` is no size: write 16MiB or a number of bytes"))?;
+        let bytes = value * (1u64 << shift) as f64;
+        if bytes.fract() != 0.0 || bytes >= (1u64 << 53) as f64 {
+            return Err(format!("`{text}` is no whole number of bytes below 2^53"));
+        }
+        Ok(Self(bytes as u64))
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = match self.0 {
+            bytes if bytes >= 1 << 20 => format!("{:.2} MiB", self.as_mib()),
+            bytes if bytes >= 1 << 10 => format!("{:.2} KiB", bytes as f64 / 1024.0),
+            bytes => format!("{bytes} B"),
+        };
+        f.pad(&text)
+    }
+}
+
+impl Add for Bytes {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self(self.0 + other.0)
+    }
+}
+
+impl Sub for Bytes {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self(self.0 - other.0)
+    }
+}
+
+impl Mul<u64> for Bytes {
+    type Output = Self;
+
+    fn mul(self, factor: u64) -> Self {
+        Self(self.0 * factor)
+    }
+}
+
+impl Sum for Bytes {
+    fn sum<I: Iterator<Item = Self>>(parts: I) -> Self {
+        parts.fold(Self(0), Add::add)
+    }
+}
+
+/// What windows are given VMEM in (libtpu 0.0.52 on every chip: 2560 bytes take 3072, while scratch of 512 takes 512).
+pub const WINDOW_UNIT: Bytes = Bytes(1024);
+
+/// What a buffer in VMEM is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BufferKind {
+    /// The pipeline's window of an input.
+    InputWindow,
+    /// The pipeline's window of an output.
+    OutputWindow,
+    /// Memory that the kernel declares.
+    Scratch,
+    /// Memory that the compiler adds for relayouts and its own use.
+    InternalScratch,
+}
+
+impl fmt::Display for BufferKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::InputWindow => "input window",
+            Self::OutputWindow => "output window",
+            Self::Scratch => "scratch",
+            Self::InternalScratch => "internal scratch",
+        })
+    }
+}
+
+/// One buffer in VMEM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Buffer {
+    /// Its name in the kernel.
+    pub name: String,
+    /// What it is for.
+    pub kind: BufferKind,
+    /// Element type.
+    pub element: Element,
+    /// Sizes of one copy.
+    pub dims: Vec<usize>,
+    /// How many copies there are: 2 when the pipeline double-buffers.
+    pub copies: u64,
+    /// Bytes of all copies, padded to tiles.
+    pub bytes: Bytes,
+}
+
+impl Buffer {
+    /// A buffer of `copies` copies, each padded to tiles; all copies of a window together to [`WINDOW_UNIT`].
+    pub fn new(name: &str, kind: BufferKind, element: Element, dims: &[usize], copies: u64) -> Self {
+        let bytes = tile_padded_bytes(element, dims) as u64 * copies;
+        let bytes = match kind {
+            BufferKind::InputWindow | BufferKind::OutputWindow => Bytes(bytes.next_multiple_of(WINDOW_UNIT.0)),
+            BufferKind::Scratch | BufferKind::InternalScratch => Bytes(bytes),
+        };
+        Self { name: name.to_owned(), kind, element, dims: dims.to_vec(), copies, bytes }
+    }
+
+    /// `bf16[512,1024]`.
+    pub fn shape(&self) -> String {
+        let dims: Vec<_> = self.dims.iter().map(usize::to_string).collect();
+        format!("{}[{}]", self.element, dims.join(","))
+    }
+}
+
+/// Every buffer that a kernel takes of VMEM, spills excluded.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct VmemReport {
+    /// The buffers, in the order of the kernel's operands.
+    pub buffers: Vec<Buffer>,
+}
+
+impl VmemReport {
+    /// The sum of all buffers: the least that the kernel can take.
+    pub fn total(&self) -> Bytes {
+        self.buffers.iter().map(|buffer| buffer.bytes).sum()
+    }
+}
+
+impl fmt::Display for VmemReport {
+    /// A table: one line per buffer, and the sum.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for buffer in &self.buffers {
+            let copies = if buffer.copies > 1 { format!("{} x", buffer.copies) } else { String::new() };
+            let Buffer { name, kind, bytes, .. } = buffer;
+            writeln!(f, "  {name:<12} {kind:<16} {copies:>4} {:<18} {bytes:>12}", buffer.shape())?;
+        }
+        write!(f, "  {:<53} {:>12}", "sum without spills", self.total())
+    }
+}
+
+/// What is known about register spills of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "from")]
+pub enum Spills {
+    /// The compiler compiled exactly this kernel and spilled this much.
+    Certified {
+        /// Bytes of VMEM for spills.
+        bytes: Bytes,
+    },
+    /// Kernels around this one were compiled; none spilled more than this.
+    Bounded {
+        /// The largest spill seen, with its margin.
+        bytes: Bytes,
+    },
+    /// Nothing is known.
+    Unknown,
+}
+
+/// Whether a kernel fits into a VMEM limit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "verdict")]
+pub enum Verdict {
+    /// It fits, and the compiler's own figures say so.
+    Fits {
+        /// What is left below the limit, spills counted.
+        spare: Bytes,
+    },
+    /// It cannot fit.
+    DoesNotFit {
+        /// How much is missing, at least.
+        excess: Bytes,
+        /// What to change, the cheapest change first. Never the user's batch or lengths.
+        suggestions: Vec<Suggestion>,
+    },
+    /// The buffers fit; whether the spills do, nobody has measured.
+    Unknown {
+        /// What is left below the limit for spills.
+        room_for_spills: Bytes,
+    },
+}
+
+/// A way to make a kernel fit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "change")]
+pub enum Suggestion {
+    /// Smaller tiles.
+    Tiles {
+        /// The tiles, as the command line takes them.
+        tiles: String,
+        /// What the kernel then takes, spills excluded.
+        bytes: Bytes,
+    },
+    /// A higher scoped limit.
+    Limit {
+        /// The limit.
+        bytes: Bytes,
+        /// The chip's VMEM, which no limit may pass.
+        chip: Bytes,
+    },
+    /// More devices per model.
+    Sharding {
+        /// How many ways to shard.
+        ways: usize,
+        /// What the kernel then takes, spills excluded.
+        bytes: Bytes,
+    },
+}
+
+impl fmt::Display for Suggestion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tiles { tiles, bytes } => write!(f, "--tiles {tiles} takes {bytes}"),
+            Self::Limit { bytes, chip } => write!(f, "--vmem-limit {} (the chip has {chip})", limit_argument(*bytes)),
+            Self::Sharding { ways, bytes } => write!(f, "shard the model {ways} ways: {bytes} per device"),
+        }
+    }
+}
+
+fn limit_argument(bytes: Bytes) -> String {
+    format!("{}MiB", bytes.0.div_ceil(1 << 20))
+}
+
+impl Verdict {
+    /// Judges a sum of buffers and what is known of spills against `limit`. `suggestions` are asked for only when the
+    /// kernel does not fit; they are put into the order tiles, limit, sharding.
+    pub fn judge(total: Bytes, spills: Spills, limit: Bytes, suggestions: impl FnOnce() -> Vec<Suggestion>) -> Self {
+        let known = match spills {
+            Spills::Certified { bytes } | Spills::Bounded { bytes } => Some(bytes),
+            Spills::Unknown => None,
+        };
+        let taken = total + known.unwrap_or_default();
+        if taken > limit && !matches!(spills, Spills::Bounded { .. } if total <= limit) {
+            let mut suggestions = suggestions();
+            suggestions.sort_by_key(|suggestion| match suggestion {
+                Suggestion::Tiles { .. } => 0,
+                Suggestion::Limit { .. } => 1,
+                Suggestion::Sharding { .. } => 2,
+            });
+            return Self::DoesNotFit { excess: taken - limit, suggestions };
+        }
+        match known {
+            Some(_) if taken <= limit => Self::Fits { spare: limit - taken },
+            _ => Self::Unknown { room_for_spills: limit - total },
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fits { spare } => write!(f, "fits, {spare} to spare"),
+            Self::DoesNotFit { excess, suggestions } => {
+                write!(f, "does not fit: {excess} too much")?;
+                suggestions.iter().try_for_each(|suggestion| write!(f, "\n  try {suggestion}"))
+            }
+            Self::Unknown { room_for_spills } => {
+                write!(f, "unknown: {room_for_spills} are left for register spills, which only the compiler knows")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_verdict_needs_evidence() {
+        let judge = |total, spills, limit| Verdict::judge(Bytes(total), spills, Bytes(limit), Vec::new);
+        let certified = |bytes| Spills::Certified { bytes: Bytes(bytes) };
+        let bounded = |bytes| Spills::Bounded { bytes: Bytes(bytes) };
+        assert_eq!(judge(10, Spills::Unknown, 100), Verdict::Unknown { room_for_spills: Bytes(90) });
+        assert_eq!(judge(10, certified(90), 100), Verdict::Fits { spare: Bytes(0) });
+        assert!(matches!(judge(10, certified(91), 100), Verdict::DoesNotFit { excess: Bytes(1), .. }));
+        assert_eq!(judge(10, bounded(20), 100), Verdict::Fits { spare: Bytes(70) });
+        // A bound is no proof of the opposite: the kernel may spill less.
+        assert_eq!(judge(90, bounded(20), 100), Verdict::Unknown { room_for_spills: Bytes(10) });
+        assert!(matches!(judge(101, bounded(0), 100), Verdict::DoesNotFit { excess: Bytes(1), .. }));
+        assert!(matches!(judge(101, Spills::Unknown, 100), Verdict::DoesNotFit { .. }));
+    }
+
+    #[test]
+    fn suggestions_come_in_order() {
+        let tiles = Suggestion::Tiles { tiles: "8,128,128".into(), bytes: Bytes::kib(100) };
+        let limit = Suggestion::Limit { bytes: Bytes(20 << 20), chip: Bytes::mib(64) };
+        let sharding = Suggestion::Sharding { ways: 2, bytes: Bytes::mib(9) };
+        let given = vec![sharding, limit, tiles];
+        let verdict = Verdict::judge(Bytes::mib(18), Spills::Unknown, Bytes::mib(16), || given);
+        insta::assert_snapshot!(verdict, @r"
+        does not fit: 2.00 MiB too much
+          try --tiles 8,128,128 takes 100.00 KiB
+          try --vmem-limit 20MiB (the chip has 64.00 MiB)
+          try shard the model 2 ways: 9.00 MiB per device
+        ");
+    }
+
+    #[test]
+    fn sizes_are_read() {
+        let read = |text| Bytes::parse(text).map(|bytes| bytes.0);
+        assert_eq!(read("16MiB"), Ok(16 << 20));
+        assert_eq!(read(" 1.5 KiB "), Ok(1536));
+        assert_eq!(read("77"), Ok(77));
+        for bad in ["", "MiB", "16MB", "-1", "1.5", "1e30", "99999999999GiB"] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn tables_add_up() {
+        let window = Buffer::new("a", BufferKind::InputWindow, Element::Bf16, &[24, 200], 2);
+        assert_eq!(window.bytes, Bytes(2 * 24 * 256 * 2), "lanes are padded to 128");
+        let report =
+            VmemReport { buffers: vec![window, Buffer::new("sum", BufferKind::Scratch, Element::F32, &[24, 128], 1)] };
+        assert_eq!(report.total(), Bytes(24576 + 12288));
+    }
+}

@@ -1,0 +1,197 @@
+//! Plans against the real TPU compiler: what the planner says a kernel takes, libtpu must confirm to the byte.
+//!
+//! One compilation costs from 0.4 s to some 10 s of CPU; what runs by default is a spread of small ones. All points run
+//! with `make certify-all`, which also renews `kernels/tuned/matmul.json` when `PAGODA_RECORD=1`.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use pagoda_engine::certify::matmul::{Certified, Request, certify_matmul};
+use pagoda_engine::certify::{Certifier, Error, Program, Verdict};
+use pagoda_ir::Element;
+use pagoda_kernels::chips::Chip;
+use pagoda_kernels::matmul::{Activation, Epilogue, Layout, tuned};
+
+fn certifier() -> Certifier {
+    Certifier::find(env!("CARGO_BIN_EXE_pagoda"))
+        .expect("libtpu: run `make tpu-tools`")
+        .timeout(Duration::from_secs(400))
+}
+
+/// A matmul at given tiles (or, without, at the planner's).
+fn request(chip: Chip, sizes: [usize; 3], tiles: Option<&str>) -> Request {
+    let [m, k, n] = sizes;
+    Request { tiles: tiles.map(str::to_owned), ..Request::new(m, k, n, Element::Bf16, chip.name()) }
+}
+
+/// Certifies all of `requests`, as many at a time as there are processors, and returns the answers in order.
+fn certify_all(requests: &[Request]) -> Vec<Certified> {
+    let certifier = certifier();
+    let next = AtomicUsize::new(0);
+    let answers: Vec<Mutex<Option<Certified>>> = requests.iter().map(|_| Mutex::new(None)).collect();
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from).min(8) {
+            scope.spawn(|| {
+                while let Some(request) = requests.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let at = requests.iter().position(|other| std::ptr::eq(other, request)).expect("one of them");
+                    let certified =
+                        certify_matmul(request, &certifier).unwrap_or_else(|error| panic!("{request:?}: {error}"));
+                    *answers[at].lock().unwrap() = Some(certified);
+                }
+            });
+        }
+    });
+    answers.into_iter().map(|answer| answer.into_inner().unwrap().expect("every request was taken")).collect()
+}
+
+/// Every one compiles, and takes exactly what was planned.
+fn assert_exact(answers: &[Certified]) {
+    let mut wrong = String::new();
+    for certified in answers {
+        let certificate = &certified.certificate;
+        let exact = certified.differences.is_empty() && certificate.kernels.len() == 1;
+        let total = certificate.kernels.first().map(|kernel| kernel.total);
+        let adds_up = total == Some(certified.plan.total + certificate.spills());
+        if !certificate.compiles() || !exact || !adds_up {
+            wrong += &format!("{certified}\n");
+        }
+    }
+    assert!(wrong.is_empty(), "plans that the compiler does not confirm:\n{wrong}");
+}
+
+/// Layouts, epilogues, types, edges, single blocks and double buffers, each on every chip.
+fn spread() -> Vec<Request> {
+    let (row_major, transposed, feature_major) = (Layout::RowMajor, Layout::WeightTransposed, Layout::FeatureMajor);
+    let (bf16, f32) = (Element::Bf16, Element::F32);
+    let all = Epilogue { bias: true, activation: Activation::SiluGate, residual: true };
+    let bias = Epilogue { bias: true, ..Epilogue::NONE };
+    let residual = Epilogue { residual: true, ..bias };
+    let gate = Epilogue { activation: Activation::SiluGate, ..Epilogue::NONE };
+    let points = [
+        ([256, 384, 512], "128,128,128", row_major, bf16, bf16, Epilogue::NONE),
+        ([300, 200, 500], "128,256,128", row_major, bf16, bf16, Epilogue::NONE),
+        ([300, 200, 500], "300,500,200", row_major, bf16, f32, Epilogue::NONE),
+        ([8, 1024, 1024], "8,512,512", row_major, bf16, bf16, Epilogue::NONE),
+        ([1, 640, 384], "1,128,640", row_major, bf16, bf16, bias),
+        ([256, 384, 512], "128,128,256", row_major, f32, f32, Epilogue::NONE),
+        ([100, 333, 200], "56,128,128", row_major, f32, f32, residual),
+        ([100, 333, 200], "56,128,256", row_major, bf16, bf16, residual),
+        ([256, 384, 512], "64,256,128", row_major, bf16, bf16, all),
+        ([72, 512, 384], "72,384,512", transposed, bf16, bf16, gate),
+        ([300, 200, 500], "128,128,128", transposed, bf16, bf16, bias),
+        ([256, 384, 512], "128,128,384", transposed, f32, f32, all),
+        ([40, 256, 512], "40,128,128", feature_major, bf16, bf16, all),
+        ([130, 333, 264], "128,88,256", feature_major, bf16, bf16, residual),
+    ];
+    let mut requests = Vec::new();
+    for chip in Chip::ALL {
+        for (sizes, tiles, layout, input, output, epilogue) in points {
+            let mut request = request(chip, sizes, Some(tiles));
+            let [m, k, n] = sizes;
+            request.spec = pagoda_kernels::matmul::Spec { m, k, n, input, output, layout, epilogue };
+            requests.push(request);
+        }
+    }
+    requests
+}
+
+/// The eight matmuls of a Llama-3.1-8B layer and head; those of equal sizes (q and o, k and v, gate and up) are one.
+const LLAMA_8B: [(&str, usize, usize); 5] = [
+    ("q_proj, o_proj", 4096, 4096),
+    ("k_proj, v_proj", 4096, 1024),
+    ("gate_proj, up_proj", 4096, 14336),
+    ("down_proj", 14336, 4096),
+    ("lm_head", 4096, 128_256),
+];
+
+fn llama(tokens: &[usize]) -> Vec<Request> {
+    let mut requests = Vec::new();
+    for chip in Chip::ALL {
+        for &m in tokens {
+            requests.extend(LLAMA_8B.map(|(_, k, n)| request(chip, [m, k, n], None)));
+        }
+    }
+    requests
+}
+
+#[test]
+fn plans_are_exact_on_every_chip() {
+    let requests = spread();
+    assert!(requests.len() >= 60);
+    let answers = certify_all(&requests);
+    assert_exact(&answers);
+    record(&answers);
+}
+
+#[test]
+fn decode_matmuls_of_llama_compile_at_planned_tiles() {
+    let answers = certify_all(&llama(&[8]));
+    assert_exact(&answers);
+    record(&answers);
+}
+
+#[test]
+#[ignore = "an hour of CPU: make certify-all"]
+fn every_matmul_of_llama_compiles_at_planned_tiles() {
+    let answers = certify_all(&llama(&[8, 512, 4096]));
+    assert_exact(&answers);
+    record(&answers);
+}
+
+/// Merges what was certified into the table, if asked to.
+fn record(answers: &[Certified]) {
+    if std::env::var_os("PAGODA_RECORD").is_none_or(|value| value != "1") {
+        return;
+    }
+    static TABLE: Mutex<()> = Mutex::new(());
+    let _guard = TABLE.lock().unwrap();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/tuned/matmul.json");
+    let mut records: Vec<tuned::Record> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    for new in answers.iter().filter_map(Certified::record) {
+        records.retain(|old| (old.chip, &old.problem, old.tiles) != (new.chip, &new.problem, new.tiles));
+        records.push(new);
+    }
+    records.sort_by(|a, b| (a.chip, &a.problem, a.tiles).cmp(&(b.chip, &b.problem, b.tiles)));
+    let lines: Vec<String> = records.iter().map(|record| serde_json::to_string(record).unwrap()).collect();
+    std::fs::write(format!("{path}.partial"), format!("[\n{}\n]\n", lines.join(",\n"))).unwrap();
+    std::fs::rename(format!("{path}.partial"), path).unwrap();
+}
+
+#[test]
+fn a_kernel_too_large_is_a_verdict_with_both_numbers() {
+    let mut request = request(Chip::V5p, [2048, 2048, 2048], Some("1024,1024,2048"));
+    let certified = certify_matmul(&request, &certifier()).unwrap();
+    let Verdict::OutOfMemory(out) = &certified.certificate.verdict else { panic!("{certified}") };
+    assert_eq!((out.memory.as_str(), out.limit.as_mib()), ("vmem", 16.0), "{}", out.message);
+    // The compiler rounds to hundredths of a MiB and may stop counting before spills.
+    assert!(out.asked.as_mib() >= certified.plan.total.as_mib() - 0.01, "{out} for {}", certified.plan);
+    assert!(certified.to_string().contains("--tiles"), "the plan says what to do: {certified}");
+    // The remedy works.
+    request.vmem_limit = Some("32MiB".into());
+    assert_exact(&[certify_matmul(&request, &certifier()).unwrap()]);
+}
+
+#[test]
+fn what_goes_wrong_is_an_error_here() {
+    let program = Program { module: b"module { nonsense }", replicas: 1 };
+    let refused = certifier().certify("v5p:2x2x1", program).unwrap_err();
+    assert!(matches!(&refused, Error::Refused(message) if message.contains("nonsense")), "{refused}");
+    let unknown = certifier().certify("v9:2x2", program).unwrap_err();
+    assert!(matches!(unknown, Error::Topology(_)), "{unknown}");
+    let refused = certifier().certify("v5p:1x1x77777", program).unwrap_err();
+    assert!(matches!(refused, Error::Refused(_) | Error::Crash { .. }), "{refused}");
+
+    let late = certifier().timeout(Duration::from_millis(1)).certify("v5p:2x2x1", program).unwrap_err();
+    assert!(matches!(late, Error::Timeout { .. }), "{late}");
+    // A worker that dies without an answer.
+    let crashed = Certifier::new("/bin/false", "libtpu.so").certify("v5p:2x2x1", program).unwrap_err();
+    assert!(matches!(&crashed, Error::Crash { status, .. } if status.contains('1')), "{crashed}");
+    // A plugin that is none: the worker's own complaint comes through.
+    let worker = env!("CARGO_BIN_EXE_pagoda");
+    let no_plugin = Certifier::new(worker, worker).certify("v5p:2x2x1", program).unwrap_err();
+    assert!(
+        no_plugin.to_string().contains("GetPjrtApi") || no_plugin.to_string().contains("PJRT plugin"),
+        "{no_plugin}"
+    );
+}
