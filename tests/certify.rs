@@ -14,7 +14,9 @@ use pagoda_kernels::chips::Chip;
 use pagoda_kernels::matmul::{Activation, Epilogue, Layout, tuned};
 
 fn certifier() -> Certifier {
-    Certifier::find(env!("CARGO_BIN_EXE_pagoda")).expect("libtpu: run `make tpu-tools`").timeout(Duration::from_secs(400))
+    Certifier::find(env!("CARGO_BIN_EXE_pagoda"))
+        .expect("libtpu: run `make tpu-tools`")
+        .timeout(Duration::from_secs(400))
 }
 
 /// A matmul at given tiles (or, without, at the planner's).
@@ -33,7 +35,8 @@ fn certify_all(requests: &[Request]) -> Vec<Certified> {
             scope.spawn(|| {
                 while let Some(request) = requests.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let at = requests.iter().position(|other| std::ptr::eq(other, request)).expect("one of them");
-                    let certified = certify_matmul(request, &certifier).unwrap_or_else(|error| panic!("{request:?}: {error}"));
+                    let certified =
+                        certify_matmul(request, &certifier).unwrap_or_else(|error| panic!("{request:?}: {error}"));
                     *answers[at].lock().unwrap() = Some(certified);
                 }
             });
@@ -203,5 +206,8 @@ fn what_goes_wrong_is_an_error_here() {
     // A plugin that is none: the worker's own complaint comes through.
     let worker = env!("CARGO_BIN_EXE_pagoda");
     let no_plugin = Certifier::new(worker, worker).certify("v5p:2x2x1", program).unwrap_err();
-    assert!(no_plugin.to_string().contains("GetPjrtApi") || no_plugin.to_string().contains("PJRT plugin"), "{no_plugin}");
+    assert!(
+        no_plugin.to_string().contains("GetPjrtApi") || no_plugin.to_string().contains("PJRT plugin"),
+        "{no_plugin}"
+    );
 }

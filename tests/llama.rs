@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
 use pagoda_engine::llama::DeviceModel;
-use pagoda_engine::llama::step::{self, Output, StepShape};
+use pagoda_engine::llama::step::{self, KernelForm, Output, StepShape};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::reference::Reference;
 use pagoda_engine::model::weights::Weights;
@@ -37,12 +37,12 @@ fn limits() -> Limits {
     }
 }
 
-fn engine(limits: Limits, compute: Element, sampling: SamplingOptions, stop: StopRule) -> Engine {
+fn engine(limits: Limits, compute: Element, kernels: KernelForm, sampling: SamplingOptions, stop: StopRule) -> Engine {
     let config = LlamaConfig::open(&folder()).unwrap();
     let weights = Weights::open(&folder()).unwrap();
     let client = client();
     let model = DeviceModel::load(&client, &config, &weights, compute, limits.max_seq_len).unwrap();
-    Engine::new(&client, model, EngineOptions { limits, compute, sampling, stop }).unwrap()
+    Engine::new(&client, model, EngineOptions { limits, compute, kernels, sampling, stop }).unwrap()
 }
 
 fn request(index: usize, prompt: &[u32], max_new_tokens: usize) -> Request {
@@ -72,8 +72,9 @@ fn golden() -> Vec<(Vec<u32>, Vec<u32>)> {
 #[test]
 fn f32_matches_the_golden_tokens_and_bf16_stays_for_a_while() {
     let golden = golden();
-    for compute in [Element::F32, Element::Bf16] {
-        let mut engine = engine(limits(), compute, SamplingOptions::GREEDY, StopRule::default());
+    let forms = [KernelForm::Stablehlo, KernelForm::Native];
+    for (compute, kernels) in [Element::F32, Element::Bf16].into_iter().flat_map(|c| forms.map(|k| (c, k))) {
+        let mut engine = engine(limits(), compute, kernels, SamplingOptions::GREEDY, StopRule::default());
         let requests = golden.iter().enumerate().map(|(index, (prompt, _))| request(index, prompt, 48)).collect();
         let finished = run(&mut engine, requests);
         for (index, (_, expected)) in golden.iter().enumerate() {
@@ -90,7 +91,7 @@ fn f32_matches_the_golden_tokens_and_bf16_stays_for_a_while() {
 }
 
 /// Logits of every position of `tokens`, prefilled in chunks of `rows`, as one sequence over scattered pages.
-fn logits_in_chunks(client: &Client, tokens: &[u32], rows: usize) -> Vec<Vec<f32>> {
+fn logits_in_chunks(client: &Client, kernels: KernelForm, tokens: &[u32], rows: usize) -> Vec<Vec<f32>> {
     let config = LlamaConfig::open(&folder()).unwrap();
     let weights = Weights::open(&folder()).unwrap();
     let (page_size, pages_per_seq) = (16, tokens.len().div_ceil(16));
@@ -103,6 +104,7 @@ fn logits_in_chunks(client: &Client, tokens: &[u32], rows: usize) -> Vec<Vec<f32
         max_positions: tokens.len(),
         max_rounds: 1,
         compute: Element::F32,
+        kernels,
     };
     let model = DeviceModel::load(client, &config, &weights, shape.compute, shape.max_positions).unwrap();
     let module = step::prefill(&Context::new(), &config, &shape, Output::Logits).unwrap().bytecode();
@@ -125,9 +127,9 @@ fn logits_in_chunks(client: &Client, tokens: &[u32], rows: usize) -> Vec<Vec<f32
         let arguments = [
             padded(part.iter().map(|&id| id as i32).collect(), 0),
             padded(positions.clone().map(|position| position as i32).collect(), 0),
-            padded(positions.map(slot).collect(), (shape.null_page() * page_size) as i32),
+            padded(positions.map(slot).collect(), -1),
             HostTensor::new(&[2], &[end, 0]),
-            HostTensor::new(&[2, pages_per_seq], &[table.clone(), vec![shape.null_page() as i32; pages_per_seq]].concat()),
+            HostTensor::new(&[2, pages_per_seq], &[table.clone(), vec![0; pages_per_seq]].concat()),
             HostTensor::new(&[3], &[0, part.len() as i32, part.len() as i32]),
             HostTensor::new(&[1], &[1i32]),
             HostTensor::zeros(Element::I32, &[2]),
@@ -158,18 +160,20 @@ fn logits_match_the_reference_however_the_prompt_is_cut() {
     let tokens = [golden[0].0.clone(), tokens].concat();
     let expected = reference.logits(&tokens);
     let client = client();
-    for rows in [200, 7, 1] {
-        let logits = logits_in_chunks(&client, &tokens, rows);
+    pagoda_engine::native::register_all(client.plugin()).unwrap();
+    let forms = [KernelForm::Stablehlo, KernelForm::Native];
+    for (kernels, rows) in forms.into_iter().flat_map(|form| [200, 7, 1].map(|rows| (form, rows))) {
+        let logits = logits_in_chunks(&client, kernels, &tokens, rows);
         let worst = logits.iter().flatten().zip(expected.iter().flatten());
         let worst = worst.map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
         // Logits are of order 10 and f32 carries 24 bits; sums over 768 terms in four layers cost about two digits.
-        assert!(worst <= 1e-4, "prefilled by {rows}: logits differ by {worst:e}");
+        assert!(worst <= 1e-4, "{kernels:?}, prefilled by {rows}: logits differ by {worst:e}");
         assert_eq!(logits.len(), 200);
-        eprintln!("prefilled by {rows}: largest difference {worst:.1e}");
+        eprintln!("{kernels:?}, prefilled by {rows}: largest difference {worst:.1e}");
     }
     let text = |max_prefill_size| {
         let limits = Limits { max_prefill_size, ..limits() };
-        let mut engine = engine(limits, Element::F32, SamplingOptions::GREEDY, StopRule::default());
+        let mut engine = engine(limits, Element::F32, KernelForm::Native, SamplingOptions::GREEDY, StopRule::default());
         run(&mut engine, vec![request(0, &tokens, 60)]).remove(&0).unwrap().tokens
     };
     let at_once = text(200);
@@ -190,7 +194,7 @@ fn a_hundred_prompts_share_eight_slots_and_each_yields_what_it_yields_alone() {
     let longest = prompts.iter().map(Vec::len).max().unwrap() + 256;
     let page_size = PageSize::new(16).unwrap();
     let limits = Limits { max_pages: 8 * page_size.pages_for(longest), ..limits() };
-    let mut engine = engine(limits, Element::F32, SamplingOptions::GREEDY, StopRule::default());
+    let mut engine = engine(limits, Element::F32, KernelForm::Native, SamplingOptions::GREEDY, StopRule::default());
     let requests = prompts.iter().enumerate().map(|(index, prompt)| request(index, prompt, 256));
     let together = run(&mut engine, requests.collect());
     assert_eq!(together.len(), 100);
@@ -207,7 +211,7 @@ fn sampling_depends_on_the_seed_and_stops_where_it_should() {
     let prompt = &golden[0].0;
     let options = |seed| SamplingOptions { temperature: 0.8, top_k: None, top_p: Some(0.95), seed };
     let sample = |sampling, stop: StopRule| {
-        let mut engine = engine(limits(), Element::F32, sampling, stop);
+        let mut engine = engine(limits(), Element::F32, KernelForm::Native, sampling, stop);
         let mut requests = vec![request(0, prompt, 40), request(1, prompt, 40)];
         requests.push(Request { id: SampleId { round: 0, index: 0, generation: 1 }, ..request(0, prompt, 40) });
         let mut finished = Vec::new();

@@ -2,8 +2,9 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // A certification runs the TPU compiler in a child process, which is this program again.
     if let Some(code) = pagoda_engine::certify::run_if_asked() {
         return code;
     }
-    ExitCode::SUCCESS
+    pagoda_engine::cli::main()
 }

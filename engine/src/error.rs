@@ -83,6 +83,12 @@ pub enum Error {
     },
 }
 
+impl From<pagoda_kernels::Invalid> for Error {
+    fn from(error: pagoda_kernels::Invalid) -> Self {
+        Self::Runtime { action: "planning a kernel".into(), source: error.into() }
+    }
+}
+
 impl From<pagoda_ir::Error> for Error {
     fn from(error: pagoda_ir::Error) -> Self {
         Self::Runtime { action: "emitting a program".into(), source: error.into() }

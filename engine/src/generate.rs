@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use pagoda_ir::tensor::HostTensor;
 use pagoda_ir::{Context, Element};
 
-use crate::error::Result;
-use crate::llama::step::{self, Output, StepShape};
+use crate::error::{Error, Result};
 use crate::llama::DeviceModel;
+use crate::llama::step::{self, KernelForm, Output, StepShape};
 use crate::model::config::LlamaConfig;
 use crate::pjrt::{Arg, Buffer, Client, Executable};
 use crate::sampler::Sampling;
@@ -90,6 +90,8 @@ pub struct EngineOptions {
     pub limits: Limits,
     /// Type of weights, activations and KV: f32 or bf16.
     pub compute: Element,
+    /// Which form of the kernels the step programs carry.
+    pub kernels: KernelForm,
     /// How tokens are chosen.
     pub sampling: SamplingOptions,
     /// When a sample ends.
@@ -109,6 +111,7 @@ impl EngineOptions {
             max_positions: limits.max_seq_len,
             max_rounds: limits.max_rounds,
             compute: self.compute,
+            kernels: self.kernels,
         }
     }
 }
@@ -135,6 +138,9 @@ impl Engine {
     /// When the programs do not compile or the cache does not fit the device.
     pub fn new(client: &Client, model: DeviceModel, options: EngineOptions) -> Result<Self> {
         let (shape, config) = (options.shape(), model.config());
+        if shape.kernels == KernelForm::Native {
+            crate::native::register_all(client.plugin())?;
+        }
         let started = Instant::now();
         let context = Context::new();
         let kind = options.sampling.kind();
@@ -145,8 +151,7 @@ impl Engine {
         let decode = client.compile(decode.bytecode(), 1)?;
         let compile = started.elapsed();
 
-        let kv_type = shape.kv_type(config);
-        let kv = client.upload(&HostTensor::zeros(kv_type.element, &kv_type.dims), 0)?;
+        let kv = empty_cache(client, &shape, config)?;
         let sampling = options.sampling;
         let scalar = |tensor: HostTensor| client.upload(&tensor, 0);
         let parameters = [
@@ -250,7 +255,7 @@ impl Engine {
         let page_size = shape.page_size;
         let mut tokens = vec![0i32; shape.prefill_rows];
         let mut positions = vec![0i32; shape.prefill_rows];
-        let mut kv_slots = vec![(shape.null_page() * page_size) as i32; shape.prefill_rows];
+        let mut kv_slots = vec![-1i32; shape.prefill_rows];
         let mut first_rows = vec![0i32; shape.slots + 1];
         let mut kv_lens = vec![0i32; shape.slots];
         let mut sample_rows = vec![0i32; shape.slots];
@@ -326,35 +331,47 @@ impl Engine {
 
     /// Runs the prefill program: one token per sequence.
     fn launch_prefill(&mut self, call: Vec<Buffer>) -> Result<Vec<i32>> {
+        let cache = self.cache()?;
         let parameters = self.parameters.iter().map(Arg::Keep);
         let args = call.into_iter().map(Arg::Donate).chain(parameters).collect();
-        Self::launch(&self.prefill, &self.model, &mut self.kv, args)
+        let (kv, tokens) = launch(&self.prefill, &self.model, cache, args)?;
+        self.kv = Some(kv);
+        Ok(tokens.values()?)
     }
 
     /// Runs the decode program: `[slots, max_rounds]` tokens.
     fn launch_decode(&mut self, mut call: Vec<Buffer>) -> Result<Vec<i32>> {
         let rounds = call.pop();
+        let cache = self.cache()?;
         let parameters = self.parameters.iter().map(Arg::Keep);
         let args = call.into_iter().map(Arg::Donate).chain(parameters).chain(rounds.map(Arg::Donate)).collect();
-        Self::launch(&self.decode, &self.model, &mut self.kv, args)
+        let (kv, tokens) = launch(&self.decode, &self.model, cache, args)?;
+        self.kv = Some(kv);
+        Ok(tokens.values()?)
     }
 
-    fn launch<'b>(
-        program: &Executable,
-        model: &'b DeviceModel,
-        kv: &mut Option<Buffer>,
-        args: Vec<Arg<'b>>,
-    ) -> Result<Vec<i32>> {
-        let cache = kv.take().ok_or_else(|| crate::Error::lost_cache())?;
-        let all = model.weights().iter().map(Arg::Keep).chain([Arg::Donate(cache)]).chain(args).collect();
-        let mut results = program.run(all)?;
-        let tokens = results.pop().map(|buffer| buffer.values::<i32>());
-        *kv = results.pop();
-        Ok(tokens.unwrap_or_else(|| Ok(Vec::new()))?)
+    /// The KV buffer; a new one when a failed call took the last with it.
+    fn cache(&mut self) -> Result<Buffer> {
+        self.kv.take().map_or_else(|| empty_cache(&self.client, &self.shape, self.model.config()), Ok)
     }
 }
 
-/// A page table `i32[slots, pages_per_seq]`, filled with the null page.
+/// Runs a step program on the weights, the KV buffer and the rest of its arguments: the KV buffer and the tokens.
+fn launch(program: &Executable, model: &DeviceModel, kv: Buffer, args: Vec<Arg<'_>>) -> Result<(Buffer, Buffer)> {
+    let all = model.weights().iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(args).collect();
+    let results = program.run(all)?;
+    let found = results.len();
+    <[Buffer; 2]>::try_from(results)
+        .map(|[kv, tokens]| (kv, tokens))
+        .map_err(|_| Error::runtime("running a step program")(format!("it returned {found} results instead of 2")))
+}
+
+fn empty_cache(client: &Client, shape: &StepShape, config: &LlamaConfig) -> Result<Buffer> {
+    let kv_type = shape.kv_type(config);
+    Ok(client.upload(&HostTensor::zeros(kv_type.element, &kv_type.dims), 0)?)
+}
+
+/// A page table `i32[slots, pages_per_seq]`; entries that no sequence uses are page 0.
 struct PageTable {
     entries: Vec<i32>,
     dims: [usize; 2],
@@ -363,7 +380,7 @@ struct PageTable {
 impl PageTable {
     fn new(shape: &StepShape) -> Self {
         let dims = [shape.slots, shape.pages_per_seq];
-        Self { entries: vec![shape.null_page() as i32; dims[0] * dims[1]], dims }
+        Self { entries: vec![0; dims[0] * dims[1]], dims }
     }
 
     fn set(&mut self, row: usize, pages: &[crate::units::PageId]) {

@@ -1,7 +1,14 @@
 //! The engine: PJRT plugins, the Llama step program, paged KV, the scheduler, the sampler, hosts, and the command line.
 pub mod certify;
+pub mod cli;
+pub mod config;
 pub mod error;
+pub mod generate;
+pub mod hosts;
+pub mod llama;
 pub mod model;
+pub mod native;
+pub mod output;
 pub mod pages;
 pub mod pjrt;
 pub mod sampler;

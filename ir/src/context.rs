@@ -4,7 +4,10 @@
 //! LLVM does not ship (StableHLO, the TPU dialect) are allowed unregistered: their ops and attributes are built and
 //! printed as they are, and checked by the builders of this crate instead of by MLIR.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    fmt,
+    sync::{Arc, Mutex},
+};
 
 use melior::{
     diagnostic::{Diagnostic, DiagnosticSeverity},
@@ -67,6 +70,13 @@ pub(crate) fn diagnosed<T>(context: &melior::Context, work: impl FnOnce() -> T) 
     (result, lines.join("\n"))
 }
 
+/// What MLIR prints, up to the first byte that is no UTF-8 (damaged modules hold such names; `to_string` would panic).
+pub(crate) fn printed(value: &impl fmt::Display) -> String {
+    let mut text = String::new();
+    let _ = fmt::write(&mut text, format_args!("{value}"));
+    text
+}
+
 fn render(diagnostic: &Diagnostic, indent: &str, lines: &mut Vec<String>) {
     let severity = match diagnostic.severity() {
         DiagnosticSeverity::Error => "error",
@@ -74,7 +84,7 @@ fn render(diagnostic: &Diagnostic, indent: &str, lines: &mut Vec<String>) {
         DiagnosticSeverity::Note => "note",
         DiagnosticSeverity::Remark => "remark",
     };
-    lines.push(format!("{indent}{severity}: {diagnostic}"));
+    lines.push(format!("{indent}{severity}: {}", printed(diagnostic)));
     for note in (0..diagnostic.note_count()).filter_map(|index| diagnostic.note(index).ok()) {
         render(&note, "  ", lines);
     }

@@ -9,6 +9,7 @@ pub mod mosaic;
 pub mod shape;
 pub mod stablehlo;
 pub mod tensor;
+pub mod tile_machine;
 
 pub use context::Context;
 pub use element::Element;

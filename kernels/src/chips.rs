@@ -230,7 +230,10 @@ mod tests {
             assert!(chip.info().default_scoped_limit <= chip.info().vmem_per_core);
         }
         assert_eq!(Chip::parse("v7x"), Ok(Chip::Tpu7x));
-        assert_eq!(Chip::parse("v9").unwrap_err().to_string(), "chip = v9 is not known: use v4, v5e, v5p, v6e or tpu7x");
+        assert_eq!(
+            Chip::parse("v9").unwrap_err().to_string(),
+            "chip = v9 is not known: use v4, v5e, v5p, v6e or tpu7x"
+        );
         // The data sheets' peak bf16 rates, TFLOP/s per device, to 1%.
         let peaks = Chip::ALL.map(|chip| chip.info().peak_flops() / 1e12);
         for (peak, sheet) in peaks.into_iter().zip([275.0, 197.0, 459.0, 918.0, 1153.5]) {

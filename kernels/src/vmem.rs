@@ -62,7 +62,8 @@ impl Bytes {
             "g" | "gib" => 30,
             _ => return Err(format!("`{text}` is no size: write 16MiB, 512KiB, 2GiB or a number of bytes")),
         };
-        let value: f64 = number.parse().map_err(|_| format!("`{text}` is no size: write 16MiB or a number of bytes"))?;
+        let value: f64 =
+            number.parse().map_err(|_| format!("`{text}` is no size: write 16MiB or a number of bytes"))?;
         let bytes = value * (1u64 << shift) as f64;
         if bytes.fract() != 0.0 || bytes >= (1u64 << 53) as f64 {
             return Err(format!("`{text}` is no whole number of bytes below 2^53"));
@@ -286,12 +287,7 @@ fn limit_argument(bytes: Bytes) -> String {
 impl Verdict {
     /// Judges a sum of buffers and what is known of spills against `limit`. `suggestions` are asked for only when the
     /// kernel does not fit; they are put into the order tiles, limit, sharding.
-    pub fn judge(
-        total: Bytes,
-        spills: Spills,
-        limit: Bytes,
-        suggestions: impl FnOnce() -> Vec<Suggestion>,
-    ) -> Self {
+    pub fn judge(total: Bytes, spills: Spills, limit: Bytes, suggestions: impl FnOnce() -> Vec<Suggestion>) -> Self {
         let known = match spills {
             Spills::Certified { bytes } | Spills::Bounded { bytes } => Some(bytes),
             Spills::Unknown => None,
@@ -377,9 +373,8 @@ mod tests {
     fn tables_add_up() {
         let window = Buffer::new("a", BufferKind::InputWindow, Element::Bf16, &[24, 200], 2);
         assert_eq!(window.bytes, Bytes(2 * 24 * 256 * 2), "lanes are padded to 128");
-        let report = VmemReport {
-            buffers: vec![window, Buffer::new("sum", BufferKind::Scratch, Element::F32, &[24, 128], 1)],
-        };
+        let report =
+            VmemReport { buffers: vec![window, Buffer::new("sum", BufferKind::Scratch, Element::F32, &[24, 128], 1)] };
         assert_eq!(report.total(), Bytes(24576 + 12288));
     }
 }

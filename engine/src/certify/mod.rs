@@ -170,7 +170,9 @@ impl fmt::Display for Certificate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.verdict {
             Verdict::Compiles => writeln!(f, "compiles for {} ({})", self.topology, self.compiler)?,
-            Verdict::OutOfMemory(out) => writeln!(f, "does not compile for {} ({}): {out}", self.topology, self.compiler)?,
+            Verdict::OutOfMemory(out) => {
+                writeln!(f, "does not compile for {} ({}): {out}", self.topology, self.compiler)?
+            }
         }
         self.kernels.iter().try_for_each(|kernel| write!(f, "{kernel}"))?;
         for op in &self.cycles {
@@ -183,7 +185,13 @@ impl fmt::Display for Certificate {
 impl Certifier {
     /// A certifier that runs `worker` (an executable whose `main` calls [`run_if_asked`] first) on the given libtpu.
     pub fn new(worker: impl Into<PathBuf>, plugin: impl Into<PathBuf>) -> Self {
-        Self { worker: worker.into(), plugin: plugin.into(), timeout: Duration::from_secs(180), keep: None, in_program: false }
+        Self {
+            worker: worker.into(),
+            plugin: plugin.into(),
+            timeout: Duration::from_secs(180),
+            keep: None,
+            in_program: false,
+        }
     }
 
     /// A certifier that runs `worker`, with the libtpu that is found as any plugin is.
@@ -233,7 +241,9 @@ impl Certifier {
         let start = Instant::now();
         let profiled = chip.has_static_profile();
         let (answer, kernels, cycles, profile) = match self.attempt(topology, program, profiled)? {
-            (Ok(answer), dumps) => (answer, dumps.kernels, dumps.cycles, if profiled { Profile::Complete } else { Profile::None }),
+            (Ok(answer), dumps) => {
+                (answer, dumps.kernels, dumps.cycles, if profiled { Profile::Complete } else { Profile::None })
+            }
             // The profiler checks types more strictly than the compiler and aborts on some packed stores, after it has
             // written its estimate: the verdict is the one of a second run without it.
             (Err(_), first) if profiled => match self.attempt(topology, program, false)? {
@@ -394,7 +404,8 @@ impl Dumps {
 fn complaint(log: &Path) -> Option<String> {
     const MOST: usize = 1000;
     let text = String::from_utf8_lossy(&std::fs::read(log).ok()?).into_owned();
-    let noise = |line: &&str| !line.trim_start().starts_with("@ ") && !line.starts_with("http") && !line.starts_with("PC:");
+    let noise =
+        |line: &&str| !line.trim_start().starts_with("@ ") && !line.starts_with("http") && !line.starts_with("PC:");
     let lines: Vec<&str> = text.lines().filter(noise).collect();
     // glog: `F1124 23:17:55.755984 29721 file.cc:76] message`.
     let fatal = |line: &&&str| line.starts_with('F') && line.chars().nth(1).is_some_and(|c| c.is_ascii_digit());

@@ -118,9 +118,7 @@ pub fn vmem(html: &str) -> Result<Vec<KernelVmem>, Error> {
             }
         }
         // Ops of XLA's own take scoped VMEM too: copies, fusions. They have no windows and no scratch operands.
-        let mosaic = |allocation: &Allocation| {
-            matches!(allocation.kind, AllocationKind::Buffer(kind) if kind != BufferKind::InternalScratch)
-        };
+        let mosaic = |allocation: &Allocation| matches!(allocation.kind, AllocationKind::Buffer(kind) if kind != BufferKind::InternalScratch);
         if allocations.iter().any(mosaic) {
             kernels.push(KernelVmem { name: name.clone(), allocations, total: Bytes(total) });
         }

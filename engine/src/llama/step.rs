@@ -11,8 +11,7 @@
 //! on the CPU. Query, key and value projections are one matmul, gate and up another.
 //!
 //! *KV cache.* All layers share one buffer `[layers * pages, page_size, 2 * kv_heads, head_dim]`; layer `l` owns the
-//! pages from `l * pages` on. The last page of each layer is the *null page*: rows of idle slots and padding write
-//! there, and no page table may name it.
+//! pages from `l * pages` on. Rows of idle slots and padding have the KV slot -1 and write nothing.
 //!
 //! *Layers are unrolled*: a `stablehlo.while` over stacked weights would slice a copy of each layer's weights on every
 //! step (measured, see ARCHITECTURE.md).
@@ -22,7 +21,7 @@
 use pagoda_ir::stablehlo::{Builder, Direction, DotDims, Module, Precision, Tensor};
 use pagoda_ir::tensor::HostTensor;
 use pagoda_ir::{Context, Element, Result, TensorType};
-use pagoda_kernels::rpa;
+use pagoda_kernels::{Invalid, rpa};
 
 use crate::model::config::LlamaConfig;
 use crate::sampler::{self, Keys, Parameters, Sampling};
@@ -34,7 +33,7 @@ pub struct StepShape {
     pub prefill_rows: usize,
     /// Sequences of one call; rows of a decode step.
     pub slots: usize,
-    /// KV pages of one layer, the null page not counted.
+    /// KV pages of one layer.
     pub pages: usize,
     /// Tokens of one page.
     pub page_size: usize,
@@ -46,18 +45,50 @@ pub struct StepShape {
     pub max_rounds: usize,
     /// Type of weights, activations and KV.
     pub compute: Element,
+    /// Which form of the kernels the program carries.
+    pub kernels: KernelForm,
+}
+
+/// The forms in which a program can carry the attention kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelForm {
+    /// Plain StableHLO: any plugin.
+    Stablehlo,
+    /// Rust, as a custom call: the CPU plugin ([`crate::native::register_all`] comes first).
+    Native,
 }
 
 impl StepShape {
-    /// The page that rows without a sequence write to.
-    pub fn null_page(&self) -> usize {
-        self.pages
+    /// The type of the KV buffer: `[layers * pages, page_size, 2 * kv_heads, head_dim]`.
+    pub fn kv_type(&self, config: &LlamaConfig) -> TensorType {
+        let pages = config.layers * self.pages;
+        TensorType::new(self.compute, &[pages, self.page_size, 2 * config.kv_heads, config.head_dim])
     }
 
-    /// The type of the KV buffer: `[layers * (pages + 1), page_size, 2 * kv_heads, head_dim]`.
-    pub fn kv_type(&self, config: &LlamaConfig) -> TensorType {
-        let pages = config.layers * (self.pages + 1);
-        TensorType::new(self.compute, &[pages, self.page_size, 2 * config.kv_heads, config.head_dim])
+    /// The attention over `rows` query rows.
+    fn attention(
+        &self,
+        config: &LlamaConfig,
+        rows: usize,
+        kind: rpa::Kind,
+    ) -> std::result::Result<rpa::Problem, Invalid> {
+        rpa::Problem::new(rpa::Spec {
+            kind,
+            element: self.compute,
+            tokens: rows,
+            q_heads: config.q_heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            page_size: self.page_size,
+            pages: self.pages,
+            layers: config.layers,
+            max_seqs: self.slots,
+            pages_per_seq: self.pages_per_seq,
+            scale: (config.head_dim as f64).powf(-0.5),
+            sliding_window: None,
+            soft_cap: None,
+        })
     }
 }
 
@@ -138,7 +169,7 @@ struct Rows<'c, 'a> {
     tokens: Tensor<'c, 'a>,
     /// `i32[rows]`: each row's position in its sequence.
     positions: Tensor<'c, 'a>,
-    /// `i32[rows]`: `page * page_size + offset` where the row's key and value go, within one layer.
+    /// `i32[rows]`: `page * page_size + offset` where the row's key and value go, within one layer; -1: nowhere.
     kv_slots: Tensor<'c, 'a>,
     /// `i32[slots]`: length of each sequence, this step's rows included.
     kv_lens: Tensor<'c, 'a>,
@@ -179,7 +210,7 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
             let q = self.rotate(self.heads(qkv, 0, config.q_heads)?, cosines, sines)?;
             let k = self.rotate(self.heads(qkv, config.q_heads, config.kv_heads)?, cosines, sines)?;
             let v = self.heads(qkv, config.q_heads + config.kv_heads, config.kv_heads)?;
-            let first_page = b.scalar(Element::I32, (index * (self.shape.pages + 1)) as f64)?;
+            let first_page = b.scalar(Element::I32, (index * self.shape.pages) as f64)?;
             let attended = self.attend(q, k, v, rows, first_page, &mut kv)?; // [rows, q_heads, head_dim]
             let attended = b.reshape(attended, &[self.rows, config.q_heads * config.head_dim])?;
             x = b.add(x, self.linear(layer.output, b.transpose(attended, &[1, 0])?)?)?;
@@ -235,7 +266,8 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         let wide = b.convert(x, Element::F32)?;
         let low = b.slice_in_dim(wide, 0, half[2], 2)?;
         let high = b.slice_in_dim(wide, half[2], dims[2], 2)?;
-        let (cosines, sines) = (b.broadcast_in_dim(cosines, &half, &[0, 2])?, b.broadcast_in_dim(sines, &half, &[0, 2])?);
+        let (cosines, sines) =
+            (b.broadcast_in_dim(cosines, &half, &[0, 2])?, b.broadcast_in_dim(sines, &half, &[0, 2])?);
         let rotated_low = b.subtract(b.multiply(low, cosines)?, b.multiply(high, sines)?)?;
         let rotated_high = b.add(b.multiply(high, cosines)?, b.multiply(low, sines)?)?;
         b.convert(b.concatenate(&[rotated_low, rotated_high], 2)?, self.shape.compute)
@@ -251,7 +283,7 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         self.linear(layer.down, b.multiply(silu, up)?)
     }
 
-    /// Where each slot's row goes, `page * page_size + offset`; idle slots go to the null page.
+    /// Where each slot's row goes, `page * page_size + offset`; -1 for idle slots.
     fn kv_slots(
         &self,
         positions: Tensor<'c, 'a>,
@@ -265,8 +297,7 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         let here = b.compare(columns, Direction::Eq, b.broadcast_in_dim(ordinal, &dims, &[0])?)?;
         let page = b.reduce_sum(b.select(here, page_indices, b.splat(Element::I32, &dims, 0.0)?)?, &[1])?;
         let slot = b.add(b.multiply(page, size)?, b.remainder(positions, size)?)?;
-        let null = b.splat(Element::I32, &dims[..1], (self.shape.null_page() * self.shape.page_size) as f64)?;
-        b.select(active, slot, null)
+        b.select(active, slot, b.splat(Element::I32, &dims[..1], -1.0)?)
     }
 
     /// Writes this step's keys and values into the layer's pages, then attends over them.
@@ -279,7 +310,29 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         first_page: Tensor<'c, 'a>,
         kv: &mut Tensor<'c, 'a>,
     ) -> Result<Tensor<'c, 'a>> {
-        todo!()
+        let b = self.b;
+        let mut operands = rpa::stablehlo::Operands {
+            q,
+            kv_pages: *kv,
+            kv_lens: rows.kv_lens,
+            page_indices: rows.page_indices,
+            cu_q_lens: rows.cu_q_lens,
+            num_seqs: rows.num_seqs,
+            first_page: Some(first_page),
+        };
+        match self.shape.kernels {
+            KernelForm::Stablehlo => {
+                *kv = rpa::kv_write::emit(b, self.attention, *kv, k, v, rows.kv_slots, Some(first_page))?;
+                operands.kv_pages = *kv;
+                rpa::stablehlo::emit(b, self.attention, &operands)
+            }
+            KernelForm::Native => {
+                let new = rpa::native::NewKv { k, v, slots: rows.kv_slots };
+                let (attended, written) = rpa::native::emit(b, self.attention, &operands, &new)?;
+                *kv = written;
+                Ok(attended)
+            }
+        }
     }
 }
 
@@ -299,7 +352,7 @@ pub enum Output {
 /// | KV buffer | [`StepShape::kv_type`] | donated |
 /// | token ids | `i32[rows]` | padding: 0 |
 /// | positions | `i32[rows]` | padding: 0 |
-/// | KV slots | `i32[rows]` | `page * page_size + offset`; padding: in the null page |
+/// | KV slots | `i32[rows]` | `page * page_size + offset`; padding: -1 |
 /// | KV lengths | `i32[slots]` | this chunk included |
 /// | page table | `i32[slots, pages_per_seq]` | |
 /// | first rows | `i32[slots + 1]` | `cu_q_lens` |
@@ -317,7 +370,7 @@ pub fn prefill<'c>(
     output: Output,
 ) -> crate::Result<Module<'c>> {
     let (rows, slots) = (shape.prefill_rows, shape.slots);
-    let attention = attention_problem(config, shape, rows, rpa::Kind::Mixed)?;
+    let attention = shape.attention(config, rows, rpa::Kind::Mixed)?;
     let i32s = |dims: &[usize]| TensorType::new(Element::I32, dims);
     let mut types = weight_types(config, shape);
     let kv_argument = types.len();
@@ -390,7 +443,7 @@ pub fn decode<'c>(
     end_of_text: &[i32],
 ) -> crate::Result<Module<'c>> {
     let slots = shape.slots;
-    let attention = attention_problem(config, shape, slots, rpa::Kind::Decode)?;
+    let attention = shape.attention(config, slots, rpa::Kind::Decode)?;
     let i32s = |dims: &[usize]| TensorType::new(Element::I32, dims);
     let mut types = weight_types(config, shape);
     let kv_argument = types.len();

@@ -17,6 +17,7 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use super::config::LlamaConfig;
 use super::read_json;
 use crate::error::{Error, Result};
+use crate::output::fingerprint;
 use crate::units::Bytes;
 
 /// A tensor that a model needs.
@@ -245,10 +246,21 @@ impl Weights {
         Bytes(self.shards.iter().map(|shard| shard.header.data_len() as u64).sum())
     }
 
-    /// The raw headers: names, types, shapes and offsets of all tensors. Part of what identifies a run.
-    pub fn headers(&self) -> impl Iterator<Item = &[u8]> {
-        self.shards.iter().map(|shard| &shard.map[..shard.data])
+    /// Identifies the weights: a [`fingerprint`] of all names, types and shapes, and of the beginning of each tensor, so
+    /// that two trainings of one architecture differ, and a large model need not be read twice.
+    pub fn identity(&self) -> String {
+        let pieces = self.shards.iter().flat_map(|shard| {
+            let starts = shard.header.tensors().into_values().map(|info| info.data_offsets).collect::<BTreeSet<_>>();
+            let heads = starts
+                .into_iter()
+                .map(|(start, end)| &shard.map[shard.data + start..shard.data + end.min(start + Self::IDENTITY_BYTES)]);
+            std::iter::once(&shard.map[..shard.data]).chain(heads)
+        });
+        fingerprint(pieces)
     }
+
+    /// How much of each tensor [`identity`](Self::identity) reads.
+    const IDENTITY_BYTES: usize = 4096;
 
     fn find(&self, name: &str) -> Option<(&Shard, &safetensors::tensor::TensorInfo)> {
         let shard = &self.shards[*self.homes.get(name)?];
@@ -337,6 +349,18 @@ mod tests {
         let before = weights.tensor(&specs[0]).unwrap().to_f64();
         weights.release(&specs[0]);
         assert_eq!(weights.tensor(&specs[0]).unwrap().to_f64(), before);
+
+        // Another training of the same shapes is another model.
+        let folder = tempfile::tempdir().unwrap();
+        let mut bytes = fs::read(tiny().join("model.safetensors")).unwrap();
+        let copy = |bytes: &[u8]| {
+            fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+            Weights::open(folder.path()).unwrap().identity()
+        };
+        assert_eq!(copy(&bytes), weights.identity());
+        let last = bytes.len() - 512; // the start of the last tensor in the file, a norm
+        bytes[last] ^= 1;
+        assert_ne!(copy(&bytes), weights.identity());
 
         let untied = LlamaConfig { tie_word_embeddings: false, ..config.clone() };
         let error = weights.check(&untied).unwrap_err().to_string();

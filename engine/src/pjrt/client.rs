@@ -90,12 +90,9 @@ impl Plugin {
     /// When the plugin cannot create a client, or has fewer devices.
     pub fn client(&self, devices: usize) -> Result<Client> {
         let mut client = self.client_with(&[])?;
-        if client.devices() < devices {
-            // Only the CPU plugin takes a device count; others refuse options that they do not know.
-            let count = NamedValue::i64("cpu_device_count", devices as i64);
-            if client.platform().eq_ignore_ascii_case("cpu") || client.platform().eq_ignore_ascii_case("host") {
-                client = self.client_with(&[count])?;
-            }
+        // Only the CPU plugin makes devices on demand, and its default is not one; others refuse the option.
+        if client.devices() != devices && client.platform().eq_ignore_ascii_case("cpu") {
+            client = self.client_with(&[NamedValue::i64("cpu_device_count", devices as i64)])?;
         }
         let found = client.devices();
         if found < devices {

@@ -68,15 +68,20 @@ impl<'a> Operand<'a> {
     /// # Errors
     /// When the operand has another element type.
     pub fn values<T: Native>(&self) -> std::result::Result<&'a [T], String> {
-        let viewed = if self.element == Element::Pred { Element::U8 } else { self.element };
-        if viewed != T::ELEMENT || !self.data.cast::<T>().is_aligned() {
-            return Err(format!("an operand of {} was expected, got {}", T::ELEMENT, self.element));
-        }
+        self.check::<T>()?;
         match self.len() {
             0 => Ok(&[]),
             // SAFETY: as in `bytes`; type and alignment were checked.
             count => Ok(unsafe { std::slice::from_raw_parts(self.data.cast(), count) }),
         }
+    }
+
+    fn check<T: Native>(&self) -> std::result::Result<(), String> {
+        let viewed = if self.element == Element::Pred { Element::U8 } else { self.element };
+        if viewed == T::ELEMENT && self.data.cast::<T>().is_aligned() {
+            return Ok(());
+        }
+        Err(format!("an array of {} was expected, got {}", T::ELEMENT, self.element))
     }
 }
 
@@ -118,6 +123,38 @@ impl<'a> Frame<'a> {
             // SAFETY: XLA passes writable memory of this size for each result; `&mut self` keeps the borrow unique.
             size => Ok(unsafe { std::slice::from_raw_parts_mut(result.data.cast_mut(), size) }),
         }
+    }
+
+    /// The elements of all results, row-major, to be written.
+    ///
+    /// # Errors
+    /// When there are not `N` results, or one has another element type.
+    pub fn all_results<T: Native, const N: usize>(&mut self) -> std::result::Result<[&mut [T]; N], String> {
+        if self.results() != N {
+            return Err(format!("{} results, {N} expected", self.results()));
+        }
+        let mut slices = Vec::with_capacity(N);
+        for index in 0..N {
+            let result = Self::view(&self.raw.rets, index, "result")?;
+            result.check::<T>()?;
+            slices.push(match result.len() {
+                0 => &mut [][..],
+                // SAFETY: XLA passes writable memory of this size for each result, no two of which overlap; type and
+                // alignment were checked, and `&mut self` keeps the borrow unique.
+                count => unsafe { std::slice::from_raw_parts_mut(result.data.cast_mut().cast(), count) },
+            });
+        }
+        Ok(slices.try_into().unwrap_or_else(|_| unreachable!("there are N of them")))
+    }
+
+    /// Whether a result lies in an operand's memory: then that operand's values must not be looked at.
+    ///
+    /// # Errors
+    /// As [`operand`](Self::operand).
+    pub fn aliased(&self, result: usize, operand: usize) -> std::result::Result<bool, String> {
+        let (result, operand) =
+            (Self::view(&self.raw.rets, result, "result")?, Self::view(&self.raw.args, operand, "operand")?);
+        Ok(result.data == operand.data)
     }
 
     /// A string attribute of the call's `backend_config` dictionary.

@@ -6,8 +6,7 @@ use std::{
 };
 
 use melior::ir::{
-    Attribute, Block, BlockLike, Identifier, Location, Module, Region, RegionLike, Type,
-    Value as MlirValue, ValueLike,
+    Attribute, Block, BlockLike, Identifier, Location, Module, Region, RegionLike, Type, Value as MlirValue, ValueLike,
     attribute::{
         ArrayAttribute, DenseI64ArrayAttribute, DictionaryAttribute, FlatSymbolRefAttribute, IntegerAttribute,
         StringAttribute, TypeAttribute,
@@ -74,14 +73,17 @@ pub struct Operand {
     pub space: MemorySpace,
     /// The block of one grid step, for windowed operands.
     pub block: Option<Vec<usize>>,
-    /// Whether a windowed operand is double-buffered.
+    /// Whether it is windowed and has two buffers.
     pub double_buffered: bool,
 }
+
+/// From a grid step to the index of a block.
+type BlockIndices<'a, 'f> = Box<dyn Fn(&Transform<'a>) -> Vec<Literal<'a>> + 'f>;
 
 /// How an array is cut into the blocks that the pipeline brings into VMEM, one per grid step.
 pub struct Window<'a, 'f> {
     block: Vec<usize>,
-    transform: Box<dyn Fn(&Transform<'a>) -> Vec<Literal<'a>> + 'f>,
+    transform: BlockIndices<'a, 'f>,
     double_buffered: bool,
 }
 
@@ -90,21 +92,13 @@ impl<'a, 'f> Window<'a, 'f> {
     ///
     /// Blocks at the far edge may hang over: what they read there is garbage, what they write there is dropped.
     pub fn blocks<I: super::IntoIndices<'a>>(block: &[usize], transform: impl Fn(&Transform<'a>) -> I + 'f) -> Self {
-        Self {
-            block: block.to_vec(),
-            transform: Box::new(move |t| transform(t).literals()),
-            double_buffered: true,
-        }
+        Self { block: block.to_vec(), transform: Box::new(move |t| transform(t).literals()), double_buffered: true }
     }
 
     /// The whole array of sizes `dims` as one block, copied once.
     pub fn whole(dims: &[usize]) -> Self {
         let rank = dims.len();
-        Self {
-            block: dims.to_vec(),
-            transform: Box::new(move |_| vec![Literal::Int(0); rank]),
-            double_buffered: true,
-        }
+        Self { block: dims.to_vec(), transform: Box::new(move |_| vec![Literal::Int(0); rank]), double_buffered: true }
     }
 
     /// One buffer instead of two: half the VMEM, and no overlap of copy and compute.
@@ -214,11 +208,7 @@ impl<'c> Kernel<'c> {
 ///
 /// # Errors
 /// The first op that does not fit, or MLIR's verifier's complaint.
-pub fn kernel<'c>(
-    context: &'c Context,
-    name: &str,
-    body: impl for<'a> FnOnce(&'a Builder<'a>),
-) -> Result<Kernel<'c>> {
+pub fn kernel<'c>(context: &'c Context, name: &str, body: impl for<'a> FnOnce(&'a Builder<'a>)) -> Result<Kernel<'c>> {
     let context = context.melior();
     let module = Module::new(Location::unknown(context));
     let region = Region::new();
@@ -244,10 +234,14 @@ pub fn kernel<'c>(
     if !valid {
         return Err(Error::Verify { module: name.to_owned(), diagnostics });
     }
+    let mut operands = signature.operands;
+    for (operand, argument) in operands.iter_mut().zip(super::Signature::read(&module)?.arguments) {
+        operand.double_buffered = argument.window.is_some_and(|window| window.double_buffered);
+    }
     Ok(Kernel {
         name: name.to_owned(),
         module,
-        operands: signature.operands,
+        operands,
         grid: signature.grid.unwrap_or_default(),
         vmem_limit: signature.vmem_limit,
         aliases: signature.aliases,
@@ -431,7 +425,6 @@ impl<'a> Builder<'a> {
             block = block.iter().map(|&size| size.max(1)).collect();
         }
         let index = self.signature.borrow().windows.len();
-        let double_buffered = window.as_ref().is_some_and(|window| window.double_buffered);
         let params = window.map(|window| {
             let transform = format!("transform_{index}");
             self.define_transform(&transform, &window, dims.len());
@@ -445,7 +438,7 @@ impl<'a> Builder<'a> {
             dims: dims.to_vec(),
             space,
             block: params.as_ref().map(|(_, block, _)| block.clone()),
-            double_buffered,
+            double_buffered: false,
         });
         if matches!(role, Role::Input | Role::Output) {
             signature.windows.push(params);
@@ -461,7 +454,8 @@ impl<'a> Builder<'a> {
         let location = Location::unknown(self.context);
         let signature = self.signature.borrow();
         let grid = signature.grid.as_deref().unwrap_or_default();
-        let grid: Vec<_> = grid.iter().map(|_| self.value(entry.add_argument(self.i32_type(), location).to_raw())).collect();
+        let grid: Vec<_> =
+            grid.iter().map(|_| self.value(entry.add_argument(self.i32_type(), location).to_raw())).collect();
         let prefetched = signature.operands.iter().filter(|operand| operand.role == Role::Prefetch);
         let prefetch: Vec<_> = prefetched
             .map(|operand| {
@@ -471,8 +465,9 @@ impl<'a> Builder<'a> {
             })
             .collect();
         drop(signature);
-        let inputs: Vec<_> =
-            (0..entry.argument_count()).map(|index| entry.argument(index).expect("within the count").r#type()).collect();
+        let inputs: Vec<_> = (0..entry.argument_count())
+            .map(|index| entry.argument(index).expect("within the count").r#type())
+            .collect();
         let outer = self.block.replace(entry.to_raw());
         let mut indices = (window.transform)(&Transform { k: self, grid, prefetch });
         if indices.len() != rank {
@@ -510,7 +505,10 @@ fn unfit(element: RefElement, dims: &[usize], block: &[usize], space: MemorySpac
     {
         return Some(format!("Mosaic memory holds i8, i16, i32, bf16 and f32, not {element}"));
     }
-    if space == MemorySpace::Smem && element != RefElement::Data(Element::I32) && element != RefElement::Data(Element::F32) {
+    if space == MemorySpace::Smem
+        && element != RefElement::Data(Element::I32)
+        && element != RefElement::Data(Element::F32)
+    {
         return Some("SMEM holds 32-bit scalars".into());
     }
     if block.len() != dims.len() {
@@ -574,18 +572,24 @@ impl<'a, C: Carry<'a>, const N: usize> Carry<'a> for [C; N] {
 macro_rules! carry_tuples {
     ($(($($part:ident $index:tt),*))*) => {$(
         impl<'a $(, $part: Carry<'a>)*> Carry<'a> for ($($part,)*) {
-            fn flatten(&self, _values: &mut Vec<Value<'a>>) {
-                $(self.$index.flatten(_values);)*
+            fn flatten(&self, values: &mut Vec<Value<'a>>) {
+                $(self.$index.flatten(values);)*
             }
 
-            fn rebuild(&self, _values: &mut dyn Iterator<Item = Value<'a>>) -> Self {
-                ($(self.$index.rebuild(_values),)*)
+            fn rebuild(&self, values: &mut dyn Iterator<Item = Value<'a>>) -> Self {
+                ($(self.$index.rebuild(values),)*)
             }
         }
     )*};
 }
 
-carry_tuples! { () (A 0) (A 0, B 1) (A 0, B 1, C 2) (A 0, B 1, C 2, D 3) (A 0, B 1, C 2, D 3, E 4) }
+impl<'a> Carry<'a> for () {
+    fn flatten(&self, _: &mut Vec<Value<'a>>) {}
+
+    fn rebuild(&self, _: &mut dyn Iterator<Item = Value<'a>>) -> Self {}
+}
+
+carry_tuples! { (A 0) (A 0, B 1) (A 0, B 1, C 2) (A 0, B 1, C 2, D 3) (A 0, B 1, C 2, D 3, E 4) }
 
 /// Control flow.
 impl<'a> Builder<'a> {
@@ -604,8 +608,8 @@ impl<'a> Builder<'a> {
         otherwise: impl FnOnce() -> C,
     ) -> C {
         let op = "scf.if";
-        let location = self.here();
-        let condition = self.condition(op, condition);
+        let (caller, location) = (Caller::caller(), self.here());
+        let condition = self.condition(caller, op, condition);
         let mut yielded = None;
         let then = self.region(&[], location, |_| {
             let carry = then();
@@ -617,7 +621,7 @@ impl<'a> Builder<'a> {
         let types: Vec<_> = flat(&yielded).iter().map(Value::mlir_type).collect();
         let otherwise = self.region(&[], location, |_| {
             let mut values = flat(&otherwise());
-            self.match_types(op, "the else branch", &types, &mut values);
+            self.match_types(caller, op, "the else branch", &types, &mut values);
             ("scf.yield", values)
         });
         let results = self.emit(op, &[condition.raw], &[], &types, vec![then, otherwise], location);
@@ -645,17 +649,19 @@ impl<'a> Builder<'a> {
         body: impl FnOnce(Value<'a>, C) -> C,
     ) -> C {
         let op = "scf.for";
-        let location = self.here();
-        let bounds = [low.literal(), high.literal(), Literal::Int(1)].map(|bound| self.scalar_i32(op, bound).raw);
+        let (caller, location) = (Caller::caller(), self.here());
+        let low = self.scalar_i32(op, low.literal()).raw;
+        let high = self.scalar_i32(op, high.literal()).raw;
+        let one = self.scalar_i32(op, Literal::Int(1)).raw;
         let values = flat(&initial);
         let types: Vec<_> = values.iter().map(Value::mlir_type).collect();
         let arguments = [&[self.i32_type()], types.as_slice()].concat();
         let region = self.region(&arguments, location, |arguments| {
             let mut next = flat(&body(arguments[0], initial.rebuild(&mut arguments[1..].iter().copied())));
-            self.match_types(op, "the body", &types, &mut next);
+            self.match_types(caller, op, "the body", &types, &mut next);
             ("scf.yield", next)
         });
-        let operands: Vec<_> = bounds.into_iter().chain(values.iter().map(|value| value.raw)).collect();
+        let operands: Vec<_> = [low, high, one].into_iter().chain(values.iter().map(|value| value.raw)).collect();
         let results = self.emit(op, &operands, &[], &types, vec![region], location);
         initial.rebuild(&mut results.into_iter().map(|raw| self.value(raw)))
     }
@@ -669,18 +675,18 @@ impl<'a> Builder<'a> {
         body: impl FnOnce(C) -> C,
     ) -> C {
         let op = "scf.while";
-        let location = self.here();
+        let (caller, location) = (Caller::caller(), self.here());
         let values = flat(&initial);
         let types: Vec<_> = values.iter().map(Value::mlir_type).collect();
         let before = self.region(&types, location, |arguments| {
             let holds = condition(initial.rebuild(&mut arguments.iter().copied()));
-            let mut values = vec![self.condition(op, holds)];
+            let mut values = vec![self.condition(caller, op, holds)];
             values.extend(arguments);
             ("scf.condition", values)
         });
         let after = self.region(&types, location, |arguments| {
             let mut next = flat(&body(initial.rebuild(&mut arguments.iter().copied())));
-            self.match_types(op, "the body", &types, &mut next);
+            self.match_types(caller, op, "the body", &types, &mut next);
             ("scf.yield", next)
         });
         let operands: Vec<_> = values.iter().map(|value| value.raw).collect();
@@ -700,22 +706,26 @@ impl<'a> Builder<'a> {
         result
     }
 
-    fn condition(&'a self, op: &str, condition: Value<'a>) -> Value<'a> {
+    fn condition(&'a self, caller: &Caller, op: &str, condition: Value<'a>) -> Value<'a> {
         if condition.element() == Element::Pred && condition.dims().is_empty() {
             return condition;
         }
-        self.fail(op, format!("the condition must be a scalar pred, not {}", condition.ty()));
+        self.fail_at(caller, op, format!("the condition must be a scalar pred, not {}", condition.ty()));
         self.placeholder(element_type(self.context, Element::Pred))
     }
 
-    fn match_types(&'a self, op: &str, what: &str, types: &[Type<'a>], values: &mut Vec<Value<'a>>) {
+    fn match_types(&'a self, caller: &Caller, op: &str, what: &str, types: &[Type<'a>], values: &mut Vec<Value<'a>>) {
         if values.len() != types.len() {
-            self.fail(op, format!("{what} yields {} values for {}", values.len(), types.len()));
+            self.fail_at(caller, op, format!("{what} yields {} values for {}", values.len(), types.len()));
             *values = types.iter().map(|&r#type| self.placeholder(r#type)).collect();
         }
         for (index, (&r#type, value)) in types.iter().zip(values).enumerate() {
             if value.mlir_type() != r#type {
-                self.fail(op, format!("{what} yields {} as value {index}, which is {}", value.mlir_type(), r#type));
+                self.fail_at(
+                    caller,
+                    op,
+                    format!("{what} yields {} as value {index}, which is {}", value.mlir_type(), r#type),
+                );
                 *value = self.placeholder(r#type);
             }
         }
@@ -753,7 +763,11 @@ impl<'a> Builder<'a> {
     /// Remembers the first error of the kernel.
     #[track_caller]
     pub(super) fn fail(&self, op: &str, message: String) {
-        let caller = Caller::caller();
+        self.fail_at(Caller::caller(), op, message);
+    }
+
+    /// [`fail`](Self::fail) from inside a closure, which would hide the kernel's source line.
+    fn fail_at(&self, caller: &Caller, op: &str, message: String) {
         let message = format!("{message} (kernel `{}`, {}:{})", self.name, caller.file(), caller.line());
         self.error.borrow_mut().get_or_insert(Error::op(op, message));
     }
@@ -844,4 +858,3 @@ impl<'a> Builder<'a> {
         })
     }
 }
-

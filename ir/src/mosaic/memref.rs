@@ -250,7 +250,8 @@ impl<'a> Ref<'a> {
     pub fn reshape(&self, dims: &[usize]) -> Self {
         let own = self.dims();
         if own.iter().product::<usize>() != dims.iter().product::<usize>() || own.last() != dims.last() {
-            let message = format!("{} to {dims:?}: the minor dimension and the number of elements stay", self.describe());
+            let message =
+                format!("{} to {dims:?}: the minor dimension and the number of elements stay", self.describe());
             self.k.fail("tpu.memref_reshape", message);
             return self.clone();
         }
@@ -264,7 +265,7 @@ impl<'a> Ref<'a> {
         let op = "tpu.memref_bitcast";
         let mut dims = self.dims();
         let fit = match (self.element, dims.len().checked_sub(2)) {
-            (RefElement::Data(from), Some(dim)) if dims[dim] * from.bytes() % to.bytes() == 0 => {
+            (RefElement::Data(from), Some(dim)) if (dims[dim] * from.bytes()).is_multiple_of(to.bytes()) => {
                 dims[dim] = dims[dim] * from.bytes() / to.bytes();
                 true
             }
@@ -297,8 +298,10 @@ impl<'a> Ref<'a> {
         let mut memref = self.base;
         let is_whole = |(axis, &size): (&Axis, &usize)| axis.size == size && matches!(axis.start, Literal::Int(0));
         if !self.axes.iter().zip(&self.whole).all(is_whole) {
-            let starts = self.axes.iter().map(|axis| k.scalar_i32("tpu.memref_slice", axis.start).raw);
-            let operands: Vec<_> = [memref].into_iter().chain(starts).collect();
+            let mut operands = vec![memref];
+            for axis in &self.axes {
+                operands.push(k.scalar_i32("tpu.memref_slice", axis.start).raw);
+            }
             let segments = DenseI32ArrayAttribute::new(k.context, &[1, self.axes.len() as i32, 0]).into();
             let sizes: Vec<_> = self.axes.iter().map(|axis| axis.size).collect();
             let result = memref_type(k.context, self.element, &sizes, self.space);
@@ -322,8 +325,15 @@ impl<'a> Ref<'a> {
         }
     }
 
-    fn indices(&self, op: &str) -> Vec<mlir_sys::MlirValue> {
-        self.axes.iter().map(|axis| self.k.index(op, axis.start)).collect()
+    /// The operands of a load or store: `before`, then an index per dimension of the memory.
+    #[track_caller]
+    fn with_indices(&self, op: &str, before: &[mlir_sys::MlirValue]) -> Vec<mlir_sys::MlirValue> {
+        // A loop and not an iterator: closures would hide the kernel's source line from the ops made here.
+        let mut operands = before.to_vec();
+        for axis in &self.axes {
+            operands.push(self.k.index(op, axis.start));
+        }
+        operands
     }
 
     /// Sizes of the tile that a load or store moves, points included.
@@ -350,7 +360,7 @@ impl<'a> Ref<'a> {
             k.fail(op, format!("{}: only VMEM holds tiles to load; copy it there first", self.describe()));
             return k.placeholder_of(element, &dims);
         }
-        let operands: Vec<_> = [self.base].into_iter().chain(self.indices(op)).collect();
+        let operands = self.with_indices(op, &[self.base]);
         let attributes: Vec<_> = self
             .strides()
             .map(|strides| ("strides", DenseI32ArrayAttribute::new(k.context, &strides).into()))
@@ -365,10 +375,13 @@ impl<'a> Ref<'a> {
         let op = "memref.load";
         let element = self.data(op);
         if !self.dims().is_empty() {
-            self.k.fail(op, format!("{}: SMEM is read one scalar at a time, give an index per dimension", self.describe()));
+            self.k.fail(
+                op,
+                format!("{}: SMEM is read one scalar at a time, give an index per dimension", self.describe()),
+            );
             return self.k.placeholder_of(element, &[]);
         }
-        let operands: Vec<_> = [self.base].into_iter().chain(self.indices(op)).collect();
+        let operands = self.with_indices(op, &[self.base]);
         self.k.emit_one(op, &operands, &[], element_type(self.k.context, element), self.k.here())
     }
 
@@ -400,7 +413,10 @@ impl<'a> Ref<'a> {
             (_, None) => "tpu.vector_store",
         };
         let element = self.data(op);
-        let value = k.splat_literal(op, element, &dims, value);
+        let value = match value {
+            Literal::Value(tile) if !tile.dims().is_empty() => tile,
+            scalar => k.splat_literal(op, element, &dims, scalar),
+        };
         if value.ty() != TensorType::new(element, &dims) {
             k.fail(op, format!("a value {} into {}", value.ty(), self.describe()));
             return;
@@ -411,7 +427,7 @@ impl<'a> Ref<'a> {
                 k.fail(op, format!("{}: SMEM is written one scalar at a time", self.describe()));
                 return;
             }
-            let operands: Vec<_> = [value.raw, self.base].into_iter().chain(self.indices(op)).collect();
+            let operands = self.with_indices(op, &[value.raw, self.base]);
             k.emit(op, &operands, &[], &[], vec![], location);
             return;
         }
@@ -420,7 +436,7 @@ impl<'a> Ref<'a> {
             return;
         }
         let value = value.reshape(&self.box_dims());
-        let mut operands: Vec<_> = [value.raw, self.base].into_iter().chain(self.indices(op)).collect();
+        let mut operands = self.with_indices(op, &[value.raw, self.base]);
         let strides = DenseI32ArrayAttribute::new(k.context, &self.strides().unwrap_or_default()).into();
         if op == "tpu.strided_store" {
             if mask.is_some() {
@@ -460,7 +476,7 @@ pub struct Copy<'a> {
 impl<'a> Copy<'a> {
     #[track_caller]
     fn operands(&self, op: &str) -> [mlir_sys::MlirValue; 3] {
-        [&self.source, &self.destination, &self.semaphore].map(|view| view.materialise(op))
+        [self.source.materialise(op), self.destination.materialise(op), self.semaphore.materialise(op)]
     }
 
     /// Starts the copy. Until it is waited for, the destination may be neither read nor written and the source not
@@ -585,7 +601,8 @@ impl<'a> Builder<'a> {
                 Literal::Float(start) => start.to_string(),
                 Literal::Value(_) => "a dynamic start".into(),
             };
-            let message = format!("{size} elements from {start} with stride {stride} of dimension {axis} of size {whole}");
+            let message =
+                format!("{size} elements from {start} with stride {stride} of dimension {axis} of size {whole}");
             self.fail(op, format!("{message} in {}", view.describe()));
         }
         fits

@@ -48,4 +48,6 @@ pub mod wire;
 pub use builder::{Builder, Carry, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
 pub use memref::{Copy, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, Signature, WindowParams, tile_padded_bytes};
+pub(crate) use signature::{functions, i64_array, identifier, kernel_function, op_name, read_memref, symbol};
 pub use value::{DotDims, IntoOperand, Precision, Value};
+pub(crate) use value::{scalar_element, vector_dims};

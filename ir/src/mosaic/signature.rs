@@ -1,8 +1,11 @@
 //! What a Mosaic module says about its kernel: grid, windows, buffers. Reads modules of any origin.
 
+use std::collections::HashSet;
+
 use melior::ir::{
-    Attribute, BlockLike, Module, RegionLike, Type, TypeLike, ValueLike,
-    attribute::{ArrayAttribute, DenseI64ArrayAttribute, DictionaryAttribute, FlatSymbolRefAttribute, IntegerAttribute,
+    Attribute, AttributeLike, BlockLike, Identifier, Module, RegionLike, Type, TypeLike, ValueLike,
+    attribute::{
+        ArrayAttribute, DenseI64ArrayAttribute, DictionaryAttribute, FlatSymbolRefAttribute, IntegerAttribute,
         StringAttribute,
     },
     operation::{OperationLike, OperationRef},
@@ -14,6 +17,7 @@ use super::{
     memref::{MemorySpace, RefElement},
 };
 use crate::{
+    context::printed,
     element::Element,
     error::{Error, Result},
     shape::element_of,
@@ -54,7 +58,8 @@ pub struct WindowParams {
     pub transform: String,
     /// The sizes of a block.
     pub block: Vec<usize>,
-    /// Whether it has two buffers.
+    /// Whether it has two buffers: unless the kernel asks for one, or the block is the same in every step (the compiler
+    /// gives such a window one buffer; seen with libtpu 0.0.52).
     pub double_buffered: bool,
 }
 
@@ -73,12 +78,15 @@ impl Argument {
 }
 
 /// Bytes of a VMEM buffer: the two minor dimensions are padded to tiles of 128 lanes and of as many rows as the array
-/// has, up to 8 (at least one 32-bit word of rows). Source: `infer_memref_layout` of `jaxlib/mosaic`.
+/// has, up to 8 (at least one 32-bit word of rows); an array of one dimension to 128 words.
+///
+/// Source: `infer_memref_layout` of `jaxlib/mosaic`; compared with the compiler's own report for 27 shapes (libtpu
+/// 0.0.52, v5p).
 pub fn tile_padded_bytes(element: Element, dims: &[usize]) -> usize {
     let packing = (4 / element.bytes()).max(1);
     let (major, rows, lanes) = match dims {
         [] => (1, 1, 1),
-        [lanes] => (1, 1, *lanes),
+        [lanes] => return lanes.next_multiple_of(128 * packing) * element.bytes(),
         [major @ .., rows, lanes] => (major.iter().product(), *rows, *lanes),
     };
     let tile_rows = rows.next_power_of_two().clamp(packing, 8);
@@ -91,19 +99,18 @@ impl Signature {
     /// # Errors
     /// When the module has no kernel function, or one whose attributes do not fit its arguments.
     pub fn read(module: &Module) -> Result<Self> {
-        Self::of_function(kernel_function(module)?)
-    }
-
-    pub(crate) fn of_function(function: OperationRef) -> Result<Self> {
+        let function = kernel_function(module)?;
+        let functions = functions(module);
         let name = symbol(function)?;
         let bounds = integers(function, "iteration_bounds").unwrap_or_default();
-        let semantics: Vec<_> = array(function, "dimension_semantics").iter().map(ToString::to_string).collect();
+        let semantics: Vec<_> = array(function, "dimension_semantics").iter().map(printed).collect();
         let grid = bounds
             .iter()
             .enumerate()
             .map(|(dim, &size)| {
                 let parallel = semantics.get(dim).is_some_and(|text| text.contains("parallel"));
-                let size = usize::try_from(size).map_err(|_| Error::mosaic(format!("grid dimension {dim} of size {size}")))?;
+                let size =
+                    usize::try_from(size).map_err(|_| Error::mosaic(format!("grid dimension {dim} of size {size}")))?;
                 Ok((size, if parallel { Semantics::Parallel } else { Semantics::Arbitrary }))
             })
             .collect::<Result<Vec<_>>>()?;
@@ -113,9 +120,9 @@ impl Signature {
             .and_then(|region| region.first_block())
             .ok_or_else(|| Error::mosaic(format!("the kernel function @{name} has no body")))?;
         let count = entry.argument_count();
-        let memrefs = count.checked_sub(grid.len()).ok_or_else(|| {
-            Error::mosaic(format!("@{name} has {count} arguments for a grid of rank {}", grid.len()))
-        })?;
+        let memrefs = count
+            .checked_sub(grid.len())
+            .ok_or_else(|| Error::mosaic(format!("@{name} has {count} arguments for a grid of rank {}", grid.len())))?;
         let prefetch = integer(function, "scalar_prefetch").unwrap_or(0);
         let scratch = integer(function, "scratch_operands").unwrap_or(0);
         let windows = array(function, "window_params");
@@ -137,7 +144,7 @@ impl Signature {
                 _ => Role::Input,
             };
             let window = match windows.get(index.wrapping_sub(prefetch)) {
-                Some(&params) if role == Role::Input => window_params(params)?,
+                Some(&params) if role == Role::Input => window_params(params, &functions, &grid)?,
                 _ => None,
             };
             if window.as_ref().is_some_and(|window| window.block != dims) {
@@ -145,7 +152,7 @@ impl Signature {
             }
             let location = argument.location();
             let name = match location.is_name() {
-                true => location.name_value().as_string_ref().as_str().unwrap_or_default().to_owned(),
+                true => identifier(location.name_value()),
                 false => format!("arg{position}"),
             };
             arguments.push(Argument { name, role, element, dims, space, window });
@@ -192,12 +199,29 @@ pub(crate) fn functions<'c, 'a>(module: &'a Module<'c>) -> Vec<OperationRef<'c, 
 }
 
 pub(crate) fn op_name(operation: OperationRef) -> String {
-    operation.name().as_string_ref().as_str().unwrap_or_default().to_owned()
+    identifier(operation.name())
+}
+
+/// The text of an identifier, whatever bytes a damaged module has there.
+pub(crate) fn identifier(identifier: Identifier) -> String {
+    // SAFETY: the identifier is valid.
+    text_of(unsafe { mlir_sys::mlirIdentifierStr(identifier.to_raw()) })
+}
+
+fn text_of(string: mlir_sys::MlirStringRef) -> String {
+    if string.length == 0 {
+        return String::new(); // its pointer may be null
+    }
+    // SAFETY: MLIR's strings live as long as the context that they were taken from.
+    let bytes = unsafe { std::slice::from_raw_parts(string.data.cast(), string.length) };
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 pub(crate) fn symbol(function: OperationRef) -> Result<String> {
     let name = function.attribute("sym_name").ok().and_then(|name| StringAttribute::try_from(name).ok());
-    name.map(|name| name.value().to_owned()).ok_or_else(|| Error::mosaic("a function without a name"))
+    // SAFETY: it is a string attribute.
+    name.map(|name| text_of(unsafe { mlir_sys::mlirStringAttrGetValue(name.to_raw()) }))
+        .ok_or_else(|| Error::mosaic("a function without a name"))
 }
 
 fn integers(operation: OperationRef, name: &str) -> Option<Vec<i64>> {
@@ -219,43 +243,76 @@ fn array<'c>(operation: OperationRef<'c, '_>, name: &str) -> Vec<Attribute<'c>> 
     array.map_or_else(Vec::new, |array| (0..array.len()).filter_map(|index| array.element(index).ok()).collect())
 }
 
-fn window_params(attribute: Attribute) -> Result<Option<WindowParams>> {
+fn window_params(
+    attribute: Attribute,
+    functions: &[OperationRef],
+    grid: &[(usize, Semantics)],
+) -> Result<Option<WindowParams>> {
     let params = DictionaryAttribute::try_from(attribute).map_err(|error| Error::mosaic(error.to_string()))?;
     let Some(bounds) = params.element_by_name("window_bounds") else {
         return Ok(None);
     };
     if let Some(kind) = params.element_by_name("window_kind") {
-        return Err(Error::mosaic(format!("windows of kind {kind} are not supported")));
+        return Err(Error::mosaic(format!("windows of kind {} are not supported", printed(&kind))));
     }
-    let transform = params.element_by_name("transform_indices").and_then(|name| FlatSymbolRefAttribute::try_from(name).ok());
+    let transform =
+        params.element_by_name("transform_indices").and_then(|name| FlatSymbolRefAttribute::try_from(name).ok());
+    // SAFETY: it is a symbol reference.
+    let transform = transform.map(|name| text_of(unsafe { mlir_sys::mlirFlatSymbolRefAttrGetValue(name.to_raw()) }));
     let (Some(transform), Some(block)) = (transform, i64_array(bounds)) else {
-        return Err(Error::mosaic(format!("window {attribute} lacks transform_indices or sizes")));
+        return Err(Error::mosaic(format!("window {} lacks transform_indices or sizes", printed(&attribute))));
     };
-    let mode = params.element_by_name("pipeline_mode").map(|mode| mode.to_string()).unwrap_or_default();
+    let mode = params.element_by_name("pipeline_mode").map(|mode| printed(&mode)).unwrap_or_default();
+    let function = functions.iter().find(|function| symbol(**function).is_ok_and(|name| name == transform));
+    let function = function.ok_or_else(|| Error::mosaic(format!("no function @{transform}")))?;
     Ok(Some(WindowParams {
-        transform: transform.value().to_owned(),
+        transform,
         block: block.into_iter().map(|size| size as usize).collect(),
-        double_buffered: !mode.contains("synchronous"),
+        double_buffered: !mode.contains("synchronous") && moves(*function, grid),
     }))
+}
+
+/// Whether a window's transform depends on the grid step.
+fn moves(transform: OperationRef, grid: &[(usize, Semantics)]) -> bool {
+    let Some(entry) = transform.region(0).ok().and_then(|region| region.first_block()) else { return true };
+    let still = grid.iter().enumerate().filter(|(_, (size, _))| *size == 1).map(|(dim, _)| dim);
+    let still = still.chain(grid.len()..entry.argument_count()).filter_map(|index| entry.argument(index).ok());
+    // Values that are the same in every step: constants, prefetched arrays, and what is computed from them.
+    let mut fixed: HashSet<_> = still.map(|argument| argument.to_raw().ptr).collect();
+    let operations = std::iter::successors(entry.first_operation(), |operation| operation.next_in_block());
+    for operation in operations {
+        let depends = operation.operands().any(|operand| !fixed.contains(&operand.to_raw().ptr));
+        match op_name(operation).as_str() {
+            "func.return" => return depends,
+            _ if depends || operation.region_count() > 0 => {}
+            _ => fixed.extend(operation.results().map(|result| result.to_raw().ptr)),
+        }
+    }
+    true
 }
 
 /// Element, sizes and memory of a memref type.
 pub(crate) fn read_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<usize>, MemorySpace), String> {
-    let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is no memref", r#type))?;
-    let element = match memref.element() {
-        element if element.to_string() == "!tpu.dma_semaphore" => RefElement::DmaSemaphore,
-        element if element.to_string() == "!tpu.semaphore" => RefElement::Semaphore,
-        element => RefElement::Data(element_of(element).ok_or_else(|| format!("unknown element type in {}", r#type))?),
-    };
+    let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is no memref", printed(&r#type)))?;
     let dims = (0..memref.rank())
         // SAFETY: the type is a ranked memref and the dimension is within its rank.
         .map(|dim| unsafe { mlir_sys::mlirShapedTypeGetDimSize(memref.to_raw(), dim as isize) })
-        .map(|size| usize::try_from(size).map_err(|_| format!("{} has a dynamic size", r#type)))
+        .map(|size| usize::try_from(size).map_err(|_| format!("{} has a dynamic size", printed(&r#type))))
         .collect::<std::result::Result<Vec<_>, _>>()?;
-    let space = memref.memory_space().map(|space| space.to_string()).unwrap_or_default();
-    // `#tpu.memory_space<vmem>`, or the string "vmem" where the text was parsed without the tpu dialect.
+    let space = memref.memory_space().map(|space| printed(&space)).unwrap_or_default();
+    // `#tpu.memory_space<vmem>`, or the string "vmem" where the module was read from text; the same goes for semaphores,
+    // which are integers then.
     let mnemonic = space.strip_prefix("#tpu.memory_space<").and_then(|rest| rest.strip_suffix('>'));
     let mnemonic = mnemonic.unwrap_or(space.trim_matches('"'));
     let space = MemorySpace::ALL.into_iter().find(|known| known.mnemonic() == mnemonic);
-    Ok((element, dims, space.ok_or_else(|| format!("unknown memory space in {}", r#type))?))
+    let space = space.ok_or_else(|| format!("unknown memory space in {}", printed(&r#type)))?;
+    let element = memref.element();
+    let element = match (space, printed(&element).as_str()) {
+        (MemorySpace::Semaphore, "!tpu.dma_semaphore" | "i64") => RefElement::DmaSemaphore,
+        (MemorySpace::Semaphore, "!tpu.semaphore" | "i32") => RefElement::Semaphore,
+        _ => RefElement::Data(
+            element_of(element).ok_or_else(|| format!("unknown element type in {}", printed(&r#type)))?,
+        ),
+    };
+    Ok((element, dims, space))
 }

@@ -99,7 +99,11 @@ impl DotDims {
         for (role, pairs) in [("batch", batch), ("contracting", contract)] {
             for (&l, &r) in pairs.0.iter().zip(&pairs.1) {
                 let (Some(&left), Some(&right)) = (lhs.get(l), rhs.get(r)) else {
-                    return Err(format!("{role} dimensions {l} and {r} of operands of rank {} and {}", lhs.len(), rhs.len()));
+                    return Err(format!(
+                        "{role} dimensions {l} and {r} of operands of rank {} and {}",
+                        lhs.len(),
+                        rhs.len()
+                    ));
                 };
                 if left != right {
                     return Err(format!("{role} dimensions {l} of size {left} and {r} of size {right}"));
@@ -729,7 +733,13 @@ impl<'a> Builder<'a> {
             return self.zeros(Element::I32, dims);
         }
         let dimensions = DenseI32ArrayAttribute::new(self.context, &[dim as i32]).into();
-        self.emit_one(op, &[], &[("dimensions", dimensions)], vector_type(self.context, Element::I32, dims), self.here())
+        self.emit_one(
+            op,
+            &[],
+            &[("dimensions", dimensions)],
+            vector_type(self.context, Element::I32, dims),
+            self.here(),
+        )
     }
 
     /// `accumulator + lhs x rhs`, `[m, k] x [k, n]`.
@@ -815,7 +825,13 @@ impl<'a> Builder<'a> {
 
     /// A literal as a constant of the given type; a scalar value is broadcast, a tile stays.
     #[track_caller]
-    pub(super) fn splat_literal(&'a self, op: &str, element: Element, dims: &[usize], literal: Literal<'a>) -> Value<'a> {
+    pub(super) fn splat_literal(
+        &'a self,
+        op: &str,
+        element: Element,
+        dims: &[usize],
+        literal: Literal<'a>,
+    ) -> Value<'a> {
         let number = match literal {
             Literal::Value(value) => return value.broadcast_to(dims),
             Literal::Int(value) => value as f64,

@@ -12,21 +12,21 @@ use melior::ir::{
     attribute::IntegerAttribute,
     block::BlockRef,
     operation::{Operation, OperationBuilder, OperationLike, OperationMutLike, OperationRef},
-
     r#type::IntegerType,
 };
 use serde_json::{Value as Json, json};
 
 use super::{
     builder::{Kernel, Role, Semantics},
-    signature::{Signature, op_name},
+    signature::{Signature, kernel_function, op_name},
 };
 use crate::{
     context::{Context, diagnosed},
+    element::Element,
     error::{Error, Result},
+    shape::TensorType,
     stablehlo::{self, BackendConfig, CustomCall, OutputOperandAlias},
     tensor::HostTensor,
-    element::Element,
 };
 
 /// The version of the `stable_mosaic` vocabulary that Pagoda writes.
@@ -39,17 +39,22 @@ const VERSION_ATTRIBUTE: &str = "stable_mosaic.version";
 const XLA_VMEM: u64 = 1;
 
 /// Bytecode of `module` with its ops renamed for the wire.
+///
+/// # Panics
+/// When `module` does not verify; that of a [`Kernel`] does.
 pub fn serialize(module: &Module) -> Vec<u8> {
     let context = module.context();
     // SAFETY: the module keeps its context alive.
     let context = unsafe { context.to_ref() };
-    let mut mangled = renamed(context, module, &|name| format!("{PREFIX}{name}"));
+    let mut mangled = renamed(context, module, &|name| format!("{PREFIX}{name}")).expect("the module is sound");
     let version = IntegerAttribute::new(IntegerType::new(context, 64).into(), VERSION);
     mangled.as_operation_mut().set_attribute(VERSION_ATTRIBUTE, version.into());
     mangled.as_operation().write_bytecode()
 }
 
 /// The module that `body` holds, in readable form. `body` is bytecode or text, mangled or not.
+///
+/// Damage is an error as far as MLIR's reader notices it; that reader is not hardened against hostile bytecode.
 ///
 /// # Errors
 /// When MLIR cannot read it.
@@ -58,8 +63,7 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
     let text;
     let mut source = body;
     if !body.starts_with(b"ML\xefR") {
-        // MLIR refuses foreign attributes as memory spaces when it parses them as text; strings it takes.
-        text = without_foreign_spaces(&String::from_utf8_lossy(body));
+        text = without_foreign_memrefs(&String::from_utf8_lossy(body));
         source = text.as_bytes();
     }
     // Bytecode is read in place and wants alignment; text wants a zero behind it.
@@ -74,12 +78,18 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
     if !module.as_operation().has_attribute(VERSION_ATTRIBUTE) {
         return Ok(module);
     }
-    Ok(renamed(context, &module, &|name| name.strip_prefix(PREFIX).unwrap_or(name).to_owned()))
+    let module = renamed(context, &module, &|name| name.strip_prefix(PREFIX).unwrap_or(name).to_owned())?;
+    let (valid, diagnostics) = diagnosed(context, || module.as_operation().verify());
+    if valid { Ok(module) } else { Err(Error::Verify { module: "the kernel".to_owned(), diagnostics }) }
 }
 
-fn without_foreign_spaces(text: &str) -> String {
+/// MLIR refuses foreign memory spaces and element types in the memrefs of a text (in bytecode it does not): spaces become
+/// strings, semaphores the integers that [`signature`](super::signature) takes for them in semaphore memory.
+fn without_foreign_memrefs(text: &str) -> String {
+    let text = text.replace("x!tpu.dma_semaphore", "xi64").replace("<!tpu.dma_semaphore", "<i64");
+    let text = text.replace("x!tpu.semaphore", "xi32").replace("<!tpu.semaphore", "<i32");
     let mut result = String::with_capacity(text.len());
-    let mut rest = text;
+    let mut rest = text.as_str();
     while let Some((before, after)) = rest.split_once("#tpu.memory_space<") {
         let (space, after) = after.split_once('>').unwrap_or((after, ""));
         result.extend([before, "\"", space, "\""]);
@@ -89,13 +99,13 @@ fn without_foreign_spaces(text: &str) -> String {
 }
 
 /// A copy of a module with every op but the module itself renamed.
-fn renamed<'c>(context: &'c melior::Context, module: &Module, rename: &dyn Fn(&str) -> String) -> Module<'c> {
+fn renamed<'c>(context: &'c melior::Context, module: &Module, rename: &dyn Fn(&str) -> String) -> Result<Module<'c>> {
     let copy = Module::new(Location::unknown(context));
     let mut renamer = Renamer { rename, values: HashMap::new(), blocks: HashMap::new() };
     for operation in operations(module.body()) {
-        copy.body().append_operation(renamer.operation(operation));
+        copy.body().append_operation(renamer.operation(operation)?);
     }
-    copy
+    Ok(copy)
 }
 
 fn operations<'c: 'a, 'a>(block: BlockRef<'c, 'a>) -> impl Iterator<Item = OperationRef<'c, 'a>> {
@@ -113,12 +123,15 @@ struct Renamer<'r> {
 }
 
 impl Renamer<'_> {
-    fn operation<'c>(&mut self, source: OperationRef) -> Operation<'c> {
+    fn operation<'c>(&mut self, source: OperationRef) -> Result<Operation<'c>> {
         // SAFETY: types, attributes and locations belong to the context, which both modules share and which outlives
         // the copy; blocks and values are looked up among those of the copy.
         unsafe {
-            let operands: Vec<Value> =
-                source.operands().map(|operand| Value::from_raw(self.values[&operand.to_raw().ptr])).collect();
+            let early = || Error::mosaic(format!("{} uses a value or a block before its definition", op_name(source)));
+            let operands = (source.operands())
+                .map(|operand| self.values.get(&operand.to_raw().ptr).map(|&raw| Value::from_raw(raw)))
+                .collect::<Option<Vec<Value>>>()
+                .ok_or_else(early)?;
             let results: Vec<_> =
                 source.results().map(|result| melior::ir::Type::from_raw(result.r#type().to_raw())).collect();
             let attributes: Vec<_> = source
@@ -127,9 +140,11 @@ impl Renamer<'_> {
                     (melior::ir::Identifier::from_raw(name.to_raw()), melior::ir::Attribute::from_raw(value.to_raw()))
                 })
                 .collect();
-            let regions = source.regions().map(|region| self.region(region)).collect();
-            let successors: Vec<BlockRef> =
-                source.successors().map(|block| BlockRef::from_raw(self.blocks[&block.to_raw().ptr])).collect();
+            let regions = source.regions().map(|region| self.region(region)).collect::<Result<_>>()?;
+            let successors = (source.successors())
+                .map(|block| self.blocks.get(&block.to_raw().ptr).map(|&raw| BlockRef::from_raw(raw)))
+                .collect::<Option<Vec<BlockRef>>>()
+                .ok_or_else(early)?;
             let successors: Vec<&Block> = successors.iter().map(|block| &**block).collect();
             let name = (self.rename)(&op_name(source));
             let copy = OperationBuilder::new(&name, Location::from_raw(source.location().to_raw()))
@@ -139,15 +154,15 @@ impl Renamer<'_> {
                 .add_regions_vec(regions)
                 .add_successors(&successors)
                 .build()
-                .expect("result types are given, so that nothing is inferred");
+                .map_err(|error| Error::mosaic(format!("{name}: {error}")))?;
             for (from, to) in source.results().zip(copy.results()) {
                 self.values.insert(from.to_raw().ptr, to.to_raw());
             }
-            copy
+            Ok(copy)
         }
     }
 
-    fn region<'c>(&mut self, source: RegionRef) -> Region<'c> {
+    fn region<'c>(&mut self, source: RegionRef) -> Result<Region<'c>> {
         let region = Region::new();
         for from in blocks(source) {
             // SAFETY: as in `operation`.
@@ -170,10 +185,10 @@ impl Renamer<'_> {
             // SAFETY: the block was made above and the region owns it.
             let to: BlockRef = unsafe { BlockRef::from_raw(self.blocks[&from.to_raw().ptr]) };
             for operation in operations(from) {
-                to.append_operation(self.operation(operation));
+                to.append_operation(self.operation(operation)?);
             }
         }
-        region
+        Ok(region)
     }
 }
 
@@ -200,7 +215,7 @@ pub struct Opened<'c> {
 /// Opens the `backend_config` of a `tpu_custom_call`.
 ///
 /// # Errors
-/// When it is no such configuration, or its body is damaged.
+/// When it is no such configuration, or its body is damaged or holds no kernel.
 pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>> {
     let config: Json = serde_json::from_str(backend_config)
         .map_err(|error| Error::mosaic(format!("the backend_config is no JSON: {error}")))?;
@@ -211,14 +226,27 @@ pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>
     let scopes = config["scoped_memory_configs"].as_array().map(Vec::as_slice).unwrap_or_default();
     let vmem = scopes.iter().find(|scope| scope["memory_space"].as_u64() == Some(XLA_VMEM));
     let vmem_limit = vmem.and_then(|scope| scope["size"].as_u64()).map(|size| size as usize);
-    Ok(Opened { module: deserialize(context, &body)?, vmem_limit })
+    let module = deserialize(context, &body)?;
+    kernel_function(&module)?;
+    Ok(Opened { module, vmem_limit })
 }
 
-/// The `backend_config` of every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in
-/// any form, and bytecode (where a configuration that several calls share appears once).
+/// A Mosaic custom call in a StableHLO module.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CallSite {
+    /// Its configuration, for [`open`].
+    pub backend_config: String,
+    /// The types of its operands and results; `None` in bytecode, where they cannot be read without StableHLO's dialect.
+    pub types: Option<(Vec<TensorType>, Vec<TensorType>)>,
+    /// Pairs (operand, result) that share memory; empty in bytecode.
+    pub aliases: Vec<(usize, usize)>,
+}
+
+/// Every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in any form, and bytecode
+/// (where a configuration that several calls share appears once).
 ///
-/// StableHLO's own dialect is not needed for it: the configurations are found by what they look like.
-pub fn find_backend_configs(module: &[u8]) -> Vec<String> {
+/// StableHLO's own dialect is not needed for it: the calls are found by what their configurations look like.
+pub fn find_custom_calls(module: &[u8]) -> Vec<CallSite> {
     const KEY: &[u8] = b"custom_call_config";
     let mut found = Vec::new();
     let mut at = 0;
@@ -226,18 +254,51 @@ pub fn find_backend_configs(module: &[u8]) -> Vec<String> {
         let key = at + offset;
         at = key + KEY.len();
         let Some(open) = module[..key].iter().rposition(|&byte| byte == b'{') else { continue };
-        let raw = match module[key - 1] {
-            b'"' if module.get(key.wrapping_sub(2)) != Some(&b'\\') => module[open..].to_vec(),
-            _ => unescaped(&module[open..]),
-        };
+        // In text the quotes inside the string are escaped, in bytecode they are not.
+        let in_text = module[key - 1] != b'"' || module.get(key.wrapping_sub(2)) == Some(&b'\\');
+        let raw = if in_text { unescaped(&module[open..]) } else { module[open..].to_vec() };
         let mut values = serde_json::Deserializer::from_slice(&raw).into_iter::<Json>();
-        if let Some(Ok(config)) = values.next()
-            && config["custom_call_config"]["body"].is_string()
-        {
-            found.push(config.to_string());
+        let Some(Ok(config)) = values.next() else { continue };
+        if !config["custom_call_config"]["body"].is_string() {
+            continue;
         }
+        // An op is one line of text.
+        let line = module[at..].split(|&byte| byte == b'\n').next().unwrap_or_default();
+        let start = module[..key].iter().rposition(|&byte| byte == b'\n').map_or(0, |newline| newline + 1);
+        let before = String::from_utf8_lossy(&module[start..key]);
+        let after = String::from_utf8_lossy(line);
+        let types = if in_text { call_types(&after) } else { None };
+        let aliases = if types.is_some() { [call_aliases(&before), call_aliases(&after)].concat() } else { vec![] };
+        found.push(CallSite { backend_config: config.to_string(), types, aliases });
     }
     found
+}
+
+/// Operand and result types at the end of an op's text: `... : (tensor<8xi32>) -> tensor<8xf32>`.
+fn call_types(line: &str) -> Option<(Vec<TensorType>, Vec<TensorType>)> {
+    let (_, types) = line.rsplit_once(" : (")?;
+    let (operands, results) = types.split_once(") -> ")?;
+    let list = |text: &str| text.split("tensor<").skip(1).map(tensor_type).collect::<Option<Vec<_>>>();
+    Some((list(operands)?, list(results)?))
+}
+
+/// `8x128xbf16>...`
+fn tensor_type(text: &str) -> Option<TensorType> {
+    let mut parts: Vec<_> = text.split(['>', ',']).next()?.split('x').collect();
+    let element = Element::from_mlir(parts.pop()?.trim())?;
+    let dims = parts.into_iter().map(|size| size.trim().parse().ok()).collect::<Option<Vec<usize>>>()?;
+    Some(TensorType { element, dims })
+}
+
+/// `#stablehlo.output_operand_alias<output_tuple_indices = [0], operand_index = 1, ...>`
+fn call_aliases(text: &str) -> Vec<(usize, usize)> {
+    let aliases = text.split("output_operand_alias<").skip(1).filter_map(|alias| {
+        let field = |name: &str| alias.split_once(name)?.1.split([',', ']', '>']).next();
+        let operand = field("operand_index = ")?.trim().parse().ok()?;
+        let result = field("output_tuple_indices = [")?.trim();
+        Some((operand, if result.is_empty() { 0 } else { result.parse().ok()? }))
+    });
+    aliases.collect()
 }
 
 /// The content of an MLIR string literal up to its closing quote.
@@ -270,7 +331,10 @@ pub fn op_counts(module: &Module) -> BTreeMap<String, usize> {
     fn count(block: BlockRef, counts: &mut BTreeMap<String, usize>) {
         for operation in operations(block) {
             *counts.entry(op_name(operation)).or_default() += 1;
-            operation.regions().flat_map(|region| blocks(region).collect::<Vec<_>>()).for_each(|block| count(block, counts));
+            operation
+                .regions()
+                .flat_map(|region| blocks(region).collect::<Vec<_>>())
+                .for_each(|block| count(block, counts));
         }
     }
     let mut counts = BTreeMap::new();
@@ -353,11 +417,12 @@ impl Kernel<'_> {
     ) -> Result<Vec<stablehlo::Tensor<'c, 'a>>> {
         let (expected, given) = (self.inputs(), operands.iter().map(|operand| operand.ty()).collect::<Vec<_>>());
         if expected != given {
-            let list = |types: &[crate::TensorType]| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            let message = format!("@{TARGET}: kernel `{}` takes ({}), not ({})", self.name(), list(&expected), list(&given));
+            let list = |types: &[TensorType]| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let message =
+                format!("@{TARGET}: kernel `{}` takes ({}), not ({})", self.name(), list(&expected), list(&given));
             return Err(Error::op("stablehlo.custom_call", message));
         }
-        let row_major = |types: &[crate::TensorType]| types.iter().map(|ty| (0..ty.rank()).rev().collect()).collect();
+        let row_major = |types: &[TensorType]| types.iter().map(|ty| (0..ty.rank()).rev().collect()).collect();
         let aliases = self.aliases().iter().map(|&(operand, result)| OutputOperandAlias { result, operand });
         b.custom_call(
             TARGET,

@@ -51,13 +51,9 @@ impl<'c, 'a> Builder<'c, 'a> {
     ) -> Result<Tensor<'c, 'a>> {
         let op = "dot_general";
         let (left, right) = (lhs.ty(), rhs.ty());
-        let classes = [left.element, right.element, element].map(|element| {
-            ensure(element != Element::Pred, op, || format!("pred has no product: lhs {left}, rhs {right}"))?;
-            Ok(element.is_float())
-        });
-        let [left_float, right_float, float] = classes;
-        ensure(left.element == right.element && left_float? == float? && right_float.is_ok(), op, || {
-            format!("lhs {left} and rhs {right} cannot accumulate in {element}")
+        let same_kind = |a: Element, b: Element| (a.is_float() && b.is_float()) || (a.is_integer() && b.is_integer());
+        ensure(left.element == right.element && same_kind(left.element, element), op, || {
+            format!("lhs {left} and rhs {right} cannot be multiplied into {element}")
         })?;
         for (operand, ty, batch, contract) in
             [("lhs", &left, dims.batch.0, dims.contract.0), ("rhs", &right, dims.batch.1, dims.contract.1)]

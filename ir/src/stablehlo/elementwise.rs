@@ -142,13 +142,14 @@ binary! {
     divide: Number;
     /// The remainder of the division that truncates toward zero: it has the sign of `x`.
     remainder: Number;
-    /// The larger one; NaN if either is.
+    /// The larger one. NaN if either is, by StableHLO; XLA's CPU plugin returns `x` of an unordered pair instead, unless
+    /// it runs with `--xla_cpu_enable_fast_min_max=false`.
     maximum: Any;
-    /// The smaller one; NaN if either is.
+    /// The smaller one. For NaN see [`maximum`](Self::maximum).
     minimum: Any;
     /// `x^y`
     power: Number;
-    /// The angle of the point (`y`, `x`) where the first operand is its ordinate.
+    /// The angle of the point whose ordinate is `x` and whose abscissa is `y`, in radians.
     atan2: Float;
     /// Logical or bitwise and.
     and: IntegerOrPred;

@@ -1,6 +1,6 @@
 //! How an op, its attributes and its regions become MLIR; the checks that every op shares.
 
-use std::mem::ManuallyDrop;
+use std::{marker::PhantomData, mem::ManuallyDrop, rc::Rc};
 
 use melior::ir::{
     Attribute, Block, BlockLike, Identifier, Location, Region, RegionLike, Type, Value, ValueLike,
@@ -13,7 +13,7 @@ use mlir_sys::{
     mlirValueIsAOpResult,
 };
 
-use super::{Builder, Scope, Signatures, Tensor};
+use super::{Builder, Scope, Shared, Tensor};
 use crate::{
     context::diagnosed,
     error::{Error, Result},
@@ -125,7 +125,7 @@ pub(super) enum Captures {
 /// Writes a body with its own builder; `terminator` ends it.
 pub(super) fn write_body<'c, 'a>(
     context: &'c melior::Context,
-    signatures: &Signatures,
+    shared: &Rc<Shared>,
     outer: &[Scope],
     isolated: Option<&'static str>,
     terminator: &'static str,
@@ -142,8 +142,7 @@ where
     let block = region.append_block(Block::new(&types));
     let mut scopes = outer.to_vec();
     scopes.push(Scope { block: block.to_raw(), isolated });
-    let builder =
-        Builder { context, block, scopes, signatures: signatures.clone(), function: std::marker::PhantomData };
+    let builder = Builder { context, block, scopes, shared: Rc::clone(shared), function: PhantomData };
     let arguments = (0..arguments.len())
         .map(|index| Tensor::new(block.argument(index).expect("the block was made with these arguments").into()))
         .collect::<Vec<_>>();
@@ -216,8 +215,8 @@ impl<'c, 'a> Builder<'c, 'a> {
                     Some(op) => Err(Error::op(
                         format!("stablehlo.{op}"),
                         format!(
-                            "its body uses a {} from outside in {name}; this body may only use its own arguments \
-                             and what it computes: build constants inside it",
+                            "its body uses a value of type {} from outside in {name}; this body may only use its own \
+                             arguments and what it computes: build constants inside it",
                             tensor.ty()
                         ),
                     )),
@@ -225,7 +224,10 @@ impl<'c, 'a> Builder<'c, 'a> {
             }
             isolated = isolated.or(scope.isolated);
         }
-        let message = format!("uses a {} of a body that has ended; return it from that body's op instead", tensor.ty());
+        let message = format!(
+            "uses a value of type {} of a body that has ended; return it from that body's op instead",
+            tensor.ty()
+        );
         Err(Error::op(name, message))
     }
 
@@ -238,7 +240,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         body: impl FnOnce(&Builder<'c, 'a>, &[Tensor<'c, 'a>]) -> Result<Vec<Tensor<'c, 'a>>>,
     ) -> Result<Body<'c>> {
         let isolated = (captures == Captures::Refused).then_some(op);
-        write_body(self.context, &self.signatures, &self.scopes, isolated, "stablehlo.return", arguments, body)
+        write_body(self.context, &self.shared, &self.scopes, isolated, "stablehlo.return", arguments, body)
     }
 
     /// `array<i64: ...>`

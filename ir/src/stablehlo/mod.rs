@@ -12,16 +12,50 @@
 //! - A [`Tensor`] cannot leave the function that it belongs to: every function has its own lifetime `'a`.
 //!
 //! Modules are never put together from text.
+//!
+//! ```
+//! use pagoda_ir::stablehlo::{DotDims, Module};
+//! use pagoda_ir::{Context, Element, TensorType};
+//!
+//! let context = Context::new();
+//! let module = Module::new(&context, "dense");
+//! let arguments = [TensorType::new(Element::Bf16, &[8, 64]), TensorType::new(Element::Bf16, &[128, 64])];
+//! module.function("main", &arguments, |b, args| {
+//!     let contract: (&[usize], &[usize]) = (&[1], &[1]);
+//!     let out = b.dot_general(args[0], args[1], DotDims { contract, ..DotDims::default() }, Element::F32)?;
+//!     Ok(vec![b.tanh(out)?]) // [tokens, features]
+//! })?;
+//! module.verify()?;
+//! assert!(module.text().contains("-> tensor<8x128xf32>"));
+//! # Ok::<(), pagoda_ir::Error>(())
+//! ```
+//!
+//! What belongs to a function stays in it:
+//!
+//! ```compile_fail,E0521
+//! # use pagoda_ir::{Context, stablehlo::Module};
+//! let context = Context::new();
+//! let module = Module::new(&context, "m");
+//! let mut escaped = None;
+//! module.function("main", &[], |b, _| {
+//!     escaped = Some(b.replica_id()?);
+//!     Ok(vec![])
+//! });
+//! ```
 
 mod collectives;
 mod contraction;
 mod control_flow;
 mod custom_call;
-mod data_dependent;
 mod elementwise;
 mod emit;
+mod indexing;
 mod module;
+mod random;
+mod reductions;
 mod shape_ops;
+#[cfg(test)]
+mod tests;
 
 use std::{cell::RefCell, collections::BTreeMap, fmt, marker::PhantomData, rc::Rc};
 
@@ -29,19 +63,25 @@ use melior::ir::{BlockRef, Value, ValueLike};
 use mlir_sys::MlirBlock;
 
 pub use self::{
-    collectives::{Across, DeviceGroups},
+    collectives::ReplicaGroups,
     contraction::{DotDims, Precision},
     control_flow::Branch,
     custom_call::{BackendConfig, ConfigValue, CustomCall, OutputOperandAlias},
-    data_dependent::{GatherDims, ScatterDims, Window},
     elementwise::Direction,
     emit::OPS,
+    indexing::{GatherDims, ScatterDims},
     module::Module,
+    reductions::Window,
 };
 use crate::{element::Element, shape::TensorType};
 
-/// Functions that a module holds already, by name.
-type Signatures = Rc<RefCell<BTreeMap<String, Signature>>>;
+/// What the builders of a module's functions know about the module.
+#[derive(Debug)]
+struct Shared {
+    replicas: usize,
+    /// The functions that the module holds already, by name.
+    signatures: RefCell<BTreeMap<String, Signature>>,
+}
 
 /// The types of a function.
 #[derive(Clone, Debug)]
@@ -101,7 +141,7 @@ pub struct Builder<'c, 'a> {
     block: BlockRef<'c, 'a>,
     /// The open blocks around and including `block`, outermost first.
     scopes: Vec<Scope>,
-    signatures: Signatures,
+    shared: Rc<Shared>,
     function: PhantomData<fn(&'a ()) -> &'a ()>,
 }
 

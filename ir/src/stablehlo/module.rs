@@ -11,7 +11,7 @@ use melior::ir::{
     r#type::{FunctionType, IntegerType},
 };
 
-use super::{Builder, Signature, Signatures, Tensor, emit};
+use super::{Builder, Shared, Signature, Tensor, emit};
 use crate::{
     context::{Context, diagnosed},
     error::{Error, Result},
@@ -26,7 +26,7 @@ pub struct Module<'c> {
     context: &'c melior::Context,
     name: String,
     melior: melior::ir::Module<'c>,
-    signatures: Signatures,
+    shared: Rc<Shared>,
     arguments: RefCell<BTreeMap<(String, usize), Annotations<'c>>>,
     results: RefCell<BTreeMap<(String, usize), Annotations<'c>>>,
 }
@@ -34,27 +34,27 @@ pub struct Module<'c> {
 impl<'c> Module<'c> {
     /// An empty module for one device.
     pub fn new(context: &'c Context, name: &str) -> Self {
+        Self::replicated(context, name, 1)
+    }
+
+    /// A module that runs as `replicas` copies, each with its own arguments; collectives and [`Builder::replica_id`]
+    /// tell them apart.
+    pub fn replicated(context: &'c Context, name: &str, replicas: usize) -> Self {
         let context = context.melior();
-        let melior = melior::ir::Module::new(Location::unknown(context));
         let module = Self {
             context,
             name: name.to_owned(),
-            melior,
-            signatures: Rc::default(),
+            melior: melior::ir::Module::new(Location::unknown(context)),
+            shared: Rc::new(Shared { replicas, signatures: RefCell::default() }),
             arguments: RefCell::default(),
             results: RefCell::default(),
         };
         module.set("sym_name", StringAttribute::new(context, name).into());
-        module
-    }
-
-    /// A module that runs as `replicas` x `partitions` copies; collectives and
-    /// [`Builder::replica_id`]/[`Builder::partition_id`] tell them apart.
-    pub fn replicated(context: &'c Context, name: &str, replicas: usize, partitions: usize) -> Self {
-        let module = Self::new(context, name);
-        for (key, count) in [("mhlo.num_replicas", replicas), ("mhlo.num_partitions", partitions)] {
-            let i32 = IntegerType::new(module.context, 32).into();
-            module.set(key, IntegerAttribute::new(i32, count as i64).into());
+        if replicas > 1 {
+            for (key, count) in [("mhlo.num_replicas", replicas), ("mhlo.num_partitions", 1)] {
+                let i32 = IntegerType::new(context, 32).into();
+                module.set(key, IntegerAttribute::new(i32, count as i64).into());
+            }
         }
         module
     }
@@ -90,12 +90,12 @@ impl<'c> Module<'c> {
         F: for<'a> FnOnce(&Builder<'c, 'a>, &[Tensor<'c, 'a>]) -> Result<Vec<Tensor<'c, 'a>>>,
     {
         let context = self.context;
-        if self.signatures.borrow().contains_key(name) {
+        if self.shared.signatures.borrow().contains_key(name) {
             return Err(Error::function(name, "is defined already"));
         }
-        let body = emit::write_body(context, &self.signatures, &[], None, "func.return", arguments, body)?;
+        let body = emit::write_body(context, &self.shared, &[], None, "func.return", arguments, body)?;
         // The body may have defined functions itself, this one among them.
-        if self.signatures.borrow().contains_key(name) {
+        if self.shared.signatures.borrow().contains_key(name) {
             return Err(Error::function(name, "is defined already"));
         }
         let results = body.results.clone();
@@ -111,7 +111,10 @@ impl<'c> Module<'c> {
             .build()
             .map_err(|error| Error::function(name, error.to_string()))?;
         self.melior.body().append_operation(operation);
-        self.signatures.borrow_mut().insert(name.to_owned(), Signature { arguments: arguments.to_vec(), results });
+        self.shared
+            .signatures
+            .borrow_mut()
+            .insert(name.to_owned(), Signature { arguments: arguments.to_vec(), results });
         Ok(())
     }
 
@@ -187,7 +190,7 @@ impl<'c> Module<'c> {
     }
 
     fn signature(&self, function: &str) -> Result<Signature> {
-        find(&self.signatures, function)
+        find(&self.shared, function)
     }
 
     fn argument<'s>(&self, signature: &'s Signature, function: &str, index: usize) -> Result<&'s TensorType> {
@@ -197,7 +200,7 @@ impl<'c> Module<'c> {
     }
 
     fn annotate_argument(&self, function: &str, argument: usize, key: &str, value: Attribute<'c>) {
-        let count = self.signatures.borrow()[function].arguments.len();
+        let count = self.shared.signatures.borrow()[function].arguments.len();
         let mut arguments = self.arguments.borrow_mut();
         arguments.entry((function.to_owned(), argument)).or_default().insert(key.to_owned(), value);
         self.write_annotations(function, "arg_attrs", count, &arguments);
@@ -232,8 +235,8 @@ impl<'c> Module<'c> {
     }
 }
 
-fn find(signatures: &Signatures, function: &str) -> Result<Signature> {
-    let signatures = signatures.borrow();
+fn find(shared: &Shared, function: &str) -> Result<Signature> {
+    let signatures = shared.signatures.borrow();
     signatures.get(function).cloned().ok_or_else(|| {
         let known = signatures.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         Error::function(function, format!("is not defined (yet) in this module; it has: {known}"))
@@ -255,7 +258,7 @@ fn set_attribute(operation: OperationRef, name: &str, attribute: Attribute) {
 impl<'c, 'a> Builder<'c, 'a> {
     /// Calls a function that the module defines already, and returns its results.
     pub fn call(&self, function: &str, arguments: &[Tensor<'c, 'a>]) -> Result<Vec<Tensor<'c, 'a>>> {
-        let signature = find(&self.signatures, function)?;
+        let signature = find(&self.shared, function)?;
         let given: Vec<_> = arguments.iter().map(|argument| argument.ty()).collect();
         if given != signature.arguments {
             let message =

@@ -66,7 +66,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         for dim in 0..ty.rank() {
             let (from, to, by) = (start[dim], limit[dim], stride[dim]);
             ensure(from <= to && to <= ty.dims[dim] && by > 0, op, || {
-                format!("dim {dim}: {from}..{to} by {by} is no part of {ty}")
+                format!("dim {dim}: {from} to {to} by {by} is no part of {ty}")
             })?;
             dims.push((to - from).div_ceil(by));
         }

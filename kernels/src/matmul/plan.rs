@@ -298,9 +298,11 @@ fn check(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
         Layout::FeatureMajor => (true, false),
         Layout::RowMajor | Layout::WeightTransposed => (false, true),
     };
-    for (key, tile, size, lanes) in
-        [("tiles.m", tiles.m, problem.m, lane_m), ("tiles.n", tiles.n, problem.n, lane_n), ("tiles.k", tiles.k, problem.k, true)]
-    {
+    for (key, tile, size, lanes) in [
+        ("tiles.m", tiles.m, problem.m, lane_m),
+        ("tiles.n", tiles.n, problem.n, lane_n),
+        ("tiles.k", tiles.k, problem.k, true),
+    ] {
         let unit = if lanes { LANES } else { SUBLANES };
         if tile == 0 || tile > size.next_multiple_of(unit) || (tile != size && !tile.is_multiple_of(unit)) {
             return Err(PlanError {

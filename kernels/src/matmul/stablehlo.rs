@@ -33,7 +33,8 @@ pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, operands: &Operands<
         .collect();
     let expected = problem.argument_types();
     if given != expected {
-        let list = |types: &[pagoda_ir::TensorType]| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let list =
+            |types: &[pagoda_ir::TensorType]| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let message = format!("operands are ({}) and must be ({})", list(&given), list(&expected));
         return Err(pagoda_ir::Error::op("matmul", message));
     }

@@ -1,0 +1,195 @@
+//! The command line: `pagoda sample | merge | doctor | bench`.
+//!
+//! Samples and other machine-readable output go to stdout, logs and progress to stderr. Exit codes: 0 done, 1 failed
+//! on good input, 2 the input must change, 130 interrupted (what was finished is kept).
+
+mod bench;
+mod doctor;
+mod sample;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pagoda_ir::Element;
+
+use crate::error::{Error, Result};
+use crate::hosts::merge;
+use crate::llama::step::KernelForm;
+use crate::pjrt::{Client, Plugin, PluginChoice};
+
+pub use bench::{DecodeRate, decode_rate};
+
+/// Kernel-centric compiler toolkit for TPU serving.
+#[derive(Debug, Parser)]
+#[command(name = "pagoda", version, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Sample continuations of prompts: the generation loop over any PJRT plugin.
+    Sample(Box<sample::SampleArgs>),
+    /// Check that every host's share of a run is there, and join them in prompt order.
+    Merge {
+        /// The folder that the hosts wrote into (`--out`).
+        dir: PathBuf,
+    },
+    /// Show which plugins are installed, where, and whether they answer.
+    Doctor {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Measure this machine.
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Tokens/s of greedy decode with all slots busy; compile and load left out.
+    Decode {
+        /// The model's folder.
+        #[arg(long)]
+        model: PathBuf,
+        /// Slot counts, one line each.
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 8])]
+        slots: Vec<usize>,
+        /// New tokens per slot.
+        #[arg(long, default_value_t = 256)]
+        new: usize,
+        /// Type of weights, activations and KV.
+        #[arg(long, value_enum, default_value_t = Compute::F32)]
+        compute: Compute,
+        #[command(flatten)]
+        plugin: PluginArgs,
+        /// Print JSON, one object per slot count.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// The compute types on offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Compute {
+    /// IEEE binary32.
+    F32,
+    /// bfloat16; normalisation, softmax, logits and sampling stay f32.
+    Bf16,
+}
+
+impl Compute {
+    fn element(self) -> Element {
+        match self {
+            Self::F32 => Element::F32,
+            Self::Bf16 => Element::Bf16,
+        }
+    }
+}
+
+/// The kernel forms on offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kernels {
+    /// Plain StableHLO, for any plugin.
+    Stablehlo,
+    /// Rust inside the step program, for the CPU plugin.
+    Native,
+}
+
+#[derive(Clone, Debug, Args)]
+struct PluginArgs {
+    /// The form of the attention kernel [default: native on the CPU plugin, stablehlo elsewhere].
+    #[arg(long, value_enum)]
+    kernels: Option<Kernels>,
+    /// The PJRT plugin: cpu, cuda, tpu, or the path of a shared library.
+    #[arg(long, default_value = "cpu", value_name = "P")]
+    plugin: String,
+}
+
+impl PluginArgs {
+    /// The kernels that were asked for, or the ones that suit the client.
+    fn kernels(&self, client: &Client) -> KernelForm {
+        match self.kernels {
+            Some(Kernels::Stablehlo) => KernelForm::Stablehlo,
+            Some(Kernels::Native) => KernelForm::Native,
+            None if client.platform().eq_ignore_ascii_case("cpu") => KernelForm::Native,
+            None => KernelForm::Stablehlo,
+        }
+    }
+
+    /// Loads the plugin and creates a client of one device.
+    fn client(&self) -> Result<Client> {
+        let plugin = Plugin::load(&PluginChoice::parse(&self.plugin)?)?;
+        plugin.client(1).map_err(|error| Error::Plugin {
+            plugin: plugin.found().path.display().to_string(),
+            problem: format!("it cannot create a client: {error}"),
+            fix: "see `pagoda doctor`, or choose another with --plugin".into(),
+        })
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    // The plugins' own chatter on stderr, unless it was asked for.
+    if std::env::var_os("TF_CPP_MIN_LOG_LEVEL").is_none() {
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var("TF_CPP_MIN_LOG_LEVEL", "2") };
+    }
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp(None).init();
+    // clap prints its own errors and exits with 2, like the rest of us.
+    let outcome = match Cli::parse().command {
+        Command::Sample(args) => sample::sample(&args),
+        Command::Merge { dir } => merge(&dir).map(|merged| {
+            eprintln!("# joined {} samples of {} hosts", merged.samples, merged.hosts);
+            println!("{}", merged.path.display());
+            ExitCode::SUCCESS
+        }),
+        Command::Doctor { json } => Ok(if doctor::doctor(json) { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        Command::Bench { what: Bench::Decode { model, slots, new, compute, plugin, json } } => plugin
+            .client()
+            .and_then(|client| {
+                let kernels = plugin.kernels(&client);
+                slots.iter().try_for_each(|&slots| bench(&client, &model, slots, new, compute.element(), kernels, json))
+            })
+            .map(|()| ExitCode::SUCCESS),
+    };
+    outcome.unwrap_or_else(|error| {
+        let _ = writeln!(std::io::stderr(), "error: {error}");
+        ExitCode::from(error.exit_code())
+    })
+}
+
+fn bench(
+    client: &Client,
+    model: &Path,
+    slots: usize,
+    new: usize,
+    compute: Element,
+    kernels: KernelForm,
+    json: bool,
+) -> Result<()> {
+    if slots == 0 || new == 0 {
+        let (key, fix) = if slots == 0 { ("--slots", "ask for at least 1") } else { ("--new", "ask for at least 1") };
+        return Err(Error::setting(key, 0, "leaves nothing to measure", fix));
+    }
+    let rate = decode_rate(client, model, slots, new, compute, kernels)?;
+    if json {
+        println!("{}", serde_json::to_string(&rate).map_err(Error::runtime("writing JSON"))?);
+    } else {
+        println!(
+            "{:>3} slots, {}: {:>8.1} tokens/s, {:.3} ms a step, host {:.1}%",
+            rate.slots,
+            rate.dtype,
+            rate.tok_s,
+            rate.step_ms,
+            100.0 * rate.host_share
+        );
+    }
+    Ok(())
+}

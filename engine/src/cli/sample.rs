@@ -1,0 +1,385 @@
+//! `pagoda sample`: prompts in, samples out.
+
+use std::cell::RefCell;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{Compute, PluginArgs};
+use crate::config::{Overrides, Settings};
+use crate::error::{Error, Result};
+use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
+use crate::hosts::Share;
+use crate::llama::DeviceModel;
+use crate::llama::step::KernelForm;
+use crate::model::config::LlamaConfig;
+use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
+use crate::model::weights::Weights;
+use crate::output::{InOrder, Journal, Record, Run};
+use crate::scheduler::{Finished, Request};
+use crate::stop::StopRule;
+use crate::units::SampleId;
+
+/// Exit code after Ctrl-C, as shells expect it (128 + SIGINT).
+const INTERRUPTED: u8 = 130;
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("source").required(true).multiple(true).args(["config", "model"]))]
+pub(super) struct SampleArgs {
+    /// A Levanter sampler YAML; flags win over it.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// The model's folder: config.json, tokenizer.json, model.safetensors (or its shards and index).
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// The tokenizer's file or folder [default: the model's folder].
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+    /// A prompt; give it several times for several prompts.
+    #[arg(long = "prompt", value_name = "TEXT")]
+    prompts: Vec<String>,
+    /// Treat prompts as user messages of the model's chat template.
+    #[arg(long)]
+    chat: bool,
+    /// End a sample at this text, matched as tokens.
+    #[arg(long, value_name = "TEXT")]
+    stop_sequence: Option<String>,
+    /// New tokens per sample.
+    #[arg(long, value_name = "N")]
+    max_new_tokens: Option<usize>,
+    /// 0 for greedy.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Sample among the K most likely tokens; 0 for all.
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
+    top_k: Option<usize>,
+    /// Sample among the most likely tokens that reach probability P together.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Seed of sampling.
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+    /// Samples per prompt.
+    #[arg(long, value_name = "N")]
+    n_generations: Option<usize>,
+    /// Tokens of one sequence, prompt included.
+    #[arg(long, value_name = "N")]
+    max_seq_len: Option<usize>,
+    /// Sequences that run at once.
+    #[arg(long, value_name = "N")]
+    max_seqs: Option<usize>,
+    /// Pages of the KV cache.
+    #[arg(long, value_name = "N")]
+    max_pages: Option<usize>,
+    /// Tokens per KV page.
+    #[arg(long, value_name = "N")]
+    page_size: Option<usize>,
+    /// Prompt tokens of one prefill step.
+    #[arg(long, value_name = "N")]
+    max_prefill_size: Option<usize>,
+    /// Decode steps per host call.
+    #[arg(long, value_name = "N")]
+    max_rounds: Option<usize>,
+    /// Type of weights, activations and KV.
+    #[arg(long, value_enum)]
+    compute: Option<Compute>,
+    #[command(flatten)]
+    plugin: PluginArgs,
+    /// Write samples to JSONL files in this folder; a rerun continues where the last one ended.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Hosts that share the prompts, each running this command with its own --host-id.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    hosts: usize,
+    /// This host, counted from 0.
+    #[arg(long, value_name = "I", default_value_t = 0)]
+    host_id: usize,
+    /// Print one JSON object per finished sample on stdout, in prompt order, and nothing else there.
+    #[arg(long)]
+    json: bool,
+}
+
+impl SampleArgs {
+    fn overrides(&self) -> Overrides {
+        Overrides {
+            model: self.model.clone(),
+            tokenizer: self.tokenizer.clone(),
+            prompts: self.prompts.clone(),
+            stop_sequence: self.stop_sequence.clone(),
+            max_new_tokens: self.max_new_tokens,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            n_generations: self.n_generations,
+            chat: self.chat,
+            max_seq_len: self.max_seq_len,
+            max_pages: self.max_pages,
+            page_size: self.page_size,
+            max_seqs: self.max_seqs,
+            max_prefill_size: self.max_prefill_size,
+            max_rounds: self.max_rounds,
+            seed: self.seed,
+            compute_dtype: self.compute.map(Compute::element),
+            ..Overrides::default()
+        }
+    }
+}
+
+/// Seconds from the start of the process to the first sampled token, by what they went into.
+#[derive(Clone, Copy, Debug, Default)]
+struct StartUp {
+    plugin: f64,
+    load: f64,
+    compile: f64,
+}
+
+/// The prompts of a run, as text and as tokens.
+struct Prompts {
+    texts: Vec<String>,
+    tokens: Vec<Vec<u32>>,
+}
+
+impl Prompts {
+    fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
+        let template = settings.chat.then(|| ChatTemplate::open(&settings.model)).transpose()?;
+        let encode = |prompt: &String| match &template {
+            None => tokenizer.encode(prompt),
+            Some(template) => {
+                let message = Message { role: "user".into(), content: prompt.clone() };
+                tokenizer.encode_plain(&template.render(&[message], true)?)
+            }
+        };
+        let tokens = settings.prompts.iter().map(encode).collect::<Result<_>>()?;
+        Ok(Self { texts: settings.prompts.clone(), tokens })
+    }
+}
+
+/// Runs the command.
+pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
+    let settings = Settings::resolve(args.config.as_deref(), args.overrides())?;
+    let share = Share::new(args.host_id, args.hosts)?;
+    if args.hosts > 1 && args.out.is_none() {
+        let fix = "name the folder that all hosts write into, and join it with `pagoda merge`";
+        return Err(Error::setting("--out", "none", format!("leaves {} hosts nowhere to write", args.hosts), fix));
+    }
+    let config = LlamaConfig::open(&settings.model)?;
+    let tokenizer = Tokenizer::open(&settings.tokenizer, &config)?;
+    let weights = Weights::open(&settings.model)?;
+    for name in weights.check(&config)? {
+        log::warn!("{}: tensor {name} is not used", settings.model.display());
+    }
+    let prompts = Prompts::encode(&settings, &tokenizer)?;
+    let lengths: Vec<usize> = prompts.tokens.iter().map(Vec::len).collect();
+    let options = EngineOptions {
+        limits: settings.limits(&lengths, config.max_position_embeddings)?,
+        compute: settings.engine.compute_dtype,
+        kernels: KernelForm::Stablehlo, // settled with the client
+        sampling: SamplingOptions {
+            temperature: settings.temperature,
+            top_k: settings.top_k.map(|k| u32::try_from(k).unwrap_or(u32::MAX)),
+            top_p: Some(settings.top_p),
+            seed: settings.engine.seed,
+        },
+        stop: stop_rule(&settings, &config, &tokenizer)?,
+    };
+    eprint!("{settings}");
+    eprintln!("# {}, {} weights, {:?}", settings.model.display(), weights.size(), options.limits);
+
+    let run = Run::new(&settings, &weights.identity());
+    let output = Output::new(args, &run, share, &prompts, &tokenizer)?;
+    let cancel = interrupt_flag();
+    let missing = output.missing();
+    if !missing.is_empty() {
+        let mut start = StartUp::default();
+        let mut engine = start.engine(args, &config, &weights, options)?;
+        let requests = missing.iter().map(|id| Request {
+            id: *id,
+            prompt: prompts.tokens[id.index].clone(),
+            max_new_tokens: settings.max_new_tokens,
+        });
+        let timing = engine.run(
+            requests,
+            &cancel,
+            |sample| output.finish(sample),
+            |state| {
+                output.bar.set_message(format!("{} tokens, {} KV pages used", state.tokens, state.pages_used));
+                output.bar.set_position(state.finished as u64);
+            },
+        )?;
+        output.bar.finish_and_clear();
+        start.report(&timing);
+    }
+    output.close(cancel.load(Ordering::Relaxed))
+}
+
+impl StartUp {
+    fn engine(
+        &mut self,
+        args: &SampleArgs,
+        config: &LlamaConfig,
+        weights: &Weights,
+        mut options: EngineOptions,
+    ) -> Result<Engine> {
+        let started = Instant::now();
+        let client = args.plugin.client()?;
+        options.kernels = args.plugin.kernels(&client);
+        eprintln!("# plugin {client:?}, kernels {:?}", options.kernels);
+        self.plugin = started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        let model = DeviceModel::load(&client, config, weights, options.compute, options.limits.max_seq_len)?;
+        self.load = started.elapsed().as_secs_f64();
+        let engine = Engine::new(&client, model, options)?;
+        self.compile = engine.compile_time().as_secs_f64();
+        Ok(engine)
+    }
+
+    /// What the run took, on stderr.
+    fn report(&self, timing: &Timing) {
+        let total = timing.prefill_device_s + timing.decode_device_s + timing.host_s;
+        let first = self.plugin + self.load + self.compile + timing.first_token_s;
+        eprintln!(
+            "# {} tokens decoded in {:.2} s ({:.0} tokens/s, {:.3} ms a step, host {:.1}% of the run)",
+            timing.decode_tokens,
+            timing.decode_device_s,
+            timing.decode_tokens as f64 / timing.decode_device_s.max(1e-9),
+            1e3 * timing.decode_device_s / timing.decode_steps.max(1) as f64,
+            100.0 * timing.host_s / total.max(1e-9),
+        );
+        eprintln!(
+            "# first token after {first:.2} s: plugin {:.2}, load {:.2}, compile {:.2}, prefill {:.3}",
+            self.plugin, self.load, self.compile, timing.first_token_s,
+        );
+    }
+}
+
+fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
+    let sequence = settings.stop_sequence.as_deref().map(|text| tokenizer.encode_plain(text)).transpose()?;
+    Ok(StopRule::new(config.eos_token_ids.clone(), sequence.into_iter().collect()))
+}
+
+/// A flag that Ctrl-C raises. A second Ctrl-C ends the process at once.
+fn interrupt_flag() -> Arc<AtomicBool> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let raised = Arc::clone(&flag);
+    let set = ctrlc::set_handler(move || {
+        if raised.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+        eprintln!("interrupted: finishing the current step (again to quit at once)");
+    });
+    if let Err(error) = set {
+        log::warn!("Ctrl-C ends the run at once: {error}");
+    }
+    flag
+}
+
+/// Where finished samples go: the journal, stdout, the progress bar.
+struct Output<'r> {
+    run: &'r Run,
+    prompts: &'r Prompts,
+    tokenizer: &'r Tokenizer,
+    json: bool,
+    bar: ProgressBar,
+    state: RefCell<State>,
+}
+
+struct State {
+    journal: Option<Journal>,
+    in_order: InOrder,
+    missing: Vec<SampleId>,
+}
+
+impl<'r> Output<'r> {
+    /// Opens the journal, if there is one, and prints what earlier runs have finished already.
+    fn new(
+        args: &SampleArgs,
+        run: &'r Run,
+        share: Share,
+        prompts: &'r Prompts,
+        tokenizer: &'r Tokenizer,
+    ) -> Result<Self> {
+        let journal = args.out.as_ref().map(|dir| Journal::open(dir, share, run.clone())).transpose()?;
+        let samples = run.samples(share);
+        let missing = journal.as_ref().map_or_else(|| samples.clone(), Journal::missing);
+        // indicatif draws on stderr, and only where that is a terminal.
+        let bar = ProgressBar::new(missing.len() as u64);
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} samples, {msg} [{elapsed}]");
+        bar.set_style(style.map_err(Error::runtime("drawing the progress bar"))?);
+        let done: Vec<Record> = journal.iter().flat_map(|journal| journal.finished().values().cloned()).collect();
+        if !done.is_empty() {
+            eprintln!("# {} of {} samples were finished by an earlier run", done.len(), samples.len());
+        }
+        let state = RefCell::new(State { journal, in_order: InOrder::new(samples), missing });
+        let output = Self { run, prompts, tokenizer, json: args.json, bar, state };
+        for record in done {
+            output.emit(record)?;
+        }
+        Ok(output)
+    }
+
+    fn missing(&self) -> Vec<SampleId> {
+        self.state.borrow().missing.clone()
+    }
+
+    /// Keeps a finished sample, then prints whatever is next in prompt order.
+    fn finish(&self, sample: Finished) -> Result<()> {
+        let text = self.tokenizer.decode(&sample.tokens[..sample.text_tokens])?;
+        let prompt = self.prompts.texts[sample.id.index].clone();
+        let record = Record::new(self.run, sample, prompt, text);
+        if let Some(journal) = &mut self.state.borrow_mut().journal {
+            journal.append(record.clone())?;
+        }
+        self.emit(record)
+    }
+
+    fn emit(&self, record: Record) -> Result<()> {
+        let ready = self.state.borrow_mut().in_order.push(record);
+        self.print(&ready)
+    }
+
+    fn print(&self, records: &[Record]) -> Result<()> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        let emphasise = std::io::stdout().is_terminal();
+        self.bar
+            .suspend(|| {
+                let mut out = std::io::stdout().lock();
+                for record in records {
+                    if self.json {
+                        out.write_all(record.line().as_bytes())?;
+                    } else if emphasise {
+                        writeln!(out, "[{}] \x1b[1m{}\x1b[0m{}\n", record.index, record.prompt, record.text)?;
+                    } else {
+                        writeln!(out, "[{}] {}{}\n", record.index, record.prompt, record.text)?;
+                    }
+                }
+                out.flush()
+            })
+            .map_err(Error::runtime("writing to stdout"))
+    }
+
+    /// Completes the journal, or after an interruption prints what finished out of order.
+    fn close(self, interrupted: bool) -> Result<ExitCode> {
+        let state =
+            self.state.replace(State { journal: None, in_order: InOrder::new(Vec::new()), missing: Vec::new() });
+        let rest = state.in_order.rest();
+        self.print(&rest)?;
+        if interrupted {
+            if state.journal.is_some() {
+                eprintln!("# interrupted: what was finished is kept; run the same command again to go on");
+            }
+            return Ok(ExitCode::from(INTERRUPTED));
+        }
+        if let Some(journal) = state.journal {
+            eprintln!("# wrote {}", journal.complete()?.display());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,101 @@
+//! What the machine reports when a kernel does what hardware would not forgive.
+
+use std::fmt;
+
+/// Kinds of faults. Their meaning stands in the [module docs](super).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FaultKind {
+    /// An access outside a view or a buffer.
+    OutOfBounds,
+    /// A read of memory that nobody wrote.
+    UnwrittenRead,
+    /// A read of a destination whose copy was not waited for.
+    ReadInFlight,
+    /// A write to the source or destination of a copy that was not waited for.
+    OverwriteInFlight,
+    /// A semaphore, or a copy, left over at the end of the kernel.
+    SemaphoreUnbalanced,
+    /// A wait that nothing will ever satisfy.
+    Deadlock,
+    /// Two steps of a `parallel` grid dimension that write the same output.
+    ParallelOverlap,
+    /// A memory is too small for what the kernel declares.
+    MemoryExceeded,
+    /// An element of an output that no step wrote.
+    OutputNeverWritten,
+    /// A promise to the compiler (`tpu.assume_multiple`) that does not hold.
+    BrokenAssumption,
+    /// An integer divided by zero.
+    DivisionByZero,
+    /// More ops than the machine was allowed to run.
+    Runaway,
+    /// Arguments of the call that do not fit the kernel.
+    BadCall,
+}
+
+impl FaultKind {
+    /// In words.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::OutOfBounds => "access out of bounds",
+            Self::UnwrittenRead => "read of unwritten memory",
+            Self::ReadInFlight => "read of a buffer whose DMA is in flight",
+            Self::OverwriteInFlight => "overwrite of a buffer whose DMA is in flight",
+            Self::SemaphoreUnbalanced => "semaphore left unbalanced",
+            Self::Deadlock => "wait that is never satisfied",
+            Self::ParallelOverlap => "overlapping writes of parallel grid steps",
+            Self::MemoryExceeded => "memory exceeded",
+            Self::OutputNeverWritten => "output element never written",
+            Self::BrokenAssumption => "broken promise to the compiler",
+            Self::DivisionByZero => "integer division by zero",
+            Self::Runaway => "too many ops",
+            Self::BadCall => "arguments do not fit the kernel",
+        }
+    }
+}
+
+/// A fault: what happened, where in the module, to which buffer, when.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Fault {
+    /// The kind of fault.
+    pub kind: FaultKind,
+    /// The kernel's name.
+    pub kernel: String,
+    /// The op, by its full name; `pipeline` for the copies of windows.
+    pub op: String,
+    /// The op's source line, `file:line`.
+    pub location: String,
+    /// The buffer, by its name.
+    pub buffer: Option<String>,
+    /// The index of the first offending element in that buffer.
+    pub index: Vec<i64>,
+    /// The grid step.
+    pub grid_step: Vec<usize>,
+    /// The copy that is involved: where it was started.
+    pub dma: Option<String>,
+    /// Sizes and numbers.
+    pub detail: String,
+}
+
+impl std::error::Error for Fault {}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "kernel `{}`: {}: {} at {}", self.kernel, self.kind.describe(), self.op, self.location)?;
+        if let Some(buffer) = &self.buffer {
+            write!(f, ", buffer `{buffer}`")?;
+            if !self.index.is_empty() {
+                write!(f, " at {:?}", self.index)?;
+            }
+        }
+        write!(f, ", grid step {:?}", self.grid_step)?;
+        if let Some(dma) = &self.dma {
+            write!(f, ", DMA {dma}")?;
+        }
+        if !self.detail.is_empty() {
+            write!(f, ": {}", self.detail)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,512 @@
+//! The memories: buffers with written-ness, views of them, and the copies in flight between them.
+
+use std::{borrow::Cow, sync::Arc};
+
+use half::bf16;
+
+use super::tile::{self, Scalar, Tile};
+use crate::{
+    element::Element,
+    mosaic::{MemorySpace, RefElement},
+    tensor::HostTensor,
+};
+
+/// What unwritten memory holds, should its content get out: a NaN that computations keep, and an unlikely integer.
+const POISON_F32: u32 = 0x7fc0_dead;
+const POISON_BF16: u16 = 0x7fd5;
+const POISON_INT: u32 = 0x5a5a_5a5a;
+
+/// One allocation in one memory.
+pub(super) struct Buffer<'i> {
+    pub(super) name: String,
+    pub(super) space: MemorySpace,
+    pub(super) dims: Vec<usize>,
+    pub(super) data: Cow<'i, HostTensor>,
+    /// Which elements were written; empty once all are.
+    written: Vec<bool>,
+    unwritten: usize,
+    /// The parallel grid position of the step that wrote each element, plus one; empty where it does not matter.
+    owners: Vec<u32>,
+    /// Copies in flight that touch this buffer.
+    pub(super) in_flight: usize,
+}
+
+impl<'i> Buffer<'i> {
+    /// A poisoned buffer.
+    pub(super) fn poisoned(name: &str, space: MemorySpace, element: Element, dims: &[usize]) -> Self {
+        let mut buffer = Self::holding(name, space, Cow::Owned(HostTensor::zeros(element, dims)));
+        buffer.poison();
+        buffer
+    }
+
+    /// A buffer that holds an array.
+    pub(super) fn holding(name: &str, space: MemorySpace, data: Cow<'i, HostTensor>) -> Self {
+        Self {
+            name: name.to_owned(),
+            space,
+            dims: data.dims().to_vec(),
+            data,
+            written: vec![],
+            unwritten: 0,
+            owners: vec![],
+            in_flight: 0,
+        }
+    }
+
+    /// Forgets the content.
+    pub(super) fn poison(&mut self) {
+        let len = self.data.len();
+        match self.data.element() {
+            Element::F32 => self.data.to_mut().as_mut_slice::<f32>().fill(f32::from_bits(POISON_F32)),
+            Element::Bf16 => self.data.to_mut().as_mut_slice::<bf16>().fill(bf16::from_bits(POISON_BF16)),
+            _ => self.data.to_mut().bytes_mut().fill(POISON_INT as u8),
+        }
+        self.written.clear();
+        self.written.resize(len, false);
+        self.unwritten = len;
+    }
+
+    /// Counts everything as written: the content is garbage, but garbage that may be read.
+    pub(super) fn all_written(&mut self) {
+        self.written.clear();
+        self.unwritten = 0;
+    }
+
+    pub(super) fn track_owners(&mut self) {
+        self.owners = vec![0; self.data.len()];
+    }
+
+    pub(super) fn first_unwritten(&self) -> Option<usize> {
+        if self.unwritten == 0 { None } else { self.written.iter().position(|&written| !written) }
+    }
+
+    /// The index of an element.
+    pub(super) fn unravel(&self, offset: usize) -> Vec<i64> {
+        let strides = tile::strides(&self.dims);
+        strides.iter().zip(&self.dims).map(|(&stride, &size)| (offset / stride % size) as i64).collect()
+    }
+
+    /// The first element of `region` that nobody wrote.
+    pub(super) fn unwritten_in(&self, region: &Region) -> Option<usize> {
+        if self.unwritten == 0 {
+            return None;
+        }
+        region.find_run(|start, len, stride| {
+            let run = (0..len).map(|i| start + i * stride);
+            match stride {
+                1 => self.written[start..start + len].iter().position(|&written| !written).map(|i| start + i),
+                _ => run.into_iter().find(|&at| !self.written[at]),
+            }
+        })
+    }
+
+    fn mark(&mut self, start: usize, len: usize, stride: usize) {
+        if self.unwritten > 0 && stride == 1 {
+            let written = &mut self.written[start..start + len];
+            self.unwritten -= written.iter().filter(|&&written| !written).count();
+            written.fill(true);
+        } else if self.unwritten > 0 {
+            for at in (0..len).map(|i| start + i * stride) {
+                self.unwritten -= usize::from(!self.written[at]);
+                self.written[at] = true;
+            }
+        }
+    }
+
+    /// Claims `region` for the step at parallel position `owner`; the first element that another position wrote.
+    pub(super) fn claim(&mut self, region: &Region, owner: u32) -> Option<(usize, u32)> {
+        if self.owners.is_empty() {
+            return None;
+        }
+        let owners = &mut self.owners;
+        region.find_run(|start, len, stride| {
+            (0..len).map(|i| start + i * stride).find_map(|at| {
+                let before = std::mem::replace(&mut owners[at], owner + 1);
+                (before != 0 && before != owner + 1).then(|| (at, before - 1))
+            })
+        })
+    }
+
+    /// The elements of `region`, in order, as a register tile.
+    pub(super) fn read(&self, region: &Region) -> Tile {
+        fn gather<T: crate::element::Native, U>(data: &HostTensor, region: &Region, widen: impl Fn(T) -> U) -> Vec<U> {
+            let data = data.as_slice::<T>();
+            let mut values = Vec::with_capacity(region.len());
+            region.for_each_run(|start, len, stride| match stride {
+                1 => values.extend(data[start..start + len].iter().map(|&x| widen(x))),
+                _ => values.extend((0..len).map(|i| widen(data[start + i * stride]))),
+            });
+            values
+        }
+        match self.data.element() {
+            Element::F32 => Tile::Float(Arc::new(gather(&self.data, region, |x: f32| x))),
+            Element::Bf16 => {
+                let data = self.data.as_slice::<bf16>();
+                let mut values = Vec::with_capacity(region.len());
+                region.for_each_run(|start, len, stride| match stride {
+                    1 => tile::widen(&data[start..start + len], &mut values),
+                    _ => values.extend((0..len).map(|i| data[start + i * stride].to_f32())),
+                });
+                Tile::Float(Arc::new(values))
+            }
+            Element::I8 => Tile::Int(Arc::new(gather(&self.data, region, |x: i8| i32::from(x)))),
+            Element::I16 => Tile::Int(Arc::new(gather(&self.data, region, |x: i16| i32::from(x)))),
+            _ => Tile::Int(Arc::new(gather(&self.data, region, |x: i32| x))),
+        }
+    }
+
+    /// Writes a tile into `region`, only where `mask` holds if there is one.
+    pub(super) fn write(&mut self, region: &Region, value: &Tile, mask: Option<&[bool]>) {
+        fn scatter<T: crate::element::Native, U: Copy>(
+            data: &mut HostTensor,
+            region: &Region,
+            values: &[U],
+            mask: Option<&[bool]>,
+            narrow: impl Fn(U) -> T,
+        ) {
+            let data = data.as_mut_slice::<T>();
+            let mut from = 0;
+            region.for_each_run(|start, len, stride| {
+                let values = &values[from..from + len];
+                match (mask, stride) {
+                    (None, 1) => data[start..start + len].iter_mut().zip(values).for_each(|(to, &x)| *to = narrow(x)),
+                    (mask, _) => {
+                        for (i, &x) in values.iter().enumerate() {
+                            if mask.is_none_or(|mask| mask[from + i]) {
+                                data[start + i * stride] = narrow(x);
+                            }
+                        }
+                    }
+                }
+                from += len;
+            });
+        }
+        match (self.data.element(), value) {
+            (Element::F32, Tile::Float(x)) => scatter(self.data.to_mut(), region, x, mask, |x| x),
+            (Element::Bf16, Tile::Float(x)) => scatter(self.data.to_mut(), region, x, mask, tile::narrow),
+            (Element::I8, Tile::Int(x)) => scatter(self.data.to_mut(), region, x, mask, |x| x as i8),
+            (Element::I16, Tile::Int(x)) => scatter(self.data.to_mut(), region, x, mask, |x| x as i16),
+            (_, Tile::Int(x)) => scatter(self.data.to_mut(), region, x, mask, |x| x),
+            _ => unreachable!("decoding gives memory and value one type"),
+        }
+        if self.unwritten > 0 {
+            let mut from = 0;
+            region.for_each_run(|start, len, stride| {
+                match mask {
+                    None => self.mark(start, len, stride),
+                    Some(mask) => (0..len).filter(|i| mask[from + i]).for_each(|i| self.mark(start + i * stride, 1, 1)),
+                }
+                from += len;
+            });
+        }
+    }
+
+    /// Makes the elements of `region` unwritten where `garbage` says so: something undefined was written over them.
+    pub(super) fn spoil(&mut self, region: &Region, garbage: &[bool]) {
+        if self.written.is_empty() {
+            self.written = vec![true; self.data.len()];
+        }
+        let mut from = 0;
+        region.for_each_run(|start, len, stride| {
+            for i in (0..len).filter(|i| garbage[from + i]) {
+                let at = start + i * stride;
+                self.unwritten += usize::from(std::mem::replace(&mut self.written[at], false));
+            }
+            from += len;
+        });
+    }
+
+    /// Which elements of `region` nobody wrote, in order.
+    pub(super) fn garbage_in(&self, region: &Region) -> Vec<bool> {
+        let mut garbage = Vec::with_capacity(region.len());
+        region.for_each_run(|start, len, stride| garbage.extend((0..len).map(|i| !self.written[start + i * stride])));
+        garbage
+    }
+
+    pub(super) fn read_scalar(&self, at: usize) -> Scalar {
+        match self.data.element() {
+            Element::F32 => Scalar::Float(self.data.as_slice::<f32>()[at]),
+            _ => Scalar::Int(self.data.as_slice::<i32>()[at]),
+        }
+    }
+
+    pub(super) fn write_scalar(&mut self, at: usize, value: Scalar) {
+        match value {
+            Scalar::Float(x) => self.data.to_mut().as_mut_slice::<f32>()[at] = x,
+            Scalar::Int(x) => self.data.to_mut().as_mut_slice::<i32>()[at] = x,
+            Scalar::Pred(x) => self.data.to_mut().as_mut_slice::<i32>()[at] = i32::from(x),
+        }
+        self.mark(at, 1, 1);
+    }
+
+    /// The bytes of `region`, in order.
+    pub(super) fn copy_out(&self, region: &Region) -> Vec<u8> {
+        let width = self.data.element().bytes();
+        let data = self.data.bytes();
+        let mut bytes = Vec::with_capacity(region.len() * width);
+        region.for_each_run(|start, len, stride| match stride {
+            1 => bytes.extend_from_slice(&data[start * width..(start + len) * width]),
+            _ => (0..len).for_each(|i| bytes.extend_from_slice(&data[(start + i * stride) * width..][..width])),
+        });
+        bytes
+    }
+
+    /// Writes bytes that [`copy_out`](Self::copy_out) took from a region of equal length.
+    pub(super) fn copy_in(&mut self, region: &Region, bytes: &[u8]) {
+        let width = self.data.element().bytes();
+        let mut from = 0;
+        region.for_each_run(|start, len, stride| {
+            let data = self.data.to_mut().bytes_mut();
+            match stride {
+                1 => data[start * width..(start + len) * width].copy_from_slice(&bytes[from..from + len * width]),
+                _ => (0..len).for_each(|i| {
+                    data[(start + i * stride) * width..][..width].copy_from_slice(&bytes[from + i * width..][..width]);
+                }),
+            }
+            self.mark(start, len, stride);
+            from += len * width;
+        });
+    }
+}
+
+/// A box of elements of one buffer: `dims[d]` steps of `strides[d]` elements each, from `offset`.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Region {
+    pub(super) buffer: usize,
+    offset: usize,
+    /// Without dimensions of size 1, and adjacent ones merged where they are contiguous.
+    dims: Vec<usize>,
+    strides: Vec<usize>,
+}
+
+impl Region {
+    pub(super) fn new(buffer: usize, offset: usize, dims: &[usize], strides: &[usize]) -> Self {
+        let mut merged: Vec<(usize, usize)> = Vec::with_capacity(dims.len());
+        for (&size, &stride) in dims.iter().zip(strides).filter(|&(&size, _)| size != 1) {
+            match merged.last_mut() {
+                Some((before, outer)) if *outer == stride * size => (*before, *outer) = (*before * size, stride),
+                _ => merged.push((size, stride)),
+            }
+        }
+        if merged.is_empty() {
+            merged.push((1, 1));
+        }
+        let (dims, strides) = merged.into_iter().unzip();
+        Self { buffer, offset, dims, strides }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.dims.iter().product()
+    }
+
+    /// One past the last element.
+    fn end(&self) -> usize {
+        self.offset + self.dims.iter().zip(&self.strides).map(|(size, stride)| (size - 1) * stride).sum::<usize>() + 1
+    }
+
+    /// Calls `f(start, len, stride)` for the innermost runs, in order, until it returns something.
+    fn find_run<R>(&self, mut f: impl FnMut(usize, usize, usize) -> Option<R>) -> Option<R> {
+        let (&len, outer) = self.dims.split_last().expect("a region has a dimension");
+        let stride = self.strides[outer.len()];
+        let mut index = vec![0; outer.len()];
+        let mut at = self.offset;
+        loop {
+            if let Some(found) = f(at, len, stride) {
+                return Some(found);
+            }
+            let mut dim = outer.len();
+            loop {
+                dim = dim.checked_sub(1)?;
+                index[dim] += 1;
+                at += self.strides[dim];
+                if index[dim] < outer[dim] {
+                    break;
+                }
+                at -= self.strides[dim] * outer[dim];
+                index[dim] = 0;
+            }
+        }
+    }
+
+    pub(super) fn for_each_run(&self, mut f: impl FnMut(usize, usize, usize)) {
+        self.find_run(|start, len, stride| {
+            f(start, len, stride);
+            None::<()>
+        });
+    }
+
+    /// An element that both regions hold.
+    pub(super) fn overlap(&self, other: &Self) -> Option<usize> {
+        let low = self.offset.max(other.offset);
+        if self.buffer != other.buffer || self.end() <= other.offset || other.end() <= self.offset {
+            return None;
+        }
+        let contiguous = |region: &Self| region.dims.len() == 1 && region.strides[0] == 1;
+        if contiguous(self) && contiguous(other) {
+            return Some(low);
+        }
+        let (mine, theirs) = (self.intervals(), other.intervals());
+        let (mut i, mut j) = (0, 0);
+        while let (Some(&(a, a_end)), Some(&(b, b_end))) = (mine.get(i), theirs.get(j)) {
+            if a < b_end && b < a_end {
+                return Some(a.max(b));
+            }
+            if a_end <= b_end { i += 1 } else { j += 1 }
+        }
+        None
+    }
+
+    fn intervals(&self) -> Vec<(usize, usize)> {
+        let mut intervals = Vec::new();
+        self.for_each_run(|start, len, stride| match stride {
+            1 => intervals.push((start, start + len)),
+            _ => intervals.extend((0..len).map(|i| (start + i * stride, start + i * stride + 1))),
+        });
+        intervals.sort_unstable();
+        intervals
+    }
+}
+
+/// A memref at run time: a strided view of a buffer, perhaps read as a wider element type.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct View {
+    pub(super) buffer: usize,
+    pub(super) offset: usize,
+    pub(super) element: RefElement,
+    pub(super) dims: Vec<usize>,
+    pub(super) strides: Vec<usize>,
+    /// For a view of narrow elements as wide ones: how many, and how far apart, make one.
+    pub(super) packed: Option<(usize, usize)>,
+}
+
+impl View {
+    pub(super) fn whole(buffer: usize, element: RefElement, dims: &[usize]) -> Self {
+        Self { buffer, offset: 0, element, dims: dims.to_vec(), strides: tile::strides(dims), packed: None }
+    }
+
+    /// The elements `start + i * step`, `sizes` of them, or the dimension and index that is out of bounds.
+    pub(super) fn region(&self, start: &[i64], sizes: &[usize], steps: &[usize]) -> Result<Region, (usize, i64)> {
+        let mut offset = self.offset;
+        let mut strides = Vec::with_capacity(sizes.len() + 1);
+        for dim in 0..self.dims.len() {
+            let step = steps.get(dim).copied().unwrap_or(1);
+            let last = start[dim] + ((sizes[dim] - 1) * step) as i64;
+            if start[dim] < 0 || last >= self.dims[dim] as i64 {
+                return Err((dim, if start[dim] < 0 { start[dim] } else { last }));
+            }
+            offset += start[dim] as usize * self.strides[dim];
+            strides.push(self.strides[dim] * step);
+        }
+        let Some((ratio, apart)) = self.packed else {
+            return Ok(Region::new(self.buffer, offset, sizes, &strides));
+        };
+        // A wide element is `ratio` narrow ones of the same lane, so they come before the lanes.
+        let mut sizes = sizes.to_vec();
+        sizes.insert(sizes.len() - 1, ratio);
+        strides.insert(strides.len() - 1, apart);
+        Ok(Region::new(self.buffer, offset, &sizes, &strides))
+    }
+
+    /// Everything that the view holds.
+    pub(super) fn all(&self) -> Region {
+        let zeros = vec![0; self.dims.len()];
+        self.region(&zeros, &self.dims, &[]).expect("a view is inside itself")
+    }
+
+    /// The part at `start` of sizes `sizes`, or the dimension and index that is out of bounds.
+    pub(super) fn slice(&self, start: &[i64], sizes: &[usize]) -> Result<Self, (usize, i64)> {
+        let mut view = self.clone();
+        for dim in 0..sizes.len() {
+            let last = start[dim] + sizes[dim] as i64 - 1;
+            if start[dim] < 0 || last >= self.dims[dim] as i64 {
+                return Err((dim, if start[dim] < 0 { start[dim] } else { last }));
+            }
+            view.offset += start[dim] as usize * self.strides[dim];
+        }
+        view.dims = sizes.to_vec();
+        Ok(view)
+    }
+
+    /// The view without some dimensions of size 1, to be of sizes `dims`.
+    pub(super) fn squeeze(&self, dims: &[usize]) -> Option<Self> {
+        let mut view = Self { dims: vec![], strides: vec![], ..self.clone() };
+        let mut wanted = dims.iter().rev().peekable();
+        for (&size, &stride) in self.dims.iter().zip(&self.strides).rev() {
+            if wanted.peek() == Some(&&size) {
+                wanted.next();
+                view.dims.push(size);
+                view.strides.push(stride);
+            } else if size != 1 {
+                return None;
+            }
+        }
+        view.dims.reverse();
+        view.strides.reverse();
+        wanted.next().is_none().then_some(view)
+    }
+
+    /// The elements in the same order with sizes `dims`; `None` where strides forbid it.
+    pub(super) fn reshape(&self, dims: &[usize]) -> Option<Self> {
+        let contiguous = tile::strides(&self.dims);
+        let fits = self
+            .dims
+            .iter()
+            .zip(&self.strides)
+            .zip(&contiguous)
+            .all(|((&size, stride), own)| size == 1 || stride == own);
+        (fits && self.packed.is_none()).then(|| Self {
+            dims: dims.to_vec(),
+            strides: tile::strides(dims),
+            ..self.clone()
+        })
+    }
+
+    /// The memory read as an element type of `ratio` times the width.
+    pub(super) fn bitcast(&self, to: Element, ratio: usize) -> Option<Self> {
+        let mut view = Self { element: RefElement::Data(to), ..self.clone() };
+        if ratio > 1 {
+            let rows = self.dims.len().checked_sub(2)?;
+            if self.packed.is_some() {
+                return None;
+            }
+            view.packed = Some((ratio, self.strides[rows]));
+            view.dims[rows] /= ratio;
+            view.strides[rows] *= ratio;
+        }
+        Some(view)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_overlap_exactly() {
+        let column = |at| Region::new(0, at, &[4], &[8]);
+        assert_eq!(column(0).overlap(&column(1)), None);
+        assert_eq!(column(3).overlap(&Region::new(0, 8, &[2, 8], &[8, 1])), Some(11));
+        assert_eq!(Region::new(0, 0, &[8], &[1]).overlap(&Region::new(0, 8, &[8], &[1])), None);
+        assert_eq!(Region::new(0, 0, &[9], &[1]).overlap(&Region::new(0, 8, &[8], &[1])), Some(8));
+        assert_eq!(Region::new(0, 0, &[9], &[1]).overlap(&Region::new(1, 8, &[8], &[1])), None);
+    }
+
+    #[test]
+    fn written_elements_are_tracked_one_by_one() {
+        let mut buffer = Buffer::poisoned("b", MemorySpace::Vmem, Element::F32, &[4, 8]);
+        let row = Region::new(0, 8, &[8], &[1]);
+        assert_eq!(buffer.unwritten_in(&row), Some(8));
+        buffer.write(&row, &Tile::Float(Arc::new(vec![1.0; 8])), None);
+        assert_eq!(buffer.unwritten_in(&row), None);
+        assert_eq!(buffer.unwritten_in(&Region::new(0, 0, &[4, 2], &[8, 1])), Some(0));
+        assert_eq!(buffer.unravel(17), [2, 1]);
+    }
+
+    #[test]
+    fn packed_views_take_rows_of_one_lane() {
+        let view = View::whole(0, RefElement::Data(Element::Bf16), &[4, 128]).bitcast(Element::I32, 2).unwrap();
+        assert_eq!((view.dims.as_slice(), view.strides.as_slice()), ([2, 128].as_slice(), [256, 1].as_slice()));
+        let region = view.region(&[1, 0], &[1, 128], &[]).unwrap();
+        assert_eq!(region, Region::new(0, 256, &[2, 128], &[128, 1]));
+    }
+}

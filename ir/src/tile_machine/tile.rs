@@ -1,0 +1,765 @@
+//! Tiles in registers, and the ops on them: plain loops over whole tiles.
+//!
+//! Floats of any width are kept as `f32` and rounded after each op that produces a narrower type, integers of any width
+//! as `i32` and wrapped; both are exact. Buffers of tiles that die are reused by the op that consumes them.
+
+use std::sync::Arc;
+
+use half::bf16;
+
+use crate::element::Element;
+
+/// The elements of a tile, row-major. Its sizes are static and known to every op.
+#[derive(Clone, Debug)]
+pub(super) enum Tile {
+    Float(Arc<Vec<f32>>),
+    Int(Arc<Vec<i32>>),
+    Pred(Arc<Vec<bool>>),
+}
+
+/// An elementwise op of one operand.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Unary {
+    Neg,
+    Abs,
+    Exp,
+    Exp2,
+    Log,
+    Tanh,
+    Sin,
+    Cos,
+    Sqrt,
+    Rsqrt,
+    Floor,
+    Ceil,
+    RoundEven,
+    Erf,
+    Log1p,
+    Reciprocal,
+}
+
+impl Unary {
+    pub(super) fn float(self, x: f32) -> f32 {
+        match self {
+            Self::Neg => -x,
+            Self::Abs => x.abs(),
+            Self::Exp => x.exp(),
+            Self::Exp2 => x.exp2(),
+            Self::Log => x.ln(),
+            Self::Tanh => x.tanh(),
+            Self::Sin => x.sin(),
+            Self::Cos => x.cos(),
+            Self::Sqrt => x.sqrt(),
+            Self::Rsqrt => 1.0 / x.sqrt(),
+            Self::Floor => x.floor(),
+            Self::Ceil => x.ceil(),
+            Self::RoundEven => x.round_ties_even(),
+            Self::Erf => erf(x),
+            Self::Log1p => x.ln_1p(),
+            Self::Reciprocal => 1.0 / x,
+        }
+    }
+
+    pub(super) fn int(self, x: i32) -> i32 {
+        match self {
+            Self::Abs => x.wrapping_abs(),
+            _ => x.wrapping_neg(),
+        }
+    }
+}
+
+/// The error function, by Abramowitz and Stegun 7.1.26 in f64 (absolute error below 1.5e-7).
+fn erf(x: f32) -> f32 {
+    let (sign, x) = (x.signum(), f64::from(x.abs()));
+    let t = 1.0 / (1.0 + 0.327_591_1 * x);
+    let poly =
+        t * (0.254_829_592 + t * (-0.284_496_736 + t * (1.421_413_741 + t * (-1.453_152_027 + t * 1.061_405_429))));
+    sign * (1.0 - poly * (-x * x).exp()) as f32
+}
+
+/// An elementwise op of two operands.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Binary {
+    Add,
+    Sub,
+    Mul,
+    Div,
+    Rem,
+    Max,
+    Min,
+    Pow,
+    And,
+    Or,
+    Xor,
+    Shl,
+    ShrSigned,
+    ShrUnsigned,
+}
+
+impl Binary {
+    pub(super) fn float(self, x: f32, y: f32) -> f32 {
+        match self {
+            Self::Add => x + y,
+            Self::Sub => x - y,
+            Self::Mul => x * y,
+            Self::Div => x / y,
+            Self::Rem => x % y,
+            Self::Max => maximum(x, y),
+            Self::Min => minimum(x, y),
+            Self::Pow => x.powf(y),
+            Self::And | Self::Or | Self::Xor | Self::Shl | Self::ShrSigned | Self::ShrUnsigned => f32::NAN,
+        }
+    }
+
+    /// `None` where the result is undefined: division by zero.
+    pub(super) fn int(self, x: i32, y: i32) -> Option<i32> {
+        Some(match self {
+            Self::Add => x.wrapping_add(y),
+            Self::Sub => x.wrapping_sub(y),
+            Self::Mul => x.wrapping_mul(y),
+            Self::Div => return x.checked_div(y),
+            Self::Rem => return x.checked_rem(y),
+            Self::Max => x.max(y),
+            Self::Min => x.min(y),
+            Self::Pow => x.wrapping_pow(y.max(0) as u32),
+            Self::And => x & y,
+            Self::Or => x | y,
+            Self::Xor => x ^ y,
+            // Shifts by the width or more leave nothing.
+            Self::Shl => x.checked_shl(y as u32).unwrap_or(0),
+            Self::ShrSigned => x >> (y as u32).min(31),
+            Self::ShrUnsigned => (x as u32).checked_shr(y as u32).unwrap_or(0) as i32,
+        })
+    }
+}
+
+fn maximum(x: f32, y: f32) -> f32 {
+    let larger = if x > y { x } else { y };
+    if x.is_nan() { x } else { larger }
+}
+
+fn minimum(x: f32, y: f32) -> f32 {
+    let smaller = if x < y { x } else { y };
+    if x.is_nan() { x } else { smaller }
+}
+
+/// A comparison; `Unordered*` are true where a side is NaN.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Compare {
+    Eq,
+    Ne,
+    Lt,
+    Le,
+    Gt,
+    Ge,
+    UnsignedLt,
+    UnsignedLe,
+    UnsignedGt,
+    UnsignedGe,
+    OrderedNe,
+    Ordered,
+    Unordered,
+    UnorderedEq,
+    UnorderedLt,
+    UnorderedLe,
+    UnorderedGt,
+    UnorderedGe,
+    Always,
+    Never,
+}
+
+impl Compare {
+    pub(super) fn float(self, x: f32, y: f32) -> bool {
+        let unordered = x.is_nan() || y.is_nan();
+        match self {
+            Self::Eq => x == y,
+            Self::Ne => x != y,
+            Self::Lt | Self::UnsignedLt => x < y,
+            Self::Le | Self::UnsignedLe => x <= y,
+            Self::Gt | Self::UnsignedGt => x > y,
+            Self::Ge | Self::UnsignedGe => x >= y,
+            Self::OrderedNe => !unordered && x != y,
+            Self::Ordered => !unordered,
+            Self::Unordered => unordered,
+            Self::UnorderedEq => unordered || x == y,
+            Self::UnorderedLt => unordered || x < y,
+            Self::UnorderedLe => unordered || x <= y,
+            Self::UnorderedGt => unordered || x > y,
+            Self::UnorderedGe => unordered || x >= y,
+            Self::Always => true,
+            Self::Never => false,
+        }
+    }
+
+    pub(super) fn int(self, x: i32, y: i32) -> bool {
+        match self {
+            Self::Ne | Self::OrderedNe => x != y,
+            Self::Lt => x < y,
+            Self::Le => x <= y,
+            Self::Gt => x > y,
+            Self::Ge => x >= y,
+            Self::UnsignedLt => (x as u32) < y as u32,
+            Self::UnsignedLe => x as u32 <= y as u32,
+            Self::UnsignedGt => x as u32 > y as u32,
+            Self::UnsignedGe => x as u32 >= y as u32,
+            _ => x == y,
+        }
+    }
+}
+
+/// How a reduction combines elements.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Reduction {
+    Sum,
+    Product,
+    Max,
+    Min,
+}
+
+impl Reduction {
+    pub(super) fn binary(self) -> Binary {
+        match self {
+            Self::Sum => Binary::Add,
+            Self::Product => Binary::Mul,
+            Self::Max => Binary::Max,
+            Self::Min => Binary::Min,
+        }
+    }
+}
+
+/// Wraps an `i32` to a narrower integer type.
+pub(super) fn wrap(element: Element, x: i32) -> i32 {
+    match element {
+        Element::I8 => i32::from(x as i8),
+        Element::I16 => i32::from(x as i16),
+        Element::Pred => x & 1,
+        _ => x,
+    }
+}
+
+/// Rounds an `f32` to a narrower float type.
+pub(super) fn round(element: Element, x: f32) -> f32 {
+    if element == Element::Bf16 { round_to_bf16(x) } else { x }
+}
+
+/// Nearest even; vectorises, unlike `half`'s.
+#[inline]
+fn round_to_bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
+    f32::from_bits(if x.is_nan() { bits & 0xffff_0000 | 0x0040_0000 } else { rounded })
+}
+
+fn unique<T: Clone>(shared: Arc<Vec<T>>) -> Vec<T> {
+    Arc::try_unwrap(shared).unwrap_or_else(|shared| shared.as_ref().clone())
+}
+
+/// Applies `f` in place where the tile dies, else into a new one.
+fn map<T: Copy>(x: Arc<Vec<T>>, f: impl Fn(T) -> T) -> Arc<Vec<T>> {
+    match Arc::try_unwrap(x) {
+        Ok(mut x) => {
+            x.iter_mut().for_each(|x| *x = f(*x));
+            Arc::new(x)
+        }
+        Err(x) => Arc::new(x.iter().map(|&x| f(x)).collect()),
+    }
+}
+
+fn zip<T: Copy>(x: Arc<Vec<T>>, y: Arc<Vec<T>>, f: impl Fn(T, T) -> T) -> Arc<Vec<T>> {
+    match Arc::try_unwrap(x) {
+        Ok(mut x) => {
+            x.iter_mut().zip(y.iter()).for_each(|(x, &y)| *x = f(*x, y));
+            Arc::new(x)
+        }
+        Err(x) => match Arc::try_unwrap(y) {
+            Ok(mut y) => {
+                y.iter_mut().zip(x.iter()).for_each(|(y, &x)| *y = f(x, *y));
+                Arc::new(y)
+            }
+            Err(y) => Arc::new(x.iter().zip(y.iter()).map(|(&x, &y)| f(x, y)).collect()),
+        },
+    }
+}
+
+pub(super) fn unary(op: Unary, element: Element, x: Tile) -> Tile {
+    match x {
+        Tile::Float(x) => {
+            let x = match op {
+                Unary::Neg => map(x, |x| -x),
+                Unary::Abs => map(x, f32::abs),
+                Unary::Sqrt => map(x, f32::sqrt),
+                Unary::Rsqrt => map(x, |x| 1.0 / x.sqrt()),
+                Unary::Reciprocal => map(x, |x| 1.0 / x),
+                Unary::Exp => map(x, f32::exp),
+                op => map(x, |x| op.float(x)),
+            };
+            Tile::Float(rounded(element, x))
+        }
+        Tile::Int(x) => Tile::Int(map(x, |x| wrap(element, op.int(x)))),
+        Tile::Pred(x) => Tile::Pred(x),
+    }
+}
+
+fn rounded(element: Element, x: Arc<Vec<f32>>) -> Arc<Vec<f32>> {
+    if element == Element::Bf16 { map(x, round_to_bf16) } else { x }
+}
+
+/// `None` when an integer division by zero occurs.
+pub(super) fn binary(op: Binary, element: Element, x: Tile, y: Tile) -> Option<Tile> {
+    Some(match (x, y) {
+        (Tile::Float(x), Tile::Float(y)) => {
+            let result = match op {
+                Binary::Add => zip(x, y, |x, y| x + y),
+                Binary::Sub => zip(x, y, |x, y| x - y),
+                Binary::Mul => zip(x, y, |x, y| x * y),
+                Binary::Div => zip(x, y, |x, y| x / y),
+                Binary::Max => zip(x, y, maximum),
+                Binary::Min => zip(x, y, minimum),
+                op => zip(x, y, |x, y| op.float(x, y)),
+            };
+            Tile::Float(rounded(element, result))
+        }
+        (Tile::Int(x), Tile::Int(y)) => {
+            if matches!(op, Binary::Div | Binary::Rem) && y.contains(&0) {
+                return None;
+            }
+            let result = match op {
+                Binary::Add => zip(x, y, i32::wrapping_add),
+                Binary::Sub => zip(x, y, i32::wrapping_sub),
+                Binary::Mul => zip(x, y, i32::wrapping_mul),
+                Binary::And => zip(x, y, |x, y| x & y),
+                Binary::Or => zip(x, y, |x, y| x | y),
+                op => zip(x, y, |x, y| op.int(x, y).unwrap_or(0)),
+            };
+            let narrow = matches!(element, Element::I8 | Element::I16);
+            Tile::Int(if narrow { map(result, |x| wrap(element, x)) } else { result })
+        }
+        (Tile::Pred(x), Tile::Pred(y)) => Tile::Pred(match op {
+            Binary::And | Binary::Mul | Binary::Min => zip(x, y, |x, y| x & y),
+            Binary::Or | Binary::Max => zip(x, y, |x, y| x | y),
+            _ => zip(x, y, |x, y| x ^ y),
+        }),
+        _ => unreachable!("decoding gives both sides one type"),
+    })
+}
+
+pub(super) fn compare(op: Compare, x: &Tile, y: &Tile) -> Tile {
+    fn over<T: Copy>(x: &[T], y: &[T], f: impl Fn(T, T) -> bool) -> Tile {
+        Tile::Pred(Arc::new(x.iter().zip(y).map(|(&x, &y)| f(x, y)).collect()))
+    }
+    match (x, y) {
+        (Tile::Float(x), Tile::Float(y)) => match op {
+            Compare::Lt => over(x, y, |x, y| x < y),
+            Compare::Gt => over(x, y, |x, y| x > y),
+            Compare::Eq => over(x, y, |x, y| x == y),
+            op => over(x, y, |x, y| op.float(x, y)),
+        },
+        (Tile::Int(x), Tile::Int(y)) => match op {
+            Compare::Eq => over(x, y, |x, y| x == y),
+            Compare::Lt => over(x, y, |x, y| x < y),
+            Compare::Le => over(x, y, |x, y| x <= y),
+            Compare::Gt => over(x, y, |x, y| x > y),
+            Compare::Ge => over(x, y, |x, y| x >= y),
+            op => over(x, y, |x, y| op.int(x, y)),
+        },
+        (Tile::Pred(x), Tile::Pred(y)) => over(x, y, |x, y| op.int(i32::from(x), i32::from(y))),
+        _ => unreachable!("decoding gives both sides one type"),
+    }
+}
+
+pub(super) fn select(condition: &Tile, then: Tile, otherwise: Tile) -> Tile {
+    fn over<T: Copy>(condition: &[bool], then: Arc<Vec<T>>, otherwise: Arc<Vec<T>>) -> Arc<Vec<T>> {
+        match Arc::try_unwrap(then) {
+            Ok(mut then) => {
+                let sides = then.iter_mut().zip(condition).zip(otherwise.iter());
+                sides.for_each(|((then, &condition), &otherwise)| *then = if condition { *then } else { otherwise });
+                Arc::new(then)
+            }
+            Err(then) => {
+                let sides = condition.iter().zip(then.iter()).zip(otherwise.iter());
+                Arc::new(
+                    sides.map(|((&condition, &then), &otherwise)| if condition { then } else { otherwise }).collect(),
+                )
+            }
+        }
+    }
+    let Tile::Pred(condition) = condition else { unreachable!("decoding gives a pred condition") };
+    match (then, otherwise) {
+        (Tile::Float(x), Tile::Float(y)) => Tile::Float(over(condition, x, y)),
+        (Tile::Int(x), Tile::Int(y)) => Tile::Int(over(condition, x, y)),
+        (Tile::Pred(x), Tile::Pred(y)) => Tile::Pred(over(condition, x, y)),
+        _ => unreachable!("decoding gives both sides one type"),
+    }
+}
+
+/// Conversion between element types. Floats become integers by truncation; `signed` is how narrow integers are read.
+pub(super) fn convert(from: Element, to: Element, signed: bool, x: Tile) -> Tile {
+    match x {
+        Tile::Float(x) if to.is_float() => Tile::Float(rounded(to, x)),
+        Tile::Float(x) => Tile::Int(Arc::new(x.iter().map(|&x| wrap(to, x as i32)).collect())),
+        Tile::Int(x) if to.is_float() => {
+            let value = |x: i32| if signed { x as f32 } else { unsigned(from, x) as f32 };
+            Tile::Float(rounded(to, Arc::new(x.iter().map(|&x| value(x)).collect())))
+        }
+        Tile::Int(x) if to == Element::Pred => Tile::Pred(Arc::new(x.iter().map(|&x| x & 1 != 0).collect())),
+        Tile::Int(x) => Tile::Int(map(x, |x| if signed { wrap(to, x) } else { wrap(to, unsigned(from, x) as i32) })),
+        Tile::Pred(x) if to.is_float() => Tile::Float(Arc::new(x.iter().map(|&x| f32::from(u8::from(x))).collect())),
+        Tile::Pred(x) if to == Element::Pred => Tile::Pred(x),
+        Tile::Pred(x) => {
+            let one = if signed { -1 } else { 1 };
+            Tile::Int(Arc::new(x.iter().map(|&x| if x { one } else { 0 }).collect()))
+        }
+    }
+}
+
+/// The bits of a narrow signed integer as an unsigned one.
+fn unsigned(element: Element, x: i32) -> u32 {
+    match element {
+        Element::I8 => u32::from(x as u8),
+        Element::I16 => u32::from(x as u16),
+        _ => x as u32,
+    }
+}
+
+macro_rules! on_elements {
+    ($tile:expr, $x:ident => $body:expr) => {
+        match $tile {
+            Tile::Float($x) => Tile::Float(Arc::new($body)),
+            Tile::Int($x) => Tile::Int(Arc::new($body)),
+            Tile::Pred($x) => Tile::Pred(Arc::new($body)),
+        }
+    };
+}
+
+/// Row-major strides.
+pub(super) fn strides(dims: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1; dims.len()];
+    for dim in (1..dims.len()).rev() {
+        strides[dim - 1] = strides[dim] * dims[dim];
+    }
+    strides
+}
+
+/// Copies elements out of `x` by strides: dimension `d` of the result, of size `dims[d]`, moves `by[d]` in `x`.
+fn strided<T: Copy>(x: &[T], start: usize, dims: &[usize], by: &[usize]) -> Vec<T> {
+    let mut result = Vec::with_capacity(dims.iter().product());
+    let Some((&inner, outer)) = dims.split_last() else { return vec![x[start]] };
+    let step = by[dims.len() - 1];
+    let mut index = vec![0; outer.len()];
+    let mut at = start;
+    loop {
+        match step {
+            0 => result.resize(result.len() + inner, x[at]),
+            1 => result.extend_from_slice(&x[at..at + inner]),
+            _ => result.extend((0..inner).map(|i| x[at + i * step])),
+        }
+        let mut dim = outer.len();
+        loop {
+            if dim == 0 {
+                return result;
+            }
+            dim -= 1;
+            index[dim] += 1;
+            at += by[dim];
+            if index[dim] < outer[dim] {
+                break;
+            }
+            at -= by[dim] * outer[dim];
+            index[dim] = 0;
+        }
+    }
+}
+
+pub(super) fn broadcast(x: &Tile, from: &[usize], to: &[usize]) -> Tile {
+    let own = strides(from);
+    let lead = to.len() - from.len();
+    let by: Vec<usize> = (0..to.len())
+        .map(|dim| match dim.checked_sub(lead) {
+            Some(dim) if from[dim] != 1 => own[dim],
+            _ => 0,
+        })
+        .collect();
+    on_elements!(x, x => strided(x, 0, to, &by))
+}
+
+pub(super) fn splat(scalar: Scalar, len: usize) -> Tile {
+    match scalar {
+        Scalar::Float(x) => Tile::Float(Arc::new(vec![x; len])),
+        Scalar::Int(x) => Tile::Int(Arc::new(vec![x; len])),
+        Scalar::Pred(x) => Tile::Pred(Arc::new(vec![x; len])),
+    }
+}
+
+pub(super) fn transpose(x: &Tile, dims: &[usize], permutation: &[usize]) -> Tile {
+    let own = strides(dims);
+    let to: Vec<usize> = permutation.iter().map(|&dim| dims[dim]).collect();
+    let by: Vec<usize> = permutation.iter().map(|&dim| own[dim]).collect();
+    on_elements!(x, x => strided(x, 0, &to, &by))
+}
+
+pub(super) fn slice(x: &Tile, dims: &[usize], offsets: &[usize], sizes: &[usize], steps: &[usize]) -> Tile {
+    let own = strides(dims);
+    let start = offsets.iter().zip(&own).map(|(offset, stride)| offset * stride).sum();
+    let by: Vec<usize> = own.iter().zip(steps).map(|(stride, step)| stride * step).collect();
+    on_elements!(x, x => strided(x, start, sizes, &by))
+}
+
+/// Tiles after each other along `dim`; `sizes` are theirs.
+pub(super) fn concatenate(tiles: &[Tile], sizes: &[Vec<usize>], dim: usize) -> Tile {
+    fn over<T: Copy>(parts: &[(&[T], usize)], outer: usize) -> Vec<T> {
+        let mut result = Vec::with_capacity(parts.iter().map(|(part, _)| part.len()).sum());
+        for row in 0..outer {
+            parts.iter().for_each(|(part, run)| result.extend_from_slice(&part[row * run..(row + 1) * run]));
+        }
+        result
+    }
+    let outer: usize = sizes[0][..dim].iter().product();
+    let run = |index: usize| sizes[index][dim..].iter().product::<usize>();
+    macro_rules! parts {
+        ($variant:ident) => {{
+            let parts = tiles.iter().enumerate().map(|(index, tile)| match tile {
+                Tile::$variant(part) => (part.as_slice(), run(index)),
+                _ => unreachable!("decoding gives all sources one type"),
+            });
+            Tile::$variant(Arc::new(over(&parts.collect::<Vec<_>>(), outer)))
+        }};
+    }
+    match &tiles[0] {
+        Tile::Float(_) => parts!(Float),
+        Tile::Int(_) => parts!(Int),
+        Tile::Pred(_) => parts!(Pred),
+    }
+}
+
+pub(super) fn rotate(x: &Tile, dims: &[usize], dim: usize, amount: i64) -> Tile {
+    fn over<T: Copy>(x: &[T], outer: usize, size: usize, inner: usize, amount: usize) -> Vec<T> {
+        let mut result = Vec::with_capacity(x.len());
+        for block in x.chunks(size * inner).take(outer) {
+            let (kept, wrapped) = block.split_at((size - amount) * inner);
+            result.extend_from_slice(wrapped);
+            result.extend_from_slice(kept);
+        }
+        result
+    }
+    let (outer, size) = (dims[..dim].iter().product(), dims[dim]);
+    let inner = dims[dim + 1..].iter().product();
+    let amount = amount.rem_euclid(size as i64) as usize;
+    on_elements!(x, x => over(x, outer, size, inner, amount))
+}
+
+/// Folds `x` over the dimensions `over`, starting from `initial`.
+pub(super) fn reduce(how: Reduction, element: Element, x: Tile, dims: &[usize], over: &[usize], initial: Tile) -> Tile {
+    let (mut x, mut dims) = (x, dims.to_vec());
+    let mut over = over.to_vec();
+    over.sort_unstable();
+    while let Some(dim) = over.pop() {
+        let (outer, size): (usize, usize) = (dims[..dim].iter().product(), dims[dim]);
+        let inner: usize = dims[dim + 1..].iter().product();
+        x = match &x {
+            Tile::Float(x) => Tile::Float(Arc::new(match how {
+                Reduction::Sum => fold(x, outer, size, inner, |x, y| x + y),
+                Reduction::Product => fold(x, outer, size, inner, |x, y| x * y),
+                Reduction::Max => fold(x, outer, size, inner, maximum),
+                Reduction::Min => fold(x, outer, size, inner, minimum),
+            })),
+            Tile::Int(x) => Tile::Int(Arc::new(match how {
+                Reduction::Sum => fold(x, outer, size, inner, i32::wrapping_add),
+                Reduction::Product => fold(x, outer, size, inner, i32::wrapping_mul),
+                Reduction::Max => fold(x, outer, size, inner, i32::max),
+                Reduction::Min => fold(x, outer, size, inner, i32::min),
+            })),
+            Tile::Pred(x) => Tile::Pred(Arc::new(match how {
+                Reduction::Sum => fold(x, outer, size, inner, |x, y| x ^ y),
+                Reduction::Product | Reduction::Min => fold(x, outer, size, inner, |x, y| x & y),
+                Reduction::Max => fold(x, outer, size, inner, |x, y| x | y),
+            })),
+        };
+        dims.remove(dim);
+    }
+    binary(how.binary(), element, x, initial).unwrap_or_else(|| unreachable!("no reduction divides"))
+}
+
+fn fold<T: Copy>(x: &[T], outer: usize, size: usize, inner: usize, f: impl Fn(T, T) -> T) -> Vec<T> {
+    let mut result = Vec::with_capacity(outer * inner);
+    for block in x.chunks_exact(size * inner).take(outer) {
+        if inner == 1 {
+            // Eight running values, so that the loop vectorises.
+            const LANES: usize = 8;
+            let (head, tail) = block.split_at(size - size % LANES);
+            let mut chunks = head.chunks_exact(LANES);
+            let mut total = None;
+            if let Some(first) = chunks.next() {
+                let mut lanes: [T; LANES] = std::array::from_fn(|lane| first[lane]);
+                for chunk in chunks {
+                    for lane in 0..LANES {
+                        lanes[lane] = f(lanes[lane], chunk[lane]);
+                    }
+                }
+                total = lanes.into_iter().reduce(&f);
+            }
+            let total = tail.iter().fold(total, |total, &x| Some(total.map_or(x, |total| f(total, x))));
+            result.extend(total);
+        } else {
+            let start = result.len();
+            result.extend_from_slice(&block[..inner]);
+            for row in block.chunks_exact(inner).skip(1) {
+                result[start..].iter_mut().zip(row).for_each(|(total, &x)| *total = f(*total, x));
+            }
+        }
+    }
+    result
+}
+
+/// The bits of `x` (of sizes `dims`) as elements of another type. Narrow elements are packed along the second-minor
+/// dimension, the first row in the low bits.
+pub(super) fn bitcast(x: &Tile, dims: &[usize], from: Element, to: Element) -> Tile {
+    let bits: Vec<u32> = match x {
+        Tile::Float(x) if from == Element::Bf16 => x.iter().map(|x| x.to_bits() >> 16).collect(),
+        Tile::Float(x) => x.iter().map(|x| x.to_bits()).collect(),
+        Tile::Int(x) => x.iter().map(|&x| unsigned(from, x)).collect(),
+        Tile::Pred(x) => x.iter().map(|&x| u32::from(x)).collect(),
+    };
+    let (narrow, wide) = (from.bytes().min(to.bytes()), from.bytes().max(to.bytes()));
+    let ratio = wide / narrow;
+    let lanes = dims.last().copied().unwrap_or(1);
+    let shift = |part: usize| (8 * narrow * part) as u32;
+    let bits: Vec<u32> = if ratio == 1 {
+        bits
+    } else if to.bytes() > from.bytes() {
+        let groups = bits.chunks_exact(ratio * lanes);
+        let word = |group: &[u32], lane: usize| (0..ratio).map(|part| group[part * lanes + lane] << shift(part)).sum();
+        groups.flat_map(|group| (0..lanes).map(|lane| word(group, lane)).collect::<Vec<u32>>()).collect()
+    } else {
+        let mask = (1u32 << (8 * narrow)) - 1;
+        let rows = bits.chunks_exact(lanes);
+        let split =
+            |row: &[u32]| (0..ratio).flat_map(|part| row.iter().map(move |x| x >> shift(part) & mask)).collect();
+        rows.flat_map(|row| -> Vec<u32> { split(row) }).collect()
+    };
+    from_bits(to, bits)
+}
+
+pub(super) fn from_bits(element: Element, bits: Vec<u32>) -> Tile {
+    match element {
+        Element::Bf16 => Tile::Float(Arc::new(bits.into_iter().map(|x| f32::from_bits(x << 16)).collect())),
+        Element::F32 => Tile::Float(Arc::new(bits.into_iter().map(f32::from_bits).collect())),
+        Element::Pred => Tile::Pred(Arc::new(bits.into_iter().map(|x| x & 1 != 0).collect())),
+        element => Tile::Int(Arc::new(bits.into_iter().map(|x| wrap(element, x as i32)).collect())),
+    }
+}
+
+/// A scalar in a register.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Scalar {
+    Float(f32),
+    Int(i32),
+    Pred(bool),
+}
+
+impl Tile {
+    pub(super) fn get(&self, index: usize) -> Scalar {
+        match self {
+            Self::Float(x) => Scalar::Float(x[index]),
+            Self::Int(x) => Scalar::Int(x[index]),
+            Self::Pred(x) => Scalar::Pred(x[index]),
+        }
+    }
+}
+
+/// One matrix of a batched product, described by strides in elements.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Strides {
+    pub(super) batch: usize,
+    pub(super) row: usize,
+    pub(super) column: usize,
+}
+
+/// The shape of a matrix product: `batch` times `[m, k] x [k, n]`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MatmulShape {
+    pub(super) batch: usize,
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) lhs: Strides,
+    pub(super) rhs: Strides,
+}
+
+impl MatmulShape {
+    /// Multiplications and additions.
+    pub(super) fn flops(&self) -> u64 {
+        2 * (self.batch * self.m * self.n * self.k) as u64
+    }
+}
+
+/// `accumulator + lhs x rhs`. The sides that `round` names are rounded to bf16 first, as the MXU does with f32.
+pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Tile, round: [bool; 2]) -> Tile {
+    match (lhs, rhs, accumulator) {
+        (Tile::Float(lhs), Tile::Float(rhs), Tile::Float(sum)) => {
+            let lhs = if round[0] { map(lhs, round_to_bf16) } else { lhs };
+            let rhs = if round[1] { map(rhs, round_to_bf16) } else { rhs };
+            let mut sum = unique(sum);
+            for batch in 0..shape.batch {
+                let (MatmulShape { m, n, k, .. }, l, r) = (*shape, shape.lhs, shape.rhs);
+                let sum = &mut sum[batch * m * n..(batch + 1) * m * n];
+                let (lhs, rhs) = (&lhs[batch * l.batch..], &rhs[batch * r.batch..]);
+                // The last element that each side reads is inside its slice.
+                assert!((m - 1) * l.row + (k - 1) * l.column < lhs.len());
+                assert!((k - 1) * r.row + (n - 1) * r.column < rhs.len());
+                // SAFETY: the asserts bound every read, `sum` has exactly m x n elements and aliases neither side.
+                unsafe {
+                    gemm::gemm(
+                        m,
+                        n,
+                        k,
+                        sum.as_mut_ptr(),
+                        1,
+                        n as isize,
+                        true,
+                        lhs.as_ptr(),
+                        l.column as isize,
+                        l.row as isize,
+                        rhs.as_ptr(),
+                        r.column as isize,
+                        r.row as isize,
+                        1.0,
+                        1.0,
+                        false,
+                        false,
+                        false,
+                        gemm::Parallelism::None,
+                    );
+                }
+            }
+            Tile::Float(Arc::new(sum))
+        }
+        (Tile::Int(lhs), Tile::Int(rhs), Tile::Int(sum)) => {
+            let mut sum = unique(sum);
+            for batch in 0..shape.batch {
+                let (lhs, rhs) = (&lhs[batch * shape.lhs.batch..], &rhs[batch * shape.rhs.batch..]);
+                for row in 0..shape.m {
+                    let out = &mut sum[(batch * shape.m + row) * shape.n..][..shape.n];
+                    for inner in 0..shape.k {
+                        let x = lhs[row * shape.lhs.row + inner * shape.lhs.column];
+                        let from = inner * shape.rhs.row;
+                        for (column, out) in out.iter_mut().enumerate() {
+                            *out = out.wrapping_add(x.wrapping_mul(rhs[from + column * shape.rhs.column]));
+                        }
+                    }
+                }
+            }
+            Tile::Int(Arc::new(sum))
+        }
+        _ => unreachable!("decoding gives all operands one kind"),
+    }
+}
+
+/// Widens bf16 memory.
+pub(super) fn widen(from: &[bf16], into: &mut Vec<f32>) {
+    into.extend(from.iter().map(|x| f32::from_bits(u32::from(x.to_bits()) << 16)));
+}
+
+/// Narrows an exact bf16 value for memory.
+pub(super) fn narrow(x: f32) -> bf16 {
+    bf16::from_bits((x.to_bits() >> 16) as u16)
+}

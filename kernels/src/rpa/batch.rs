@@ -1,0 +1,164 @@
+//! The ragged metadata of one launch, validated on the host before it reaches a device.
+
+use pagoda_ir::HostTensor;
+
+use super::problem::{Kind, Problem};
+use crate::error::{Invalid, ensure};
+
+const SUBJECT: &str = "rpa batch";
+
+/// One sequence of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sequence<'b> {
+    /// Its first row of `q` and of the output.
+    pub first_row: usize,
+    /// Its rows.
+    pub q_len: usize,
+    /// Its keys, those of the rows included.
+    pub kv_len: usize,
+    /// The pages that hold its keys, in order: `ceil(kv_len / page_size)` of them.
+    pub pages: &'b [i32],
+}
+
+/// Validated metadata: lengths fit, live page ids exist, rows lie within the problem.
+///
+/// What does not belong to a live sequence (later entries of the arrays, page ids beyond a sequence's length) is kept
+/// as it was given and never looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    kv_lens: Vec<i32>,
+    page_indices: Vec<i32>,
+    cu_q_lens: Vec<i32>,
+    num_seqs: usize,
+    pages_per_seq: usize,
+    page_size: usize,
+}
+
+impl Batch {
+    /// Validates the metadata of one launch of `problem`; see [`Problem::argument_types`] for the shapes.
+    ///
+    /// # Errors
+    /// The first entry that breaks a limit: array sizes, `num_seqs`, `cu_q_lens` not from 0 upwards, more rows than
+    /// `tokens`, more than one row per sequence in a decode problem, `q_len > kv_len`, `kv_len` beyond the page table,
+    /// a live page id that is no page.
+    pub fn new(
+        problem: &Problem,
+        kv_lens: &[i32],
+        page_indices: &[i32],
+        cu_q_lens: &[i32],
+        num_seqs: usize,
+    ) -> Result<Self, Invalid> {
+        let check =
+            |holds, key: &str, value: i64, limit: String, fix: &str| ensure(holds, SUBJECT, key, value, || limit, fix);
+        for (key, len, expected) in [
+            ("kv_lens.len()", kv_lens.len(), problem.max_seqs),
+            ("page_indices.len()", page_indices.len(), problem.max_seqs * problem.pages_per_seq),
+            ("cu_q_lens.len()", cu_q_lens.len(), problem.max_seqs + 1),
+        ] {
+            check(
+                len == expected,
+                key,
+                len as i64,
+                format!("is not {expected}"),
+                "pad the array to the problem's size",
+            )?;
+        }
+        let limit = format!("is beyond max_seqs = {}", problem.max_seqs);
+        check(num_seqs <= problem.max_seqs, "num_seqs", num_seqs as i64, limit, "split the batch or raise max_seqs")?;
+        check(cu_q_lens[0] == 0, "cu_q_lens[0]", cu_q_lens[0].into(), "is not 0".into(), "rows begin at row 0")?;
+        for seq in 0..num_seqs {
+            let (first, end, kv_len) = (cu_q_lens[seq], cu_q_lens[seq + 1], kv_lens[seq]);
+            let key = format!("cu_q_lens[{}]", seq + 1);
+            let fix = "give cumulative row counts";
+            check(end >= first, &key, end.into(), format!("is below cu_q_lens[{seq}] = {first}"), fix)?;
+            let limit = format!("is beyond tokens = {}", problem.tokens);
+            check(end as usize <= problem.tokens, &key, end.into(), limit, "pack fewer rows or raise tokens")?;
+            let q_len = end - first;
+            let key = format!("q_lens[{seq}]");
+            check(
+                problem.kind == Kind::Mixed || q_len <= 1,
+                &key,
+                q_len.into(),
+                "is more than the one row of a decode problem".into(),
+                "use a mixed problem",
+            )?;
+            let limit = format!("is beyond kv_lens[{seq}] = {kv_len}");
+            check(q_len <= kv_len, &key, q_len.into(), limit, "kv_lens count the keys of the query rows too")?;
+            let capacity = problem.max_kv_len();
+            let limit = format!(
+                "is beyond pages_per_seq * page_size = {} * {} = {capacity}",
+                problem.pages_per_seq, problem.page_size
+            );
+            let key = format!("kv_lens[{seq}]");
+            check(
+                kv_len as usize <= capacity,
+                &key,
+                kv_len.into(),
+                limit,
+                "shorten the sequence or raise pages_per_seq",
+            )?;
+            for column in 0..(kv_len as usize).div_ceil(problem.page_size) {
+                let page = page_indices[seq * problem.pages_per_seq + column];
+                check(
+                    (0..problem.pages as i64).contains(&page.into()),
+                    &format!("page_indices[{seq}][{column}]"),
+                    page.into(),
+                    format!("is not within 0..{}", problem.pages),
+                    "name a page of the layer",
+                )?;
+            }
+        }
+        Ok(Self {
+            kv_lens: kv_lens.to_vec(),
+            page_indices: page_indices.to_vec(),
+            cu_q_lens: cu_q_lens.to_vec(),
+            num_seqs,
+            pages_per_seq: problem.pages_per_seq,
+            page_size: problem.page_size,
+        })
+    }
+
+    /// The live sequences, empty ones included.
+    pub fn sequences(&self) -> impl Iterator<Item = Sequence<'_>> {
+        (0..self.num_seqs).map(|seq| {
+            let kv_len = self.kv_lens[seq] as usize;
+            let first_row = self.cu_q_lens[seq] as usize;
+            let first_page = seq * self.pages_per_seq;
+            Sequence {
+                first_row,
+                q_len: self.cu_q_lens[seq + 1] as usize - first_row,
+                kv_len,
+                pages: &self.page_indices[first_page..first_page + kv_len.div_ceil(self.page_size)],
+            }
+        })
+    }
+
+    /// Rows that belong to a sequence; those after them are padding.
+    pub fn rows(&self) -> usize {
+        self.cu_q_lens[self.num_seqs] as usize
+    }
+
+    /// Where the key and value of each of `tokens` rows go, `page * page_size + offset`; -1 for padding.
+    pub fn kv_slots(&self, tokens: usize) -> Vec<i32> {
+        let mut slots = vec![-1; tokens];
+        for sequence in self.sequences() {
+            for row in 0..sequence.q_len {
+                let position = sequence.kv_len - sequence.q_len + row;
+                let page = sequence.pages[position / self.page_size] as usize;
+                slots[sequence.first_row + row] = (page * self.page_size + position % self.page_size) as i32;
+            }
+        }
+        slots
+    }
+
+    /// The arrays in the order of the kernel's arguments: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`.
+    pub fn to_tensors(&self) -> [HostTensor; 4] {
+        let max_seqs = self.kv_lens.len();
+        [
+            HostTensor::new(&[max_seqs], &self.kv_lens),
+            HostTensor::new(&[max_seqs, self.pages_per_seq], &self.page_indices),
+            HostTensor::new(&[max_seqs + 1], &self.cu_q_lens),
+            HostTensor::new(&[1], &[self.num_seqs as i32]),
+        ]
+    }
+}

@@ -1,0 +1,254 @@
+//! The command line as users meet it: several hosts, JSON, interruption, and bad input.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/tiny-llama-kjv")
+}
+
+fn pagoda(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pagoda"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    pagoda(args).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A config of `prompts` prompts over eight slots with pages for eight sequences.
+fn config(dir: &Path, prompts: usize, max_new_tokens: usize, temperature: f64) -> String {
+    let words = ["And the LORD said", "Blessed are", "In the beginning", "Hear, O Israel", "Then answered", "The king"];
+    let list: String =
+        (0..prompts).map(|i| format!("  - \"{} {}\"\n", words[i % words.len()], words[(i / 6) % 6])).collect();
+    let text = format!(
+        "hf_checkpoint: {}\nprompts:\n{list}stop_sequence: null\nmax_new_tokens: {max_new_tokens}\n\
+         temperature: {temperature}\ntop_p: 0.95\nengine:\n  max_seq_len: 288\n  max_pages: 144\n  page_size: 16\n  \
+         max_seqs: 8\n  max_seqs_in_prefill: 8\n  max_prefill_size: 64\n  seed: 3\n  compute_dtype: float32\n",
+        model().display()
+    );
+    let path = dir.join("config.yaml");
+    fs::write(&path, text).unwrap();
+    path.display().to_string()
+}
+
+#[test]
+fn one_two_and_four_hosts_write_the_same_bytes() {
+    for temperature in [0.0, 0.8] {
+        let dir = TempDir::new().unwrap();
+        let config = config(dir.path(), 100, 256, temperature);
+        let mut merged = Vec::new();
+        for hosts in [1, 2, 4] {
+            let out = dir.path().join(format!("out{hosts}"));
+            for host in 0..hosts {
+                let (hosts, host) = (hosts.to_string(), host.to_string());
+                let args = ["sample", "--config", &config, "--json", "--hosts", &hosts, "--host-id", &host, "--out"];
+                let output = pagoda(&args).arg(&out).output().unwrap();
+                assert!(output.status.success(), "{}", stderr(&output));
+            }
+            let output = run(&["merge", out.to_str().unwrap()]);
+            assert!(output.status.success(), "{}", stderr(&output));
+            let path = String::from_utf8(output.stdout).unwrap();
+            merged.push(fs::read_to_string(path.trim()).unwrap());
+        }
+        assert_eq!(merged[0].lines().count(), 100);
+        let texts = merged[0].lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["text"].to_string());
+        assert!(texts.collect::<std::collections::BTreeSet<_>>().len() > 30, "samples differ from each other");
+        assert!(merged.iter().all(|text| text == &merged[0]), "temperature {temperature}: hosts change the text");
+    }
+}
+
+#[test]
+fn json_is_one_object_per_sample_in_prompt_order_and_nothing_else() {
+    let model = model();
+    let base = ["sample", "--model", model.to_str().unwrap(), "--json", "--temperature", "0", "--compute", "f32"];
+    let more = ["--prompt", "In the beginning", "--prompt", "Blessed are", "--max-new-tokens", "12", "--max-seqs", "1"];
+    let output = run(&[&base[..], &more[..]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let lines: Vec<Value> =
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 2);
+    for (index, (line, prompt)) in lines.iter().zip(["In the beginning", "Blessed are"]).enumerate() {
+        let keys: Vec<&str> = line.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys, ["finish_reason", "index", "prompt", "prompt_tokens", "text", "tokens"]);
+        assert_eq!((line["index"].as_u64(), line["prompt"].as_str()), (Some(index as u64), Some(prompt)));
+        assert_eq!((line["tokens"].as_array().unwrap().len(), line["finish_reason"].as_str()), (12, Some("length")));
+    }
+    assert_eq!(lines[0]["text"], " of the LORD, and the spirit of the LORD is the");
+    let stablehlo = run(&[&base[..], &more[..], &["--kernels", "stablehlo"]].concat());
+    let native = run(&[&base[..], &more[..], &["--kernels", "native"]].concat());
+    assert_eq!(stablehlo.stdout, native.stdout, "both forms of the kernels yield the same greedy text");
+}
+
+#[test]
+fn an_interrupted_run_keeps_what_is_finished_and_goes_on() {
+    let dir = TempDir::new().unwrap();
+    let config = config(dir.path(), 40, 128, 0.8);
+    let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
+    assert!(pagoda(&["sample", "--config", &config, "--json", "--out"]).arg(&whole).output().unwrap().status.success());
+
+    let child = pagoda(&["sample", "--config", &config, "--json", "--out"])
+        .arg(&cut)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let partial = cut.join("host_0000_of_0001.jsonl.partial");
+    let started = Instant::now();
+    while fs::read_to_string(&partial).map_or(0, |text| text.lines().count()) < 3 {
+        assert!(started.elapsed() < Duration::from_secs(120), "no sample was finished");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    let kept = fs::read_to_string(&partial).unwrap().lines().count();
+    assert!((3..40).contains(&kept), "{kept} samples were kept");
+    let merge = run(&["merge", cut.to_str().unwrap()]);
+    assert_eq!(merge.status.code(), Some(2), "an unfinished share does not merge");
+
+    let output = pagoda(&["sample", "--config", &config, "--json", "--out"]).arg(&cut).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains(&format!("{kept} of 40 samples were finished")), "{}", stderr(&output));
+    let file = "host_0000_of_0001.jsonl";
+    assert_eq!(fs::read(whole.join(file)).unwrap(), fs::read(cut.join(file)).unwrap());
+}
+
+/// A copy of the tiny model in `dir`, to be damaged.
+fn damaged(dir: &Path, damage: impl Fn(&Path)) -> String {
+    for entry in fs::read_dir(model()).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
+    }
+    damage(dir);
+    dir.display().to_string()
+}
+
+fn edit(path: &Path, from: &str, to: &str) {
+    let text = fs::read_to_string(path).unwrap();
+    assert!(text.contains(from), "{from} is not in {}", path.display());
+    fs::write(path, text.replacen(from, to, 1)).unwrap();
+}
+
+/// Rewrites the safetensors header with text of the same length.
+fn edit_header(path: &Path, from: &str, to: &str) {
+    assert_eq!(from.len(), to.len());
+    let mut bytes = fs::read(path).unwrap();
+    let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).expect(from);
+    bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn bad_input_gets_one_clear_error_and_exit_code_2() {
+    let dir = TempDir::new().unwrap();
+    let folder = |name: &str| {
+        let path = dir.path().join(name);
+        fs::create_dir(&path).unwrap();
+        path
+    };
+    let weights = "model.safetensors";
+    let no_weights = damaged(&folder("a"), |m| fs::remove_file(m.join(weights)).unwrap());
+    let truncated = damaged(&folder("b"), |m| {
+        let bytes = fs::read(m.join(weights)).unwrap();
+        fs::write(m.join(weights), &bytes[..bytes.len() / 2]).unwrap();
+    });
+    let norm = "model.norm.weight";
+    let renamed = damaged(&folder("c"), |m| edit_header(&m.join(weights), norm, "model.norm.weighs"));
+    let shape = damaged(&folder("d"), |m| {
+        edit(&m.join("config.json"), "\"intermediate_size\": 768", "\"intermediate_size\": 512")
+    });
+    let activation = damaged(&folder("e"), |m| edit(&m.join("config.json"), "\"silu\"", "\"gelu\""));
+    let vocabulary =
+        damaged(&folder("f"), |m| edit(&m.join("config.json"), "\"vocab_size\": 2048", "\"vocab_size\": 1024"));
+    let dtype = damaged(&folder("g"), |m| edit_header(&m.join(weights), "\"BF16\"", "\"I16\" "));
+    let yaml = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        fs::write(&path, format!("hf_checkpoint: {}\n{text}", model().display())).unwrap();
+        path.display().to_string()
+    };
+    let unknown = yaml("unknown.yaml", "prompts: [a]\nmax_new_token: 4\n");
+    let empty = yaml("empty.yaml", "prompts: []\n");
+    let nan = yaml("nan.yaml", "prompts: [a]\ntemperature: .nan\n");
+    let not_a_plugin = dir.path().join("plugin.so");
+    fs::write(&not_a_plugin, "no library").unwrap();
+    let not_a_plugin = not_a_plugin.display().to_string();
+    let out = dir.path().join("out").display().to_string();
+    let model = model().display().to_string();
+    let shares = folder("shares");
+    fs::write(shares.join("host_0001_of_0002.jsonl"), "").unwrap();
+    let shares = shares.display().to_string();
+
+    let sample = |model: &str, rest: &[&str]| -> Vec<String> {
+        let args = ["sample", "--model", model, "--prompt", "In the beginning", "--max-new-tokens", "8", "--out", &out];
+        args.iter().chain(rest).map(ToString::to_string).collect()
+    };
+    let config = |file: &str| ["sample", "--config", file, "--out", &out].map(String::from).to_vec();
+    let cases: Vec<(Vec<String>, &[&str])> = vec![
+        (sample(&no_weights, &[]), &["model.safetensors"]),
+        (sample(&truncated, &[]), &["model.safetensors"]),
+        (sample(&renamed, &[]), &["model.norm.weight", "missing"]),
+        (sample(&shape, &[]), &["mlp", "512", "768"]),
+        (sample(&activation, &[]), &["hidden_act", "gelu"]),
+        (sample(&vocabulary, &[]), &["vocab", "1024"]),
+        (sample(&dtype, &[]), &["BF16"]),
+        (sample("/nowhere", &[]), &["/nowhere"]),
+        (config(&unknown), &["max_new_token", "max_new_tokens"]),
+        (config(&empty), &["prompts"]),
+        (config(&nan), &["temperature", "NaN"]),
+        (sample(&model, &["--temperature", "nan"]), &["temperature"]),
+        (sample(&model, &["--temperature", "-1"]), &["temperature", "-1"]),
+        (sample(&model, &["--top-p", "0"]), &["top_p"]),
+        (sample(&model, &["--max-seq-len", "3"]), &["max_seq_len", "3"]),
+        (sample(&model, &["--max-seq-len", "9999"]), &["max_position_embeddings", "4608"]),
+        (sample(&model, &["--page-size", "4", "--max-pages", "1"]), &["max_pages = 1"]),
+        (sample(&model, &["--page-size", "0"]), &["page_size"]),
+        (sample(&model, &["--max-seqs", "0"]), &["max_seqs"]),
+        (sample(&model, &["--plugin", "/nowhere.so"]), &["/nowhere.so"]),
+        (sample(&model, &["--plugin", &not_a_plugin]), &["plugin.so"]),
+        (sample(&model, &["--hosts", "2", "--host-id", "2"]), &["--host-id", "2"]),
+        (sample(&model, &["--chat"]), &["chat"]),
+        (sample(&model, &["--compute", "f8"]), &["f8"]),
+        (vec!["merge".into(), shares], &["host_0000_of_0002"]),
+        (vec!["merge".into(), "/nowhere".into()], &["/nowhere"]),
+        (
+            vec!["bench".into(), "decode".into(), "--model".into(), model.clone(), "--slots".into(), "0".into()],
+            &["--slots"],
+        ),
+        (vec!["sample".into()], &["--model"]),
+    ];
+    for (args, words) in cases {
+        let output = pagoda(&args.iter().map(String::as_str).collect::<Vec<_>>()).output().unwrap();
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
+        assert!(output.stdout.is_empty(), "{args:?} wrote to stdout");
+        assert!(!text.contains("panicked"), "{args:?}: {text}");
+        assert_eq!(text.lines().filter(|line| line.starts_with("error:")).count(), 1, "{args:?}: {text}");
+        let missing: Vec<_> = words.iter().filter(|word| !text.contains(**word)).collect();
+        assert!(missing.is_empty(), "{args:?} does not name {missing:?}: {text}");
+        let written = fs::read_dir(&out).map_or(0, |files| {
+            files.filter(|f| f.as_ref().unwrap().path().extension().is_some_and(|e| e == "jsonl")).count()
+        });
+        assert_eq!(written, 0, "{args:?} left a file");
+    }
+}
+
+#[test]
+fn doctor_tells_what_is_there() {
+    let output = run(&["doctor", "--json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let cpu = report["plugins"].as_array().unwrap().iter().find(|plugin| plugin["plugin"] == "cpu").unwrap();
+    assert!(cpu["path"].as_str().unwrap().ends_with(".so"));
+    assert!(cpu["problem"].is_null(), "{cpu}");
+}
