@@ -210,3 +210,67 @@ fn size(text: &str) -> Option<Bytes> {
     let value: f64 = number.trim_end_matches('.').parse().ok()?;
     Some(Bytes((value * (1u64 << shift) as f64).round() as u64))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Cut from reports that libtpu 0.0.52 wrote.
+    const VMEM: &str = r#"<script>const DATA = {"global_info": {"module_name": "matmul", "vmem_capacity": 67108864},
+      "hlo_breakdowns": {"<top-inlining-caller>": {"blocks": [], "metadata": "", "total_size": 0},
+        "copy.x": {"blocks": [{"allocations": [{"padding": 0, "size": 98304, "tag": "operand span for operand 0"}],
+          "block_size": 98304, "block_type": "SCOPED"}], "metadata": "", "total_size": 98304},
+        "name.1": {"blocks": [{"allocations": [
+          {"padding": 0, "shape": "f32[8,512]", "size": 16384, "tag": "scratch operand"},
+          {"padding": 0, "shape": "u8[1048576]", "size": 1048576, "tag": "input window allocation for operator input 1. The window shape is bf16[512,512], while the full shape is bf16[1024,1024]. This allocation has 2 buffering levels."},
+          {"padding": 0, "shape": "u8[8192]", "size": 8192, "tag": "output window allocation for operator output 0. This allocation has 1 buffering level."},
+          {"padding": 0, "size": 36864, "tag": "internal scratch"},
+          {"padding": 0, "size": 4096, "tag": "SPILL"}],
+          "block_size": 1114112, "block_type": "SCOPED"}], "metadata": "", "total_size": 1114112}}};
+      draw(DATA);</script>"#;
+
+    #[test]
+    fn the_vmem_report_keeps_kernels_and_sets_spills_apart() {
+        let kernels = vmem(VMEM).unwrap();
+        let [kernel] = &kernels[..] else { panic!("{kernels:?}") };
+        assert_eq!(kernel.name, "name.1");
+        assert_eq!(kernel.spills(), Bytes(4096));
+        assert_eq!(kernel.without_spills() + kernel.spills(), kernel.total);
+        assert_eq!(kernel.of_kind(BufferKind::InternalScratch), Bytes(36864));
+        assert_eq!(kernel.allocations[1].levels, 2);
+        let json = serde_json::to_value(kernel).unwrap();
+        assert_eq!(json["allocations"][4]["kind"], "spill");
+        assert_eq!(json["allocations"][1]["kind"], "input_window");
+        assert_eq!(&serde_json::from_value::<KernelVmem>(json).unwrap(), kernel);
+    }
+
+    #[test]
+    fn a_damaged_report_is_an_error() {
+        for damaged in ["", "const DATA = 7", "const DATA = {\"a\":", "const DATA = {}"] {
+            assert!(matches!(vmem(damaged), Err(Error::Report { .. })), "{damaged}");
+        }
+        assert!(vmem(&VMEM.replace("\"size\": 4096, ", "")).is_err());
+        assert!(static_cycles("hlo_op_estimate {\n  hlo_op_name: \"a\"\n}").is_err());
+    }
+
+    #[test]
+    fn static_cycles_are_read() {
+        let text = "hlo_op_estimate {\n  hlo_op_name: \"name.1\"\n  estimated_cycles: 11367\n  scalar_inputs: 0\n}\n\
+                    hlo_op_estimate {\n  hlo_op_name: \"copy.2\"\n  estimated_cycles: 7\n}\n";
+        let cycles: Vec<_> = static_cycles(text).unwrap().into_iter().map(|op| (op.op, op.cycles)).collect();
+        assert_eq!(cycles, [("name.1".into(), 11367), ("copy.2".into(), 7)]);
+        assert_eq!(static_cycles("").unwrap(), []);
+    }
+
+    #[test]
+    fn out_of_memory_messages_give_both_numbers() {
+        let vmem = "E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while allocating on stack for \
+                    %x. Scoped allocation with size 37.54M and limit 16.00M exceeded scoped vmem limit by 21.54M.";
+        let out = out_of_memory(vmem).unwrap();
+        assert_eq!((out.memory.as_str(), out.asked, out.limit), ("vmem", Bytes(39_363_543), Bytes::mib(16)));
+        let hbm = "Ran out of memory in memory space hbm. Used 120.50G of 95.00G hbm. Exceeded hbm capacity by 25.50G.";
+        let out = out_of_memory(hbm).unwrap();
+        assert_eq!((out.memory.as_str(), out.limit), ("hbm", Bytes::gib(95)));
+        assert_eq!(out_of_memory("INVALID_ARGUMENT: no such op"), None);
+    }
+}

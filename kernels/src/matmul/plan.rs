@@ -527,3 +527,102 @@ fn candidates(size: usize, lanes: bool, most: usize) -> Vec<usize> {
     sizes.sort_unstable();
     sizes
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matmul::{Epilogue, Spec};
+
+    fn problem(m: usize, k: usize, n: usize) -> Problem {
+        let (element, layout) = (Element::Bf16, Layout::RowMajor);
+        Problem::new(Spec { m, k, n, input: element, output: element, layout, epilogue: Epilogue::NONE }).unwrap()
+    }
+
+    fn plan(problem: Problem, chip: Chip, tiles: Option<&str>, limit: Option<u64>) -> Result<Plan, PlanError> {
+        let tiles = tiles.map(Tiles::parse).transpose()?;
+        Plan::new(problem, chip, Options { tiles, vmem_limit: limit.map(Bytes::mib) })
+    }
+
+    /// The products of a Llama-3.1-8B layer and head, as `tests/certify.rs` has them compiled.
+    #[test]
+    fn chosen_tiles() {
+        let mut table = String::new();
+        for chip in [Chip::V5p, Chip::V6e] {
+            for (k, n) in [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (4096, 128_256)] {
+                let tiles = [8, 512, 4096].map(|m| {
+                    let plan = plan(problem(m, k, n), chip, None, None).unwrap();
+                    assert!(plan.vmem().total() < plan.limit());
+                    format!("{:<16}", plan.tiles().to_string())
+                });
+                table += &format!("{chip:<4} {:<13} {}\n", format!("{k}x{n}"), tiles.concat().trim_end());
+            }
+        }
+        insta::assert_snapshot!(table);
+    }
+
+    #[test]
+    fn a_plan_is_told_in_full() {
+        let plan = plan(problem(512, 4096, 14336), Chip::V5p, Some("512,1024,1024"), None).unwrap();
+        assert_eq!(plan.name(), "matmul-m512-n1024-k1024");
+        assert_eq!(plan.grid(), [1, 14, 4]);
+        insta::assert_snapshot!(plan.vmem());
+    }
+
+    /// 1 ms is for an optimised build; this one is not.
+    #[test]
+    fn planning_is_fast() {
+        let start = std::time::Instant::now();
+        for _ in 0..10 {
+            plan(problem(4096, 14336, 128_256), Chip::V6e, None, None).unwrap();
+        }
+        assert!(start.elapsed().as_millis() < 100, "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn what_cannot_be_planned_says_why_and_what_to_do() {
+        let tell = |tiles, limit| plan(problem(100, 300, 500), Chip::V5p, tiles, limit).unwrap_err().to_string();
+        let gated = Spec {
+            epilogue: Epilogue { activation: Activation::SiluGate, ..Epilogue::NONE },
+            ..*problem(64, 256, 384)
+        };
+        let halves = plan(Problem::new(gated).unwrap(), Chip::V5p, Some("64,256,256"), None).unwrap_err().to_string();
+        let lines = [
+            tell(Some("10,128,128"), None),
+            tell(Some("100,100,128"), None),
+            tell(Some("100,128,512"), None),
+            tell(Some("0,128,128"), None),
+            tell(Some("8,128"), None),
+            tell(None, Some(65)),
+            tell(None, Some(0)),
+            halves,
+        ];
+        insta::assert_snapshot!(lines.join("\n"));
+    }
+
+    /// What does not fit keeps the problem and changes tiles first, then the limit.
+    #[test]
+    fn suggestions_work() {
+        let large = plan(problem(4096, 4096, 4096), Chip::V5p, Some("1024,1024,4096"), None).unwrap();
+        let Verdict::DoesNotFit { suggestions, .. } = large.verdict(Spills::Unknown) else { panic!("it fits") };
+        let [Suggestion::Tiles { tiles, .. }, Suggestion::Limit { bytes, .. }] = &suggestions[..] else {
+            panic!("{suggestions:?}")
+        };
+        let smaller = plan(problem(4096, 4096, 4096), Chip::V5p, Some(tiles), None).unwrap();
+        assert!(matches!(smaller.verdict(tuned::spills(&smaller)), Verdict::Fits { .. }));
+        assert_eq!(*bytes, large.vmem().total());
+    }
+
+    /// The plan's buffers are the ones that the kernel declares.
+    #[test]
+    fn the_kernel_declares_the_plan() {
+        let context = pagoda_ir::Context::new();
+        let plan = plan(problem(300, 700, 500), Chip::V6e, Some("128,256,256"), Some(8)).unwrap();
+        let kernel = crate::matmul::mosaic::kernel(&context, &plan).unwrap();
+        let signature = pagoda_ir::mosaic::Signature::read(kernel.module()).unwrap();
+        assert_eq!(signature.vmem_bytes() as u64, plan.vmem().total().0);
+        assert_eq!(kernel.vmem_limit(), Some(8 << 20));
+        let names: Vec<_> = signature.arguments.iter().map(|argument| argument.name.as_str()).collect();
+        let planned: Vec<_> = plan.vmem().buffers.iter().map(|buffer| buffer.name.as_str()).collect();
+        assert_eq!(names, planned);
+    }
+}

@@ -78,7 +78,7 @@ pub fn spills(plan: &Plan) -> Spills {
     }
 }
 
-/// More than any matmul of this chip, input type and number of products spills: twice the largest that was recorded, and 64 KiB at least.
+/// More than any matmul of this chip, input type and number of products spills: twice the largest that was recorded, and 256 KiB at least.
 /// `None` where none was recorded.
 ///
 /// The body works chunk by chunk and every chunk of a chip has the same largest size, so that spills do not grow with
@@ -86,7 +86,7 @@ pub fn spills(plan: &Plan) -> Spills {
 pub fn spill_bound(chip: Chip, problem: &Spec) -> Option<Bytes> {
     let key = (chip, problem.input, problem.epilogue.activation == Activation::SiluGate);
     let alike = records().iter().filter(|record| (record.chip, record.input, record.gated) == key);
-    Some((alike.map(|record| record.spills).max()? * 2).max(Bytes::kib(64)))
+    Some((alike.map(|record| record.spills).max()? * 2).max(Bytes::kib(256)))
 }
 
 #[cfg(test)]
