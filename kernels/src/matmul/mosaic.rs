@@ -11,12 +11,12 @@
 
 use pagoda_ir::{
     Context, Element, Result,
-    mosaic::{self, Builder, DotDims, Kernel, MemorySpace, Precision, Ref, Semantics, Transform, Value, Window},
+    mosaic::{self, Builder, DotDims, IntoOperand, Kernel, MemorySpace, Precision, Ref, Semantics, Value, Window},
     stablehlo::{self, Module, Tensor},
 };
 
 use super::{
-    plan::{Order, Plan},
+    plan::{ArrayWindow, Axis, Order, Plan, Side, names, windows},
     problem::{Activation, Layout, Problem},
 };
 
@@ -101,102 +101,48 @@ enum Sum {
 
 impl<'a, 'p> Body<'a, 'p> {
     fn declare(k: &'a Builder<'a>, plan: &'p Plan) -> Self {
-        let (problem, shape) = (plan.problem(), plan.shape());
-        let [rows, columns, depth] = plan.blocks();
+        let [rows, columns, _] = plan.blocks();
         let grid = plan.grid();
         let semantics = [Semantics::Parallel, Semantics::Parallel, Semantics::Arbitrary];
         let [_, _, step] = k.grid(std::array::from_fn(|dim| (grid[dim], semantics[dim])));
-        let swapped = plan.order() == Order::ColumnsOuter;
-        // Block indices of a step: (row block, column block, depth block).
-        let at = move |t: &Transform<'a>| {
-            let (outer, inner) = (t.grid(0), t.grid(1));
-            if swapped { [inner, outer, t.grid(2)] } else { [outer, inner, t.grid(2)] }
-        };
-        // The second half of a gated weight starts this many blocks further.
-        let halves: &[usize] = if plan.gated() { &[0, 1] } else { &[0] };
-        let names = |name: &str| match plan.gated() {
-            true => vec![format!("{name}_gate"), format!("{name}_up")],
-            false => vec![name.to_owned()],
-        };
-        let feature_major = problem.layout == Layout::FeatureMajor;
-        let window_of = |half: usize, blocks: usize| (half * blocks) as i64;
-
-        let mut lhs = Vec::new();
-        let weight_rows = if feature_major { halves } else { &[0] };
-        let lhs_names = if feature_major { names("w") } else { vec!["x".to_owned()] };
-        let lhs_rows = shape.rows * if feature_major { halves.len() } else { 1 };
-        for (&half, name) in weight_rows.iter().zip(&lhs_names) {
-            let skip = window_of(half, shape.rows / rows.max(1));
-            let window = Window::blocks(&[rows, depth], move |t| {
-                let [i, _, l] = at(t);
-                [if skip == 0 { i } else { i + skip }, l]
+        let (row, column) = if plan.order() == Order::RowsOuter { (0, 1) } else { (1, 0) };
+        let (mut lhs, mut rhs, mut bias, mut residual, mut out) = (vec![], vec![], vec![], vec![], vec![]);
+        for window in windows(plan.problem()) {
+            let ArrayWindow { name, side, element, axes, half, halves } = window;
+            let dims = axes.map(|axis| match axis {
+                Axis::Rows | Axis::Columns => plan.along(axis).0 * halves,
+                Axis::Depth | Axis::One => plan.along(axis).0,
             });
-            lhs.push(k.input(name, problem.input, &[lhs_rows, shape.depth], window));
-        }
-        let mut rhs = Vec::new();
-        let weight_columns = if feature_major { &[0] } else { halves };
-        let rhs_names = if feature_major { vec!["x".to_owned()] } else { names("w") };
-        let rhs_columns = shape.columns * if feature_major { 1 } else { halves.len() };
-        for (&half, name) in weight_columns.iter().zip(&rhs_names) {
-            let skip = window_of(half, shape.columns / columns.max(1));
-            let shifted = move |t: &Transform<'a>| {
-                let [_, j, l] = at(t);
-                (if skip == 0 { j } else { j + skip }, l)
-            };
-            let (dims, window) = if problem.layout == Layout::WeightTransposed {
-                let window = Window::blocks(&[columns, depth], move |t| {
-                    let (j, l) = shifted(t);
-                    [j, l]
-                });
-                ([rhs_columns, shape.depth], window)
-            } else {
-                let window = Window::blocks(&[depth, columns], move |t| {
-                    let (j, l) = shifted(t);
-                    [l, j]
-                });
-                ([shape.depth, rhs_columns], window)
-            };
-            rhs.push(k.input(name, problem.input, &dims, window));
-        }
-        let mut bias = Vec::new();
-        if problem.epilogue.bias {
-            for (&half, name) in halves.iter().zip(names("bias")) {
-                let total = halves.len();
-                bias.push(if feature_major {
-                    let skip = window_of(half, shape.rows / rows.max(1));
-                    let window = Window::blocks(&[rows, 1], move |t| {
-                        let [i, _, _] = at(t);
-                        (if skip == 0 { i } else { i + skip }, 0)
-                    });
-                    k.input(&name, Element::F32, &[shape.rows * total, 1], window)
-                } else {
-                    let skip = window_of(half, shape.columns / columns.max(1));
-                    let window = Window::blocks(&[1, columns], move |t| {
-                        let [_, j, _] = at(t);
-                        (0, if skip == 0 { j } else { j + skip })
-                    });
-                    k.input(&name, Element::F32, &[1, shape.columns * total], window)
-                });
+            let blocks = Window::blocks(&axes.map(|axis| plan.along(axis).1), move |t| {
+                // The second half of a gated weight starts as many blocks further as the first one has.
+                let feature = |dim, axis| match half * plan.along(axis).2 {
+                    0 => t.grid(dim).literal(),
+                    skip => (t.grid(dim) + skip).literal(),
+                };
+                axes.map(|axis| match axis {
+                    Axis::Rows => feature(row, axis),
+                    Axis::Columns => feature(column, axis),
+                    Axis::Depth => t.grid(2).literal(),
+                    Axis::One => 0.literal(),
+                })
+            });
+            match side {
+                Side::Left => lhs.push(k.input(name, element, &dims, blocks)),
+                Side::Right => rhs.push(k.input(name, element, &dims, blocks)),
+                Side::Bias => bias.push(k.input(name, element, &dims, blocks)),
+                Side::Residual => residual.push(k.input(name, element, &dims, blocks)),
+                Side::Out => out.push(k.output(name, element, &dims, blocks)),
             }
         }
-        let tile = || {
-            Window::blocks(&[rows, columns], move |t| {
-                let [i, j, _] = at(t);
-                [i, j]
-            })
-        };
-        let dims = [shape.rows, shape.columns];
-        let residual = problem.epilogue.residual.then(|| k.input("residual", problem.output, &dims, tile()));
-        let out = k.output("out", problem.output, &dims, tile());
         let sums = match plan.steps() {
             1 => vec![],
-            _ => names("sum")
-                .iter()
+            _ => names(plan.problem(), "sum", "sum_gate", "sum_up")
+                .into_iter()
                 .map(|name| k.scratch(name, MemorySpace::Vmem, Element::F32, &[rows, columns]))
                 .collect(),
         };
         k.vmem_limit(plan.limit().0 as usize);
-        Self { k, plan, step, lhs, rhs, bias, residual, out, sums }
+        Self { k, plan, step, lhs, rhs, bias, residual: residual.pop(), out: out.remove(0), sums }
     }
 
     fn write(&self) {

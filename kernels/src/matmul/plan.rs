@@ -247,8 +247,17 @@ impl Plan {
         })
     }
 
-    pub(super) fn shape(&self) -> Shape {
-        shape(&self.problem)
+    /// Size of the whole dimension, size of a block, and number of blocks along an axis.
+    pub(super) fn along(&self, axis: Axis) -> (usize, usize, usize) {
+        let Shape { rows, columns, depth } = shape(&self.problem);
+        let size = match axis {
+            Axis::Rows => rows,
+            Axis::Columns => columns,
+            Axis::Depth => depth,
+            Axis::One => 1,
+        };
+        let (block, count) = Blocks::new(&self.problem, self.tiles).along(axis);
+        (size, block, count)
     }
 
     pub(super) fn gated(&self) -> bool {
@@ -276,8 +285,80 @@ impl Plan {
 
     /// Real elements of the last step along `k`; 0 if all are.
     pub(super) fn edge(&self) -> usize {
-        self.shape().depth % self.blocks()[2]
+        self.problem.k % self.tiles.k
     }
+}
+
+/// What a dimension of an array is to the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Axis {
+    /// The output's rows.
+    Rows,
+    /// The output's columns.
+    Columns,
+    /// What is summed over.
+    Depth,
+    /// Size 1.
+    One,
+}
+
+/// What an array is to the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Side {
+    Left,
+    Right,
+    Bias,
+    Residual,
+    Out,
+}
+
+/// One window of the kernel: the part of an array that a grid step sees.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ArrayWindow {
+    pub name: &'static str,
+    pub side: Side,
+    pub element: Element,
+    pub axes: [Axis; 2],
+    /// Which half of the array it walks over, and of how many: gates are the first half of a gated weight, ups the second.
+    pub half: usize,
+    pub halves: usize,
+}
+
+/// The windows of a problem's kernel, in the order of its operands: left side, right side, bias, residual, output.
+pub(super) fn windows(problem: &Problem) -> Vec<ArrayWindow> {
+    use Axis::{Columns, Depth, One, Rows};
+    let (input, output) = (problem.input, problem.output);
+    let (x, w, bias) = match problem.layout {
+        Layout::RowMajor => ([Rows, Depth], [Depth, Columns], [One, Columns]),
+        Layout::WeightTransposed => ([Rows, Depth], [Columns, Depth], [One, Columns]),
+        Layout::FeatureMajor => ([Depth, Columns], [Rows, Depth], [Rows, One]),
+    };
+    let whole = |name, side, element, axes| vec![ArrayWindow { name, side, element, axes, half: 0, halves: 1 }];
+    let split = |names: Vec<&'static str>, side, element, axes| -> Vec<ArrayWindow> {
+        let halves = names.len();
+        let window = |(half, name)| ArrayWindow { name, side, element, axes, half, halves };
+        names.into_iter().enumerate().map(window).collect()
+    };
+    let weights = |side| split(names(problem, "w", "w_gate", "w_up"), side, input, w);
+    let mut windows = match problem.layout {
+        Layout::FeatureMajor => [weights(Side::Left), whole("x", Side::Right, input, x)],
+        Layout::RowMajor | Layout::WeightTransposed => [whole("x", Side::Left, input, x), weights(Side::Right)],
+    }
+    .concat();
+    if problem.epilogue.bias {
+        // As f32: broadcasting a packed row takes scratch on v4, and the bias is small.
+        windows.extend(split(names(problem, "bias", "bias_gate", "bias_up"), Side::Bias, Element::F32, bias));
+    }
+    if problem.epilogue.residual {
+        windows.extend(whole("residual", Side::Residual, output, [Rows, Columns]));
+    }
+    windows.extend(whole("out", Side::Out, output, [Rows, Columns]));
+    windows
+}
+
+/// One name, or two for what a gated product has two of.
+pub(super) fn names(problem: &Problem, one: &'static str, gate: &'static str, up: &'static str) -> Vec<&'static str> {
+    if gated(problem) { vec![gate, up] } else { vec![one] }
 }
 
 fn shape(problem: &Problem) -> Shape {
@@ -357,59 +438,43 @@ impl<'p> Blocks<'p> {
 
     /// Windows of each side: the weight of a gated product has two.
     fn sides(&self) -> [usize; 2] {
-        match (gated(self.problem), self.problem.layout) {
-            (false, _) => [1, 1],
-            (true, Layout::FeatureMajor) => [2, 1],
-            (true, _) => [1, 2],
-        }
+        let count = |side| windows(self.problem).iter().filter(|window| window.side == side).count();
+        [count(Side::Left), count(Side::Right)]
     }
 
     /// Every VMEM buffer, in the order of the kernel's operands.
     fn report(&self, chip: Chip) -> VmemReport {
+        let mut buffers: Vec<Buffer> = windows(self.problem).iter().map(|window| self.buffer(window)).collect();
         let [rows, columns, depth] = self.block;
-        let (input, output, epilogue) = (self.problem.input, self.problem.output, self.problem.epilogue);
-        let rhs = match self.problem.layout {
-            Layout::WeightTransposed => [columns, depth],
-            Layout::RowMajor | Layout::FeatureMajor => [depth, columns],
-        };
-        let feature_major = self.problem.layout == Layout::FeatureMajor;
-        let [lhs_names, rhs_names]: [&[&str]; 2] = match (gated(self.problem), feature_major) {
-            (false, false) => [&["x"], &["w"]],
-            (false, true) => [&["w"], &["x"]],
-            (true, false) => [&["x"], &["w_gate", "w_up"]],
-            (true, true) => [&["w_gate", "w_up"], &["x"]],
-        };
-        let mut buffers = Vec::new();
-        let [row_blocks, column_blocks, steps] = self.counts;
-        // An array that is one block has one buffer: there is no next block to fetch meanwhile.
-        let mut window = |name: &str, kind, element, dims: &[usize], blocks: usize| {
-            buffers.push(Buffer::new(name, kind, element, dims, if blocks > 1 { 2 } else { 1 }));
-        };
-        let (lhs_blocks, rhs_blocks) = (row_blocks * steps, column_blocks * steps);
-        lhs_names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &[rows, depth], lhs_blocks));
-        rhs_names.iter().for_each(|name| window(name, BufferKind::InputWindow, input, &rhs, rhs_blocks));
-        if epilogue.bias {
-            let names: &[&str] = if gated(self.problem) { &["bias_gate", "bias_up"] } else { &["bias"] };
-            let (dims, blocks) = if feature_major { ([rows, 1], row_blocks) } else { ([1, columns], column_blocks) };
-            names.iter().for_each(|name| window(name, BufferKind::InputWindow, Element::F32, &dims, blocks));
-        }
-        let out_blocks = row_blocks * column_blocks;
-        if epilogue.residual {
-            window("residual", BufferKind::InputWindow, output, &[rows, columns], out_blocks);
-        }
-        window("out", BufferKind::OutputWindow, output, &[rows, columns], out_blocks);
         if self.counts[2] > 1 {
-            let names: &[&str] = if gated(self.problem) { &["sum_gate", "sum_up"] } else { &["sum"] };
-            for name in names {
+            for name in names(self.problem, "sum", "sum_gate", "sum_up") {
                 buffers.push(Buffer::new(name, BufferKind::Scratch, Element::F32, &[rows, columns], 1));
             }
         }
-        if chip == Chip::V4 && input == Element::Bf16 && rows <= 4 && depth > LANES {
+        if chip == Chip::V4 && self.problem.input == Element::Bf16 && rows <= 4 && depth > LANES {
             // Rows packed into less than a tile are spread over one before the product: on v4 through 36 KiB of scratch
             // (measured for 1 to 4 rows and any depth beyond one tile).
             buffers.push(Buffer::new("row spread", BufferKind::InternalScratch, Element::I32, &[72, LANES], 1));
         }
         VmemReport { buffers }
+    }
+
+    fn buffer(&self, window: &ArrayWindow) -> Buffer {
+        let kind = if window.side == Side::Out { BufferKind::OutputWindow } else { BufferKind::InputWindow };
+        // A window that never moves has one buffer: there is no next block to fetch meanwhile.
+        let moves = window.axes.iter().any(|&axis| self.along(axis).1 > 1);
+        let block = window.axes.map(|axis| self.along(axis).0);
+        Buffer::new(window.name, kind, window.element, &block, if moves { 2 } else { 1 })
+    }
+
+    /// Size of a block and number of blocks along an axis.
+    fn along(&self, axis: Axis) -> (usize, usize) {
+        match axis {
+            Axis::Rows => (self.block[0], self.counts[0]),
+            Axis::Columns => (self.block[1], self.counts[1]),
+            Axis::Depth => (self.block[2], self.counts[2]),
+            Axis::One => (1, 1),
+        }
     }
 
     fn estimate(&self, info: &ChipInfo, order: Order) -> Estimate {
