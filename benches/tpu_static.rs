@@ -24,9 +24,21 @@ struct Product {
 
 const PRODUCTS: [Product; 5] = [
     Product { sizes: [1024, 1024, 1024], xla: 11193, pallas: Some(11367), pallas_any: None, larger: "32MiB" },
-    Product { sizes: [4096, 4096, 4096], xla: 539_689, pallas: Some(561_141), pallas_any: Some(539_041), larger: "32MiB" },
+    Product {
+        sizes: [4096, 4096, 4096],
+        xla: 539_689,
+        pallas: Some(561_141),
+        pallas_any: Some(539_041),
+        larger: "32MiB",
+    },
     Product { sizes: [8, 4096, 14336], xla: 38713, pallas: Some(38745), pallas_any: None, larger: "32MiB" },
-    Product { sizes: [512, 4096, 14336], xla: 239_329, pallas: Some(248_519), pallas_any: Some(238_359), larger: "32MiB" },
+    Product {
+        sizes: [512, 4096, 14336],
+        xla: 239_329,
+        pallas: Some(248_519),
+        pallas_any: Some(238_359),
+        larger: "32MiB",
+    },
     Product { sizes: [4096, 4096, 14336], xla: 1_883_057, pallas: None, pallas_any: Some(1_862_470), larger: "32MiB" },
 ];
 
@@ -47,7 +59,9 @@ fn measure(json: bool) -> pagoda_engine::Result<()> {
     let certifier = Certifier::of_this_executable()?;
     let mut lines = Vec::new();
     if !json {
-        println!("m x k x n          | ours @ 16 MiB                    | ours, larger limit               | XLA     | Pallas @ 16 MiB | Pallas, any | bytes");
+        println!(
+            "m x k x n          | ours @ 16 MiB                    | ours, larger limit               | XLA     | Pallas @ 16 MiB | Pallas, any | bytes"
+        );
     }
     for Product { sizes: [m, k, n], xla, pallas, pallas_any, larger } in PRODUCTS {
         let mut ours: Vec<Certified> = Vec::new();

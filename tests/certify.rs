@@ -176,15 +176,16 @@ fn record(answers: &[Certified]) {
 
 #[test]
 fn a_kernel_too_large_is_a_verdict_with_both_numbers() {
-    let mut request = request(Chip::V5p, [8, 8192, 4096], Some("8,2048,4096"));
+    let mut request = request(Chip::V5p, [256, 1024, 512], Some("128,256,512"));
+    request.vmem_limit = Some("512KiB".into());
     let certified = certify_matmul(&request, &certifier()).unwrap();
     let Verdict::OutOfMemory(out) = &certified.certificate.verdict else { panic!("{certified}") };
-    assert_eq!((out.memory.as_str(), out.limit.as_mib()), ("vmem", 16.0), "{}", out.message);
+    assert_eq!((out.memory.as_str(), out.limit.as_mib()), ("vmem", 0.5), "{}", out.message);
     // The compiler rounds to hundredths of a MiB and may stop counting before spills.
     assert!(out.asked.as_mib() >= certified.plan.total.as_mib() - 0.01, "{out} for {}", certified.plan);
     assert!(certified.to_string().contains("--tiles"), "the plan says what to do: {certified}");
     // The remedy works.
-    request.vmem_limit = Some("48MiB".into());
+    request.vmem_limit = Some("4MiB".into());
     assert_exact(&[certify_matmul(&request, &certifier()).unwrap()]);
 }
 

@@ -3,7 +3,7 @@
 //! libtpu is a PJRT plugin that compiles for a *named* topology. It also prints, takes locks in the temp folder, writes
 //! gigabytes of logs when it crashes, and aborts the process on some programs. So it is never loaded into this process:
 //! [`Certifier::certify`] runs a worker (this executable with a hidden argument, [`WORKER_ARGUMENT`]) in a temp folder of
-//! its own, with a time limit, and reads its answer from a file. A crash, a timeout and a refusal are values here.
+//! its own, within limits of time and memory, and reads its answer from a file. A crash, a timeout and a refusal are values here.
 //!
 //! What comes back ([`Certificate`]): VMEM by kernel and buffer, parsed from the compiler's own report, with register
 //! spills apart; static cycles by kernel; device memory of the whole program; all stamped with the compiler's version.
@@ -63,6 +63,12 @@ pub enum Error {
     Timeout {
         /// The time limit.
         limit: Duration,
+    },
+    /// The compiler took too much memory.
+    #[error("libtpu took more than {limit} of memory: use smaller tiles")]
+    Memory {
+        /// The limit.
+        limit: Bytes,
     },
     /// The worker died.
     #[error("libtpu crashed ({status}): {message}")]
@@ -134,7 +140,7 @@ pub enum Profile {
     Complete,
     /// It wrote one and then aborted on a check of its own; the program compiles without it.
     Aborted,
-    /// It has no model of this chip, or aborted before it wrote anything.
+    /// It has no model of this chip, or failed before it wrote anything.
     None,
 }
 
@@ -245,7 +251,8 @@ impl Certifier {
                 (answer, dumps.kernels, dumps.cycles, if profiled { Profile::Complete } else { Profile::None })
             }
             // The profiler checks types more strictly than the compiler and aborts on some packed stores, after it has
-            // written its estimate: the verdict is the one of a second run without it.
+            // written its estimate; and it may take far more memory and time. The verdict is the one of a second run
+            // without it.
             (Err(_), first) if profiled => match self.attempt(topology, program, false)? {
                 (Ok(answer), second) => {
                     let profile = if first.cycles.is_empty() { Profile::None } else { Profile::Aborted };
@@ -309,12 +316,15 @@ impl Certifier {
             .stderr(create(&stderr)?)
             .spawn()
             .map_err(io("run", &self.worker))?;
-        let status = self.wait(worker)?;
-        let answer = std::fs::read(folder.join(worker::ANSWER)).ok();
-        let answer: Option<worker::Answer> = answer.and_then(|answer| serde_json::from_slice(&answer).ok());
-        let answer = answer.ok_or_else(|| {
-            let message = complaint(&stderr).or_else(|| complaint(&stdout));
-            Error::Crash { status: status.to_string(), message: message.unwrap_or_else(|| "it said nothing".into()) }
+        let answer = self.wait(worker)?.and_then(|status| {
+            let answer = std::fs::read(folder.join(worker::ANSWER)).ok();
+            answer.and_then(|answer| serde_json::from_slice(&answer).ok()).ok_or_else(|| {
+                let message = complaint(&stderr).or_else(|| complaint(&stdout));
+                Error::Crash {
+                    status: status.to_string(),
+                    message: message.unwrap_or_else(|| "it said nothing".into()),
+                }
+            })
         });
         Ok((answer, Dumps::read(&dumps)?))
     }
@@ -338,21 +348,39 @@ impl Certifier {
         flags
     }
 
-    fn wait(&self, mut worker: Child) -> Result<std::process::ExitStatus, Error> {
+    /// Waits for the worker; the inner error is why it was stopped.
+    fn wait(&self, mut worker: Child) -> Result<Result<std::process::ExitStatus, Error>, Error> {
         let deadline = Instant::now() + self.timeout;
         loop {
             if let Some(status) = worker.try_wait().map_err(io("wait for", &self.worker))? {
-                return Ok(status);
+                return Ok(Ok(status));
             }
-            if Instant::now() >= deadline {
-                // It may have ended in between: both calls may fail then, and either way it is gone.
-                let _ = worker.kill();
-                let _ = worker.wait();
-                return Err(Error::Timeout { limit: self.timeout });
-            }
-            std::thread::sleep(Duration::from_millis(20));
+            let stopped = if Instant::now() >= deadline {
+                Error::Timeout { limit: self.timeout }
+            } else if resident(worker.id()) > MEMORY_LIMIT {
+                Error::Memory { limit: MEMORY_LIMIT }
+            } else {
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            };
+            // It may have ended in between: both calls may fail then, and either way it is gone.
+            let _ = worker.kill();
+            let _ = worker.wait();
+            return Ok(Err(stopped));
         }
     }
+}
+
+/// What a compilation may take of the machine's memory. Kernels take below 2 GiB; the profiler takes as much as it gets
+/// for grids of some thousand steps, which it unrolls.
+const MEMORY_LIMIT: Bytes = Bytes::gib(6);
+
+/// Resident memory of a process, where the system tells.
+fn resident(process: u32) -> Bytes {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok());
+    Bytes::kib(kib.unwrap_or(0))
 }
 
 /// What keeps libtpu quiet, off the network, and inside its folder.

@@ -68,9 +68,8 @@ pub fn describe(spec: &Spec) -> String {
 /// What is known of a plan's spills: exactly, if this very kernel was compiled; else [`spill_bound`].
 pub fn spills(plan: &Plan) -> Spills {
     let problem = describe(plan.problem());
-    let same = |record: &&Record| {
-        record.chip == plan.chip() && record.problem == problem && record.tiles == plan.tiles()
-    };
+    let same =
+        |record: &&Record| record.chip == plan.chip() && record.problem == problem && record.tiles == plan.tiles();
     match (records().iter().find(same), spill_bound(plan.chip(), plan.problem())) {
         (Some(same), _) => Spills::Certified { bytes: same.spills },
         (None, Some(bytes)) => Spills::Bounded { bytes },
