@@ -2,6 +2,7 @@
 
 use half::bf16;
 use pagoda_ir::Element;
+use pagoda_kernels::matmul;
 use pagoda_kernels::rpa::native::{self, Call, Float, Layer};
 
 use crate::pjrt::custom_call::{CustomCall, Frame, register};
@@ -12,7 +13,31 @@ use crate::pjrt::{Plugin, Result};
 /// # Errors
 /// When the plugin takes no custom calls.
 pub fn register_all(plugin: &Plugin) -> Result<()> {
-    register::<Attention>(plugin)
+    register::<Attention>(plugin)?;
+    register::<Matmul>(plugin)
+}
+
+/// `pagoda_matmul`: see [`matmul::native`].
+struct Matmul;
+
+impl CustomCall for Matmul {
+    const TARGET: &'static str = matmul::native::TARGET;
+
+    fn call(frame: &mut Frame<'_>) -> std::result::Result<(), String> {
+        match frame.operand(0)?.element {
+            Element::F32 => multiply::<f32>(frame),
+            Element::Bf16 => multiply::<bf16>(frame),
+            other => Err(format!("weights are {other}; f32 and bf16 are supported")),
+        }
+    }
+}
+
+fn multiply<T: matmul::native::Float>(frame: &mut Frame<'_>) -> std::result::Result<(), String> {
+    let (w, x) = (frame.operand(0)?, frame.operand(1)?);
+    let &[k, m] = x.dims else { return Err(format!("activations of rank {}", x.dims.len())) };
+    let [y] = frame.all_results::<f32, 1>()?;
+    matmul::native::multiply(w.values::<T>()?, x.values::<T>()?, y, k as usize, m as usize);
+    Ok(())
 }
 
 /// `pagoda_rpa`: see [`native`].

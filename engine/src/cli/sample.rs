@@ -189,7 +189,15 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         stop: stop_rule(&settings, &config, &tokenizer)?,
     };
     eprint!("{settings}");
-    eprintln!("# {}, {} weights, {:?}", settings.model.display(), weights.size(), options.limits);
+    let limits = &options.limits;
+    eprintln!(
+        "# {} of weights; {} slots, {} KV pages of {} tokens, {} prompt tokens per prefill",
+        weights.size(),
+        limits.max_seqs,
+        limits.max_pages,
+        limits.page_size.tokens(),
+        limits.max_prefill_size,
+    );
 
     let run = Run::new(&settings, &weights.identity());
     let output = Output::new(args, &run, share, &prompts, &tokenizer)?;

@@ -21,7 +21,7 @@
 use pagoda_ir::stablehlo::{Builder, Direction, DotDims, Module, Precision, Tensor};
 use pagoda_ir::tensor::HostTensor;
 use pagoda_ir::{Context, Element, Result, TensorType};
-use pagoda_kernels::{Invalid, rpa};
+use pagoda_kernels::{Invalid, matmul, rpa};
 
 use crate::model::config::LlamaConfig;
 use crate::sampler::{self, Keys, Parameters, Sampling};
@@ -49,13 +49,13 @@ pub struct StepShape {
     pub kernels: KernelForm,
 }
 
-/// The forms in which a program can carry the attention kernel.
+/// The forms in which a program can carry its kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KernelForm {
     /// Plain StableHLO: any plugin.
     Stablehlo,
-    /// Rust, as a custom call: the CPU plugin ([`crate::native::register_all`] comes first).
+    /// Attention and few-column matmuls in Rust, as custom calls: the CPU plugin ([`crate::native::register_all`] comes first).
     Native,
 }
 
@@ -227,6 +227,11 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
 
     /// `W [out, in]` times `x [in, columns]` in f32: true f32 products where the operands are f32.
     fn product(&self, w: Tensor<'c, 'a>, x: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        // One column is a dot product per row, which XLA does as well as anyone.
+        let columns = x.dims()[1];
+        if self.shape.kernels == KernelForm::Native && (2..=matmul::native::MAX_COLUMNS).contains(&columns) {
+            return matmul::native::emit(self.b, w, x);
+        }
         let dims = DotDims { batch: (&[], &[]), contract: (&[1], &[0]) };
         self.b.dot_general_with(w, x, dims, Element::F32, Precision::Highest)
     }

@@ -3,6 +3,7 @@
 //! One activation matrix `x` of `m` rows and `k` features, one weight `w` of `n` output features. [`Layout`] says how the
 //! three arrays lie in memory; the product is the same.
 pub mod mosaic;
+pub mod native;
 pub mod plan;
 pub mod problem;
 pub mod reference;

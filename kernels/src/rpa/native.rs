@@ -8,7 +8,7 @@
 //! Masks are loop bounds here: a key that a row does not see is never read, so it may be anything. A row's result does
 //! not depend on what else is in the batch, nor on how many threads there are.
 
-use std::sync::Mutex;
+use std::ops::Range;
 
 use half::bf16;
 use pagoda_ir::{
@@ -18,6 +18,7 @@ use pagoda_ir::{
 };
 
 use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
 
 use super::{problem::Problem, stablehlo::Operands};
 
@@ -28,8 +29,8 @@ pub const OPTIONS: [&str; 4] = ["pages", "scale", "sliding_window", "soft_cap"];
 
 /// Keys of one step of the online softmax.
 const KEY_BLOCK: usize = 64;
-/// Multiply-adds below which one thread does all: starting another costs about as much as this many.
-const THREADED_WORK: usize = 1 << 21;
+/// Multiply-adds that are worth waking a second thread for.
+const THREADED_WORK: usize = 1 << 18;
 
 /// This step's keys and values.
 #[derive(Clone, Copy, Debug)]
@@ -223,29 +224,19 @@ pub fn attend<T: Float>(call: &Call<'_, T>, out: &mut [T]) {
         }));
     }
     let work: usize = rows.iter().map(|row| 2 * width * (row.position + 1)).sum();
-    let threads = match work {
-        0..THREADED_WORK => 1,
-        _ => std::thread::available_parallelism().map_or(1, usize::from),
-    };
     // Every row owns its part of the output, so rows can go to whichever thread is free.
     let mut parts: Vec<Option<&mut [T]>> = out.chunks_exact_mut(width).map(Some).collect();
-    let jobs: Vec<(Row, &mut [T])> =
+    let mut jobs: Vec<(Row, &mut [T])> =
         rows.iter().map(|&row| (row, parts[row.token].take().expect("rows of sequences do not overlap"))).collect();
-    let queue = Mutex::new(jobs.into_iter());
-    let worker = || {
-        let mut scratch = Scratch::new(call);
-        loop {
-            let job = queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).next();
-            let Some((row, out)) = job else { break };
-            pulp::Arch::new().dispatch(AttendRow { call, row, out, scratch: &mut scratch });
-        }
+    let attend = |scratch: &mut Scratch, (row, out): &mut (Row, &mut [T])| {
+        pulp::Arch::new().dispatch(AttendRow { call, row: *row, out, scratch });
     };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(worker);
-        }
-        worker();
-    });
+    if work < THREADED_WORK {
+        let mut scratch = Scratch::new(call);
+        jobs.iter_mut().for_each(|job| attend(&mut scratch, job));
+    } else {
+        jobs.par_iter_mut().for_each_init(|| Scratch::new(call), attend);
+    }
 }
 
 /// Buffers of one thread.
@@ -312,42 +303,54 @@ fn attend_row<S: Simd, T: Float>(simd: S, call: &Call<'_, T>, row: Row, out: &mu
         acc.fill(0.0);
         max.fill(f32::NEG_INFINITY);
         sum.fill(0.0);
-        let mut block = start;
-        while block < end {
-            // A block ends with its page, so that its keys lie at one stride.
-            let (ordinal, offset) = (block / call.page_size, block % call.page_size);
-            let keys = KEY_BLOCK.min(call.page_size - offset).min(end - block);
-            let page = call.first_page + table[ordinal] as usize;
-            // A token's vectors: key and value of head 0, key and value of head 1, ...
-            let stride = 2 * call.kv_heads * dim;
-            let tokens = &call.kv_pages[(page * call.page_size + offset) * stride..][..keys * stride];
-            let key_at = 2 * head * dim;
-            for (key, token) in tokens.chunks_exact(stride).enumerate() {
-                let key_vector = T::vector(&token[key_at..][..dim], vector);
-                for (q, logits) in scaled.chunks_exact(dim).zip(logits.chunks_exact_mut(KEY_BLOCK)) {
-                    logits[key] = dot(simd, q, key_vector);
+        // A token's vectors: key and value of head 0, key and value of head 1, ...
+        let stride = 2 * call.kv_heads * dim;
+        // The parts of pages that hold some keys: (ordinal of the first key, its tokens).
+        let parts = |keys: Range<usize>| {
+            let mut key = keys.start;
+            std::iter::from_fn(move || {
+                let (ordinal, offset) = (key / call.page_size, key % call.page_size);
+                let count = (call.page_size - offset).min(keys.end - key);
+                let page = call.first_page + *table.get(ordinal).filter(|_| count > 0)? as usize;
+                let at = key - keys.start;
+                key += count;
+                Some((at, &call.kv_pages[(page * call.page_size + offset) * stride..][..count * stride]))
+            })
+        };
+        for block in (start..end).step_by(KEY_BLOCK) {
+            let keys = block..(block + KEY_BLOCK).min(end);
+            let count = keys.len();
+            for (first, tokens) in parts(keys.clone()) {
+                for (key, token) in tokens.chunks_exact(stride).enumerate() {
+                    let key_vector = T::vector(&token[2 * head * dim..][..dim], vector);
+                    for (q, logits) in scaled.chunks_exact(dim).zip(logits.chunks_exact_mut(KEY_BLOCK)) {
+                        logits[first + key] = dot(simd, q, key_vector);
+                    }
                 }
             }
             let groups = acc.chunks_exact_mut(dim).zip(logits.chunks_exact_mut(KEY_BLOCK));
             for ((acc, logits), (max, sum)) in groups.zip(max.iter_mut().zip(sum.iter_mut())) {
-                let weights = &mut logits[..keys];
                 if let Some(cap) = call.soft_cap {
-                    weights.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+                    logits[..count].iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
                 }
-                let new_max = weights.iter().fold(*max, |max, &x| max.max(x));
+                // Beyond the last key: weight zero, so that whole registers can be summed.
+                logits[count..].fill(f32::NEG_INFINITY);
+                let new_max = max.max(largest(logits));
                 let rescale = exp(*max - new_max);
-                weights.iter_mut().for_each(|weight| *weight = exp(*weight - new_max));
+                logits.iter_mut().for_each(|weight| *weight = exp(*weight - new_max));
+                logits[count..].fill(0.0);
                 acc.iter_mut().for_each(|x| *x *= rescale);
-                *sum = *sum * rescale + weights.iter().sum::<f32>();
+                *sum = *sum * rescale + total(logits);
                 *max = new_max;
             }
-            for (key, token) in tokens.chunks_exact(stride).enumerate() {
-                let value = T::vector(&token[key_at + dim..][..dim], vector);
-                for (acc, logits) in acc.chunks_exact_mut(dim).zip(logits.chunks_exact(KEY_BLOCK)) {
-                    add_scaled(simd, acc, logits[key], value);
+            for (first, tokens) in parts(keys) {
+                for (key, token) in tokens.chunks_exact(stride).enumerate() {
+                    let value = T::vector(&token[(2 * head + 1) * dim..][..dim], vector);
+                    for (acc, logits) in acc.chunks_exact_mut(dim).zip(logits.chunks_exact(KEY_BLOCK)) {
+                        add_scaled(simd, acc, logits[first + key], value);
+                    }
                 }
             }
-            block += keys;
         }
         for ((out, acc), sum) in out[heads].chunks_exact_mut(dim).zip(acc.chunks_exact(dim)).zip(&*sum) {
             for (out, acc) in out.iter_mut().zip(acc) {
@@ -355,6 +358,30 @@ fn attend_row<S: Simd, T: Float>(simd: S, call: &Call<'_, T>, row: Row, out: &mu
             }
         }
     }
+}
+
+/// The largest of a block of logits, lane by lane.
+#[inline(always)]
+fn largest(logits: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    for logits in logits.as_chunks::<8>().0 {
+        for lane in 0..8 {
+            lanes[lane] = if logits[lane] > lanes[lane] { logits[lane] } else { lanes[lane] };
+        }
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// The sum of a block of weights, lane by lane.
+#[inline(always)]
+fn total(weights: &[f32]) -> f32 {
+    let mut lanes = [0f32; 8];
+    for weights in weights.as_chunks::<8>().0 {
+        for lane in 0..8 {
+            lanes[lane] += weights[lane];
+        }
+    }
+    lanes.into_iter().sum()
 }
 
 /// `a . b`, in as many partial sums as two registers hold.

@@ -1,0 +1,100 @@
+//! The attention's cost follows the context that is there: 8 decode rows at 128, 1024 and 4096 tokens of context under one
+//! `max_seq_len` of 4608, and the KV write into caches of two sizes. Ratios go to stderr at the end.
+
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion};
+use pagoda_engine::pjrt::{Arg, Buffer, Client, Plugin, PluginChoice};
+use pagoda_ir::{Context, Element, HostTensor};
+use pagoda_kernels::{
+    rpa::{self, Kind},
+    strategies,
+};
+
+const CONTEXTS: [usize; 3] = [128, 1024, 4096];
+
+fn problem(pages: usize) -> rpa::Problem {
+    rpa::Problem::new(rpa::Spec {
+        kind: Kind::Decode,
+        element: Element::F32,
+        tokens: 8,
+        q_heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        page_size: 128,
+        pages,
+        layers: 1,
+        max_seqs: 8,
+        pages_per_seq: 36,
+        scale: 0.125,
+        sliding_window: None,
+        soft_cap: None,
+    })
+    .expect("a valid problem")
+}
+
+/// The mean time of one call of `work` that criterion measured last.
+fn measured(criterion: &mut Criterion, id: BenchmarkId, mut work: impl FnMut()) -> Duration {
+    let mut mean = Duration::ZERO;
+    let mut group = criterion.benchmark_group("rpa");
+    group.bench_function(id, |bencher| {
+        bencher.iter_custom(|iterations| {
+            let start = Instant::now();
+            (0..iterations).for_each(|_| work());
+            let elapsed = start.elapsed();
+            mean = elapsed / u32::try_from(iterations).unwrap_or(u32::MAX);
+            elapsed
+        });
+    });
+    mean
+}
+
+fn attention(criterion: &mut Criterion, client: &Client) {
+    let (context, problem) = (Context::new(), problem(288));
+    let module = rpa::stablehlo::module(&context, &problem).expect("a module");
+    let program = client.compile(module.text(), 1).expect("compiles");
+    let times = CONTEXTS.map(|tokens| {
+        let inputs = strategies::rpa_inputs_of(&problem, &[(1, tokens); 8], 1);
+        let arguments = inputs.to_tensors(&problem);
+        let buffers: Vec<Buffer> = arguments.iter().map(|array| client.upload(array, 0).expect("uploads")).collect();
+        measured(criterion, BenchmarkId::new("decode, 8 rows, context", tokens), || {
+            let results = program.run(buffers.iter().map(Arg::Keep).collect()).expect("runs");
+            results[0].wait().expect("finishes");
+        })
+    });
+    for (tokens, time) in CONTEXTS.iter().zip(times) {
+        let ratio = time.as_secs_f64() / times[0].as_secs_f64();
+        eprintln!("{tokens} tokens of context: {time:?}, {ratio:.1} times the time at {} ", CONTEXTS[0]);
+    }
+}
+
+fn kv_write(criterion: &mut Criterion, client: &Client) {
+    let context = Context::new();
+    for pages in [288, 288 * 8] {
+        let problem = problem(pages);
+        let module = rpa::kv_write::module(&context, &problem).expect("a module");
+        let program = client.compile(module.text(), 1).expect("compiles");
+        let upload = |array: &HostTensor| client.upload(array, 0).expect("uploads");
+        let rows = upload(&HostTensor::zeros(Element::F32, &problem.new_kv_type().dims));
+        let slots: Vec<i32> = (0..8).map(|row| row * 1001).collect();
+        let slots = upload(&HostTensor::new(&[8], &slots));
+        let mut kv = Some(upload(&HostTensor::zeros(Element::F32, &problem.kv_pages_type().dims)));
+        measured(criterion, BenchmarkId::new("KV write, 8 rows, pages", pages), || {
+            let given = Arg::Donate(kv.take().expect("given back by the run before"));
+            let mut results =
+                program.run(vec![given, Arg::Keep(&rows), Arg::Keep(&rows), Arg::Keep(&slots)]).expect("runs");
+            let written = results.remove(0);
+            written.wait().expect("finishes");
+            kv = Some(written);
+        });
+    }
+}
+
+fn main() {
+    let plugin = Plugin::load(&PluginChoice::parse("cpu").expect("a name")).expect("the CPU plugin: run `make setup`");
+    let client = plugin.client(1).expect("a client");
+    let mut criterion = Criterion::default().sample_size(20).configure_from_args();
+    attention(&mut criterion, &client);
+    kv_write(&mut criterion, &client);
+    criterion.final_summary();
+}

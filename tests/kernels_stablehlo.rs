@@ -1,0 +1,277 @@
+//! The kernels' StableHLO forms on the real CPU plugin, held against the f64 references over random ragged batches; the
+//! plain Rust form of the attention on the same batches.
+
+use std::{cell::RefCell, collections::HashMap, error::Error};
+
+use pagoda_engine::pjrt::{Client, Executable, Plugin, PluginChoice};
+use pagoda_ir::{Element, HostTensor, stablehlo::Module};
+use pagoda_kernels::{
+    Case, Runner, check,
+    check::{compare, tolerance},
+    matmul::{self, Activation, Epilogue, Layout},
+    rpa::{self, Kind, native},
+    strategies,
+};
+use proptest::{
+    prelude::*,
+    test_runner::{Config, TestCaseError, TestRunner},
+};
+
+/// Runs modules on the CPU plugin and compiles each text once.
+struct Cpu {
+    client: Client,
+    compiled: RefCell<HashMap<String, Executable>>,
+}
+
+impl Cpu {
+    fn new() -> Self {
+        let plugin = Plugin::load(&PluginChoice::parse("cpu").unwrap()).expect("the CPU plugin: run `make setup`");
+        Self { client: plugin.client(1).unwrap(), compiled: RefCell::default() }
+    }
+}
+
+impl Runner for Cpu {
+    fn run(&self, module: &Module, inputs: &[HostTensor]) -> Result<Vec<HostTensor>, Box<dyn Error + Send + Sync>> {
+        module.verify()?;
+        let text = module.text();
+        let mut compiled = self.compiled.borrow_mut();
+        if !compiled.contains_key(&text) {
+            let executable = self.client.compile(&text, 1).map_err(|error| error.to_string())?;
+            compiled.insert(text.clone(), executable);
+        }
+        compiled[&text].call(inputs).map_err(|error| error.to_string().into())
+    }
+}
+
+/// Runs `test` on `cases` values of `strategy`, the same ones every time, and shrinks the one that fails.
+fn property<S: Strategy>(cases: u32, strategy: S, test: impl Fn(S::Value) -> Result<(), TestCaseError>) {
+    let config = Config { cases, failure_persistence: None, max_shrink_iters: 64, ..Config::default() };
+    let seed = proptest::test_runner::TestRng::deterministic_rng(config.rng_algorithm);
+    if let Err(error) = TestRunner::new_with_rng(config, seed).run(&strategy, test) {
+        panic!("{error}");
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> TestCaseError {
+    TestCaseError::fail(error.to_string())
+}
+
+fn spec(kind: Kind, element: Element, q_heads: usize, kv_heads: usize, head_dim: usize) -> rpa::Spec {
+    rpa::Spec {
+        kind,
+        element,
+        tokens: if kind == Kind::Decode { 6 } else { 77 },
+        q_heads,
+        kv_heads,
+        head_dim,
+        page_size: 16,
+        pages: 40,
+        layers: 1,
+        max_seqs: 6,
+        pages_per_seq: 11,
+        scale: (head_dim as f64).powf(-0.5),
+        sliding_window: None,
+        soft_cap: None,
+    }
+}
+
+/// Head dimensions 64, 80, 128, 256, groups of 1 to 8, page sizes below and above a KV block, windows within and across
+/// blocks, soft caps, several layers in one buffer.
+fn problems() -> Vec<rpa::Problem> {
+    use Element::{Bf16, F32};
+    use Kind::{Decode, Mixed};
+    let specs = [
+        spec(Decode, F32, 4, 2, 64),
+        spec(Mixed, F32, 4, 2, 64),
+        rpa::Spec { sliding_window: Some(37), ..spec(Decode, F32, 3, 3, 80) },
+        rpa::Spec { sliding_window: Some(5), layers: 3, ..spec(Mixed, F32, 6, 2, 80) },
+        rpa::Spec { soft_cap: Some(2.5), layers: 2, ..spec(Decode, Bf16, 8, 1, 128) },
+        rpa::Spec { soft_cap: Some(30.0), sliding_window: Some(130), ..spec(Mixed, Bf16, 8, 2, 128) },
+        rpa::Spec { page_size: 200, pages_per_seq: 2, pages: 9, ..spec(Mixed, F32, 2, 1, 256) },
+        rpa::Spec { page_size: 1, pages_per_seq: 150, pages: 300, ..spec(Mixed, Bf16, 5, 1, 64) },
+        rpa::Spec { page_size: 7, pages_per_seq: 25, max_seqs: 3, ..spec(Decode, F32, 16, 1, 64) },
+    ];
+    specs.map(|spec| rpa::Problem::new(spec).unwrap()).to_vec()
+}
+
+#[test]
+fn attention_over_random_batches() {
+    let cpu = Cpu::new();
+    for problem in problems() {
+        property(24, strategies::rpa_inputs(problem.clone()), |inputs| {
+            check(Case::Rpa(&problem, &inputs), &cpu).map_err(failed)
+        });
+    }
+}
+
+#[test]
+fn attention_in_rust_over_random_batches() {
+    fn attend<T: native::Float>(problem: &rpa::Problem, inputs: &rpa::Inputs) -> HostTensor {
+        let [kv_lens, page_indices, cu_q_lens, num_seqs] = inputs.batch.to_tensors();
+        let mut out = HostTensor::zeros(problem.element, inputs.q.dims());
+        let call = native::Call {
+            q_heads: problem.q_heads,
+            kv_heads: problem.kv_heads,
+            head_dim: problem.head_dim,
+            page_size: problem.page_size,
+            pages_per_seq: problem.pages_per_seq,
+            scale: problem.scale as f32,
+            sliding_window: problem.sliding_window,
+            soft_cap: problem.soft_cap.map(|cap| cap as f32),
+            q: inputs.q.as_slice::<T>(),
+            kv_pages: inputs.kv_pages.as_slice(),
+            kv_lens: kv_lens.as_slice(),
+            page_indices: page_indices.as_slice(),
+            cu_q_lens: cu_q_lens.as_slice(),
+            num_seqs: num_seqs.as_slice::<i32>()[0] as usize,
+            first_page: inputs.layer * problem.pages,
+        };
+        native::attend(&call, out.as_mut_slice());
+        out
+    }
+    for problem in problems() {
+        property(24, strategies::rpa_inputs(problem.clone()), |inputs| {
+            let actual = match problem.element {
+                Element::F32 => attend::<f32>(&problem, &inputs),
+                _ => attend::<half::bf16>(&problem, &inputs),
+            };
+            let expected = rpa::reference(&problem, &inputs);
+            compare("native", &actual, &expected.output, &expected.magnitude, tolerance(problem.element))
+                .map_err(failed)
+        });
+    }
+}
+
+#[test]
+fn kv_write_over_random_batches() {
+    let cpu = Cpu::new();
+    for problem in [&problems()[1], &problems()[3], &problems()[4]] {
+        let new = || strategies::tensor(problem.new_kv_type());
+        property(24, (strategies::rpa_inputs(problem.clone()), new(), new()), |(inputs, k, v)| {
+            check(Case::KvWrite(problem, &inputs, &k, &v), &cpu).map_err(failed)
+        });
+    }
+}
+
+/// One long prompt at once, in chunks of 7, and row by row: the same rows, the same results.
+#[test]
+fn a_row_does_not_depend_on_its_chunk() {
+    let cpu = Cpu::new();
+    let problem = rpa::Problem::new(spec(Kind::Mixed, Element::F32, 4, 2, 64)).unwrap();
+    let whole = strategies::rpa_inputs_of(&problem, &[(60, 60)], 1);
+    let width = problem.q_heads * problem.head_dim;
+    let expected = rpa::reference(&problem, &whole);
+    for chunk in [7, 1] {
+        for end in (chunk..=60).step_by(chunk) {
+            let [_, page_indices, ..] = whole.batch.to_tensors();
+            let mut kv_lens = vec![0; problem.max_seqs];
+            kv_lens[0] = end as i32;
+            let mut cu_q_lens = vec![chunk as i32; problem.max_seqs + 1];
+            cu_q_lens[0] = 0;
+            let batch = rpa::Batch::new(&problem, &kv_lens, page_indices.as_slice(), &cu_q_lens, 1).unwrap();
+            let mut inputs = rpa::Inputs { batch, ..whole.clone() };
+            let rows = (end - chunk) * width..end * width;
+            inputs.q.as_mut_slice::<f32>()[..chunk * width].copy_from_slice(&whole.q.as_slice::<f32>()[rows.clone()]);
+            let module_context = pagoda_ir::Context::new();
+            let module = rpa::stablehlo::module(&module_context, &problem).unwrap();
+            let result = cpu.run(&module, &inputs.to_tensors(&problem)).unwrap().remove(0);
+            let chunk_rows = HostTensor::new(&[chunk, width], &result.as_slice::<f32>()[..chunk * width]);
+            compare("chunk", &chunk_rows, &expected.output[rows.clone()], &expected.magnitude[rows], 2e-5).unwrap();
+        }
+    }
+}
+
+#[test]
+fn matmul_at_sizes_that_no_tile_divides() {
+    let cpu = Cpu::new();
+    let gated = Epilogue { bias: true, activation: Activation::SiluGate, residual: true };
+    let biased = Epilogue { bias: true, ..Epilogue::NONE };
+    let mut problems = Vec::new();
+    for layout in [Layout::RowMajor, Layout::WeightTransposed, Layout::FeatureMajor] {
+        for (index, (m, k, n)) in [(1, 1, 1), (3, 257, 129), (13, 500, 31), (130, 67, 259)].into_iter().enumerate() {
+            for (input, output) in
+                [(Element::F32, Element::F32), (Element::Bf16, Element::F32), (Element::Bf16, Element::Bf16)]
+            {
+                let epilogue = [Epilogue::NONE, gated, biased, gated][index];
+                problems.push(matmul::Spec { m, k, n, input, output, layout, epilogue });
+            }
+        }
+    }
+    for spec in problems {
+        let problem = matmul::Problem::new(spec).unwrap();
+        property(2, strategies::matmul_inputs(problem), |inputs| {
+            check(Case::Matmul(&problem, &inputs), &cpu).map_err(failed)
+        });
+    }
+}
+
+/// A check that cannot fail checks nothing.
+#[test]
+fn a_wrong_kernel_is_caught() {
+    struct Wrong(Cpu, usize);
+    impl Runner for Wrong {
+        fn run(&self, module: &Module, inputs: &[HostTensor]) -> Result<Vec<HostTensor>, Box<dyn Error + Send + Sync>> {
+            let mut results = self.0.run(module, inputs)?;
+            results[0].as_mut_slice::<f32>()[self.1] += 1e-3;
+            Ok(results)
+        }
+    }
+    let problem = &problems()[1];
+    let inputs = strategies::rpa_inputs_of(problem, &[(1, 30), (20, 50)], 7);
+    let cpu = Cpu::new();
+    check(Case::Rpa(problem, &inputs), &cpu).unwrap();
+    let padding = (problem.tokens - 1) * problem.q_heads * problem.head_dim;
+    for index in [0, 700, padding] {
+        let error = check(Case::Rpa(problem, &inputs), &Wrong(Cpu::new(), index)).unwrap_err();
+        assert!(error.to_string().contains("1 of"), "{error}");
+    }
+}
+
+#[test]
+fn bad_problems_and_batches_are_refused_by_name() {
+    let good = spec(Kind::Mixed, Element::F32, 4, 2, 64);
+    let refusals = [
+        (rpa::Spec { q_heads: 3, ..good.clone() }, "q_heads = 3 is no multiple of kv_heads = 2"),
+        (rpa::Spec { element: Element::F16, ..good.clone() }, "element = f16 is neither f32 nor bf16"),
+        (rpa::Spec { head_dim: 0, ..good.clone() }, "head_dim = 0 is below 1"),
+        (rpa::Spec { scale: f64::NAN, ..good.clone() }, "scale = NaN is not positive and finite"),
+        (rpa::Spec { pages: usize::MAX, ..good.clone() }, "layers * pages * page_size"),
+    ];
+    for (spec, message) in refusals {
+        let error = rpa::Problem::new(spec).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    }
+    let problem = rpa::Problem::new(rpa::Spec { max_seqs: 2, pages_per_seq: 2, ..good.clone() }).unwrap();
+    let decode = rpa::Problem::new(rpa::Spec { kind: Kind::Decode, max_seqs: 2, pages_per_seq: 2, ..good }).unwrap();
+    let batch = |problem, kv_lens: [i32; 2], pages: [i32; 4], cu_q_lens: [i32; 3], num_seqs| {
+        rpa::Batch::new(problem, &kv_lens, &pages, &cu_q_lens, num_seqs).map_err(|error| error.to_string())
+    };
+    assert!(batch(&problem, [20, 0], [0, 1, -1, -1], [0, 3, 3], 2).is_ok());
+    for (result, message) in [
+        (batch(&problem, [2, 0], [0; 4], [0, 3, 3], 2), "q_lens[0] = 3 is beyond kv_lens[0] = 2"),
+        (batch(&problem, [20, 0], [0, 40, 0, 0], [0, 3, 3], 2), "page_indices[0][1] = 40 is not within 0..40"),
+        (
+            batch(&problem, [33, 0], [0; 4], [0, 3, 3], 2),
+            "kv_lens[0] = 33 is beyond pages_per_seq * page_size = 2 * 16 = 32",
+        ),
+        (batch(&problem, [20, 20], [0; 4], [0, 3, 2], 2), "cu_q_lens[2] = 2 is below cu_q_lens[1] = 3"),
+        (batch(&problem, [20, 20], [0; 4], [1, 3, 3], 2), "cu_q_lens[0] = 1 is not 0"),
+        (batch(&problem, [20, 20], [0; 4], [0, 3, 99], 2), "cu_q_lens[2] = 99 is beyond tokens = 77"),
+        (batch(&problem, [20, 20], [0; 4], [0, 3, 3], 3), "num_seqs = 3 is beyond max_seqs = 2"),
+        (batch(&problem, [-1, 20], [0; 4], [0, 0, 0], 2), "q_lens[0] = 0 is beyond kv_lens[0] = -1"),
+        (batch(&decode, [20, 20], [0; 4], [0, 2, 3], 2), "q_lens[0] = 2 is more than the one row of a decode problem"),
+    ] {
+        let error = result.unwrap_err();
+        assert!(error.contains(message), "{error}");
+    }
+    let zero = matmul::Spec {
+        m: 0,
+        k: 1,
+        n: 1,
+        input: Element::F32,
+        output: Element::F32,
+        layout: Layout::RowMajor,
+        epilogue: Epilogue::NONE,
+    };
+    assert!(matmul::Problem::new(zero).unwrap_err().to_string().contains("m = 0 is below 1"));
+}
