@@ -2,7 +2,7 @@
 //!
 //! A grid kernel: the pipeline brings one tile of each side into VMEM per step, the body adds their product to the f32
 //! accumulator, and the last step along `k` applies the epilogue and stores. The body works through its tile in
-//! [`Chunk`]s, each of which reads its part of the accumulator, multiplies over the whole depth of the tile and writes it
+//! [`Chunk`](super::plan::Chunk)s, each of which reads its part of the accumulator, multiplies over the whole depth of the tile and writes it
 //! back, so that no more than a chunk is live in registers: whole tiles in registers spill (1.4 MB at 512 x 512) and take
 //! the compiler a minute.
 //!
@@ -309,7 +309,7 @@ mod tests {
     /// The kernel's own operands, from the problem's.
     fn operands(plan: &Plan, inputs: &Inputs) -> Vec<pagoda_ir::HostTensor> {
         let (x, w) = (&inputs.x, &inputs.w);
-        let copies = if plan.gated() { 2 } else { 1 };
+        let copies = if plan.problem().epilogue.activation == Activation::SiluGate { 2 } else { 1 };
         let weights = std::iter::repeat_n(w.clone(), copies);
         let feature_major = plan.problem().layout == Layout::FeatureMajor;
         let mut operands: Vec<_> = match feature_major {

@@ -260,10 +260,6 @@ impl Plan {
         (size, block, count)
     }
 
-    pub(super) fn gated(&self) -> bool {
-        gated(&self.problem)
-    }
-
     /// Block sizes along the kernel's rows, columns and depth.
     pub(super) fn blocks(&self) -> [usize; 3] {
         Blocks::new(&self.problem, self.tiles).block
