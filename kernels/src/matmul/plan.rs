@@ -473,6 +473,12 @@ impl<'p> Blocks<'p> {
         }
     }
 
+    /// Multiplications in the text of the body: the first and the last step along `k` have their own copies of it.
+    fn multiplications(&self) -> usize {
+        let [left, right] = self.sides();
+        self.block.iter().product::<usize>() * left.max(right) * self.counts[2].min(2)
+    }
+
     fn estimate(&self, info: &ChipInfo, order: Order) -> Estimate {
         let [rows, columns, depth] = self.block.map(|size| size as f64);
         let [row_blocks, column_blocks, steps] = self.counts.map(|count| count as f64);
@@ -554,7 +560,7 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
             for &k in &ks {
                 let tiles = Tiles { m, n, k };
                 let blocks = Blocks::new(problem, tiles);
-                if blocks.report(chip).total() + margin > limit {
+                if blocks.multiplications() > MAX_MULTIPLICATIONS || blocks.report(chip).total() + margin > limit {
                     continue;
                 }
                 let cycles = [Order::RowsOuter, Order::ColumnsOuter]
@@ -572,6 +578,9 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
 
 const MAX_TILE: usize = 2048;
 const MAX_DEPTH: usize = 8192;
+/// Multiplications that the body may spell out. It is straight-line code, so they are what the compiler's time (about a
+/// minute at 2^32) and the program's size grow with.
+const MAX_MULTIPLICATIONS: usize = 1 << 31;
 /// What is kept free for spills where none were recorded.
 const UNMEASURED_SPILLS: Bytes = Bytes::mib(2);
 
