@@ -18,7 +18,7 @@ demo: setup
 	@cargo build --release --quiet
 	@target/release/pagoda sample --config examples/configs/demo.yaml
 
-test: setup
+test: tpu-tools
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
