@@ -248,8 +248,10 @@ impl Certifier {
         let profiled = chip.has_static_profile();
         let (answer, kernels, cycles, profile) = match self.attempt(topology, program, profiled)? {
             (Ok(answer), dumps) => {
-                (answer, dumps.kernels, dumps.cycles, if profiled { Profile::Complete } else { Profile::None })
+                let profile = if dumps.cycles.is_empty() { Profile::None } else { Profile::Complete };
+                (answer, dumps.kernels, dumps.cycles, profile)
             }
+
             // The profiler checks types more strictly than the compiler and aborts on some packed stores, after it has
             // written its estimate; and it may take far more memory and time. The verdict is the one of a second run
             // without it.
