@@ -3,7 +3,7 @@
 //! Every PJRT call takes one argument struct that begins with its own `struct_size`. A plugin refuses a struct smaller
 //! than the one it was built with (`Unexpected PJRT_Client_Create_Args size: expected 88, got 72`) and accepts larger
 //! ones. Fields are only ever appended, and a zeroed field means "not given". So each call through the adapted table
-//! copies the caller's struct into a zeroed buffer of [`ADAPTED_SIZE`] bytes that claims that size, calls the plugin,
+//! copies the caller's struct into a zeroed buffer of 512 bytes that claims that size, calls the plugin,
 //! and copies the caller's part back. `PJRT_ExecuteOptions`, the one struct nested by pointer that grew, is widened
 //! the same way.
 //!

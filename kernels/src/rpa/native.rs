@@ -129,7 +129,7 @@ impl Float for bf16 {
     }
 }
 
-/// One call: shapes, options and operands. The meaning of each is that of [`Problem`](super::Problem)'s.
+/// One call: shapes, options and operands. The meaning of each is that of [`Problem`]'s.
 #[derive(Clone, Copy, Debug)]
 pub struct Call<'a, T> {
     /// Query heads.
