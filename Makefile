@@ -1,5 +1,5 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools demo test bench bench-peers doc fmt certify-all tpu-static
+.PHONY: help setup tpu-tools demo test bench bench-peers certify-all tpu-static certify-all tpu-static
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
@@ -7,6 +7,8 @@ help:
 	@echo "make bench        criterion benches (CPU)"
 	@echo "make bench-peers  tokens/s against plain JAX on this machine"
 	@echo "make tpu-tools    libtpu, the TPU compiler, for certification without a TPU"
+	@echo "make certify-all  every certification, not only those of make test"
+	@echo "make tpu-static   static cycles of our TPU kernels beside the peers'"
 	@echo "make certify-all  every certification by the TPU compiler (half an hour; PAGODA_RECORD=1 renews the table)"
 	@echo "make tpu-static   static cycles of the TPU kernels beside the peers'"
 
@@ -26,14 +28,14 @@ test: tpu-tools
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
 	cargo test --workspace --quiet
 
-bench: setup
+bench: tpu-tools
 	cargo bench --workspace
 
 bench-peers: setup
 	@scripts/bench-peers.sh
 
-certify-all: setup tpu-tools
+certify-all: tpu-tools
 	cargo test --test certify -- --include-ignored
 
-tpu-static: setup tpu-tools
+tpu-static: tpu-tools
 	cargo bench --bench tpu_static

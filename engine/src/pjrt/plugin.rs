@@ -281,6 +281,8 @@ impl Plugin {
 impl fmt::Debug for Plugin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (major, minor) = self.version;
-        write!(f, "{} (PJRT {major}.{minor}, {})", self.found.path.display(), self.found.source)
+        let here = std::env::current_dir().unwrap_or_default();
+        let path = self.found.path.strip_prefix(here).unwrap_or(&self.found.path);
+        write!(f, "{} (PJRT {major}.{minor})", path.display())
     }
 }
