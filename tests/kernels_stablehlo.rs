@@ -1,5 +1,4 @@
-//! The kernels' StableHLO forms on the real CPU plugin, held against the f64 references over random ragged batches; the
-//! plain Rust form of the attention on the same batches.
+//! The kernels' StableHLO forms on the real CPU plugin, held against the f64 references over random ragged batches.
 
 use std::{cell::RefCell, collections::HashMap, error::Error};
 
@@ -7,9 +6,9 @@ use pagoda_engine::pjrt::{Client, Executable, Plugin, PluginChoice};
 use pagoda_ir::{Element, HostTensor, stablehlo::Module};
 use pagoda_kernels::{
     Case, Runner, check,
-    check::{compare, tolerance},
+    check::compare,
     matmul::{self, Activation, Epilogue, Layout},
-    rpa::{self, Kind, native},
+    rpa::{self, Kind},
     strategies,
 };
 use proptest::{
@@ -100,44 +99,6 @@ fn attention_over_random_batches() {
     for problem in problems() {
         property(24, strategies::rpa_inputs(problem.clone()), |inputs| {
             check(Case::Rpa(&problem, &inputs), &cpu).map_err(failed)
-        });
-    }
-}
-
-#[test]
-fn attention_in_rust_over_random_batches() {
-    fn attend<T: native::Float>(problem: &rpa::Problem, inputs: &rpa::Inputs) -> HostTensor {
-        let [kv_lens, page_indices, cu_q_lens, num_seqs] = inputs.batch.to_tensors();
-        let mut out = HostTensor::zeros(problem.element, inputs.q.dims());
-        let call = native::Call {
-            q_heads: problem.q_heads,
-            kv_heads: problem.kv_heads,
-            head_dim: problem.head_dim,
-            page_size: problem.page_size,
-            pages_per_seq: problem.pages_per_seq,
-            scale: problem.scale as f32,
-            sliding_window: problem.sliding_window,
-            soft_cap: problem.soft_cap.map(|cap| cap as f32),
-            q: inputs.q.as_slice::<T>(),
-            kv_pages: inputs.kv_pages.as_slice(),
-            kv_lens: kv_lens.as_slice(),
-            page_indices: page_indices.as_slice(),
-            cu_q_lens: cu_q_lens.as_slice(),
-            num_seqs: num_seqs.as_slice::<i32>()[0] as usize,
-            first_page: inputs.layer * problem.pages,
-        };
-        native::attend(&call, out.as_mut_slice());
-        out
-    }
-    for problem in problems() {
-        property(24, strategies::rpa_inputs(problem.clone()), |inputs| {
-            let actual = match problem.element {
-                Element::F32 => attend::<f32>(&problem, &inputs),
-                _ => attend::<half::bf16>(&problem, &inputs),
-            };
-            let expected = rpa::reference(&problem, &inputs);
-            compare("native", &actual, &expected.output, &expected.magnitude, tolerance(problem.element))
-                .map_err(failed)
         });
     }
 }

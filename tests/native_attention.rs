@@ -4,7 +4,8 @@
 use half::bf16;
 use pagoda_ir::{Element, HostTensor};
 use pagoda_kernels::check::{compare, tolerance};
-use pagoda_kernels::rpa::native::{Call, Float, Layer, attend, write};
+use pagoda_kernels::float::Float;
+use pagoda_kernels::rpa::native::{Call, Layer, attend, write};
 use pagoda_kernels::rpa::{Inputs, Kind, Problem, Spec, reference};
 use pagoda_kernels::strategies::{rpa_inputs, rpa_inputs_of, tensor};
 use proptest::prelude::*;

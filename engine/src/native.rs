@@ -2,8 +2,9 @@
 
 use half::bf16;
 use pagoda_ir::Element;
+use pagoda_kernels::float::Float;
 use pagoda_kernels::matmul;
-use pagoda_kernels::rpa::native::{self, Call, Float, Layer};
+use pagoda_kernels::rpa::native::{self, Call, Layer};
 
 use crate::pjrt::custom_call::{CustomCall, Frame, register};
 use crate::pjrt::{Plugin, Result};
@@ -32,7 +33,7 @@ impl CustomCall for Matmul {
     }
 }
 
-fn multiply<T: matmul::native::Float>(frame: &mut Frame<'_>) -> std::result::Result<(), String> {
+fn multiply<T: Float>(frame: &mut Frame<'_>) -> std::result::Result<(), String> {
     let (w, x) = (frame.operand(0)?, frame.operand(1)?);
     let &[k, m] = x.dims else { return Err(format!("activations of rank {}", x.dims.len())) };
     let [y] = frame.all_results::<f32, 1>()?;

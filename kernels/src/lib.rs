@@ -8,6 +8,7 @@
 pub mod check;
 pub mod chips;
 pub mod error;
+pub mod float;
 pub mod matmul;
 pub mod rpa;
 #[cfg(any(test, feature = "strategies"))]

@@ -7,14 +7,14 @@
 //! Each result is one sum over `k` in order, in f32: a column's bits depend neither on its place among the columns nor on
 //! how many threads there are.
 
-use half::bf16;
 use pagoda_ir::{
     Element, Result, TensorType,
-    element::Native,
     stablehlo::{BackendConfig, Builder, CustomCall, Tensor},
 };
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
+
+use crate::float::Float;
 
 /// The custom call's name; the engine registers its handler under it.
 pub const TARGET: &str = "pagoda_matmul";
@@ -37,26 +37,6 @@ pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, w: Tensor<'c, 'a>, x: Tensor<'c, 'a>) -
     let result = TensorType::new(Element::F32, &[w_type.dims[0], x_type.dims[1]]);
     let call = CustomCall { backend_config: BackendConfig::Dictionary(Vec::new()), ..CustomCall::default() };
     Ok(b.custom_call(TARGET, &[w, x], &[result], call)?[0])
-}
-
-/// An element of weights and activations.
-pub trait Float: Native {
-    /// Exact widening.
-    fn widen(self) -> f32;
-}
-
-impl Float for f32 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
-    }
-}
-
-impl Float for bf16 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
 }
 
 /// `y [n, m] = w [n, k] x [k, m]`.
@@ -186,6 +166,8 @@ fn in_arrays<T: Float, const WIDTH: usize>(w: &[T], x: &[f32], y: &mut [f32], k:
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     #[test]

@@ -10,10 +10,8 @@
 
 use std::ops::Range;
 
-use half::bf16;
 use pagoda_ir::{
     Element, Result,
-    element::Native,
     stablehlo::{BackendConfig, Builder, ConfigValue, CustomCall, OutputOperandAlias, Tensor},
 };
 
@@ -21,6 +19,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{problem::Problem, stablehlo::Operands};
+use crate::float::Float;
 
 /// The custom call's name; the engine registers its handler under it.
 pub const TARGET: &str = "pagoda_rpa";
@@ -82,51 +81,6 @@ pub fn emit<'c, 'a>(
     ];
     let results = b.custom_call(TARGET, &arguments, &[problem.q_type(), problem.kv_pages_type()], call)?;
     Ok((results[0], results[1]))
-}
-
-/// An element of queries, keys, values and outputs.
-pub trait Float: Native {
-    /// Exact widening.
-    fn widen(self) -> f32;
-    /// Rounding to nearest even.
-    fn narrow(value: f32) -> Self;
-    /// A vector in f32: itself, or widened into `wide`.
-    fn vector<'v>(narrow: &'v [Self], wide: &'v mut [f32]) -> &'v [f32];
-}
-
-impl Float for f32 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
-    }
-
-    #[inline(always)]
-    fn narrow(value: f32) -> Self {
-        value
-    }
-
-    #[inline(always)]
-    fn vector<'v>(narrow: &'v [Self], _: &'v mut [f32]) -> &'v [f32] {
-        narrow
-    }
-}
-
-impl Float for bf16 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-
-    #[inline(always)]
-    fn narrow(value: f32) -> Self {
-        Self::from_f32(value)
-    }
-
-    #[inline(always)]
-    fn vector<'v>(narrow: &'v [Self], wide: &'v mut [f32]) -> &'v [f32] {
-        wide.iter_mut().zip(narrow).for_each(|(wide, narrow)| *wide = narrow.widen());
-        wide
-    }
 }
 
 /// One call: shapes, options and operands. The meaning of each is that of [`Problem`]'s.
