@@ -13,11 +13,11 @@ use pagoda_kernels::{
 
 const CONTEXTS: [usize; 3] = [128, 1024, 4096];
 
-fn problem(pages: usize) -> rpa::Problem {
+fn problem(pages: usize, tokens: usize) -> rpa::Problem {
     rpa::Problem::new(rpa::Spec {
         kind: Kind::Decode,
         element: Element::F32,
-        tokens: 8,
+        tokens,
         q_heads: 4,
         kv_heads: 2,
         head_dim: 64,
@@ -50,7 +50,7 @@ fn measured(criterion: &mut Criterion, id: BenchmarkId, mut work: impl FnMut()) 
 }
 
 fn attention(criterion: &mut Criterion, client: &Client) {
-    let (context, problem) = (Context::new(), problem(288));
+    let (context, problem) = (Context::new(), problem(288, 8));
     let module = rpa::stablehlo::module(&context, &problem).expect("a module");
     let program = client.compile(module.text(), 1).expect("compiles");
     let times = CONTEXTS.map(|tokens| {
@@ -70,16 +70,16 @@ fn attention(criterion: &mut Criterion, client: &Client) {
 
 fn kv_write(criterion: &mut Criterion, client: &Client) {
     let context = Context::new();
-    for pages in [288, 288 * 8] {
-        let problem = problem(pages);
+    for (rows_written, pages) in [(8, 288), (8, 288 * 8), (1, 288), (1, 288 * 8)] {
+        let problem = problem(pages, rows_written);
         let module = rpa::kv_write::module(&context, &problem).expect("a module");
         let program = client.compile(module.text(), 1).expect("compiles");
         let upload = |array: &HostTensor| client.upload(array, 0).expect("uploads");
         let rows = upload(&HostTensor::zeros(Element::F32, &problem.new_kv_type().dims));
-        let slots: Vec<i32> = (0..8).map(|row| row * 1001).collect();
-        let slots = upload(&HostTensor::new(&[8], &slots));
+        let slots: Vec<i32> = (0..rows_written as i32).map(|row| row * 1001).collect();
+        let slots = upload(&HostTensor::new(&[rows_written], &slots));
         let mut kv = Some(upload(&HostTensor::zeros(Element::F32, &problem.kv_pages_type().dims)));
-        measured(criterion, BenchmarkId::new("KV write, 8 rows, pages", pages), || {
+        measured(criterion, BenchmarkId::new(format!("KV write, rows {rows_written}, pages"), pages), || {
             let given = Arg::Donate(kv.take().expect("given back by the run before"));
             let mut results =
                 program.run(vec![given, Arg::Keep(&rows), Arg::Keep(&rows), Arg::Keep(&slots)]).expect("runs");

@@ -106,7 +106,8 @@ fn attention_over_random_batches() {
 #[test]
 fn kv_write_over_random_batches() {
     let cpu = Cpu::new();
-    for problem in [&problems()[1], &problems()[3], &problems()[4]] {
+    let single = rpa::Problem::new(rpa::Spec { tokens: 1, ..spec(Kind::Decode, Element::F32, 4, 2, 64) }).unwrap();
+    for problem in [&problems()[1], &problems()[3], &problems()[4], &single] {
         let new = || strategies::tensor(problem.new_kv_type());
         property(24, (strategies::rpa_inputs(problem.clone()), new(), new()), |(inputs, k, v)| {
             check(Case::KvWrite(problem, &inputs, &k, &v), &cpu).map_err(failed)

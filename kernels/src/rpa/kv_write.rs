@@ -1,7 +1,9 @@
 //! Writes new keys and values into the paged cache, in place where the buffer is donated or carried by a loop.
 //!
 //! One scatter of whole token rows (`[2 * kv_heads, head_dim]`, contiguous in a page). On XLA's CPU it costs 2 us for 8
-//! rows and 5 us for 64, whatever the cache's size; a chain of `dynamic_update_slice` copies the cache per row.
+//! rows and 5 us for 64, whatever the cache's size; a chain of `dynamic_update_slice` copies the cache per row. A scatter of
+//! *one* row is rewritten by that compiler into such an update, and copies the cache too (21 ms for 64 MiB), so a single
+//! row travels with a row of padding.
 
 use pagoda_ir::{
     Context, Element, Result, TensorType,
@@ -45,7 +47,13 @@ pub fn emit<'c, 'a>(
         None => slots,
     };
     // A slot beyond the buffer: the scatter skips it.
-    let slots = b.select(in_layer, shifted, ints(buffer.dims[0] * problem.page_size)?)?;
+    let nowhere = ints(buffer.dims[0] * problem.page_size)?;
+    let mut slots = b.select(in_layer, shifted, nowhere)?;
+    let mut rows = rows;
+    if tokens == 1 {
+        slots = b.concatenate(&[slots, nowhere], 0)?;
+        rows = b.concatenate(&[rows, rows], 0)?;
+    }
     let dims = ScatterDims {
         update_window_dims: &[1, 2],
         inserted_window_dims: &[0],
