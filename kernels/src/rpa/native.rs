@@ -43,7 +43,7 @@ pub struct NewKv<'c, 'a> {
 }
 
 /// Writes the new keys and values and attends, in one custom call: the output and the KV buffer, which is updated in
-/// place. (A separate write costs XLA's CPU compiler a copy of the whole cache where there is one row.)
+/// place.
 ///
 /// # Errors
 /// None for operands of the problem's types, unless MLIR fails.
