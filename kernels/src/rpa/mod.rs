@@ -9,7 +9,9 @@
 //! hold anything, NaN included, and never reaches the result of a live row.
 pub mod batch;
 pub mod kv_write;
+pub mod mosaic;
 pub mod native;
+pub mod plan;
 pub mod problem;
 pub mod reference;
 pub mod stablehlo;

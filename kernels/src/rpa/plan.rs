@@ -1,0 +1,334 @@
+//! Planning ragged paged attention for a TPU: tiles, grid and VMEM.
+//!
+//! The grid walks blocks of KV heads (`parallel`: the cores of a device share them) and blocks of query rows. In each
+//! step the kernel fetches the KV pages of every sequence that has rows in the block, [`Tiles::kv_pages`] at a time, into
+//! one of two buffers. Pure, and far below a millisecond.
+//!
+//! A block of KV heads is a slice of the second-minor dimension of a page (`2 * kv_heads` rows), and copies take whole
+//! tiles of [`SUBLANES`] rows: blocks are multiples of 4 heads that divide the heads, or all heads.
+//!
+//! `head_dim` that is no multiple of 128 lanes stays as it is: buffers are padded to whole lanes in VMEM (counted in the
+//! report), as the compiler pads the arrays in HBM. Nothing is copied around the kernel.
+
+use std::fmt;
+
+use pagoda_ir::element::Element;
+use serde::{Deserialize, Serialize};
+
+use super::problem::Problem;
+use crate::{
+    chips::Chip,
+    matmul::plan::PlanError,
+    vmem::{Buffer, BufferKind, Bytes, Spills, Suggestion, Verdict, VmemReport},
+};
+
+/// Tile sizes that the user may fix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Tiles {
+    /// Query rows of a block.
+    pub queries: usize,
+    /// KV pages of a block.
+    pub kv_pages: usize,
+}
+
+impl Tiles {
+    /// Reads `Q,P`.
+    ///
+    /// # Errors
+    /// When the text is not two positive numbers.
+    pub fn parse(text: &str) -> Result<Self, PlanError> {
+        let numbers: Vec<Option<usize>> = text.split(',').map(|part| part.trim().parse().ok()).collect();
+        match numbers[..] {
+            [Some(queries), Some(kv_pages)] if queries > 0 && kv_pages > 0 => Ok(Self { queries, kv_pages }),
+            _ => Err(PlanError {
+                key: "tiles",
+                value: text.to_owned(),
+                limit: "is not two positive numbers Q,P".into(),
+                fix: "write e.g. 32,4 (query rows, KV pages), or leave the tiles to the planner".into(),
+            }),
+        }
+    }
+}
+
+impl fmt::Display for Tiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{},{}", self.queries, self.kv_pages)
+    }
+}
+
+/// What the user may fix; the planner chooses the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Tiles, instead of the planner's choice.
+    pub tiles: Option<Tiles>,
+    /// Scoped VMEM limit, instead of the chip's default.
+    pub vmem_limit: Option<Bytes>,
+}
+
+/// An attention kernel for a chip, every tile and every VMEM buffer named.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    problem: Problem,
+    chip: Chip,
+    tiles: Tiles,
+    head_block: usize,
+    limit: Bytes,
+    report: VmemReport,
+}
+
+/// Rows of a tile along which copies are cut.
+const SUBLANES: usize = 8;
+const LANES: usize = 128;
+/// Most keys of a block that the planner chooses: more save no traffic, and the logits of a block must be held.
+const MAX_KEYS: usize = 1024;
+/// Most elements of a block's logits that the planner chooses: beyond, they spill.
+const MAX_LOGITS: usize = 64 << 10;
+/// Most copies in flight per block that the planner chooses: each is an instruction of its own.
+const MAX_COPIES: usize = 32;
+
+impl Plan {
+    /// Plans `problem` on `chip`: with the given tiles, or with the largest ones that fit the limit.
+    ///
+    /// # Errors
+    /// When the limit passes the chip's VMEM, the tiles are illegal, or no tiles fit the limit.
+    pub fn new(problem: Problem, chip: Chip, options: Options) -> Result<Self, PlanError> {
+        let info = chip.info();
+        let limit = options.vmem_limit.unwrap_or(info.default_scoped_limit);
+        if limit > info.vmem_per_core || limit.0 == 0 {
+            return Err(PlanError {
+                key: "vmem-limit",
+                value: limit.to_string(),
+                limit: format!("is not within the {} of VMEM that a core of {chip} has", info.vmem_per_core),
+                fix: format!("give at most {}", info.vmem_per_core),
+            });
+        }
+        if let Some(tiles) = options.tiles {
+            check(&problem, tiles)?;
+            return Ok(Self::with(problem, chip, tiles, limit));
+        }
+        best(&problem, chip, limit).ok_or_else(|| PlanError {
+            key: "vmem-limit",
+            value: limit.to_string(),
+            limit: "holds no legal tiles of this attention".into(),
+            fix: format!("raise it, up to {} on {chip}", info.vmem_per_core),
+        })
+    }
+
+    fn with(problem: Problem, chip: Chip, tiles: Tiles, limit: Bytes) -> Self {
+        let head_block = head_block(&problem, chip);
+        let report = report(&problem, tiles, head_block);
+        Self { problem, chip, tiles, head_block, limit, report }
+    }
+
+    /// The problem.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// The chip that it is for.
+    pub fn chip(&self) -> Chip {
+        self.chip
+    }
+
+    /// Query rows and KV pages of a block.
+    pub fn tiles(&self) -> Tiles {
+        self.tiles
+    }
+
+    /// KV heads of a block: all of them where no slice of a page is tile-aligned or the device has one core.
+    pub fn head_block(&self) -> usize {
+        self.head_block
+    }
+
+    /// Keys of a KV block.
+    pub fn keys(&self) -> usize {
+        self.tiles.kv_pages * self.problem.page_size
+    }
+
+    /// Rows of one KV head's matrix products: each query row once per head of the group.
+    pub fn rows(&self) -> usize {
+        self.tiles.queries * self.problem.group()
+    }
+
+    /// The scoped VMEM limit that the kernel asks for.
+    pub fn limit(&self) -> Bytes {
+        self.limit
+    }
+
+    /// Every VMEM buffer.
+    pub fn vmem(&self) -> &VmemReport {
+        &self.report
+    }
+
+    /// Steps along KV-head blocks and query blocks.
+    pub fn grid(&self) -> [usize; 2] {
+        grid(&self.problem, self.tiles, self.head_block)
+    }
+
+    /// `rpa-p128-bq32-kv4`.
+    pub fn name(&self) -> String {
+        let Tiles { queries, kv_pages } = self.tiles;
+        format!("rpa-p{}-bq{queries}-kv{kv_pages}", self.problem.page_size)
+    }
+
+    /// Whether it fits, given what is known of its spills. Suggestions change tiles or the limit, never the batch or the
+    /// lengths.
+    pub fn verdict(&self, spills: Spills) -> Verdict {
+        let vmem = self.chip.info().vmem_per_core;
+        let known = match spills {
+            Spills::Certified { bytes } | Spills::Bounded { bytes } => bytes,
+            Spills::Unknown => Bytes(0),
+        };
+        Verdict::judge(self.report.total(), spills, self.limit, || {
+            let mut suggestions = Vec::new();
+            if let Some(smaller) = best(&self.problem, self.chip, self.limit)
+                && smaller.report.total() < self.report.total()
+            {
+                let bytes = smaller.report.total();
+                suggestions.push(Suggestion::Tiles { tiles: smaller.tiles.to_string(), bytes });
+            }
+            let bytes = self.report.total() + known;
+            if bytes <= vmem {
+                suggestions.push(Suggestion::Limit { bytes, chip: vmem });
+            }
+            suggestions
+        })
+    }
+}
+
+fn grid(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 2] {
+    [problem.kv_heads / head_block, problem.tokens.div_ceil(tiles.queries)]
+}
+
+fn check(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
+    let most = problem.tokens.next_multiple_of(SUBLANES);
+    if !tiles.queries.is_multiple_of(SUBLANES) || tiles.queries == 0 || tiles.queries > most {
+        return Err(PlanError {
+            key: "tiles.queries",
+            value: tiles.queries.to_string(),
+            limit: format!("is no multiple of {SUBLANES} from {SUBLANES} to {most}"),
+            fix: format!("give e.g. {}", most.min(32)),
+        });
+    }
+    if tiles.kv_pages == 0 || tiles.kv_pages > problem.pages_per_seq {
+        return Err(PlanError {
+            key: "tiles.kv_pages",
+            value: tiles.kv_pages.to_string(),
+            limit: format!("is not within the 1 to {} pages of a sequence", problem.pages_per_seq),
+            fix: "give a divisor of the pages of a sequence".into(),
+        });
+    }
+    Ok(())
+}
+
+/// Heads of a block: an equal share for each core, if a page can be sliced there.
+fn head_block(problem: &Problem, chip: Chip) -> usize {
+    let heads = problem.kv_heads;
+    let share = heads / chip.info().cores;
+    let sliceable = share > 0
+        && heads.is_multiple_of(share)
+        && (2 * share).is_multiple_of(SUBLANES)
+        && (share * problem.group()).is_multiple_of(SUBLANES);
+    if sliceable { share } else { heads }
+}
+
+/// Every VMEM buffer, in the order of the kernel's operands.
+fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
+    let (element, dim, group) = (problem.element, problem.head_dim, problem.group());
+    let rows = tiles.queries * group;
+    let keys = tiles.kv_pages * problem.page_size;
+    let [head_steps, query_steps] = grid(problem, tiles, head_block);
+    // An array that is one block has one buffer: there is no next block to fetch meanwhile.
+    let copies = if head_steps * query_steps > 1 { 2 } else { 1 };
+    let block = [tiles.queries, head_block * group, dim];
+    let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
+    VmemReport {
+        buffers: vec![
+            Buffer::new("q", BufferKind::InputWindow, element, &block, copies),
+            Buffer::new("out", BufferKind::OutputWindow, element, &block, copies),
+            scratch("kv", element, &[2 * keys, 2 * head_block, dim]),
+            scratch("queries", element, &[head_block, rows, dim]),
+            scratch("staging", Element::F32, &block),
+            scratch("max", Element::F32, &[head_block, rows, LANES]),
+            scratch("sum", Element::F32, &[head_block, rows, LANES]),
+            scratch("acc", Element::F32, &[head_block, rows, dim]),
+        ],
+    }
+}
+
+/// The tiles with the most keys, then the most rows, that fit `limit` with room for spills.
+fn best(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Plan> {
+    let head_block = head_block(problem, chip);
+    let mut best: Option<((usize, bool, usize), Tiles)> = None;
+    for queries in [8, 16, 32, 64, 128] {
+        let rows = queries * problem.group();
+        if queries > problem.tokens.next_multiple_of(SUBLANES) || (queries > SUBLANES && rows > 256) {
+            continue;
+        }
+        for kv_pages in 1..=problem.pages_per_seq.min(MAX_COPIES) {
+            let tiles = Tiles { queries, kv_pages };
+            let keys = kv_pages * problem.page_size;
+            let smallest = kv_pages == 1 && queries == SUBLANES;
+            if !smallest && (keys > MAX_KEYS || keys * rows > MAX_LOGITS) {
+                continue;
+            }
+            let logits = Bytes((rows * keys * 12) as u64);
+            if report(problem, tiles, head_block).total() + logits > limit {
+                continue;
+            }
+            // Traffic falls with the rows of a block, overheads with its work.
+            let score = (keys.min(512) * rows, problem.pages_per_seq.is_multiple_of(kv_pages), rows);
+            if best.is_none_or(|(most, _)| score > most) {
+                best = Some((score, tiles));
+            }
+        }
+    }
+    best.map(|(_, tiles)| Plan::with(problem.clone(), chip, tiles, limit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::problem::{Kind, Spec};
+    use super::*;
+
+    fn incident() -> Problem {
+        Problem::new(Spec {
+            kind: Kind::Mixed,
+            element: Element::Bf16,
+            tokens: 1024,
+            q_heads: 32,
+            kv_heads: 8,
+            head_dim: 128,
+            page_size: 128,
+            pages: 288,
+            layers: 1,
+            max_seqs: 8,
+            pages_per_seq: 36,
+            scale: 128f64.powf(-0.5),
+            sliding_window: None,
+            soft_cap: None,
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn the_incident_has_tiles_that_fit_and_both_cores_work() {
+        let plan = Plan::new(incident(), Chip::V5p, Options::default()).unwrap();
+        assert!(plan.vmem().total() < Bytes::mib(16), "{}", plan.vmem());
+        assert_eq!((plan.head_block(), plan.grid()[0]), (4, 2));
+        assert_eq!(36 % plan.tiles().kv_pages, 0);
+    }
+
+    #[test]
+    fn tiles_that_are_too_large_name_smaller_ones() {
+        let options = Options { tiles: Some(Tiles { queries: 32, kv_pages: 36 }), vmem_limit: None };
+        let plan = Plan::new(incident(), Chip::V5p, options).unwrap();
+        let Verdict::DoesNotFit { suggestions, .. } = plan.verdict(Spills::Unknown) else { panic!("{}", plan.vmem()) };
+        assert!(matches!(suggestions[..], [Suggestion::Tiles { .. }, Suggestion::Limit { .. }]), "{suggestions:?}");
+        for tiles in ["7,4", "32,37", "2048,1"] {
+            let options = Options { tiles: Some(Tiles::parse(tiles).unwrap()), vmem_limit: None };
+            assert!(Plan::new(incident(), Chip::V5p, options).is_err(), "{tiles}");
+        }
+        assert!(Tiles::parse("8").is_err() && Tiles::parse("8,x").is_err() && Tiles::parse("0,1").is_err());
+    }
+}
