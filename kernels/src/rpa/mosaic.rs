@@ -103,8 +103,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let problem = plan.problem();
         let (element, dim, heads) = (problem.element, problem.head_dim, plan.head_block());
         let [head_steps, query_steps] = plan.grid();
-        let [head_step, query_step] =
-            k.grid([(head_steps, Semantics::Parallel), (query_steps, Semantics::Arbitrary)]);
+        let [head_step, query_step] = k.grid([(head_steps, Semantics::Parallel), (query_steps, Semantics::Arbitrary)]);
         let scalars = |name, dims: &[usize]| k.prefetch(name, Element::I32, dims);
         let kv_lens = scalars("kv_lens", &[problem.max_seqs]);
         let page_indices = scalars("page_indices", &[problem.max_seqs, problem.pages_per_seq]);

@@ -5,7 +5,7 @@
 //! one of two buffers. Pure, and far below a millisecond.
 //!
 //! A block of KV heads is a slice of the second-minor dimension of a page (`2 * kv_heads` rows), and copies take whole
-//! tiles of [`SUBLANES`] rows: blocks are multiples of 4 heads that divide the heads, or all heads.
+//! tiles of 8 rows: blocks are multiples of 4 heads that divide the heads, or all heads.
 //!
 //! `head_dim` that is no multiple of 128 lanes stays as it is: buffers are padded to whole lanes in VMEM (counted in the
 //! report), as the compiler pads the arrays in HBM. Nothing is copied around the kernel.
