@@ -251,24 +251,24 @@ impl<'a, 'p> Body<'a, 'p> {
     fn keys_and_values(&self, head: usize, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>) -> [Value<'a>; 2] {
         let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
         let (heads, dim) = (self.plan.head_block(), problem.head_dim);
+        // `of` has `per_key` rows per key, of which one is wanted. Strided loads are of one tile's lanes.
         let strided = |of: &Ref<'a>, per_key: usize, offset: usize| {
-            let parts: Vec<_> = (0..dim)
-                .step_by(LANES)
-                .map(|lane| {
-                    let view = of.slice(1, lane, LANES.min(dim - lane));
-                    let from = |slot: usize| view.strided(0, slot * keys * per_key + offset, keys, per_key).load();
-                    k.if_else(slot.equals(0), || from(0), || from(1))
-                })
-                .collect();
-            if parts.len() == 1 { parts[0] } else { k.concatenate(&parts, 1) }
+            let load = |slot: usize| match dim > LANES {
+                true => of.slice(0, slot * keys, keys).slice(1, offset, 1).load().reshape(&[keys, dim]),
+                false => {
+                    let flat = if of.dims().len() == 2 { of.clone() } else { of.reshape(&[2 * keys * per_key, dim]) };
+                    flat.strided(0, slot * keys * per_key + offset, keys, per_key).load()
+                }
+            };
+            k.if_else(slot.equals(0), || load(0), || load(1))
         };
         let [key, value] = match problem.element {
-            Element::F32 => {
-                let flat = self.kv.reshape(&[4 * keys * heads, dim]);
-                [0, 1].map(|half| strided(&flat, 2 * heads, 2 * head + half))
-            }
+            Element::F32 => [0, 1].map(|half| strided(&self.kv, 2 * heads, 2 * head + half)),
             _ => {
-                let words = self.kv.reshape(&[4 * keys * heads, dim]).bitcast(Element::I32);
+                let words = match dim > LANES {
+                    true => self.kv.bitcast(Element::I32),
+                    false => self.kv.reshape(&[4 * keys * heads, dim]).bitcast(Element::I32),
+                };
                 let words = strided(&words, heads, head);
                 [words << 16, words & -65536].map(|half| half.bitcast(Element::F32))
             }
@@ -371,6 +371,7 @@ mod tests {
             (Element::Bf16, [16, 8, 128], None, None),
             (Element::Bf16, [4, 4, 64], None, None),
             (Element::F32, [2, 1, 256], Some(7), None),
+            (Element::Bf16, [4, 2, 256], None, None),
         ] {
             let problem = problem(element, heads, window, cap);
             let tiles = Some(Tiles { queries: 8, kv_pages: 2 });
