@@ -251,23 +251,24 @@ impl<'a, 'p> Body<'a, 'p> {
     fn keys_and_values(&self, head: usize, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>) -> [Value<'a>; 2] {
         let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
         let (heads, dim) = (self.plan.head_block(), problem.head_dim);
+        // `of` has `per_key` rows per key, of which one is wanted. Strided loads are of one tile's lanes.
         let strided = |of: &Ref<'a>, per_key: usize, offset: usize| {
-            let parts: Vec<_> = (0..dim)
-                .step_by(LANES)
-                .map(|lane| {
-                    let view = of.slice(1, lane, LANES.min(dim - lane));
-                    view.strided(0, slot * (keys * per_key) + offset, keys, per_key).load()
-                })
-                .collect();
-            if parts.len() == 1 { parts[0] } else { k.concatenate(&parts, 1) }
+            let load = |slot: usize| match dim > LANES {
+                true => of.slice(0, slot * keys, keys).slice(1, offset, 1).load().reshape(&[keys, dim]),
+                false => {
+                    let flat = if of.dims().len() == 2 { of.clone() } else { of.reshape(&[2 * keys * per_key, dim]) };
+                    flat.strided(0, slot * keys * per_key + offset, keys, per_key).load()
+                }
+            };
+            k.if_else(slot.equals(0), || load(0), || load(1))
         };
         let [key, value] = match problem.element {
-            Element::F32 => {
-                let flat = self.kv.reshape(&[4 * keys * heads, dim]);
-                [0, 1].map(|half| strided(&flat, 2 * heads, 2 * head + half))
-            }
+            Element::F32 => [0, 1].map(|half| strided(&self.kv, 2 * heads, 2 * head + half)),
             _ => {
-                let words = self.kv.bitcast(Element::I32).reshape(&[2 * keys * heads, dim]);
+                let words = match dim > LANES {
+                    true => self.kv.bitcast(Element::I32),
+                    false => self.kv.reshape(&[4 * keys * heads, dim]).bitcast(Element::I32),
+                };
                 let words = strided(&words, heads, head);
                 [words << 16, words & -65536].map(|half| half.bitcast(Element::F32))
             }
@@ -319,5 +320,79 @@ fn quotient(index: Value<'_>, divisor: usize) -> Value<'_> {
         _ if divisor.is_power_of_two() => index >> divisor.trailing_zeros(),
         // Half a step from every edge: exact for indices below 2^20.
         _ => ((index.cast(Element::F32) + 0.5) * (1.0 / divisor as f64)).floor().cast(Element::I32),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pagoda_ir::tile_machine::{DmaOrder, Machine, Program};
+
+    use super::*;
+    use crate::{
+        check::{compare, tolerance},
+        chips::Chip,
+        rpa::{
+            Kind, Problem, Spec,
+            plan::{Options, Tiles},
+            reference,
+        },
+        strategies::rpa_inputs_of,
+    };
+
+    fn problem(element: Element, heads: [usize; 3], sliding_window: Option<usize>, soft_cap: Option<f64>) -> Problem {
+        let [q_heads, kv_heads, head_dim] = heads;
+        let scale = (head_dim as f64).powf(-0.5);
+        Problem::new(Spec {
+            kind: Kind::Mixed,
+            element,
+            tokens: 24,
+            q_heads,
+            kv_heads,
+            head_dim,
+            page_size: 16,
+            pages: 16,
+            layers: 1,
+            max_seqs: 4,
+            pages_per_seq: 4,
+            scale,
+            sliding_window,
+            soft_cap,
+        })
+        .unwrap()
+    }
+
+    /// Decode rows, a whole prompt and a chunk in one launch, under every order of copies.
+    #[test]
+    fn a_ragged_batch_agrees_with_the_reference() {
+        let context = Context::new();
+        for (element, heads, window, cap) in [
+            (Element::F32, [6, 2, 128], None, None),
+            (Element::Bf16, [8, 2, 128], Some(20), Some(5.0)),
+            (Element::Bf16, [16, 8, 128], None, None),
+            (Element::Bf16, [4, 4, 64], None, None),
+            (Element::F32, [2, 1, 256], Some(7), None),
+            (Element::Bf16, [4, 2, 256], None, None),
+        ] {
+            let problem = problem(element, heads, window, cap);
+            let tiles = Some(Tiles { queries: 8, kv_pages: 2 });
+            let plan = Plan::new(problem.clone(), Chip::V5p, Options { tiles, vmem_limit: None }).unwrap();
+            let kernel = kernel(&context, &plan).unwrap_or_else(|error| panic!("{heads:?}: {error}"));
+            let inputs = rpa_inputs_of(&problem, &[(1, 60), (0, 5), (13, 13), (9, 41)], 5);
+            let mut arguments = inputs.to_tensors(&problem);
+            arguments.rotate_left(2);
+            let program = Program::decode(kernel.module()).unwrap();
+            let outputs = [DmaOrder::Early, DmaOrder::Late, DmaOrder::Random(7)].map(|dma| {
+                let run = program.run(&Machine { dma, ..Machine::default() }, &arguments, &kernel.outputs());
+                run.unwrap_or_else(|fault| panic!("{heads:?}: {fault}")).outputs.remove(0)
+            });
+            let live = inputs.batch.rows() * problem.q_heads * problem.head_dim;
+            let values = outputs.each_ref().map(|output| output.to_f64()[..live].to_vec());
+            assert!(values[1] == values[0] && values[2] == values[0], "{heads:?}: the order of copies shows");
+            let output = pagoda_ir::HostTensor::from_f64(element, &[live], &values[0]);
+            let want = reference(&problem, &inputs);
+            let (expected, magnitude) = (&want.output[..live], &want.magnitude[..live]);
+            compare(&plan.name(), &output, expected, magnitude, tolerance(element))
+                .unwrap_or_else(|error| panic!("{heads:?}: {error}"));
+        }
     }
 }
