@@ -381,6 +381,7 @@ mod tests {
             let mut arguments = inputs.to_tensors(&problem);
             arguments.rotate_left(2);
             let program = Program::decode(kernel.module()).unwrap();
+            assert_eq!(program.signature().vmem_bytes() as u64, plan.vmem().total().0, "{}", plan.vmem());
             let outputs = [DmaOrder::Early, DmaOrder::Late, DmaOrder::Random(7)].map(|dma| {
                 let run = program.run(&Machine { dma, ..Machine::default() }, &arguments, &kernel.outputs());
                 run.unwrap_or_else(|fault| panic!("{heads:?}: {fault}")).outputs.remove(0)
