@@ -128,17 +128,18 @@ fn in_registers<S: Simd, T: Float, const ROWS: usize, const REGISTERS: usize>(
     k: usize,
     m: usize,
 ) {
-    let x = S::as_simd_f32s(x).0.as_chunks::<REGISTERS>().0; // k of them
+    // Slices of exactly k elements, so that no index is checked in the loop.
+    let x = &S::as_simd_f32s(x).0.as_chunks::<REGISTERS>().0[..k];
     for (w, y) in w.chunks(ROWS * k).zip(y.chunks_mut(ROWS * m)) {
         let mut sums = [[simd.splat_f32s(0.0); REGISTERS]; ROWS];
         let live = w.len() / k;
         // Beyond the last row: the last row again, whose sums are not kept.
         let rows: [&[T]; ROWS] = std::array::from_fn(|row| &w[row.min(live - 1) * k..][..k]);
-        for (at, x) in x.iter().enumerate() {
-            for (sums, row) in sums.iter_mut().zip(rows) {
-                let w = simd.splat_f32s(row[at].widen());
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    *sum = simd.mul_add_f32s(w, *x, *sum);
+        for at in 0..k {
+            for row in 0..ROWS {
+                let w = simd.splat_f32s(rows[row][at].widen());
+                for register in 0..REGISTERS {
+                    sums[row][register] = simd.mul_add_f32s(w, x[at][register], sums[row][register]);
                 }
             }
         }
