@@ -19,8 +19,7 @@ tpu-tools:
 	@scripts/setup.sh tpu
 
 demo: setup
-	@cargo build --release --quiet
-	@target/release/pagoda sample --config examples/configs/demo.yaml
+	@cargo run --release --quiet -- sample --config examples/configs/demo.yaml
 
 test: tpu-tools
 	cargo fmt --all --check
