@@ -125,6 +125,24 @@ pub struct PlanError {
     pub fix: String,
 }
 
+/// The scoped VMEM limit of a kernel on `chip`: the one that was asked for, or the chip's default.
+///
+/// # Errors
+/// When it is zero or passes the chip's VMEM.
+pub(crate) fn scoped_limit(chip: Chip, asked: Option<Bytes>) -> Result<Bytes, PlanError> {
+    let info = chip.info();
+    let limit = asked.unwrap_or(info.default_scoped_limit);
+    if limit > info.vmem_per_core || limit.0 == 0 {
+        return Err(PlanError {
+            key: "vmem-limit",
+            value: limit.to_string(),
+            limit: format!("is not within the {} of VMEM that a core of {chip} has", info.vmem_per_core),
+            fix: format!("give at most {}", info.vmem_per_core),
+        });
+    }
+    Ok(limit)
+}
+
 /// A matmul kernel for a chip, every tile and every VMEM buffer named.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
@@ -145,15 +163,7 @@ impl Plan {
     /// When the limit passes the chip's VMEM, the tiles are illegal, or no tiles fit the limit.
     pub fn new(problem: Problem, chip: Chip, options: Options) -> Result<Self, PlanError> {
         let info = chip.info();
-        let limit = options.vmem_limit.unwrap_or(info.default_scoped_limit);
-        if limit > info.vmem_per_core || limit.0 == 0 {
-            return Err(PlanError {
-                key: "vmem-limit",
-                value: limit.to_string(),
-                limit: format!("is not within the {} of VMEM that a core of {chip} has", info.vmem_per_core),
-                fix: format!("give at most {}", info.vmem_per_core),
-            });
-        }
+        let limit = scoped_limit(chip, options.vmem_limit)?;
         if let Some(tiles) = options.tiles {
             check(&problem, tiles)?;
             return Ok(Self::with(problem, chip, &info, tiles, limit));

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::problem::Problem;
 use crate::{
     chips::Chip,
-    matmul::plan::PlanError,
+    matmul::plan::{PlanError, scoped_limit},
     vmem::{Buffer, BufferKind, Bytes, Spills, Suggestion, Verdict, VmemReport},
 };
 
@@ -93,15 +93,7 @@ impl Plan {
     /// When the limit passes the chip's VMEM, the tiles are illegal, or no tiles fit the limit.
     pub fn new(problem: Problem, chip: Chip, options: Options) -> Result<Self, PlanError> {
         let info = chip.info();
-        let limit = options.vmem_limit.unwrap_or(info.default_scoped_limit);
-        if limit > info.vmem_per_core || limit.0 == 0 {
-            return Err(PlanError {
-                key: "vmem-limit",
-                value: limit.to_string(),
-                limit: format!("is not within the {} of VMEM that a core of {chip} has", info.vmem_per_core),
-                fix: format!("give at most {}", info.vmem_per_core),
-            });
-        }
+        let limit = scoped_limit(chip, options.vmem_limit)?;
         if let Some(tiles) = options.tiles {
             check(&problem, tiles)?;
             return Ok(Self::with(problem, chip, tiles, limit));
