@@ -13,6 +13,7 @@ pub mod matmul;
 pub mod rpa;
 #[cfg(any(test, feature = "strategies"))]
 pub mod strategies;
+pub mod threads;
 pub mod vmem;
 
 pub use check::{Case, CheckError, Runner, check};
