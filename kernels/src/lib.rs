@@ -15,5 +15,5 @@ pub mod rpa;
 pub mod strategies;
 pub mod vmem;
 
-pub use check::{Case, CheckError, Runner, check};
+pub use check::{Case, CheckError, MosaicCase, Runner, check, check_mosaic};
 pub use error::Invalid;
