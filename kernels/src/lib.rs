@@ -10,6 +10,7 @@ pub mod chips;
 pub mod error;
 pub mod float;
 pub mod matmul;
+pub mod random;
 pub mod rpa;
 #[cfg(any(test, feature = "strategies"))]
 pub mod strategies;
