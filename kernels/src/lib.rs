@@ -18,5 +18,5 @@ pub mod strategies;
 pub mod tuned;
 pub mod vmem;
 
-pub use check::{Case, CheckError, Runner, check};
+pub use check::{Case, CheckError, MosaicCase, Runner, check, check_mosaic};
 pub use error::Invalid;

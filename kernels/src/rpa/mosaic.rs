@@ -12,12 +12,12 @@
 //! belong to no sequence are written as zeros.
 
 use pagoda_ir::{
-    Context, Element, Result,
+    Context, Element, HostTensor, Result,
     mosaic::{self, Builder, DotDims, Kernel, MemorySpace, Precision, Ref, Semantics, Value, Window},
     stablehlo::{self, Module, Tensor},
 };
 
-use super::plan::Plan;
+use super::{Inputs, Problem, plan::Plan};
 
 const LANES: usize = 128;
 /// Stands for minus infinity where two of them may be subtracted.
@@ -48,6 +48,16 @@ pub fn call<'c, 'a>(
     }
     operands.extend(&args[..2]);
     Ok(kernel.call(b, &operands)?[0])
+}
+
+/// The arrays that [`call`] gives the kernel, made on the host.
+pub fn operands(problem: &Problem, inputs: &Inputs) -> Vec<HostTensor> {
+    let mut operands = inputs.batch.to_tensors().to_vec();
+    if problem.layers > 1 {
+        operands.push(HostTensor::new(&[1], &[(inputs.layer * problem.pages) as i32]));
+    }
+    operands.extend([inputs.q.clone(), inputs.kv_pages.clone()]);
+    operands
 }
 
 /// A StableHLO module whose `main` takes the problem's arguments and runs the kernel on them.
@@ -325,16 +335,13 @@ fn quotient(index: Value<'_>, divisor: usize) -> Value<'_> {
 
 #[cfg(test)]
 mod tests {
-    use pagoda_ir::tile_machine::{DmaOrder, Machine, Program};
-
     use super::*;
     use crate::{
-        check::{compare, tolerance},
+        MosaicCase, check_mosaic,
         chips::Chip,
         rpa::{
             Kind, Problem, Spec,
             plan::{Options, Tiles},
-            reference,
         },
         strategies::rpa_inputs_of,
     };
@@ -364,7 +371,6 @@ mod tests {
     /// Decode rows, a whole prompt and a chunk in one launch, under every order of copies.
     #[test]
     fn a_ragged_batch_agrees_with_the_reference() {
-        let context = Context::new();
         for (element, heads, window, cap) in [
             (Element::F32, [6, 2, 128], None, None),
             (Element::Bf16, [8, 2, 128], Some(20), Some(5.0)),
@@ -376,24 +382,8 @@ mod tests {
             let problem = problem(element, heads, window, cap);
             let tiles = Some(Tiles { queries: 8, kv_pages: 2 });
             let plan = Plan::new(problem.clone(), Chip::V5p, Options { tiles, vmem_limit: None }).unwrap();
-            let kernel = kernel(&context, &plan).unwrap_or_else(|error| panic!("{heads:?}: {error}"));
             let inputs = rpa_inputs_of(&problem, &[(1, 60), (0, 5), (13, 13), (9, 41)], 5);
-            let mut arguments = inputs.to_tensors(&problem);
-            arguments.rotate_left(2);
-            let program = Program::decode(kernel.module()).unwrap();
-            assert_eq!(program.signature().vmem_bytes() as u64, plan.vmem().total().0, "{}", plan.vmem());
-            let outputs = [DmaOrder::Early, DmaOrder::Late, DmaOrder::Random(7)].map(|dma| {
-                let run = program.run(&Machine { dma, ..Machine::default() }, &arguments, &kernel.outputs());
-                run.unwrap_or_else(|fault| panic!("{heads:?}: {fault}")).outputs.remove(0)
-            });
-            let live = inputs.batch.rows() * problem.q_heads * problem.head_dim;
-            let values = outputs.each_ref().map(|output| output.to_f64()[..live].to_vec());
-            assert!(values[1] == values[0] && values[2] == values[0], "{heads:?}: the order of copies shows");
-            let output = pagoda_ir::HostTensor::from_f64(element, &[live], &values[0]);
-            let want = reference(&problem, &inputs);
-            let (expected, magnitude) = (&want.output[..live], &want.magnitude[..live]);
-            compare(&plan.name(), &output, expected, magnitude, tolerance(element))
-                .unwrap_or_else(|error| panic!("{heads:?}: {error}"));
+            check_mosaic(MosaicCase::Rpa(&plan, &inputs), 7, None).unwrap_or_else(|error| panic!("{heads:?}: {error}"));
         }
     }
 }
