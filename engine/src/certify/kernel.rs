@@ -107,6 +107,7 @@ pub fn differences(planned: &VmemReport, compiled: &KernelVmem) -> Vec<Differenc
 
 /// A plan and the compiler's answer to it.
 #[derive(Clone, Debug, Serialize)]
+#[serde(bound = "")]
 pub struct Certified<P: KernelPlan> {
     #[serde(skip)]
     family: String,

@@ -268,6 +268,20 @@ fn call_types(line: &str) -> Option<(Vec<TensorType>, Vec<TensorType>)> {
     Some((list(operands)?, list(results)?))
 }
 
+/// Names and types of the arguments of a StableHLO module's `@main`, from its text; `None` when they cannot be read.
+///
+/// As [`find_custom_calls`], without StableHLO's dialect.
+pub fn main_arguments(module: &str) -> Option<Vec<(String, TensorType)>> {
+    let (_, rest) = module.split_once("@main(")?;
+    // Attributes may hold anything, but no `%name: tensor<`.
+    let (list, _) = rest.split_once(" -> ").or_else(|| rest.split_once('{'))?;
+    let arguments = list.split('%').skip(1).map(|argument| {
+        let (name, ty) = argument.split_once(": tensor<")?;
+        Some((name.to_owned(), tensor_type(ty)?))
+    });
+    arguments.collect()
+}
+
 /// `8x128xbf16>...`
 fn tensor_type(text: &str) -> Option<TensorType> {
     let mut parts: Vec<_> = text.split(['>', ',']).next()?.split('x').collect();
