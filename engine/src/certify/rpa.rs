@@ -23,6 +23,8 @@ pub struct Request {
     pub kv_heads: usize,
     /// Tokens of a page.
     pub page_size: usize,
+    /// Layers whose pages share the KV buffer.
+    pub layers: usize,
     /// Tokens of the longest sequence, prompt and answer together.
     pub max_seq_len: usize,
     /// Sequences of a batch, at most.
@@ -51,6 +53,7 @@ impl Request {
             q: "1024x32x128".into(),
             kv_heads: 8,
             page_size: 128,
+            layers: 1,
             max_seq_len: 4608,
             max_seqs: 8,
             element: Element::Bf16,
@@ -97,7 +100,7 @@ impl Request {
             head_dim,
             page_size: self.page_size,
             pages,
-            layers: 1,
+            layers: self.layers,
             max_seqs: self.max_seqs,
             pages_per_seq,
             scale: (head_dim as f64).powf(-0.5),

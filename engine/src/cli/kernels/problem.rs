@@ -8,6 +8,7 @@ use std::path::Path;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pagoda_ir::{Context, HostTensor, mosaic, stablehlo};
 use pagoda_kernels::plan::KernelPlan;
+use pagoda_kernels::random::Lengths;
 use pagoda_kernels::vmem::Bytes;
 use pagoda_kernels::{Case as StablehloCase, MosaicCase, matmul, random, rpa};
 
@@ -83,6 +84,9 @@ pub(in crate::cli) struct Rpa {
     /// Type of queries, keys, values and outputs.
     #[arg(long, value_enum, default_value_t = Compute::Bf16)]
     dtype: Compute,
+    /// Layers whose pages share the KV buffer, one after another.
+    #[arg(long, default_value_t = 1)]
+    layers: usize,
     /// A row sees this many keys at most, its own included.
     #[arg(long, value_name = "KEYS")]
     sliding_window: Option<usize>,
@@ -181,6 +185,7 @@ impl Rpa {
             page_size: self.page_size,
             max_seq_len: self.max_seq_len,
             max_seqs: self.max_seqs,
+            layers: self.layers,
             element: self.dtype.element(),
             kind: if self.decode { rpa::Kind::Decode } else { rpa::Kind::Mixed },
             sliding_window: self.sliding_window,
@@ -198,6 +203,7 @@ impl Rpa {
             ("--page-size", Some(self.page_size)),
             ("--max-seq-len", Some(self.max_seq_len)),
             ("--max-seqs", Some(self.max_seqs)),
+            ("--layers", Some(self.layers).filter(|&layers| layers != 1)),
             ("--sliding-window", self.sliding_window),
         ] {
             words.extend(size.map(|size| [key.to_owned(), size.to_string()]).into_iter().flatten());
@@ -331,18 +337,27 @@ impl Plan {
                 names.zip(plan.problem().argument_types()).collect()
             }
             Self::Rpa(plan) => {
-                let names = ["q", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs"];
+                let names = ["q", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs", "first_page"];
                 names.into_iter().zip(plan.problem().argument_types()).collect()
             }
         }
     }
 
-    /// Inputs drawn from `seed`, except those that are `given` by name.
+    /// Inputs drawn from `seed`, over sequences of these `lengths` if there are any, except those that are `given` by name.
     ///
     /// # Errors
-    /// When the given ragged metadata is no batch of the problem.
-    pub(super) fn inputs(self, seed: u64, mut given: impl FnMut(&str) -> Option<HostTensor>) -> Result<Case> {
+    /// When the lengths or the given ragged metadata are no batch of the problem.
+    pub(super) fn inputs(
+        self,
+        seed: u64,
+        lengths: Option<&str>,
+        mut given: impl FnMut(&str) -> Option<HostTensor>,
+    ) -> Result<Case> {
         Ok(match self {
+            Self::Matmul(_) if lengths.is_some() => {
+                let value = lengths.unwrap_or_default();
+                return Err(Error::setting("lengths", value, "are of no use to a matmul", "leave them out"));
+            }
             Self::Matmul(plan) => {
                 let mut inputs = random::matmul_inputs(plan.problem(), seed);
                 let mut replace = |name, array: &mut HostTensor| *array = given(name).unwrap_or_else(|| array.clone());
@@ -353,7 +368,23 @@ impl Plan {
                 Case::Matmul(plan, inputs)
             }
             Self::Rpa(plan) => {
-                let mut inputs = random::rpa_inputs(plan.problem(), seed);
+                let problem = plan.problem();
+                let mut inputs = match lengths {
+                    None => random::rpa_inputs(problem, seed),
+                    Some(text) => {
+                        let layer = random::layer_of(problem, seed);
+                        random::rpa_inputs_of(problem, &batch_lengths(problem, text)?, layer, seed)
+                    }
+                };
+                if let Some(first_page) = given("first_page") {
+                    let first = first_page.as_slice::<i32>()[0];
+                    let layer = usize::try_from(first).ok().filter(|page| page.is_multiple_of(problem.pages));
+                    let layer = layer.map(|page| page / problem.pages).filter(|&layer| layer < problem.layers);
+                    inputs.layer = layer.ok_or_else(|| {
+                        let limit = format!("is not the first page of a layer of {} pages", problem.pages);
+                        Error::setting("first_page", first, limit, "give a multiple of them, below layers * pages")
+                    })?;
+                }
                 inputs.q = given("q").unwrap_or(inputs.q);
                 inputs.kv_pages = given("kv_pages").unwrap_or(inputs.kv_pages);
                 let drawn = inputs.batch.to_tensors();
@@ -374,6 +405,34 @@ impl Plan {
             }
         })
     }
+}
+
+/// Reads `ROWS/KEYS,...`, the lengths of each sequence of a batch.
+fn batch_lengths(problem: &rpa::Problem, text: &str) -> Result<Vec<Lengths>> {
+    let refuse = |limit: String, fix: &str| Error::setting("lengths", text, limit, fix);
+    let sequence = |part: &str| {
+        let (q_len, kv_len) = part.trim().split_once('/')?;
+        Some(Lengths { q_len: q_len.parse().ok()?, kv_len: kv_len.parse().ok()? })
+    };
+    let lengths: Option<Vec<_>> = text.split(',').filter(|part| !part.is_empty()).map(sequence).collect();
+    let lengths = lengths.ok_or_else(|| refuse("are not ROWS/KEYS,...".into(), "write e.g. 1/60,13/13"))?;
+    if lengths.len() > problem.max_seqs {
+        return Err(refuse(format!("are more than max-seqs = {}", problem.max_seqs), "give fewer sequences"));
+    }
+    let mut rows = 0_usize;
+    for (seq, &Lengths { q_len, kv_len }) in lengths.iter().enumerate() {
+        let decode = problem.kind == rpa::Kind::Decode;
+        if kv_len > problem.max_kv_len() || q_len > kv_len || (decode && q_len > 1) {
+            let most = if decode { ", and at most 1 row" } else { "" };
+            let limit = format!("sequence {seq}: more rows than keys, or than {} keys{most}", problem.max_kv_len());
+            return Err(refuse(limit, "keys count those of the sequence's rows"));
+        }
+        rows += q_len;
+    }
+    if rows > problem.tokens {
+        return Err(refuse(format!("have {rows} rows; q has {}", problem.tokens), "give fewer rows"));
+    }
+    Ok(lengths)
 }
 
 /// A planned kernel with inputs of its problem.
@@ -421,6 +480,6 @@ impl Case {
         let Self::Rpa(_, inputs) = self else { return None };
         let lengths: Vec<_> =
             inputs.batch.sequences().map(|sequence| format!("{}/{}", sequence.q_len, sequence.kv_len)).collect();
-        Some(format!("{} sequences (rows/keys): {}", lengths.len(), lengths.join(" ")))
+        Some(format!("{} sequences (rows/keys): {}", lengths.len(), lengths.join(",")))
     }
 }

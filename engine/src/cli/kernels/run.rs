@@ -48,7 +48,10 @@ pub(in crate::cli) struct RunArgs {
     /// Compare the result: with the f64 reference, or with the StableHLO form on a plugin.
     #[arg(long, global = true, value_enum)]
     check_against: Option<Judge>,
-    /// When copies land on the tile machine: early, late, or random:SEED.
+    /// Query rows and keys of each sequence of an attention's batch, instead of random ones.
+    #[arg(long, global = true, value_name = "ROWS/KEYS,...")]
+    lengths: Option<String>,
+    /// When copies land on the tile machine: early, late, random:SEED; all: each of them, the results must be the same.
     #[arg(long, global = true, default_value = "late", value_name = "ORDER")]
     dma: String,
     /// Print JSON.
@@ -57,12 +60,22 @@ pub(in crate::cli) struct RunArgs {
 }
 
 /// What a result is compared with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 enum Judge {
     /// The kernel's StableHLO form on a PJRT plugin.
     Stablehlo,
     /// The independent reference in f64.
     Reference,
+}
+
+impl Judge {
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Stablehlo => "its StableHLO form",
+            Self::Reference => "the reference in f64",
+        }
+    }
 }
 
 /// What a run tells.
@@ -81,6 +94,8 @@ struct Report {
     outputs: Vec<Output>,
     #[serde(skip_serializing_if = "Option::is_none")]
     fault: Option<Box<Fault>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    order_dependent: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     check: Option<Check>,
 }
@@ -101,14 +116,14 @@ struct Output {
 /// What the comparison said.
 #[derive(Debug, Serialize)]
 struct Check {
-    against: &'static str,
+    against: Judge,
     agrees: bool,
     message: String,
 }
 
 /// `pagoda run`: succeeds when nothing faults and everything compared agrees.
 pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
-    let dma = dma_order(&args.dma)?;
+    let dma = dma_orders(args)?;
     let mut given = Given::parse(&args.inputs)?;
     let on_machine = args.tile_machine || args.plugin.is_none();
     if !on_machine && args.check_against == Some(Judge::Stablehlo) {
@@ -124,15 +139,15 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
             return Err(Error::setting("FILE", "none", "leaves nothing to run", "give a file, matmul or rpa"));
         }
         (None, Some(kernel)) => {
-            let case = case(kernel.plan()?, args.random, &mut given)?;
-            vec![if on_machine { on_tile_machine(args, dma, &case)? } else { on_plugin(args, &case)? }]
+            let case = case(args, kernel.plan()?, &mut given)?;
+            vec![if on_machine { on_tile_machine(args, &dma, &case)? } else { on_plugin(args, &case)? }]
         }
         (Some(path), None) => {
             let file = File::read(path)?;
             let known = Kernel::of_text(&file.bytes, path)?;
             match (on_machine, known) {
-                (true, Some(kernel)) => vec![emitted_on_tile_machine(args, dma, &mut given, &file, &kernel)?],
-                (true, None) => all_on_tile_machine(args, dma, &mut given, &file)?,
+                (true, Some(kernel)) => vec![emitted_on_tile_machine(args, &dma, &mut given, &file, &kernel)?],
+                (true, None) => all_on_tile_machine(args, &dma, &mut given, &file)?,
                 (false, known) => vec![module_on_plugin(args, &mut given, &file, known.as_ref())?],
             }
         }
@@ -141,13 +156,15 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
     tell(&reports, args.json)
 }
 
-fn dma_order(text: &str) -> Result<DmaOrder> {
+fn dma_orders(args: &RunArgs) -> Result<Vec<DmaOrder>> {
+    let text = args.dma.as_str();
     let seed = text.strip_prefix("random:").and_then(|seed| seed.parse().ok());
     match (text, seed) {
-        ("early", _) => Ok(DmaOrder::Early),
-        ("late", _) => Ok(DmaOrder::Late),
-        (_, Some(seed)) => Ok(DmaOrder::Random(seed)),
-        _ => Err(Error::setting("dma", text, "is no order of copies", "use early, late or random:SEED")),
+        ("early", _) => Ok(vec![DmaOrder::Early]),
+        ("late", _) => Ok(vec![DmaOrder::Late]),
+        ("all", _) => Ok(pagoda_kernels::check::dma_orders(args.random).to_vec()),
+        (_, Some(seed)) => Ok(vec![DmaOrder::Random(seed)]),
+        _ => Err(Error::setting("dma", text, "is no order of copies", "use early, late, random:SEED or all")),
     }
 }
 
@@ -212,8 +229,8 @@ fn ensure_fits<'t>(types: impl IntoIterator<Item = &'t TensorType>) -> Result<()
     }
 }
 
-/// A planned kernel with its inputs: given ones, the rest drawn from `seed`.
-fn case(plan: Plan, seed: u64, given: &mut Given) -> Result<Case> {
+/// A planned kernel with its inputs: given ones, the rest drawn at random.
+fn case(args: &RunArgs, plan: Plan, given: &mut Given) -> Result<Case> {
     let arguments = plan.arguments();
     ensure_fits(arguments.iter().map(|(_, ty)| ty))?;
     let mut arrays = Vec::new();
@@ -221,7 +238,8 @@ fn case(plan: Plan, seed: u64, given: &mut Given) -> Result<Case> {
         arrays.push((*name, given.take(name, ty)?));
     }
     given.all_used()?;
-    plan.inputs(seed, |name| arrays.iter_mut().find(|(known, _)| *known == name).and_then(|(_, array)| array.take()))
+    let given = |name: &str| arrays.iter_mut().find(|(known, _)| *known == name).and_then(|(_, array)| array.take());
+    plan.inputs(args.random, args.lengths.as_deref(), given)
 }
 
 /// Operands of a kernel of unknown origin: given ones, the rest drawn from `seed`.
@@ -285,7 +303,7 @@ fn ragged(operands: &[(String, TensorType)], seed: u64) -> Vec<(&'static str, Ho
 // ---- the tile machine ----
 
 /// A kernel that is emitted here.
-fn on_tile_machine(args: &RunArgs, dma: DmaOrder, case: &Case) -> Result<Report> {
+fn on_tile_machine(args: &RunArgs, dma: &[DmaOrder], case: &Case) -> Result<Report> {
     let context = Context::new();
     let kernel = case.plan().kernel(&context)?;
     run_case(args, dma, case, &kernel, Program::decode(kernel.module())?)
@@ -294,12 +312,12 @@ fn on_tile_machine(args: &RunArgs, dma: DmaOrder, case: &Case) -> Result<Report>
 /// A kernel that `pagoda emit` wrote, and perhaps somebody edited.
 fn emitted_on_tile_machine(
     args: &RunArgs,
-    dma: DmaOrder,
+    dma: &[DmaOrder],
     given: &mut Given,
     file: &File,
     kernel: &Kernel,
 ) -> Result<Report> {
-    let case = case(kernel.plan()?, args.random, given)?;
+    let case = case(args, kernel.plan()?, given)?;
     let context = Context::new();
     let emitted = case.plan().kernel(&context)?;
     let mut kernels = file.kernels(&context)?;
@@ -314,20 +332,24 @@ fn unknown_op(path: &Path, error: pagoda_ir::Error) -> Error {
     Error::file(path, error, "use ops that the tile machine knows")
 }
 
-fn run_case(args: &RunArgs, dma: DmaOrder, case: &Case, kernel: &mosaic::Kernel, program: Program) -> Result<Report> {
-    let machine = Machine { dma, ..case.mosaic().machine() };
+fn run_case(
+    args: &RunArgs,
+    dma: &[DmaOrder],
+    case: &Case,
+    kernel: &mosaic::Kernel,
+    program: Program,
+) -> Result<Report> {
     let call = Call {
         operands: &case.mosaic().operands(),
         results: &kernel.outputs(),
         aliases: kernel.aliases(),
         inputs: inputs_line(args, case.describe()),
     };
-    let mut report = execute(program, &machine, call, |output| match args.check_against {
-        None => Ok(None),
-        Some(judge) => check(args, judge, case, output).map(Some),
-    })?;
-    report.dma = Some(args.dma.clone());
-    Ok(report)
+    let mut report = execute(program, case.mosaic().machine(), dma, call)?;
+    if let (Some(judge), Some(output)) = (args.check_against, report.first.take()) {
+        report.told.check = Some(check(args, judge, case, &output)?);
+    }
+    Ok(report.told)
 }
 
 fn inputs_line(args: &RunArgs, batch: Option<String>) -> String {
@@ -343,7 +365,7 @@ fn inputs_line(args: &RunArgs, batch: Option<String>) -> String {
 }
 
 /// Every Mosaic kernel of a module of unknown origin, each on operands of its own.
-fn all_on_tile_machine(args: &RunArgs, dma: DmaOrder, given: &mut Given, file: &File) -> Result<Vec<Report>> {
+fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file: &File) -> Result<Vec<Report>> {
     if args.check_against.is_some() {
         let fix = "check a kernel that `pagoda emit` wrote, or `pagoda run matmul` or `rpa`";
         return Err(Error::file(&file.path, "its first line does not say which problem it solves", fix));
@@ -374,16 +396,14 @@ fn all_on_tile_machine(args: &RunArgs, dma: DmaOrder, given: &mut Given, file: &
         let named: Vec<_> = names.into_iter().zip(operand_types.iter().cloned()).collect();
         ensure_fits(results)?;
         let default = Machine::default();
-        let machine = Machine { dma, vmem_bytes: opened.vmem_limit.unwrap_or(default.vmem_bytes), ..default };
+        let machine = Machine { vmem_bytes: opened.vmem_limit.unwrap_or(default.vmem_bytes), ..default };
         let call = Call {
             operands: &operands(given, &named, args.random)?,
             results,
             aliases: &call.aliases,
             inputs: inputs_line(args, None),
         };
-        let mut report = execute(program, &machine, call, |_| Ok(None))?;
-        report.dma = Some(args.dma.clone());
-        reports.push(report);
+        reports.push(execute(program, machine, dma, call)?.told);
     }
     Ok(reports)
 }
@@ -396,15 +416,17 @@ struct Call<'c> {
     inputs: String,
 }
 
-fn execute(
-    program: Program,
-    machine: &Machine,
-    call: Call,
-    check: impl FnOnce(&HostTensor) -> Result<Option<Check>>,
-) -> Result<Report> {
+/// What a run tells, and its first result for comparison, if there is one.
+struct Executed {
+    told: Report,
+    first: Option<HostTensor>,
+}
+
+/// Runs the call once under each of `orders`, until one faults or gives another result than the first.
+fn execute(program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
     let program = program.with_aliases(call.aliases);
     let signature = program.signature().clone().with_outputs(call.results.len());
-    let mut report = Report {
+    let mut told = Report {
         kernel: signature.name.clone(),
         on: "tile machine".into(),
         dma: None,
@@ -412,19 +434,47 @@ fn execute(
         counters: None,
         outputs: vec![],
         fault: None,
+        order_dependent: None,
         check: None,
     };
-    match program.run(machine, call.operands, call.results) {
-        Err(fault) => report.fault = Some(fault),
-        Ok(run) => {
-            let names = signature.arguments.iter().filter(|argument| argument.role == Role::Output);
-            report.outputs =
-                names.zip(&run.outputs).map(|(argument, array)| Output::of(&argument.name, array)).collect();
-            report.counters = Some(run.counters);
-            report.check = check(&run.outputs[0])?;
+    let mut outputs: Option<Vec<HostTensor>> = None;
+    let mut done: Vec<String> = vec![];
+    for &dma in orders {
+        done.push(order_name(dma));
+        match program.run(&Machine { dma, ..machine }, call.operands, call.results) {
+            Err(fault) => {
+                // Which order found it.
+                (told.dma, told.fault) = (done.pop(), Some(fault));
+                return Ok(Executed { told, first: None });
+            }
+            Ok(run) => match &outputs {
+                None => {
+                    let names = signature.arguments.iter().filter(|argument| argument.role == Role::Output);
+                    let named = names.zip(&run.outputs);
+                    told.outputs = named.map(|(argument, array)| Output::of(&argument.name, array)).collect();
+                    told.counters = Some(run.counters);
+                    outputs = Some(run.outputs);
+                }
+                Some(first) if *first == run.outputs => {}
+                Some(_) => {
+                    let (first, other) = (&done[0], order_name(dma));
+                    let message = format!("the results differ between {first} and {other} copies: a wait is missing");
+                    told.order_dependent = Some(message);
+                    break;
+                }
+            },
         }
     }
-    Ok(report)
+    told.dma = Some(done.join(", "));
+    Ok(Executed { told, first: outputs.and_then(|outputs| outputs.into_iter().next()) })
+}
+
+fn order_name(dma: DmaOrder) -> String {
+    match dma {
+        DmaOrder::Early => "early".into(),
+        DmaOrder::Late => "late".into(),
+        DmaOrder::Random(seed) => format!("random:{seed}"),
+    }
 }
 
 // ---- plugins ----
@@ -455,7 +505,7 @@ fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Optio
         return Err(Error::file(&file.path, problem, "run it with --tile-machine"));
     }
     if let Some(kernel) = known {
-        let case = case(kernel.plan()?, args.random, given)?;
+        let case = case(args, kernel.plan()?, given)?;
         return plugin_report(args, &client, &file.bytes, &file_name(&file.path), Some(&case), &case.arguments());
     }
     if args.check_against.is_some() {
@@ -500,6 +550,7 @@ fn plugin_report(
         counters: None,
         outputs: outputs.iter().enumerate().map(|(at, array)| Output::of(&format!("result{at}"), array)).collect(),
         fault: None,
+        order_dependent: None,
         check: checked,
     })
 }
@@ -514,8 +565,8 @@ fn without_padding(case: &Case, output: &mut HostTensor) {
 
 fn check(args: &RunArgs, judge: Judge, case: &Case, output: &HostTensor) -> Result<Check> {
     let tolerance = tolerance(output.element());
-    let (against, outcome, tolerance) = match judge {
-        Judge::Reference => ("reference", case.mosaic().compare(output), tolerance),
+    let (outcome, tolerance) = match judge {
+        Judge::Reference => (case.mosaic().compare(output), tolerance),
         Judge::Stablehlo => {
             let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
             let context = Context::new();
@@ -525,14 +576,14 @@ fn check(args: &RunArgs, judge: Judge, case: &Case, output: &HostTensor) -> Resu
             // Both sides are off.
             let tolerance = 2.0 * tolerance;
             let compared = compare(&case.mosaic().name(), output, &expected[0].to_f64(), &magnitude, tolerance);
-            ("stablehlo", compared, tolerance)
+            (compared, tolerance)
         }
     };
     let message = match &outcome {
         Ok(()) => format!("all {} values are within {tolerance:.0e} of their magnitude", output.len()),
         Err(error) => error.to_string(),
     };
-    Ok(Check { against, agrees: outcome.is_ok(), message })
+    Ok(Check { against: judge, agrees: outcome.is_ok(), message })
 }
 
 impl Output {
@@ -565,8 +616,12 @@ fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
             eprintln!("error: {fault}");
             works = false;
         }
+        if let Some(message) = &report.order_dependent {
+            eprintln!("error: {}: {message}", report.kernel);
+            works = false;
+        }
         if let Some(check) = report.check.as_ref().filter(|check| !check.agrees) {
-            eprintln!("error: differs from the {}: {}", check.against, check.message);
+            eprintln!("error: differs from {}: {}", check.against.describe(), check.message);
             works = false;
         }
     }
@@ -595,6 +650,6 @@ fn print(report: &Report) {
         );
     }
     if let Some(check) = report.check.as_ref().filter(|check| check.agrees) {
-        println!("  {:<8} agrees with the {}: {}", "check", check.against, check.message);
+        println!("  {:<8} agrees with {}: {}", "check", check.against.describe(), check.message);
     }
 }
