@@ -80,7 +80,7 @@ fn measure(json: bool) -> pagoda_engine::Result<()> {
             format!("{cycles} @ {:.1} ({})", taken.as_mib(), certified.plan.tiles)
         };
         let peer = |cycles: Option<u64>| cycles.map_or("-".into(), |cycles| cycles.to_string());
-        let floor = ours[0].plan.estimate.bytes_moved as f64 / Chip::V5p.info().hbm_bytes_per_cycle();
+        let floor = ours[0].plan.particulars.estimate.bytes_moved as f64 / Chip::V5p.info().hbm_bytes_per_cycle();
         println!(
             "{:<18} | {:<32} | {:<32} | {xla:<7} | {:<15} | {:<11} | {floor:.0}",
             format!("{m} x {k} x {n}"),

@@ -99,7 +99,7 @@ pub enum CheckError {
     },
     /// A value is not what the reference says.
     #[error(
-        "{module}{index:?} = {actual}, the reference says {expected}: off by {error:.3e} of its magnitude {magnitude:.3e}, \
+        "{module}{index:?} = {actual}, expected {expected}: off by {error:.3e} of its magnitude {magnitude:.3e}, \
          {tolerance:.0e} allowed ({wrong} of {total} values are wrong)"
     )]
     Mismatch {
@@ -227,7 +227,8 @@ impl<'p> MosaicCase<'p> {
         Machine { vmem_bytes: limit.0 as usize, hbm_bytes: chip.info().hbm.0 as usize, ..Machine::default() }
     }
 
-    fn name(self) -> String {
+    /// The kernel's name, tiles in it.
+    pub fn name(self) -> String {
         match self {
             Self::Matmul(plan, _) => plan.name(),
             Self::Rpa(plan, _) => plan.name(),
@@ -241,10 +242,9 @@ impl<'p> MosaicCase<'p> {
         }
     }
 
-    /// Compares an output with the reference. Every row of an attention counts: padding rows are zeros, as the kernel
-    /// promises and the reference has them.
-    fn compare(self, output: &HostTensor) -> Result<(), CheckError> {
-        let (expected, magnitude) = match self {
+    /// The reference's output and its magnitude.
+    pub fn expected(self) -> (Vec<f64>, Vec<f64>) {
+        match self {
             Self::Matmul(plan, inputs) => {
                 let matmul::reference::Reference { output, magnitude } = matmul::reference(plan.problem(), inputs);
                 (output, magnitude)
@@ -253,7 +253,16 @@ impl<'p> MosaicCase<'p> {
                 let rpa::reference::Reference { output, magnitude } = rpa::reference(plan.problem(), inputs);
                 (output, magnitude)
             }
-        };
+        }
+    }
+
+    /// Compares an output with the reference. Every row of an attention counts: padding rows are zeros, as the kernel
+    /// promises and the reference has them.
+    ///
+    /// # Errors
+    /// The worst value that is off.
+    pub fn compare(self, output: &HostTensor) -> Result<(), CheckError> {
+        let (expected, magnitude) = self.expected();
         compare(&self.name(), output, &expected, &magnitude, tolerance(output.element()))
     }
 

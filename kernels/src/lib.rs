@@ -10,10 +10,12 @@ pub mod chips;
 pub mod error;
 pub mod float;
 pub mod matmul;
+pub mod plan;
 pub mod random;
 pub mod rpa;
 #[cfg(any(test, feature = "strategies"))]
 pub mod strategies;
+pub mod tuned;
 pub mod vmem;
 
 pub use check::{Case, CheckError, MosaicCase, Runner, check, check_mosaic};

@@ -101,10 +101,14 @@ impl Lengths {
 /// Everything outside the live sequences is NaN, and page ids there are wild.
 pub fn rpa_inputs(problem: &rpa::Problem, seed: u64) -> rpa::Inputs {
     let mut random = Random(seed);
-    let count = random.within(0, problem.max_seqs);
+    let count = if random.within(0, 15) == 0 { 0 } else { random.within(1, problem.max_seqs) };
     let drawn: Vec<_> = (0..count).map(|_| Lengths::draw(problem, &mut random)).collect();
-    let layer = random.within(0, problem.layers - 1);
-    rpa_inputs_of(problem, &drawn, layer, random.next())
+    rpa_inputs_of(problem, &drawn, layer_of(problem, seed), seed)
+}
+
+/// The layer that a launch of `seed` reads.
+pub fn layer_of(problem: &rpa::Problem, seed: u64) -> usize {
+    (seed % problem.layers as u64) as usize
 }
 
 /// Inputs of an attention over sequences of the lengths `drawn`, cut to what is left of rows and pages, as
@@ -165,6 +169,6 @@ mod tests {
     #[test]
     fn a_seed_means_the_same_for_ever() {
         let tensor = Random::new(7).tensor(&TensorType::new(Element::F32, &[3]));
-        assert_eq!(tensor.as_slice::<f32>(), [-0.440_681_01, -1.932_846_8, 1.603_042_7]);
+        assert_eq!(tensor.as_slice::<f32>(), [-0.440_681, -1.932_846_8, 1.603_042_7]);
     }
 }

@@ -17,7 +17,7 @@ use pagoda_ir::{
     stablehlo::{self, Module, Tensor},
 };
 
-use super::{Inputs, Problem, plan::Plan};
+use super::{Inputs, Problem, batch::Batch, plan::Plan};
 
 const LANES: usize = 128;
 /// Stands for minus infinity where two of them may be subtracted.
@@ -29,7 +29,16 @@ const MASKED: f64 = -1e30;
 /// # Errors
 /// None for a legal plan, unless MLIR fails.
 pub fn kernel<'c>(context: &'c Context, plan: &Plan) -> Result<Kernel<'c>> {
-    mosaic::kernel(context, &plan.name(), |k| Body::declare(k, plan).write())
+    mosaic::kernel(context, &plan.name(), |k| Body::declare(k, plan, None).write())
+}
+
+/// As [`kernel`], with the lengths of one batch as constants: the compiler then knows how often each loop turns, and its
+/// static estimate speaks for this batch. The operands are the same; of the metadata, only `page_indices` are read.
+///
+/// # Errors
+/// As [`kernel`].
+pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
+    mosaic::kernel(context, &plan.name(), |k| Body::declare(k, plan, Some(batch)).write())
 }
 
 /// Calls the kernel on the problem's arguments, in the order of
@@ -65,15 +74,24 @@ pub fn operands(problem: &Problem, inputs: &Inputs) -> Vec<HostTensor> {
 /// # Errors
 /// As [`kernel`].
 pub fn module<'c>(context: &'c Context, plan: &Plan) -> Result<Module<'c>> {
-    let kernel = kernel(context, plan)?;
+    module_of(context, plan, &kernel(context, plan)?)
+}
+
+/// A StableHLO module whose `main` takes the problem's arguments and runs `kernel`, made of `plan`, on them.
+///
+/// # Errors
+/// None, unless MLIR fails.
+pub fn module_of<'c>(context: &'c Context, plan: &Plan, kernel: &Kernel) -> Result<Module<'c>> {
     let module = Module::new(context, "rpa");
-    module.function("main", &plan.problem().argument_types(), |b, args| Ok(vec![call(b, &kernel, args)?]))?;
+    module.function("main", &plan.problem().argument_types(), |b, args| Ok(vec![call(b, kernel, args)?]))?;
     Ok(module)
 }
 
 struct Body<'a, 'p> {
     k: &'a Builder<'a>,
     plan: &'p Plan,
+    /// The batch, if the kernel is for one only.
+    batch: Option<&'p Batch>,
     head_step: Value<'a>,
     query_step: Value<'a>,
     kv_lens: Ref<'a>,
@@ -109,7 +127,7 @@ struct Rows<'a> {
 }
 
 impl<'a, 'p> Body<'a, 'p> {
-    fn declare(k: &'a Builder<'a>, plan: &'p Plan) -> Self {
+    fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<&'p Batch>) -> Self {
         let problem = plan.problem();
         let (element, dim, heads) = (problem.element, problem.head_dim, plan.head_block());
         let [head_steps, query_steps] = plan.grid();
@@ -138,6 +156,7 @@ impl<'a, 'p> Body<'a, 'p> {
         Self {
             k,
             plan,
+            batch,
             head_step,
             query_step,
             kv_lens,
@@ -162,18 +181,29 @@ impl<'a, 'p> Body<'a, 'p> {
         let (k, block) = (self.k, self.plan.tiles().queries);
         self.begin();
         let block_start = self.query_step * block;
-        k.for_range(0, self.num_seqs.at(0).load(), |sequence| {
-            let start = self.cu_q_lens.at(sequence).load();
-            let stop = self.cu_q_lens.at(sequence + 1).load();
+        let [kv_lens, cu_q_lens, num_seqs] = [Batch::kv_lens, Batch::cu_q_lens, Batch::num_seqs];
+        k.for_range(0, self.scalar(&self.num_seqs, num_seqs, k.int(0)), |sequence| {
+            let start = self.scalar(&self.cu_q_lens, cu_q_lens, sequence);
+            let stop = self.scalar(&self.cu_q_lens, cu_q_lens, sequence + 1);
             let first = (start - block_start).maximum(0);
             let end = (stop - block_start).minimum(block);
             k.when(first.less(end), || {
-                let kv_len = self.kv_lens.at(sequence).load();
+                let kv_len = self.scalar(&self.kv_lens, kv_lens, sequence);
                 let origin = kv_len - stop + block_start;
                 self.attend(Rows { sequence, kv_len, first, end, origin });
             });
         });
         self.finish();
+    }
+
+    /// A number of the metadata: read, or the batch's own.
+    fn scalar(&self, array: &Ref<'a>, of: fn(&Batch) -> &[i32], index: Value<'a>) -> Value<'a> {
+        let Some(batch) = self.batch else { return array.at(index).load() };
+        let numbers = of(batch);
+        let changes = (1..numbers.len()).filter(|&at| numbers[at] != numbers[at - 1]);
+        changes.fold(self.k.int(numbers[0].into()), |number, at| {
+            index.greater_equal(at).select(self.k.int(numbers[at].into()), number)
+        })
     }
 
     /// Queries by head; nothing seen yet.

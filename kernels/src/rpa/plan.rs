@@ -10,16 +10,21 @@
 //! `head_dim` that is no multiple of 128 lanes stays as it is: buffers are padded to whole lanes in VMEM (counted in the
 //! report), as the compiler pads the arrays in HBM. Nothing is copied around the kernel.
 
-use std::fmt;
+use std::{fmt, sync::LazyLock};
 
-use pagoda_ir::element::Element;
+use pagoda_ir::{Context, element::Element, stablehlo::Module};
 use serde::{Deserialize, Serialize};
 
-use super::problem::Problem;
+use super::{
+    mosaic,
+    problem::{Kind, Problem, Spec},
+};
+pub use crate::plan::PlanError;
 use crate::{
     chips::Chip,
-    matmul::plan::{PlanError, scoped_limit},
-    vmem::{Buffer, BufferKind, Bytes, Spills, Suggestion, Verdict, VmemReport},
+    plan::{self, KernelPlan, scoped_limit},
+    tuned,
+    vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
 /// Tile sizes that the user may fix.
@@ -37,16 +42,9 @@ impl Tiles {
     /// # Errors
     /// When the text is not two positive numbers.
     pub fn parse(text: &str) -> Result<Self, PlanError> {
-        let numbers: Vec<Option<usize>> = text.split(',').map(|part| part.trim().parse().ok()).collect();
-        match numbers[..] {
-            [Some(queries), Some(kv_pages)] if queries > 0 && kv_pages > 0 => Ok(Self { queries, kv_pages }),
-            _ => Err(PlanError {
-                key: "tiles",
-                value: text.to_owned(),
-                limit: "is not two positive numbers Q,P".into(),
-                fix: "write e.g. 32,4 (query rows, KV pages), or leave the tiles to the planner".into(),
-            }),
-        }
+        let form = "two positive numbers Q,P (query rows, KV pages)";
+        let [queries, kv_pages] = plan::positive_numbers(text, form, "32,4")?;
+        Ok(Self { queries, kv_pages })
     }
 }
 
@@ -57,13 +55,7 @@ impl fmt::Display for Tiles {
 }
 
 /// What the user may fix; the planner chooses the rest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Options {
-    /// Tiles, instead of the planner's choice.
-    pub tiles: Option<Tiles>,
-    /// Scoped VMEM limit, instead of the chip's default.
-    pub vmem_limit: Option<Bytes>,
-}
+pub type Options = plan::Options<Tiles>;
 
 /// An attention kernel for a chip, every tile and every VMEM buffer named.
 #[derive(Clone, Debug, PartialEq)]
@@ -162,30 +154,96 @@ impl Plan {
         let Tiles { queries, kv_pages } = self.tiles;
         format!("rpa-p{}-bq{queries}-kv{kv_pages}", self.problem.page_size)
     }
+}
 
-    /// Whether it fits, given what is known of its spills. Suggestions change tiles or the limit, never the batch or the
-    /// lengths.
-    pub fn verdict(&self, spills: Spills) -> Verdict {
-        let vmem = self.chip.info().vmem_per_core;
-        let known = match spills {
-            Spills::Certified { bytes } | Spills::Bounded { bytes } => bytes,
-            Spills::Unknown => Bytes(0),
-        };
-        Verdict::judge(self.report.total(), spills, self.limit, || {
-            let mut suggestions = Vec::new();
-            if let Some(smaller) = best(&self.problem, self.chip, self.limit)
-                && smaller.report.total() < self.report.total()
-            {
-                let bytes = smaller.report.total();
-                suggestions.push(Suggestion::Tiles { tiles: smaller.tiles.to_string(), bytes });
-            }
-            let bytes = self.report.total() + known;
-            if bytes <= vmem {
-                suggestions.push(Suggestion::Limit { bytes, chip: vmem });
-            }
-            suggestions
-        })
+/// What an attention's plan tells beside what every plan tells.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Particulars {
+    /// KV heads of a block.
+    pub head_block: usize,
+    /// KV heads in all.
+    pub kv_heads: usize,
+    /// Keys of a block.
+    pub keys: usize,
+}
+
+impl fmt::Display for Particulars {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { head_block, kv_heads, keys } = self;
+        write!(f, "{:<24} {head_block} of {kv_heads} KV heads, {keys} keys", "block")
     }
+}
+
+impl KernelPlan for Plan {
+    type Tiles = Tiles;
+    type Particulars = Particulars;
+
+    fn name(&self) -> String {
+        self.name()
+    }
+
+    fn describe(&self) -> String {
+        let Spec { kind, element, tokens, q_heads, kv_heads, head_dim, page_size, .. } = &**self.problem();
+        let kind = match kind {
+            Kind::Mixed => "mixed",
+            Kind::Decode => "decode",
+        };
+        let mut text = format!("{tokens}x{q_heads}x{head_dim} {element} {kind}, {kv_heads} kv heads, ");
+        text += &format!("{} x {} pages of {page_size}", self.problem.max_seqs, self.problem.pages_per_seq);
+        if self.problem.layers > 1 {
+            text += &format!(", {} layers", self.problem.layers);
+        }
+        text + &options(&self.problem)
+    }
+
+    fn family(&self) -> String {
+        let Spec { element, q_heads, kv_heads, head_dim, page_size, .. } = &**self.problem();
+        format!("{element} {q_heads}/{kv_heads}x{head_dim} p{page_size}{}", options(&self.problem))
+    }
+
+    fn chip(&self) -> Chip {
+        self.chip
+    }
+
+    fn tiles(&self) -> Tiles {
+        self.tiles
+    }
+
+    fn grid(&self) -> Vec<usize> {
+        self.grid().to_vec()
+    }
+
+    fn limit(&self) -> Bytes {
+        self.limit
+    }
+
+    fn vmem(&self) -> &VmemReport {
+        &self.report
+    }
+
+    fn particulars(&self) -> Particulars {
+        Particulars { head_block: self.head_block, kv_heads: self.problem.kv_heads, keys: self.keys() }
+    }
+
+    fn records() -> &'static [tuned::Record<Tiles>] {
+        static RECORDS: LazyLock<Vec<tuned::Record<Tiles>>> =
+            LazyLock::new(|| tuned::parse(include_str!("../../tuned/rpa.json")));
+        &RECORDS
+    }
+
+    fn replanned(&self) -> Option<Self> {
+        best(&self.problem, self.chip, self.limit)
+    }
+
+    fn module<'c>(&self, context: &'c Context) -> pagoda_ir::Result<Module<'c>> {
+        mosaic::module(context, self)
+    }
+}
+
+/// Window and soft cap, in words.
+fn options(problem: &Problem) -> String {
+    let window = problem.sliding_window.map_or(String::new(), |window| format!(", window {window}"));
+    window + &problem.soft_cap.map_or(String::new(), |cap| format!(", soft cap {cap}"))
 }
 
 fn grid(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 2] {
@@ -280,8 +338,8 @@ fn best(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Plan> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::problem::{Kind, Spec};
     use super::*;
+    use crate::vmem::{Spills, Suggestion, Verdict};
 
     fn incident() -> Problem {
         Problem::new(Spec {

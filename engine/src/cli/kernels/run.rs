@@ -1,0 +1,655 @@
+//! `pagoda run`: a kernel on the tile machine, or a plain StableHLO module on a plugin, held against what it should give.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use pagoda_ir::mosaic::{Role, wire};
+use pagoda_ir::tile_machine::{Counters, DmaOrder, Fault, Machine, Program};
+use pagoda_ir::{Context, Element, HostTensor, TensorType, mosaic};
+use pagoda_kernels::check::{compare, tolerance};
+use pagoda_kernels::random::{Random, rpa_inputs};
+use pagoda_kernels::rpa;
+use pagoda_kernels::vmem::Bytes;
+use serde::Serialize;
+
+use super::arrays;
+use super::file::{Content, File};
+use super::problem::{Case, Kernel, Plan};
+use crate::error::{Error, Result};
+use crate::pjrt::{Client, Plugin, PluginChoice};
+
+/// The most that operands and results may take: they are all held in memory.
+const MAX_ARRAYS: Bytes = Bytes::gib(8);
+
+/// What `pagoda run` takes.
+#[derive(Debug, Args)]
+#[command(subcommand_negates_reqs = true, args_conflicts_with_subcommands = false)]
+pub(in crate::cli) struct RunArgs {
+    /// A kernel that `pagoda emit` wrote (readable or wire form), any StableHLO module with Mosaic kernels, or with
+    /// --plugin a plain StableHLO module. Or, instead of a file, a kernel to emit and run: matmul or rpa.
+    #[arg(required = true)]
+    file: Option<PathBuf>,
+    #[command(subcommand)]
+    kernel: Option<Kernel>,
+    /// Run Mosaic kernels on the tile machine [default without --plugin].
+    #[arg(long, global = true)]
+    tile_machine: bool,
+    /// Run the module, or the kernel's StableHLO form, on this PJRT plugin: cpu, cuda, tpu or a path. With --tile-machine,
+    /// where --check-against stablehlo runs.
+    #[arg(long, global = true, value_name = "P")]
+    plugin: Option<String>,
+    /// The array of an operand, from NumPy's .npy file; f32 files also give bf16 operands. Repeatable.
+    #[arg(long = "input", global = true, value_name = "NAME=FILE.npy")]
+    inputs: Vec<String>,
+    /// Draw the other operands from this seed: floats in (-2, 2), ragged batches for attention.
+    #[arg(long, global = true, value_name = "SEED", default_value_t = 0)]
+    random: u64,
+    /// Compare the result: with the f64 reference, or with the StableHLO form on a plugin.
+    #[arg(long, global = true, value_enum)]
+    check_against: Option<Judge>,
+    /// Query rows and keys of each sequence of an attention's batch, instead of random ones.
+    #[arg(long, global = true, value_name = "ROWS/KEYS,...")]
+    lengths: Option<String>,
+    /// When copies land on the tile machine: early, late, random:SEED; all: each of them, the results must be the same.
+    #[arg(long, global = true, default_value = "late", value_name = "ORDER")]
+    dma: String,
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+/// What a result is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+enum Judge {
+    /// The kernel's StableHLO form on a PJRT plugin.
+    Stablehlo,
+    /// The independent reference in f64.
+    Reference,
+}
+
+impl Judge {
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Stablehlo => "its StableHLO form",
+            Self::Reference => "the reference in f64",
+        }
+    }
+}
+
+/// What a run tells.
+#[derive(Debug, Serialize)]
+struct Report {
+    /// The kernel, or the module's file.
+    kernel: String,
+    /// Where it ran: `tile machine` or a plugin's platform.
+    on: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dma: Option<String>,
+    /// How the operands came about.
+    inputs: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    counters: Option<Counters>,
+    outputs: Vec<Output>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fault: Option<Box<Fault>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    order_dependent: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    check: Option<Check>,
+}
+
+/// One result.
+#[derive(Debug, Serialize)]
+struct Output {
+    name: String,
+    r#type: String,
+    min: f64,
+    max: f64,
+    mean: f64,
+    nan: usize,
+    /// FNV-1a of the bytes: equal for equal results.
+    checksum: String,
+}
+
+/// What the comparison said.
+#[derive(Debug, Serialize)]
+struct Check {
+    against: Judge,
+    agrees: bool,
+    message: String,
+}
+
+/// `pagoda run`: succeeds when nothing faults and everything compared agrees.
+pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
+    let dma = dma_orders(args)?;
+    let mut given = Given::parse(&args.inputs)?;
+    let on_machine = args.tile_machine || args.plugin.is_none();
+    if !on_machine && args.check_against == Some(Judge::Stablehlo) {
+        let fix = "drop --plugin, give --tile-machine too, or check against the reference";
+        return Err(Error::setting("check-against", "stablehlo", "compares the StableHLO form with itself", fix));
+    }
+    let reports = match (&args.file, &args.kernel) {
+        (Some(file), Some(_)) => {
+            let fix = "give a file, or matmul or rpa with its options";
+            return Err(Error::setting("FILE", file.display(), "is a second thing to run", fix));
+        }
+        (None, None) => {
+            return Err(Error::setting("FILE", "none", "leaves nothing to run", "give a file, matmul or rpa"));
+        }
+        (None, Some(kernel)) => {
+            let case = case(args, kernel.plan()?, &mut given)?;
+            vec![if on_machine { on_tile_machine(args, &dma, &case)? } else { on_plugin(args, &case)? }]
+        }
+        (Some(path), None) => {
+            let file = File::read(path)?;
+            let known = Kernel::of_text(&file.bytes, path)?;
+            match (on_machine, known) {
+                (true, Some(kernel)) => vec![emitted_on_tile_machine(args, &dma, &mut given, &file, &kernel)?],
+                (true, None) => all_on_tile_machine(args, &dma, &mut given, &file)?,
+                (false, known) => vec![module_on_plugin(args, &mut given, &file, known.as_ref())?],
+            }
+        }
+    };
+    given.all_used()?;
+    tell(&reports, args.json)
+}
+
+fn dma_orders(args: &RunArgs) -> Result<Vec<DmaOrder>> {
+    let text = args.dma.as_str();
+    let seed = text.strip_prefix("random:").and_then(|seed| seed.parse().ok());
+    match (text, seed) {
+        ("early", _) => Ok(vec![DmaOrder::Early]),
+        ("late", _) => Ok(vec![DmaOrder::Late]),
+        ("all", _) => Ok(pagoda_kernels::check::dma_orders(args.random).to_vec()),
+        (_, Some(seed)) => Ok(vec![DmaOrder::Random(seed)]),
+        _ => Err(Error::setting("dma", text, "is no order of copies", "use early, late, random:SEED or all")),
+    }
+}
+
+// ---- operands ----
+
+/// The arrays of `--input`, by name.
+struct Given {
+    arrays: Vec<(String, PathBuf, bool)>,
+    /// Names that were asked for, for the error message.
+    known: Vec<String>,
+}
+
+impl Given {
+    fn parse(inputs: &[String]) -> Result<Self> {
+        let mut arrays: Vec<(String, PathBuf, bool)> = Vec::new();
+        for input in inputs {
+            let (name, path) = input
+                .split_once('=')
+                .filter(|(name, path)| !name.is_empty() && !path.is_empty())
+                .ok_or_else(|| Error::setting("input", input, "is not NAME=FILE.npy", "write e.g. --input q=q.npy"))?;
+            if arrays.iter().any(|(known, ..)| known == name) {
+                return Err(Error::setting("input", name, "is given twice", "give each operand once"));
+            }
+            arrays.push((name.to_owned(), path.into(), false));
+        }
+        Ok(Self { arrays, known: vec![] })
+    }
+
+    fn take(&mut self, name: &str, ty: &TensorType) -> Result<Option<HostTensor>> {
+        self.known.push(format!("{name} {ty}"));
+        let Some((_, path, used)) = self.arrays.iter_mut().find(|(known, ..)| known == name) else { return Ok(None) };
+        *used = true;
+        arrays::read(path, ty).map(Some)
+    }
+
+    /// An input that names no operand is a mistake.
+    fn all_used(&self) -> Result<()> {
+        match self.arrays.iter().find(|(.., used)| !used) {
+            None => Ok(()),
+            Some((name, ..)) => {
+                let fix = format!("use one of: {}", self.known.join(", "));
+                Err(Error::setting("input", name, "names no operand", fix))
+            }
+        }
+    }
+}
+
+/// Refuses arrays that would not fit in memory.
+fn ensure_fits<'t>(types: impl IntoIterator<Item = &'t TensorType>) -> Result<()> {
+    let bytes = types.into_iter().try_fold(0_u64, |sum, ty| {
+        let bytes =
+            ty.dims.iter().try_fold(ty.element.bytes() as u64, |product, &size| product.checked_mul(size as u64));
+        sum.checked_add(bytes?)
+    });
+    match bytes {
+        Some(bytes) if bytes <= MAX_ARRAYS.0 => Ok(()),
+        bytes => {
+            let value = bytes.map_or("more than 2^64 bytes".to_owned(), |bytes| Bytes(bytes).to_string());
+            let limit = format!("is more than the {MAX_ARRAYS} that a run on the host holds");
+            Err(Error::setting("operands and results", value, limit, "run a smaller problem"))
+        }
+    }
+}
+
+/// A planned kernel with its inputs: given ones, the rest drawn at random.
+fn case(args: &RunArgs, plan: Plan, given: &mut Given) -> Result<Case> {
+    let arguments = plan.arguments();
+    ensure_fits(arguments.iter().map(|(_, ty)| ty))?;
+    let mut arrays = Vec::new();
+    for (name, ty) in &arguments {
+        arrays.push((*name, given.take(name, ty)?));
+    }
+    given.all_used()?;
+    let given = |name: &str| arrays.iter_mut().find(|(known, _)| *known == name).and_then(|(_, array)| array.take());
+    plan.inputs(args.random, args.lengths.as_deref(), given)
+}
+
+/// Operands of a kernel of unknown origin: given ones, the rest drawn from `seed`.
+fn operands(given: &mut Given, operands: &[(String, TensorType)], seed: u64) -> Result<Vec<HostTensor>> {
+    ensure_fits(operands.iter().map(|(_, ty)| ty))?;
+    let mut batch = ragged(operands, seed);
+    let mut random = Random::new(seed);
+    let mut arrays = Vec::new();
+    for (name, ty) in operands {
+        let drawn = batch.iter_mut().find(|(known, _)| known == name).map(|(_, array)| array.clone());
+        arrays.push(match (given.take(name, ty)?, drawn) {
+            (Some(array), _) | (None, Some(array)) => array,
+            (None, None) if matches!(ty.element, Element::F32 | Element::Bf16) => random.tensor(ty),
+            (None, None) => {
+                let fix = format!("give it with --input {name}=FILE.npy");
+                return Err(Error::setting(name, ty, "cannot be drawn at random", fix));
+            }
+        });
+    }
+    Ok(arrays)
+}
+
+/// A ragged batch for operands that are named and shaped like those of an attention; else nothing.
+fn ragged(operands: &[(String, TensorType)], seed: u64) -> Vec<(&'static str, HostTensor)> {
+    const NAMES: [&str; 6] = ["kv_lens", "page_indices", "cu_q_lens", "num_seqs", "q", "kv_pages"];
+    let ty = |name: &str| operands.iter().find(|(known, _)| known == name).map(|(_, ty)| ty);
+    let problem = || {
+        let [table, q, kv] = [ty("page_indices")?, ty("q")?, ty("kv_pages")?];
+        let &[max_seqs, pages_per_seq] = &table.dims[..] else { return None };
+        let &[tokens, q_heads, head_dim] = &q.dims[..] else { return None };
+        let &[pages, page_size, halves, _] = &kv.dims[..] else { return None };
+        let problem: rpa::Problem = rpa::Problem::new(rpa::Spec {
+            kind: rpa::Kind::Mixed,
+            element: q.element,
+            tokens,
+            q_heads,
+            kv_heads: halves / 2,
+            head_dim,
+            page_size,
+            pages,
+            layers: 1,
+            max_seqs,
+            pages_per_seq,
+            scale: 1.0,
+            sliding_window: None,
+            soft_cap: None,
+        })
+        .ok()?;
+        let [q, kv, metadata @ ..] = &problem.argument_types()[..] else { return None };
+        let expected = metadata.iter().chain([q, kv]);
+        NAMES.into_iter().zip(expected).all(|(name, expected)| ty(name) == Some(expected)).then_some(problem)
+    };
+    let Some(problem) = problem() else { return vec![] };
+    let inputs = rpa_inputs(&problem, seed);
+    let mut arrays: Vec<_> = NAMES.into_iter().zip(rpa::mosaic::operands(&problem, &inputs)).collect();
+    // Of a stack of layers, the first one.
+    arrays.push(("first_page", HostTensor::new(&[1], &[0_i32])));
+    arrays
+}
+
+// ---- the tile machine ----
+
+/// A kernel that is emitted here.
+fn on_tile_machine(args: &RunArgs, dma: &[DmaOrder], case: &Case) -> Result<Report> {
+    let context = Context::new();
+    let kernel = case.plan().kernel(&context)?;
+    run_case(args, dma, case, &kernel, Program::decode(kernel.module())?)
+}
+
+/// A kernel that `pagoda emit` wrote, and perhaps somebody edited.
+fn emitted_on_tile_machine(
+    args: &RunArgs,
+    dma: &[DmaOrder],
+    given: &mut Given,
+    file: &File,
+    kernel: &Kernel,
+) -> Result<Report> {
+    let case = case(args, kernel.plan()?, given)?;
+    let context = Context::new();
+    let emitted = case.plan().kernel(&context)?;
+    let mut kernels = file.kernels(&context)?;
+    let (Some((opened, _)), true) = (kernels.pop(), kernels.is_empty()) else {
+        return Err(Error::file(&file.path, "line 1 names one kernel, and there is not one", "emit the kernel again"));
+    };
+    let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
+    run_case(args, dma, &case, &emitted, program)
+}
+
+fn unknown_op(path: &Path, error: pagoda_ir::Error) -> Error {
+    Error::file(path, error, "use ops that the tile machine knows")
+}
+
+fn run_case(
+    args: &RunArgs,
+    dma: &[DmaOrder],
+    case: &Case,
+    kernel: &mosaic::Kernel,
+    program: Program,
+) -> Result<Report> {
+    let call = Call {
+        operands: &case.mosaic().operands(),
+        results: &kernel.outputs(),
+        aliases: kernel.aliases(),
+        inputs: inputs_line(args, case.describe()),
+    };
+    let mut report = execute(program, case.mosaic().machine(), dma, call)?;
+    if let (Some(judge), Some(output)) = (args.check_against, report.first.take()) {
+        report.told.check = Some(check(args, judge, case, &output)?);
+    }
+    Ok(report.told)
+}
+
+fn inputs_line(args: &RunArgs, batch: Option<String>) -> String {
+    let mut line = format!("random, seed {}", args.random);
+    if !args.inputs.is_empty() {
+        let names: Vec<_> = args.inputs.iter().filter_map(|input| Some(input.split_once('=')?.0)).collect();
+        line += &format!(", but {} given", names.join(", "));
+    }
+    if let Some(batch) = batch {
+        line += &format!("; {batch}");
+    }
+    line
+}
+
+/// Every Mosaic kernel of a module of unknown origin, each on operands of its own.
+fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file: &File) -> Result<Vec<Report>> {
+    if args.check_against.is_some() {
+        let fix = "check a kernel that `pagoda emit` wrote, or `pagoda run matmul` or `rpa`";
+        return Err(Error::file(&file.path, "its first line does not say which problem it solves", fix));
+    }
+    if matches!(&file.content, Content::Module(calls) if calls.is_empty()) {
+        return Err(Error::file(
+            &file.path,
+            "it has no Mosaic kernel for the tile machine",
+            "run it with --plugin cpu",
+        ));
+    }
+    let context = Context::new();
+    let mut reports = Vec::new();
+    for (opened, call) in file.kernels(&context)? {
+        let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
+        let call = call.filter(|call| call.types.is_some());
+        let Some((call, (operand_types, results))) = call.and_then(|call| Some((call, call.types.as_ref()?))) else {
+            let problem = "the sizes of its arrays stand neither in it nor in a first line from `pagoda emit`";
+            return Err(Error::file(&file.path, problem, "give the StableHLO module around it, as text"));
+        };
+        let named = program.signature().clone().with_outputs(results.len());
+        let names = named.arguments.iter().filter(|argument| matches!(argument.role, Role::Prefetch | Role::Input));
+        let names: Vec<String> = names.map(|argument| argument.name.clone()).collect();
+        if names.len() != operand_types.len() {
+            let problem = format!("a call gives {} operands to a kernel of {}", operand_types.len(), names.len());
+            return Err(Error::file(&file.path, problem, "write the module again"));
+        }
+        let named: Vec<_> = names.into_iter().zip(operand_types.iter().cloned()).collect();
+        ensure_fits(results)?;
+        let default = Machine::default();
+        let machine = Machine { vmem_bytes: opened.vmem_limit.unwrap_or(default.vmem_bytes), ..default };
+        let call = Call {
+            operands: &operands(given, &named, args.random)?,
+            results,
+            aliases: &call.aliases,
+            inputs: inputs_line(args, None),
+        };
+        reports.push(execute(program, machine, dma, call)?.told);
+    }
+    Ok(reports)
+}
+
+/// One call of a kernel.
+struct Call<'c> {
+    operands: &'c [HostTensor],
+    results: &'c [TensorType],
+    aliases: &'c [(usize, usize)],
+    inputs: String,
+}
+
+/// What a run tells, and its first result for comparison, if there is one.
+struct Executed {
+    told: Report,
+    first: Option<HostTensor>,
+}
+
+/// Runs the call once under each of `orders`, until one faults or gives another result than the first.
+fn execute(program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
+    let program = program.with_aliases(call.aliases);
+    let signature = program.signature().clone().with_outputs(call.results.len());
+    let mut told = Report {
+        kernel: signature.name.clone(),
+        on: "tile machine".into(),
+        dma: None,
+        inputs: call.inputs,
+        counters: None,
+        outputs: vec![],
+        fault: None,
+        order_dependent: None,
+        check: None,
+    };
+    let mut outputs: Option<Vec<HostTensor>> = None;
+    let mut done: Vec<String> = vec![];
+    for &dma in orders {
+        done.push(order_name(dma));
+        match program.run(&Machine { dma, ..machine }, call.operands, call.results) {
+            Err(fault) => {
+                // Which order found it.
+                (told.dma, told.fault) = (done.pop(), Some(fault));
+                return Ok(Executed { told, first: None });
+            }
+            Ok(run) => match &outputs {
+                None => {
+                    let names = signature.arguments.iter().filter(|argument| argument.role == Role::Output);
+                    let named = names.zip(&run.outputs);
+                    told.outputs = named.map(|(argument, array)| Output::of(&argument.name, array)).collect();
+                    told.counters = Some(run.counters);
+                    outputs = Some(run.outputs);
+                }
+                Some(first) if *first == run.outputs => {}
+                Some(_) => {
+                    let (first, other) = (&done[0], order_name(dma));
+                    let message = format!("the results differ between {first} and {other} copies: a wait is missing");
+                    told.order_dependent = Some(message);
+                    break;
+                }
+            },
+        }
+    }
+    told.dma = Some(done.join(", "));
+    Ok(Executed { told, first: outputs.and_then(|outputs| outputs.into_iter().next()) })
+}
+
+fn order_name(dma: DmaOrder) -> String {
+    match dma {
+        DmaOrder::Early => "early".into(),
+        DmaOrder::Late => "late".into(),
+        DmaOrder::Random(seed) => format!("random:{seed}"),
+    }
+}
+
+// ---- plugins ----
+
+fn client(choice: &str) -> Result<Client> {
+    let plugin = Plugin::load(&PluginChoice::parse(choice)?)?;
+    plugin.client(1).map_err(|error| Error::Plugin {
+        plugin: plugin.found().path.display().to_string(),
+        problem: format!("it cannot create a client: {error}"),
+        fix: "see `pagoda doctor`, or choose another with --plugin".into(),
+    })
+}
+
+/// The StableHLO form of a kernel.
+fn on_plugin(args: &RunArgs, case: &Case) -> Result<Report> {
+    let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
+    let context = Context::new();
+    let module = case.plan().stablehlo(&context)?;
+    plugin_report(args, &client, module.text().as_bytes(), module.name(), Some(case), &case.arguments())
+}
+
+/// A StableHLO module from a file.
+fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Option<&Kernel>) -> Result<Report> {
+    let plain = matches!(&file.content, Content::Module(calls) if calls.is_empty());
+    let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
+    if !plain && !client.platform().eq_ignore_ascii_case("tpu") {
+        let problem = format!("it holds a Mosaic kernel, which the plugin for {} cannot run", client.platform());
+        return Err(Error::file(&file.path, problem, "run it with --tile-machine"));
+    }
+    if let Some(kernel) = known {
+        let case = case(args, kernel.plan()?, given)?;
+        return plugin_report(args, &client, &file.bytes, &file_name(&file.path), Some(&case), &case.arguments());
+    }
+    if args.check_against.is_some() {
+        let fix = "check a module that `pagoda emit --stablehlo` wrote";
+        return Err(Error::file(&file.path, "its first line does not say which problem it solves", fix));
+    }
+    let arguments = match file.is_bytecode() {
+        true => None,
+        false => wire::main_arguments(&String::from_utf8_lossy(&file.bytes)),
+    };
+    let arguments = arguments.ok_or_else(|| {
+        let fix = "give a module as text, with a function @main of arrays of known sizes";
+        Error::file(&file.path, "the types of its arguments cannot be read", fix)
+    })?;
+    let arrays = operands(given, &arguments, args.random)?;
+    plugin_report(args, &client, &file.bytes, &file_name(&file.path), None, &arrays)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn plugin_report(
+    args: &RunArgs,
+    client: &Client,
+    module: &[u8],
+    name: &str,
+    case: Option<&Case>,
+    arrays: &[HostTensor],
+) -> Result<Report> {
+    let mut outputs = client.compile(module, 1)?.call(arrays)?;
+    let mut checked = None;
+    if let Some(case) = case {
+        without_padding(case, &mut outputs[0]);
+        checked = args.check_against.map(|judge| check(args, judge, case, &outputs[0])).transpose()?;
+    }
+    Ok(Report {
+        kernel: name.to_owned(),
+        on: client.platform(),
+        dma: None,
+        inputs: inputs_line(args, case.and_then(Case::describe)),
+        counters: None,
+        outputs: outputs.iter().enumerate().map(|(at, array)| Output::of(&format!("result{at}"), array)).collect(),
+        fault: None,
+        order_dependent: None,
+        check: checked,
+    })
+}
+
+/// Zeros what a StableHLO form leaves unspecified.
+fn without_padding(case: &Case, output: &mut HostTensor) {
+    let live = case.live() * output.element().bytes();
+    output.bytes_mut()[live..].fill(0);
+}
+
+// ---- verdicts ----
+
+fn check(args: &RunArgs, judge: Judge, case: &Case, output: &HostTensor) -> Result<Check> {
+    let tolerance = tolerance(output.element());
+    let (outcome, tolerance) = match judge {
+        Judge::Reference => (case.mosaic().compare(output), tolerance),
+        Judge::Stablehlo => {
+            let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
+            let context = Context::new();
+            let mut expected = client.compile(case.plan().stablehlo(&context)?.text(), 1)?.call(&case.arguments())?;
+            without_padding(case, &mut expected[0]);
+            let (_, magnitude) = case.mosaic().expected();
+            // Both sides are off.
+            let tolerance = 2.0 * tolerance;
+            let compared = compare(&case.mosaic().name(), output, &expected[0].to_f64(), &magnitude, tolerance);
+            (compared, tolerance)
+        }
+    };
+    let message = match &outcome {
+        Ok(()) => format!("all {} values are within {tolerance:.0e} of their magnitude", output.len()),
+        Err(error) => error.to_string(),
+    };
+    Ok(Check { against: judge, agrees: outcome.is_ok(), message })
+}
+
+impl Output {
+    fn of(name: &str, array: &HostTensor) -> Self {
+        let values = array.to_f64();
+        let numbers = || values.iter().copied().filter(|value| !value.is_nan());
+        let count = numbers().count();
+        let fnv1a = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        Self {
+            name: name.to_owned(),
+            r#type: TensorType::new(array.element(), array.dims()).to_string(),
+            min: numbers().fold(f64::INFINITY, f64::min),
+            max: numbers().fold(f64::NEG_INFINITY, f64::max),
+            mean: numbers().sum::<f64>() / count as f64,
+            nan: values.len() - count,
+            checksum: format!("{:016x}", array.bytes().iter().fold(0xcbf2_9ce4_8422_2325, fnv1a)),
+        }
+    }
+}
+
+fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(reports).map_err(Error::runtime("writing JSON"))?);
+    } else {
+        reports.iter().for_each(print);
+    }
+    let mut works = true;
+    for report in reports {
+        if let Some(fault) = &report.fault {
+            eprintln!("error: {fault}");
+            works = false;
+        }
+        if let Some(message) = &report.order_dependent {
+            eprintln!("error: {}: {message}", report.kernel);
+            works = false;
+        }
+        if let Some(check) = report.check.as_ref().filter(|check| !check.agrees) {
+            eprintln!("error: differs from {}: {}", check.against.describe(), check.message);
+            works = false;
+        }
+    }
+    Ok(if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print(report: &Report) {
+    let Report { kernel, on, inputs, .. } = report;
+    let dma = report.dma.as_ref().map_or(String::new(), |dma| format!(", copies {dma}"));
+    println!("{kernel} on {on}{dma}");
+    println!("  {:<8} {inputs}", "inputs");
+    for Output { name, r#type, min, max, mean, nan, checksum } in &report.outputs {
+        let nan = if *nan > 0 { format!(", {nan} NaN") } else { String::new() };
+        println!("  {name:<8} {type}: min {min:.4}, max {max:.4}, mean {mean:.4}{nan}, checksum {checksum}", type = r#type);
+    }
+    if let Some(counters) = &report.counters {
+        let Counters { grid_steps, ops, hbm_bytes_read, hbm_bytes_written, copies, mxu_flops, vmem_bytes } = *counters;
+        println!(
+            "  {:<8} {grid_steps} grid steps, {ops} ops, {copies} copies, {} read, {} written, {:.3} Gflop on the matrix \
+             unit, {} of VMEM",
+            "counted",
+            Bytes(hbm_bytes_read),
+            Bytes(hbm_bytes_written),
+            mxu_flops as f64 / 1e9,
+            Bytes(vmem_bytes as u64)
+        );
+    }
+    if let Some(check) = report.check.as_ref().filter(|check| check.agrees) {
+        println!("  {:<8} agrees with {}: {}", "check", check.against.describe(), check.message);
+    }
+}
