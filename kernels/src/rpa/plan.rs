@@ -296,9 +296,10 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
         buffers: vec![
             Buffer::new("q", BufferKind::InputWindow, element, &block, copies),
             Buffer::new("out", BufferKind::OutputWindow, element, &block, copies),
-            scratch("kv", element, &[2 * keys, 2 * head_block, dim]),
+            scratch("kv", element, &[2, keys, 2 * head_block, dim]),
             scratch("queries", element, &[head_block, rows, dim]),
             scratch("staging", Element::F32, &block),
+            scratch("last", Element::I32, &[rows, LANES]),
             scratch("max", Element::F32, &[head_block, rows, LANES]),
             scratch("sum", Element::F32, &[head_block, rows, LANES]),
             scratch("acc", Element::F32, &[head_block, rows, dim]),
