@@ -100,11 +100,12 @@ struct Body<'a, 'p> {
     q: Ref<'a>,
     kv_pages: Ref<'a>,
     out: Ref<'a>,
-    /// Two KV blocks.
+    /// Two KV blocks: `[2, pieces of a row, keys, rows of a key, lanes]`.
     kv: Ref<'a>,
     /// The block's queries by head.
     queries: Ref<'a>,
-    /// A block of q or of the output as f32: strided loads are of 32-bit words.
+    /// A block of q or of the output as f32: strided loads are of 32-bit words. `[pieces of a row, queries, heads,
+    /// lanes]`.
     staging: Ref<'a>,
     /// Of the sequence at work, the last key that each row sees; -1 for rows of other sequences.
     last: Ref<'a>,
@@ -146,9 +147,9 @@ impl<'a, 'p> Body<'a, 'p> {
         let out = k.output("out", element, &problem.q_type().dims, window());
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let rows = plan.rows();
-        let kv = scratch("kv", element, &[2, plan.keys(), 2 * heads, dim]);
+        let kv = scratch("kv", element, &plan.kv_dims());
         let queries = scratch("queries", element, &[heads, rows, dim]);
-        let staging = scratch("staging", Element::F32, &block);
+        let staging = scratch("staging", Element::F32, &plan.staging_dims());
         let last = scratch("last", Element::I32, &[rows, LANES]);
         let max = scratch("max", Element::F32, &[heads, rows, LANES]);
         let sum = scratch("sum", Element::F32, &[heads, rows, LANES]);
@@ -211,15 +212,25 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// The queries of the `member`th query head of a KV head, in [`Body::staging`]: `[queries, head_dim]`.
     fn staged(&self, head: usize, member: usize) -> Strided<'a> {
-        let (group, heads) = (self.plan.problem().group(), self.plan.head_block());
-        let flat = self.staging.reshape(&[self.plan.tiles().queries * heads * group, self.plan.problem().head_dim]);
-        Strided { of: flat, start: head * group + member, rows: self.plan.tiles().queries, stride: heads * group }
+        let [pieces, queries, heads, lanes] = self.plan.staging_dims();
+        let piece = |piece| self.staging.at(piece).reshape(&[queries * heads, lanes]);
+        let (start, count) = (head * self.plan.problem().group() + member, queries);
+        Strided { pieces: (0..pieces).map(piece).collect(), start, count, stride: heads }
+    }
+
+    /// The pieces of a block of q or of the output: `[queries, heads, lanes]` each, and the lane that each begins at.
+    fn staging_pieces(&self) -> impl Iterator<Item = (usize, Ref<'a>)> {
+        let heads = self.plan.head_block() * self.plan.problem().group();
+        let [pieces, _, _, lanes] = self.plan.staging_dims();
+        (0..pieces).map(move |piece| (piece * lanes, self.staging.at(piece).slice(1, 0, heads)))
     }
 
     /// Queries by head; nothing seen yet.
     fn begin(&self) {
         let queries = self.plan.tiles().queries;
-        self.staging.store(self.q.load().cast(Element::F32));
+        for (lane, piece) in self.staging_pieces() {
+            piece.store(self.q.slice(2, lane, piece.dims()[2]).load().cast(Element::F32));
+        }
         for head in 0..self.plan.head_block() {
             for member in 0..self.plan.problem().group() {
                 let staged = self.staged(head, member).load(self.k).cast(self.plan.problem().element);
@@ -242,7 +253,9 @@ impl<'a, 'p> Body<'a, 'p> {
                 self.staged(head, member).store(sum.greater(0.0).select(acc / sum, 0.0));
             }
         }
-        self.out.store(self.staging.load().cast(problem.element));
+        for (lane, piece) in self.staging_pieces() {
+            self.out.slice(2, lane, piece.dims()[2]).store(piece.load().cast(problem.element));
+        }
     }
 
     /// Lets the rows of one sequence see their keys.
@@ -280,14 +293,11 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// Overwrites what lies behind the first `live` keys of a KV block with zeros.
     fn clear(&self, kv: &Ref<'a>, live: Value<'a>) {
-        let (flat, per_key) = self.words(kv);
-        let row = self.k.iota(&flat.dims(), 0);
-        let zero = match self.plan.problem().element {
-            Element::F32 => Element::F32,
-            _ => Element::I32,
-        };
-        let zeros = self.k.zeros(zero, &flat.dims());
-        flat.store_masked(zeros, row.greater_equal(live * per_key));
+        let (pieces, per_key) = self.words(kv);
+        for piece in pieces {
+            let row = self.k.iota(&piece.dims(), 0);
+            piece.store_masked(0.0, row.greater_equal(live * per_key));
+        }
     }
 
     /// The copies of KV block `block` into buffer `slot`. Beyond the sequence's last page they repeat it, so that every
@@ -295,6 +305,7 @@ impl<'a, 'p> Body<'a, 'p> {
     fn pages(&self, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>, act: impl Fn(mosaic::Copy<'a>)) {
         let (problem, pages, heads) = (self.plan.problem(), self.plan.tiles().kv_pages, self.plan.head_block());
         let last = (rows.kv_len - 1) / problem.page_size;
+        let [_, pieces, _, _, lanes] = self.plan.kv_dims();
         for page in 0..pages {
             let index = self.page_indices.at((rows.sequence, (block * pages + page).minimum(last))).load();
             let index = match &self.first_page {
@@ -305,25 +316,29 @@ impl<'a, 'p> Body<'a, 'p> {
             if heads < problem.kv_heads {
                 source = source.slice(1, (self.head_step * (2 * heads)).multiple_of(2 * heads), 2 * heads);
             }
-            let destination = self.kv.at(slot).slice(0, page * problem.page_size, problem.page_size);
-            act(self.k.make_async_copy(source, destination, self.arrived.at(slot)));
+            for piece in 0..pieces {
+                let lanes = source.slice(2, piece * lanes, lanes);
+                let destination = self.kv.at((slot, piece)).slice(0, page * problem.page_size, problem.page_size);
+                let destination = destination.slice(1, 0, 2 * heads);
+                act(self.k.make_async_copy(lanes, destination, self.arrived.at(slot)));
+            }
         }
     }
 
-    /// A KV block as rows of 32-bit words, and how many of them belong to a key.
-    fn words(&self, kv: &Ref<'a>) -> (Ref<'a>, usize) {
-        let (keys, heads) = (self.plan.keys(), self.plan.head_block());
-        let flat = kv.reshape(&[2 * keys * heads, self.plan.problem().head_dim]);
+    /// The pieces of a KV block as rows of 32-bit words, and how many rows belong to a key.
+    fn words(&self, kv: &Ref<'a>) -> (Vec<Ref<'a>>, usize) {
+        let [_, pieces, keys, per_key, lanes] = self.plan.kv_dims();
+        let rows = |piece| kv.at(piece).reshape(&[keys * per_key, lanes]);
         match self.plan.problem().element {
-            Element::F32 => (flat, 2 * heads),
-            _ => (flat.bitcast(Element::I32), heads),
+            Element::F32 => ((0..pieces).map(rows).collect(), per_key),
+            _ => ((0..pieces).map(|piece| rows(piece).bitcast(Element::I32)).collect(), per_key / 2),
         }
     }
 
     /// K and V of one head of a block: `[keys, head_dim]` each.
     fn keys_and_values(&self, head: usize, kv: &Ref<'a>) -> [Value<'a>; 2] {
-        let (of, stride) = self.words(kv);
-        let rows = |start| Strided { of: of.clone(), start, rows: self.plan.keys(), stride }.load(self.k);
+        let (pieces, stride) = self.words(kv);
+        let rows = |start| Strided { pieces: pieces.clone(), start, count: self.plan.keys(), stride }.load(self.k);
         match self.plan.problem().element {
             Element::F32 => [2 * head, 2 * head + 1].map(rows),
             element => {
@@ -371,30 +386,33 @@ impl<'a, 'p> Body<'a, 'p> {
     }
 }
 
-/// Every `stride`th row of a memory of two dimensions. Strided accesses are of one tile's lanes: wide rows go in pieces.
+/// Every `stride`th row of rows that lie in pieces: strided accesses are of one tile's lanes.
 struct Strided<'a> {
-    of: Ref<'a>,
+    pieces: Vec<Ref<'a>>,
     start: usize,
-    rows: usize,
+    count: usize,
     stride: usize,
 }
 
 impl<'a> Strided<'a> {
-    fn pieces(&self) -> impl Iterator<Item = (usize, Ref<'a>)> {
-        let (rows, width) = (self.of.strided(0, self.start, self.rows, self.stride), self.of.dims()[1]);
-        (0..width).step_by(LANES).map(move |lane| (lane, rows.slice(1, lane, LANES.min(width - lane))))
+    fn views(&self) -> impl Iterator<Item = Ref<'a>> {
+        self.pieces.iter().map(|piece| piece.strided(0, self.start, self.count, self.stride))
     }
 
     fn load(&self, k: &'a Builder<'a>) -> Value<'a> {
-        let pieces: Vec<_> = self.pieces().map(|(_, piece)| piece.load()).collect();
-        if let [all] = pieces[..] { all } else { k.concatenate(&pieces, 1) }
+        joined(k, &self.views().map(|view| view.load()).collect::<Vec<_>>())
     }
 
     fn store(&self, value: Value<'a>) {
-        for (lane, piece) in self.pieces() {
-            piece.store(value.slice(&[0, lane], &piece.dims()));
+        for (index, view) in self.views().enumerate() {
+            view.store(value.slice(&[0, index * LANES], &view.dims()));
         }
     }
+}
+
+/// Tiles side by side.
+fn joined<'a>(k: &'a Builder<'a>, tiles: &[Value<'a>]) -> Value<'a> {
+    if let [all] = tiles { *all } else { k.concatenate(tiles, 1) }
 }
 
 /// A tile of equal columns, made `width` columns wide.
@@ -403,7 +421,7 @@ fn spread<'a>(k: &'a Builder<'a>, tile: Value<'a>, width: usize) -> Value<'a> {
     let pieces = (0..width).step_by(LANES).map(|lane| LANES.min(width - lane));
     let pieces: Vec<_> =
         pieces.map(|lanes| if lanes == LANES { tile } else { tile.slice(&[0, 0], &[rows, lanes]) }).collect();
-    if let [all] = pieces[..] { all } else { k.concatenate(&pieces, 1) }
+    joined(k, &pieces)
 }
 
 /// `[rows, LANES]` whose sums over lanes are those of `tile`'s columns.
