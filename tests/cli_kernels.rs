@@ -128,7 +128,8 @@ fn planted_faults_are_told_in_full() {
     let inputs = "--lengths 9/48,1/55 --random 7";
     fs::write(dir.path().join("race.mlir"), without("tpu.wait_dma2")).unwrap();
     let kernel = "kernel `rpa-p16-bq8-kv2`: ";
-    let race = ["read of a buffer whose DMA is in flight", "tpu.strided_load at race.mlir:", "buffer `kv` at [16, 0, 0]"];
+    let race =
+        ["read of a buffer whose DMA is in flight", "tpu.strided_load at race.mlir:", "buffer `kv` at [16, 0, 0]"];
     let dma = ["grid step [0, 0]", "DMA from `kv_pages` to `kv` started at race.mlir:"];
     refused(dir.path(), &format!("run race.mlir {inputs}"), 1, &[&[kernel][..], &race, &dma].concat());
     let output = pagoda_in(dir.path(), &format!("run race.mlir {inputs} --dma all --json"));
@@ -205,9 +206,10 @@ fn arrays_come_from_numpy() {
         ("matmul --m 8 --n 24 --k 16 --input x", &["input = x is not NAME=FILE.npy"]),
         ("matmul --m 8 --n 24 --k 16 --input x=x.npy --input x=x.npy", &["input = x is given twice"]),
         (&format!("rpa {RPA} --input kv_lens=long.npy"), &["i64[4], not i32[4]", "numpy dtype int32"]),
-        (&format!("rpa {RPA} {inputs} --input kv_lens=far.npy").replace("--input kv_lens=kv_lens.npy", ""), &[
-            "kv_lens[0] = 99 is beyond pages_per_seq * page_size = 4 * 16 = 64",
-        ]),
+        (
+            &format!("rpa {RPA} {inputs} --input kv_lens=far.npy").replace("--input kv_lens=kv_lens.npy", ""),
+            &["kv_lens[0] = 99 is beyond pages_per_seq * page_size = 4 * 16 = 64"],
+        ),
     ] {
         refused(dir.path(), &format!("run {line}"), 2, words);
     }
@@ -222,7 +224,8 @@ fn kernels_of_others_are_inspected_and_run() {
     assert_eq!((&kernel["name"], &kernel["vmem_bytes"]), (&"scaled_sums".into(), &12288.into()), "{kernel}");
     assert_eq!((&kernel["grid"][0][1], &kernel["ops"]["tpu.enqueue_dma"]), (&"arbitrary".into(), &3.into()));
     let table = done(dir.path(), &format!("inspect {jax}"));
-    for words in ["scaled_sums: grid 1 arbitrary", "f32[64,128]", "VMEM declared: 12.00 KiB (12288 bytes)", "8.00 MiB"] {
+    for words in ["scaled_sums: grid 1 arbitrary", "f32[64,128]", "VMEM declared: 12.00 KiB (12288 bytes)", "8.00 MiB"]
+    {
         assert!(table.contains(words), "lacks `{words}`:\n{table}");
     }
     npy(&dir.path().join("rows.npy"), "<i4", "(2,)", &[1, 0, 0, 0, 3, 0, 0, 0]);
@@ -364,7 +367,12 @@ fn bad_files_are_one_clear_error() {
     refused(dir.path(), &format!("emit matmul {MATMUL} --out none/kernel.mlir"), 2, &["none/kernel.mlir"]);
     done(dir.path(), &format!("emit matmul {MATMUL} --out kernel.mlir"));
     assert_eq!(fs::read_to_string(dir.path().join("kernel.mlir")).unwrap(), readable);
-    assert!(fs::read_dir(dir.path()).unwrap().flatten().all(|entry| !entry.file_name().to_string_lossy().contains("pagoda")));
+    assert!(
+        fs::read_dir(dir.path())
+            .unwrap()
+            .flatten()
+            .all(|entry| !entry.file_name().to_string_lossy().contains("pagoda"))
+    );
 }
 
 #[test]
@@ -374,7 +382,10 @@ fn a_missing_libtpu_is_named_with_the_remedy() {
         let output = command.args(line.split_whitespace()).env("PAGODA_PLUGIN_TPU", "none.so").output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
         let said = stderr(&output);
-        assert!(said.contains("PAGODA_PLUGIN_TPU = none.so: no such file") && said.contains("make tpu-tools"), "{said}");
+        assert!(
+            said.contains("PAGODA_PLUGIN_TPU = none.so: no such file") && said.contains("make tpu-tools"),
+            "{said}"
+        );
         // A library that is no libtpu: the worker's complaint, not a crash of ours.
         let plugin = env!("CARGO_BIN_EXE_pagoda");
         let mut command = Command::new(plugin);
@@ -391,7 +402,8 @@ fn help_names_every_command() {
         assert!(help.contains(command), "{help}");
     }
     let help = done(Path::new("."), "run --help");
-    for option in ["--input <NAME=FILE.npy>", "--random <SEED>", "--check-against", "--dma", "f32 files also give bf16"] {
+    for option in ["--input <NAME=FILE.npy>", "--random <SEED>", "--check-against", "--dma", "f32 files also give bf16"]
+    {
         assert!(help.contains(option), "lacks {option}: {help}");
     }
 }

@@ -151,7 +151,11 @@ impl<'a, 'p> Body<'a, 'p> {
         let num_seqs = scalars("num_seqs", &[1]);
         let first_page = (problem.layers > 1).then(|| scalars("first_page", &[1]));
         let block = [plan.tiles().queries, heads * problem.group(), dim];
-        let window = || Window::blocks(&block, |t| (t.grid(1), t.grid(0), 0));
+        let window = || {
+            let window = Window::blocks(&block, |t| (t.grid(1), t.grid(0), 0));
+            // Blocks of heads are one to a core: without several query blocks, no core moves its window.
+            if query_steps > 1 { window } else { window.single_buffered() }
+        };
         let q = k.input("q", element, &problem.q_type().dims, window());
         let kv_pages = k.hbm_input("kv_pages", element, &problem.kv_pages_type().dims);
         let out = k.output("out", element, &problem.q_type().dims, window());
