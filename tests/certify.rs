@@ -14,7 +14,9 @@ use pagoda_ir::Element;
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::matmul::{self, Activation, Epilogue, Layout};
 use pagoda_kernels::plan::KernelPlan;
+use pagoda_kernels::rpa::Kind;
 use pagoda_kernels::tuned::Record;
+use pagoda_kernels::vmem::Verdict as Fit;
 
 fn certifier() -> Certifier {
     Certifier::find(env!("CARGO_BIN_EXE_pagoda"))
@@ -181,7 +183,80 @@ fn record<P: KernelPlan>(kernel: &str, answers: &[Certified<P>]) {
 /// 37.54 MiB for is planned and certified within every chip's default limit (16 MiB on v5p), whole.
 #[test]
 fn the_incident_fits_on_every_chip() {
-    let answers = certify_all(&Chip::ALL.map(|chip| rpa::Request::new(chip.name()).plan().unwrap()));
+    let plans = Chip::ALL.map(|chip| rpa::Request::new(chip.name()).plan().unwrap());
+    let answers = certify_all(&plans);
+    assert_exact(&answers);
+    for certified in &answers {
+        let limit = certified.plan.chip.info().default_scoped_limit;
+        assert!(certified.certificate.kernels[0].total <= limit, "{certified}");
+        assert!(matches!(certified.plan.verdict, Fit::Fits { .. }), "{certified}");
+    }
+    record("rpa", &answers);
+}
+
+/// Attentions of Llama-3.1-8B on 1, 2, 4 and 8 devices; head dimensions, page sizes, groups, types, windows, soft caps and
+/// decode-only launches.
+fn attentions(chip: Chip) -> Vec<rpa::Request> {
+    let llama = rpa::Request::new(chip.name());
+    let decode = rpa::Request { kind: Kind::Decode, q: "8x32x128".into(), ..llama.clone() };
+    let small = rpa::Request { q: "64x8x128".into(), page_size: 16, max_seq_len: 1024, max_seqs: 4, ..llama.clone() };
+    let mut requests = Vec::new();
+    for devices in [1, 2, 4, 8] {
+        for (of, tokens) in [(&llama, 1024), (&decode, 8)] {
+            let q = format!("{tokens}x{}x128", 32 / devices);
+            requests.push(rpa::Request { q, kv_heads: 8 / devices, ..of.clone() });
+        }
+    }
+    for (q, kv_heads, page_size, element) in [
+        ("64x8x64", 8, 16, Element::Bf16),
+        ("64x8x64", 2, 64, Element::F32),
+        ("64x8x256", 4, 128, Element::Bf16),
+        ("64x4x256", 2, 32, Element::F32),
+        ("64x32x128", 8, 256, Element::Bf16),
+        ("64x4x128", 4, 64, Element::Bf16),
+        ("64x6x128", 2, 32, Element::Bf16),
+        ("64x9x64", 3, 16, Element::F32),
+        ("64x20x128", 4, 128, Element::Bf16),
+        ("64x6x128", 1, 16, Element::F32),
+        ("64x14x64", 2, 32, Element::Bf16),
+        ("64x8x128", 1, 256, Element::F32),
+        ("100x16x128", 8, 16, Element::F32),
+    ] {
+        requests.push(rpa::Request { q: q.into(), kv_heads, page_size, element, ..small.clone() });
+    }
+    for (sliding_window, soft_cap, kind) in
+        [(Some(100), None, Kind::Mixed), (None, Some(30.0), Kind::Mixed), (Some(200), Some(50.0), Kind::Decode)]
+    {
+        requests.push(rpa::Request { sliding_window, soft_cap, kind, kv_heads: 2, ..small.clone() });
+    }
+    requests
+}
+
+/// Every attention on one chip, every chip with a fifth of them.
+#[test]
+fn plans_of_attention_are_exact() {
+    let mut plans = Vec::new();
+    for (index, chip) in Chip::ALL.into_iter().enumerate() {
+        let own = attentions(chip).into_iter().skip(index).step_by(Chip::ALL.len());
+        plans.extend(own.map(|request| request.plan().unwrap()));
+    }
+    let answers = certify_all(&plans);
+    assert_exact(&answers);
+    record("rpa", &answers);
+}
+
+#[test]
+#[ignore = "minutes of CPU: make certify-all"]
+fn plans_of_attention_are_exact_on_every_chip() {
+    let requests: Vec<_> = Chip::ALL.into_iter().flat_map(attentions).collect();
+    let planned = requests.iter().map(|request| request.plan().unwrap());
+    // Tiles of the user's, too.
+    let fixed = requests.iter().flat_map(|request| {
+        let tiles = ["8,1", "16,3"].map(|tiles| rpa::Request { tiles: Some(tiles.into()), ..request.clone() });
+        tiles.into_iter().filter_map(|request| request.plan().ok())
+    });
+    let answers = certify_all(&planned.chain(fixed).collect::<Vec<_>>());
+    assert!(answers.len() >= 60);
     assert_exact(&answers);
     record("rpa", &answers);
 }
