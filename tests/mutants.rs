@@ -102,6 +102,18 @@ impl Emitted {
         self.with(line, &format!("%m = {rest}\n%by = arith.constant {by} : i32\n{result} = {op} %m, %by : i32"))
     }
 
+    /// Every slice of `buffer`, of one dimension, is its first element.
+    fn first_of(&self, buffer: &str) -> String {
+        let slice = self.named(&format!("tpu.memref_slice\"({buffer}, "));
+        let lines = self.lines.iter().enumerate().map(|(number, line)| {
+            let (before, after) = line.split_once(&slice)?;
+            let ty = after.split_once(')')?.1;
+            Some(format!("%first{number} = arith.constant 0 : i32\n{before}{slice}%first{number}){ty}"))
+        });
+        let lines: Vec<_> = lines.zip(&self.lines).map(|(new, old)| new.unwrap_or_else(|| old.clone())).collect();
+        lines.join("\n")
+    }
+
     /// The transform of operand `window` (counted without the prefetched ones) returns `results`, after `ops`.
     fn transform(&self, window: usize, ops: &str, results: &str) -> String {
         let header = self.find(0, &[&format!("func.func @transform_{window}(")]);
@@ -252,7 +264,8 @@ fn wait(t: &Emitted, number: usize) -> usize {
 const ATTENTIONS: &[Mutant] = {
     use Caught::{Fault, Mismatch};
     use FaultKind::{
-        Deadlock, OutOfBounds, OverwriteInFlight, ParallelOverlap, ReadInFlight, SemaphoreUnbalanced, UnwrittenRead,
+        BrokenAssumption, Deadlock, OutOfBounds, OverwriteInFlight, ParallelOverlap, ReadInFlight, SemaphoreUnbalanced,
+        UnwrittenRead,
     };
     &[
         ("wait dropped", |t| t.without(wait(t, 0)), Fault(ReadInFlight)),
@@ -269,6 +282,7 @@ const ATTENTIONS: &[Mutant] = {
             },
             Fault(ReadInFlight),
         ),
+        ("both buffers on one semaphore", |t| t.first_of("{arrived}"), Fault(ReadInFlight)),
         (
             "double buffers swapped",
             |t| t.replaced(t.above(t.find(0, &["tpu.strided_load"]), "arith.cmpi eq"), "eq", "ne"),
@@ -351,6 +365,11 @@ const ATTENTIONS: &[Mutant] = {
             "heads of the first core on both",
             |t| t.replaced(t.above(start(t, FIRST), "arith.constant 8 : i32"), "constant 8", "constant 0"),
             Mismatch,
+        ),
+        (
+            "heads that are no multiple of what is promised",
+            |t| t.replaced(t.above(start(t, FIRST), "arith.constant 8 : i32"), "constant 8", "constant 4"),
+            Fault(BrokenAssumption),
         ),
         (
             "output of both cores in one place",

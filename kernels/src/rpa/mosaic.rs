@@ -4,12 +4,16 @@
 //! block, and through the KV blocks that those rows see; pages come in by copies of the kernel's own, double-buffered.
 //! Rows of other sequences are masked: they add nothing to their running sums.
 //!
-//! Online softmax (Milakov and Gimelshein, 2018) with maximum, sum and accumulator in f32. The query heads of a group are
-//! one matrix product with their KV head. In bf16 a 32-bit word of a page holds an element of K (low half) and of V (high
+//! Online softmax (Milakov and Gimelshein, 2018) with maximum, sum and accumulator in f32, and powers of two: logits are
+//! scaled by `log2 e`, so that the hardware's `2^x` needs nothing before it. The query heads of a group are one matrix
+//! product with their KV head; its rows are ordered by head, then by query, so that a head's queries come in by one
+//! strided load and need no relayout. In bf16 a 32-bit word of a page holds an element of K (low half) and of V (high
 //! half) of the same head, so one strided load brings both.
 //!
-//! Poison: logits are selected by position *after* the product, values *before* it (zero times NaN is NaN). Rows that
-//! belong to no sequence are written as zeros.
+//! Poison: logits are selected by position *after* the product; values behind a sequence's end are overwritten with zeros
+//! *before* it (zero times NaN is NaN). Rows that belong to no sequence are written as zeros.
+
+use std::f64::consts::LOG2_E;
 
 use pagoda_ir::{
     Context, Element, HostTensor, Result,
@@ -20,8 +24,12 @@ use pagoda_ir::{
 use super::{Inputs, Problem, batch::Batch, plan::Plan};
 
 const LANES: usize = 128;
-/// Stands for minus infinity where two of them may be subtracted.
-const MASKED: f64 = -1e30;
+/// The maximum of no logits: stands for minus infinity where two of them may be subtracted.
+const NONE: f64 = -1e30;
+/// A logit that must not count: so far below [`NONE`] that its weight is zero even where nothing else was seen.
+const MASKED: f64 = 2.0 * NONE;
+/// Rows whose logits are worked on at a time: the more, the more of them are spilled.
+const CHUNK: usize = 128;
 
 /// The Mosaic kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several
 /// layers `first_page [1]`, then `q` and `kv_pages`.
@@ -102,13 +110,17 @@ struct Body<'a, 'p> {
     q: Ref<'a>,
     kv_pages: Ref<'a>,
     out: Ref<'a>,
-    /// Two KV blocks, one after the other.
+    /// Two KV blocks: `[2, pieces of a row, keys, rows of a key, lanes]`.
     kv: Ref<'a>,
     /// The block's queries by head.
     queries: Ref<'a>,
-    /// A block of q or of the output as f32: rows of one group start anywhere in a packed tile.
+    /// A block of q or of the output as f32: strided loads are of 32-bit words. `[pieces of a row, queries, heads,
+    /// lanes]`.
     staging: Ref<'a>,
+    /// Of the sequence at work, the last key that each row sees; -1 for rows of other sequences.
+    last: Ref<'a>,
     max: Ref<'a>,
+    /// A sum per row and lane.
     sum: Ref<'a>,
     acc: Ref<'a>,
     arrived: Ref<'a>,
@@ -145,9 +157,10 @@ impl<'a, 'p> Body<'a, 'p> {
         let out = k.output("out", element, &problem.q_type().dims, window());
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let rows = plan.rows();
-        let kv = scratch("kv", element, &[2 * plan.keys(), 2 * heads, dim]);
+        let kv = scratch("kv", element, &plan.kv_dims());
         let queries = scratch("queries", element, &[heads, rows, dim]);
-        let staging = scratch("staging", Element::F32, &block);
+        let staging = scratch("staging", Element::F32, &plan.staging_dims());
+        let last = scratch("last", Element::I32, &[rows, LANES]);
         let max = scratch("max", Element::F32, &[heads, rows, LANES]);
         let sum = scratch("sum", Element::F32, &[heads, rows, LANES]);
         let acc = scratch("acc", Element::F32, &[heads, rows, dim]);
@@ -170,6 +183,7 @@ impl<'a, 'p> Body<'a, 'p> {
             kv,
             queries,
             staging,
+            last,
             max,
             sum,
             acc,
@@ -206,35 +220,58 @@ impl<'a, 'p> Body<'a, 'p> {
         })
     }
 
+    /// The queries of the `member`th query head of a KV head, in [`Body::staging`]: `[queries, head_dim]`.
+    fn staged(&self, head: usize, member: usize) -> Strided<'a> {
+        let [pieces, queries, heads, lanes] = self.plan.staging_dims();
+        let piece = |piece| self.staging.at(piece).reshape(&[queries * heads, lanes]);
+        let (start, count) = (head * self.plan.problem().group() + member, queries);
+        Strided { pieces: (0..pieces).map(piece).collect(), start, count, stride: heads }
+    }
+
+    /// The pieces of a block of q or of the output: `[queries, heads, lanes]` each, and the lane that each begins at.
+    fn staging_pieces(&self) -> impl Iterator<Item = (usize, Ref<'a>)> {
+        let heads = self.plan.head_block() * self.plan.problem().group();
+        let [pieces, _, _, lanes] = self.plan.staging_dims();
+        (0..pieces).map(move |piece| (piece * lanes, self.staging.at(piece).slice(1, 0, heads)))
+    }
+
     /// Queries by head; nothing seen yet.
     fn begin(&self) {
-        let (group, rows, dim) = (self.plan.problem().group(), self.plan.rows(), self.plan.problem().head_dim);
-        self.staging.store(self.q.load().cast(Element::F32));
-        for head in 0..self.plan.head_block() {
-            let queries = self.staging.slice(1, head * group, group).load().reshape(&[rows, dim]);
-            self.queries.at(head).store(queries.cast(self.plan.problem().element));
-            self.max.at(head).store(MASKED);
-            self.sum.at(head).store(0.0);
-            self.acc.at(head).store(0.0);
+        let queries = self.plan.tiles().queries;
+        for (lane, piece) in self.staging_pieces() {
+            piece.store(self.q.slice(2, lane, piece.dims()[2]).load().cast(Element::F32));
         }
+        for head in 0..self.plan.head_block() {
+            for member in 0..self.plan.problem().group() {
+                let staged = self.staged(head, member).load(self.k).cast(self.plan.problem().element);
+                self.queries.at(head).slice(0, member * queries, queries).store(staged);
+            }
+        }
+        self.max.store(NONE);
+        self.sum.store(0.0);
+        self.acc.store(0.0);
     }
 
     /// Divides, and stores the block. Rows that saw no key are zeros.
     fn finish(&self) {
-        let problem = self.plan.problem();
-        let group = problem.group();
-        let block = [self.plan.tiles().queries, group, problem.head_dim];
+        let (problem, queries) = (self.plan.problem(), self.plan.tiles().queries);
         for head in 0..self.plan.head_block() {
-            let sum = column(self.sum.at(head).load());
-            let result = sum.greater(0.0).select(self.acc.at(head).load() / sum, 0.0);
-            self.staging.slice(1, head * group, group).store(result.reshape(&block));
+            for member in 0..problem.group() {
+                let [sum, acc] =
+                    [&self.sum, &self.acc].map(|of| of.at(head).slice(0, member * queries, queries).load());
+                let sum = sum.sum(1);
+                self.staged(head, member).store(sum.greater(0.0).select(acc / sum, 0.0));
+            }
         }
-        self.out.store(self.staging.load().cast(problem.element));
+        for (lane, piece) in self.staging_pieces() {
+            self.out.slice(2, lane, piece.dims()[2]).store(piece.load().cast(problem.element));
+        }
     }
 
     /// Lets the rows of one sequence see their keys.
     fn attend(&self, rows: Rows<'a>) {
         let (k, keys) = (self.k, self.plan.keys());
+        self.limit(&rows);
         let end = (rows.origin + rows.end).div_ceil(keys);
         let begin = match self.plan.problem().sliding_window {
             None => k.int(0),
@@ -245,11 +282,32 @@ impl<'a, 'p> Body<'a, 'p> {
             let slot = (block - begin) % 2;
             k.when((block + 1).less(end), || self.pages(&rows, block + 1, 1 - slot, |copy| copy.start()));
             self.pages(&rows, block, slot, |copy| copy.wait());
-            let seen = self.seen(&rows, block);
+            let (first_key, kv) = (block * keys, self.kv.at(slot));
+            k.when((first_key + keys).greater(rows.kv_len), || self.clear(&kv, rows.kv_len - first_key));
             for head in 0..self.plan.head_block() {
-                self.update(head, &rows, block, slot, seen);
+                self.update(head, &kv, first_key);
             }
         });
+    }
+
+    /// Writes down the last key of each row.
+    fn limit(&self, rows: &Rows<'a>) {
+        let queries = self.plan.tiles().queries;
+        let row = self.k.iota(&[queries, LANES], 0);
+        let live = row.greater_equal(rows.first) & row.less(rows.end);
+        let last = live.select(row + rows.origin, -1);
+        for member in 0..self.plan.problem().group() {
+            self.last.slice(0, member * queries, queries).store(last);
+        }
+    }
+
+    /// Overwrites what lies behind the first `live` keys of a KV block with zeros.
+    fn clear(&self, kv: &Ref<'a>, live: Value<'a>) {
+        let (pieces, per_key) = self.words(kv);
+        for piece in pieces {
+            let row = self.k.iota(&piece.dims(), 0);
+            piece.store_masked(0.0, row.greater_equal(live * per_key));
+        }
     }
 
     /// The copies of KV block `block` into buffer `slot`. Beyond the sequence's last page they repeat it, so that every
@@ -257,6 +315,7 @@ impl<'a, 'p> Body<'a, 'p> {
     fn pages(&self, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>, act: impl Fn(mosaic::Copy<'a>)) {
         let (problem, pages, heads) = (self.plan.problem(), self.plan.tiles().kv_pages, self.plan.head_block());
         let last = (rows.kv_len - 1) / problem.page_size;
+        let [_, pieces, _, _, lanes] = self.plan.kv_dims();
         for page in 0..pages {
             let index = self.page_indices.at((rows.sequence, (block * pages + page).minimum(last))).load();
             let index = match &self.first_page {
@@ -267,100 +326,123 @@ impl<'a, 'p> Body<'a, 'p> {
             if heads < problem.kv_heads {
                 source = source.slice(1, (self.head_step * (2 * heads)).multiple_of(2 * heads), 2 * heads);
             }
-            let start = slot * self.plan.keys() + page * problem.page_size;
-            let destination = self.kv.slice(0, start, problem.page_size);
-            act(self.k.make_async_copy(source, destination, self.arrived.at(slot)));
-        }
-    }
-
-    /// Which of a block's keys each row sees: `[rows, keys]`.
-    fn seen(&self, rows: &Rows<'a>, block: Value<'a>) -> Value<'a> {
-        let k = self.k;
-        let dims = [self.plan.rows(), self.plan.keys()];
-        let row = quotient(k.iota(&dims, 0), self.plan.problem().group());
-        let key = k.iota(&dims, 1) + block * self.plan.keys();
-        let position = row + rows.origin;
-        let mut seen = row.greater_equal(rows.first) & row.less(rows.end) & key.less_equal(position);
-        if let Some(window) = self.plan.problem().sliding_window {
-            seen = seen & key.greater(position - window);
-        }
-        seen
-    }
-
-    /// K and V of one head of the block in `slot`: `[keys, head_dim]` each, V zero beyond the sequence.
-    fn keys_and_values(&self, head: usize, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>) -> [Value<'a>; 2] {
-        let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
-        let (heads, dim) = (self.plan.head_block(), problem.head_dim);
-        // `of` has `per_key` rows per key, of which one is wanted. Strided loads are of one tile's lanes.
-        let strided = |of: &Ref<'a>, per_key: usize, offset: usize| {
-            let load = |slot: usize| match dim > LANES {
-                true => of.slice(0, slot * keys, keys).slice(1, offset, 1).load().reshape(&[keys, dim]),
-                false => {
-                    let flat = if of.dims().len() == 2 { of.clone() } else { of.reshape(&[2 * keys * per_key, dim]) };
-                    flat.strided(0, slot * keys * per_key + offset, keys, per_key).load()
-                }
-            };
-            k.if_else(slot.equals(0), || load(0), || load(1))
-        };
-        let [key, value] = match problem.element {
-            Element::F32 => [0, 1].map(|half| strided(&self.kv, 2 * heads, 2 * head + half)),
-            _ => {
-                let words = match dim > LANES {
-                    true => self.kv.bitcast(Element::I32),
-                    false => self.kv.reshape(&[4 * keys * heads, dim]).bitcast(Element::I32),
-                };
-                let words = strided(&words, heads, head);
-                [words << 16, words & -65536].map(|half| half.bitcast(Element::F32))
+            for piece in 0..pieces {
+                let lanes = source.slice(2, piece * lanes, lanes);
+                let destination = self.kv.at((slot, piece)).slice(0, page * problem.page_size, problem.page_size);
+                let destination = destination.slice(1, 0, 2 * heads);
+                act(self.k.make_async_copy(lanes, destination, self.arrived.at(slot)));
             }
-        };
-        let live = (k.iota(&[keys, dim], 0) + block * keys).less(rows.kv_len);
-        [key, live.select(value, 0.0)].map(|half| half.cast(problem.element))
+        }
     }
 
-    /// One head's step of the online softmax.
-    fn update(&self, head: usize, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>, seen: Value<'a>) {
-        let (k, problem) = (self.k, self.plan.problem());
+    /// The pieces of a KV block as rows of 32-bit words, and how many rows belong to a key.
+    fn words(&self, kv: &Ref<'a>) -> (Vec<Ref<'a>>, usize) {
+        let [_, pieces, keys, per_key, lanes] = self.plan.kv_dims();
+        let rows = |piece| kv.at(piece).reshape(&[keys * per_key, lanes]);
+        match self.plan.problem().element {
+            Element::F32 => ((0..pieces).map(rows).collect(), per_key),
+            _ => ((0..pieces).map(|piece| rows(piece).bitcast(Element::I32)).collect(), per_key / 2),
+        }
+    }
+
+    /// K and V of one head of a block: `[keys, head_dim]` each.
+    fn keys_and_values(&self, head: usize, kv: &Ref<'a>) -> [Value<'a>; 2] {
+        let (pieces, stride) = self.words(kv);
+        let rows = |start| Strided { pieces: pieces.clone(), start, count: self.plan.keys(), stride }.load(self.k);
+        match self.plan.problem().element {
+            Element::F32 => [2 * head, 2 * head + 1].map(rows),
+            element => {
+                let words = rows(head);
+                [words << 16, words & -65536].map(|half| half.bitcast(Element::F32).cast(element))
+            }
+        }
+    }
+
+    /// One head's step of the online softmax over the keys from `first_key` on.
+    fn update(&self, head: usize, kv: &Ref<'a>, first_key: Value<'a>) {
+        let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
         let precision = match problem.element {
             Element::F32 => Precision::Fp32,
             _ => Precision::Default,
         };
-        let [key, value] = self.keys_and_values(head, rows, block, slot);
-        let dims = [self.plan.rows(), self.plan.keys()];
-        let zeros = k.zeros(Element::F32, &dims);
-        let mut logits =
-            k.dot_general(self.queries.at(head).load(), key, zeros, &DotDims::nt(), precision) * problem.scale;
-        if let Some(cap) = problem.soft_cap {
-            logits = (logits * (1.0 / cap)).tanh() * cap;
+        let [key, value] = self.keys_and_values(head, kv);
+        for start in (0..self.plan.rows()).step_by(CHUNK) {
+            let rows = CHUNK.min(self.plan.rows() - start);
+            let [queries, max, sum, acc] =
+                [&self.queries, &self.max, &self.sum, &self.acc].map(|of| of.at(head).slice(0, start, rows));
+            let dims = [rows, keys];
+            let logits = k.dot_general(queries.load(), key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
+            let logits = match problem.soft_cap {
+                None => logits * (problem.scale * LOG2_E),
+                Some(cap) => (logits * (problem.scale / cap)).tanh() * (cap * LOG2_E),
+            };
+            let last = self.last.slice(0, start, rows).load() - first_key;
+            let index = k.iota(&dims, 1);
+            let mut seen = index.less_equal(spread(k, last, keys));
+            if let Some(window) = problem.sliding_window {
+                seen = seen & index.greater(spread(k, last - window as i64, keys));
+            }
+            let logits = seen.select(logits, MASKED);
+
+            let old = max.load();
+            let new = old.maximum(logits.max(1));
+            let fade = (old - new).exp2();
+            let weights = (logits - spread(k, new, keys)).exp2();
+            max.store(new);
+            sum.store(fade * sum.load() + by_lane(weights));
+            let faded = acc.load() * spread(k, fade, problem.head_dim);
+            acc.store(k.dot_general(weights.cast(problem.element), value, faded, &DotDims::nn(), precision));
         }
-        let logits = seen.select(logits, MASKED);
-
-        let [max, sum, acc] = [&self.max, &self.sum, &self.acc].map(|of| of.at(head));
-        let old = column(max.load());
-        let new = old.maximum(logits.max(1));
-        let fade = (old - new).exp();
-        let weights = seen.select((logits - new).exp(), 0.0);
-        let lanes = [self.plan.rows(), LANES];
-        max.store(new.broadcast_to(&lanes));
-        sum.store((fade * column(sum.load()) + weights.sum(1)).broadcast_to(&lanes));
-        let faded = acc.load() * fade;
-        acc.store(k.dot_general(weights.cast(problem.element), value, faded, &DotDims::nn(), precision));
     }
 }
 
-/// The first column of a tile whose columns are all the same.
-fn column(tile: Value<'_>) -> Value<'_> {
+/// Every `stride`th row of rows that lie in pieces: strided accesses are of one tile's lanes.
+struct Strided<'a> {
+    pieces: Vec<Ref<'a>>,
+    start: usize,
+    count: usize,
+    stride: usize,
+}
+
+impl<'a> Strided<'a> {
+    fn views(&self) -> impl Iterator<Item = Ref<'a>> {
+        self.pieces.iter().map(|piece| piece.strided(0, self.start, self.count, self.stride))
+    }
+
+    fn load(&self, k: &'a Builder<'a>) -> Value<'a> {
+        joined(k, &self.views().map(|view| view.load()).collect::<Vec<_>>())
+    }
+
+    fn store(&self, value: Value<'a>) {
+        for (index, view) in self.views().enumerate() {
+            view.store(value.slice(&[0, index * LANES], &view.dims()));
+        }
+    }
+}
+
+/// Tiles side by side.
+fn joined<'a>(k: &'a Builder<'a>, tiles: &[Value<'a>]) -> Value<'a> {
+    if let [all] = tiles { *all } else { k.concatenate(tiles, 1) }
+}
+
+/// A tile of equal columns, made `width` columns wide.
+fn spread<'a>(k: &'a Builder<'a>, tile: Value<'a>, width: usize) -> Value<'a> {
     let rows = tile.dims()[0];
-    tile.slice(&[0, 0], &[rows, 1])
+    let pieces = (0..width).step_by(LANES).map(|lane| LANES.min(width - lane));
+    let pieces: Vec<_> =
+        pieces.map(|lanes| if lanes == LANES { tile } else { tile.slice(&[0, 0], &[rows, lanes]) }).collect();
+    joined(k, &pieces)
 }
 
-/// `index / divisor`, elementwise, for small non-negative indices: vectors have no integer division.
-fn quotient(index: Value<'_>, divisor: usize) -> Value<'_> {
-    match divisor {
-        1 => index,
-        _ if divisor.is_power_of_two() => index >> divisor.trailing_zeros(),
-        // Half a step from every edge: exact for indices below 2^20.
-        _ => ((index.cast(Element::F32) + 0.5) * (1.0 / divisor as f64)).floor().cast(Element::I32),
+/// `[rows, LANES]` whose sums over lanes are those of `tile`'s columns.
+fn by_lane(tile: Value<'_>) -> Value<'_> {
+    let (rows, columns) = (tile.dims()[0], tile.dims()[1]);
+    if !columns.is_multiple_of(LANES) {
+        // The same part of it in each lane: exact, the number of lanes is a power of two.
+        return (tile.sum(1) * (1.0 / LANES as f64)).broadcast_to(&[rows, LANES]);
     }
+    let piece = |lane| tile.slice(&[0, lane], &[rows, LANES]);
+    (LANES..columns).step_by(LANES).fold(piece(0), |sum, lane| sum + piece(lane))
 }
 
 #[cfg(test)]

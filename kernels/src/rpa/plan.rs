@@ -7,8 +7,9 @@
 //! A block of KV heads is a slice of the second-minor dimension of a page (`2 * kv_heads` rows), and copies take whole
 //! tiles of 8 rows: blocks are multiples of 4 heads that divide the heads, or all heads.
 //!
-//! `head_dim` that is no multiple of 128 lanes stays as it is: buffers are padded to whole lanes in VMEM (counted in the
-//! report), as the compiler pads the arrays in HBM. Nothing is copied around the kernel.
+//! `head_dim` below 128 lanes stays as it is: buffers are padded to whole lanes in VMEM (counted in the report), as the
+//! compiler pads the arrays in HBM. Above, it is a multiple of 128, and rows come in pieces of 128. Nothing is copied around
+//! the kernel.
 
 use std::{fmt, sync::LazyLock};
 
@@ -86,6 +87,16 @@ impl Plan {
     pub fn new(problem: Problem, chip: Chip, options: Options) -> Result<Self, PlanError> {
         let info = chip.info();
         let limit = scoped_limit(chip, options.vmem_limit)?;
+        if problem.head_dim > LANES && !problem.head_dim.is_multiple_of(LANES) {
+            return Err(PlanError {
+                key: "head_dim",
+                value: problem.head_dim.to_string(),
+                limit: format!(
+                    "is neither at most {LANES} nor a multiple of it, as rows are copied in pieces of {LANES}"
+                ),
+                fix: format!("pad it to {}", problem.head_dim.next_multiple_of(LANES)),
+            });
+        }
         if let Some(tiles) = options.tiles {
             check(&problem, tiles)?;
             return Ok(Self::with(problem, chip, tiles, limit));
@@ -132,6 +143,14 @@ impl Plan {
     /// Rows of one KV head's matrix products: each query row once per head of the group.
     pub fn rows(&self) -> usize {
         self.tiles.queries * self.problem.group()
+    }
+
+    pub(super) fn kv_dims(&self) -> [usize; 5] {
+        kv_dims(&self.problem, self.tiles, self.head_block)
+    }
+
+    pub(super) fn staging_dims(&self) -> [usize; 4] {
+        staging_dims(&self.problem, self.tiles, self.head_block)
     }
 
     /// The scoped VMEM limit that the kernel asks for.
@@ -282,23 +301,45 @@ fn head_block(problem: &Problem, chip: Chip) -> usize {
     if sliceable { share } else { heads }
 }
 
+/// Pieces of a row of `head_dim` elements, and lanes of each: what is accessed with strides must be one tile wide.
+fn pieces(problem: &Problem) -> [usize; 2] {
+    [problem.head_dim.div_ceil(LANES), problem.head_dim.min(LANES)]
+}
+
+/// Two KV blocks: `[2, pieces, keys, rows of a key, lanes]`. The rows of a key fill whole tiles, so that all rows of a
+/// block are one array.
+fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
+    let [pieces, lanes] = pieces(problem);
+    let rows = match 2 * head_block {
+        few @ (2 | 4) => few,
+        rows => rows.next_multiple_of(SUBLANES),
+    };
+    [2, pieces, tiles.kv_pages * problem.page_size, rows, lanes]
+}
+
+/// A block of q as f32: `[pieces, queries, heads, lanes]`, heads padded to whole tiles.
+fn staging_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 4] {
+    let [pieces, lanes] = pieces(problem);
+    [pieces, tiles.queries, (head_block * problem.group()).next_multiple_of(SUBLANES), lanes]
+}
+
 /// Every VMEM buffer, in the order of the kernel's operands.
 fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     let (element, dim, group) = (problem.element, problem.head_dim, problem.group());
     let rows = tiles.queries * group;
-    let keys = tiles.kv_pages * problem.page_size;
-    let [head_steps, query_steps] = grid(problem, tiles, head_block);
-    // An array that is one block has one buffer: there is no next block to fetch meanwhile.
-    let copies = if head_steps * query_steps > 1 { 2 } else { 1 };
+    let [_, query_steps] = grid(problem, tiles, head_block);
+    // A window that never moves has one buffer: there is no next block to fetch meanwhile. Blocks of heads are one to a core.
+    let copies = if query_steps > 1 { 2 } else { 1 };
     let block = [tiles.queries, head_block * group, dim];
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
     VmemReport {
         buffers: vec![
             Buffer::new("q", BufferKind::InputWindow, element, &block, copies),
             Buffer::new("out", BufferKind::OutputWindow, element, &block, copies),
-            scratch("kv", element, &[2 * keys, 2 * head_block, dim]),
+            scratch("kv", element, &kv_dims(problem, tiles, head_block)),
             scratch("queries", element, &[head_block, rows, dim]),
-            scratch("staging", Element::F32, &block),
+            scratch("staging", Element::F32, &staging_dims(problem, tiles, head_block)),
+            scratch("last", Element::I32, &[rows, LANES]),
             scratch("max", Element::F32, &[head_block, rows, LANES]),
             scratch("sum", Element::F32, &[head_block, rows, LANES]),
             scratch("acc", Element::F32, &[head_block, rows, dim]),
