@@ -48,7 +48,7 @@ pub(in crate::cli) struct RunArgs {
     /// Compare the result: with the f64 reference, or with the StableHLO form on a plugin.
     #[arg(long, global = true, value_enum)]
     check_against: Option<Judge>,
-    /// Query rows and keys of each sequence of an attention's batch, instead of random ones.
+    /// Query rows and keys of each sequence of an attention's batch, or none, instead of random ones.
     #[arg(long, global = true, value_name = "ROWS/KEYS,...")]
     lengths: Option<String>,
     /// When copies land on the tile machine: early, late, random:SEED; all: each of them, the results must be the same.
@@ -94,8 +94,12 @@ struct Report {
     outputs: Vec<Output>,
     #[serde(skip_serializing_if = "Option::is_none")]
     fault: Option<Box<Fault>>,
+    /// The result depends on when copies land.
     #[serde(skip_serializing_if = "Option::is_none")]
     order_dependent: Option<String>,
+    /// The module declares other VMEM buffers than its plan.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unplanned: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     check: Option<Check>,
 }
@@ -345,7 +349,10 @@ fn run_case(
         aliases: kernel.aliases(),
         inputs: inputs_line(args, case.describe()),
     };
+    // What the plan counted belongs to what is checked.
+    let vmem = args.check_against.map_or(Ok(()), |_| case.mosaic().check_vmem(&program));
     let mut report = execute(program, case.mosaic().machine(), dma, call)?;
+    report.told.unplanned = vmem.err().map(|error| error.to_string());
     if let (Some(judge), Some(output)) = (args.check_against, report.first.take()) {
         report.told.check = Some(check(args, judge, case, &output)?);
     }
@@ -435,6 +442,7 @@ fn execute(program: Program, machine: Machine, orders: &[DmaOrder], call: Call) 
         outputs: vec![],
         fault: None,
         order_dependent: None,
+        unplanned: None,
         check: None,
     };
     let mut outputs: Option<Vec<HostTensor>> = None;
@@ -551,6 +559,7 @@ fn plugin_report(
         outputs: outputs.iter().enumerate().map(|(at, array)| Output::of(&format!("result{at}"), array)).collect(),
         fault: None,
         order_dependent: None,
+        unplanned: None,
         check: checked,
     })
 }
@@ -616,7 +625,7 @@ fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
             eprintln!("error: {fault}");
             works = false;
         }
-        if let Some(message) = &report.order_dependent {
+        for message in report.order_dependent.iter().chain(&report.unplanned) {
             eprintln!("error: {}: {message}", report.kernel);
             works = false;
         }
