@@ -227,7 +227,7 @@ fn lengths() -> impl Strategy<Value = (usize, usize)> {
 }
 
 fn attentions() -> impl Strategy<Value = Case> {
-    let heads = (select(vec![1_usize, 2, 3, 4, 8]), 1_usize..=8, select(vec![64_usize, 80, 128, 192, 256]));
+    let heads = (select(vec![1_usize, 2, 3, 4, 8]), 1_usize..=8, select(vec![64_usize, 80, 128, 256]));
     let pages = (select(vec![1_usize, 7, 8, 16, 32, 64]), 1_usize..=4);
     let options =
         (any::<bool>(), any::<bool>(), 1_usize..=3, prop::option::of(1_usize..100), prop::option::of(1_u8..30));
@@ -346,9 +346,10 @@ fn a_line_runs_a_case_again() {
                 assert_eq!(told[0]["check"]["agrees"], true, "pagoda {line}\n{told}");
                 if let Some(counters) = counters {
                     let largest = output.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                    let expected = (serde_json::to_value(counters).unwrap(), largest.into());
-                    let result = (told[0]["counters"].clone(), told[0]["outputs"][0]["max"].clone());
-                    assert_eq!(result, expected, "pagoda {line}");
+                    assert_eq!(told[0]["counters"], serde_json::to_value(counters).unwrap(), "pagoda {line}");
+                    // Outputs are f32 at most; JSON's readers round the last bit of f64.
+                    let max = told[0]["outputs"][0]["max"].as_f64().map(|max| max as f32);
+                    assert_eq!(max, Some(largest as f32), "pagoda {line}");
                 }
             }
         }
