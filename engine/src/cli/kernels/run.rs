@@ -24,7 +24,10 @@ const MAX_ARRAYS: Bytes = Bytes::gib(8);
 
 /// What `pagoda run` takes.
 #[derive(Debug, Args)]
-#[command(subcommand_negates_reqs = true, args_conflicts_with_subcommands = false)]
+#[command(
+    subcommand_negates_reqs = true,
+    override_usage = "pagoda run [OPTIONS] <FILE>\n       pagoda run [OPTIONS] matmul|rpa <PROBLEM>"
+)]
 pub(in crate::cli) struct RunArgs {
     /// A kernel that `pagoda emit` wrote (readable or wire form), any StableHLO module with Mosaic kernels, or with
     /// --plugin a plain StableHLO module. Or, instead of a file, a kernel to emit and run: matmul or rpa.
