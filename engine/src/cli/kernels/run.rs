@@ -57,6 +57,12 @@ pub(in crate::cli) struct RunArgs {
     /// When copies land on the tile machine: early, late, random:SEED; all: each of them, the results must be the same.
     #[arg(long, global = true, default_value = "late", value_name = "ORDER")]
     dma: String,
+    /// Let kernels load memory that nobody wrote (NaN here) and select something else, as some of JAX's do.
+    #[arg(long, global = true)]
+    allow_unwritten_reads: bool,
+    /// Let kernels leave elements of their outputs unwritten (NaN here), such as rows of padding.
+    #[arg(long, global = true)]
+    allow_unwritten_outputs: bool,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -354,7 +360,7 @@ fn run_case(
     };
     // What the plan counted belongs to what is checked.
     let vmem = args.check_against.map_or(Ok(()), |_| case.mosaic().check_vmem(&program));
-    let mut report = execute(program, case.mosaic().machine(), dma, call)?;
+    let mut report = execute(args, program, case.mosaic().machine(), dma, call)?;
     report.told.unplanned = vmem.err().map(|error| error.to_string());
     if let (Some(judge), Some(output)) = (args.check_against, report.first.take()) {
         report.told.check = Some(check(args, judge, case, &output)?);
@@ -413,7 +419,7 @@ fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file
             aliases: &call.aliases,
             inputs: inputs_line(args, None),
         };
-        reports.push(execute(program, machine, dma, call)?.told);
+        reports.push(execute(args, program, machine, dma, call)?.told);
     }
     Ok(reports)
 }
@@ -433,7 +439,7 @@ struct Executed {
 }
 
 /// Runs the call once under each of `orders`, until one faults or gives another result than the first.
-fn execute(program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
+fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
     let program = program.with_aliases(call.aliases);
     let signature = program.signature().clone().with_outputs(call.results.len());
     let mut told = Report {
@@ -452,7 +458,13 @@ fn execute(program: Program, machine: Machine, orders: &[DmaOrder], call: Call) 
     let mut done: Vec<String> = vec![];
     for &dma in orders {
         done.push(order_name(dma));
-        match program.run(&Machine { dma, ..machine }, call.operands, call.results) {
+        let machine = Machine {
+            dma,
+            allow_unwritten_reads: args.allow_unwritten_reads,
+            allow_unwritten_outputs: args.allow_unwritten_outputs,
+            ..machine
+        };
+        match program.run(&machine, call.operands, call.results) {
             Err(fault) => {
                 // Which order found it.
                 (told.dma, told.fault) = (done.pop(), Some(fault));
