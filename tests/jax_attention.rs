@@ -5,7 +5,7 @@ use pagoda_ir::mosaic::wire;
 use pagoda_ir::tile_machine::{DmaOrder, FaultKind, Machine, Program};
 use pagoda_ir::{Context, Element, HostTensor};
 use pagoda_kernels::check::{compare, tolerance};
-use pagoda_kernels::rpa::{Kind, Problem, Spec, reference};
+use pagoda_kernels::rpa::{Kind, Problem, Spec, mosaic, reference};
 use pagoda_kernels::strategies::rpa_inputs_of;
 
 /// The problem of `ragged_paged_attention.py`.
@@ -39,22 +39,10 @@ fn jax_attention_agrees_with_the_reference_under_every_order_of_copies() {
     let program = Program::decode(&opened.module).unwrap().with_aliases(&call.aliases);
     let (types, results) = call.types.clone().expect("text tells the types");
     for lengths in [&[(9, 48), (1, 55), (3, 20)][..], &[(24, 24)], &[(1, 64), (1, 1), (1, 17), (1, 33)]] {
-        let mut inputs = rpa_inputs_of(&problem, lengths, 3);
-        // Unlike ours, this kernel wants ids of pages that exist, live or not, and numbers in them.
-        let batch = inputs.batch.to_tensors().map(|array| {
-            let most = problem.pages as i32 - 1;
-            let tame = |value: &i32| (*value).clamp(0, if array.dims().len() == 2 { most } else { i32::MAX });
-            HostTensor::new(array.dims(), &array.as_slice::<i32>().iter().map(tame).collect::<Vec<_>>())
-        });
-        for array in [&mut inputs.q, &mut inputs.kv_pages] {
-            let numbers = array.to_f64().into_iter().map(|value| if value.is_nan() { 0.0 } else { value });
-            *array = HostTensor::from_f64(Element::Bf16, array.dims(), &numbers.collect::<Vec<_>>());
-        }
-        let [q, kv_pages] = [inputs.q.clone(), inputs.kv_pages.clone()];
-        let [kv_lens, page_indices, cu_q_lens, num_seqs] = batch;
+        let inputs = rpa_inputs_of(&problem, lengths, 3);
+        let mut operands = mosaic::operands(&problem, &inputs);
         // Its own state: the buffer in use and the sequence that it is at.
-        let state = HostTensor::new(&[2], &[0_i32, 0]);
-        let operands = [kv_lens, page_indices, cu_q_lens, state, num_seqs, q, kv_pages];
+        operands.insert(3, HostTensor::new(&[2], &[0_i32, 0]));
         assert!(operands.iter().zip(&types).all(|(array, ty)| array.dims() == ty.dims));
         let expected = reference(&problem, &inputs);
         let live = inputs.batch.rows() * problem.q_heads * problem.head_dim;
