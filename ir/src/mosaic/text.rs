@@ -1,6 +1,6 @@
 //! Kernels as people read and edit them: MLIR's text, with buffers under the names that the kernel's author gave them.
 //!
-//! MLIR keeps no names of values but those in locations, and its text leaves locations out: [`print`] writes the name of
+//! MLIR keeps no names of values but those in locations, and its text leaves locations out: [`print()`] writes the name of
 //! an argument as its SSA name, and [`parse`] turns it into a location again.
 
 use std::ffi::c_void;

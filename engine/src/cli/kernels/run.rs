@@ -24,7 +24,10 @@ const MAX_ARRAYS: Bytes = Bytes::gib(8);
 
 /// What `pagoda run` takes.
 #[derive(Debug, Args)]
-#[command(subcommand_negates_reqs = true, args_conflicts_with_subcommands = false)]
+#[command(
+    subcommand_negates_reqs = true,
+    override_usage = "pagoda run [OPTIONS] <FILE>\n       pagoda run [OPTIONS] matmul|rpa <PROBLEM>"
+)]
 pub(in crate::cli) struct RunArgs {
     /// A kernel that `pagoda emit` wrote (readable or wire form), any StableHLO module with Mosaic kernels, or with
     /// --plugin a plain StableHLO module. Or, instead of a file, a kernel to emit and run: matmul or rpa.
@@ -48,12 +51,18 @@ pub(in crate::cli) struct RunArgs {
     /// Compare the result: with the f64 reference, or with the StableHLO form on a plugin.
     #[arg(long, global = true, value_enum)]
     check_against: Option<Judge>,
-    /// Query rows and keys of each sequence of an attention's batch, instead of random ones.
+    /// Query rows and keys of each sequence of an attention's batch, or none, instead of random ones.
     #[arg(long, global = true, value_name = "ROWS/KEYS,...")]
     lengths: Option<String>,
     /// When copies land on the tile machine: early, late, random:SEED; all: each of them, the results must be the same.
     #[arg(long, global = true, default_value = "late", value_name = "ORDER")]
     dma: String,
+    /// Let kernels load memory that nobody wrote (NaN here) and select something else, as some of JAX's do.
+    #[arg(long, global = true)]
+    allow_unwritten_reads: bool,
+    /// Let kernels leave elements of their outputs unwritten (NaN here), such as rows of padding.
+    #[arg(long, global = true)]
+    allow_unwritten_outputs: bool,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -94,8 +103,12 @@ struct Report {
     outputs: Vec<Output>,
     #[serde(skip_serializing_if = "Option::is_none")]
     fault: Option<Box<Fault>>,
+    /// The result depends on when copies land.
     #[serde(skip_serializing_if = "Option::is_none")]
     order_dependent: Option<String>,
+    /// The module declares other VMEM buffers than its plan.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unplanned: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     check: Option<Check>,
 }
@@ -345,7 +358,10 @@ fn run_case(
         aliases: kernel.aliases(),
         inputs: inputs_line(args, case.describe()),
     };
-    let mut report = execute(program, case.mosaic().machine(), dma, call)?;
+    // What the plan counted belongs to what is checked.
+    let vmem = args.check_against.map_or(Ok(()), |_| case.mosaic().check_vmem(&program));
+    let mut report = execute(args, program, case.mosaic().machine(), dma, call)?;
+    report.told.unplanned = vmem.err().map(|error| error.to_string());
     if let (Some(judge), Some(output)) = (args.check_against, report.first.take()) {
         report.told.check = Some(check(args, judge, case, &output)?);
     }
@@ -403,7 +419,7 @@ fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file
             aliases: &call.aliases,
             inputs: inputs_line(args, None),
         };
-        reports.push(execute(program, machine, dma, call)?.told);
+        reports.push(execute(args, program, machine, dma, call)?.told);
     }
     Ok(reports)
 }
@@ -423,7 +439,7 @@ struct Executed {
 }
 
 /// Runs the call once under each of `orders`, until one faults or gives another result than the first.
-fn execute(program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
+fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
     let program = program.with_aliases(call.aliases);
     let signature = program.signature().clone().with_outputs(call.results.len());
     let mut told = Report {
@@ -435,13 +451,20 @@ fn execute(program: Program, machine: Machine, orders: &[DmaOrder], call: Call) 
         outputs: vec![],
         fault: None,
         order_dependent: None,
+        unplanned: None,
         check: None,
     };
     let mut outputs: Option<Vec<HostTensor>> = None;
     let mut done: Vec<String> = vec![];
     for &dma in orders {
         done.push(order_name(dma));
-        match program.run(&Machine { dma, ..machine }, call.operands, call.results) {
+        let machine = Machine {
+            dma,
+            allow_unwritten_reads: args.allow_unwritten_reads,
+            allow_unwritten_outputs: args.allow_unwritten_outputs,
+            ..machine
+        };
+        match program.run(&machine, call.operands, call.results) {
             Err(fault) => {
                 // Which order found it.
                 (told.dma, told.fault) = (done.pop(), Some(fault));
@@ -551,6 +574,7 @@ fn plugin_report(
         outputs: outputs.iter().enumerate().map(|(at, array)| Output::of(&format!("result{at}"), array)).collect(),
         fault: None,
         order_dependent: None,
+        unplanned: None,
         check: checked,
     })
 }
@@ -616,7 +640,7 @@ fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
             eprintln!("error: {fault}");
             works = false;
         }
-        if let Some(message) = &report.order_dependent {
+        for message in report.order_dependent.iter().chain(&report.unplanned) {
             eprintln!("error: {}: {message}", report.kernel);
             works = false;
         }
