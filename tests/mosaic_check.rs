@@ -343,6 +343,55 @@ fn five_thousand_attentions_agree_with_the_reference() {
     property(5_000, RngSeed::Random, attentions());
 }
 
+/// Sizes that random cases do not reach, in the tiles that the planner chooses: several chunks to a tile, long contexts.
+#[test]
+fn planned_tiles_agree_with_the_reference() {
+    use Element::{Bf16, F32};
+    let agrees = |case: MosaicCase, chip: Chip| {
+        check_mosaic(case, 1, None).unwrap_or_else(|error| panic!("{chip}: {error}"));
+    };
+    let gated = Epilogue { activation: Activation::SiluGate, ..Epilogue::NONE };
+    for (sizes, input, output, layout, epilogue) in [
+        ([700, 900, 650], Bf16, Bf16, Layout::RowMajor, Epilogue::NONE),
+        ([300, 520, 300], F32, F32, Layout::WeightTransposed, Epilogue { residual: true, ..Epilogue::NONE }),
+        ([8, 2048, 1024], Bf16, F32, Layout::RowMajor, gated),
+        ([16, 1024, 768], Bf16, Bf16, Layout::FeatureMajor, gated),
+    ] {
+        let [m, k, n] = sizes;
+        let problem = matmul::Problem::new(matmul::Spec { m, k, n, input, output, layout, epilogue }).unwrap();
+        let inputs = random::matmul_inputs(&problem, 1);
+        for chip in [Chip::V4, Chip::V6e] {
+            let plan = matmul::plan::Plan::new(problem, chip, matmul::plan::Options::default()).unwrap();
+            agrees(MosaicCase::Matmul(&plan, &inputs), chip);
+        }
+    }
+    for (element, head_dim) in [(Bf16, 128), (F32, 64)] {
+        let problem = rpa::Problem::new(rpa::Spec {
+            kind: Kind::Mixed,
+            element,
+            tokens: 200,
+            q_heads: 8,
+            kv_heads: 2,
+            head_dim,
+            page_size: 128,
+            pages: 40,
+            layers: 1,
+            max_seqs: 4,
+            pages_per_seq: 10,
+            scale: (head_dim as f64).powf(-0.5),
+            sliding_window: None,
+            soft_cap: None,
+        });
+        let problem = problem.unwrap();
+        let lengths = [(1, 1280), (150, 700), (30, 30), (1, 129)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+        let inputs = random::rpa_inputs_of(&problem, &lengths, 0, 1);
+        for chip in [Chip::V4, Chip::V6e] {
+            let plan = rpa::plan::Plan::new(problem.clone(), chip, rpa::plan::Options::default()).unwrap();
+            agrees(MosaicCase::Rpa(&plan, &inputs), chip);
+        }
+    }
+}
+
 /// The compiler's cycles are those of kernels of one batch: they must do what the kernel of any batch does.
 #[test]
 fn a_kernel_of_one_batch_does_the_same() {
