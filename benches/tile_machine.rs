@@ -1,6 +1,6 @@
 //! Our own parts of the Mosaic kernels: the tile machine at a matmul beside the CPU plugin's dot, and at an attention;
-//! planning; and emission, from the problem to the custom call that carries the kernel. What the issue of each asks for
-//! stands beside the measurement on stderr.
+//! planning; and emission, from the problem to the custom call that carries the kernel. Each figure stands beside its bound
+//! on stderr.
 
 use std::time::{Duration, Instant};
 

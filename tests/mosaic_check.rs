@@ -6,9 +6,15 @@
 use std::{error::Error, process};
 
 use pagoda_engine::pjrt::{Client, Plugin, PluginChoice};
-use pagoda_ir::{Element, HostTensor, stablehlo::Module, tile_machine::Run};
+use pagoda_ir::{
+    Context, Element, HostTensor,
+    stablehlo::Module,
+    tile_machine::{Program, Run},
+};
 use pagoda_kernels::{
-    CheckError, MosaicCase, Runner, check, check_mosaic,
+    CheckError, MosaicCase, Runner, check,
+    check::check_program,
+    check_mosaic,
     chips::Chip,
     matmul::{self, Activation, Epilogue, Layout},
     random::{self, Lengths},
@@ -282,11 +288,25 @@ impl Runner for Cpu {
     }
 }
 
+/// Tests `cases` cases, and shrinks the one that fails.
+fn drawn(
+    cases: u32,
+    rng_seed: RngSeed,
+    strategy: impl Strategy<Value = Case>,
+    test: impl Fn(Case) -> Result<(), TestCaseError>,
+) {
+    let config = Config { cases, rng_seed, failure_persistence: None, ..Config::default() };
+    match TestRunner::new(config).run(&strategy, test) {
+        Ok(()) => {}
+        Err(TestError::Fail(reason, _)) => panic!("{reason}"),
+        Err(TestError::Abort(reason)) => panic!("{reason}"),
+    }
+}
+
 /// Checks `cases` cases.
 fn property(cases: u32, rng_seed: RngSeed, strategy: impl Strategy<Value = Case>) {
     let cpu = Cpu::new();
-    let config = Config { cases, rng_seed, failure_persistence: None, ..Config::default() };
-    let checked = TestRunner::new(config).run(&strategy, |case| {
+    drawn(cases, rng_seed, strategy, |case| {
         let again = |error: CheckError, on: &str| {
             TestCaseError::fail(format!("{error}\nagain: pagoda {} {on}", case.command()))
         };
@@ -296,11 +316,6 @@ fn property(cases: u32, rng_seed: RngSeed, strategy: impl Strategy<Value = Case>
         }
         Ok(())
     });
-    match checked {
-        Ok(()) => {}
-        Err(TestError::Fail(reason, _)) => panic!("{reason}"),
-        Err(TestError::Abort(reason)) => panic!("{reason}"),
-    }
 }
 
 /// The same cases every time.
@@ -326,6 +341,71 @@ fn five_thousand_matmuls_agree_with_the_reference() {
 #[ignore = "half an hour of CPU, other cases every time: `make nightly`"]
 fn five_thousand_attentions_agree_with_the_reference() {
     property(5_000, RngSeed::Random, attentions());
+}
+
+/// Sizes that random cases do not reach, in the tiles that the planner chooses: several chunks to a tile, long contexts.
+#[test]
+fn planned_tiles_agree_with_the_reference() {
+    use Element::{Bf16, F32};
+    let agrees = |case: MosaicCase, chip: Chip| {
+        check_mosaic(case, 1, None).unwrap_or_else(|error| panic!("{chip}: {error}"));
+    };
+    let gated = Epilogue { activation: Activation::SiluGate, ..Epilogue::NONE };
+    for (sizes, input, output, layout, epilogue) in [
+        ([700, 900, 650], Bf16, Bf16, Layout::RowMajor, Epilogue::NONE),
+        ([300, 520, 300], F32, F32, Layout::WeightTransposed, Epilogue { residual: true, ..Epilogue::NONE }),
+        ([8, 2048, 1024], Bf16, F32, Layout::RowMajor, gated),
+        ([16, 1024, 768], Bf16, Bf16, Layout::FeatureMajor, gated),
+    ] {
+        let [m, k, n] = sizes;
+        let problem = matmul::Problem::new(matmul::Spec { m, k, n, input, output, layout, epilogue }).unwrap();
+        let inputs = random::matmul_inputs(&problem, 1);
+        for chip in [Chip::V4, Chip::V6e] {
+            let plan = matmul::plan::Plan::new(problem, chip, matmul::plan::Options::default()).unwrap();
+            agrees(MosaicCase::Matmul(&plan, &inputs), chip);
+        }
+    }
+    for (element, head_dim) in [(Bf16, 128), (F32, 64)] {
+        let problem = rpa::Problem::new(rpa::Spec {
+            kind: Kind::Mixed,
+            element,
+            tokens: 200,
+            q_heads: 8,
+            kv_heads: 2,
+            head_dim,
+            page_size: 128,
+            pages: 40,
+            layers: 1,
+            max_seqs: 4,
+            pages_per_seq: 10,
+            scale: (head_dim as f64).powf(-0.5),
+            sliding_window: None,
+            soft_cap: None,
+        });
+        let problem = problem.unwrap();
+        let lengths = [(1, 1280), (150, 700), (30, 30), (1, 129)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+        let inputs = random::rpa_inputs_of(&problem, &lengths, 0, 1);
+        for chip in [Chip::V4, Chip::V6e] {
+            let plan = rpa::plan::Plan::new(problem.clone(), chip, rpa::plan::Options::default()).unwrap();
+            agrees(MosaicCase::Rpa(&plan, &inputs), chip);
+        }
+    }
+}
+
+/// The compiler's cycles are those of kernels of one batch: they must do what the kernel of any batch does.
+#[test]
+fn a_kernel_of_one_batch_does_the_same() {
+    drawn(60, ALWAYS, attentions(), |case| {
+        let checked = case.with(|case| {
+            let MosaicCase::Rpa(plan, inputs) = case else { unreachable!("attentions are drawn") };
+            let context = Context::new();
+            let kernel = rpa::mosaic::kernel_of_batch(&context, plan, &inputs.batch)?;
+            check_program(case, &Program::decode(kernel.module())?, 1)
+        });
+        let failed =
+            |error| TestCaseError::fail(format!("{error}\nthe kernel of the batch of pagoda {}", case.command()));
+        checked.map(|_| ()).map_err(failed)
+    });
 }
 
 /// The line that a failure ends in runs the same kernel on the same inputs.

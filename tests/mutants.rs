@@ -239,6 +239,12 @@ fn rpa_plan() -> rpa::plan::Plan {
     rpa::plan::Plan::new(problem.unwrap(), Chip::V5p, options).unwrap()
 }
 
+/// Decode rows, an empty sequence, chunks of prompts; one to six pages.
+fn rpa_inputs(problem: &rpa::Problem) -> rpa::Inputs {
+    let lengths = [(1, 90), (0, 5), (13, 80), (9, 41), (1, 10)];
+    random::rpa_inputs_of(problem, &lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len }), 1, 1)
+}
+
 /// The KV copies in the text: those before the loop over KV blocks, those of the next block, and the waits.
 const FIRST: usize = 0;
 const NEXT: usize = 2;
@@ -364,7 +370,51 @@ const ATTENTIONS: &[Mutant] = {
 #[test]
 fn mutants_of_attention_are_caught() {
     let plan = rpa_plan();
-    let lengths = [(1, 90), (0, 5), (13, 80), (9, 41), (1, 20)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
-    let inputs = random::rpa_inputs_of(plan.problem(), &lengths, 1, 1);
+    let inputs = rpa_inputs(plan.problem());
     assert_caught(MosaicCase::Rpa(&plan, &inputs), ATTENTIONS);
+}
+
+/// Every effect and every condition matters: without any one of the stores, copies and waits, and with any one of the
+/// comparisons negated, a kernel is caught.
+fn assert_nothing_is_superfluous(case: MosaicCase) {
+    const EFFECTS: [&str; 4] = ["vector_store", "strided_store", "enqueue_dma", "wait_dma2"];
+    const NEGATED: [(&str, &str); 6] = [
+        (" eq, ", " ne, "),
+        (" slt, ", " sge, "),
+        (" sge, ", " slt, "),
+        (" sle, ", " sgt, "),
+        (" sgt, ", " sle, "),
+        (" ogt, ", " ule, "),
+    ];
+    let context = Context::new();
+    let emitted = Emitted::new(&case.kernel(&context).unwrap());
+    let (mut mutants, mut uncaught) = (0, Vec::new());
+    for (number, line) in emitted.lines.iter().enumerate() {
+        let effect = EFFECTS.iter().any(|effect| line.contains(&format!("tpu.{effect}\"")));
+        let negation = NEGATED.iter().filter(|_| line.contains("arith.cmp")).find(|(from, _)| line.contains(from));
+        let mutant = match negation {
+            Some((from, to)) => emitted.replaced(number, from, to),
+            None if effect => emitted.without(number),
+            None => continue,
+        };
+        mutants += 1;
+        if !matches!(judge(case, &mutant), Ok(Some(_))) {
+            uncaught.push(format!("line {number}: {line}"));
+        }
+    }
+    assert!(mutants >= 5 && uncaught.is_empty(), "of {mutants}:\n{}", uncaught.join("\n"));
+}
+
+#[test]
+fn nothing_of_matmul_is_superfluous() {
+    let plan = matmul_plan();
+    let inputs = random::matmul_inputs(plan.problem(), 1);
+    assert_nothing_is_superfluous(MosaicCase::Matmul(&plan, &inputs));
+}
+
+#[test]
+fn nothing_of_attention_is_superfluous() {
+    let plan = rpa_plan();
+    let inputs = rpa_inputs(plan.problem());
+    assert_nothing_is_superfluous(MosaicCase::Rpa(&plan, &inputs));
 }
