@@ -6,6 +6,9 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use pagoda_engine::pjrt::Kind;
+use pagoda_ir::mosaic::{self, Semantics, Window};
+use pagoda_ir::{Context, Element, stablehlo::Module};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -122,8 +125,7 @@ fn planted_faults_are_told_in_full() {
     let inputs = "--lengths 9/48,1/55 --random 7";
     fs::write(dir.path().join("race.mlir"), without("tpu.wait_dma2")).unwrap();
     let kernel = "kernel `rpa-p16-bq8-kv2`: ";
-    let race =
-        ["read of a buffer whose DMA is in flight", "tpu.strided_load at race.mlir:", "buffer `kv` at [16, 0, 0]"];
+    let race = ["read of a buffer whose DMA is in flight", "tpu.strided_load at race.mlir:", "buffer `kv` at [0, 0, "];
     let dma = ["grid step [0, 0]", "DMA from `kv_pages` to `kv` started at race.mlir:"];
     refused(dir.path(), &format!("run race.mlir {inputs}"), 1, &[&[kernel][..], &race, &dma].concat());
     let output = pagoda_in(dir.path(), &format!("run race.mlir {inputs} --dma all --json"));
@@ -236,6 +238,23 @@ fn kernels_of_others_are_inspected_and_run() {
     fs::write(dir.path().join("rpa.mlir"), wire.split_once('\n').unwrap().1).unwrap();
     let report = json(&done(dir.path(), "run rpa.mlir --random 1 --json"));
     assert!(report[0]["counters"]["mxu_flops"].as_u64() > Some(0), "{report}");
+    // Bytecode, as `jax.export` writes it: the kernels are found, the types of the calls are not.
+    let context = Context::new();
+    let kernel = mosaic::kernel(&context, "twice", |k| {
+        k.grid([(1, Semantics::Arbitrary)]);
+        let x = k.input("x", Element::F32, &[8, 128], Window::whole(&[8, 128]));
+        let y = k.output("y", Element::F32, &[8, 128], Window::whole(&[8, 128]));
+        y.store(x.load() * 2.0);
+    });
+    let kernel = kernel.unwrap();
+    let module = Module::new(&context, "main");
+    module.function("main", &kernel.inputs(), |b, operands| kernel.call(b, operands)).unwrap();
+    fs::write(dir.path().join("twice.bc"), module.bytecode()).unwrap();
+    let kernels = json(&done(dir.path(), "inspect twice.bc --json"));
+    assert_eq!((&kernels[0]["name"], &kernels[0]["buffers"][1]["name"]), (&"twice".into(), &"y".into()), "{kernels}");
+    refused(dir.path(), "run twice.bc", 2, &["the sizes of its arrays", "as text"]);
+    fs::write(dir.path().join("twice.mlir"), module.text()).unwrap();
+    done(dir.path(), "run twice.mlir --dma all");
     // A plain module.
     let plain = "module { func.func @main(%a: tensor<2x2xf32>) -> tensor<2x2xf32> {
         %0 = stablehlo.add %a, %a : tensor<2x2xf32> return %0 : tensor<2x2xf32> } }";
@@ -255,6 +274,7 @@ fn bad_problems_are_one_clear_error() {
     let cases: &[(&str, &[&str])] = &[
         ("matmul --m 0 --n 8 --k 8", &["m = 0 is below 1"]),
         (&format!("matmul --m {huge} --n 8 --k 8"), &["m = ", "is beyond"]),
+        ("matmul --m 1000000000 --n 8 --k 1000000000", &["m * k = 1000000000000000000 is beyond 1099511627776"]),
         ("matmul --m 8 --n 8 --k -1", &["--k"]),
         ("matmul --m 8 --n 8", &["--k"]),
         ("matmul --m 8 --n 8 --k 8 --dtype fp8", &["fp8", "bf16"]),
@@ -267,6 +287,7 @@ fn bad_problems_are_one_clear_error() {
         (&rpa("24x8x128", "24x8"), &["q = 24x8 is not TOKENSxHEADSxHEAD_DIM"]),
         (&rpa("24x8x128", "0x8x128"), &["tokens = 0 is below 1"]),
         (&rpa("24x8x128", "99999999999x8x128"), &["tokens", "is beyond"]),
+        (&rpa("24x8x128", &format!("24x8x{huge}")), &["tokens * q_heads * head_dim = [24, 8, ", "is beyond"]),
         (&rpa("--kv-heads 2", "--kv-heads 3"), &["q_heads = 8 is no multiple of kv_heads = 3"]),
         (&rpa("--kv-heads 2", "--kv-heads 0"), &["kv_heads = 0 is below 1"]),
         (&rpa("--page-size 16", "--page-size 0"), &["page-size = 0 is below 1"]),
@@ -284,7 +305,7 @@ fn bad_problems_are_one_clear_error() {
             }
         }
     }
-    let large = "--m 1000000000 --n 1000000000 --k 1000000000";
+    let large = "--m 1000000 --n 1000000 --k 1000000";
     done(Path::new("."), &format!("plan matmul {large}"));
     for (line, words) in [
         ("certify matmul --m 8 --n 8 --k 8 --timeout 0", &["timeout = 0"][..]),
@@ -391,6 +412,13 @@ fn a_missing_libtpu_is_named_with_the_remedy() {
         assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
         assert!(stderr(&output).contains("plugin tpu: ") && stderr(&output).contains("pagoda doctor"));
     }
+    // A plugin that compiles for no TPU.
+    let cpu = Kind::Cpu.locate().expect("the CPU plugin: run `make setup`").path;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pagoda"));
+    let output = command.args(["certify", "matmul", "--m", "8", "--n", "8", "--k", "8"]).env("PAGODA_PLUGIN_TPU", cpu);
+    let output = output.output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("plugin tpu: libtpu refused the program"), "{}", stderr(&output));
 }
 
 #[test]

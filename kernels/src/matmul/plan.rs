@@ -503,7 +503,8 @@ impl<'p> Blocks<'p> {
 
     /// Whether each core has one block, and that in one step: the cores share the blocks of rows and columns.
     fn one_step_per_core(&self, chip: Chip) -> bool {
-        self.counts.iter().product::<usize>() <= chip.info().cores && self.counts[2] == 1
+        let [rows, columns, steps] = self.counts;
+        steps == 1 && rows.saturating_mul(columns) <= chip.info().cores
     }
 
     /// Size of a block and number of blocks along an axis.
