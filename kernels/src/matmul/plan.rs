@@ -472,8 +472,8 @@ impl<'p> Blocks<'p> {
 
     /// Windows of each side: the weight of a gated product has two.
     fn sides(&self) -> [usize; 2] {
-        let count = |side| windows(self.problem).iter().filter(|window| window.side == side).count();
-        [count(Side::Left), count(Side::Right)]
+        let weights = if gated(self.problem) { 2 } else { 1 };
+        if self.problem.layout == Layout::FeatureMajor { [weights, 1] } else { [1, weights] }
     }
 
     /// Every VMEM buffer, in the order of the kernel's operands.
@@ -604,14 +604,15 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
             for &k in &ks {
                 let tiles = Tiles { m, n, k };
                 let blocks = Blocks::new(problem, tiles);
-                if blocks.multiplications() > MAX_MULTIPLICATIONS || blocks.report(chip).total() + margin > limit {
-                    continue;
-                }
                 let cycles = [Order::RowsOuter, Order::ColumnsOuter]
                     .map(|order| blocks.estimate(info, order).cycles)
                     .into_iter()
                     .fold(f64::INFINITY, f64::min);
-                if best.is_none_or(|(least, _)| cycles < least) {
+                // The report allocates: it is made for the tiles that would win.
+                if best.is_none_or(|(least, _)| cycles < least)
+                    && blocks.multiplications() <= MAX_MULTIPLICATIONS
+                    && blocks.report(chip).total() + margin <= limit
+                {
                     best = Some((cycles, tiles));
                 }
             }
@@ -742,6 +743,7 @@ mod tests {
         let planned: Vec<_> = plan.vmem().buffers.iter().map(|buffer| buffer.name.as_str()).collect();
         assert_eq!(names, planned);
     }
+
     /// As libtpu 0.0.52 reports: two blocks are one to a core of v5p, and nothing is fetched ahead there.
     #[test]
     fn a_single_step_per_core_needs_one_buffer() {

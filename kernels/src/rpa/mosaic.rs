@@ -29,7 +29,9 @@ const NONE: f64 = -1e30;
 /// A logit that must not count: so far below [`NONE`] that its weight is zero even where nothing else was seen.
 const MASKED: f64 = 2.0 * NONE;
 /// Rows whose logits are worked on at a time: the more, the more of them are spilled.
-const CHUNK: usize = 128;
+const CHUNK: usize = 256;
+/// Queries that are worked on where a sequence has no more in a block: the rows of a tile.
+const NARROW: usize = 8;
 
 /// The Mosaic kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several
 /// layers `first_page [1]`, then `q` and `kv_pages`.
@@ -197,10 +199,11 @@ impl<'a, 'p> Body<'a, 'p> {
 
     fn write(&self) {
         let (k, block) = (self.k, self.plan.tiles().queries);
-        self.begin();
         let block_start = self.query_step * block;
         let [kv_lens, cu_q_lens, num_seqs] = [Batch::kv_lens, Batch::cu_q_lens, Batch::num_seqs];
-        k.for_range(0, self.scalar(&self.num_seqs, num_seqs, k.int(0)), |sequence| {
+        let num_seqs = self.scalar(&self.num_seqs, num_seqs, k.int(0));
+        let live = block_start.less(self.scalar(&self.cu_q_lens, cu_q_lens, num_seqs));
+        k.for_range(0, num_seqs, |sequence| {
             let start = self.scalar(&self.cu_q_lens, cu_q_lens, sequence);
             let stop = self.scalar(&self.cu_q_lens, cu_q_lens, sequence + 1);
             let first = (start - block_start).maximum(0);
@@ -211,7 +214,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 self.attend(Rows { sequence, kv_len, first, end, origin });
             });
         });
-        self.finish();
+        k.if_else(live, || self.finish(), || self.out.store(0.0));
     }
 
     /// A number of the metadata: read, or the batch's own.
@@ -274,24 +277,43 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// Lets the rows of one sequence see their keys.
     fn attend(&self, rows: Rows<'a>) {
-        let (k, keys) = (self.k, self.plan.keys());
-        self.limit(&rows);
+        let (k, keys, queries) = (self.k, self.plan.keys(), self.plan.tiles().queries);
         let end = (rows.origin + rows.end).div_ceil(keys);
         let begin = match self.plan.problem().sliding_window {
             None => k.int(0),
             Some(window) => (rows.origin + rows.first - (window as i64 - 1)).maximum(0) / keys,
         };
         self.pages(&rows, begin, k.int(0), |copy| copy.start());
-        k.for_range(begin, end, |block| {
-            let slot = (block - begin) % 2;
-            k.when((block + 1).less(end), || self.pages(&rows, block + 1, 1 - slot, |copy| copy.start()));
-            self.pages(&rows, block, slot, |copy| copy.wait());
-            let (first_key, kv) = (block * keys, self.kv.at(slot));
-            k.when((first_key + keys).greater(rows.kv_len), || self.clear(&kv, rows.kv_len - first_key));
-            for head in 0..self.plan.head_block() {
-                self.update(head, &kv, first_key);
-            }
-        });
+        // The sequence that holds the block's first row is its first one; its keys are on their way.
+        k.when(rows.first.equals(0), || self.begin());
+        self.limit(&rows);
+        let blocks = |parts: &[Part<'a>]| {
+            k.for_range(begin, end, |block| {
+                let slot = (block - begin) % 2;
+                k.when((block + 1).less(end), || self.pages(&rows, block + 1, 1 - slot, |copy| copy.start()));
+                self.pages(&rows, block, slot, |copy| copy.wait());
+                let (first_key, kv) = (block * keys, self.kv.at(slot));
+                k.when((first_key + keys).greater(rows.kv_len), || self.clear(&kv, rows.kv_len - first_key));
+                for head in 0..self.plan.head_block() {
+                    let [key, value] = self.keys_and_values(head, &kv);
+                    for part in parts {
+                        self.update(head, part, key, value, first_key);
+                    }
+                }
+            });
+        };
+        let starts = (0..self.plan.rows()).step_by(CHUNK);
+        let all =
+            starts.map(|start| Part { starts: vec![k.int(start as i64)], rows: CHUNK.min(self.plan.rows() - start) });
+        let all: Vec<_> = all.collect();
+        if queries <= NARROW {
+            return blocks(&all);
+        }
+        // A decode row must not cost what a whole block costs.
+        let narrow = rows.first / NARROW;
+        let members = (0..self.plan.problem().group()).map(|member| narrow * NARROW + member * queries);
+        let few = Part { starts: members.map(|start| start.multiple_of(NARROW)).collect(), rows: NARROW };
+        k.if_else(narrow.equals((rows.end - 1) / NARROW), || blocks(&[few]), || blocks(&all));
     }
 
     /// Writes down the last key of each row.
@@ -362,40 +384,56 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// One head's step of the online softmax over the keys from `first_key` on.
-    fn update(&self, head: usize, kv: &Ref<'a>, first_key: Value<'a>) {
+    /// One head's step of the online softmax, for a part of its rows, over the keys from `first_key` on.
+    fn update(&self, head: usize, part: &Part<'a>, key: Value<'a>, value: Value<'a>, first_key: Value<'a>) {
         let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
         let precision = match problem.element {
             Element::F32 => Precision::Fp32,
             _ => Precision::Default,
         };
-        let [key, value] = self.keys_and_values(head, kv);
-        for start in (0..self.plan.rows()).step_by(CHUNK) {
-            let rows = CHUNK.min(self.plan.rows() - start);
-            let [queries, max, sum, acc] =
-                [&self.queries, &self.max, &self.sum, &self.acc].map(|of| of.at(head).slice(0, start, rows));
-            let dims = [rows, keys];
-            let logits = k.dot_general(queries.load(), key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
-            let logits = match problem.soft_cap {
-                None => logits * (problem.scale * LOG2_E),
-                Some(cap) => (logits * (problem.scale / cap)).tanh() * (cap * LOG2_E),
-            };
-            let last = self.last.slice(0, start, rows).load() - first_key;
-            let index = k.iota(&dims, 1);
-            let mut seen = index.less_equal(spread(k, last, keys));
-            if let Some(window) = problem.sliding_window {
-                seen = seen & index.greater(spread(k, last - window as i64, keys));
-            }
-            let logits = seen.select(logits, MASKED);
+        let [queries, max, sum, acc] = [&self.queries, &self.max, &self.sum, &self.acc].map(|of| of.at(head));
+        let queries = part.load(k, &queries);
+        let dims = [queries.dims()[0], keys];
+        let logits = k.dot_general(queries, key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
+        let logits = match problem.soft_cap {
+            None => logits * (problem.scale * LOG2_E),
+            Some(cap) => (logits * (problem.scale / cap)).tanh() * (cap * LOG2_E),
+        };
+        let last = part.load(k, &self.last) - first_key;
+        let index = k.iota(&dims, 1);
+        let mut seen = index.less_equal(spread(k, last, keys));
+        if let Some(window) = problem.sliding_window {
+            seen = seen & index.greater(spread(k, last - window as i64, keys));
+        }
+        let logits = seen.select(logits, MASKED);
 
-            let old = max.load();
-            let new = old.maximum(logits.max(1));
-            let fade = (old - new).exp2();
-            let weights = (logits - spread(k, new, keys)).exp2();
-            max.store(new);
-            sum.store(fade * sum.load() + by_lane(weights));
-            let faded = acc.load() * spread(k, fade, problem.head_dim);
-            acc.store(k.dot_general(weights.cast(problem.element), value, faded, &DotDims::nn(), precision));
+        let old = part.load(k, &max);
+        let new = old.maximum(logits.max(1));
+        let fade = (old - new).exp2();
+        let weights = (logits - spread(k, new, keys)).exp2();
+        part.store(&max, new);
+        part.store(&sum, fade * part.load(k, &sum) + by_lane(weights));
+        let faded = part.load(k, &acc) * spread(k, fade, problem.head_dim);
+        part.store(&acc, k.dot_general(weights.cast(problem.element), value, faded, &DotDims::nn(), precision));
+    }
+}
+
+/// Rows of a head's products: as many from each start.
+struct Part<'a> {
+    starts: Vec<Value<'a>>,
+    rows: usize,
+}
+
+impl<'a> Part<'a> {
+    fn load(&self, k: &'a Builder<'a>, of: &Ref<'a>) -> Value<'a> {
+        let slices: Vec<_> = self.starts.iter().map(|&start| of.slice(0, start, self.rows).load()).collect();
+        joined(k, &slices, 0)
+    }
+
+    fn store(&self, to: &Ref<'a>, value: Value<'a>) {
+        for (index, &start) in self.starts.iter().enumerate() {
+            let slice = to.slice(0, start, self.rows);
+            slice.store(value.slice(&[index * self.rows, 0], &slice.dims()));
         }
     }
 }
@@ -414,7 +452,7 @@ impl<'a> Strided<'a> {
     }
 
     fn load(&self, k: &'a Builder<'a>) -> Value<'a> {
-        joined(k, &self.views().map(|view| view.load()).collect::<Vec<_>>())
+        joined(k, &self.views().map(|view| view.load()).collect::<Vec<_>>(), 1)
     }
 
     fn store(&self, value: Value<'a>) {
@@ -424,9 +462,9 @@ impl<'a> Strided<'a> {
     }
 }
 
-/// Tiles side by side.
-fn joined<'a>(k: &'a Builder<'a>, tiles: &[Value<'a>]) -> Value<'a> {
-    if let [all] = tiles { *all } else { k.concatenate(tiles, 1) }
+/// Tiles one after another along `dim`.
+fn joined<'a>(k: &'a Builder<'a>, tiles: &[Value<'a>], dim: usize) -> Value<'a> {
+    if let [all] = tiles { *all } else { k.concatenate(tiles, dim) }
 }
 
 /// A tile of equal columns, made `width` columns wide.
@@ -435,7 +473,7 @@ fn spread<'a>(k: &'a Builder<'a>, tile: Value<'a>, width: usize) -> Value<'a> {
     let pieces = (0..width).step_by(LANES).map(|lane| LANES.min(width - lane));
     let pieces: Vec<_> =
         pieces.map(|lanes| if lanes == LANES { tile } else { tile.slice(&[0, 0], &[rows, lanes]) }).collect();
-    joined(k, &pieces)
+    joined(k, &pieces, 1)
 }
 
 /// `[rows, LANES]` whose sums over lanes are those of `tile`'s columns.
