@@ -50,9 +50,9 @@ fn certify_all<P: KernelPlan + Sync>(plans: &[P]) -> Vec<Certified<P>> {
     answers.into_iter().map(|answer| answer.into_inner().expect("every plan was taken")).collect()
 }
 
-/// Every one compiles, and takes exactly what was planned.
-fn assert_exact<P: KernelPlan>(answers: &[Certified<P>]) {
-    let mut wrong = String::new();
+/// Every one compiles, and takes exactly what was planned. Those that do go into the table of `kernel`, if asked for.
+fn assert_exact<P: KernelPlan>(kernel: &str, answers: &[Certified<P>]) {
+    let (mut wrong, mut right) = (String::new(), Vec::new());
     for certified in answers {
         let certificate = &certified.certificate;
         let exact = certified.differences.is_empty() && certificate.kernels.len() == 1;
@@ -60,8 +60,11 @@ fn assert_exact<P: KernelPlan>(answers: &[Certified<P>]) {
         let adds_up = total == Some(certified.plan.total + certificate.spills());
         if !certificate.compiles() || !exact || !adds_up {
             wrong += &format!("{certified}\n");
+        } else {
+            right.extend(certified.record());
         }
     }
+    record::<P>(kernel, right);
     assert!(wrong.is_empty(), "plans that the compiler does not confirm:\n{wrong}");
 }
 
@@ -125,23 +128,20 @@ fn plans_are_exact_on_every_chip() {
     let plans = spread();
     assert!(plans.len() >= 60);
     let answers = certify_all(&plans);
-    assert_exact(&answers);
-    record("matmul", &answers);
+    assert_exact("matmul", &answers);
 }
 
 #[test]
 fn decode_matmuls_of_llama_compile_at_planned_tiles() {
     let answers = certify_all(&llama(&[8]));
-    assert_exact(&answers);
-    record("matmul", &answers);
+    assert_exact("matmul", &answers);
 }
 
 #[test]
 #[ignore = "half an hour of CPU: make certify-all"]
 fn every_matmul_of_llama_compiles_at_planned_tiles() {
     let answers = certify_all(&llama(&[8, 512, 4096]));
-    assert_exact(&answers);
-    record("matmul", &answers);
+    assert_exact("matmul", &answers);
 }
 
 #[test]
@@ -156,12 +156,11 @@ fn large_gated_kernels_compile_on_every_chip() {
         plans.push(request.plan().unwrap());
     }
     let answers = certify_all(&plans);
-    assert_exact(&answers);
-    record("matmul", &answers);
+    assert_exact("matmul", &answers);
 }
 
 /// Merges what was certified into the kernel's table, if asked to.
-fn record<P: KernelPlan>(kernel: &str, answers: &[Certified<P>]) {
+fn record<P: KernelPlan>(kernel: &str, certified: Vec<Record<P::Tiles>>) {
     if std::env::var_os("PAGODA_RECORD").is_none_or(|value| value != "1") {
         return;
     }
@@ -169,7 +168,7 @@ fn record<P: KernelPlan>(kernel: &str, answers: &[Certified<P>]) {
     let _guard = TABLES.lock().unwrap();
     let path = format!("{}/kernels/tuned/{kernel}.json", env!("CARGO_MANIFEST_DIR"));
     let mut records: Vec<Record<P::Tiles>> = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
-    for new in answers.iter().filter_map(Certified::record) {
+    for new in certified {
         records.retain(|old| (old.chip, &old.problem, old.tiles) != (new.chip, &new.problem, new.tiles));
         records.push(new);
     }
@@ -185,13 +184,12 @@ fn record<P: KernelPlan>(kernel: &str, answers: &[Certified<P>]) {
 fn the_incident_fits_on_every_chip() {
     let plans = Chip::ALL.map(|chip| rpa::Request::new(chip.name()).plan().unwrap());
     let answers = certify_all(&plans);
-    assert_exact(&answers);
+    assert_exact("rpa", &answers);
     for certified in &answers {
         let limit = certified.plan.chip.info().default_scoped_limit;
         assert!(certified.certificate.kernels[0].total <= limit, "{certified}");
         assert!(matches!(certified.plan.verdict, Fit::Fits { .. }), "{certified}");
     }
-    record("rpa", &answers);
 }
 
 /// Attentions of Llama-3.1-8B on 1, 2, 4 and 8 devices; head dimensions, page sizes, groups, types, windows, soft caps and
@@ -241,24 +239,16 @@ fn plans_of_attention_are_exact() {
         plans.extend(own.map(|request| request.plan().unwrap()));
     }
     let answers = certify_all(&plans);
-    assert_exact(&answers);
-    record("rpa", &answers);
+    assert_exact("rpa", &answers);
 }
 
 #[test]
 #[ignore = "minutes of CPU: make certify-all"]
 fn plans_of_attention_are_exact_on_every_chip() {
-    let requests: Vec<_> = Chip::ALL.into_iter().flat_map(attentions).collect();
-    let planned = requests.iter().map(|request| request.plan().unwrap());
-    // Tiles of the user's, too.
-    let fixed = requests.iter().flat_map(|request| {
-        let tiles = ["8,1", "16,3"].map(|tiles| rpa::Request { tiles: Some(tiles.into()), ..request.clone() });
-        tiles.into_iter().filter_map(|request| request.plan().ok())
-    });
-    let answers = certify_all(&planned.chain(fixed).collect::<Vec<_>>());
+    let requests = Chip::ALL.into_iter().flat_map(attentions);
+    let answers = certify_all(&requests.map(|request| request.plan().unwrap()).collect::<Vec<_>>());
     assert!(answers.len() >= 60);
-    assert_exact(&answers);
-    record("rpa", &answers);
+    assert_exact("rpa", &answers);
 }
 
 #[test]
@@ -273,7 +263,7 @@ fn a_kernel_too_large_is_a_verdict_with_both_numbers() {
     assert!(certified.to_string().contains("--tiles"), "the plan says what to do: {certified}");
     // The remedy works.
     request.vmem_limit = Some("4MiB".into());
-    assert_exact(&[certify_matmul(&request, &certifier()).unwrap()]);
+    assert_exact("matmul", &[certify_matmul(&request, &certifier()).unwrap()]);
 }
 
 #[test]

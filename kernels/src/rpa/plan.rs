@@ -72,12 +72,21 @@ pub struct Plan {
 /// Rows of a tile along which copies are cut.
 const SUBLANES: usize = 8;
 const LANES: usize = 128;
-/// Most keys of a block that the planner chooses: more save no traffic, and the logits of a block must be held.
-const MAX_KEYS: usize = 1024;
-/// Most elements of a block's logits that the planner chooses: beyond, they spill.
-const MAX_LOGITS: usize = 64 << 10;
+/// Most rows of a head's products that the planner chooses: more gain nothing on any chip.
+const MAX_ROWS: usize = 512;
+/// Most keys of a block that the planner chooses: more are wasted on what a causal mask hides.
+const MAX_KEYS: usize = 512;
+/// Where a block has few rows, copies are what takes time, and larger ones are better.
+const FEW_ROWS: usize = 64;
+const MAX_KEYS_OF_FEW_ROWS: usize = 1536;
+/// Most logits of a block, all heads together, that the planner chooses. The body spells them out: the compiler's time
+/// grows with them. In f32, products take six passes.
+const MAX_LOGITS: usize = 1 << 20;
+const MAX_F32_LOGITS: usize = 1 << 18;
 /// Most copies in flight per block that the planner chooses: each is an instruction of its own.
 const MAX_COPIES: usize = 32;
+/// What is kept free for spills where none were recorded.
+const UNMEASURED_SPILLS: Bytes = Bytes::mib(2);
 
 impl Plan {
     /// Plans `problem` on `chip`: with the given tiles, or with the largest ones that fit the limit.
@@ -216,8 +225,7 @@ impl KernelPlan for Plan {
     }
 
     fn family(&self) -> String {
-        let Spec { element, q_heads, kv_heads, head_dim, page_size, .. } = &**self.problem();
-        format!("{element} {q_heads}/{kv_heads}x{head_dim} p{page_size}{}", options(&self.problem))
+        family(&self.problem, self.tiles)
     }
 
     fn chip(&self) -> Chip {
@@ -257,6 +265,13 @@ impl KernelPlan for Plan {
     fn module<'c>(&self, context: &'c Context) -> pagoda_ir::Result<Module<'c>> {
         mosaic::module(context, self)
     }
+}
+
+/// Heads, types and options; and the keys of a block, which the logits that must be held grow with. Rows are worked on in
+/// chunks.
+fn family(problem: &Problem, tiles: Tiles) -> String {
+    let Spec { element, q_heads, kv_heads, head_dim, page_size, .. } = &**problem;
+    format!("{element} {q_heads}/{kv_heads}x{head_dim}, {} keys{}", tiles.kv_pages * page_size, options(problem))
 }
 
 /// Window and soft cap, in words.
@@ -347,29 +362,33 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     }
 }
 
-/// The tiles with the most keys, then the most rows, that fit `limit` with room for spills.
+/// The tiles with the most work in a block that fit `limit` with room for spills; without it, if none do.
 fn best(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Plan> {
     let head_block = head_block(problem, chip);
-    let mut best: Option<((usize, bool, usize), Tiles)> = None;
-    for queries in [8, 16, 32, 64, 128] {
+    let most_logits = if problem.element == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
+    let margin = |tiles| tuned::spill_bound::<Plan>(chip, &family(problem, tiles)).unwrap_or(UNMEASURED_SPILLS);
+    let mut best: Option<((bool, usize, bool, usize), Tiles)> = None;
+    for queries in [8, 16, 32, 64, 128, 256] {
         let rows = queries * problem.group();
-        if queries > problem.tokens.next_multiple_of(SUBLANES) || (queries > SUBLANES && rows > 256) {
+        if queries > problem.tokens.next_multiple_of(SUBLANES) || (queries > SUBLANES && rows > MAX_ROWS) {
             continue;
         }
+        let most_keys = if rows <= FEW_ROWS { MAX_KEYS_OF_FEW_ROWS } else { MAX_KEYS };
         for kv_pages in 1..=problem.pages_per_seq.min(MAX_COPIES) {
             let tiles = Tiles { queries, kv_pages };
             let keys = kv_pages * problem.page_size;
             let smallest = kv_pages == 1 && queries == SUBLANES;
-            if !smallest && (keys > MAX_KEYS || keys * rows > MAX_LOGITS) {
+            if !smallest && (keys > most_keys || head_block * rows * keys > most_logits) {
                 continue;
             }
-            let logits = Bytes((rows * keys * 12) as u64);
-            if report(problem, tiles, head_block).total() + logits > limit {
+            let taken = report(problem, tiles, head_block).total();
+            if taken > limit {
                 continue;
             }
-            // Traffic falls with the rows of a block, overheads with its work.
-            let score = (keys.min(512) * rows, problem.pages_per_seq.is_multiple_of(kv_pages), rows);
-            if best.is_none_or(|(most, _)| score > most) {
+            let divides = problem.pages_per_seq.is_multiple_of(kv_pages);
+            let score = (taken + margin(tiles) <= limit, keys.min(MAX_KEYS) * rows, divides, rows);
+            // Of equals, the last: more keys of few rows.
+            if best.is_none_or(|(most, _)| score >= most) {
                 best = Some((score, tiles));
             }
         }
