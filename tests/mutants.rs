@@ -3,8 +3,6 @@
 //! A mutant is an edit of the emitted module's text, read back as any module is and given to [`check_program`]: what no
 //! fault of the tile machine and no dependence on the order of copies gives away, the f64 reference must.
 
-use std::collections::HashMap;
-
 use pagoda_ir::{
     Context, Element,
     mosaic::{Kernel, wire},
@@ -30,40 +28,25 @@ enum Caught {
     Mismatch,
 }
 
-/// A kernel's text, and how it calls its operands.
+/// A kernel's text, line by line.
 struct Emitted {
     lines: Vec<String>,
-    names: HashMap<String, String>,
 }
 
 impl Emitted {
     fn new(kernel: &Kernel) -> Self {
-        let lines = kernel.text().lines().map(str::to_owned).collect();
-        let argument = |(index, name): (usize, &String)| (name.clone(), format!("%arg{}", kernel.grid().len() + index));
-        let names: Vec<_> = kernel.operands().iter().map(|operand| operand.name.clone()).collect();
-        Self { lines, names: names.iter().enumerate().map(argument).collect() }
-    }
-
-    /// `pattern` with the operands that it names in braces as the text calls them.
-    fn named(&self, pattern: &str) -> String {
-        let mut named = pattern.to_owned();
-        for (name, argument) in &self.names {
-            named = named.replace(&format!("{{{name}}}"), argument);
-        }
-        named
+        Self { lines: kernel.text().lines().map(str::to_owned).collect() }
     }
 
     /// The `nth` line (from 0) that holds all of `patterns`.
     fn find(&self, nth: usize, patterns: &[&str]) -> usize {
-        let patterns: Vec<_> = patterns.iter().map(|pattern| self.named(pattern)).collect();
         let mut found = (0..self.lines.len()).filter(|&line| patterns.iter().all(|p| self.lines[line].contains(p)));
         found.nth(nth).unwrap_or_else(|| panic!("no line {nth} with {patterns:?} in\n{}", self.lines.join("\n")))
     }
 
     /// The last line before `line` that holds `pattern`.
     fn above(&self, line: usize, pattern: &str) -> usize {
-        let pattern = self.named(pattern);
-        let found = (0..line).rev().find(|&line| self.lines[line].contains(&pattern));
+        let found = (0..line).rev().find(|&line| self.lines[line].contains(pattern));
         found.unwrap_or_else(|| panic!("no `{pattern}` above line {line} in\n{}", self.lines.join("\n")))
     }
 
@@ -83,7 +66,7 @@ impl Emitted {
     }
 
     fn replaced(&self, line: usize, from: &str, to: &str) -> String {
-        let new = self.lines[line].replace(&self.named(from), &self.named(to));
+        let new = self.lines[line].replace(from, to);
         assert_ne!(new, self.lines[line], "no `{from}`");
         self.with(line, &new)
     }
@@ -102,9 +85,16 @@ impl Emitted {
         self.with(line, &format!("%m = {rest}\n%by = arith.constant {by} : i32\n{result} = {op} %m, %by : i32"))
     }
 
+    /// The slice in `line` is of the other one of two buffers.
+    fn other_slot(&self, line: usize) -> String {
+        let slot = self.lines[line].split([',', ')']).nth(1).expect("an index").trim();
+        let new = self.lines[line].replacen(slot, "%other", 1);
+        self.with(line, &format!("%o = arith.constant 1 : i32\n%other = arith.subi %o, {slot} : i32\n{new}"))
+    }
+
     /// Every slice of `buffer`, of one dimension, is its first element.
     fn first_of(&self, buffer: &str) -> String {
-        let slice = self.named(&format!("tpu.memref_slice\"({buffer}, "));
+        let slice = format!("tpu.memref_slice\"({buffer}, ");
         let lines = self.lines.iter().enumerate().map(|(number, line)| {
             let (before, after) = line.split_once(&slice)?;
             let ty = after.split_once(')')?.1;
@@ -171,14 +161,14 @@ const MATMULS: &[Mutant] = {
     use Caught::{Fault, Mismatch};
     use FaultKind::{OutOfBounds, OutputNeverWritten, ParallelOverlap, UnwrittenRead};
     &[
-        ("accumulator not zeroed", |t| t.without(t.find(0, &["vector_store", "{sum}"])), Fault(UnwrittenRead)),
+        ("accumulator not zeroed", |t| t.without(t.find(0, &["vector_store", "%sum,"])), Fault(UnwrittenRead)),
         (
             "accumulator zeroed in every step but the first",
             |t| t.replaced(t.find(0, &["cmpi eq"]), "eq", "ne"),
             Fault(UnwrittenRead),
         ),
         ("accumulator zeroed in every step", |t| t.replaced(t.find(0, &["cmpi eq"]), "eq", "sge"), Mismatch),
-        ("partial sum not kept", |t| t.without(t.find(1, &["vector_store", "{sum}"])), Mismatch),
+        ("partial sum not kept", |t| t.without(t.find(1, &["vector_store", "%sum,"])), Mismatch),
         ("another step taken for the last", |t| t.replaced(t.find(1, &["cmpi eq"]), "eq", "ne"), Mismatch),
         (
             "last step along k missing",
@@ -190,12 +180,12 @@ const MATMULS: &[Mutant] = {
             |t| t.replaced(t.find(0, &["iteration_bounds"]), "i64: 3, 3, 3", "i64: 2, 3, 3"),
             Fault(OutputNeverWritten),
         ),
-        ("result not stored", |t| t.without(t.find(0, &["vector_store", "{out}"])), Fault(OutputNeverWritten)),
+        ("result not stored", |t| t.without(t.find(0, &["vector_store", "%out,"])), Fault(OutputNeverWritten)),
         ("mask inverted at the edge of k", |t| t.replaced(t.find(0, &["cmpi slt"]), "slt", "sge"), Mismatch),
         ("x masked one column too late", |t| t.replaced(t.find(0, &["dense<88>"]), "88", "89"), Mismatch),
         ("w masked one row too early", |t| t.replaced(t.find(1, &["dense<88>"]), "88", "87"), Mismatch),
         ("w not masked", |t| t.replaced(t.find(1, &["dense<88>"]), "88", "256"), Mismatch),
-        ("residual read from the output", |t| t.replaced(t.find(0, &["load {residual}"]), "{residual}", "{out}"), {
+        ("residual read from the output", |t| t.replaced(t.find(0, &["load %residual["]), "%residual", "%out"), {
             Fault(UnwrittenRead)
         }),
         ("bias left out", |t| t.first_operand_only(t.find(0, &["addf"]), "arith.maximumf"), Mismatch),
@@ -226,12 +216,12 @@ fn mutants_of_matmul_are_caught() {
     assert_caught(MosaicCase::Matmul(&plan, &inputs), MATMULS);
 }
 
-/// Four query blocks, of which the last holds padding rows, and two blocks of heads; two layers, two pages to a KV block.
-fn rpa_plan() -> rpa::plan::Plan {
+/// Blocks of `queries` rows, padding rows in the last one; two blocks of heads, two layers, two pages to a KV block.
+fn rpa_plan(queries: usize) -> rpa::plan::Plan {
     let problem = rpa::Problem::new(rpa::Spec {
         kind: Kind::Mixed,
         element: Element::Bf16,
-        tokens: 27,
+        tokens: 35,
         q_heads: 16,
         kv_heads: 8,
         head_dim: 128,
@@ -244,9 +234,15 @@ fn rpa_plan() -> rpa::plan::Plan {
         sliding_window: Some(50),
         soft_cap: None,
     });
-    let tiles = Some(rpa::plan::Tiles { queries: 8, kv_pages: 2 });
+    let tiles = Some(rpa::plan::Tiles { queries, kv_pages: 2 });
     let options = rpa::plan::Options { tiles, vmem_limit: None };
     rpa::plan::Plan::new(problem.unwrap(), Chip::V5p, options).unwrap()
+}
+
+/// Decode rows, an empty sequence, chunks of prompts; one to six pages.
+fn rpa_inputs(problem: &rpa::Problem) -> rpa::Inputs {
+    let lengths = [(1, 96), (0, 5), (13, 77), (8, 41), (1, 10)];
+    random::rpa_inputs_of(problem, &lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len }), 1, 1)
 }
 
 /// The KV copies in the text: those before the loop over KV blocks, those of the next block, and the waits.
@@ -259,6 +255,11 @@ fn start(t: &Emitted, number: usize) -> usize {
 
 fn wait(t: &Emitted, number: usize) -> usize {
     t.find(number, &["tpu.wait_dma2"])
+}
+
+/// The rows of a KV block behind the end of the sequence, which are cleared.
+fn last_page(t: &Emitted) -> usize {
+    t.find(0, &["cmpi sge", "128x128xi32"])
 }
 
 const ATTENTIONS: &[Mutant] = {
@@ -274,18 +275,13 @@ const ATTENTIONS: &[Mutant] = {
         ("next block's copy not started", |t| t.without(start(t, NEXT)), Fault(Deadlock)),
         (
             "semaphore of the other buffer waited for",
-            |t| {
-                let slice = t.above(wait(t, 0), "tpu.memref_slice\"({arrived}, ");
-                let slot = t.lines[slice].split(['(', ')', ',']).nth(2).unwrap().trim().to_owned();
-                let other = format!("%o = arith.constant 1 : i32\n%other = arith.subi %o, {slot} : i32\n");
-                t.with(slice, &(other + &t.lines[slice].replace(&format!(", {slot})"), ", %other)")))
-            },
+            |t| t.other_slot(t.above(wait(t, 0), "memref_slice\"(%arrived, ")),
             Fault(ReadInFlight),
         ),
-        ("both buffers on one semaphore", |t| t.first_of("{arrived}"), Fault(ReadInFlight)),
+        ("both buffers on one semaphore", |t| t.first_of("%arrived"), Fault(ReadInFlight)),
         (
             "double buffers swapped",
-            |t| t.replaced(t.above(t.find(0, &["tpu.strided_load"]), "arith.cmpi eq"), "eq", "ne"),
+            |t| t.other_slot(t.above(t.find(0, &["strided_load", "xi32>"]), "memref_slice\"(%kv, ")),
             Fault(ReadInFlight),
         ),
         (
@@ -312,7 +308,7 @@ const ATTENTIONS: &[Mutant] = {
             |t| t.first_operand_only(t.above(start(t, NEXT + 1), "minsi"), "arith.minsi"),
             Fault(OutOfBounds),
         ),
-        ("pages of another layer", |t| t.changed(t.find(0, &["load {first_page}"]), "arith.subi", 25), Mismatch),
+        ("pages of another layer", |t| t.changed(t.find(0, &["load %first_page["]), "arith.subi", 25), Mismatch),
         (
             "a block fetched beyond the last one",
             |t| {
@@ -326,16 +322,8 @@ const ATTENTIONS: &[Mutant] = {
             |t| t.changed(t.find(0, &["arith.divsi"]), "arith.subi", 1),
             Fault(SemaphoreUnbalanced),
         ),
-        (
-            "mask inverted at the last page",
-            |t| t.replaced(t.find(0, &["cmpi slt", "x128xi32"]), "slt", "sge"),
-            Mismatch,
-        ),
-        (
-            "mask of the last page one key too long",
-            |t| t.replaced(t.find(0, &["cmpi slt", "x128xi32"]), "slt", "sle"),
-            Mismatch,
-        ),
+        ("mask inverted at the last page", |t| t.replaced(last_page(t), "sge", "slt"), Mismatch),
+        ("mask of the last page one row too long", |t| t.replaced(last_page(t), "sge", "sgt"), Mismatch),
         ("causal mask off by one", |t| t.replaced(t.find(0, &["cmpi sle"]), "sle", "slt"), Mismatch),
         ("no causal mask", |t| t.replaced(t.find(0, &["cmpi sle"]), "sle", "sge"), Mismatch),
         ("window one key short", |t| t.replaced(t.find(0, &["dense<50>"]), "50", "49"), Mismatch),
@@ -345,12 +333,12 @@ const ATTENTIONS: &[Mutant] = {
             |t| t.first_operand_only(t.find(0, &["cmpi sge"]), "arith.cmpi sge,"),
             Mismatch,
         ),
-        ("kv_len one too long", |t| t.changed(t.find(0, &["load {kv_lens}"]), "arith.addi", 1), Fault(OutOfBounds)),
-        ("kv_len one too short", |t| t.changed(t.find(0, &["load {kv_lens}"]), "arith.subi", 1), Mismatch),
-        ("last sequence left out", |t| t.changed(t.find(0, &["load {num_seqs}"]), "arith.subi", 1), Mismatch),
-        ("accumulator not zeroed", |t| t.without(t.find(0, &["vector_store", "{acc}"])), Fault(UnwrittenRead)),
-        ("sum not zeroed", |t| t.without(t.find(0, &["vector_store", "{sum}"])), Fault(UnwrittenRead)),
-        ("maximum not kept", |t| t.without(t.find(4, &["vector_store", "{max}"])), Mismatch),
+        ("kv_len one too long", |t| t.changed(t.find(0, &["load %kv_lens["]), "arith.addi", 1), Fault(OutOfBounds)),
+        ("kv_len one too short", |t| t.changed(t.find(0, &["load %kv_lens["]), "arith.subi", 1), Mismatch),
+        ("last sequence left out", |t| t.changed(t.find(0, &["load %num_seqs["]), "arith.subi", 1), Mismatch),
+        ("accumulator not zeroed", |t| t.without(t.find(0, &["vector_store", "%acc,"])), Fault(UnwrittenRead)),
+        ("sum not zeroed", |t| t.without(t.find(0, &["vector_store", "%sum,"])), Fault(UnwrittenRead)),
+        ("maximum not kept", |t| t.without(t.find(1, &["vector_store", "%max,"])), Mismatch),
         (
             "accumulator not rescaled",
             |t| {
@@ -381,8 +369,53 @@ const ATTENTIONS: &[Mutant] = {
 
 #[test]
 fn mutants_of_attention_are_caught() {
-    let plan = rpa_plan();
-    let lengths = [(1, 90), (0, 5), (13, 80), (9, 41), (1, 20)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
-    let inputs = random::rpa_inputs_of(plan.problem(), &lengths, 1, 1);
+    let plan = rpa_plan(8);
+    let inputs = rpa_inputs(plan.problem());
     assert_caught(MosaicCase::Rpa(&plan, &inputs), ATTENTIONS);
+}
+
+/// Every effect and every condition matters: without any one of the stores, copies and waits, and with any one of the
+/// comparisons negated, a kernel is caught.
+fn assert_nothing_is_superfluous(case: MosaicCase) {
+    const EFFECTS: [&str; 4] = ["vector_store", "strided_store", "enqueue_dma", "wait_dma2"];
+    const NEGATED: [(&str, &str); 6] = [
+        (" eq, ", " ne, "),
+        (" slt, ", " sge, "),
+        (" sge, ", " slt, "),
+        (" sle, ", " sgt, "),
+        (" sgt, ", " sle, "),
+        (" ogt, ", " ule, "),
+    ];
+    let context = Context::new();
+    let emitted = Emitted::new(&case.kernel(&context).unwrap());
+    let (mut mutants, mut uncaught) = (0, Vec::new());
+    for (number, line) in emitted.lines.iter().enumerate() {
+        let effect = EFFECTS.iter().any(|effect| line.contains(&format!("tpu.{effect}\"")));
+        let negation = NEGATED.iter().filter(|_| line.contains("arith.cmp")).find(|(from, _)| line.contains(from));
+        let mutant = match negation {
+            Some((from, to)) => emitted.replaced(number, from, to),
+            None if effect => emitted.without(number),
+            None => continue,
+        };
+        mutants += 1;
+        if !matches!(judge(case, &mutant), Ok(Some(_))) {
+            uncaught.push(format!("line {number}: {line}"));
+        }
+    }
+    assert!(mutants >= 5 && uncaught.is_empty(), "of {mutants}:\n{}", uncaught.join("\n"));
+}
+
+#[test]
+fn nothing_of_matmul_is_superfluous() {
+    let plan = matmul_plan();
+    let inputs = random::matmul_inputs(plan.problem(), 1);
+    assert_nothing_is_superfluous(MosaicCase::Matmul(&plan, &inputs));
+}
+
+#[test]
+fn nothing_of_attention_is_superfluous() {
+    // Two ways through a block: of few rows, and of all.
+    let plan = rpa_plan(16);
+    let inputs = rpa_inputs(plan.problem());
+    assert_nothing_is_superfluous(MosaicCase::Rpa(&plan, &inputs));
 }

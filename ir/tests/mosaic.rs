@@ -143,7 +143,7 @@ fn damaged_bodies_are_errors() {
         ("not json".to_owned(), "is no JSON"),
         ("{\"custom_call_config\": {}}".into(), "no `custom_call_config.body`"),
         (body("%%%"), "is no base64"),
-        (body("AAAA"), "is no MLIR module"),
+        (body("AAAA"), "the module has 0 functions"),
         (config.replacen("TUzvUg", "TUzvUgAAAAAAAA", 1), "is no MLIR module"),
     ];
     let body = wire::serialize(matmul(&context).module());

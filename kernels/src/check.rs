@@ -268,7 +268,10 @@ impl<'p> MosaicCase<'p> {
 
     /// Name by name and byte by byte, what `program` declares in VMEM is what the plan counted. The compiler's own
     /// scratch is in the plan alone.
-    fn check_vmem(self, program: &Program) -> Result<(), CheckError> {
+    ///
+    /// # Errors
+    /// [`CheckError::Vmem`] with both lists.
+    pub fn check_vmem(self, program: &Program) -> Result<(), CheckError> {
         let arguments = program.signature().arguments.iter().filter(|argument| argument.space == MemorySpace::Vmem);
         let declared = list(arguments.map(|argument| {
             let unit = if argument.window.is_some() { WINDOW_UNIT.0 as usize } else { 1 };

@@ -162,13 +162,18 @@ impl PluginArgs {
 
     /// Loads the plugin and creates a client of one device.
     fn client(&self) -> Result<Client> {
-        let plugin = Plugin::load(&PluginChoice::parse(&self.plugin)?)?;
-        plugin.client(1).map_err(|error| Error::Plugin {
-            plugin: plugin.found().path.display().to_string(),
-            problem: format!("it cannot create a client: {error}"),
-            fix: "see `pagoda doctor`, or choose another with --plugin".into(),
-        })
+        client(&self.plugin)
     }
+}
+
+/// Loads the plugin that is named and creates a client of one device.
+fn client(choice: &str) -> Result<Client> {
+    let plugin = Plugin::load(&PluginChoice::parse(choice)?)?;
+    plugin.client(1).map_err(|error| Error::Plugin {
+        plugin: plugin.found().path.display().to_string(),
+        problem: format!("it cannot create a client: {error}"),
+        fix: "see `pagoda doctor`, or choose another with --plugin".into(),
+    })
 }
 
 /// Runs the command line of this process.

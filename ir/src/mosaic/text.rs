@@ -1,6 +1,6 @@
 //! Kernels as people read and edit them: MLIR's text, with buffers under the names that the kernel's author gave them.
 //!
-//! MLIR keeps no names of values but those in locations, and its text leaves locations out: [`print`] writes the name of
+//! MLIR keeps no names of values but those in locations, and its text leaves locations out: [`print()`] writes the name of
 //! an argument as its SSA name, and [`parse`] turns it into a location again.
 
 use std::ffi::c_void;
@@ -41,6 +41,12 @@ pub fn parse<'c>(context: &'c Context, text: &str, file: &str) -> Result<Module<
     let context = context.melior();
     let source = named_arguments(&without_foreign_memrefs(text));
     let string = |text: &str| mlir_sys::MlirStringRef { data: text.as_ptr().cast(), length: text.len() };
+    // Functions alone are a module too. Lines keep their numbers.
+    let is_module = |line: &str| ["module", "builtin.module", "\"builtin.module"].iter().any(|op| line.starts_with(op));
+    let source = match source.lines().any(|line| is_module(line.trim_start())) {
+        true => source,
+        false => format!("module {{ {source}\n}}"),
+    };
     // The reader looks at the byte behind the text, which must be zero.
     let source = source + "\0";
     let (operation, diagnostics) = diagnosed(context, || {

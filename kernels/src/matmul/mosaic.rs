@@ -147,6 +147,8 @@ impl<'a, 'p> Body<'a, 'p> {
                     Axis::One => 0.literal(),
                 })
             });
+            // There is no next block to fetch meanwhile, and no reason to hold a buffer for it.
+            let blocks = if plan.one_step_per_core() { blocks.single_buffered() } else { blocks };
             match side {
                 Side::Left => lhs.push(k.input(name, element, &dims, blocks)),
                 Side::Right => rhs.push(k.input(name, element, &dims, blocks)),

@@ -218,6 +218,11 @@ impl Plan {
         }
     }
 
+    /// Whether no core moves a window.
+    pub(super) fn one_step_per_core(&self) -> bool {
+        Blocks::new(&self.problem, self.tiles).one_step_per_core(self.chip)
+    }
+
     /// Steps along `k`.
     pub(super) fn steps(&self) -> usize {
         self.grid()[2]
@@ -467,13 +472,13 @@ impl<'p> Blocks<'p> {
 
     /// Windows of each side: the weight of a gated product has two.
     fn sides(&self) -> [usize; 2] {
-        let count = |side| windows(self.problem).iter().filter(|window| window.side == side).count();
-        [count(Side::Left), count(Side::Right)]
+        let weights = if gated(self.problem) { 2 } else { 1 };
+        if self.problem.layout == Layout::FeatureMajor { [weights, 1] } else { [1, weights] }
     }
 
     /// Every VMEM buffer, in the order of the kernel's operands.
     fn report(&self, chip: Chip) -> VmemReport {
-        let mut buffers: Vec<Buffer> = windows(self.problem).iter().map(|window| self.buffer(window)).collect();
+        let mut buffers: Vec<Buffer> = windows(self.problem).iter().map(|window| self.buffer(window, chip)).collect();
         let [rows, columns, depth] = self.block;
         if self.counts[2] > 1 {
             for name in names(self.problem, "sum", "sum_gate", "sum_up") {
@@ -488,12 +493,18 @@ impl<'p> Blocks<'p> {
         VmemReport { buffers }
     }
 
-    fn buffer(&self, window: &ArrayWindow) -> Buffer {
+    fn buffer(&self, window: &ArrayWindow, chip: Chip) -> Buffer {
         let kind = if window.side == Side::Out { BufferKind::OutputWindow } else { BufferKind::InputWindow };
         // A window that never moves has one buffer: there is no next block to fetch meanwhile.
-        let moves = window.axes.iter().any(|&axis| self.along(axis).1 > 1);
+        let moves = window.axes.iter().any(|&axis| self.along(axis).1 > 1) && !self.one_step_per_core(chip);
         let block = window.axes.map(|axis| self.along(axis).0);
         Buffer::new(window.name, kind, window.element, &block, if moves { 2 } else { 1 })
+    }
+
+    /// Whether each core has one block, and that in one step: the cores share the blocks of rows and columns.
+    fn one_step_per_core(&self, chip: Chip) -> bool {
+        let [rows, columns, steps] = self.counts;
+        steps == 1 && rows.saturating_mul(columns) <= chip.info().cores
     }
 
     /// Size of a block and number of blocks along an axis.
@@ -593,14 +604,15 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
             for &k in &ks {
                 let tiles = Tiles { m, n, k };
                 let blocks = Blocks::new(problem, tiles);
-                if blocks.multiplications() > MAX_MULTIPLICATIONS || blocks.report(chip).total() + margin > limit {
-                    continue;
-                }
                 let cycles = [Order::RowsOuter, Order::ColumnsOuter]
                     .map(|order| blocks.estimate(info, order).cycles)
                     .into_iter()
                     .fold(f64::INFINITY, f64::min);
-                if best.is_none_or(|(least, _)| cycles < least) {
+                // The report allocates: it is made for the tiles that would win.
+                if best.is_none_or(|(least, _)| cycles < least)
+                    && blocks.multiplications() <= MAX_MULTIPLICATIONS
+                    && blocks.report(chip).total() + margin <= limit
+                {
                     best = Some((cycles, tiles));
                 }
             }
@@ -730,5 +742,19 @@ mod tests {
         let names: Vec<_> = signature.arguments.iter().map(|argument| argument.name.as_str()).collect();
         let planned: Vec<_> = plan.vmem().buffers.iter().map(|buffer| buffer.name.as_str()).collect();
         assert_eq!(names, planned);
+    }
+
+    /// As libtpu 0.0.52 reports: two blocks are one to a core of v5p, and nothing is fetched ahead there.
+    #[test]
+    fn a_single_step_per_core_needs_one_buffer() {
+        for (chip, problem, copies) in [
+            (Chip::V5p, problem(1024, 512, 512), 1),
+            (Chip::V5e, problem(1024, 512, 512), 2),
+            (Chip::V5p, problem(1536, 512, 512), 2),
+            (Chip::V5p, problem(512, 1024, 512), 2),
+        ] {
+            let plan = plan(problem, chip, Some("512,512,512"), None).unwrap();
+            assert_eq!(plan.vmem().buffers[0].copies, copies, "{chip} {:?}", plan.grid());
+        }
     }
 }

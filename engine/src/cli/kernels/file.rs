@@ -1,11 +1,12 @@
 //! Files with kernels: StableHLO modules (text or bytecode) that call Mosaic kernels, and Mosaic kernels in readable form.
 //!
 //! MLIR's bytecode reader trusts its input: a damaged body may crash it. So a child process ([`WORKER_ARGUMENT`]) opens
-//! every file first; if it dies, that is an error of the file here.
+//! every file first; if it dies or hangs, that is an error of the file here.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 use pagoda_ir::Context;
 use pagoda_ir::mosaic::text;
@@ -16,6 +17,8 @@ use crate::error::{Error, Result};
 
 /// The hidden argument that makes this program open a file and end.
 const WORKER_ARGUMENT: &str = "--open-worker";
+/// Kernels open within milliseconds; some damage makes the reader loop.
+const TIME_LIMIT: Duration = Duration::from_secs(20);
 const BYTECODE: &[u8] = b"ML\xefR";
 const EMIT_AGAIN: &str = "write the module again";
 
@@ -48,11 +51,22 @@ impl File {
         let program = std::env::current_exe().map_err(Error::io("find", Path::new("this executable")))?;
         let mut worker = Command::new(&program);
         worker.arg(WORKER_ARGUMENT).arg(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let status = worker.status().map_err(Error::io("run", &program))?;
-        match status.success() {
-            true => Ok(file),
-            false => Err(Error::file(path, format!("it is damaged: MLIR crashes on it ({status})"), EMIT_AGAIN)),
-        }
+        let mut worker = worker.spawn().map_err(Error::io("run", &program))?;
+        let started = Instant::now();
+        let outcome = loop {
+            match worker.try_wait().map_err(Error::io("wait for", &program))? {
+                Some(status) if status.success() => return Ok(file),
+                Some(status) => break format!("crashes on it ({status})"),
+                None if started.elapsed() > TIME_LIMIT => {
+                    // It may have ended in between: either way it is gone.
+                    let _ = worker.kill();
+                    let _ = worker.wait();
+                    break format!("does not come to an end of it within {} s", TIME_LIMIT.as_secs());
+                }
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+        };
+        Err(Error::file(path, format!("it is damaged: MLIR {outcome}"), EMIT_AGAIN))
     }
 
     fn classify(path: &Path) -> Result<Self> {

@@ -3,7 +3,9 @@
 mod arrays;
 mod file;
 mod inspect;
+mod operands;
 mod problem;
+mod report;
 mod run;
 
 use std::fmt::Display;

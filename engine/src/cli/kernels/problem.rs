@@ -414,8 +414,11 @@ fn batch_lengths(problem: &rpa::Problem, text: &str) -> Result<Vec<Lengths>> {
         let (q_len, kv_len) = part.trim().split_once('/')?;
         Some(Lengths { q_len: q_len.parse().ok()?, kv_len: kv_len.parse().ok()? })
     };
-    let lengths: Option<Vec<_>> = text.split(',').filter(|part| !part.is_empty()).map(sequence).collect();
-    let lengths = lengths.ok_or_else(|| refuse("are not ROWS/KEYS,...".into(), "write e.g. 1/60,13/13"))?;
+    let lengths: Option<Vec<_>> = match text {
+        "none" => Some(vec![]),
+        text => text.split(',').map(sequence).collect(),
+    };
+    let lengths = lengths.ok_or_else(|| refuse("are not ROWS/KEYS,...".into(), "write e.g. 1/60,13/13, or none"))?;
     if lengths.len() > problem.max_seqs {
         return Err(refuse(format!("are more than max-seqs = {}", problem.max_seqs), "give fewer sequences"));
     }

@@ -3,28 +3,26 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use pagoda_ir::mosaic::{Role, wire};
-use pagoda_ir::tile_machine::{Counters, DmaOrder, Fault, Machine, Program};
-use pagoda_ir::{Context, Element, HostTensor, TensorType, mosaic};
+use pagoda_ir::tile_machine::{DmaOrder, Machine, Program};
+use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
 use pagoda_kernels::check::{compare, tolerance};
-use pagoda_kernels::random::{Random, rpa_inputs};
-use pagoda_kernels::rpa;
-use pagoda_kernels::vmem::Bytes;
-use serde::Serialize;
 
-use super::arrays;
+use super::super::client;
 use super::file::{Content, File};
+use super::operands::{Given, ensure_fits, operands};
 use super::problem::{Case, Kernel, Plan};
+use super::report::{Check, Judge, Output, Report, tell};
 use crate::error::{Error, Result};
-use crate::pjrt::{Client, Plugin, PluginChoice};
-
-/// The most that operands and results may take: they are all held in memory.
-const MAX_ARRAYS: Bytes = Bytes::gib(8);
+use crate::pjrt::Client;
 
 /// What `pagoda run` takes.
 #[derive(Debug, Args)]
-#[command(subcommand_negates_reqs = true, args_conflicts_with_subcommands = false)]
+#[command(
+    subcommand_negates_reqs = true,
+    override_usage = "pagoda run [OPTIONS] <FILE>\n       pagoda run [OPTIONS] matmul|rpa <PROBLEM>"
+)]
 pub(in crate::cli) struct RunArgs {
     /// A kernel that `pagoda emit` wrote (readable or wire form), any StableHLO module with Mosaic kernels, or with
     /// --plugin a plain StableHLO module. Or, instead of a file, a kernel to emit and run: matmul or rpa.
@@ -48,77 +46,21 @@ pub(in crate::cli) struct RunArgs {
     /// Compare the result: with the f64 reference, or with the StableHLO form on a plugin.
     #[arg(long, global = true, value_enum)]
     check_against: Option<Judge>,
-    /// Query rows and keys of each sequence of an attention's batch, instead of random ones.
+    /// Query rows and keys of each sequence of an attention's batch, or none, instead of random ones.
     #[arg(long, global = true, value_name = "ROWS/KEYS,...")]
     lengths: Option<String>,
     /// When copies land on the tile machine: early, late, random:SEED; all: each of them, the results must be the same.
     #[arg(long, global = true, default_value = "late", value_name = "ORDER")]
     dma: String,
+    /// Let kernels load memory that nobody wrote (NaN here) and select something else, as some of JAX's do.
+    #[arg(long, global = true)]
+    allow_unwritten_reads: bool,
+    /// Let kernels leave elements of their outputs unwritten (NaN here), such as rows of padding.
+    #[arg(long, global = true)]
+    allow_unwritten_outputs: bool,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
-}
-
-/// What a result is compared with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-enum Judge {
-    /// The kernel's StableHLO form on a PJRT plugin.
-    Stablehlo,
-    /// The independent reference in f64.
-    Reference,
-}
-
-impl Judge {
-    fn describe(self) -> &'static str {
-        match self {
-            Self::Stablehlo => "its StableHLO form",
-            Self::Reference => "the reference in f64",
-        }
-    }
-}
-
-/// What a run tells.
-#[derive(Debug, Serialize)]
-struct Report {
-    /// The kernel, or the module's file.
-    kernel: String,
-    /// Where it ran: `tile machine` or a plugin's platform.
-    on: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    dma: Option<String>,
-    /// How the operands came about.
-    inputs: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    counters: Option<Counters>,
-    outputs: Vec<Output>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    fault: Option<Box<Fault>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    order_dependent: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    check: Option<Check>,
-}
-
-/// One result.
-#[derive(Debug, Serialize)]
-struct Output {
-    name: String,
-    r#type: String,
-    min: f64,
-    max: f64,
-    mean: f64,
-    nan: usize,
-    /// FNV-1a of the bytes: equal for equal results.
-    checksum: String,
-}
-
-/// What the comparison said.
-#[derive(Debug, Serialize)]
-struct Check {
-    against: Judge,
-    agrees: bool,
-    message: String,
 }
 
 /// `pagoda run`: succeeds when nothing faults and everything compared agrees.
@@ -168,64 +110,11 @@ fn dma_orders(args: &RunArgs) -> Result<Vec<DmaOrder>> {
     }
 }
 
-// ---- operands ----
-
-/// The arrays of `--input`, by name.
-struct Given {
-    arrays: Vec<(String, PathBuf, bool)>,
-    /// Names that were asked for, for the error message.
-    known: Vec<String>,
-}
-
-impl Given {
-    fn parse(inputs: &[String]) -> Result<Self> {
-        let mut arrays: Vec<(String, PathBuf, bool)> = Vec::new();
-        for input in inputs {
-            let (name, path) = input
-                .split_once('=')
-                .filter(|(name, path)| !name.is_empty() && !path.is_empty())
-                .ok_or_else(|| Error::setting("input", input, "is not NAME=FILE.npy", "write e.g. --input q=q.npy"))?;
-            if arrays.iter().any(|(known, ..)| known == name) {
-                return Err(Error::setting("input", name, "is given twice", "give each operand once"));
-            }
-            arrays.push((name.to_owned(), path.into(), false));
-        }
-        Ok(Self { arrays, known: vec![] })
-    }
-
-    fn take(&mut self, name: &str, ty: &TensorType) -> Result<Option<HostTensor>> {
-        self.known.push(format!("{name} {ty}"));
-        let Some((_, path, used)) = self.arrays.iter_mut().find(|(known, ..)| known == name) else { return Ok(None) };
-        *used = true;
-        arrays::read(path, ty).map(Some)
-    }
-
-    /// An input that names no operand is a mistake.
-    fn all_used(&self) -> Result<()> {
-        match self.arrays.iter().find(|(.., used)| !used) {
-            None => Ok(()),
-            Some((name, ..)) => {
-                let fix = format!("use one of: {}", self.known.join(", "));
-                Err(Error::setting("input", name, "names no operand", fix))
-            }
-        }
-    }
-}
-
-/// Refuses arrays that would not fit in memory.
-fn ensure_fits<'t>(types: impl IntoIterator<Item = &'t TensorType>) -> Result<()> {
-    let bytes = types.into_iter().try_fold(0_u64, |sum, ty| {
-        let bytes =
-            ty.dims.iter().try_fold(ty.element.bytes() as u64, |product, &size| product.checked_mul(size as u64));
-        sum.checked_add(bytes?)
-    });
-    match bytes {
-        Some(bytes) if bytes <= MAX_ARRAYS.0 => Ok(()),
-        bytes => {
-            let value = bytes.map_or("more than 2^64 bytes".to_owned(), |bytes| Bytes(bytes).to_string());
-            let limit = format!("is more than the {MAX_ARRAYS} that a run on the host holds");
-            Err(Error::setting("operands and results", value, limit, "run a smaller problem"))
-        }
+fn order_name(dma: DmaOrder) -> String {
+    match dma {
+        DmaOrder::Early => "early".into(),
+        DmaOrder::Late => "late".into(),
+        DmaOrder::Random(seed) => format!("random:{seed}"),
     }
 }
 
@@ -241,66 +130,6 @@ fn case(args: &RunArgs, plan: Plan, given: &mut Given) -> Result<Case> {
     let given = |name: &str| arrays.iter_mut().find(|(known, _)| *known == name).and_then(|(_, array)| array.take());
     plan.inputs(args.random, args.lengths.as_deref(), given)
 }
-
-/// Operands of a kernel of unknown origin: given ones, the rest drawn from `seed`.
-fn operands(given: &mut Given, operands: &[(String, TensorType)], seed: u64) -> Result<Vec<HostTensor>> {
-    ensure_fits(operands.iter().map(|(_, ty)| ty))?;
-    let mut batch = ragged(operands, seed);
-    let mut random = Random::new(seed);
-    let mut arrays = Vec::new();
-    for (name, ty) in operands {
-        let drawn = batch.iter_mut().find(|(known, _)| known == name).map(|(_, array)| array.clone());
-        arrays.push(match (given.take(name, ty)?, drawn) {
-            (Some(array), _) | (None, Some(array)) => array,
-            (None, None) if matches!(ty.element, Element::F32 | Element::Bf16) => random.tensor(ty),
-            (None, None) => {
-                let fix = format!("give it with --input {name}=FILE.npy");
-                return Err(Error::setting(name, ty, "cannot be drawn at random", fix));
-            }
-        });
-    }
-    Ok(arrays)
-}
-
-/// A ragged batch for operands that are named and shaped like those of an attention; else nothing.
-fn ragged(operands: &[(String, TensorType)], seed: u64) -> Vec<(&'static str, HostTensor)> {
-    const NAMES: [&str; 6] = ["kv_lens", "page_indices", "cu_q_lens", "num_seqs", "q", "kv_pages"];
-    let ty = |name: &str| operands.iter().find(|(known, _)| known == name).map(|(_, ty)| ty);
-    let problem = || {
-        let [table, q, kv] = [ty("page_indices")?, ty("q")?, ty("kv_pages")?];
-        let &[max_seqs, pages_per_seq] = &table.dims[..] else { return None };
-        let &[tokens, q_heads, head_dim] = &q.dims[..] else { return None };
-        let &[pages, page_size, halves, _] = &kv.dims[..] else { return None };
-        let problem: rpa::Problem = rpa::Problem::new(rpa::Spec {
-            kind: rpa::Kind::Mixed,
-            element: q.element,
-            tokens,
-            q_heads,
-            kv_heads: halves / 2,
-            head_dim,
-            page_size,
-            pages,
-            layers: 1,
-            max_seqs,
-            pages_per_seq,
-            scale: 1.0,
-            sliding_window: None,
-            soft_cap: None,
-        })
-        .ok()?;
-        let [q, kv, metadata @ ..] = &problem.argument_types()[..] else { return None };
-        let expected = metadata.iter().chain([q, kv]);
-        NAMES.into_iter().zip(expected).all(|(name, expected)| ty(name) == Some(expected)).then_some(problem)
-    };
-    let Some(problem) = problem() else { return vec![] };
-    let inputs = rpa_inputs(&problem, seed);
-    let mut arrays: Vec<_> = NAMES.into_iter().zip(rpa::mosaic::operands(&problem, &inputs)).collect();
-    // Of a stack of layers, the first one.
-    arrays.push(("first_page", HostTensor::new(&[1], &[0_i32])));
-    arrays
-}
-
-// ---- the tile machine ----
 
 /// A kernel that is emitted here.
 fn on_tile_machine(args: &RunArgs, dma: &[DmaOrder], case: &Case) -> Result<Report> {
@@ -345,7 +174,10 @@ fn run_case(
         aliases: kernel.aliases(),
         inputs: inputs_line(args, case.describe()),
     };
-    let mut report = execute(program, case.mosaic().machine(), dma, call)?;
+    // What the plan counted belongs to what is checked.
+    let vmem = args.check_against.map_or(Ok(()), |_| case.mosaic().check_vmem(&program));
+    let mut report = execute(args, program, case.mosaic().machine(), dma, call)?;
+    report.told.unplanned = vmem.err().map(|error| error.to_string());
     if let (Some(judge), Some(output)) = (args.check_against, report.first.take()) {
         report.told.check = Some(check(args, judge, case, &output)?);
     }
@@ -403,7 +235,7 @@ fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file
             aliases: &call.aliases,
             inputs: inputs_line(args, None),
         };
-        reports.push(execute(program, machine, dma, call)?.told);
+        reports.push(execute(args, program, machine, dma, call)?.told);
     }
     Ok(reports)
 }
@@ -423,7 +255,7 @@ struct Executed {
 }
 
 /// Runs the call once under each of `orders`, until one faults or gives another result than the first.
-fn execute(program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
+fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
     let program = program.with_aliases(call.aliases);
     let signature = program.signature().clone().with_outputs(call.results.len());
     let mut told = Report {
@@ -435,13 +267,20 @@ fn execute(program: Program, machine: Machine, orders: &[DmaOrder], call: Call) 
         outputs: vec![],
         fault: None,
         order_dependent: None,
+        unplanned: None,
         check: None,
     };
     let mut outputs: Option<Vec<HostTensor>> = None;
     let mut done: Vec<String> = vec![];
     for &dma in orders {
         done.push(order_name(dma));
-        match program.run(&Machine { dma, ..machine }, call.operands, call.results) {
+        let machine = Machine {
+            dma,
+            allow_unwritten_reads: args.allow_unwritten_reads,
+            allow_unwritten_outputs: args.allow_unwritten_outputs,
+            ..machine
+        };
+        match program.run(&machine, call.operands, call.results) {
             Err(fault) => {
                 // Which order found it.
                 (told.dma, told.fault) = (done.pop(), Some(fault));
@@ -467,25 +306,6 @@ fn execute(program: Program, machine: Machine, orders: &[DmaOrder], call: Call) 
     }
     told.dma = Some(done.join(", "));
     Ok(Executed { told, first: outputs.and_then(|outputs| outputs.into_iter().next()) })
-}
-
-fn order_name(dma: DmaOrder) -> String {
-    match dma {
-        DmaOrder::Early => "early".into(),
-        DmaOrder::Late => "late".into(),
-        DmaOrder::Random(seed) => format!("random:{seed}"),
-    }
-}
-
-// ---- plugins ----
-
-fn client(choice: &str) -> Result<Client> {
-    let plugin = Plugin::load(&PluginChoice::parse(choice)?)?;
-    plugin.client(1).map_err(|error| Error::Plugin {
-        plugin: plugin.found().path.display().to_string(),
-        problem: format!("it cannot create a client: {error}"),
-        fix: "see `pagoda doctor`, or choose another with --plugin".into(),
-    })
 }
 
 /// The StableHLO form of a kernel.
@@ -551,6 +371,7 @@ fn plugin_report(
         outputs: outputs.iter().enumerate().map(|(at, array)| Output::of(&format!("result{at}"), array)).collect(),
         fault: None,
         order_dependent: None,
+        unplanned: None,
         check: checked,
     })
 }
@@ -560,8 +381,6 @@ fn without_padding(case: &Case, output: &mut HostTensor) {
     let live = case.live() * output.element().bytes();
     output.bytes_mut()[live..].fill(0);
 }
-
-// ---- verdicts ----
 
 fn check(args: &RunArgs, judge: Judge, case: &Case, output: &HostTensor) -> Result<Check> {
     let tolerance = tolerance(output.element());
@@ -584,72 +403,4 @@ fn check(args: &RunArgs, judge: Judge, case: &Case, output: &HostTensor) -> Resu
         Err(error) => error.to_string(),
     };
     Ok(Check { against: judge, agrees: outcome.is_ok(), message })
-}
-
-impl Output {
-    fn of(name: &str, array: &HostTensor) -> Self {
-        let values = array.to_f64();
-        let numbers = || values.iter().copied().filter(|value| !value.is_nan());
-        let count = numbers().count();
-        let fnv1a = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        Self {
-            name: name.to_owned(),
-            r#type: TensorType::new(array.element(), array.dims()).to_string(),
-            min: numbers().fold(f64::INFINITY, f64::min),
-            max: numbers().fold(f64::NEG_INFINITY, f64::max),
-            mean: numbers().sum::<f64>() / count as f64,
-            nan: values.len() - count,
-            checksum: format!("{:016x}", array.bytes().iter().fold(0xcbf2_9ce4_8422_2325, fnv1a)),
-        }
-    }
-}
-
-fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
-    if json {
-        println!("{}", serde_json::to_string_pretty(reports).map_err(Error::runtime("writing JSON"))?);
-    } else {
-        reports.iter().for_each(print);
-    }
-    let mut works = true;
-    for report in reports {
-        if let Some(fault) = &report.fault {
-            eprintln!("error: {fault}");
-            works = false;
-        }
-        if let Some(message) = &report.order_dependent {
-            eprintln!("error: {}: {message}", report.kernel);
-            works = false;
-        }
-        if let Some(check) = report.check.as_ref().filter(|check| !check.agrees) {
-            eprintln!("error: differs from {}: {}", check.against.describe(), check.message);
-            works = false;
-        }
-    }
-    Ok(if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn print(report: &Report) {
-    let Report { kernel, on, inputs, .. } = report;
-    let dma = report.dma.as_ref().map_or(String::new(), |dma| format!(", copies {dma}"));
-    println!("{kernel} on {on}{dma}");
-    println!("  {:<8} {inputs}", "inputs");
-    for Output { name, r#type, min, max, mean, nan, checksum } in &report.outputs {
-        let nan = if *nan > 0 { format!(", {nan} NaN") } else { String::new() };
-        println!("  {name:<8} {type}: min {min:.4}, max {max:.4}, mean {mean:.4}{nan}, checksum {checksum}", type = r#type);
-    }
-    if let Some(counters) = &report.counters {
-        let Counters { grid_steps, ops, hbm_bytes_read, hbm_bytes_written, copies, mxu_flops, vmem_bytes } = *counters;
-        println!(
-            "  {:<8} {grid_steps} grid steps, {ops} ops, {copies} copies, {} read, {} written, {:.3} Gflop on the matrix \
-             unit, {} of VMEM",
-            "counted",
-            Bytes(hbm_bytes_read),
-            Bytes(hbm_bytes_written),
-            mxu_flops as f64 / 1e9,
-            Bytes(vmem_bytes as u64)
-        );
-    }
-    if let Some(check) = report.check.as_ref().filter(|check| check.agrees) {
-        println!("  {:<8} agrees with {}: {}", "check", check.against.describe(), check.message);
-    }
 }
