@@ -76,6 +76,7 @@ fn the_incident_is_planned_in_full() {
 #[test]
 fn every_form_that_is_emitted_runs_and_agrees() {
     let dir = TempDir::new().unwrap();
+    // Compiling the StableHLO form for a plugin takes a second: for one of each kernel.
     for (kernel, options) in [
         (format!("rpa {RPA}"), TILES),
         (format!("rpa {RPA} --dtype f32 --sliding-window 20 --soft-cap 5 --layers 2"), TILES),
@@ -92,15 +93,19 @@ fn every_form_that_is_emitted_runs_and_agrees() {
             done(dir.path(), &format!("emit {kernel} {tiles} {form} --out {file}"));
         }
         let report = |line: &str| json(&done(dir.path(), &format!("run {line} {inputs} --json"))).take();
-        let emitted_here = report(&format!("{kernel} {tiles} --check-against stablehlo --dma all"));
+        let on_plugin = kernel == format!("rpa {RPA}") || kernel.contains("--silu-gate");
+        let judge = if on_plugin { "stablehlo" } else { "reference" };
+        let emitted_here = report(&format!("{kernel} {tiles} --check-against {judge} --dma all"));
         assert_eq!(emitted_here[0]["check"]["agrees"], true, "{emitted_here}");
         for line in ["readable.mlir --dma early", "wire.mlir --tile-machine --dma random:9"] {
             let from_file = report(&format!("{line} --check-against reference"));
             assert_eq!(from_file[0]["outputs"], emitted_here[0]["outputs"], "{line} of {kernel}");
             assert_eq!(from_file[0]["counters"], emitted_here[0]["counters"], "{line} of {kernel}");
         }
-        let on_cpu = report("plain.mlir --plugin cpu --check-against reference");
-        assert_eq!((on_cpu[0]["on"].as_str(), &on_cpu[0]["check"]["agrees"]), (Some("cpu"), &Value::Bool(true)));
+        if on_plugin {
+            let on_cpu = report("plain.mlir --plugin cpu --check-against reference");
+            assert_eq!((on_cpu[0]["on"].as_str(), &on_cpu[0]["check"]["agrees"]), (Some("cpu"), &Value::Bool(true)));
+        }
     }
 }
 
