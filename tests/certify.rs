@@ -1,7 +1,7 @@
 //! Plans against the real TPU compiler: what the planner says a kernel takes, libtpu must confirm to the byte.
 //!
 //! One compilation costs from 0.4 s to some 10 s of CPU; what runs by default is a spread of small ones. All points run
-//! with `make certify-all`, which also renews `kernels/tuned/matmul.json` when `PAGODA_RECORD=1`.
+//! with `make certify-all`, which also renews the tables in `kernels/tuned` when `PAGODA_RECORD=1`.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock};

@@ -56,11 +56,16 @@ pub fn spills<P: KernelPlan>(plan: &P) -> Spills {
 /// More than any kernel of this chip and family spills: twice the largest that was recorded, and 256 KiB at least. `None`
 /// where none was recorded.
 ///
-/// Kernels work chunk by chunk, and every chunk of a family has the same largest size: their spills do not grow with the
-/// tiles.
+/// Kernels work chunk by chunk, and every chunk of a family has the same largest size: their spills do not grow with what
+/// else the tiles are.
 pub fn spill_bound<P: KernelPlan>(chip: Chip, family: &str) -> Option<Bytes> {
     let alike = P::records().iter().filter(|record| record.chip == chip && record.family == family);
     Some((alike.map(|record| record.spills).max()? * 2).max(Bytes::kib(256)))
+}
+
+/// What a planner keeps free for spills: their bound, or 2 MiB where none were recorded.
+pub(crate) fn spill_margin<P: KernelPlan>(chip: Chip, family: &str) -> Bytes {
+    spill_bound::<P>(chip, family).unwrap_or(Bytes::mib(2))
 }
 
 #[cfg(test)]

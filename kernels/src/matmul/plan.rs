@@ -594,7 +594,7 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
     let lane_m = problem.layout == Layout::FeatureMajor;
     let (ms, ns) = (candidates(problem.m, lane_m, MAX_TILE), candidates(problem.n, !lane_m, MAX_TILE));
     let ks = candidates(problem.k, true, MAX_DEPTH);
-    let margin = tuned::spill_bound::<Plan>(chip, &family(problem)).unwrap_or(UNMEASURED_SPILLS);
+    let margin = tuned::spill_margin::<Plan>(chip, &family(problem));
     let mut best: Option<(f64, Tiles)> = None;
     for &m in &ms {
         for &n in &ns {
@@ -626,8 +626,6 @@ const MAX_DEPTH: usize = 8192;
 /// Multiplications that the body may spell out. It is straight-line code, so they are what the compiler's time (about a
 /// minute at 2^32) and the program's size grow with.
 const MAX_MULTIPLICATIONS: usize = 1 << 31;
-/// What is kept free for spills where none were recorded.
-const UNMEASURED_SPILLS: Bytes = Bytes::mib(2);
 
 /// Tile sizes worth trying along one dimension: all of it, powers of two, and three times powers of two.
 fn candidates(size: usize, lanes: bool, most: usize) -> Vec<usize> {

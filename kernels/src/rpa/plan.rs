@@ -85,8 +85,6 @@ const MAX_LOGITS: usize = 1 << 20;
 const MAX_F32_LOGITS: usize = 1 << 18;
 /// Most copies in flight per block that the planner chooses: each is an instruction of its own.
 const MAX_COPIES: usize = 32;
-/// What is kept free for spills where none were recorded.
-const UNMEASURED_SPILLS: Bytes = Bytes::mib(2);
 
 impl Plan {
     /// Plans `problem` on `chip`: with the given tiles, or with the largest ones that fit the limit.
@@ -366,7 +364,7 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
 fn best(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Plan> {
     let head_block = head_block(problem, chip);
     let most_logits = if problem.element == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
-    let margin = |tiles| tuned::spill_bound::<Plan>(chip, &family(problem, tiles)).unwrap_or(UNMEASURED_SPILLS);
+    let margin = |tiles| tuned::spill_margin::<Plan>(chip, &family(problem, tiles));
     let mut best: Option<((bool, usize, bool, usize), Tiles)> = None;
     for queries in [8, 16, 32, 64, 128, 256] {
         let rows = queries * problem.group();
