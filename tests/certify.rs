@@ -31,18 +31,18 @@ fn request(chip: Chip, sizes: [usize; 3], tiles: Option<&str>) -> Request {
 }
 
 /// Certifies all of `plans`, as many at a time as there are processors, and returns the answers in order.
-fn certify_all<P: KernelPlan + Sync>(plans: &[P]) -> Vec<Certified<P>> {
+fn certify_all<P: KernelPlan + Sync>(plans: &[P]) -> Vec<Result<Certified<P>, String>> {
     let certifier = certifier();
     let next = AtomicUsize::new(0);
-    let answers: Vec<OnceLock<Certified<P>>> = plans.iter().map(|_| OnceLock::new()).collect();
+    let answers: Vec<OnceLock<Result<Certified<P>, String>>> = plans.iter().map(|_| OnceLock::new()).collect();
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from).min(8) {
             scope.spawn(|| {
                 loop {
                     let at = next.fetch_add(1, Relaxed);
                     let Some(plan) = plans.get(at) else { break };
-                    let tell = |error| panic!("{} on {}, {}: {error}", plan.name(), plan.chip(), plan.describe());
-                    answers[at].get_or_init(|| Certified::new(plan, &certifier).unwrap_or_else(tell));
+                    let tell = |error| format!("{} on {}, {}: {error}", plan.name(), plan.chip(), plan.describe());
+                    answers[at].get_or_init(|| Certified::new(plan, &certifier).map_err(tell));
                 }
             });
         }
@@ -51,9 +51,16 @@ fn certify_all<P: KernelPlan + Sync>(plans: &[P]) -> Vec<Certified<P>> {
 }
 
 /// Every one compiles, and takes exactly what was planned. Those that do go into the table of `kernel`, if asked for.
-fn assert_exact<P: KernelPlan>(kernel: &str, answers: &[Certified<P>]) {
+fn assert_exact<P: KernelPlan>(kernel: &str, answers: &[Result<Certified<P>, String>]) {
     let (mut wrong, mut right) = (String::new(), Vec::new());
-    for certified in answers {
+    for answer in answers {
+        let certified = match answer {
+            Ok(certified) => certified,
+            Err(error) => {
+                wrong += error;
+                continue;
+            }
+        };
         let certificate = &certified.certificate;
         let exact = certified.differences.is_empty() && certificate.kernels.len() == 1;
         let total = certificate.kernels.first().map(|kernel| kernel.total);
@@ -185,7 +192,7 @@ fn the_incident_fits_on_every_chip() {
     let plans = Chip::ALL.map(|chip| rpa::Request::new(chip.name()).plan().unwrap());
     let answers = certify_all(&plans);
     assert_exact("rpa", &answers);
-    for certified in &answers {
+    for certified in answers.iter().flatten() {
         let limit = certified.plan.chip.info().default_scoped_limit;
         assert!(certified.certificate.kernels[0].total <= limit, "{certified}");
         assert!(matches!(certified.plan.verdict, Fit::Fits { .. }), "{certified}");
@@ -230,12 +237,12 @@ fn attentions(chip: Chip) -> Vec<rpa::Request> {
     requests
 }
 
-/// Every attention on one chip, every chip with a fifth of them.
+/// Every second attention on one chip, in turn.
 #[test]
 fn plans_of_attention_are_exact() {
     let mut plans = Vec::new();
     for (index, chip) in Chip::ALL.into_iter().enumerate() {
-        let own = attentions(chip).into_iter().skip(index).step_by(Chip::ALL.len());
+        let own = attentions(chip).into_iter().skip(index).step_by(2 * Chip::ALL.len());
         plans.extend(own.map(|request| request.plan().unwrap()));
     }
     let answers = certify_all(&plans);
@@ -245,10 +252,12 @@ fn plans_of_attention_are_exact() {
 #[test]
 #[ignore = "minutes of CPU: make certify-all"]
 fn plans_of_attention_are_exact_on_every_chip() {
-    let requests = Chip::ALL.into_iter().flat_map(attentions);
-    let answers = certify_all(&requests.map(|request| request.plan().unwrap()).collect::<Vec<_>>());
-    assert!(answers.len() >= 60);
-    assert_exact("rpa", &answers);
+    let plans =
+        Chip::ALL.map(|chip| attentions(chip).iter().map(|request| request.plan().unwrap()).collect::<Vec<_>>());
+    assert!(plans.iter().map(Vec::len).sum::<usize>() >= 60);
+    for plans in plans {
+        assert_exact("rpa", &certify_all(&plans));
+    }
 }
 
 #[test]
@@ -263,7 +272,7 @@ fn a_kernel_too_large_is_a_verdict_with_both_numbers() {
     assert!(certified.to_string().contains("--tiles"), "the plan says what to do: {certified}");
     // The remedy works.
     request.vmem_limit = Some("4MiB".into());
-    assert_exact("matmul", &[certify_matmul(&request, &certifier()).unwrap()]);
+    assert_exact("matmul", &[Ok(certify_matmul(&request, &certifier()).unwrap())]);
 }
 
 #[test]

@@ -30,8 +30,8 @@ const NONE: f64 = -1e30;
 const MASKED: f64 = 2.0 * NONE;
 /// Rows whose logits are worked on at a time: the more, the more of them are spilled.
 const CHUNK: usize = 256;
-/// Queries that are worked on where a sequence has no more in a block: the rows of a tile.
-const NARROW: usize = 8;
+/// Queries that are worked on where a sequence has no more in a block: the rows of a tile of bf16 on the newest chips.
+const NARROW: usize = 16;
 
 /// The Mosaic kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several
 /// layers `first_page [1]`, then `q` and `kv_pages`.
@@ -306,7 +306,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let all =
             starts.map(|start| Part { starts: vec![k.int(start as i64)], rows: CHUNK.min(self.plan.rows() - start) });
         let all: Vec<_> = all.collect();
-        if queries <= NARROW {
+        if queries <= NARROW || !queries.is_multiple_of(NARROW) {
             return blocks(&all);
         }
         // A decode row must not cost what a whole block costs.
