@@ -1,14 +1,13 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools demo test bench bench-peers certify-all tpu-static certify-all tpu-static
+.PHONY: help setup tpu-tools demo test nightly bench bench-peers certify-all tpu-static
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
 	@echo "make test         set up, then format check, clippy, docs and every test"
+	@echo "make nightly      10,000 random problems, tiles and batches through the Mosaic kernels (make test: 500)"
 	@echo "make bench        criterion benches (CPU)"
 	@echo "make bench-peers  tokens/s against plain JAX on this machine"
 	@echo "make tpu-tools    libtpu, the TPU compiler, for certification without a TPU"
-	@echo "make certify-all  every certification, not only those of make test"
-	@echo "make tpu-static   static cycles of our TPU kernels beside the peers'"
 	@echo "make certify-all  every certification by the TPU compiler (half an hour; PAGODA_RECORD=1 renews the table)"
 	@echo "make tpu-static   static cycles of the TPU kernels beside the peers'"
 
@@ -26,6 +25,9 @@ test: tpu-tools
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
 	cargo test --workspace --quiet
+
+nightly: setup
+	cargo test --test mosaic_check -- --ignored
 
 bench: tpu-tools
 	cargo bench --workspace

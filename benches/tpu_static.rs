@@ -1,15 +1,23 @@
-//! Static cycles of our TPU kernels by the real compiler, beside the peers': `cargo bench --bench tpu_static [-- --json]`.
+//! Static cycles of our TPU kernels by the real compiler, beside the peers': `cargo bench --bench tpu_static [-- [matmul] [rpa] [--json]]`.
 //!
 //! Nothing runs on a TPU and nothing is timed: libtpu compiles each kernel for v5p and estimates it, and the estimate is
 //! the same every time. It knows matrix units, loads, stores and copies of one core; it does not know that two cores and
 //! many copies share one HBM, so the table also gives the cycles that moving the bytes takes at least.
+//!
+//! Attention: what a core takes depends on the batch, so its lengths are constants of the kernel that is compiled. Each of
+//! v5p's two cores has half of the heads, and the estimate is of one core's half (16 of 32 query heads, 4 of 8 KV heads):
+//! the compiler cannot estimate the pipeline's strided copies of half of q's heads (`dma-general`), while for a launch of
+//! half the heads they are plain ones. The peers have all heads on one core; half of their figures is what they would take
+//! on both.
 
 use std::process::ExitCode;
 
 use pagoda_engine::certify::matmul::{Certified, Request, certify_matmul};
-use pagoda_engine::certify::{Certifier, run_if_asked};
-use pagoda_ir::Element;
+use pagoda_engine::certify::{Certifier, rpa, run_if_asked};
+use pagoda_ir::{Context, Element};
 use pagoda_kernels::chips::Chip;
+use pagoda_kernels::rpa::plan::Plan;
+use pagoda_kernels::rpa::{Batch, Kind, mosaic};
 
 /// A product and the peers' static cycles for it, libtpu 0.0.52 on v5p, bf16: XLA's own dot, and JAX Pallas's matmul at
 /// the best tiles within 16 MiB and within any limit.
@@ -57,6 +65,144 @@ fn main() -> ExitCode {
 
 fn measure(json: bool) -> pagoda_engine::Result<()> {
     let certifier = Certifier::of_this_executable()?;
+    // All, or those that are named.
+    let named = |kernel: &str| std::env::args().any(|argument| argument == kernel);
+    let wanted = |kernel| named(kernel) || !(named("matmul") || named("rpa"));
+    let matmul = if wanted("matmul") { matmuls(json, &certifier)? } else { vec![] };
+    let rpa = if wanted("rpa") { attentions(json, &certifier)? } else { vec![] };
+    if json {
+        println!("{}", serde_json::json!({ "matmul": matmul, "rpa": rpa }));
+    }
+    Ok(())
+}
+
+/// A batch of equal sequences, and the peers' static cycles for it on one core (libtpu 0.0.52, v5p, bf16, 32 query and 8
+/// KV heads, head dimension 128, pages of 128): JAX's kernel (v2) and tpu-inference's (v3, which also writes K and V), at
+/// the best tiles of any size, and within 16 MiB; and v3 with f32 accumulators, as ours has them.
+struct Attention {
+    name: &'static str,
+    sequences: usize,
+    q_len: usize,
+    kv_len: usize,
+    v2: [u64; 2],
+    v3: [u64; 2],
+    v3_f32: u64,
+}
+
+const ATTENTIONS: [Attention; 4] = [
+    Attention {
+        name: "prefill1",
+        sequences: 1,
+        q_len: 1024,
+        kv_len: 1024,
+        v2: [271_541, 338_824],
+        v3: [159_253, 165_073],
+        v3_f32: 139_097,
+    },
+    Attention {
+        name: "prefill8",
+        sequences: 8,
+        q_len: 128,
+        kv_len: 128,
+        v2: [106_530, 106_530],
+        v3: [69_594, 69_594],
+        v3_f32: 63_952,
+    },
+    Attention {
+        name: "chunk4608",
+        sequences: 1,
+        q_len: 1024,
+        kv_len: 4608,
+        v2: [917_208, 1_467_816],
+        v3: [753_013, 795_185],
+        v3_f32: 700_665,
+    },
+    Attention {
+        name: "decode8",
+        sequences: 8,
+        q_len: 1,
+        kv_len: 4608,
+        v2: [260_464, 278_844],
+        v3: [110_111, 111_358],
+        v3_f32: 110_721,
+    },
+];
+
+impl Attention {
+    /// Its metadata: pages in order, sequence after sequence.
+    fn batch(&self, plan: &Plan) -> Batch {
+        let problem = plan.problem();
+        let (seqs, pages) = (problem.max_seqs, problem.pages_per_seq);
+        let kv_lens: Vec<i32> =
+            (0..seqs).map(|seq| if seq < self.sequences { self.kv_len as i32 } else { 0 }).collect();
+        let rows: Vec<i32> = (0..=seqs).map(|seq| (seq.min(self.sequences) * self.q_len) as i32).collect();
+        let page_indices: Vec<i32> = (0..(seqs * pages) as i32).collect();
+        Batch::new(problem, &kv_lens, &page_indices, &rows, self.sequences).expect("it fits the incident's problem")
+    }
+
+    /// KV blocks that a core fetches: each query block of a sequence those that its last row sees.
+    fn kv_blocks(&self, plan: &Plan) -> usize {
+        let blocks = (0..self.sequences).flat_map(|sequence| {
+            let (start, stop) = (sequence * self.q_len, (sequence + 1) * self.q_len);
+            let queries = plan.tiles().queries;
+            let ends = (start / queries..stop.div_ceil(queries)).map(move |block| ((block + 1) * queries).min(stop));
+            ends.map(move |end| (self.kv_len - (stop - end)).div_ceil(plan.keys()))
+        });
+        blocks.sum()
+    }
+}
+
+fn attentions(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {
+    let mut lines = Vec::new();
+    if !json {
+        println!(
+            "\nbatch (kernel)      | ours, per core @ MiB (tiles)     | around | matrix unit | bytes  | v2 best, <= 16 MiB  | v3 best, <= 16 MiB  | v3 f32"
+        );
+    }
+    for (attention, kind) in
+        ATTENTIONS.iter().map(|attention| (attention, Kind::Mixed)).chain([(&ATTENTIONS[3], Kind::Decode)])
+    {
+        let Attention { name, v2, v3, v3_f32, .. } = attention;
+        let (tokens, kernel) = if kind == Kind::Decode { (8, "decode") } else { (1024, "mixed") };
+        let request =
+            rpa::Request { q: format!("{tokens}x16x128"), kv_heads: 4, kind, ..rpa::Request::new(Chip::V5p.name()) };
+        let plan = request.plan()?;
+        let context = Context::new();
+        let module =
+            mosaic::module_of(&context, &plan, &mosaic::kernel_of_batch(&context, &plan, &attention.batch(&plan))?)?;
+        let ours = rpa::Certified::of_module(&plan, &module.bytecode(), certifier)?;
+        let cycles = ours.certificate.kernel_cycles();
+        let around = ours.certificate.cycles.iter().map(|op| op.cycles).sum::<u64>() - cycles.unwrap_or(0);
+        let (info, problem) = (Chip::V5p.info(), plan.problem());
+        // Two products of two flop each for every row, key and element; all heads of the core.
+        let rows = problem.group() * plan.tiles().queries.min(attention.q_len.next_multiple_of(8));
+        let per_block = rows * plan.keys() * problem.head_dim * 4 * problem.kv_heads;
+        let blocks = attention.kv_blocks(&plan);
+        let matrix_unit = (blocks * per_block) as u64 / info.peak_flop_per_cycle_and_core;
+        // Both cores: K and V of every block, q and the output once.
+        let row = problem.head_dim * problem.element.bytes();
+        let moved = 2 * (blocks * plan.keys() * 2 * problem.kv_heads + 2 * tokens * problem.q_heads) * row;
+        let floor = moved as f64 / info.hbm_bytes_per_cycle();
+        if json {
+            lines.push(serde_json::json!({ "batch": name, "kernel": kernel, "cycles_per_core": cycles,
+                "cycles_around": around, "matrix_unit_cycles": matrix_unit, "bytes_moved": moved, "bytes_cycles": floor,
+                "ours": ours, "v2": v2, "v3": v3, "v3_f32": v3_f32 }));
+            continue;
+        }
+        let taken = ours.plan.total + ours.certificate.spills();
+        let told = cycles.map_or("none".into(), |cycles| cycles.to_string());
+        println!(
+            "{:<19} | {:<32} | {around:<6} | {matrix_unit:<11} | {floor:<6.0} | {:<19} | {:<19} | {v3_f32}",
+            format!("{name} ({kernel})"),
+            format!("{told} @ {:.1} ({})", taken.as_mib(), ours.plan.tiles),
+            format!("{}, {}", v2[0], v2[1]),
+            format!("{}, {}", v3[0], v3[1]),
+        );
+    }
+    Ok(lines)
+}
+
+fn matmuls(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {
     let mut lines = Vec::new();
     if !json {
         println!(
@@ -67,7 +213,7 @@ fn measure(json: bool) -> pagoda_engine::Result<()> {
         let mut ours: Vec<Certified> = Vec::new();
         for limit in [None, Some(larger.to_owned())] {
             let request = Request { vmem_limit: limit, ..Request::new(m, k, n, Element::Bf16, Chip::V5p.name()) };
-            ours.push(certify_matmul(&request, &certifier)?);
+            ours.push(certify_matmul(&request, certifier)?);
         }
         if json {
             lines.push(serde_json::json!({ "m": m, "k": k, "n": n, "ours": ours,
@@ -80,7 +226,7 @@ fn measure(json: bool) -> pagoda_engine::Result<()> {
             format!("{cycles} @ {:.1} ({})", taken.as_mib(), certified.plan.tiles)
         };
         let peer = |cycles: Option<u64>| cycles.map_or("-".into(), |cycles| cycles.to_string());
-        let floor = ours[0].plan.estimate.bytes_moved as f64 / Chip::V5p.info().hbm_bytes_per_cycle();
+        let floor = ours[0].plan.particulars.estimate.bytes_moved as f64 / Chip::V5p.info().hbm_bytes_per_cycle();
         println!(
             "{:<18} | {:<32} | {:<32} | {xla:<7} | {:<15} | {:<11} | {floor:.0}",
             format!("{m} x {k} x {n}"),
@@ -90,8 +236,5 @@ fn measure(json: bool) -> pagoda_engine::Result<()> {
             peer(pallas_any),
         );
     }
-    if json {
-        println!("{}", serde_json::Value::Array(lines));
-    }
-    Ok(())
+    Ok(lines)
 }

@@ -2,7 +2,7 @@
 
 use pagoda_ir::{
     Context, Element, Error, HostTensor, TensorType,
-    mosaic::{self, Builder, DotDims, Kernel, MemorySpace, Precision, Semantics, Signature, Window, wire},
+    mosaic::{self, Builder, DotDims, Kernel, MemorySpace, Precision, Semantics, Signature, Window, text, wire},
     stablehlo,
     tile_machine::{DmaOrder, Machine, Program},
 };
@@ -44,11 +44,12 @@ fn a_kernel_becomes_a_custom_call_and_comes_back() {
         }
         let opened = wire::open(&context, &calls[0].backend_config).expect("the body is readable");
         assert_eq!(opened.vmem_limit, Some(8 << 20), "{form}");
-        assert_eq!(opened.module.as_operation().to_string(), kernel.text(), "{form}");
+        assert_eq!(text::print(&opened.module), kernel.text(), "{form}");
         assert_eq!(Signature::read(&opened.module), Signature::read(kernel.module()), "{form}");
     }
     // Readable text, which libtpu takes as a body too, is read back as well (with memory spaces as strings).
-    let reread = wire::deserialize(&context, kernel.text().as_bytes()).expect("the text is readable");
+    let reread = text::parse(&context, &kernel.text(), "kernel.mlir").expect("the text is readable");
+    assert_eq!(Signature::read(&reread), Signature::read(kernel.module()), "names included");
     assert_eq!(wire::op_counts(&reread), wire::op_counts(kernel.module()));
     Program::decode(&reread).expect("and runs");
 }

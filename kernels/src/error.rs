@@ -32,3 +32,14 @@ pub(crate) fn ensure(
     }
     Err(Invalid { subject, key: key.to_string(), value: value.to_string(), limit: limit(), fix: fix.to_owned() })
 }
+
+/// More elements than any array of a problem has (a terabyte of bytes): sums of sizes stay far from overflow.
+pub(crate) const MAX_ELEMENTS: usize = 1 << 40;
+
+/// `Ok` when the product of `factors` is at most `most`.
+pub(crate) fn ensure_product(subject: &'static str, key: &str, factors: &[usize], most: usize) -> Result<(), Invalid> {
+    let product = factors.iter().try_fold(1_usize, |product, &factor| product.checked_mul(factor));
+    let value = product.map_or_else(|| format!("{factors:?} multiplied"), |product| product.to_string());
+    let fits = product.is_some_and(|product| product <= most);
+    ensure(fits, subject, key, value, || format!("is beyond {most}"), "shrink one of the factors")
+}

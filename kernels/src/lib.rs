@@ -10,11 +10,14 @@ pub mod chips;
 pub mod error;
 pub mod float;
 pub mod matmul;
+pub mod plan;
+pub mod random;
 pub mod rpa;
 #[cfg(any(test, feature = "strategies"))]
 pub mod strategies;
 pub mod threads;
+pub mod tuned;
 pub mod vmem;
 
-pub use check::{Case, CheckError, Runner, check};
+pub use check::{Case, CheckError, MosaicCase, Runner, check, check_mosaic};
 pub use error::Invalid;

@@ -196,7 +196,7 @@ impl fmt::Display for VmemReport {
         for buffer in &self.buffers {
             let copies = if buffer.copies > 1 { format!("{} x", buffer.copies) } else { String::new() };
             let Buffer { name, kind, bytes, .. } = buffer;
-            writeln!(f, "  {name:<12} {kind:<16} {copies:>4} {:<18} {bytes:>12}", buffer.shape())?;
+            writeln!(f, "  {name:<12} {kind:<16} {copies:>4} {:<20} {bytes:>10}", buffer.shape())?;
         }
         write!(f, "  {:<53} {:>12}", "sum without spills", self.total())
     }

@@ -12,8 +12,10 @@
 //! Invariants: nothing of a worker outlives the call (process and folder are gone); a program that does not compile is
 //! never reported as certified; what the compiler did not tell is absent, not zero.
 
+pub mod kernel;
 pub mod matmul;
 pub mod report;
+pub mod rpa;
 pub mod worker;
 
 use std::fmt;

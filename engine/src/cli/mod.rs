@@ -1,10 +1,11 @@
-//! The command line: `pagoda sample | merge | doctor | bench`.
+//! The command line: `pagoda sample | merge | doctor | bench | plan | certify | emit | inspect | run`.
 //!
 //! Samples and other machine-readable output go to stdout, logs and progress to stderr. Exit codes: 0 done, 1 failed
 //! on good input, 2 the input must change, 130 interrupted (what was finished is kept).
 
 mod bench;
 mod doctor;
+mod kernels;
 mod sample;
 
 use std::io::Write;
@@ -44,6 +45,42 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Plan a kernel: tiles, grid, every VMEM buffer, and whether it is known to fit.
+    Plan {
+        #[command(subcommand)]
+        kernel: kernels::Kernel,
+        /// Print JSON.
+        #[arg(long, global = true)]
+        json: bool,
+    },
+    /// Have libtpu, the TPU's own compiler, judge a planned kernel; no TPU needed.
+    Certify {
+        #[command(subcommand)]
+        kernel: kernels::Kernel,
+        /// Seconds that the compiler may take.
+        #[arg(long, global = true, value_name = "SECONDS", default_value_t = 180)]
+        timeout: u64,
+        /// Print JSON.
+        #[arg(long, global = true)]
+        json: bool,
+    },
+    /// Write a kernel: readable Mosaic, or the StableHLO module that carries it.
+    Emit {
+        #[command(subcommand)]
+        kernel: kernels::Kernel,
+        #[command(flatten)]
+        form: kernels::EmitArgs,
+    },
+    /// List the Mosaic kernels of a file: grid, buffers, declared VMEM, ops.
+    Inspect {
+        /// A StableHLO module as text or bytecode, or a Mosaic kernel.
+        file: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a kernel on the tile machine, or a module on a plugin, and compare the result.
+    Run(Box<kernels::RunArgs>),
     /// Measure this machine.
     Bench {
         #[command(subcommand)]
@@ -125,17 +162,25 @@ impl PluginArgs {
 
     /// Loads the plugin and creates a client of one device.
     fn client(&self) -> Result<Client> {
-        let plugin = Plugin::load(&PluginChoice::parse(&self.plugin)?)?;
-        plugin.client(1).map_err(|error| Error::Plugin {
-            plugin: plugin.found().path.display().to_string(),
-            problem: format!("it cannot create a client: {error}"),
-            fix: "see `pagoda doctor`, or choose another with --plugin".into(),
-        })
+        client(&self.plugin)
     }
+}
+
+/// Loads the plugin that is named and creates a client of one device.
+fn client(choice: &str) -> Result<Client> {
+    let plugin = Plugin::load(&PluginChoice::parse(choice)?)?;
+    plugin.client(1).map_err(|error| Error::Plugin {
+        plugin: plugin.found().path.display().to_string(),
+        problem: format!("it cannot create a client: {error}"),
+        fix: "see `pagoda doctor`, or choose another with --plugin".into(),
+    })
 }
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    if let Some(code) = kernels::run_if_asked() {
+        return code;
+    }
     // The plugins' own chatter on stderr, unless it was asked for.
     if std::env::var_os("TF_CPP_MIN_LOG_LEVEL").is_none() {
         // SAFETY: no other thread runs yet.
@@ -151,6 +196,11 @@ pub fn main() -> ExitCode {
             ExitCode::SUCCESS
         }),
         Command::Doctor { json } => Ok(if doctor::doctor(json) { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        Command::Plan { kernel, json } => kernels::plan(&kernel, json),
+        Command::Certify { kernel, timeout, json } => kernels::certify(&kernel, timeout, json),
+        Command::Emit { kernel, form } => kernels::emit(&kernel, &form),
+        Command::Inspect { file, json } => kernels::inspect(&file, json).map(|()| ExitCode::SUCCESS),
+        Command::Run(args) => kernels::run(&args),
         Command::Bench { what: Bench::Decode { model, slots, new, compute, plugin, json } } => plugin
             .client()
             .and_then(|client| {

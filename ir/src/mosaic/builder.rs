@@ -163,9 +163,9 @@ impl<'c> Kernel<'c> {
         &self.module
     }
 
-    /// The module in MLIR's readable form (libtpu accepts it as a body, see [`wire`](super::wire)).
+    /// The module in MLIR's [readable form](super::text) (libtpu accepts it as a body, see [`wire`](super::wire)).
     pub fn text(&self) -> String {
-        self.module.as_operation().to_string()
+        super::text::print(&self.module)
     }
 
     /// Every operand in the order of the kernel's arguments: prefetched, inputs, outputs, scratch.

@@ -42,6 +42,7 @@
 mod builder;
 mod memref;
 mod signature;
+pub mod text;
 mod value;
 pub mod wire;
 

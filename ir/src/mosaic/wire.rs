@@ -19,6 +19,7 @@ use serde_json::{Value as Json, json};
 use super::{
     builder::{Kernel, Role, Semantics},
     signature::{Signature, kernel_function, op_name},
+    text,
 };
 use crate::{
     context::{Context, diagnosed},
@@ -59,22 +60,11 @@ pub fn serialize(module: &Module) -> Vec<u8> {
 /// # Errors
 /// When MLIR cannot read it.
 pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> {
+    let module = match body.starts_with(b"ML\xefR") {
+        true => read_bytecode(context.melior(), body)?,
+        false => text::parse(context, &String::from_utf8_lossy(body), "the body")?,
+    };
     let context = context.melior();
-    let text;
-    let mut source = body;
-    if !body.starts_with(b"ML\xefR") {
-        text = without_foreign_memrefs(&String::from_utf8_lossy(body));
-        source = text.as_bytes();
-    }
-    // Bytecode is read in place and wants alignment; text wants a zero behind it.
-    let mut aligned = HostTensor::zeros(Element::U8, &[source.len() + 1]);
-    aligned.bytes_mut()[..source.len()].copy_from_slice(source);
-    let (module, diagnostics) = diagnosed(context, || {
-        let source = mlir_sys::MlirStringRef { data: aligned.bytes().as_ptr().cast(), length: source.len() };
-        // SAFETY: the source outlives the call, and a null module becomes `None`.
-        unsafe { Module::from_option_raw(mlir_sys::mlirModuleCreateParse(context.to_raw(), source)) }
-    });
-    let module = module.ok_or_else(|| Error::mosaic(format!("the body is no MLIR module: {diagnostics}")))?;
     if !module.as_operation().has_attribute(VERSION_ATTRIBUTE) {
         return Ok(module);
     }
@@ -83,19 +73,15 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
     if valid { Ok(module) } else { Err(Error::Verify { module: "the kernel".to_owned(), diagnostics }) }
 }
 
-/// MLIR refuses foreign memory spaces and element types in the memrefs of a text (in bytecode it does not): spaces become
-/// strings, semaphores the integers that [`signature`](super::signature) takes for them in semaphore memory.
-fn without_foreign_memrefs(text: &str) -> String {
-    let text = text.replace("x!tpu.dma_semaphore", "xi64").replace("<!tpu.dma_semaphore", "<i64");
-    let text = text.replace("x!tpu.semaphore", "xi32").replace("<!tpu.semaphore", "<i32");
-    let mut result = String::with_capacity(text.len());
-    let mut rest = text.as_str();
-    while let Some((before, after)) = rest.split_once("#tpu.memory_space<") {
-        let (space, after) = after.split_once('>').unwrap_or((after, ""));
-        result.extend([before, "\"", space, "\""]);
-        rest = after;
-    }
-    result + rest
+fn read_bytecode<'c>(context: &'c melior::Context, body: &[u8]) -> Result<Module<'c>> {
+    // Bytecode is read in place and wants alignment.
+    let aligned = HostTensor::from_bytes(Element::U8, &[body.len()], body);
+    let (module, diagnostics) = diagnosed(context, || {
+        let source = mlir_sys::MlirStringRef { data: aligned.bytes().as_ptr().cast(), length: body.len() };
+        // SAFETY: the source outlives the call, and a null module becomes `None`.
+        unsafe { Module::from_option_raw(mlir_sys::mlirModuleCreateParse(context.to_raw(), source)) }
+    });
+    module.ok_or_else(|| Error::mosaic(format!("the body is no MLIR module: {diagnostics}")))
 }
 
 /// A copy of a module with every op but the module itself renamed.
@@ -280,6 +266,20 @@ fn call_types(line: &str) -> Option<(Vec<TensorType>, Vec<TensorType>)> {
     let (operands, results) = types.split_once(") -> ")?;
     let list = |text: &str| text.split("tensor<").skip(1).map(tensor_type).collect::<Option<Vec<_>>>();
     Some((list(operands)?, list(results)?))
+}
+
+/// Names and types of the arguments of a StableHLO module's `@main`, from its text; `None` when they cannot be read.
+///
+/// As [`find_custom_calls`], without StableHLO's dialect.
+pub fn main_arguments(module: &str) -> Option<Vec<(String, TensorType)>> {
+    let (_, rest) = module.split_once("@main(")?;
+    // Attributes may hold anything, but no `%name: tensor<`.
+    let (list, _) = rest.split_once(" -> ").or_else(|| rest.split_once('{'))?;
+    let arguments = list.split('%').skip(1).map(|argument| {
+        let (name, ty) = argument.split_once(": tensor<")?;
+        Some((name.to_owned(), tensor_type(ty)?))
+    });
+    arguments.collect()
 }
 
 /// `8x128xbf16>...`

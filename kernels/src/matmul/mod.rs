@@ -8,7 +8,6 @@ pub mod plan;
 pub mod problem;
 pub mod reference;
 pub mod stablehlo;
-pub mod tuned;
 
 use pagoda_ir::HostTensor;
 

@@ -10,12 +10,13 @@
 //! would be summed, so the last step along `k` selects zeros there, on both sides (NaN times zero is NaN).
 
 use pagoda_ir::{
-    Context, Element, Result,
+    Context, Element, HostTensor, Result,
     mosaic::{self, Builder, DotDims, IntoOperand, Kernel, MemorySpace, Precision, Ref, Semantics, Value, Window},
     stablehlo::{self, Module, Tensor},
 };
 
 use super::{
+    Inputs,
     plan::{ArrayWindow, Axis, Order, Plan, Side, names, windows},
     problem::{Activation, Layout, Problem},
 };
@@ -61,6 +62,26 @@ pub fn call<'c, 'a>(
     }
     operands.extend(rest);
     Ok(kernel.call(b, &operands)?[0])
+}
+
+/// The arrays that [`call`] gives the kernel, made on the host: in the kernel's order, the bias as an f32 row or column.
+pub fn operands(problem: &Problem, inputs: &Inputs) -> Vec<HostTensor> {
+    let gated = problem.epilogue.activation == Activation::SiluGate;
+    let (x, w) = (&inputs.x, &inputs.w);
+    let mut operands = match (problem.layout, gated) {
+        (Layout::FeatureMajor, false) => vec![w.clone(), x.clone()],
+        (Layout::FeatureMajor, true) => vec![w.clone(), w.clone(), x.clone()],
+        (_, false) => vec![x.clone(), w.clone()],
+        (_, true) => vec![x.clone(), w.clone(), w.clone()],
+    };
+    if let Some(bias) = &inputs.bias {
+        let columns = problem.weight_columns();
+        let dims = if problem.layout == Layout::FeatureMajor { [columns, 1] } else { [1, columns] };
+        let bias = HostTensor::from_f64(Element::F32, &dims, &bias.to_f64());
+        operands.extend(std::iter::repeat_n(bias, if gated { 2 } else { 1 }));
+    }
+    operands.extend(inputs.residual.clone());
+    operands
 }
 
 /// A StableHLO module whose `main` takes the problem's arguments and runs the kernel on them.
@@ -126,6 +147,8 @@ impl<'a, 'p> Body<'a, 'p> {
                     Axis::One => 0.literal(),
                 })
             });
+            // There is no next block to fetch meanwhile, and no reason to hold a buffer for it.
+            let blocks = if plan.one_step_per_core() { blocks.single_buffered() } else { blocks };
             match side {
                 Side::Left => lhs.push(k.input(name, element, &dims, blocks)),
                 Side::Right => rhs.push(k.input(name, element, &dims, blocks)),
@@ -259,104 +282,4 @@ fn ranges(size: usize, step: usize) -> impl Iterator<Item = (usize, usize)> {
 
 fn part<'a>(of: &Ref<'a>, row: (usize, usize), column: (usize, usize)) -> Ref<'a> {
     of.slice(0, row.0, row.1).slice(1, column.0, column.1)
-}
-
-#[cfg(test)]
-mod tests {
-    use pagoda_ir::tile_machine::{DmaOrder, Machine, Program};
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::{
-        check::{compare, tolerance},
-        chips::Chip,
-        matmul::{
-            Epilogue, Inputs, Spec,
-            plan::{Options, Tiles},
-            reference,
-        },
-        strategies::matmul_inputs,
-    };
-
-    /// A problem and legal tiles for it: edges along every dimension, whole dimensions, blocks that divide.
-    fn planned() -> impl Strategy<Value = Plan> {
-        let layout = prop_oneof![Just(Layout::RowMajor), Just(Layout::WeightTransposed), Just(Layout::FeatureMajor)];
-        let element = || prop_oneof![Just(Element::F32), Just(Element::Bf16)];
-        let sizes = (1usize..80, 1usize..400, 1usize..300);
-        let tiles = (0usize..4, 0usize..4, 0usize..4);
-        let fused = (any::<bool>(), any::<bool>(), any::<bool>());
-        let drawn = (layout, element(), element(), sizes, tiles, fused, 0..Chip::ALL.len());
-        drawn.prop_map(|(layout, input, output, (m, k, n), cut, (bias, gate, residual), chip)| {
-            let feature_major = layout == Layout::FeatureMajor;
-            let (unit_m, unit_n) = if feature_major { (128, 8) } else { (8, 128) };
-            // A gated weight is cut where the ups begin: n must be a multiple of its blocks.
-            let n = if gate { n.next_multiple_of(if feature_major { 8 } else { 128 }) } else { n };
-            // The whole dimension, or a few units of it.
-            let tile = |size: usize, unit: usize, cut: usize| match cut {
-                0 => size,
-                cut if cut * unit < size => cut * unit,
-                _ => size,
-            };
-            let tiles = Tiles { m: tile(m, unit_m, cut.0), n: tile(n, unit_n, cut.1), k: tile(k, 128, cut.2) };
-            let tiles = if gate && !n.is_multiple_of(tiles.n) { Tiles { n, ..tiles } } else { tiles };
-            let activation = if gate { Activation::SiluGate } else { Activation::Identity };
-            let epilogue = Epilogue { bias, activation, residual };
-            let problem = Problem::new(Spec { m, k, n, input, output, layout, epilogue }).unwrap();
-            Plan::new(problem, Chip::ALL[chip], Options { tiles: Some(tiles), vmem_limit: None }).unwrap()
-        })
-    }
-
-    /// The kernel's own operands, from the problem's.
-    fn operands(plan: &Plan, inputs: &Inputs) -> Vec<pagoda_ir::HostTensor> {
-        let (x, w) = (&inputs.x, &inputs.w);
-        let copies = if plan.problem().epilogue.activation == Activation::SiluGate { 2 } else { 1 };
-        let weights = std::iter::repeat_n(w.clone(), copies);
-        let feature_major = plan.problem().layout == Layout::FeatureMajor;
-        let mut operands: Vec<_> = match feature_major {
-            true => weights.chain([x.clone()]).collect(),
-            false => std::iter::once(x.clone()).chain(weights).collect(),
-        };
-        if let Some(bias) = &inputs.bias {
-            let dims = if feature_major { [bias.len(), 1] } else { [1, bias.len()] };
-            let bias = pagoda_ir::HostTensor::from_f64(Element::F32, &dims, &bias.to_f64());
-            operands.extend(std::iter::repeat_n(bias, copies));
-        }
-        operands.extend(inputs.residual.clone());
-        operands
-    }
-
-    fn run(plan: &Plan, inputs: &Inputs, dma: DmaOrder) -> pagoda_ir::HostTensor {
-        let context = Context::new();
-        let kernel = kernel(&context, plan).unwrap();
-        let program = Program::decode(kernel.module()).unwrap();
-        let machine = Machine { vmem_bytes: plan.limit().0 as usize, dma, ..Machine::default() };
-        let mut run = program
-            .run(&machine, &operands(plan, inputs), &kernel.outputs())
-            .unwrap_or_else(|fault| panic!("{}: {fault}", plan.name()));
-        run.outputs.remove(0)
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(120))]
-
-        /// Any legal tiles give the reference's product on the tile machine, whenever copies land.
-        #[test]
-        fn agrees_with_the_reference(
-            (plan, inputs) in planned().prop_flat_map(|plan| {
-                let inputs = matmul_inputs(*plan.problem());
-                (Just(plan), inputs)
-            }),
-            seed in any::<u64>(),
-        ) {
-            let expected = reference(plan.problem(), &inputs);
-            let late = run(&plan, &inputs, DmaOrder::Late);
-            let tolerance = tolerance(plan.problem().output);
-            let compared = compare(&plan.name(), &late, &expected.output, &expected.magnitude, tolerance);
-            prop_assert!(compared.is_ok(), "{}\n{plan:?}", compared.unwrap_err());
-            for order in [DmaOrder::Early, DmaOrder::Random(seed)] {
-                let other = run(&plan, &inputs, order);
-                prop_assert_eq!(other.bytes(), late.bytes(), "{:?}", order);
-            }
-        }
-    }
 }

@@ -8,18 +8,21 @@
 //! right side, or for feature-major activations the left one. [`Shape`] holds the sizes in this sense; [`Tiles`] are the
 //! user's, along `m`, `n` and `k`.
 
-use std::fmt;
+use std::{fmt, sync::LazyLock};
 
-use pagoda_ir::element::Element;
+use pagoda_ir::{Context, element::Element, stablehlo::Module};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    problem::{Activation, Layout, Problem},
-    tuned,
+    mosaic,
+    problem::{Activation, Layout, Problem, Spec},
 };
+pub use crate::plan::PlanError;
 use crate::{
     chips::{Chip, ChipInfo},
-    vmem::{Buffer, BufferKind, Bytes, Spills, Suggestion, Verdict, VmemReport},
+    plan::{self, KernelPlan, scoped_limit},
+    tuned,
+    vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
 /// Tile sizes along `m`, `n` and `k`.
@@ -39,16 +42,8 @@ impl Tiles {
     /// # Errors
     /// When the text is not three positive numbers.
     pub fn parse(text: &str) -> Result<Self, PlanError> {
-        let numbers: Vec<usize> = text.split(',').filter_map(|part| part.trim().parse().ok()).collect();
-        match numbers[..] {
-            [m, n, k] if text.split(',').count() == 3 && m > 0 && n > 0 && k > 0 => Ok(Self { m, n, k }),
-            _ => Err(PlanError {
-                key: "tiles",
-                value: text.to_owned(),
-                limit: "is not three positive numbers M,N,K".into(),
-                fix: "write e.g. 512,512,1024, or leave the tiles to the planner".into(),
-            }),
-        }
+        let [m, n, k] = plan::positive_numbers(text, "three positive numbers M,N,K", "512,512,1024")?;
+        Ok(Self { m, n, k })
     }
 }
 
@@ -103,45 +98,7 @@ pub struct Estimate {
 }
 
 /// What the user may fix; the planner chooses the rest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Options {
-    /// Tiles, instead of the planner's choice.
-    pub tiles: Option<Tiles>,
-    /// Scoped VMEM limit, instead of the chip's default.
-    pub vmem_limit: Option<Bytes>,
-}
-
-/// Why a plan cannot be made.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{key} = {value} {limit}: {fix}")]
-pub struct PlanError {
-    /// The setting.
-    pub key: &'static str,
-    /// Its value.
-    pub value: String,
-    /// What it breaks.
-    pub limit: String,
-    /// What to do.
-    pub fix: String,
-}
-
-/// The scoped VMEM limit of a kernel on `chip`: the one that was asked for, or the chip's default.
-///
-/// # Errors
-/// When it is zero or passes the chip's VMEM.
-pub(crate) fn scoped_limit(chip: Chip, asked: Option<Bytes>) -> Result<Bytes, PlanError> {
-    let info = chip.info();
-    let limit = asked.unwrap_or(info.default_scoped_limit);
-    if limit > info.vmem_per_core || limit.0 == 0 {
-        return Err(PlanError {
-            key: "vmem-limit",
-            value: limit.to_string(),
-            limit: format!("is not within the {} of VMEM that a core of {chip} has", info.vmem_per_core),
-            fix: format!("give at most {}", info.vmem_per_core),
-        });
-    }
-    Ok(limit)
-}
+pub type Options = plan::Options<Tiles>;
 
 /// A matmul kernel for a chip, every tile and every VMEM buffer named.
 #[derive(Clone, Debug, PartialEq)]
@@ -234,29 +191,6 @@ impl Plan {
         format!("matmul-m{m}-n{n}-k{k}")
     }
 
-    /// Whether it fits, given what is known of its spills.
-    pub fn verdict(&self, spills: Spills) -> Verdict {
-        let info = self.chip.info();
-        let known = match spills {
-            Spills::Certified { bytes } | Spills::Bounded { bytes } => bytes,
-            Spills::Unknown => Bytes(0),
-        };
-        Verdict::judge(self.report.total(), spills, self.limit, || {
-            let mut suggestions = Vec::new();
-            if let Some(smaller) = best(&self.problem, self.chip, &info, self.limit)
-                && smaller.report.total() < self.report.total()
-            {
-                let bytes = smaller.report.total();
-                suggestions.push(Suggestion::Tiles { tiles: smaller.tiles.to_string(), bytes });
-            }
-            let bytes = self.report.total() + known;
-            if bytes <= info.vmem_per_core {
-                suggestions.push(Suggestion::Limit { bytes, chip: info.vmem_per_core });
-            }
-            suggestions
-        })
-    }
-
     /// Size of the whole dimension, size of a block, and number of blocks along an axis.
     pub(super) fn along(&self, axis: Axis) -> (usize, usize, usize) {
         let Shape { rows, columns, depth } = shape(&self.problem);
@@ -284,6 +218,11 @@ impl Plan {
         }
     }
 
+    /// Whether no core moves a window.
+    pub(super) fn one_step_per_core(&self) -> bool {
+        Blocks::new(&self.problem, self.tiles).one_step_per_core(self.chip)
+    }
+
     /// Steps along `k`.
     pub(super) fn steps(&self) -> usize {
         self.grid()[2]
@@ -293,6 +232,95 @@ impl Plan {
     pub(super) fn edge(&self) -> usize {
         self.problem.k % self.tiles.k
     }
+}
+
+/// What a matmul's plan tells beside what every plan tells.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Particulars {
+    /// What the grid's first dimension walks along.
+    pub order: Order,
+    /// What it should cost.
+    pub estimate: Estimate,
+}
+
+impl fmt::Display for Particulars {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Estimate { cycles, mxu_cycles, bytes_moved } = self.estimate;
+        let (share, moved) = (100.0 * mxu_cycles / cycles, Bytes(bytes_moved));
+        write!(f, "{:<24} {cycles:.0} cycles ({share:.0}% matrix unit), {moved} moved", "estimate")
+    }
+}
+
+impl KernelPlan for Plan {
+    type Tiles = Tiles;
+    type Particulars = Particulars;
+
+    fn name(&self) -> String {
+        self.name()
+    }
+
+    fn describe(&self) -> String {
+        let Spec { m, k, n, input, output, layout, epilogue } = *self.problem;
+        let mut text = format!("{m}x{k}x{n} {input} -> {output} {layout:?}");
+        for (set, name) in [
+            (epilogue.bias, "bias"),
+            (epilogue.activation == Activation::SiluGate, "silu-gate"),
+            (epilogue.residual, "residual"),
+        ] {
+            if set {
+                text += " + ";
+                text += name;
+            }
+        }
+        text
+    }
+
+    fn family(&self) -> String {
+        family(&self.problem)
+    }
+
+    fn chip(&self) -> Chip {
+        self.chip
+    }
+
+    fn tiles(&self) -> Tiles {
+        self.tiles
+    }
+
+    fn grid(&self) -> Vec<usize> {
+        self.grid().to_vec()
+    }
+
+    fn limit(&self) -> Bytes {
+        self.limit
+    }
+
+    fn vmem(&self) -> &VmemReport {
+        &self.report
+    }
+
+    fn particulars(&self) -> Particulars {
+        Particulars { order: self.order, estimate: self.estimate }
+    }
+
+    fn records() -> &'static [tuned::Record<Tiles>] {
+        static RECORDS: LazyLock<Vec<tuned::Record<Tiles>>> =
+            LazyLock::new(|| tuned::parse(include_str!("../../tuned/matmul.json")));
+        &RECORDS
+    }
+
+    fn replanned(&self) -> Option<Self> {
+        best(&self.problem, self.chip, &self.chip.info(), self.limit)
+    }
+
+    fn module<'c>(&self, context: &'c Context) -> pagoda_ir::Result<Module<'c>> {
+        mosaic::module(context, self)
+    }
+}
+
+/// Input type, and whether gates and ups are two products of one kernel.
+fn family(problem: &Problem) -> String {
+    format!("{}{}", problem.input, if gated(problem) { " gated" } else { "" })
 }
 
 /// What a dimension of an array is to the kernel.
@@ -444,13 +472,13 @@ impl<'p> Blocks<'p> {
 
     /// Windows of each side: the weight of a gated product has two.
     fn sides(&self) -> [usize; 2] {
-        let count = |side| windows(self.problem).iter().filter(|window| window.side == side).count();
-        [count(Side::Left), count(Side::Right)]
+        let weights = if gated(self.problem) { 2 } else { 1 };
+        if self.problem.layout == Layout::FeatureMajor { [weights, 1] } else { [1, weights] }
     }
 
     /// Every VMEM buffer, in the order of the kernel's operands.
     fn report(&self, chip: Chip) -> VmemReport {
-        let mut buffers: Vec<Buffer> = windows(self.problem).iter().map(|window| self.buffer(window)).collect();
+        let mut buffers: Vec<Buffer> = windows(self.problem).iter().map(|window| self.buffer(window, chip)).collect();
         let [rows, columns, depth] = self.block;
         if self.counts[2] > 1 {
             for name in names(self.problem, "sum", "sum_gate", "sum_up") {
@@ -465,12 +493,18 @@ impl<'p> Blocks<'p> {
         VmemReport { buffers }
     }
 
-    fn buffer(&self, window: &ArrayWindow) -> Buffer {
+    fn buffer(&self, window: &ArrayWindow, chip: Chip) -> Buffer {
         let kind = if window.side == Side::Out { BufferKind::OutputWindow } else { BufferKind::InputWindow };
         // A window that never moves has one buffer: there is no next block to fetch meanwhile.
-        let moves = window.axes.iter().any(|&axis| self.along(axis).1 > 1);
+        let moves = window.axes.iter().any(|&axis| self.along(axis).1 > 1) && !self.one_step_per_core(chip);
         let block = window.axes.map(|axis| self.along(axis).0);
         Buffer::new(window.name, kind, window.element, &block, if moves { 2 } else { 1 })
+    }
+
+    /// Whether each core has one block, and that in one step: the cores share the blocks of rows and columns.
+    fn one_step_per_core(&self, chip: Chip) -> bool {
+        let [rows, columns, steps] = self.counts;
+        steps == 1 && rows.saturating_mul(columns) <= chip.info().cores
     }
 
     /// Size of a block and number of blocks along an axis.
@@ -560,7 +594,7 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
     let lane_m = problem.layout == Layout::FeatureMajor;
     let (ms, ns) = (candidates(problem.m, lane_m, MAX_TILE), candidates(problem.n, !lane_m, MAX_TILE));
     let ks = candidates(problem.k, true, MAX_DEPTH);
-    let margin = tuned::spill_bound(chip, problem).unwrap_or(UNMEASURED_SPILLS);
+    let margin = tuned::spill_margin::<Plan>(chip, &family(problem));
     let mut best: Option<(f64, Tiles)> = None;
     for &m in &ms {
         for &n in &ns {
@@ -570,14 +604,15 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
             for &k in &ks {
                 let tiles = Tiles { m, n, k };
                 let blocks = Blocks::new(problem, tiles);
-                if blocks.multiplications() > MAX_MULTIPLICATIONS || blocks.report(chip).total() + margin > limit {
-                    continue;
-                }
                 let cycles = [Order::RowsOuter, Order::ColumnsOuter]
                     .map(|order| blocks.estimate(info, order).cycles)
                     .into_iter()
                     .fold(f64::INFINITY, f64::min);
-                if best.is_none_or(|(least, _)| cycles < least) {
+                // The report allocates: it is made for the tiles that would win.
+                if best.is_none_or(|(least, _)| cycles < least)
+                    && blocks.multiplications() <= MAX_MULTIPLICATIONS
+                    && blocks.report(chip).total() + margin <= limit
+                {
                     best = Some((cycles, tiles));
                 }
             }
@@ -591,8 +626,6 @@ const MAX_DEPTH: usize = 8192;
 /// Multiplications that the body may spell out. It is straight-line code, so they are what the compiler's time (about a
 /// minute at 2^32) and the program's size grow with.
 const MAX_MULTIPLICATIONS: usize = 1 << 31;
-/// What is kept free for spills where none were recorded.
-const UNMEASURED_SPILLS: Bytes = Bytes::mib(2);
 
 /// Tile sizes worth trying along one dimension: all of it, powers of two, and three times powers of two.
 fn candidates(size: usize, lanes: bool, most: usize) -> Vec<usize> {
@@ -611,7 +644,10 @@ fn candidates(size: usize, lanes: bool, most: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matmul::{Epilogue, Spec};
+    use crate::{
+        matmul::{Epilogue, Spec},
+        vmem::{Spills, Suggestion, Verdict},
+    };
 
     fn problem(m: usize, k: usize, n: usize) -> Problem {
         let (element, layout) = (Element::Bf16, Layout::RowMajor);
@@ -704,5 +740,19 @@ mod tests {
         let names: Vec<_> = signature.arguments.iter().map(|argument| argument.name.as_str()).collect();
         let planned: Vec<_> = plan.vmem().buffers.iter().map(|buffer| buffer.name.as_str()).collect();
         assert_eq!(names, planned);
+    }
+
+    /// As libtpu 0.0.52 reports: two blocks are one to a core of v5p, and nothing is fetched ahead there.
+    #[test]
+    fn a_single_step_per_core_needs_one_buffer() {
+        for (chip, problem, copies) in [
+            (Chip::V5p, problem(1024, 512, 512), 1),
+            (Chip::V5e, problem(1024, 512, 512), 2),
+            (Chip::V5p, problem(1536, 512, 512), 2),
+            (Chip::V5p, problem(512, 1024, 512), 2),
+        ] {
+            let plan = plan(problem, chip, Some("512,512,512"), None).unwrap();
+            assert_eq!(plan.vmem().buffers[0].copies, copies, "{chip} {:?}", plan.grid());
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Deref;
 
 use pagoda_ir::{Element, TensorType};
 
-use crate::error::{Invalid, ensure};
+use crate::error::{Invalid, MAX_ELEMENTS, ensure, ensure_product};
 
 const SUBJECT: &str = "matmul problem";
 
@@ -86,6 +86,9 @@ impl Problem {
             ensure(size > 0, SUBJECT, key, size, || "is below 1".into(), "give at least 1")?;
             let limit = || format!("is beyond {}", i32::MAX / 2);
             ensure(size <= i32::MAX as usize / 2, SUBJECT, key, size, limit, "split the product")?;
+        }
+        for (key, sides) in [("m * k", [spec.m, spec.k]), ("k * n", [spec.k, spec.n]), ("m * n", [spec.m, spec.n])] {
+            ensure_product(SUBJECT, key, &sides, MAX_ELEMENTS)?;
         }
         for (key, element) in [("input", spec.input), ("output", spec.output)] {
             let float = matches!(element, Element::F32 | Element::Bf16);

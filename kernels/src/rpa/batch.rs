@@ -29,7 +29,8 @@ pub struct Batch {
     kv_lens: Vec<i32>,
     page_indices: Vec<i32>,
     cu_q_lens: Vec<i32>,
-    num_seqs: usize,
+    /// One number, as the kernels take it.
+    num_seqs: [i32; 1],
     pages_per_seq: usize,
     page_size: usize,
 }
@@ -112,7 +113,7 @@ impl Batch {
             kv_lens: kv_lens.to_vec(),
             page_indices: page_indices.to_vec(),
             cu_q_lens: cu_q_lens.to_vec(),
-            num_seqs,
+            num_seqs: [num_seqs as i32],
             pages_per_seq: problem.pages_per_seq,
             page_size: problem.page_size,
         })
@@ -120,7 +121,7 @@ impl Batch {
 
     /// The live sequences, empty ones included.
     pub fn sequences(&self) -> impl Iterator<Item = Sequence<'_>> {
-        (0..self.num_seqs).map(|seq| {
+        (0..self.num_seqs[0] as usize).map(|seq| {
             let kv_len = self.kv_lens[seq] as usize;
             let first_row = self.cu_q_lens[seq] as usize;
             let first_page = seq * self.pages_per_seq;
@@ -133,9 +134,24 @@ impl Batch {
         })
     }
 
+    /// Keys of each sequence: `[max_seqs]`.
+    pub fn kv_lens(&self) -> &[i32] {
+        &self.kv_lens
+    }
+
+    /// First row of each sequence, and one past the last: `[max_seqs + 1]`.
+    pub fn cu_q_lens(&self) -> &[i32] {
+        &self.cu_q_lens
+    }
+
+    /// Live sequences: `[1]`.
+    pub fn num_seqs(&self) -> &[i32] {
+        &self.num_seqs
+    }
+
     /// Rows that belong to a sequence; those after them are padding.
     pub fn rows(&self) -> usize {
-        self.cu_q_lens[self.num_seqs] as usize
+        self.cu_q_lens[self.num_seqs[0] as usize] as usize
     }
 
     /// Where the key and value of each of `tokens` rows go, `page * page_size + offset`; -1 for padding.
@@ -158,7 +174,7 @@ impl Batch {
             HostTensor::new(&[max_seqs], &self.kv_lens),
             HostTensor::new(&[max_seqs, self.pages_per_seq], &self.page_indices),
             HostTensor::new(&[max_seqs + 1], &self.cu_q_lens),
-            HostTensor::new(&[1], &[self.num_seqs as i32]),
+            HostTensor::new(&[1], &self.num_seqs),
         ]
     }
 }

@@ -7,19 +7,25 @@
 //! A block of KV heads is a slice of the second-minor dimension of a page (`2 * kv_heads` rows), and copies take whole
 //! tiles of 8 rows: blocks are multiples of 4 heads that divide the heads, or all heads.
 //!
-//! `head_dim` that is no multiple of 128 lanes stays as it is: buffers are padded to whole lanes in VMEM (counted in the
-//! report), as the compiler pads the arrays in HBM. Nothing is copied around the kernel.
+//! `head_dim` below 128 lanes stays as it is: buffers are padded to whole lanes in VMEM (counted in the report), as the
+//! compiler pads the arrays in HBM. Above, it is a multiple of 128, and rows come in pieces of 128. Nothing is copied around
+//! the kernel.
 
-use std::fmt;
+use std::{fmt, sync::LazyLock};
 
-use pagoda_ir::element::Element;
+use pagoda_ir::{Context, element::Element, stablehlo::Module};
 use serde::{Deserialize, Serialize};
 
-use super::problem::Problem;
+use super::{
+    mosaic,
+    problem::{Kind, Problem, Spec},
+};
+pub use crate::plan::PlanError;
 use crate::{
     chips::Chip,
-    matmul::plan::{PlanError, scoped_limit},
-    vmem::{Buffer, BufferKind, Bytes, Spills, Suggestion, Verdict, VmemReport},
+    plan::{self, KernelPlan, scoped_limit},
+    tuned,
+    vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
 /// Tile sizes that the user may fix.
@@ -37,16 +43,9 @@ impl Tiles {
     /// # Errors
     /// When the text is not two positive numbers.
     pub fn parse(text: &str) -> Result<Self, PlanError> {
-        let numbers: Vec<Option<usize>> = text.split(',').map(|part| part.trim().parse().ok()).collect();
-        match numbers[..] {
-            [Some(queries), Some(kv_pages)] if queries > 0 && kv_pages > 0 => Ok(Self { queries, kv_pages }),
-            _ => Err(PlanError {
-                key: "tiles",
-                value: text.to_owned(),
-                limit: "is not two positive numbers Q,P".into(),
-                fix: "write e.g. 32,4 (query rows, KV pages), or leave the tiles to the planner".into(),
-            }),
-        }
+        let form = "two positive numbers Q,P (query rows, KV pages)";
+        let [queries, kv_pages] = plan::positive_numbers(text, form, "32,4")?;
+        Ok(Self { queries, kv_pages })
     }
 }
 
@@ -57,13 +56,7 @@ impl fmt::Display for Tiles {
 }
 
 /// What the user may fix; the planner chooses the rest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Options {
-    /// Tiles, instead of the planner's choice.
-    pub tiles: Option<Tiles>,
-    /// Scoped VMEM limit, instead of the chip's default.
-    pub vmem_limit: Option<Bytes>,
-}
+pub type Options = plan::Options<Tiles>;
 
 /// An attention kernel for a chip, every tile and every VMEM buffer named.
 #[derive(Clone, Debug, PartialEq)]
@@ -79,10 +72,17 @@ pub struct Plan {
 /// Rows of a tile along which copies are cut.
 const SUBLANES: usize = 8;
 const LANES: usize = 128;
-/// Most keys of a block that the planner chooses: more save no traffic, and the logits of a block must be held.
-const MAX_KEYS: usize = 1024;
-/// Most elements of a block's logits that the planner chooses: beyond, they spill.
-const MAX_LOGITS: usize = 64 << 10;
+/// Most rows of a head's products that the planner chooses: more gain nothing on any chip.
+const MAX_ROWS: usize = 512;
+/// Most keys of a block that the planner chooses: more are wasted on what a causal mask hides.
+const MAX_KEYS: usize = 512;
+/// Where a block has few rows, copies are what takes time, and larger ones are better.
+const FEW_ROWS: usize = 64;
+const MAX_KEYS_OF_FEW_ROWS: usize = 1536;
+/// Most logits of a block, all heads together, that the planner chooses. The body spells them out: the compiler's time
+/// grows with them. In f32, products take six passes.
+const MAX_LOGITS: usize = 1 << 20;
+const MAX_F32_LOGITS: usize = 1 << 18;
 /// Most copies in flight per block that the planner chooses: each is an instruction of its own.
 const MAX_COPIES: usize = 32;
 
@@ -94,6 +94,16 @@ impl Plan {
     pub fn new(problem: Problem, chip: Chip, options: Options) -> Result<Self, PlanError> {
         let info = chip.info();
         let limit = scoped_limit(chip, options.vmem_limit)?;
+        if problem.head_dim > LANES && !problem.head_dim.is_multiple_of(LANES) {
+            return Err(PlanError {
+                key: "head_dim",
+                value: problem.head_dim.to_string(),
+                limit: format!(
+                    "is neither at most {LANES} nor a multiple of it, as rows are copied in pieces of {LANES}"
+                ),
+                fix: format!("pad it to {}", problem.head_dim.next_multiple_of(LANES)),
+            });
+        }
         if let Some(tiles) = options.tiles {
             check(&problem, tiles)?;
             return Ok(Self::with(problem, chip, tiles, limit));
@@ -142,6 +152,14 @@ impl Plan {
         self.tiles.queries * self.problem.group()
     }
 
+    pub(super) fn kv_dims(&self) -> [usize; 5] {
+        kv_dims(&self.problem, self.tiles, self.head_block)
+    }
+
+    pub(super) fn staging_dims(&self) -> [usize; 4] {
+        staging_dims(&self.problem, self.tiles, self.head_block)
+    }
+
     /// The scoped VMEM limit that the kernel asks for.
     pub fn limit(&self) -> Bytes {
         self.limit
@@ -162,30 +180,102 @@ impl Plan {
         let Tiles { queries, kv_pages } = self.tiles;
         format!("rpa-p{}-bq{queries}-kv{kv_pages}", self.problem.page_size)
     }
+}
 
-    /// Whether it fits, given what is known of its spills. Suggestions change tiles or the limit, never the batch or the
-    /// lengths.
-    pub fn verdict(&self, spills: Spills) -> Verdict {
-        let vmem = self.chip.info().vmem_per_core;
-        let known = match spills {
-            Spills::Certified { bytes } | Spills::Bounded { bytes } => bytes,
-            Spills::Unknown => Bytes(0),
-        };
-        Verdict::judge(self.report.total(), spills, self.limit, || {
-            let mut suggestions = Vec::new();
-            if let Some(smaller) = best(&self.problem, self.chip, self.limit)
-                && smaller.report.total() < self.report.total()
-            {
-                let bytes = smaller.report.total();
-                suggestions.push(Suggestion::Tiles { tiles: smaller.tiles.to_string(), bytes });
-            }
-            let bytes = self.report.total() + known;
-            if bytes <= vmem {
-                suggestions.push(Suggestion::Limit { bytes, chip: vmem });
-            }
-            suggestions
-        })
+/// What an attention's plan tells beside what every plan tells.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Particulars {
+    /// KV heads of a block.
+    pub head_block: usize,
+    /// KV heads in all.
+    pub kv_heads: usize,
+    /// Keys of a block.
+    pub keys: usize,
+}
+
+impl fmt::Display for Particulars {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { head_block, kv_heads, keys } = self;
+        write!(f, "{:<24} {head_block} of {kv_heads} KV heads, {keys} keys", "block")
     }
+}
+
+impl KernelPlan for Plan {
+    type Tiles = Tiles;
+    type Particulars = Particulars;
+
+    fn name(&self) -> String {
+        self.name()
+    }
+
+    fn describe(&self) -> String {
+        let Spec { kind, element, tokens, q_heads, kv_heads, head_dim, page_size, .. } = &**self.problem();
+        let kind = match kind {
+            Kind::Mixed => "mixed",
+            Kind::Decode => "decode",
+        };
+        let mut text = format!("{tokens}x{q_heads}x{head_dim} {element} {kind}, {kv_heads} kv heads, ");
+        text += &format!("{} x {} pages of {page_size}", self.problem.max_seqs, self.problem.pages_per_seq);
+        if self.problem.layers > 1 {
+            text += &format!(", {} layers", self.problem.layers);
+        }
+        text + &options(&self.problem)
+    }
+
+    fn family(&self) -> String {
+        family(&self.problem, self.tiles)
+    }
+
+    fn chip(&self) -> Chip {
+        self.chip
+    }
+
+    fn tiles(&self) -> Tiles {
+        self.tiles
+    }
+
+    fn grid(&self) -> Vec<usize> {
+        self.grid().to_vec()
+    }
+
+    fn limit(&self) -> Bytes {
+        self.limit
+    }
+
+    fn vmem(&self) -> &VmemReport {
+        &self.report
+    }
+
+    fn particulars(&self) -> Particulars {
+        Particulars { head_block: self.head_block, kv_heads: self.problem.kv_heads, keys: self.keys() }
+    }
+
+    fn records() -> &'static [tuned::Record<Tiles>] {
+        static RECORDS: LazyLock<Vec<tuned::Record<Tiles>>> =
+            LazyLock::new(|| tuned::parse(include_str!("../../tuned/rpa.json")));
+        &RECORDS
+    }
+
+    fn replanned(&self) -> Option<Self> {
+        best(&self.problem, self.chip, self.limit)
+    }
+
+    fn module<'c>(&self, context: &'c Context) -> pagoda_ir::Result<Module<'c>> {
+        mosaic::module(context, self)
+    }
+}
+
+/// Heads, types and options; and the keys of a block, which the logits that must be held grow with. Rows are worked on in
+/// chunks.
+fn family(problem: &Problem, tiles: Tiles) -> String {
+    let Spec { element, q_heads, kv_heads, head_dim, page_size, .. } = &**problem;
+    format!("{element} {q_heads}/{kv_heads}x{head_dim}, {} keys{}", tiles.kv_pages * page_size, options(problem))
+}
+
+/// Window and soft cap, in words.
+fn options(problem: &Problem) -> String {
+    let window = problem.sliding_window.map_or(String::new(), |window| format!(", window {window}"));
+    window + &problem.soft_cap.map_or(String::new(), |cap| format!(", soft cap {cap}"))
 }
 
 fn grid(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 2] {
@@ -224,23 +314,45 @@ fn head_block(problem: &Problem, chip: Chip) -> usize {
     if sliceable { share } else { heads }
 }
 
+/// Pieces of a row of `head_dim` elements, and lanes of each: what is accessed with strides must be one tile wide.
+fn pieces(problem: &Problem) -> [usize; 2] {
+    [problem.head_dim.div_ceil(LANES), problem.head_dim.min(LANES)]
+}
+
+/// Two KV blocks: `[2, pieces, keys, rows of a key, lanes]`. The rows of a key fill whole tiles, so that all rows of a
+/// block are one array.
+fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
+    let [pieces, lanes] = pieces(problem);
+    let rows = match 2 * head_block {
+        few @ (2 | 4) => few,
+        rows => rows.next_multiple_of(SUBLANES),
+    };
+    [2, pieces, tiles.kv_pages * problem.page_size, rows, lanes]
+}
+
+/// A block of q as f32: `[pieces, queries, heads, lanes]`, heads padded to whole tiles.
+fn staging_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 4] {
+    let [pieces, lanes] = pieces(problem);
+    [pieces, tiles.queries, (head_block * problem.group()).next_multiple_of(SUBLANES), lanes]
+}
+
 /// Every VMEM buffer, in the order of the kernel's operands.
 fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     let (element, dim, group) = (problem.element, problem.head_dim, problem.group());
     let rows = tiles.queries * group;
-    let keys = tiles.kv_pages * problem.page_size;
-    let [head_steps, query_steps] = grid(problem, tiles, head_block);
-    // An array that is one block has one buffer: there is no next block to fetch meanwhile.
-    let copies = if head_steps * query_steps > 1 { 2 } else { 1 };
+    let [_, query_steps] = grid(problem, tiles, head_block);
+    // A window that never moves has one buffer: there is no next block to fetch meanwhile. Blocks of heads are one to a core.
+    let copies = if query_steps > 1 { 2 } else { 1 };
     let block = [tiles.queries, head_block * group, dim];
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
     VmemReport {
         buffers: vec![
             Buffer::new("q", BufferKind::InputWindow, element, &block, copies),
             Buffer::new("out", BufferKind::OutputWindow, element, &block, copies),
-            scratch("kv", element, &[2 * keys, 2 * head_block, dim]),
+            scratch("kv", element, &kv_dims(problem, tiles, head_block)),
             scratch("queries", element, &[head_block, rows, dim]),
-            scratch("staging", Element::F32, &block),
+            scratch("staging", Element::F32, &staging_dims(problem, tiles, head_block)),
+            scratch("last", Element::I32, &[rows, LANES]),
             scratch("max", Element::F32, &[head_block, rows, LANES]),
             scratch("sum", Element::F32, &[head_block, rows, LANES]),
             scratch("acc", Element::F32, &[head_block, rows, dim]),
@@ -248,29 +360,33 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     }
 }
 
-/// The tiles with the most keys, then the most rows, that fit `limit` with room for spills.
+/// The tiles with the most work in a block that fit `limit` with room for spills; without it, if none do.
 fn best(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Plan> {
     let head_block = head_block(problem, chip);
-    let mut best: Option<((usize, bool, usize), Tiles)> = None;
-    for queries in [8, 16, 32, 64, 128] {
+    let most_logits = if problem.element == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
+    let margin = |tiles| tuned::spill_margin::<Plan>(chip, &family(problem, tiles));
+    let mut best: Option<((bool, usize, bool, usize), Tiles)> = None;
+    for queries in [8, 16, 32, 64, 128, 256] {
         let rows = queries * problem.group();
-        if queries > problem.tokens.next_multiple_of(SUBLANES) || (queries > SUBLANES && rows > 256) {
+        if queries > problem.tokens.next_multiple_of(SUBLANES) || (queries > SUBLANES && rows > MAX_ROWS) {
             continue;
         }
+        let most_keys = if rows <= FEW_ROWS { MAX_KEYS_OF_FEW_ROWS } else { MAX_KEYS };
         for kv_pages in 1..=problem.pages_per_seq.min(MAX_COPIES) {
             let tiles = Tiles { queries, kv_pages };
             let keys = kv_pages * problem.page_size;
             let smallest = kv_pages == 1 && queries == SUBLANES;
-            if !smallest && (keys > MAX_KEYS || keys * rows > MAX_LOGITS) {
+            if !smallest && (keys > most_keys || head_block * rows * keys > most_logits) {
                 continue;
             }
-            let logits = Bytes((rows * keys * 12) as u64);
-            if report(problem, tiles, head_block).total() + logits > limit {
+            let taken = report(problem, tiles, head_block).total();
+            if taken > limit {
                 continue;
             }
-            // Traffic falls with the rows of a block, overheads with its work.
-            let score = (keys.min(512) * rows, problem.pages_per_seq.is_multiple_of(kv_pages), rows);
-            if best.is_none_or(|(most, _)| score > most) {
+            let divides = problem.pages_per_seq.is_multiple_of(kv_pages);
+            let score = (taken + margin(tiles) <= limit, keys.min(MAX_KEYS) * rows, divides, rows);
+            // Of equals, the last: more keys of few rows.
+            if best.is_none_or(|(most, _)| score >= most) {
                 best = Some((score, tiles));
             }
         }
@@ -280,8 +396,8 @@ fn best(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Plan> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::problem::{Kind, Spec};
     use super::*;
+    use crate::vmem::{Spills, Suggestion, Verdict};
 
     fn incident() -> Problem {
         Problem::new(Spec {

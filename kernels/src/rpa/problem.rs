@@ -4,7 +4,7 @@ use std::ops::Deref;
 
 use pagoda_ir::{Element, TensorType};
 
-use crate::error::{Invalid, ensure};
+use crate::error::{Invalid, MAX_ELEMENTS, ensure, ensure_product};
 
 const SUBJECT: &str = "rpa problem";
 
@@ -107,16 +107,27 @@ impl Problem {
             let fix = "give a positive finite number";
             ensure(value.is_finite() && value > 0.0, SUBJECT, key, value, || "is not positive and finite".into(), fix)?;
         }
+        let halves = spec.kv_heads.saturating_mul(2);
         // Positions, page ids and KV slots are i32 on the device, and a block may end one block past the context.
-        for (key, factors) in [
-            ("layers * pages * page_size", [spec.layers, spec.pages, spec.page_size]),
-            ("2 * pages_per_seq * page_size", [2, spec.pages_per_seq, spec.page_size]),
-            ("2 * tokens", [2, spec.tokens, 1]),
+        let index = i32::MAX as usize;
+        for (key, factors, most) in [
+            ("layers * pages * page_size", &[spec.layers, spec.pages, spec.page_size][..], index),
+            ("2 * pages_per_seq * page_size", &[2, spec.pages_per_seq, spec.page_size], index),
+            ("2 * tokens", &[2, spec.tokens], index),
+            ("max_seqs * pages_per_seq", &[spec.max_seqs, spec.pages_per_seq], index),
+            ("tokens * q_heads * head_dim", &[spec.tokens, spec.q_heads, spec.head_dim], MAX_ELEMENTS),
+            (
+                "layers * pages * page_size * 2 * kv_heads * head_dim",
+                &[spec.layers, spec.pages, spec.page_size, halves, spec.head_dim],
+                MAX_ELEMENTS,
+            ),
+            (
+                "pages_per_seq * page_size * 2 * kv_heads * head_dim",
+                &[spec.pages_per_seq, spec.page_size, halves, spec.head_dim],
+                MAX_ELEMENTS,
+            ),
         ] {
-            let product = factors.iter().try_fold(1_usize, |product, &factor| product.checked_mul(factor));
-            let fits = product.is_some_and(|product| i32::try_from(product).is_ok());
-            let value = product.map_or_else(|| format!("{factors:?} multiplied"), |product| product.to_string());
-            ensure(fits, SUBJECT, key, value, || format!("is beyond {}", i32::MAX), "shrink one of the factors")?;
+            ensure_product(SUBJECT, key, factors, most)?;
         }
         Ok(Self(spec))
     }

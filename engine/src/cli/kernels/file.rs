@@ -1,0 +1,143 @@
+//! Files with kernels: StableHLO modules (text or bytecode) that call Mosaic kernels, and Mosaic kernels in readable form.
+//!
+//! MLIR's bytecode reader trusts its input: a damaged body may crash it. So a child process ([`WORKER_ARGUMENT`]) opens
+//! every file first; if it dies or hangs, that is an error of the file here.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use pagoda_ir::Context;
+use pagoda_ir::mosaic::text;
+use pagoda_ir::mosaic::wire::{self, CallSite, Opened};
+use pagoda_ir::tile_machine::Program;
+
+use crate::error::{Error, Result};
+
+/// The hidden argument that makes this program open a file and end.
+const WORKER_ARGUMENT: &str = "--open-worker";
+/// Kernels open within milliseconds; some damage makes the reader loop.
+const TIME_LIMIT: Duration = Duration::from_secs(20);
+const BYTECODE: &[u8] = b"ML\xefR";
+const EMIT_AGAIN: &str = "write the module again";
+
+/// A file and what it holds.
+#[derive(Debug)]
+pub(super) struct File {
+    pub(super) path: PathBuf,
+    pub(super) bytes: Vec<u8>,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    /// One Mosaic kernel: readable text, or the bytecode of a custom call's body.
+    Kernel,
+    /// A StableHLO module and its calls of Mosaic kernels; none for a plain one.
+    Module(Vec<CallSite>),
+}
+
+impl File {
+    /// Reads the file, and sees to it that MLIR survives it.
+    ///
+    /// # Errors
+    /// When it cannot be read, is neither a StableHLO module nor a Mosaic kernel, or crashes MLIR's reader.
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let file = Self::classify(path)?;
+        if file.is_plain() {
+            return Ok(file); // MLIR is not asked about it
+        }
+        let program = std::env::current_exe().map_err(Error::io("find", Path::new("this executable")))?;
+        let mut worker = Command::new(&program);
+        worker.arg(WORKER_ARGUMENT).arg(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut worker = worker.spawn().map_err(Error::io("run", &program))?;
+        let started = Instant::now();
+        let outcome = loop {
+            match worker.try_wait().map_err(Error::io("wait for", &program))? {
+                Some(status) if status.success() => return Ok(file),
+                Some(status) => break format!("crashes on it ({status})"),
+                None if started.elapsed() > TIME_LIMIT => {
+                    // It may have ended in between: either way it is gone.
+                    let _ = worker.kill();
+                    let _ = worker.wait();
+                    break format!("does not come to an end of it within {} s", TIME_LIMIT.as_secs());
+                }
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+        };
+        Err(Error::file(path, format!("it is damaged: MLIR {outcome}"), EMIT_AGAIN))
+    }
+
+    fn classify(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let calls = wire::find_custom_calls(&bytes);
+        let has = |word: &str| bytes.windows(word.len()).any(|window| window == word.as_bytes());
+        let content = if !calls.is_empty() {
+            Content::Module(calls)
+        } else if has(wire::TARGET) {
+            let problem = format!("it calls @{}, but no kernel can be found in the call", wire::TARGET);
+            return Err(Error::file(path, problem, EMIT_AGAIN));
+        } else if has("iteration_bounds") || has("#tpu.") || has("\"tpu.") || has("stable_mosaic.") {
+            Content::Kernel
+        } else if bytes.starts_with(BYTECODE) || has("stablehlo.") || has("mhlo.") || has("func.func") {
+            Content::Module(vec![])
+        } else {
+            let fix = "give a StableHLO module as text or bytecode, or a kernel that `pagoda emit` wrote";
+            return Err(Error::file(path, "it is neither a StableHLO module nor a Mosaic kernel", fix));
+        };
+        Ok(Self { path: path.to_owned(), bytes, content })
+    }
+
+    /// Whether it is a StableHLO module without Mosaic kernels.
+    pub(super) fn is_plain(&self) -> bool {
+        matches!(&self.content, Content::Module(calls) if calls.is_empty())
+    }
+
+    /// Whether it is bytecode.
+    pub(super) fn is_bytecode(&self) -> bool {
+        self.bytes.starts_with(BYTECODE)
+    }
+
+    /// Every Mosaic kernel in it, in order of appearance, and where it is called.
+    ///
+    /// # Errors
+    /// When one is damaged.
+    pub(super) fn kernels<'c>(&self, context: &'c Context) -> Result<Vec<(Opened<'c>, Option<&CallSite>)>> {
+        let damaged = |error| Error::file(&self.path, error, EMIT_AGAIN);
+        match &self.content {
+            Content::Kernel => {
+                let module = match self.is_bytecode() {
+                    true => wire::deserialize(context, &self.bytes),
+                    false => {
+                        text::parse(context, &String::from_utf8_lossy(&self.bytes), &self.path.display().to_string())
+                    }
+                };
+                Ok(vec![(Opened { module: module.map_err(damaged)?, vmem_limit: None }, None)])
+            }
+            Content::Module(calls) => {
+                let open = |call: &'_ CallSite| wire::open(context, &call.backend_config).map_err(damaged);
+                calls.iter().map(|call| Ok((open(call)?, Some(call)))).collect()
+            }
+        }
+    }
+}
+
+/// Opens a file and ends, if the arguments of this process say so.
+pub(in crate::cli) fn run_if_asked() -> Option<ExitCode> {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().as_deref() != Some(OsStr::new(WORKER_ARGUMENT)) {
+        return None;
+    }
+    let path = PathBuf::from(arguments.next().unwrap_or_default());
+    let context = Context::new();
+    // Errors are no crash: whoever started this finds them again, and tells them.
+    if let Ok(file) = File::classify(&path)
+        && let Ok(kernels) = file.kernels(&context)
+    {
+        for (kernel, _) in &kernels {
+            let _ = wire::summarize(kernel).map(|_| Program::decode(&kernel.module));
+        }
+    }
+    Some(ExitCode::SUCCESS)
+}

@@ -1,0 +1,107 @@
+//! `pagoda plan | certify | emit | inspect | run`: one kernel at a time, from its problem to its verdict.
+
+mod arrays;
+mod file;
+mod inspect;
+mod operands;
+mod problem;
+mod report;
+mod run;
+
+use std::fmt::Display;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use pagoda_ir::Context;
+use serde::Serialize;
+
+use crate::certify::Certifier;
+use crate::error::{Error, Result};
+use crate::output::write_atomically;
+
+pub(super) use file::run_if_asked;
+pub(super) use inspect::inspect;
+pub(super) use problem::Kernel;
+pub(super) use run::{RunArgs, run};
+
+/// What a command answers: a table for people, JSON for machines.
+trait Answer {
+    fn table(&self) -> String;
+    fn json(&self) -> serde_json::Result<String>;
+}
+
+impl<T: Display + Serialize> Answer for T {
+    fn table(&self) -> String {
+        self.to_string()
+    }
+
+    fn json(&self) -> serde_json::Result<String> {
+        serde_json::to_string_pretty(self)
+    }
+}
+
+fn print(answer: &dyn Answer, json: bool) -> Result<()> {
+    let text = if json { answer.json().map_err(Error::runtime("writing JSON"))? } else { answer.table() };
+    println!("{}", text.trim_end());
+    Ok(())
+}
+
+/// `pagoda plan`.
+pub(super) fn plan(kernel: &Kernel, json: bool) -> Result<ExitCode> {
+    print(&*kernel.planned()?, json)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `pagoda certify`: succeeds when the kernel compiles.
+pub(super) fn certify(kernel: &Kernel, timeout: u64, json: bool) -> Result<ExitCode> {
+    if timeout == 0 {
+        return Err(Error::setting("timeout", timeout, "leaves the compiler no time", "give at least 1 second"));
+    }
+    // What is wrong with the problem is said before libtpu is looked for.
+    kernel.plan()?;
+    let certifier = Certifier::of_this_executable()?.timeout(Duration::from_secs(timeout));
+    let (certified, compiles) = kernel.certified(&certifier).map_err(|error| match error {
+        // The program is as planned: what failed is this libtpu.
+        Error::Runtime { source, .. } => Error::Plugin {
+            plugin: "tpu".into(),
+            problem: source.to_string(),
+            fix: "see `pagoda doctor` for the libtpu in use".into(),
+        },
+        other => other,
+    })?;
+    print(&*certified, json)?;
+    Ok(if compiles { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Which form of a kernel is written, and where.
+#[derive(Debug, Args)]
+pub(super) struct EmitArgs {
+    /// The StableHLO module that carries the kernel in its wire form, as libtpu takes it.
+    #[arg(long, global = true)]
+    wire: bool,
+    /// The same function as plain StableHLO, for any PJRT plugin.
+    #[arg(long, global = true, conflicts_with = "wire")]
+    stablehlo: bool,
+    /// The file to write, whole or not at all [default: stdout].
+    #[arg(long, global = true, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+/// `pagoda emit`: readable Mosaic, or a StableHLO module. The first line says how to get the same again.
+pub(super) fn emit(kernel: &Kernel, args: &EmitArgs) -> Result<ExitCode> {
+    let plan = kernel.plan()?;
+    let context = Context::new();
+    let text = match (args.wire, args.stablehlo) {
+        (true, _) => plan.wire(&context)?.text(),
+        (_, true) => plan.stablehlo(&context)?.text(),
+        _ => plan.kernel(&context)?.text(),
+    };
+    let text = format!("{}{}\n", kernel.header(&plan), text.trim_end());
+    match &args.out {
+        None => print!("{text}"),
+        Some(path) => write_atomically(path, text.as_bytes())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

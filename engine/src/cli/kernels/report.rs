@@ -1,0 +1,146 @@
+//! What `pagoda run` tells of a run: a few lines for people, JSON for machines.
+
+use std::process::ExitCode;
+
+use clap::ValueEnum;
+use pagoda_ir::tile_machine::{Counters, Fault};
+use pagoda_ir::{HostTensor, TensorType};
+use pagoda_kernels::vmem::Bytes;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// What a result is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Judge {
+    /// The kernel's StableHLO form on a PJRT plugin.
+    Stablehlo,
+    /// The independent reference in f64.
+    Reference,
+}
+
+impl Judge {
+    pub(super) fn describe(self) -> &'static str {
+        match self {
+            Self::Stablehlo => "its StableHLO form",
+            Self::Reference => "the reference in f64",
+        }
+    }
+}
+
+/// What a run tells.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    /// The kernel, or the module's file.
+    pub(super) kernel: String,
+    /// Where it ran: `tile machine` or a plugin's platform.
+    pub(super) on: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) dma: Option<String>,
+    /// How the operands came about.
+    pub(super) inputs: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) counters: Option<Counters>,
+    pub(super) outputs: Vec<Output>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) fault: Option<Box<Fault>>,
+    /// The result depends on when copies land.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) order_dependent: Option<String>,
+    /// The module declares other VMEM buffers than its plan.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) unplanned: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) check: Option<Check>,
+}
+
+/// One result.
+#[derive(Debug, Serialize)]
+pub(super) struct Output {
+    name: String,
+    r#type: String,
+    min: f64,
+    max: f64,
+    mean: f64,
+    nan: usize,
+    /// FNV-1a of the bytes: equal for equal results.
+    checksum: String,
+}
+
+/// What the comparison said.
+#[derive(Debug, Serialize)]
+pub(super) struct Check {
+    pub(super) against: Judge,
+    pub(super) agrees: bool,
+    pub(super) message: String,
+}
+
+impl Output {
+    pub(super) fn of(name: &str, array: &HostTensor) -> Self {
+        let values = array.to_f64();
+        let numbers = || values.iter().copied().filter(|value| !value.is_nan());
+        let count = numbers().count();
+        let fnv1a = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        Self {
+            name: name.to_owned(),
+            r#type: TensorType::new(array.element(), array.dims()).to_string(),
+            min: numbers().fold(f64::INFINITY, f64::min),
+            max: numbers().fold(f64::NEG_INFINITY, f64::max),
+            mean: numbers().sum::<f64>() / count as f64,
+            nan: values.len() - count,
+            checksum: format!("{:016x}", array.bytes().iter().fold(0xcbf2_9ce4_8422_2325, fnv1a)),
+        }
+    }
+}
+
+/// Prints the reports; succeeds when nothing faulted and everything compared agrees.
+pub(super) fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(reports).map_err(Error::runtime("writing JSON"))?);
+    } else {
+        reports.iter().for_each(print);
+    }
+    let mut works = true;
+    for report in reports {
+        if let Some(fault) = &report.fault {
+            eprintln!("error: {fault}");
+            works = false;
+        }
+        for message in report.order_dependent.iter().chain(&report.unplanned) {
+            eprintln!("error: {}: {message}", report.kernel);
+            works = false;
+        }
+        if let Some(check) = report.check.as_ref().filter(|check| !check.agrees) {
+            eprintln!("error: differs from {}: {}", check.against.describe(), check.message);
+            works = false;
+        }
+    }
+    Ok(if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print(report: &Report) {
+    let Report { kernel, on, inputs, .. } = report;
+    let dma = report.dma.as_ref().map_or(String::new(), |dma| format!(", copies {dma}"));
+    println!("{kernel} on {on}{dma}");
+    println!("  {:<8} {inputs}", "inputs");
+    for Output { name, r#type, min, max, mean, nan, checksum } in &report.outputs {
+        let nan = if *nan > 0 { format!(", {nan} NaN") } else { String::new() };
+        println!("  {name:<8} {type}: min {min:.4}, max {max:.4}, mean {mean:.4}{nan}, checksum {checksum}", type = r#type);
+    }
+    if let Some(counters) = &report.counters {
+        let Counters { grid_steps, ops, hbm_bytes_read, hbm_bytes_written, copies, mxu_flops, vmem_bytes } = *counters;
+        println!(
+            "  {:<8} {grid_steps} grid steps, {ops} ops, {copies} copies, {} read, {} written, {:.3} Gflop on the matrix \
+             unit, {} of VMEM",
+            "counted",
+            Bytes(hbm_bytes_read),
+            Bytes(hbm_bytes_written),
+            mxu_flops as f64 / 1e9,
+            Bytes(vmem_bytes as u64)
+        );
+    }
+    if let Some(check) = report.check.as_ref().filter(|check| check.agrees) {
+        println!("  {:<8} agrees with {}: {}", "check", check.against.describe(), check.message);
+    }
+}

@@ -1,0 +1,412 @@
+//! `pagoda run`: a kernel on the tile machine, or a plain StableHLO module on a plugin, held against what it should give.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use pagoda_ir::mosaic::{Role, wire};
+use pagoda_ir::tile_machine::{DmaOrder, Machine, Program};
+use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
+use pagoda_kernels::check::{compare, tolerance};
+
+use super::super::client;
+use super::file::File;
+use super::operands::{Given, ensure_fits, operands};
+use super::problem::{Case, Kernel, Plan};
+use super::report::{Check, Judge, Output, Report, tell};
+use crate::error::{Error, Result};
+use crate::pjrt::Client;
+
+/// What `pagoda run` takes.
+#[derive(Debug, Args)]
+#[command(
+    subcommand_negates_reqs = true,
+    override_usage = "pagoda run [OPTIONS] <FILE>\n       pagoda run [OPTIONS] matmul|rpa <PROBLEM>"
+)]
+pub(in crate::cli) struct RunArgs {
+    /// A kernel that `pagoda emit` wrote (readable or wire form), any StableHLO module with Mosaic kernels, or with
+    /// --plugin a plain StableHLO module. Or, instead of a file, a kernel to emit and run: matmul or rpa.
+    #[arg(required = true)]
+    file: Option<PathBuf>,
+    #[command(subcommand)]
+    kernel: Option<Kernel>,
+    /// Run Mosaic kernels on the tile machine [default without --plugin].
+    #[arg(long, global = true)]
+    tile_machine: bool,
+    /// Run the module, or the kernel's StableHLO form, on this PJRT plugin: cpu, cuda, tpu or a path. With --tile-machine,
+    /// where --check-against stablehlo runs.
+    #[arg(long, global = true, value_name = "P")]
+    plugin: Option<String>,
+    /// The array of an operand, from NumPy's .npy file; f32 files also give bf16 operands. Repeatable.
+    #[arg(long = "input", global = true, value_name = "NAME=FILE.npy")]
+    inputs: Vec<String>,
+    /// Draw the other operands from this seed: floats in (-2, 2), ragged batches for attention.
+    #[arg(long, global = true, value_name = "SEED", default_value_t = 0)]
+    random: u64,
+    /// Compare the result: with the f64 reference, or with the StableHLO form on a plugin.
+    #[arg(long, global = true, value_enum)]
+    check_against: Option<Judge>,
+    /// Query rows and keys of each sequence of an attention's batch, or none, instead of random ones.
+    #[arg(long, global = true, value_name = "ROWS/KEYS,...")]
+    lengths: Option<String>,
+    /// When copies land on the tile machine: early, late, random:SEED; all: each of them, the results must be the same.
+    #[arg(long, global = true, default_value = "late", value_name = "ORDER")]
+    dma: String,
+    /// Let kernels load memory that nobody wrote (NaN here) and select something else, as some of JAX's do.
+    #[arg(long, global = true)]
+    allow_unwritten_reads: bool,
+    /// Let kernels leave elements of their outputs unwritten (NaN here), such as rows of padding.
+    #[arg(long, global = true)]
+    allow_unwritten_outputs: bool,
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+/// `pagoda run`: succeeds when nothing faults and everything compared agrees.
+pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
+    let dma = dma_orders(args)?;
+    let mut given = Given::parse(&args.inputs)?;
+    let on_machine = args.tile_machine || args.plugin.is_none();
+    if !on_machine && args.check_against == Some(Judge::Stablehlo) {
+        let fix = "drop --plugin, give --tile-machine too, or check against the reference";
+        return Err(Error::setting("check-against", "stablehlo", "compares the StableHLO form with itself", fix));
+    }
+    let reports = match (&args.file, &args.kernel) {
+        (Some(file), Some(_)) => {
+            let fix = "give a file, or matmul or rpa with its options";
+            return Err(Error::setting("FILE", file.display(), "is a second thing to run", fix));
+        }
+        (None, None) => {
+            return Err(Error::setting("FILE", "none", "leaves nothing to run", "give a file, matmul or rpa"));
+        }
+        (None, Some(kernel)) => {
+            let case = case(args, kernel.plan()?, &mut given)?;
+            vec![if on_machine { on_tile_machine(args, &dma, &case)? } else { on_plugin(args, &case)? }]
+        }
+        (Some(path), None) => {
+            let file = File::read(path)?;
+            let known = Kernel::of_text(&file.bytes, path)?;
+            if on_machine && file.is_plain() {
+                let problem = "it has no Mosaic kernel for the tile machine";
+                return Err(Error::file(path, problem, "run it with --plugin cpu"));
+            }
+            if let (None, Some(lengths)) = (&known, &args.lengths) {
+                let limit = format!("are of no use: no line of {} says that it is an attention", path.display());
+                return Err(Error::setting("lengths", lengths, limit, "give the metadata with --input"));
+            }
+            match (on_machine, known) {
+                (true, Some(kernel)) => vec![emitted_on_tile_machine(args, &dma, &mut given, &file, &kernel)?],
+                (true, None) => all_on_tile_machine(args, &dma, &mut given, &file)?,
+                (false, known) => vec![module_on_plugin(args, &mut given, &file, known.as_ref())?],
+            }
+        }
+    };
+    given.all_used()?;
+    tell(&reports, args.json)
+}
+
+fn dma_orders(args: &RunArgs) -> Result<Vec<DmaOrder>> {
+    let text = args.dma.as_str();
+    let seed = text.strip_prefix("random:").and_then(|seed| seed.parse().ok());
+    match (text, seed) {
+        ("early", _) => Ok(vec![DmaOrder::Early]),
+        ("late", _) => Ok(vec![DmaOrder::Late]),
+        ("all", _) => Ok(pagoda_kernels::check::dma_orders(args.random).to_vec()),
+        (_, Some(seed)) => Ok(vec![DmaOrder::Random(seed)]),
+        _ => Err(Error::setting("dma", text, "is no order of copies", "use early, late, random:SEED or all")),
+    }
+}
+
+fn order_name(dma: DmaOrder) -> String {
+    match dma {
+        DmaOrder::Early => "early".into(),
+        DmaOrder::Late => "late".into(),
+        DmaOrder::Random(seed) => format!("random:{seed}"),
+    }
+}
+
+/// A planned kernel with its inputs: given ones, the rest drawn at random.
+fn case(args: &RunArgs, plan: Plan, given: &mut Given) -> Result<Case> {
+    let arguments = plan.arguments();
+    ensure_fits(arguments.iter().map(|(_, ty)| ty))?;
+    let mut arrays = Vec::new();
+    for (name, ty) in &arguments {
+        arrays.push((*name, given.take(name, ty)?));
+    }
+    given.all_used()?;
+    let given = |name: &str| arrays.iter_mut().find(|(known, _)| *known == name).and_then(|(_, array)| array.take());
+    plan.inputs(args.random, args.lengths.as_deref(), given)
+}
+
+/// A kernel that is emitted here.
+fn on_tile_machine(args: &RunArgs, dma: &[DmaOrder], case: &Case) -> Result<Report> {
+    let context = Context::new();
+    let kernel = case.plan().kernel(&context)?;
+    run_case(args, dma, case, &kernel, Program::decode(kernel.module())?)
+}
+
+/// A kernel that `pagoda emit` wrote, and perhaps somebody edited.
+fn emitted_on_tile_machine(
+    args: &RunArgs,
+    dma: &[DmaOrder],
+    given: &mut Given,
+    file: &File,
+    kernel: &Kernel,
+) -> Result<Report> {
+    let case = case(args, kernel.plan()?, given)?;
+    let context = Context::new();
+    let emitted = case.plan().kernel(&context)?;
+    let mut kernels = file.kernels(&context)?;
+    let (Some((opened, _)), true) = (kernels.pop(), kernels.is_empty()) else {
+        return Err(Error::file(&file.path, "line 1 names one kernel, and there is not one", "emit the kernel again"));
+    };
+    let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
+    run_case(args, dma, &case, &emitted, program)
+}
+
+fn unknown_op(path: &Path, error: pagoda_ir::Error) -> Error {
+    Error::file(path, error, "use ops that the tile machine knows")
+}
+
+fn run_case(
+    args: &RunArgs,
+    dma: &[DmaOrder],
+    case: &Case,
+    kernel: &mosaic::Kernel,
+    program: Program,
+) -> Result<Report> {
+    let call = Call {
+        operands: &case.mosaic().operands(),
+        results: &kernel.outputs(),
+        aliases: kernel.aliases(),
+        inputs: inputs_line(args, case.describe()),
+    };
+    // What the plan counted belongs to what is checked.
+    let vmem = args.check_against.map_or(Ok(()), |_| case.mosaic().check_vmem(&program));
+    let mut report = execute(args, program, case.mosaic().machine(), dma, call)?;
+    report.told.unplanned = vmem.err().map(|error| error.to_string());
+    if let (Some(judge), Some(output)) = (args.check_against, report.first.take()) {
+        report.told.check = Some(check(args, judge, case, &output)?);
+    }
+    Ok(report.told)
+}
+
+fn inputs_line(args: &RunArgs, batch: Option<String>) -> String {
+    let mut line = format!("random, seed {}", args.random);
+    if !args.inputs.is_empty() {
+        let names: Vec<_> = args.inputs.iter().filter_map(|input| Some(input.split_once('=')?.0)).collect();
+        line += &format!(", but {} given", names.join(", "));
+    }
+    if let Some(batch) = batch {
+        line += &format!("; {batch}");
+    }
+    line
+}
+
+/// Every Mosaic kernel of a module of unknown origin, each on operands of its own.
+fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file: &File) -> Result<Vec<Report>> {
+    if args.check_against.is_some() {
+        let fix = "check a kernel that `pagoda emit` wrote, or `pagoda run matmul` or `rpa`";
+        return Err(Error::file(&file.path, "its first line does not say which problem it solves", fix));
+    }
+    let context = Context::new();
+    let mut reports = Vec::new();
+    for (opened, call) in file.kernels(&context)? {
+        let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
+        let Some((call, (operand_types, results))) = call.and_then(|call| Some((call, call.types.as_ref()?))) else {
+            let problem = "the sizes of its arrays stand neither in it nor in a first line from `pagoda emit`";
+            return Err(Error::file(&file.path, problem, "give the StableHLO module around it, as text"));
+        };
+        let named = program.signature().clone().with_outputs(results.len());
+        let names = named.arguments.iter().filter(|argument| matches!(argument.role, Role::Prefetch | Role::Input));
+        let names: Vec<String> = names.map(|argument| argument.name.clone()).collect();
+        if names.len() != operand_types.len() {
+            let problem = format!("a call gives {} operands to a kernel of {}", operand_types.len(), names.len());
+            return Err(Error::file(&file.path, problem, "write the module again"));
+        }
+        let named: Vec<_> = names.into_iter().zip(operand_types.iter().cloned()).collect();
+        ensure_fits(results)?;
+        let default = Machine::default();
+        let machine = Machine { vmem_bytes: opened.vmem_limit.unwrap_or(default.vmem_bytes), ..default };
+        let call = Call {
+            operands: &operands(given, &named, args.random)?,
+            results,
+            aliases: &call.aliases,
+            inputs: inputs_line(args, None),
+        };
+        reports.push(execute(args, program, machine, dma, call)?.told);
+    }
+    Ok(reports)
+}
+
+/// One call of a kernel.
+struct Call<'c> {
+    operands: &'c [HostTensor],
+    results: &'c [TensorType],
+    aliases: &'c [(usize, usize)],
+    inputs: String,
+}
+
+/// What a run tells, and its first result for comparison, if there is one.
+struct Executed {
+    told: Report,
+    first: Option<HostTensor>,
+}
+
+/// Runs the call once under each of `orders`, until one faults or gives another result than the first.
+fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
+    let program = program.with_aliases(call.aliases);
+    let signature = program.signature().clone().with_outputs(call.results.len());
+    let mut told = Report {
+        kernel: signature.name.clone(),
+        on: "tile machine".into(),
+        dma: None,
+        inputs: call.inputs,
+        counters: None,
+        outputs: vec![],
+        fault: None,
+        order_dependent: None,
+        unplanned: None,
+        check: None,
+    };
+    let mut outputs: Option<Vec<HostTensor>> = None;
+    let mut done: Vec<String> = vec![];
+    for &dma in orders {
+        done.push(order_name(dma));
+        let machine = Machine {
+            dma,
+            allow_unwritten_reads: args.allow_unwritten_reads,
+            allow_unwritten_outputs: args.allow_unwritten_outputs,
+            ..machine
+        };
+        match program.run(&machine, call.operands, call.results) {
+            Err(fault) => {
+                // Which order found it.
+                (told.dma, told.fault) = (done.pop(), Some(fault));
+                return Ok(Executed { told, first: None });
+            }
+            Ok(run) => match &outputs {
+                None => {
+                    let names = signature.arguments.iter().filter(|argument| argument.role == Role::Output);
+                    let named = names.zip(&run.outputs);
+                    told.outputs = named.map(|(argument, array)| Output::of(&argument.name, array)).collect();
+                    told.counters = Some(run.counters);
+                    outputs = Some(run.outputs);
+                }
+                Some(first) if *first == run.outputs => {}
+                Some(_) => {
+                    let (first, other) = (&done[0], order_name(dma));
+                    let message = format!("the results differ between {first} and {other} copies: a wait is missing");
+                    told.order_dependent = Some(message);
+                    break;
+                }
+            },
+        }
+    }
+    told.dma = Some(done.join(", "));
+    Ok(Executed { told, first: outputs.and_then(|outputs| outputs.into_iter().next()) })
+}
+
+/// The StableHLO form of a kernel.
+fn on_plugin(args: &RunArgs, case: &Case) -> Result<Report> {
+    let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
+    let context = Context::new();
+    let module = case.plan().stablehlo(&context)?;
+    plugin_report(args, &client, module.text().as_bytes(), module.name(), Some(case), &case.arguments())
+}
+
+/// A StableHLO module from a file.
+fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Option<&Kernel>) -> Result<Report> {
+    let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
+    if !file.is_plain() && !client.platform().eq_ignore_ascii_case("tpu") {
+        let problem = format!("it holds a Mosaic kernel, which the plugin for {} cannot run", client.platform());
+        return Err(Error::file(&file.path, problem, "run it with --tile-machine"));
+    }
+    if let Some(kernel) = known {
+        let case = case(args, kernel.plan()?, given)?;
+        return plugin_report(args, &client, &file.bytes, &file_name(&file.path), Some(&case), &case.arguments());
+    }
+    if args.check_against.is_some() {
+        let fix = "check a module that `pagoda emit --stablehlo` wrote";
+        return Err(Error::file(&file.path, "its first line does not say which problem it solves", fix));
+    }
+    let arguments = match file.is_bytecode() {
+        true => None,
+        false => wire::main_arguments(&String::from_utf8_lossy(&file.bytes)),
+    };
+    let arguments = arguments.ok_or_else(|| {
+        let fix = "give a module as text, with a function @main of arrays of known sizes";
+        Error::file(&file.path, "the types of its arguments cannot be read", fix)
+    })?;
+    let arrays = operands(given, &arguments, args.random)?;
+    plugin_report(args, &client, &file.bytes, &file_name(&file.path), None, &arrays)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn plugin_report(
+    args: &RunArgs,
+    client: &Client,
+    module: &[u8],
+    name: &str,
+    case: Option<&Case>,
+    arrays: &[HostTensor],
+) -> Result<Report> {
+    let mut outputs = client.compile(module, 1)?.call(arrays)?;
+    let mut checked = None;
+    if let Some(case) = case {
+        let expected = case.mosaic().output_type();
+        let types: Vec<_> = outputs.iter().map(|array| TensorType::new(array.element(), array.dims())).collect();
+        if types != [expected.clone()] {
+            let found: Vec<_> = types.iter().map(TensorType::to_string).collect();
+            let limit = format!("are not the {expected} of the problem in its first line");
+            return Err(Error::setting(format!("results of {name}"), found.join(", "), limit, "emit the module again"));
+        }
+        without_padding(case, &mut outputs[0]);
+        checked = args.check_against.map(|judge| check(args, judge, case, &outputs[0])).transpose()?;
+    }
+    Ok(Report {
+        kernel: name.to_owned(),
+        on: client.platform(),
+        dma: None,
+        inputs: inputs_line(args, case.and_then(Case::describe)),
+        counters: None,
+        outputs: outputs.iter().enumerate().map(|(at, array)| Output::of(&format!("result{at}"), array)).collect(),
+        fault: None,
+        order_dependent: None,
+        unplanned: None,
+        check: checked,
+    })
+}
+
+/// Zeros what a StableHLO form leaves unspecified.
+fn without_padding(case: &Case, output: &mut HostTensor) {
+    let live = case.live() * output.element().bytes();
+    output.bytes_mut()[live..].fill(0);
+}
+
+fn check(args: &RunArgs, judge: Judge, case: &Case, output: &HostTensor) -> Result<Check> {
+    let tolerance = tolerance(output.element());
+    let (outcome, tolerance) = match judge {
+        Judge::Reference => (case.mosaic().compare(output), tolerance),
+        Judge::Stablehlo => {
+            let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
+            let context = Context::new();
+            let mut expected = client.compile(case.plan().stablehlo(&context)?.text(), 1)?.call(&case.arguments())?;
+            without_padding(case, &mut expected[0]);
+            let (_, magnitude) = case.mosaic().expected();
+            // Both sides are off.
+            let tolerance = 2.0 * tolerance;
+            let compared = compare(&case.mosaic().name(), output, &expected[0].to_f64(), &magnitude, tolerance);
+            (compared, tolerance)
+        }
+    };
+    let message = match &outcome {
+        Ok(()) => format!("all {} values are within {tolerance:.0e} of their magnitude", output.len()),
+        Err(error) => error.to_string(),
+    };
+    Ok(Check { against: judge, agrees: outcome.is_ok(), message })
+}
