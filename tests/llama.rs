@@ -72,7 +72,7 @@ fn golden() -> Vec<(Vec<u32>, Vec<u32>)> {
 #[test]
 fn f32_matches_the_golden_tokens_and_bf16_stays_for_a_while() {
     let golden = golden();
-    let forms = [KernelForm::Stablehlo, KernelForm::Native];
+    let forms = [KernelForm::Stablehlo, KernelForm::Native, KernelForm::Mosaic];
     for (compute, kernels) in [Element::F32, Element::Bf16].into_iter().flat_map(|c| forms.map(|k| (c, k))) {
         let mut engine = engine(limits(), compute, kernels, SamplingOptions::GREEDY, StopRule::default());
         let requests = golden.iter().enumerate().map(|(index, (prompt, _))| request(index, prompt, 48)).collect();

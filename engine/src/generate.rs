@@ -138,7 +138,7 @@ impl Engine {
     /// When the programs do not compile or the cache does not fit the device.
     pub fn new(client: &Client, model: DeviceModel, options: EngineOptions) -> Result<Self> {
         let (shape, config) = (options.shape(), model.config());
-        if shape.kernels == KernelForm::Native {
+        if shape.kernels != KernelForm::Stablehlo {
             crate::native::register_all(client.plugin())?;
         }
         let started = Instant::now();

@@ -1,7 +1,13 @@
-//! Kernels in Rust for the CPU plugin: handlers of the custom calls that `pagoda_kernels` emits.
+//! Kernels on the host for the CPU plugin: handlers of the custom calls that `pagoda_kernels` emits, in Rust, and of
+//! Mosaic kernels, which the tile machine runs.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
-use pagoda_ir::Element;
+use pagoda_ir::mosaic::wire;
+use pagoda_ir::tile_machine::{Machine, Program};
+use pagoda_ir::{Context, Element, HostTensor, TensorType};
 use pagoda_kernels::float::Float;
 use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::matmul::{self, Activation};
@@ -17,6 +23,7 @@ type Outcome = std::result::Result<(), String>;
 /// # Errors
 /// When the plugin takes no custom calls.
 pub fn register_all(plugin: &Plugin) -> Result<()> {
+    register::<TileMachine>(plugin)?;
     register::<Attention>(plugin)?;
     register::<Matmul>(plugin)
 }
@@ -126,4 +133,62 @@ fn attend<T: Float>(frame: &mut Frame<'_>) -> Outcome {
     let [out, kv_pages] = frame.all_results::<T, 2>()?;
     native::step(&call, qkv.values()?, rotary.values()?, slots.values()?, kv_pages, out, &threads);
     Ok(())
+}
+
+/// `pagoda_tile_machine`: runs a Mosaic kernel, on a machine with the VMEM that the kernel asks for.
+struct TileMachine;
+
+/// A decoded kernel and the machine it runs on.
+type Loaded = Arc<(Program, Machine)>;
+
+/// Kernels by their configuration: a step program calls each many times.
+static LOADED: Mutex<Option<HashMap<String, Loaded>>> = Mutex::new(None);
+
+impl TileMachine {
+    fn load(frame: &Frame<'_>) -> std::result::Result<Loaded, String> {
+        let option = |name| frame.string(name).ok_or_else(|| format!("the option `{name}` is missing"));
+        let (kernel, aliases) = (option(wire::KERNEL)?, option(wire::ALIASES)?);
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = loaded.get_or_insert_default();
+        if let Some(known) = loaded.get(kernel) {
+            return Ok(Arc::clone(known));
+        }
+        let pairs = aliases.split(',').filter(|pair| !pair.is_empty()).map(|pair| {
+            let (operand, result) = pair.split_once(':')?;
+            Some((operand.parse().ok()?, result.parse().ok()?))
+        });
+        let pairs: Vec<(usize, usize)> =
+            pairs.collect::<Option<_>>().ok_or_else(|| format!("aliases = {aliases} are no pairs"))?;
+        let context = Context::new();
+        let opened = wire::open(&context, kernel).map_err(|error| error.to_string())?;
+        let program = Program::decode(&opened.module).map_err(|error| error.to_string())?.with_aliases(&pairs);
+        let machine = Machine::default();
+        let machine = Machine { vmem_bytes: opened.vmem_limit.unwrap_or(machine.vmem_bytes), ..machine };
+        let known = Arc::new((program, machine));
+        loaded.insert(kernel.to_owned(), Arc::clone(&known));
+        Ok(known)
+    }
+}
+
+impl CustomCall for TileMachine {
+    const TARGET: &'static str = wire::TILE_MACHINE;
+
+    fn call(frame: &mut Frame<'_>) -> Outcome {
+        let loaded = Self::load(frame)?;
+        let (program, machine) = &*loaded;
+        let sizes = |dims: &[i64]| dims.iter().map(|&dim| dim as usize).collect::<Vec<_>>();
+        let inputs = (0..frame.operands()).map(|index| {
+            let operand = frame.operand(index)?;
+            Ok(HostTensor::from_bytes(operand.element, &sizes(operand.dims), operand.bytes()))
+        });
+        let inputs = inputs.collect::<std::result::Result<Vec<_>, String>>()?;
+        let outputs = (0..frame.results())
+            .map(|index| frame.result_type(index).map(|(element, dims)| TensorType::new(element, &sizes(dims))));
+        let outputs = outputs.collect::<std::result::Result<Vec<_>, String>>()?;
+        let run = program.run(machine, &inputs, &outputs).map_err(|fault| fault.to_string())?;
+        for (index, output) in run.outputs.iter().enumerate() {
+            frame.result(index)?.copy_from_slice(output.bytes());
+        }
+        Ok(())
+    }
 }

@@ -137,11 +137,13 @@ enum Kernels {
     Stablehlo,
     /// Rust inside the step program, for the CPU plugin.
     Native,
+    /// The TPU's Mosaic kernels on the tile machine, for the CPU plugin: slow, and checked access by access.
+    Mosaic,
 }
 
 #[derive(Clone, Debug, Args)]
 struct PluginArgs {
-    /// The form of the attention kernel [default: native on the CPU plugin, stablehlo elsewhere].
+    /// The form of the kernels [default: native on the CPU plugin, stablehlo elsewhere].
     #[arg(long, value_enum)]
     kernels: Option<Kernels>,
     /// The PJRT plugin: cpu, cuda, tpu, or the path of a shared library.
@@ -155,6 +157,7 @@ impl PluginArgs {
         match self.kernels {
             Some(Kernels::Stablehlo) => KernelForm::Stablehlo,
             Some(Kernels::Native) => KernelForm::Native,
+            Some(Kernels::Mosaic) => KernelForm::Mosaic,
             None if client.platform().eq_ignore_ascii_case("cpu") => KernelForm::Native,
             None => KernelForm::Stablehlo,
         }

@@ -21,8 +21,9 @@
 use pagoda_ir::stablehlo::{Builder, Direction, DotDims, Module, Precision, Tensor};
 use pagoda_ir::tensor::HostTensor;
 use pagoda_ir::{Context, Element, Result, TensorType};
-use pagoda_kernels::matmul::Activation;
+use pagoda_kernels::chips::Chip;
 use pagoda_kernels::matmul::native::{Around, Norm};
+use pagoda_kernels::matmul::{Activation, Epilogue, Layout, Spec};
 use pagoda_kernels::{Invalid, matmul, rpa};
 
 use crate::model::config::LlamaConfig;
@@ -59,6 +60,9 @@ pub enum KernelForm {
     Stablehlo,
     /// Attention and few-column matmuls in Rust, as custom calls: the CPU plugin ([`crate::native::register_all`] comes first).
     Native,
+    /// The TPU's kernels, planned for a v5p core: Mosaic matmuls and attention, run by the tile machine as custom calls
+    /// of the CPU plugin ([`crate::native::register_all`] comes first).
+    Mosaic,
 }
 
 impl StepShape {
@@ -183,8 +187,16 @@ struct Rows<'c, 'a> {
     num_seqs: Tensor<'c, 'a>,
 }
 
+/// The chip that Mosaic kernels are planned for.
+const CHIP: Chip = Chip::V5p;
+
+fn unplanned(problem: impl std::fmt::Display) -> pagoda_ir::Error {
+    pagoda_ir::Error::op("a kernel's plan", problem.to_string())
+}
+
 /// Emits the layers over `rows` rows.
 struct Emitter<'e, 'c, 'a> {
+    context: &'c Context,
     b: &'e Builder<'c, 'a>,
     config: &'e LlamaConfig,
     shape: &'e StepShape,
@@ -203,7 +215,7 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         let (b, config) = (self.b, self.config);
         let angles = match self.shape.kernels {
             KernelForm::Native => None, // the custom call looks them up
-            KernelForm::Stablehlo => Some(b.take(weights.rotary, rows.positions, 0)?), // [rows, head_dim]
+            KernelForm::Stablehlo | KernelForm::Mosaic => Some(b.take(weights.rotary, rows.positions, 0)?), // [rows, head_dim]
         };
         let mut x = b.transpose(b.take(weights.embedding, rows.tokens, 0)?, &[1, 0])?; // [hidden, rows]
         for (index, layer) in weights.layers.iter().enumerate() {
@@ -230,6 +242,10 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
             return matmul::native::emit(b, w, x, around, compute);
         }
         let x = around.norm.map_or(Ok(x), |norm| self.rms_norm(x, norm.weight))?;
+        if self.shape.kernels == KernelForm::Mosaic {
+            let epilogue = Epilogue { bias: false, activation: around.activation, residual: around.residual.is_some() };
+            return self.mosaic_matmul(w, x, epilogue, around.residual, compute);
+        }
         let mut y = b.convert(self.product(w, x)?, compute)?;
         if around.activation == Activation::SiluGate {
             let inner = w.dims()[0] / 2;
@@ -242,6 +258,25 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
     /// Whether products with `x [in, columns]` are custom calls.
     fn has_native_matmul(&self, x: Tensor<'c, 'a>) -> bool {
         self.shape.kernels == KernelForm::Native && x.dims()[1] <= matmul::native::MAX_COLUMNS
+    }
+
+    /// A matmul kernel for the TPU, with tiles of the planner's choice.
+    fn mosaic_matmul(
+        &self,
+        w: Tensor<'c, 'a>,
+        x: Tensor<'c, 'a>,
+        epilogue: Epilogue,
+        residual: Option<Tensor<'c, 'a>>,
+        output: Element,
+    ) -> Result<Tensor<'c, 'a>> {
+        let (rows, layout) = (w.dims()[0], Layout::FeatureMajor);
+        let n = if epilogue.activation == Activation::SiluGate { rows / 2 } else { rows };
+        let spec = Spec { m: x.dims()[1], k: x.dims()[0], n, input: self.shape.compute, output, layout, epilogue };
+        let problem = matmul::Problem::new(spec).map_err(unplanned)?;
+        let plan = matmul::plan::Plan::new(problem, CHIP, matmul::plan::Options::default()).map_err(unplanned)?;
+        let kernel = matmul::mosaic::kernel(self.context, &plan)?.for_tile_machine();
+        let operands: Vec<_> = [Some(x), Some(w), residual].into_iter().flatten().collect();
+        matmul::mosaic::call(self.b, &kernel, &problem, &operands)
     }
 
     /// `W [out, in]` times `x [in, columns]` in f32: true f32 products where the operands are f32.
@@ -257,7 +292,11 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
             let around = Around { norm: Some(norm), ..Around::NOTHING };
             matmul::native::emit(self.b, weights.head, hidden, &around, Element::F32)?
         } else {
-            self.product(weights.head, self.rms_norm(hidden, norm.weight)?)?
+            let hidden = self.rms_norm(hidden, norm.weight)?;
+            match self.shape.kernels {
+                KernelForm::Mosaic => self.mosaic_matmul(weights.head, hidden, Epilogue::NONE, None, Element::F32)?,
+                _ => self.product(weights.head, hidden)?,
+            }
         };
         self.b.transpose(logits, &[1, 0])
     }
@@ -343,8 +382,25 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
             num_seqs: rows.num_seqs,
             first_page: Some(first_page),
         };
-        let attended = rpa::stablehlo::emit(b, self.attention, &operands)?; // [rows, q_heads, head_dim]
+        // [rows, q_heads, head_dim]
+        let attended = match self.shape.kernels {
+            KernelForm::Mosaic => self.mosaic_attention(&operands)?,
+            _ => rpa::stablehlo::emit(b, self.attention, &operands)?,
+        };
         b.transpose(b.reshape(attended, &[self.rows, config.q_heads * config.head_dim])?, &[1, 0])
+    }
+
+    /// An attention kernel for the TPU, with tiles of the planner's choice.
+    fn mosaic_attention(&self, operands: &rpa::stablehlo::Operands<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        let options = rpa::plan::Options::default();
+        let plan = rpa::plan::Plan::new(self.attention.clone(), CHIP, options).map_err(unplanned)?;
+        let kernel = rpa::mosaic::kernel(self.context, &plan)?.for_tile_machine();
+        let rpa::stablehlo::Operands { q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page } =
+            *operands;
+        let mut arguments = vec![q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs];
+        // With one layer the kernel takes no first page.
+        arguments.extend(first_page.filter(|_| self.attention.layers > 1));
+        rpa::mosaic::call(self.b, &kernel, &arguments)
     }
 
     /// The same in one custom call, which looks the angles up itself.
@@ -426,7 +482,7 @@ pub fn prefill<'c>(
     let module = Module::new(context, "prefill");
     module.function("main", &types, |b, args| {
         let (weights, rest) = Weights::take(config, args);
-        let emitter = Emitter { b, config, shape, attention: &attention, rows };
+        let emitter = Emitter { context, b, config, shape, attention: &attention, rows };
         let positions = Rows {
             tokens: rest[1],
             positions: rest[2],
@@ -498,7 +554,7 @@ pub fn decode<'c>(
     let module = Module::new(context, "decode");
     module.function("main", &types, |b, args| {
         let (weights, rest) = Weights::take(config, args);
-        let emitter = Emitter { b, config, shape, attention: &attention, rows: slots };
+        let emitter = Emitter { context, b, config, shape, attention: &attention, rows: slots };
         let [kv, tokens, positions, remaining, page_indices, index, generation] = rest[..7] else { unreachable!() };
         let (parameters, limit) = (parameters(&rest[7..]), rest[11]);
         let ints = |value: f64| b.splat(Element::I32, &[slots], value);

@@ -150,9 +150,21 @@ pub struct Kernel<'c> {
     grid: Vec<(usize, Semantics)>,
     vmem_limit: Option<usize>,
     aliases: Vec<(usize, usize)>,
+    on_tile_machine: bool,
 }
 
 impl<'c> Kernel<'c> {
+    /// The same kernel, whose calls name the tile machine ([`wire::TILE_MACHINE`](super::wire::TILE_MACHINE)) in place
+    /// of a TPU: for programs that run on the host.
+    pub fn for_tile_machine(self) -> Self {
+        Self { on_tile_machine: true, ..self }
+    }
+
+    /// Whether calls name the tile machine.
+    pub fn is_for_tile_machine(&self) -> bool {
+        self.on_tile_machine
+    }
+
     /// The kernel's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -245,6 +257,7 @@ pub fn kernel<'c>(context: &'c Context, name: &str, body: impl for<'a> FnOnce(&'
         grid: signature.grid.unwrap_or_default(),
         vmem_limit: signature.vmem_limit,
         aliases: signature.aliases,
+        on_tile_machine: false,
     })
 }
 

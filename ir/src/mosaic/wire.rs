@@ -26,7 +26,7 @@ use crate::{
     element::Element,
     error::{Error, Result},
     shape::TensorType,
-    stablehlo::{self, BackendConfig, CustomCall, OutputOperandAlias},
+    stablehlo::{self, BackendConfig, ConfigValue, CustomCall, OutputOperandAlias},
     tensor::HostTensor,
 };
 
@@ -197,6 +197,13 @@ pub struct Opened<'c> {
     /// The limit of scoped VMEM in bytes, if the call sets one.
     pub vmem_limit: Option<usize>,
 }
+
+/// The custom call by which a program on the host has the tile machine run a kernel.
+pub const TILE_MACHINE: &str = "pagoda_tile_machine";
+/// Its option that holds what a `tpu_custom_call` has as its `backend_config`.
+pub const KERNEL: &str = "kernel";
+/// Its option that lists the outputs that share an input's memory, `operand:result`, separated by commas.
+pub const ALIASES: &str = "aliases";
 
 /// Opens the `backend_config` of a `tpu_custom_call`.
 ///
@@ -423,6 +430,14 @@ impl Kernel<'_> {
             return Err(Error::op("stablehlo.custom_call", message));
         }
         let row_major = |types: &[TensorType]| types.iter().map(|ty| (0..ty.rank()).rev().collect()).collect();
+        if self.is_for_tile_machine() {
+            let aliases = self.aliases().iter().map(|(operand, result)| format!("{operand}:{result}"));
+            let options = [(KERNEL, backend_config(self)), (ALIASES, aliases.collect::<Vec<_>>().join(","))];
+            let options = options.map(|(name, text)| (name.to_owned(), ConfigValue::Text(text)));
+            let backend_config = BackendConfig::Dictionary(options.into());
+            let call = CustomCall { backend_config, ..CustomCall::default() };
+            return b.custom_call(TILE_MACHINE, operands, &self.outputs(), call);
+        }
         let aliases = self.aliases().iter().map(|&(operand, result)| OutputOperandAlias { result, operand });
         b.custom_call(
             TARGET,
