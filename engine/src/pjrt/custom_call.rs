@@ -242,6 +242,11 @@ struct Pieces {
     panicked: AtomicBool,
 }
 
+// SAFETY: `work` may be called from any thread; the rest is atomic.
+unsafe impl Send for Pieces {}
+// SAFETY: as above.
+unsafe impl Sync for Pieces {}
+
 impl Pieces {
     fn take_all(&self) {
         loop {
@@ -300,7 +305,7 @@ impl Threads for Pool<'_> {
         let mut spins = 0_u32;
         while pieces.done.load(Ordering::Acquire) < count {
             spins += 1;
-            if spins % 1024 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+            if spins.is_multiple_of(1024) { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
         assert!(!pieces.panicked.load(Ordering::Relaxed), "a piece of work panicked");
     }
