@@ -8,6 +8,7 @@ use pagoda_kernels::float::Float;
 use pagoda_kernels::rpa::native::{Call, Layer, attend, write};
 use pagoda_kernels::rpa::{Inputs, Kind, Problem, Spec, reference};
 use pagoda_kernels::strategies::{rpa_inputs, rpa_inputs_of, tensor};
+use pagoda_kernels::threads::Scoped;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -34,26 +35,31 @@ fn run<T: Float>(problem: &Problem, inputs: &Inputs) -> HostTensor {
     let metadata: Vec<HostTensor> = inputs.batch.to_tensors().into();
     let [kv_lens, page_indices, cu_q_lens, num_seqs] = [0, 1, 2, 3].map(|at| metadata[at].as_slice::<i32>());
     let call = Call {
+        layer: layer(problem, inputs.layer),
         q_heads: problem.q_heads,
-        kv_heads: problem.kv_heads,
-        head_dim: problem.head_dim,
-        page_size: problem.page_size,
         pages_per_seq: problem.pages_per_seq,
         scale: problem.scale as f32,
         sliding_window: problem.sliding_window,
         soft_cap: problem.soft_cap.map(|cap| cap as f32),
-        q: inputs.q.as_slice::<T>(),
-        kv_pages: inputs.kv_pages.as_slice::<T>(),
         kv_lens,
         page_indices,
         cu_q_lens,
         num_seqs: num_seqs[0] as usize,
-        first_page: inputs.layer * problem.pages,
     };
     let mut out =
         HostTensor::from_f64(problem.element, &problem.q_type().dims, &vec![f64::NAN; problem.q_type().len()]);
-    attend(&call, out.as_mut_slice::<T>());
+    attend(&call, inputs.q.as_slice::<T>(), inputs.kv_pages.as_slice(), out.as_mut_slice(), &Scoped(2));
     out
+}
+
+fn layer(problem: &Problem, layer: usize) -> Layer {
+    Layer {
+        first_page: layer * problem.pages,
+        pages: problem.pages,
+        page_size: problem.page_size,
+        kv_heads: problem.kv_heads,
+        head_dim: problem.head_dim,
+    }
 }
 
 fn check(problem: &Problem, inputs: &Inputs) -> Result<(), TestCaseError> {
@@ -123,13 +129,7 @@ fn writes_land_in_their_slots_and_nowhere_else() {
             // Padding, and slots that no layer has.
             slots[3..6].copy_from_slice(&[-1, size, i32::MAX]);
             let mut after = before.clone();
-            let place = Layer {
-                first_page: layer * problem.pages,
-                pages: problem.pages,
-                page_size: problem.page_size,
-                kv_heads: problem.kv_heads,
-                head_dim: problem.head_dim,
-            };
+            let place = self::layer(&problem, layer);
             write(after.as_mut_slice::<f32>(), k.as_slice(), v.as_slice(), &slots, &place);
             let vector = |tensor: &HostTensor, at: usize| tensor.as_slice::<f32>()[at * 64..][..64].to_vec();
             let heads = problem.kv_heads;

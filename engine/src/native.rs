@@ -3,11 +3,14 @@
 use half::bf16;
 use pagoda_ir::Element;
 use pagoda_kernels::float::Float;
-use pagoda_kernels::matmul;
+use pagoda_kernels::matmul::native::{Around, Norm};
+use pagoda_kernels::matmul::{self, Activation};
 use pagoda_kernels::rpa::native::{self, Call, Layer};
 
 use crate::pjrt::custom_call::{CustomCall, Frame, register};
 use crate::pjrt::{Plugin, Result};
+
+type Outcome = std::result::Result<(), String>;
 
 /// Registers every handler with a plugin. To be called before programs that use them are compiled.
 ///
@@ -18,26 +21,58 @@ pub fn register_all(plugin: &Plugin) -> Result<()> {
     register::<Matmul>(plugin)
 }
 
+/// Calls the handler for the type of operand 0.
+fn by_element(
+    frame: &mut Frame<'_>,
+    f32s: fn(&mut Frame<'_>) -> Outcome,
+    bf16s: fn(&mut Frame<'_>) -> Outcome,
+) -> Outcome {
+    match frame.operand(0)?.element {
+        Element::F32 => f32s(frame),
+        Element::Bf16 => bf16s(frame),
+        other => Err(format!("operands are {other}; f32 and bf16 are supported")),
+    }
+}
+
+/// An option of the call that is a number, where it is on.
+fn number<N: std::str::FromStr>(frame: &Frame<'_>, name: &str) -> std::result::Result<Option<N>, String> {
+    let parse = |text: &str| text.parse().map_err(|_| format!("{name} = {text} is no number"));
+    frame.string(name).map(parse).transpose()
+}
+
 /// `pagoda_matmul`: see [`matmul::native`].
 struct Matmul;
 
 impl CustomCall for Matmul {
     const TARGET: &'static str = matmul::native::TARGET;
 
-    fn call(frame: &mut Frame<'_>) -> std::result::Result<(), String> {
-        match frame.operand(0)?.element {
-            Element::F32 => multiply::<f32>(frame),
-            Element::Bf16 => multiply::<bf16>(frame),
-            other => Err(format!("weights are {other}; f32 and bf16 are supported")),
-        }
+    fn call(frame: &mut Frame<'_>) -> Outcome {
+        by_element(frame, multiply::<f32>, multiply::<bf16>)
     }
 }
 
-fn multiply<T: Float>(frame: &mut Frame<'_>) -> std::result::Result<(), String> {
-    let (w, x) = (frame.operand(0)?, frame.operand(1)?);
-    let &[k, m] = x.dims else { return Err(format!("activations of rank {}", x.dims.len())) };
-    let [y] = frame.all_results::<f32, 1>()?;
-    matmul::native::multiply(w.values::<T>()?, x.values::<T>()?, y, k as usize, m as usize);
+fn multiply<T: Float>(frame: &mut Frame<'_>) -> Outcome {
+    let [norm, gate, residual] = matmul::native::OPTIONS;
+    let mut operands = (0..frame.operands()).map(|index| frame.operand(index));
+    let mut next = || operands.next().unwrap_or_else(|| Err("an operand is missing".into()));
+    let (w, x) = (next()?, next()?);
+    let &[_, columns] = x.dims else { return Err(format!("activations of rank {}", x.dims.len())) };
+    let norm = match number(frame, norm)? {
+        Some(epsilon) => Some(Norm { weight: next()?.values::<T>()?, epsilon }),
+        None => None,
+    };
+    let residual = if frame.string(residual).is_some() { Some(next()?.values::<T>()?) } else { None };
+    let activation = if frame.string(gate).is_some() { Activation::SiluGate } else { Activation::Identity };
+    let around = Around { norm, activation, residual };
+    let call = matmul::native::Call { w: w.values::<T>()?, x: x.values()?, columns: columns as usize, around };
+    let threads = frame.threads();
+    if frame.result_type(0)?.0 == Element::F32 {
+        let [y] = frame.all_results::<f32, 1>()?;
+        matmul::native::multiply(&call, y, &threads);
+    } else {
+        let [y] = frame.all_results::<T, 1>()?;
+        matmul::native::multiply(&call, y, &threads);
+    }
     Ok(())
 }
 
@@ -47,61 +82,48 @@ struct Attention;
 impl CustomCall for Attention {
     const TARGET: &'static str = native::TARGET;
 
-    fn call(frame: &mut Frame<'_>) -> std::result::Result<(), String> {
-        match frame.operand(0)?.element {
-            Element::F32 => attend::<f32>(frame),
-            Element::Bf16 => attend::<bf16>(frame),
-            other => Err(format!("queries are {other}; f32 and bf16 are supported")),
-        }
+    fn call(frame: &mut Frame<'_>) -> Outcome {
+        by_element(frame, attend::<f32>, attend::<bf16>)
     }
 }
 
-fn attend<T: Float>(frame: &mut Frame<'_>) -> std::result::Result<(), String> {
-    let option = |name: &str| frame.string(name).map(|text| text.parse::<f64>().map_err(|e| format!("{name}: {e}")));
-    let (q, kv) = (frame.operand(0)?, frame.operand(1)?);
-    let &[_, q_heads, head_dim] = q.dims else { return Err(format!("queries of rank {}", q.dims.len())) };
-    let &[_, page_size, kv_vectors, _] = kv.dims else { return Err(format!("KV pages of rank {}", kv.dims.len())) };
-    let table = frame.operand(3)?;
+fn attend<T: Float>(frame: &mut Frame<'_>) -> Outcome {
+    let [pages, scale, sliding_window, soft_cap] = native::OPTIONS;
+    let (qkv, kv, table) = (frame.operand(0)?, frame.operand(1)?, frame.operand(3)?);
+    let &[features, _] = qkv.dims else { return Err(format!("projections of rank {}", qkv.dims.len())) };
+    let &[_, page_size, kv_vectors, head_dim] = kv.dims else {
+        return Err(format!("KV pages of rank {}", kv.dims.len()));
+    };
     let &[_, pages_per_seq] = table.dims else { return Err(format!("a page table of rank {}", table.dims.len())) };
     let scalar = |index: usize| -> std::result::Result<usize, String> {
         let value = frame.operand(index)?.values::<i32>()?.first().copied().unwrap_or(0);
         usize::try_from(value).map_err(|_| format!("operand {index} is {value}"))
     };
-    let first_page = scalar(6)?;
-    let layer = Layer {
-        first_page,
-        pages: option("pages").unwrap_or(Ok(0.0))? as usize,
-        page_size: page_size as usize,
-        kv_heads: kv_vectors as usize / 2,
-        head_dim: head_dim as usize,
+    let call = Call {
+        layer: Layer {
+            first_page: scalar(6)?,
+            pages: number(frame, pages)?.unwrap_or(0),
+            page_size: page_size as usize,
+            kv_heads: kv_vectors as usize / 2,
+            head_dim: head_dim as usize,
+        },
+        q_heads: (features / head_dim - kv_vectors) as usize,
+        pages_per_seq: pages_per_seq as usize,
+        scale: number(frame, scale)?.unwrap_or(1.0),
+        sliding_window: number(frame, sliding_window)?,
+        soft_cap: number(frame, soft_cap)?,
+        kv_lens: frame.operand(2)?.values()?,
+        page_indices: table.values()?,
+        cu_q_lens: frame.operand(4)?.values()?,
+        num_seqs: scalar(5)?,
     };
-    let (k, v, slots) = (frame.operand(7)?, frame.operand(8)?, frame.operand(9)?);
+    let (slots, rotary) = (frame.operand(7)?, frame.operand(8)?);
     if !frame.aliased(1, 1)? {
         return Err("the KV buffer was not passed in place".into());
     }
-    let (kv_lens, cu_q_lens) = (frame.operand(2)?.values::<i32>()?, frame.operand(4)?.values::<i32>()?);
-    let (scale, num_seqs) = (option("scale").unwrap_or(Ok(1.0))?, scalar(5)?);
-    let (window, soft_cap) = (option("sliding_window").transpose()?, option("soft_cap").transpose()?);
+    let threads = frame.threads();
     // The buffer is only ever seen through the result: first to write, then to read.
     let [out, kv_pages] = frame.all_results::<T, 2>()?;
-    native::write(kv_pages, k.values::<T>()?, v.values::<T>()?, slots.values::<i32>()?, &layer);
-    let call = Call {
-        q_heads: q_heads as usize,
-        kv_heads: kv_vectors as usize / 2,
-        head_dim: head_dim as usize,
-        page_size: page_size as usize,
-        pages_per_seq: pages_per_seq as usize,
-        scale: scale as f32,
-        sliding_window: window.map(|window| window as usize),
-        soft_cap: soft_cap.map(|cap| cap as f32),
-        q: q.values::<T>()?,
-        kv_pages,
-        kv_lens,
-        page_indices: table.values::<i32>()?,
-        cu_q_lens,
-        num_seqs,
-        first_page,
-    };
-    native::attend(&call, out);
+    native::step(&call, qkv.values()?, rotary.values()?, slots.values()?, kv_pages, out, &threads);
     Ok(())
 }

@@ -15,6 +15,7 @@ pub mod random;
 pub mod rpa;
 #[cfg(any(test, feature = "strategies"))]
 pub mod strategies;
+pub mod threads;
 pub mod tuned;
 pub mod vmem;
 

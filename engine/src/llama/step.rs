@@ -21,6 +21,8 @@
 use pagoda_ir::stablehlo::{Builder, Direction, DotDims, Module, Precision, Tensor};
 use pagoda_ir::tensor::HostTensor;
 use pagoda_ir::{Context, Element, Result, TensorType};
+use pagoda_kernels::matmul::Activation;
+use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::{Invalid, matmul, rpa};
 
 use crate::model::config::LlamaConfig;
@@ -191,7 +193,7 @@ struct Emitter<'e, 'c, 'a> {
 }
 
 impl<'c, 'a> Emitter<'_, 'c, 'a> {
-    /// Runs all layers: hidden state after the final norm, `[hidden, rows]`, and the KV buffer.
+    /// Runs all layers: hidden state before the final norm, `[hidden, rows]`, and the KV buffer.
     fn forward(
         &self,
         weights: &Weights<'c, 'a>,
@@ -199,46 +201,65 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         mut kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
         let (b, config) = (self.b, self.config);
-        let half = config.head_dim / 2;
-        let angles = b.take(weights.rotary, rows.positions, 0)?; // [rows, head_dim]
-        let cosines = b.slice_in_dim(angles, 0, half, 1)?;
-        let sines = b.slice_in_dim(angles, half, config.head_dim, 1)?;
+        let angles = match self.shape.kernels {
+            KernelForm::Native => None, // the custom call looks them up
+            KernelForm::Stablehlo => Some(b.take(weights.rotary, rows.positions, 0)?), // [rows, head_dim]
+        };
         let mut x = b.transpose(b.take(weights.embedding, rows.tokens, 0)?, &[1, 0])?; // [hidden, rows]
         for (index, layer) in weights.layers.iter().enumerate() {
-            let normed = self.rms_norm(x, layer.input_norm)?;
-            let qkv = self.linear(layer.qkv, normed)?; // [(q_heads + 2 * kv_heads) * head_dim, rows]
-            let q = self.rotate(self.heads(qkv, 0, config.q_heads)?, cosines, sines)?;
-            let k = self.rotate(self.heads(qkv, config.q_heads, config.kv_heads)?, cosines, sines)?;
-            let v = self.heads(qkv, config.q_heads + config.kv_heads, config.kv_heads)?;
+            let norm = |weight| Some(Norm { weight, epsilon: config.rms_norm_eps });
+            let activation = Activation::SiluGate;
+            let qkv = self.linear(layer.qkv, x, &Around { norm: norm(layer.input_norm), ..Around::NOTHING })?;
             let first_page = b.scalar(Element::I32, (index * self.shape.pages) as f64)?;
-            let attended = self.attend(q, k, v, rows, first_page, &mut kv)?; // [rows, q_heads, head_dim]
-            let attended = b.reshape(attended, &[self.rows, config.q_heads * config.head_dim])?;
-            x = b.add(x, self.linear(layer.output, b.transpose(attended, &[1, 0])?)?)?;
-            let normed = self.rms_norm(x, layer.post_norm)?;
-            x = b.add(x, self.mlp(layer, normed)?)?;
+            let attended = match angles {
+                Some(angles) => self.attend(qkv, angles, rows, first_page, &mut kv)?,
+                None => self.attend_natively(qkv, weights.rotary, rows, first_page, &mut kv)?,
+            };
+            x = self.linear(layer.output, attended, &Around { residual: Some(x), ..Around::NOTHING })?;
+            let gated = Around { norm: norm(layer.post_norm), activation, residual: None };
+            let inner = self.linear(layer.gate_up, x, &gated)?;
+            x = self.linear(layer.down, inner, &Around { residual: Some(x), ..Around::NOTHING })?;
         }
-        Ok((self.rms_norm(x, weights.norm)?, kv))
+        Ok((x, kv))
     }
 
-    /// `W [out, in]` times `x [in, rows]`, accumulated in f32, in the compute type.
-    fn linear(&self, w: Tensor<'c, 'a>, x: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        self.b.convert(self.product(w, x)?, self.shape.compute)
+    /// `W [out, in]` times `x [in, rows]` with what stands `around` it, accumulated in f32, in the compute type.
+    fn linear(&self, w: Tensor<'c, 'a>, x: Tensor<'c, 'a>, around: &Around<Tensor<'c, 'a>>) -> Result<Tensor<'c, 'a>> {
+        let (b, compute) = (self.b, self.shape.compute);
+        if self.has_native_matmul(x) {
+            return matmul::native::emit(b, w, x, around, compute);
+        }
+        let x = around.norm.map_or(Ok(x), |norm| self.rms_norm(x, norm.weight))?;
+        let mut y = b.convert(self.product(w, x)?, compute)?;
+        if around.activation == Activation::SiluGate {
+            let inner = w.dims()[0] / 2;
+            let (gate, up) = (b.slice_in_dim(y, 0, inner, 0)?, b.slice_in_dim(y, inner, 2 * inner, 0)?);
+            y = b.multiply(b.multiply(gate, b.logistic(gate)?)?, up)?;
+        }
+        around.residual.map_or(Ok(y), |residual| b.add(residual, y))
+    }
+
+    /// Whether products with `x [in, columns]` are custom calls.
+    fn has_native_matmul(&self, x: Tensor<'c, 'a>) -> bool {
+        self.shape.kernels == KernelForm::Native && x.dims()[1] <= matmul::native::MAX_COLUMNS
     }
 
     /// `W [out, in]` times `x [in, columns]` in f32: true f32 products where the operands are f32.
     fn product(&self, w: Tensor<'c, 'a>, x: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        // One column is a dot product per row, which XLA does as well as anyone.
-        let columns = x.dims()[1];
-        if self.shape.kernels == KernelForm::Native && (2..=matmul::native::MAX_COLUMNS).contains(&columns) {
-            return matmul::native::emit(self.b, w, x);
-        }
         let dims = DotDims { batch: (&[], &[]), contract: (&[1], &[0]) };
         self.b.dot_general_with(w, x, dims, Element::F32, Precision::Highest)
     }
 
-    /// `f32[vocab, columns]` logits of hidden states `[hidden, columns]`, as `[columns, vocab]`.
-    fn logits(&self, head: Tensor<'c, 'a>, hidden: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        self.b.transpose(self.product(head, hidden)?, &[1, 0])
+    /// `f32[columns, vocab]` logits of hidden states `[hidden, columns]` before the final norm.
+    fn logits(&self, weights: &Weights<'c, 'a>, hidden: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        let norm = Norm { weight: weights.norm, epsilon: self.config.rms_norm_eps };
+        let logits = if self.has_native_matmul(hidden) {
+            let around = Around { norm: Some(norm), ..Around::NOTHING };
+            matmul::native::emit(self.b, weights.head, hidden, &around, Element::F32)?
+        } else {
+            self.product(weights.head, self.rms_norm(hidden, norm.weight)?)?
+        };
+        self.b.transpose(logits, &[1, 0])
     }
 
     /// Root-mean-square norm over the features of `[hidden, rows]`, in f32.
@@ -278,16 +299,6 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         b.convert(b.concatenate(&[rotated_low, rotated_high], 2)?, self.shape.compute)
     }
 
-    /// `down(silu(gate(x)) * up(x))`
-    fn mlp(&self, layer: &Layer<'c, 'a>, x: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        let (b, inner) = (self.b, self.config.intermediate_size);
-        let gate_up = self.linear(layer.gate_up, x)?; // [2 * intermediate, rows]
-        let gate = b.slice_in_dim(gate_up, 0, inner, 0)?;
-        let up = b.slice_in_dim(gate_up, inner, 2 * inner, 0)?;
-        let silu = b.multiply(gate, b.logistic(gate)?)?;
-        self.linear(layer.down, b.multiply(silu, up)?)
-    }
-
     /// Where each slot's row goes, `page * page_size + offset`; -1 for idle slots.
     fn kv_slots(
         &self,
@@ -305,18 +316,25 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         b.select(active, slot, b.splat(Element::I32, &dims[..1], -1.0)?)
     }
 
-    /// Writes this step's keys and values into the layer's pages, then attends over them.
+    /// Rotates this step's queries and keys, writes keys and values into the layer's pages, and attends over them:
+    /// `[q_heads * head_dim, rows]` of `qkv [(q_heads + 2 * kv_heads) * head_dim, rows]`.
     fn attend(
         &self,
-        q: Tensor<'c, 'a>,
-        k: Tensor<'c, 'a>,
-        v: Tensor<'c, 'a>,
+        qkv: Tensor<'c, 'a>,
+        angles: Tensor<'c, 'a>,
         rows: &Rows<'c, 'a>,
         first_page: Tensor<'c, 'a>,
         kv: &mut Tensor<'c, 'a>,
     ) -> Result<Tensor<'c, 'a>> {
-        let b = self.b;
-        let mut operands = rpa::stablehlo::Operands {
+        let (b, config) = (self.b, self.config);
+        let half = config.head_dim / 2;
+        let cosines = b.slice_in_dim(angles, 0, half, 1)?;
+        let sines = b.slice_in_dim(angles, half, config.head_dim, 1)?;
+        let q = self.rotate(self.heads(qkv, 0, config.q_heads)?, cosines, sines)?;
+        let k = self.rotate(self.heads(qkv, config.q_heads, config.kv_heads)?, cosines, sines)?;
+        let v = self.heads(qkv, config.q_heads + config.kv_heads, config.kv_heads)?;
+        *kv = rpa::kv_write::emit(b, self.attention, *kv, k, v, rows.kv_slots, Some(first_page))?;
+        let operands = rpa::stablehlo::Operands {
             q,
             kv_pages: *kv,
             kv_lens: rows.kv_lens,
@@ -325,19 +343,33 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
             num_seqs: rows.num_seqs,
             first_page: Some(first_page),
         };
-        match self.shape.kernels {
-            KernelForm::Stablehlo => {
-                *kv = rpa::kv_write::emit(b, self.attention, *kv, k, v, rows.kv_slots, Some(first_page))?;
-                operands.kv_pages = *kv;
-                rpa::stablehlo::emit(b, self.attention, &operands)
-            }
-            KernelForm::Native => {
-                let new = rpa::native::NewKv { k, v, slots: rows.kv_slots };
-                let (attended, written) = rpa::native::emit(b, self.attention, &operands, &new)?;
-                *kv = written;
-                Ok(attended)
-            }
-        }
+        let attended = rpa::stablehlo::emit(b, self.attention, &operands)?; // [rows, q_heads, head_dim]
+        b.transpose(b.reshape(attended, &[self.rows, config.q_heads * config.head_dim])?, &[1, 0])
+    }
+
+    /// The same in one custom call, which looks the angles up itself.
+    fn attend_natively(
+        &self,
+        qkv: Tensor<'c, 'a>,
+        rotary: Tensor<'c, 'a>,
+        rows: &Rows<'c, 'a>,
+        first_page: Tensor<'c, 'a>,
+        kv: &mut Tensor<'c, 'a>,
+    ) -> Result<Tensor<'c, 'a>> {
+        let operands = rpa::native::Operands {
+            qkv,
+            kv_pages: *kv,
+            kv_lens: rows.kv_lens,
+            page_indices: rows.page_indices,
+            cu_q_lens: rows.cu_q_lens,
+            num_seqs: rows.num_seqs,
+            first_page,
+            slots: rows.kv_slots,
+            rotary,
+        };
+        let (attended, written) = rpa::native::emit(self.b, self.attention, &operands)?;
+        *kv = written;
+        Ok(attended)
     }
 }
 
@@ -406,11 +438,11 @@ pub fn prefill<'c>(
         };
         let (hidden, kv) = emitter.forward(&weights, &positions, rest[0])?;
         let result = match output {
-            Output::Logits => emitter.logits(weights.head, hidden)?,
+            Output::Logits => emitter.logits(&weights, hidden)?,
             Output::Tokens(sampling) => {
                 let by_row = b.transpose(hidden, &[1, 0])?;
                 let sampled = b.transpose(b.take(by_row, rest[8], 0)?, &[1, 0])?; // [hidden, slots]
-                let logits = emitter.logits(weights.head, sampled)?;
+                let logits = emitter.logits(&weights, sampled)?;
                 let keys = Keys { index: rest[9], generation: rest[10], position: rest[11] };
                 sampler::emit(b, sampling, logits, &parameters(&rest[12..]), &keys)?
             }
@@ -496,7 +528,7 @@ pub fn decode<'c>(
                     num_seqs: all,
                 };
                 let (hidden, kv) = emitter.forward(&weights, &rows, kv)?;
-                let logits = emitter.logits(weights.head, hidden)?;
+                let logits = emitter.logits(&weights, hidden)?;
                 let position = b.convert(next_positions, Element::U32)?;
                 let chosen = sampler::emit(b, sampling, logits, &parameters, &Keys { index, generation, position })?;
                 let mut left = b.subtract(remaining, ints(1.0)?)?;

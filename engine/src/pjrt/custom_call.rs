@@ -10,8 +10,11 @@
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use pagoda_ir::element::{Element, Native};
+use pagoda_kernels::threads::Threads;
 
 use super::error::{Error, Result};
 use super::plugin::Plugin;
@@ -172,6 +175,36 @@ impl<'a> Frame<'a> {
         })
     }
 
+    /// XLA's own threads for the duration of the call, which saves a second pool that fights the first for the cores.
+    /// The caller's thread alone where the plugin lends none.
+    pub fn threads(&self) -> Pool<'a> {
+        let mut pool = Pool { raw: self.raw, schedule: None, count: 1 };
+        let known = std::mem::offset_of!(RawApi, thread_pool_num_threads) + size_of::<usize>();
+        // SAFETY: every version of the API table starts with its size.
+        if unsafe { (*self.raw.api).struct_size } < known {
+            return pool;
+        }
+        // SAFETY: the table starts like `RawApi`, and is large enough.
+        let api = unsafe { &*self.raw.api };
+        let (Some(schedule), Some(num_threads)) = (api.thread_pool_schedule, api.thread_pool_num_threads) else {
+            return pool;
+        };
+        let mut count = 0_i64;
+        let mut args = RawNumThreads {
+            struct_size: size_of::<RawNumThreads>(),
+            extension_start: std::ptr::null_mut(),
+            context: self.raw.context,
+            num_threads: &mut count,
+        };
+        // SAFETY: the arguments have the API's layout and outlive the call.
+        let error = unsafe { num_threads(&mut args) };
+        if discard(api, error) && count > 1 {
+            pool.schedule = Some(schedule);
+            pool.count = count as usize;
+        }
+        pool
+    }
+
     fn view(list: &'a RawList, index: usize, what: &str) -> std::result::Result<Operand<'a>, String> {
         if index >= list.size as usize {
             return Err(format!("{what} {index} of {}", list.size));
@@ -187,6 +220,102 @@ impl<'a> Frame<'a> {
         };
         Ok(Operand { element, dims, data: buffer.data.cast() })
     }
+}
+
+/// XLA's intra-op threads, see [`Frame::threads`].
+pub struct Pool<'a> {
+    raw: &'a RawFrame,
+    schedule: Option<unsafe extern "C" fn(*mut RawSchedule) -> *mut c_void>,
+    count: usize,
+}
+
+// SAFETY: the frame is only read, and XLA's scheduling function may be called from any thread.
+unsafe impl Sync for Pool<'_> {}
+
+/// Pieces of work that threads take one after the other.
+struct Pieces {
+    /// What runs a piece. Alive while `done < count`: whoever has taken a piece keeps the owner waiting.
+    work: *const (dyn Fn(usize) + Sync),
+    count: usize,
+    next: AtomicUsize,
+    done: AtomicUsize,
+    panicked: AtomicBool,
+}
+
+impl Pieces {
+    fn take_all(&self) {
+        loop {
+            let piece = self.next.fetch_add(1, Ordering::Relaxed);
+            if piece >= self.count {
+                return;
+            }
+            // SAFETY: this piece is not done yet, so `Pool::run` has not returned, and what it borrows is alive.
+            let work = unsafe { &*self.work };
+            if catch_unwind(AssertUnwindSafe(|| work(piece))).is_err() {
+                self.panicked.store(true, Ordering::Relaxed);
+            }
+            self.done.fetch_add(1, Ordering::Release);
+        }
+    }
+}
+
+/// # Safety
+/// `data` is an `Arc<Pieces>` given away.
+unsafe extern "C" fn help(data: *mut c_void) {
+    // SAFETY: by contract.
+    unsafe { Arc::from_raw(data.cast::<Pieces>()) }.take_all();
+}
+
+impl Threads for Pool<'_> {
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The caller takes pieces too: a thread that comes late finds nothing left, and nobody waits for it.
+    fn run(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
+        // SAFETY: only the lifetime goes; this function returns after the last use, see `Pieces::work`.
+        let work = unsafe {
+            std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(work)
+        };
+        let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let pieces = Arc::new(Pieces { work, count, next, done, panicked: AtomicBool::new(false) });
+        if let Some(schedule) = self.schedule {
+            for _ in 1..self.count.min(count) {
+                let data = Arc::into_raw(Arc::clone(&pieces));
+                let mut args = RawSchedule {
+                    struct_size: size_of::<RawSchedule>(),
+                    extension_start: std::ptr::null_mut(),
+                    context: self.raw.context,
+                    task: help,
+                    data: data.cast_mut().cast(),
+                };
+                // SAFETY: the arguments have the API's layout and outlive the call; the task takes `data` over.
+                if !unsafe { discard(&*self.raw.api, schedule(&mut args)) } {
+                    // SAFETY: the task was refused and will not run.
+                    drop(unsafe { Arc::from_raw(data) });
+                }
+            }
+        }
+        pieces.take_all();
+        let mut spins = 0_u32;
+        while pieces.done.load(Ordering::Acquire) < count {
+            spins += 1;
+            if spins % 1024 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+        }
+        assert!(!pieces.panicked.load(Ordering::Relaxed), "a piece of work panicked");
+    }
+}
+
+/// Frees an FFI error; whether there was none.
+fn discard(api: &RawApi, error: *mut c_void) -> bool {
+    if error.is_null() {
+        return true;
+    }
+    let mut args =
+        RawErrorDestroy { struct_size: size_of::<RawErrorDestroy>(), extension_start: std::ptr::null_mut(), error };
+    // SAFETY: the error came from this API and is not used again.
+    unsafe { (api.error_destroy)(&mut args) };
+    false
 }
 
 /// Registers a custom call with a plugin, before any program that calls it is compiled.
@@ -401,6 +530,36 @@ struct RawApi {
     minor: c_int,
     internal: *const c_void,
     error_create: unsafe extern "C" fn(*mut RawErrorCreate) -> *mut c_void,
+    error_get_message: *const c_void,
+    error_destroy: unsafe extern "C" fn(*mut RawErrorDestroy),
+    /// From `Handler_Register` to `DeviceMemory_Free`.
+    others: [*const c_void; 8],
+    thread_pool_schedule: Option<unsafe extern "C" fn(*mut RawSchedule) -> *mut c_void>,
+    thread_pool_num_threads: Option<unsafe extern "C" fn(*mut RawNumThreads) -> *mut c_void>,
+}
+
+#[repr(C)]
+struct RawErrorDestroy {
+    struct_size: usize,
+    extension_start: *mut RawExtension,
+    error: *mut c_void,
+}
+
+#[repr(C)]
+struct RawSchedule {
+    struct_size: usize,
+    extension_start: *mut RawExtension,
+    context: *mut c_void,
+    task: unsafe extern "C" fn(*mut c_void),
+    data: *mut c_void,
+}
+
+#[repr(C)]
+struct RawNumThreads {
+    struct_size: usize,
+    extension_start: *mut RawExtension,
+    context: *mut c_void,
+    num_threads: *mut i64,
 }
 
 #[repr(C)]

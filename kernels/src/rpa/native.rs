@@ -11,15 +11,17 @@
 use std::ops::Range;
 
 use pagoda_ir::{
-    Element, Result,
+    Result, TensorType,
     stablehlo::{BackendConfig, Builder, ConfigValue, CustomCall, OutputOperandAlias, Tensor},
 };
 
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
-use super::{problem::Problem, stablehlo::Operands};
-use crate::float::Float;
+use super::problem::Problem;
+use crate::{
+    float::{Float, exp},
+    threads::{self, Threads},
+};
 
 /// The custom call's name; the engine registers its handler under it.
 pub const TARGET: &str = "pagoda_rpa";
@@ -28,22 +30,36 @@ pub const OPTIONS: [&str; 4] = ["pages", "scale", "sliding_window", "soft_cap"];
 
 /// Keys of one step of the online softmax.
 const KEY_BLOCK: usize = 64;
-/// Multiply-adds that are worth waking a second thread for.
-const THREADED_WORK: usize = 1 << 18;
+/// Keys, or values, that are worked on together.
+const TOGETHER: usize = 4;
+/// Multiply-adds that are worth a second thread.
+const THREADED_WORK: usize = 1 << 16;
 
-/// This step's keys and values.
+/// The operands of the custom call, in its order.
 #[derive(Clone, Copy, Debug)]
-pub struct NewKv<'c, 'a> {
-    /// `[tokens, kv_heads, head_dim]`
-    pub k: Tensor<'c, 'a>,
-    /// `[tokens, kv_heads, head_dim]`
-    pub v: Tensor<'c, 'a>,
+pub struct Operands<'c, 'a> {
+    /// `[(q_heads + 2 * kv_heads) * head_dim, tokens]`: this step's queries, keys and values, feature-major and stacked.
+    pub qkv: Tensor<'c, 'a>,
+    /// As in the problem.
+    pub kv_pages: Tensor<'c, 'a>,
+    /// `i32[max_seqs]`
+    pub kv_lens: Tensor<'c, 'a>,
+    /// `i32[max_seqs, pages_per_seq]`
+    pub page_indices: Tensor<'c, 'a>,
+    /// `i32[max_seqs + 1]`
+    pub cu_q_lens: Tensor<'c, 'a>,
+    /// `i32[1]`
+    pub num_seqs: Tensor<'c, 'a>,
+    /// `i32[]`: where the layer's pages begin.
+    pub first_page: Tensor<'c, 'a>,
     /// `i32[tokens]`, as [`kv_write`](super::kv_write) takes them.
     pub slots: Tensor<'c, 'a>,
+    /// `f32[positions, head_dim]`: the cosines, then the sines of every position's rotary embedding.
+    pub rotary: Tensor<'c, 'a>,
 }
 
-/// Writes the new keys and values and attends, in one custom call: the output and the KV buffer, which is updated in
-/// place.
+/// Rotates queries and keys, writes the keys and values and attends, in one custom call: the output, feature-major
+/// `[q_heads * head_dim, tokens]`, and the KV buffer, which is updated in place.
 ///
 /// # Errors
 /// None for operands of the problem's types, unless MLIR fails.
@@ -51,9 +67,7 @@ pub fn emit<'c, 'a>(
     b: &Builder<'c, 'a>,
     problem: &Problem,
     operands: &Operands<'c, 'a>,
-    new: &NewKv<'c, 'a>,
 ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
-    let first_page = operands.first_page.map_or_else(|| b.scalar(Element::I32, 0.0), Ok)?;
     let options = [
         Some(problem.pages.to_string()),
         Some(problem.scale.to_string()),
@@ -67,33 +81,35 @@ pub fn emit<'c, 'a>(
         output_operand_aliases: vec![OutputOperandAlias { result: 1, operand: 1 }],
         ..CustomCall::default()
     };
-    let arguments = [
-        operands.q,
-        operands.kv_pages,
-        operands.kv_lens,
-        operands.page_indices,
-        operands.cu_q_lens,
-        operands.num_seqs,
-        first_page,
-        new.k,
-        new.v,
-        new.slots,
-    ];
-    let results = b.custom_call(TARGET, &arguments, &[problem.q_type(), problem.kv_pages_type()], call)?;
+    let Operands { qkv, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page, slots, rotary } = *operands;
+    let arguments = [qkv, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page, slots, rotary];
+    let output = TensorType::new(problem.element, &[problem.q_heads * problem.head_dim, problem.tokens]);
+    let results = b.custom_call(TARGET, &arguments, &[output, problem.kv_pages_type()], call)?;
     Ok((results[0], results[1]))
 }
 
-/// One call: shapes, options and operands. The meaning of each is that of [`Problem`]'s.
+/// Where a layer's pages lie in the KV buffer `[pages, page_size, 2 * kv_heads, head_dim]`, and their shape.
 #[derive(Clone, Copy, Debug)]
-pub struct Call<'a, T> {
-    /// Query heads.
-    pub q_heads: usize,
-    /// Key and value heads; divides `q_heads`.
+pub struct Layer {
+    /// The first page.
+    pub first_page: usize,
+    /// How many pages.
+    pub pages: usize,
+    /// Tokens of a page.
+    pub page_size: usize,
+    /// Key and value heads.
     pub kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-    /// Tokens of a page.
-    pub page_size: usize,
+}
+
+/// One call: shapes, options and metadata. The meaning of each is that of [`Problem`]'s.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
+    /// The KV pages.
+    pub layer: Layer,
+    /// Query heads, a multiple of the KV heads.
+    pub q_heads: usize,
     /// Entries of a row of the page table.
     pub pages_per_seq: usize,
     /// Factor of the logits.
@@ -102,10 +118,6 @@ pub struct Call<'a, T> {
     pub sliding_window: Option<usize>,
     /// Logits `x` become `c * tanh(x / c)`.
     pub soft_cap: Option<f32>,
-    /// `[tokens, q_heads, head_dim]`
-    pub q: &'a [T],
-    /// `[pages, page_size, 2 * kv_heads, head_dim]`, all layers
-    pub kv_pages: &'a [T],
     /// `[max_seqs]`
     pub kv_lens: &'a [i32],
     /// `[max_seqs, pages_per_seq]`
@@ -114,12 +126,92 @@ pub struct Call<'a, T> {
     pub cu_q_lens: &'a [i32],
     /// Live sequences.
     pub num_seqs: usize,
-    /// Where the layer's pages begin.
-    pub first_page: usize,
 }
 
-/// Writes `k` and `v`, each `[tokens, kv_heads, head_dim]`, at `slots` (`page * page_size + offset`) of the layer whose
-/// `pages` pages begin at `first_page` of `kv_pages`. Slots outside the layer write nothing.
+/// A row of one sequence: which, and where it stands.
+#[derive(Clone, Copy)]
+struct Row {
+    token: usize,
+    sequence: usize,
+    position: usize,
+}
+
+impl Call<'_> {
+    /// Query heads of a KV head.
+    fn group(&self) -> usize {
+        self.q_heads / self.layer.kv_heads
+    }
+
+    /// The rows that belong to sequences.
+    fn rows(&self) -> Vec<Row> {
+        let mut rows = Vec::new();
+        for sequence in 0..self.num_seqs {
+            let [first, end] = [self.cu_q_lens[sequence], self.cu_q_lens[sequence + 1]].map(|row| row as usize);
+            let kv_len = self.kv_lens[sequence] as usize;
+            rows.extend((first..end).filter_map(|token| {
+                let position = (kv_len + token).checked_sub(end)?;
+                Some(Row { token, sequence, position })
+            }));
+        }
+        rows
+    }
+}
+
+/// A step of one layer: rotates this step's queries and keys, writes the keys and values at `slots`, and attends.
+///
+/// Shapes: `qkv [(q_heads + 2 * kv_heads) * head_dim, tokens]`, `rotary [positions, head_dim]`, `slots [tokens]`,
+/// `out [q_heads * head_dim, tokens]`.
+///
+/// # Panics
+/// When slices do not have the sizes that the shapes give, or metadata points outside of them.
+pub fn step<T: Float>(
+    call: &Call<'_>,
+    qkv: &[T],
+    rotary: &[f32],
+    slots: &[i32],
+    kv_pages: &mut [T],
+    out: &mut [T],
+    threads: &dyn Threads,
+) {
+    let (dim, kv_heads, tokens) = (call.layer.head_dim, call.layer.kv_heads, slots.len());
+    let (queries, heads) = (call.q_heads * dim, call.q_heads + 2 * kv_heads);
+    assert!(qkv.len() == heads * dim * tokens && out.len() == queries * tokens, "{tokens} tokens of {heads} heads");
+    // [tokens, heads, head_dim]
+    let mut by_row = vec![T::narrow(0.0); qkv.len()];
+    for row in call.rows() {
+        let (cosines, sines) = rotary[row.position * dim..][..dim].split_at(dim / 2);
+        let vectors = by_row[row.token * heads * dim..][..heads * dim].chunks_exact_mut(dim).enumerate();
+        for (head, vector) in vectors {
+            let element = |at: usize| qkv[(head * dim + at) * tokens + row.token];
+            if head >= call.q_heads + kv_heads {
+                (0..dim).for_each(|at| vector[at] = element(at));
+                continue;
+            }
+            // The half-split form of Hugging Face's Llama.
+            for (at, (cosine, sine)) in cosines.iter().zip(sines).enumerate() {
+                let (low, high) = (element(at).widen(), element(at + dim / 2).widen());
+                vector[at] = T::narrow(low * cosine - high * sine);
+                vector[at + dim / 2] = T::narrow(high * cosine + low * sine);
+            }
+        }
+    }
+    let mut q = Vec::with_capacity(queries * tokens);
+    for (row, slot) in by_row.chunks_exact(heads * dim).zip(slots) {
+        let (row, kv) = row.split_at(queries);
+        let (k, v) = kv.split_at(kv_heads * dim);
+        write(kv_pages, k, v, &[*slot], &call.layer);
+        q.extend_from_slice(row);
+    }
+    let mut attended = by_row;
+    attended.truncate(queries * tokens);
+    attend(call, &q, kv_pages, &mut attended, threads);
+    for (feature, out) in out.chunks_exact_mut(tokens).enumerate() {
+        out.iter_mut().enumerate().for_each(|(token, out)| *out = attended[token * queries + feature]);
+    }
+}
+
+/// Writes `k` and `v`, each `[tokens, kv_heads, head_dim]`, at `slots` (`page * page_size + offset`) of the layer's
+/// pages. Slots outside the layer write nothing.
 ///
 /// # Panics
 /// When slices do not have the sizes that the shapes give.
@@ -137,60 +229,52 @@ pub fn write<T: Float>(kv_pages: &mut [T], k: &[T], v: &[T], slots: &[i32], laye
     }
 }
 
-/// Where a layer's pages lie in the KV buffer, and their shape.
-#[derive(Clone, Copy, Debug)]
-pub struct Layer {
-    /// The first page.
-    pub first_page: usize,
-    /// How many pages.
-    pub pages: usize,
-    /// Tokens of a page.
-    pub page_size: usize,
-    /// Key and value heads.
-    pub kv_heads: usize,
-    /// Elements of a head.
-    pub head_dim: usize,
-}
-
-/// A row of one sequence: which, and where it stands.
-#[derive(Clone, Copy)]
-struct Row {
-    token: usize,
-    sequence: usize,
-    position: usize,
-}
-
-/// Attends; `out` is `[tokens, q_heads, head_dim]`, 0 in rows of padding and in rows that see nothing.
+/// Attends; `q` and `out` are `[tokens, q_heads, head_dim]`, `out` 0 in rows of padding and in rows that see nothing.
 ///
 /// # Panics
 /// When slices do not have the sizes that the shapes give, or metadata points outside of them.
-pub fn attend<T: Float>(call: &Call<'_, T>, out: &mut [T]) {
-    let width = call.q_heads * call.head_dim;
-    assert!(width > 0 && call.q_heads.is_multiple_of(call.kv_heads) && out.len() == call.q.len());
+pub fn attend<T: Float>(call: &Call<'_>, q: &[T], kv_pages: &[T], out: &mut [T], threads: &dyn Threads) {
+    let (kv_heads, width) = (call.layer.kv_heads, call.group() * call.layer.head_dim);
+    assert!(width > 0 && call.q_heads.is_multiple_of(kv_heads) && out.len() == q.len());
     out.fill(T::narrow(0.0));
-    let mut rows = Vec::new();
-    for sequence in 0..call.num_seqs {
-        let [first, end] = [call.cu_q_lens[sequence], call.cu_q_lens[sequence + 1]].map(|row| row as usize);
-        let kv_len = call.kv_lens[sequence] as usize;
-        rows.extend((first..end).filter_map(|token| {
-            let position = (kv_len + token).checked_sub(end)?;
-            Some(Row { token, sequence, position })
-        }));
-    }
-    let work: usize = rows.iter().map(|row| 2 * width * (row.position + 1)).sum();
-    // Every row owns its part of the output, so rows can go to whichever thread is free.
+    let rows = call.rows();
+    let work: usize = rows.iter().map(|row| 2 * kv_heads * width * (row.position + 1)).sum();
+    // Every row and KV head owns its part of the output, so they can go to whichever thread is free.
     let mut parts: Vec<Option<&mut [T]>> = out.chunks_exact_mut(width).map(Some).collect();
-    let mut jobs: Vec<(Row, &mut [T])> =
-        rows.iter().map(|&row| (row, parts[row.token].take().expect("rows of sequences do not overlap"))).collect();
-    let attend = |scratch: &mut Scratch, (row, out): &mut (Row, &mut [T])| {
-        pulp::Arch::new().dispatch(AttendRow { call, row: *row, out, scratch });
+    let jobs = rows.iter().flat_map(|row| (0..kv_heads).map(move |head| (*row, head)));
+    let jobs = jobs.map(|(row, head)| {
+        let part = row.token * kv_heads + head;
+        let out = parts[part].take().expect("rows of sequences do not overlap");
+        Job { call, q: &q[part * width..][..width], kv_pages, row, head, out }
+    });
+    let mut jobs: Vec<Job<'_, T>> = jobs.collect();
+    let each = |jobs: &mut [Job<'_, T>]| {
+        let mut scratch = Scratch::new(call);
+        jobs.iter_mut().for_each(|job| pulp::Arch::new().dispatch(AttendRow { job, scratch: &mut scratch }));
     };
     if work < THREADED_WORK {
-        let mut scratch = Scratch::new(call);
-        jobs.iter_mut().for_each(|job| attend(&mut scratch, job));
-    } else {
-        jobs.par_iter_mut().for_each_init(|| Scratch::new(call), attend);
+        return each(&mut jobs);
     }
+    // Rows of one sequence grow with their position: many small pieces even out.
+    let pieces = jobs.len().min(8 * threads.count());
+    let (mut jobs, mut lists) = (jobs.into_iter(), Vec::with_capacity(pieces));
+    for piece in (1..=pieces).rev() {
+        let count = jobs.len().div_ceil(piece);
+        lists.push(jobs.by_ref().take(count).collect::<Vec<_>>());
+    }
+    threads::for_each(threads, lists, |mut jobs| each(&mut jobs));
+}
+
+/// One row of one KV head's group of query heads.
+struct Job<'j, T> {
+    call: &'j Call<'j>,
+    /// `[group, head_dim]`
+    q: &'j [T],
+    kv_pages: &'j [T],
+    row: Row,
+    head: usize,
+    /// `[group, head_dim]`
+    out: &'j mut [T],
 }
 
 /// Buffers of one thread.
@@ -201,8 +285,8 @@ struct Scratch {
     acc: Vec<f32>,
     /// Logits, then weights, of one block: `[group, KEY_BLOCK]`.
     logits: Vec<f32>,
-    /// A widened key or value.
-    vector: Vec<f32>,
+    /// Keys or values in f32, `[TOGETHER, head_dim]`.
+    vectors: Vec<f32>,
     /// Largest logit so far, `[group]`.
     max: Vec<f32>,
     /// Sum of the weights so far, `[group]`.
@@ -210,14 +294,13 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new<T>(call: &Call<'_, T>) -> Self {
-        let group = call.q_heads / call.kv_heads;
-        let rows = group * call.head_dim;
+    fn new(call: &Call<'_>) -> Self {
+        let (group, dim) = (call.group(), call.layer.head_dim);
         Self {
-            q: vec![0.0; rows],
-            acc: vec![0.0; rows],
+            q: vec![0.0; group * dim],
+            acc: vec![0.0; group * dim],
             logits: vec![0.0; group * KEY_BLOCK],
-            vector: vec![0.0; call.head_dim],
+            vectors: vec![0.0; TOGETHER * dim],
             max: vec![0.0; group],
             sum: vec![0.0; group],
         }
@@ -225,11 +308,9 @@ impl Scratch {
 }
 
 /// [`attend_row`] as `pulp` wants it: compiled once per instruction set, the best one chosen at run time.
-struct AttendRow<'j, 'a, T> {
-    call: &'j Call<'a, T>,
-    row: Row,
-    out: &'j mut [T],
-    scratch: &'j mut Scratch,
+struct AttendRow<'s, 'j, T> {
+    job: &'s mut Job<'j, T>,
+    scratch: &'s mut Scratch,
 }
 
 impl<T: Float> WithSimd for AttendRow<'_, '_, T> {
@@ -237,81 +318,99 @@ impl<T: Float> WithSimd for AttendRow<'_, '_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        attend_row(simd, self.call, self.row, self.out, self.scratch);
+        attend_row(simd, self.job, self.scratch);
     }
 }
 
 #[inline(always)]
-fn attend_row<S: Simd, T: Float>(simd: S, call: &Call<'_, T>, row: Row, out: &mut [T], scratch: &mut Scratch) {
-    let (dim, group) = (call.head_dim, call.q_heads / call.kv_heads);
-    let q = &call.q[row.token * call.q_heads * dim..][..call.q_heads * dim];
+fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Scratch) {
+    let Job { call, q, kv_pages, row, head, out } = job;
+    let (head, kv_pages) = (*head, *kv_pages);
+    let Layer { first_page, page_size, kv_heads, head_dim: dim, .. } = call.layer;
     let table = &call.page_indices[row.sequence * call.pages_per_seq..][..call.pages_per_seq];
     let end = row.position + 1;
     let start = call.sliding_window.map_or(0, |window| end.saturating_sub(window));
-    let Scratch { q: scaled, acc, logits, vector, max, sum } = scratch;
-    for head in 0..call.kv_heads {
-        let heads = head * group * dim..(head + 1) * group * dim;
-        for (scaled, q) in scaled.iter_mut().zip(&q[heads.clone()]) {
-            *scaled = q.widen() * call.scale;
-        }
-        acc.fill(0.0);
-        max.fill(f32::NEG_INFINITY);
-        sum.fill(0.0);
-        // A token's vectors: key and value of head 0, key and value of head 1, ...
-        let stride = 2 * call.kv_heads * dim;
-        // The parts of pages that hold some keys: (ordinal of the first key, its tokens).
-        let parts = |keys: Range<usize>| {
-            let mut key = keys.start;
-            std::iter::from_fn(move || {
-                let (ordinal, offset) = (key / call.page_size, key % call.page_size);
-                let count = (call.page_size - offset).min(keys.end - key);
-                let page = call.first_page + *table.get(ordinal).filter(|_| count > 0)? as usize;
-                let at = key - keys.start;
-                key += count;
-                Some((at, &call.kv_pages[(page * call.page_size + offset) * stride..][..count * stride]))
-            })
-        };
-        for block in (start..end).step_by(KEY_BLOCK) {
-            let keys = block..(block + KEY_BLOCK).min(end);
-            let count = keys.len();
-            for (first, tokens) in parts(keys.clone()) {
-                for (key, token) in tokens.chunks_exact(stride).enumerate() {
-                    let key_vector = T::vector(&token[2 * head * dim..][..dim], vector);
-                    for (q, logits) in scaled.chunks_exact(dim).zip(logits.chunks_exact_mut(KEY_BLOCK)) {
-                        logits[first + key] = dot(simd, q, key_vector);
-                    }
-                }
-            }
-            let groups = acc.chunks_exact_mut(dim).zip(logits.chunks_exact_mut(KEY_BLOCK));
-            for ((acc, logits), (max, sum)) in groups.zip(max.iter_mut().zip(sum.iter_mut())) {
-                if let Some(cap) = call.soft_cap {
-                    logits[..count].iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
-                }
-                // Beyond the last key: weight zero, so that whole registers can be summed.
-                logits[count..].fill(f32::NEG_INFINITY);
-                let new_max = max.max(largest(logits));
-                let rescale = exp(*max - new_max);
-                logits.iter_mut().for_each(|weight| *weight = exp(*weight - new_max));
-                logits[count..].fill(0.0);
-                acc.iter_mut().for_each(|x| *x *= rescale);
-                *sum = *sum * rescale + total(logits);
-                *max = new_max;
-            }
-            for (first, tokens) in parts(keys) {
-                for (key, token) in tokens.chunks_exact(stride).enumerate() {
-                    let value = T::vector(&token[(2 * head + 1) * dim..][..dim], vector);
-                    for (acc, logits) in acc.chunks_exact_mut(dim).zip(logits.chunks_exact(KEY_BLOCK)) {
-                        add_scaled(simd, acc, logits[first + key], value);
-                    }
+    let Scratch { q: scaled, acc, logits, vectors, max, sum } = scratch;
+    scaled.iter_mut().zip(*q).for_each(|(scaled, q)| *scaled = q.widen() * call.scale);
+    acc.fill(0.0);
+    max.fill(f32::NEG_INFINITY);
+    sum.fill(0.0);
+    // A token's vectors: key and value of head 0, key and value of head 1, ...
+    let stride = 2 * kv_heads * dim;
+    // The parts of pages that hold some keys: (ordinal of the first key, its tokens).
+    let parts = |keys: Range<usize>| {
+        let mut key = keys.start;
+        std::iter::from_fn(move || {
+            let (ordinal, offset) = (key / page_size, key % page_size);
+            let count = (page_size - offset).min(keys.end - key);
+            let page = first_page + *table.get(ordinal).filter(|_| count > 0)? as usize;
+            let at = key - keys.start;
+            key += count;
+            Some((at, &kv_pages[(page * page_size + offset) * stride..][..count * stride]))
+        })
+    };
+    for block in (start..end).step_by(KEY_BLOCK) {
+        let keys = block..(block + KEY_BLOCK).min(end);
+        let count = keys.len();
+        for (first, tokens) in parts(keys.clone()) {
+            for (at, tokens) in tokens.chunks(TOGETHER * stride).enumerate() {
+                let (at, live) = (first + at * TOGETHER, tokens.len() / stride);
+                let keys = together(tokens, stride, 2 * head * dim, dim, vectors);
+                for (q, logits) in scaled.chunks_exact(dim).zip(logits.chunks_exact_mut(KEY_BLOCK)) {
+                    logits[at..][..live].copy_from_slice(&dots(simd, q, keys)[..live]);
                 }
             }
         }
-        for ((out, acc), sum) in out[heads].chunks_exact_mut(dim).zip(acc.chunks_exact(dim)).zip(&*sum) {
-            for (out, acc) in out.iter_mut().zip(acc) {
-                *out = T::narrow(acc / sum);
+        let groups = acc.chunks_exact_mut(dim).zip(logits.chunks_exact_mut(KEY_BLOCK));
+        for ((acc, logits), (max, sum)) in groups.zip(max.iter_mut().zip(sum.iter_mut())) {
+            if let Some(cap) = call.soft_cap {
+                logits[..count].iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+            }
+            // Beyond the last key: weight zero, so that whole registers can be summed.
+            let logits = &mut logits[..count.next_multiple_of(8)];
+            logits[count..].fill(f32::NEG_INFINITY);
+            let new_max = max.max(largest(logits));
+            let rescale = exp(*max - new_max);
+            logits.iter_mut().for_each(|weight| *weight = exp(*weight - new_max));
+            logits[count..].fill(0.0);
+            acc.iter_mut().for_each(|x| *x *= rescale);
+            *sum = *sum * rescale + total(logits);
+            *max = new_max;
+        }
+        for (first, tokens) in parts(keys) {
+            for (at, tokens) in tokens.chunks(TOGETHER * stride).enumerate() {
+                let (at, live) = (first + at * TOGETHER, tokens.len() / stride);
+                let values = together(tokens, stride, (2 * head + 1) * dim, dim, vectors);
+                for (acc, all) in acc.chunks_exact_mut(dim).zip(logits.chunks_exact(KEY_BLOCK)) {
+                    let mut weights = [0.0; TOGETHER];
+                    weights[..live].copy_from_slice(&all[at..][..live]);
+                    add_scaled(simd, acc, weights, values);
+                }
             }
         }
     }
+    for ((out, acc), sum) in out.chunks_exact_mut(dim).zip(acc.chunks_exact(dim)).zip(&*sum) {
+        for (out, acc) in out.iter_mut().zip(acc) {
+            *out = T::narrow(acc / sum);
+        }
+    }
+}
+
+/// One vector, at `offset`, of each of up to [`TOGETHER`] tokens; beyond the last token its vector again.
+#[inline(always)]
+fn together<'v, T: Float>(
+    tokens: &'v [T],
+    stride: usize,
+    offset: usize,
+    dim: usize,
+    wide: &'v mut [f32],
+) -> [&'v [f32]; TOGETHER] {
+    let last = tokens.len() / stride - 1;
+    let mut vectors: [&[f32]; TOGETHER] = [&[]; TOGETHER];
+    for ((token, vector), wide) in vectors.iter_mut().enumerate().zip(wide.chunks_exact_mut(dim)) {
+        *vector = T::vector(&tokens[token.min(last) * stride + offset..][..dim], wide);
+    }
+    vectors
 }
 
 /// The largest of a block of logits, lane by lane.
@@ -338,55 +437,50 @@ fn total(weights: &[f32]) -> f32 {
     lanes.into_iter().sum()
 }
 
-/// `a . b`, in as many partial sums as two registers hold.
+/// The products of `a` with each of `b`. (Loops, not closures: a closure is compiled without the instruction set.)
 #[inline(always)]
-fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
-    let ((a, a_rest), (b, b_rest)) = (S::as_simd_f32s(a), S::as_simd_f32s(b));
-    let (a_pairs, a_last) = a.as_chunks::<2>();
-    let (b_pairs, b_last) = b.as_chunks::<2>();
-    let mut sums = [simd.splat_f32s(0.0); 2];
-    for (a, b) in a_pairs.iter().zip(b_pairs) {
-        sums[0] = simd.mul_add_f32s(a[0], b[0], sums[0]);
-        sums[1] = simd.mul_add_f32s(a[1], b[1], sums[1]);
+fn dots<S: Simd, const N: usize>(simd: S, a: &[f32], b: [&[f32]; N]) -> [f32; N] {
+    let (a, a_rest) = S::as_simd_f32s(a);
+    let mut sums = [simd.splat_f32s(0.0); N];
+    let mut vectors: [&[S::f32s]; N] = [&[]; N];
+    for n in 0..N {
+        // Slices of one length, so that no index is checked in the loop.
+        vectors[n] = &S::as_simd_f32s(b[n]).0[..a.len()];
     }
-    for (a, b) in a_last.iter().zip(b_last) {
-        sums[0] = simd.mul_add_f32s(*a, *b, sums[0]);
+    for (at, a) in a.iter().enumerate() {
+        for n in 0..N {
+            sums[n] = simd.mul_add_f32s(*a, vectors[n][at], sums[n]);
+        }
     }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    simd.reduce_sum_f32s(simd.add_f32s(sums[0], sums[1])) + rest
+    let mut products = [0.0; N];
+    for n in 0..N {
+        let rest = S::as_simd_f32s(b[n]).1;
+        products[n] = simd.reduce_sum_f32s(sums[n]);
+        for (a, b) in a_rest.iter().zip(rest) {
+            products[n] += a * b;
+        }
+    }
+    products
 }
 
-/// `acc += factor * x`
+/// `acc += factors . x`, one after the other.
 #[inline(always)]
-fn add_scaled<S: Simd>(simd: S, acc: &mut [f32], factor: f32, x: &[f32]) {
-    let ((acc, acc_rest), (x, x_rest)) = (S::as_mut_simd_f32s(acc), S::as_simd_f32s(x));
-    let factors = simd.splat_f32s(factor);
-    for (acc, x) in acc.iter_mut().zip(x) {
-        *acc = simd.mul_add_f32s(factors, *x, *acc);
+fn add_scaled<S: Simd, const N: usize>(simd: S, acc: &mut [f32], factors: [f32; N], x: [&[f32]; N]) {
+    let (acc, acc_rest) = S::as_mut_simd_f32s(acc);
+    let mut vectors: [&[S::f32s]; N] = [&[]; N];
+    let mut wide = [simd.splat_f32s(0.0); N];
+    for n in 0..N {
+        vectors[n] = &S::as_simd_f32s(x[n]).0[..acc.len()];
+        wide[n] = simd.splat_f32s(factors[n]);
     }
-    for (acc, x) in acc_rest.iter_mut().zip(x_rest) {
-        *acc += factor * x;
+    for (at, acc) in acc.iter_mut().enumerate() {
+        for n in 0..N {
+            *acc = simd.mul_add_f32s(wide[n], vectors[n][at], *acc);
+        }
     }
-}
-
-/// `e^x` for `x <= 0`, within 2 units in the last place: `2^n * e^r` with `|r| <= ln(2) / 2` and a Taylor polynomial of
-/// degree 7, in plain arithmetic that vectorises. 0 below the smallest normal number.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    // Adding and subtracting 1.5 * 2^23 rounds to an integer.
-    const ROUND: f32 = 12_582_912.0;
-    let x = x.max(-87.0);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
-    let r = x - n * LN2_HIGH - n * LN2_LOW;
-    let p = 1.0 / 5040.0;
-    let p = p * r + 1.0 / 720.0;
-    let p = p * r + 1.0 / 120.0;
-    let p = p * r + 1.0 / 24.0;
-    let p = p * r + 1.0 / 6.0;
-    let p = p * r + 0.5;
-    let p = p * r + 1.0;
-    let p = p * r + 1.0;
-    p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    for (at, acc) in acc_rest.iter_mut().enumerate() {
+        for n in 0..N {
+            *acc += factors[n] * S::as_simd_f32s(x[n]).1[at];
+        }
+    }
 }
