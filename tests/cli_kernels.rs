@@ -348,6 +348,11 @@ fn bad_files_are_one_clear_error() {
     write("header.mlir", readable.replacen("--m 40", "--m forty", 1).as_bytes());
     write("other.mlir", readable.replacen("--m 40", "--m 4096", 1).as_bytes());
     write("headless.mlir", readable.split_once('\n').unwrap().1.as_bytes());
+    let plain = done(dir.path(), &format!("emit matmul {MATMUL} --stablehlo"));
+    write("plain.mlir", plain.as_bytes());
+    let smaller = "func.func @main(%x: tensor<40x300xbf16>, %w: tensor<300x200xbf16>) -> tensor<40x100xbf16> {
+        %0 = stablehlo.constant dense<0.0> : tensor<40x100xbf16> return %0 : tensor<40x100xbf16> }";
+    write("smaller.mlir", format!("{}\n{smaller}", plain.lines().next().unwrap()).as_bytes());
     write("prose.mlir", b"Once upon a time");
     write("empty.mlir", b"");
     write("binary.mlir", &[0xff; 1000]);
@@ -363,6 +368,9 @@ fn bad_files_are_one_clear_error() {
         ("run cut.mlir", &["cut.mlir", "is no MLIR module"]),
         ("run header.mlir", &["header.mlir: line 1 names no kernel", "forty"]),
         ("run headless.mlir", &["headless.mlir: the sizes of its arrays"]),
+        ("run headless.mlir --lengths 1/1", &["lengths = 1/1 are of no use"]),
+        ("run plain.mlir", &["plain.mlir: it has no Mosaic kernel", "--plugin cpu"]),
+        ("run smaller.mlir --plugin cpu", &["results of smaller.mlir = bf16[40,100]", "bf16[40,200]"]),
         ("inspect prose.mlir", &["prose.mlir: it is neither a StableHLO module nor a Mosaic kernel"]),
         ("inspect empty.mlir", &["empty.mlir: it is neither"]),
         ("run binary.mlir", &["binary.mlir: it is neither"]),

@@ -27,11 +27,11 @@ const EMIT_AGAIN: &str = "write the module again";
 pub(super) struct File {
     pub(super) path: PathBuf,
     pub(super) bytes: Vec<u8>,
-    pub(super) content: Content,
+    content: Content,
 }
 
 #[derive(Debug)]
-pub(super) enum Content {
+enum Content {
     /// One Mosaic kernel: readable text, or the bytecode of a custom call's body.
     Kernel,
     /// A StableHLO module and its calls of Mosaic kernels; none for a plain one.
@@ -45,7 +45,7 @@ impl File {
     /// When it cannot be read, is neither a StableHLO module nor a Mosaic kernel, or crashes MLIR's reader.
     pub(super) fn read(path: &Path) -> Result<Self> {
         let file = Self::classify(path)?;
-        if matches!(&file.content, Content::Module(calls) if calls.is_empty()) {
+        if file.is_plain() {
             return Ok(file); // MLIR is not asked about it
         }
         let program = std::env::current_exe().map_err(Error::io("find", Path::new("this executable")))?;
@@ -87,6 +87,11 @@ impl File {
             return Err(Error::file(path, "it is neither a StableHLO module nor a Mosaic kernel", fix));
         };
         Ok(Self { path: path.to_owned(), bytes, content })
+    }
+
+    /// Whether it is a StableHLO module without Mosaic kernels.
+    pub(super) fn is_plain(&self) -> bool {
+        matches!(&self.content, Content::Module(calls) if calls.is_empty())
     }
 
     /// Whether it is bytecode.

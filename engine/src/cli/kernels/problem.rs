@@ -10,7 +10,7 @@ use pagoda_ir::{Context, HostTensor, mosaic, stablehlo};
 use pagoda_kernels::plan::KernelPlan;
 use pagoda_kernels::random::Lengths;
 use pagoda_kernels::vmem::Bytes;
-use pagoda_kernels::{Case as StablehloCase, MosaicCase, matmul, random, rpa};
+use pagoda_kernels::{MosaicCase, matmul, random, rpa};
 
 use super::super::Compute;
 use crate::certify;
@@ -462,10 +462,9 @@ impl Case {
 
     /// The arguments of the StableHLO form.
     pub(super) fn arguments(&self) -> Vec<HostTensor> {
-        match self.mosaic().stablehlo() {
-            StablehloCase::Matmul(_, inputs) => inputs.to_tensors(),
-            StablehloCase::Rpa(problem, inputs) => inputs.to_tensors(problem),
-            StablehloCase::KvWrite(..) => unreachable!("no case of this command line"),
+        match self {
+            Self::Matmul(_, inputs) => inputs.to_tensors(),
+            Self::Rpa(plan, inputs) => inputs.to_tensors(plan.problem()),
         }
     }
 

@@ -10,7 +10,7 @@ use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
 use pagoda_kernels::check::{compare, tolerance};
 
 use super::super::client;
-use super::file::{Content, File};
+use super::file::File;
 use super::operands::{Given, ensure_fits, operands};
 use super::problem::{Case, Kernel, Plan};
 use super::report::{Check, Judge, Output, Report, tell};
@@ -87,6 +87,14 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
         (Some(path), None) => {
             let file = File::read(path)?;
             let known = Kernel::of_text(&file.bytes, path)?;
+            if on_machine && file.is_plain() {
+                let problem = "it has no Mosaic kernel for the tile machine";
+                return Err(Error::file(path, problem, "run it with --plugin cpu"));
+            }
+            if let (None, Some(lengths)) = (&known, &args.lengths) {
+                let limit = format!("are of no use: no line of {} says that it is an attention", path.display());
+                return Err(Error::setting("lengths", lengths, limit, "give the metadata with --input"));
+            }
             match (on_machine, known) {
                 (true, Some(kernel)) => vec![emitted_on_tile_machine(args, &dma, &mut given, &file, &kernel)?],
                 (true, None) => all_on_tile_machine(args, &dma, &mut given, &file)?,
@@ -202,18 +210,10 @@ fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file
         let fix = "check a kernel that `pagoda emit` wrote, or `pagoda run matmul` or `rpa`";
         return Err(Error::file(&file.path, "its first line does not say which problem it solves", fix));
     }
-    if matches!(&file.content, Content::Module(calls) if calls.is_empty()) {
-        return Err(Error::file(
-            &file.path,
-            "it has no Mosaic kernel for the tile machine",
-            "run it with --plugin cpu",
-        ));
-    }
     let context = Context::new();
     let mut reports = Vec::new();
     for (opened, call) in file.kernels(&context)? {
         let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
-        let call = call.filter(|call| call.types.is_some());
         let Some((call, (operand_types, results))) = call.and_then(|call| Some((call, call.types.as_ref()?))) else {
             let problem = "the sizes of its arrays stand neither in it nor in a first line from `pagoda emit`";
             return Err(Error::file(&file.path, problem, "give the StableHLO module around it, as text"));
@@ -318,9 +318,8 @@ fn on_plugin(args: &RunArgs, case: &Case) -> Result<Report> {
 
 /// A StableHLO module from a file.
 fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Option<&Kernel>) -> Result<Report> {
-    let plain = matches!(&file.content, Content::Module(calls) if calls.is_empty());
     let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
-    if !plain && !client.platform().eq_ignore_ascii_case("tpu") {
+    if !file.is_plain() && !client.platform().eq_ignore_ascii_case("tpu") {
         let problem = format!("it holds a Mosaic kernel, which the plugin for {} cannot run", client.platform());
         return Err(Error::file(&file.path, problem, "run it with --tile-machine"));
     }
@@ -359,6 +358,13 @@ fn plugin_report(
     let mut outputs = client.compile(module, 1)?.call(arrays)?;
     let mut checked = None;
     if let Some(case) = case {
+        let expected = case.mosaic().output_type();
+        let types: Vec<_> = outputs.iter().map(|array| TensorType::new(array.element(), array.dims())).collect();
+        if types != [expected.clone()] {
+            let found: Vec<_> = types.iter().map(TensorType::to_string).collect();
+            let limit = format!("are not the {expected} of the problem in its first line");
+            return Err(Error::setting(format!("results of {name}"), found.join(", "), limit, "emit the module again"));
+        }
         without_padding(case, &mut outputs[0]);
         checked = args.check_against.map(|judge| check(args, judge, case, &outputs[0])).transpose()?;
     }
