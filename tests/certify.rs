@@ -237,12 +237,12 @@ fn attentions(chip: Chip) -> Vec<rpa::Request> {
     requests
 }
 
-/// Every second attention on one chip, in turn.
+/// Two of the smaller attentions on each chip, others on every one.
 #[test]
 fn plans_of_attention_are_exact() {
     let mut plans = Vec::new();
     for (index, chip) in Chip::ALL.into_iter().enumerate() {
-        let own = attentions(chip).into_iter().skip(index).step_by(2 * Chip::ALL.len());
+        let own = attentions(chip).into_iter().skip(8 + index).step_by(Chip::ALL.len()).take(2);
         plans.extend(own.map(|request| request.plan().unwrap()));
     }
     let answers = certify_all(&plans);

@@ -26,7 +26,8 @@ pub struct Record<T> {
     pub vmem: Bytes,
     /// Register spills.
     pub spills: Bytes,
-    /// The compiler's static estimate; `None` where it has no model of the chip.
+    /// The compiler's static estimate; `None` where it has no model of the chip or of the kernel's copies. Loops whose
+    /// bounds it cannot know, as those of attention, turn once in it.
     pub cycles: Option<u64>,
     /// The compiler's version.
     pub compiler: String,
