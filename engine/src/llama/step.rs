@@ -397,6 +397,13 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         let kernel = rpa::mosaic::kernel(self.context, &plan)?.for_tile_machine();
         let rpa::stablehlo::Operands { q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page } =
             *operands;
+        // The kernel's sequences hold their rows' keys. An idle slot has a row and no key: it gets the one in its first
+        // page, and what comes of it goes nowhere.
+        let at_least = |x: Tensor<'c, 'a>, least: f64| self.b.maximum(x, self.b.splat(Element::I32, &x.dims(), least)?);
+        let (kv_lens, page_indices) = match self.attention.kind {
+            rpa::Kind::Decode => (at_least(kv_lens, 1.0)?, at_least(page_indices, 0.0)?),
+            rpa::Kind::Mixed => (kv_lens, page_indices),
+        };
         let mut arguments = vec![q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs];
         // With one layer the kernel takes no first page.
         arguments.extend(first_page.filter(|_| self.attention.layers > 1));
