@@ -5,7 +5,8 @@ use half::bf16;
 use pagoda_ir::{Element, HostTensor};
 use pagoda_kernels::check::{compare, tolerance};
 use pagoda_kernels::float::Float;
-use pagoda_kernels::rpa::native::{Call, Layer, attend, write};
+use pagoda_kernels::rpa::native::{Call, Layer, attend, step, write};
+use pagoda_kernels::rpa::reference::written;
 use pagoda_kernels::rpa::{Inputs, Kind, Problem, Spec, reference};
 use pagoda_kernels::strategies::{rpa_inputs, rpa_inputs_of, tensor};
 use pagoda_kernels::threads::Scoped;
@@ -31,21 +32,25 @@ fn spec() -> Spec {
     }
 }
 
-fn run<T: Float>(problem: &Problem, inputs: &Inputs) -> HostTensor {
-    let metadata: Vec<HostTensor> = inputs.batch.to_tensors().into();
-    let [kv_lens, page_indices, cu_q_lens, num_seqs] = [0, 1, 2, 3].map(|at| metadata[at].as_slice::<i32>());
-    let call = Call {
-        layer: layer(problem, inputs.layer),
+/// The call on `metadata`, as [`pagoda_kernels::rpa::Batch::to_tensors`] has it.
+fn call<'m>(problem: &Problem, layer: usize, metadata: &'m [HostTensor]) -> Call<'m> {
+    Call {
+        layer: self::layer(problem, layer),
         q_heads: problem.q_heads,
         pages_per_seq: problem.pages_per_seq,
         scale: problem.scale as f32,
         sliding_window: problem.sliding_window,
         soft_cap: problem.soft_cap.map(|cap| cap as f32),
-        kv_lens,
-        page_indices,
-        cu_q_lens,
-        num_seqs: num_seqs[0] as usize,
-    };
+        kv_lens: metadata[0].as_slice(),
+        page_indices: metadata[1].as_slice(),
+        cu_q_lens: metadata[2].as_slice(),
+        num_seqs: metadata[3].as_slice::<i32>()[0] as usize,
+    }
+}
+
+fn run<T: Float>(problem: &Problem, inputs: &Inputs) -> HostTensor {
+    let metadata = inputs.batch.to_tensors();
+    let call = call(problem, inputs.layer, &metadata);
     let mut out =
         HostTensor::from_f64(problem.element, &problem.q_type().dims, &vec![f64::NAN; problem.q_type().len()]);
     attend(&call, inputs.q.as_slice::<T>(), inputs.kv_pages.as_slice(), out.as_mut_slice(), &Scoped(2));
@@ -144,6 +149,73 @@ fn writes_land_in_their_slots_and_nowhere_else() {
                 }
             }
             prop_assert!(after == expected);
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_step_rotates_writes_and_attends() {
+    let problem = Problem::new(spec()).unwrap();
+    let (tokens, dim, half) = (problem.tokens, problem.head_dim, problem.head_dim / 2);
+    let positions = problem.max_kv_len();
+    let strategy = (rpa_inputs(problem.clone()), tensor(problem.new_kv_type()), tensor(problem.new_kv_type()));
+    let mut runner = TestRunner::new(Config { cases: 30, failure_persistence: None, ..Config::default() });
+    let angle = |position: usize, at: usize| (position * (at + 1)) as f64 / 40.0;
+    let rotary: Vec<f32> = (0..positions)
+        .flat_map(|position| {
+            let angles = (0..half).map(move |at| angle(position, at));
+            angles.clone().map(f64::cos).chain(angles.map(f64::sin)).map(|x| x as f32)
+        })
+        .collect();
+    runner
+        .run(&strategy, |(inputs, k, v)| {
+            let metadata = inputs.batch.to_tensors();
+            let slots = inputs.batch.kv_slots(tokens);
+            // [heads of q, k, v * head_dim, tokens], as a projection gives them.
+            let stacked = [&inputs.q, &k, &v].map(|rows| {
+                let (rows, width) = (rows.as_slice::<f32>(), rows.len() / tokens);
+                (0..width).flat_map(|feature| (0..tokens).map(move |token| rows[token * width + feature])).collect()
+            });
+            let qkv: Vec<f32> = stacked.into_iter().flat_map(|rows: Vec<f32>| rows).collect();
+            let mut pages = inputs.kv_pages.clone();
+            let mut out = vec![f32::NAN; problem.q_type().len()];
+            let call = call(&problem, inputs.layer, &metadata);
+            step(&call, &qkv, &rotary, &slots, pages.as_mut_slice(), &mut out, &Scoped(2));
+
+            // Position of each row, from the definition of the batch.
+            let mut position = vec![None; tokens];
+            for sequence in inputs.batch.sequences() {
+                for index in 0..sequence.q_len {
+                    position[sequence.first_row + index] = Some(sequence.kv_len - sequence.q_len + index);
+                }
+            }
+            let rotated = |x: &HostTensor| {
+                let mut values = x.to_f64();
+                let width = values.len() / tokens;
+                for (head, vector) in values.chunks_exact_mut(dim).enumerate() {
+                    let Some(position) = position[head * dim / width] else { continue };
+                    for at in 0..half {
+                        let (low, high, angle) = (vector[at], vector[at + half], angle(position, at));
+                        vector[at] = low * angle.cos() - high * angle.sin();
+                        vector[at + half] = high * angle.cos() + low * angle.sin();
+                    }
+                }
+                HostTensor::from_f64(Element::F32, x.dims(), &values)
+            };
+            let (q, k) = (rotated(&inputs.q), rotated(&k));
+            let written = written(&problem, &inputs, &k, &v);
+            let kv_pages = HostTensor::from_f64(Element::F32, inputs.kv_pages.dims(), &written);
+            let expected = reference(&problem, &Inputs { q, kv_pages, ..inputs.clone() });
+            let width = problem.q_heads * dim;
+            let by_row: Vec<f32> = (0..out.len()).map(|at| out[at % width * tokens + at / width]).collect();
+            let actual = HostTensor::new(&problem.q_type().dims, &by_row);
+            compare("step", &actual, &expected.output, &expected.magnitude, tolerance(Element::F32))
+                .map_err(|error| TestCaseError::fail(error.to_string()))?;
+            // The pages: rotations differ in their rounding, everything else is the same bits.
+            for (actual, expected) in pages.to_f64().iter().zip(&written) {
+                prop_assert!((actual - expected).abs() <= 1e-6 || (actual.is_nan() && expected.is_nan()));
+            }
             Ok(())
         })
         .unwrap();
