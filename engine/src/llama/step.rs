@@ -390,27 +390,7 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         b.transpose(b.reshape(attended, &[self.rows, config.q_heads * config.head_dim])?, &[1, 0])
     }
 
-    /// An attention kernel for the TPU, with tiles of the planner's choice.
-    fn mosaic_attention(&self, operands: &rpa::stablehlo::Operands<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        let options = rpa::plan::Options::default();
-        let plan = rpa::plan::Plan::new(self.attention.clone(), CHIP, options).map_err(unplanned)?;
-        let kernel = rpa::mosaic::kernel(self.context, &plan)?.for_tile_machine();
-        let rpa::stablehlo::Operands { q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page } =
-            *operands;
-        // The kernel's sequences hold their rows' keys. An idle slot has a row and no key: it gets the one in its first
-        // page, and what comes of it goes nowhere.
-        let at_least = |x: Tensor<'c, 'a>, least: f64| self.b.maximum(x, self.b.splat(Element::I32, &x.dims(), least)?);
-        let (kv_lens, page_indices) = match self.attention.kind {
-            rpa::Kind::Decode => (at_least(kv_lens, 1.0)?, at_least(page_indices, 0.0)?),
-            rpa::Kind::Mixed => (kv_lens, page_indices),
-        };
-        let mut arguments = vec![q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs];
-        // With one layer the kernel takes no first page.
-        arguments.extend(first_page.filter(|_| self.attention.layers > 1));
-        rpa::mosaic::call(self.b, &kernel, &arguments)
-    }
-
-    /// The same in one custom call, which looks the angles up itself.
+    /// As [`Self::attend`], in one custom call, which looks the angles up itself.
     fn attend_natively(
         &self,
         qkv: Tensor<'c, 'a>,
@@ -433,6 +413,26 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         let (attended, written) = rpa::native::emit(self.b, self.attention, &operands)?;
         *kv = written;
         Ok(attended)
+    }
+
+    /// An attention kernel for the TPU, with tiles of the planner's choice.
+    fn mosaic_attention(&self, operands: &rpa::stablehlo::Operands<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        let options = rpa::plan::Options::default();
+        let plan = rpa::plan::Plan::new(self.attention.clone(), CHIP, options).map_err(unplanned)?;
+        let kernel = rpa::mosaic::kernel(self.context, &plan)?.for_tile_machine();
+        let rpa::stablehlo::Operands { q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page } =
+            *operands;
+        // The kernel's sequences hold their rows' keys. An idle slot has a row and no key: it gets the one in its first
+        // page, and what comes of it goes nowhere.
+        let at_least = |x: Tensor<'c, 'a>, least: f64| self.b.maximum(x, self.b.splat(Element::I32, &x.dims(), least)?);
+        let (kv_lens, page_indices) = match self.attention.kind {
+            rpa::Kind::Decode => (at_least(kv_lens, 1.0)?, at_least(page_indices, 0.0)?),
+            rpa::Kind::Mixed => (kv_lens, page_indices),
+        };
+        let mut arguments = vec![q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs];
+        // With one layer the kernel takes no first page.
+        arguments.extend(first_page.filter(|_| self.attention.layers > 1));
+        rpa::mosaic::call(self.b, &kernel, &arguments)
     }
 }
 
