@@ -237,27 +237,34 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
 
     /// `W [out, in]` times `x [in, rows]` with what stands `around` it, accumulated in f32, in the compute type.
     fn linear(&self, w: Tensor<'c, 'a>, x: Tensor<'c, 'a>, around: &Around<Tensor<'c, 'a>>) -> Result<Tensor<'c, 'a>> {
-        let (b, compute) = (self.b, self.shape.compute);
-        if self.has_native_matmul(x) {
-            return matmul::native::emit(b, w, x, around, compute);
+        self.product(w, x, around, self.shape.compute)
+    }
+
+    /// As [`Self::linear`], in type `result`: the compute type, or f32. True f32 products where the operands are f32.
+    fn product(
+        &self,
+        w: Tensor<'c, 'a>,
+        x: Tensor<'c, 'a>,
+        around: &Around<Tensor<'c, 'a>>,
+        result: Element,
+    ) -> Result<Tensor<'c, 'a>> {
+        let b = self.b;
+        if self.shape.kernels == KernelForm::Native && x.dims()[1] <= matmul::native::MAX_COLUMNS {
+            return matmul::native::emit(b, w, x, around, result);
         }
         let x = around.norm.map_or(Ok(x), |norm| self.rms_norm(x, norm.weight))?;
         if self.shape.kernels == KernelForm::Mosaic {
             let epilogue = Epilogue { bias: false, activation: around.activation, residual: around.residual.is_some() };
-            return self.mosaic_matmul(w, x, epilogue, around.residual, compute);
+            return self.mosaic_matmul(w, x, epilogue, around.residual, result);
         }
-        let mut y = b.convert(self.product(w, x)?, compute)?;
+        let dims = DotDims { batch: (&[], &[]), contract: (&[1], &[0]) };
+        let mut y = b.convert(b.dot_general_with(w, x, dims, Element::F32, Precision::Highest)?, result)?;
         if around.activation == Activation::SiluGate {
             let inner = w.dims()[0] / 2;
             let (gate, up) = (b.slice_in_dim(y, 0, inner, 0)?, b.slice_in_dim(y, inner, 2 * inner, 0)?);
             y = b.multiply(b.multiply(gate, b.logistic(gate)?)?, up)?;
         }
         around.residual.map_or(Ok(y), |residual| b.add(residual, y))
-    }
-
-    /// Whether products with `x [in, columns]` are custom calls.
-    fn has_native_matmul(&self, x: Tensor<'c, 'a>) -> bool {
-        self.shape.kernels == KernelForm::Native && x.dims()[1] <= matmul::native::MAX_COLUMNS
     }
 
     /// A matmul kernel for the TPU, with tiles of the planner's choice.
@@ -279,25 +286,11 @@ impl<'c, 'a> Emitter<'_, 'c, 'a> {
         matmul::mosaic::call(self.b, &kernel, &problem, &operands)
     }
 
-    /// `W [out, in]` times `x [in, columns]` in f32: true f32 products where the operands are f32.
-    fn product(&self, w: Tensor<'c, 'a>, x: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        let dims = DotDims { batch: (&[], &[]), contract: (&[1], &[0]) };
-        self.b.dot_general_with(w, x, dims, Element::F32, Precision::Highest)
-    }
-
     /// `f32[columns, vocab]` logits of hidden states `[hidden, columns]` before the final norm.
     fn logits(&self, weights: &Weights<'c, 'a>, hidden: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let norm = Norm { weight: weights.norm, epsilon: self.config.rms_norm_eps };
-        let logits = if self.has_native_matmul(hidden) {
-            let around = Around { norm: Some(norm), ..Around::NOTHING };
-            matmul::native::emit(self.b, weights.head, hidden, &around, Element::F32)?
-        } else {
-            let hidden = self.rms_norm(hidden, norm.weight)?;
-            match self.shape.kernels {
-                KernelForm::Mosaic => self.mosaic_matmul(weights.head, hidden, Epilogue::NONE, None, Element::F32)?,
-                _ => self.product(weights.head, hidden)?,
-            }
-        };
+        let around = Around { norm: Some(norm), ..Around::NOTHING };
+        let logits = self.product(weights.head, hidden, &around, Element::F32)?;
         self.b.transpose(logits, &[1, 0])
     }
 
