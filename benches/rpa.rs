@@ -1,8 +1,11 @@
 //! The attention's cost follows the context that is there: 8 decode rows at 128, 1024 and 4096 tokens of context under one
 //! `max_seq_len` of 4608, and the KV write into caches of two sizes. Ratios go to stderr at the end.
 
-use std::time::{Duration, Instant};
+mod common;
 
+use std::time::Duration;
+
+use common::timed;
 use criterion::{BenchmarkId, Criterion};
 use pagoda_engine::pjrt::{Arg, Buffer, Client, Plugin, PluginChoice};
 use pagoda_ir::{Context, Element, HostTensor};
@@ -34,18 +37,9 @@ fn problem(pages: usize, tokens: usize) -> rpa::Problem {
 }
 
 /// The mean time of one call of `work` that criterion measured last.
-fn measured(criterion: &mut Criterion, id: BenchmarkId, mut work: impl FnMut()) -> Duration {
+fn measured(criterion: &mut Criterion, id: BenchmarkId, work: impl FnMut()) -> Duration {
     let mut mean = Duration::ZERO;
-    let mut group = criterion.benchmark_group("rpa");
-    group.bench_function(id, |bencher| {
-        bencher.iter_custom(|iterations| {
-            let start = Instant::now();
-            (0..iterations).for_each(|_| work());
-            let elapsed = start.elapsed();
-            mean = elapsed / u32::try_from(iterations).unwrap_or(u32::MAX);
-            elapsed
-        });
-    });
+    criterion.benchmark_group("rpa").bench_function(id, timed(&mut mean, work));
     mean
 }
 

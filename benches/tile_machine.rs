@@ -2,8 +2,11 @@
 //! planning; and emission, from the problem to the custom call that carries the kernel. Each figure stands beside its bound
 //! on stderr.
 
-use std::time::{Duration, Instant};
+mod common;
 
+use std::time::Duration;
+
+use common::timed;
 use criterion::Criterion;
 use pagoda_engine::pjrt::{Arg, Buffer, Plugin, PluginChoice};
 use pagoda_ir::{Context, Element, mosaic::Kernel, tile_machine::Program};
@@ -16,17 +19,9 @@ use pagoda_kernels::{
 };
 
 /// Measures `work` and returns the mean time of what criterion ran last.
-fn measured(criterion: &mut Criterion, id: &str, mut work: impl FnMut()) -> Duration {
+fn measured(criterion: &mut Criterion, id: &str, work: impl FnMut()) -> Duration {
     let mut mean = Duration::ZERO;
-    criterion.bench_function(id, |bencher| {
-        bencher.iter_custom(|iterations| {
-            let start = Instant::now();
-            (0..iterations).for_each(|_| work());
-            let elapsed = start.elapsed();
-            mean = elapsed / u32::try_from(iterations).unwrap_or(u32::MAX);
-            elapsed
-        });
-    });
+    criterion.bench_function(id, timed(&mut mean, work));
     mean
 }
 
