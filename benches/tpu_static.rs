@@ -11,6 +11,7 @@
 //! on both.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use pagoda_engine::certify::matmul::{Certified, Request, certify_matmul};
 use pagoda_engine::certify::{Certifier, rpa, run_if_asked};
@@ -64,7 +65,9 @@ fn main() -> ExitCode {
 }
 
 fn measure(json: bool) -> pagoda_engine::Result<()> {
-    let certifier = Certifier::of_this_executable()?;
+    // The largest product's profile takes minutes.
+    let certifier =
+        Certifier::of_this_executable()?.timeout(Duration::from_secs(900)).profile_timeout(Duration::from_secs(900));
     // All, or those that are named.
     let named = |kernel: &str| std::env::args().any(|argument| argument == kernel);
     let wanted = |kernel| named(kernel) || !(named("matmul") || named("rpa"));

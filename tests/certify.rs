@@ -21,7 +21,7 @@ use pagoda_kernels::vmem::Verdict as Fit;
 fn certifier() -> Certifier {
     Certifier::find(env!("CARGO_BIN_EXE_pagoda"))
         .expect("libtpu: run `make tpu-tools`")
-        .timeout(Duration::from_secs(1800)) // the largest take ten minutes
+        .timeout(Duration::from_secs(600)) // two at a time, the largest take minutes
 }
 
 /// A matmul at given tiles (or, without, at the planner's).

@@ -47,6 +47,7 @@ pub struct Certifier {
     worker: PathBuf,
     plugin: PathBuf,
     timeout: Duration,
+    profile_timeout: Duration,
     keep: Option<PathBuf>,
     in_program: bool,
 }
@@ -142,6 +143,8 @@ pub enum Profile {
     Complete,
     /// It wrote one and then aborted on a check of its own; the program compiles without it.
     Aborted,
+    /// It took more time or memory than it may: it unrolls the grid. The program compiles without it.
+    Stopped,
     /// It has no model of this chip, or failed before it wrote anything.
     None,
 }
@@ -186,6 +189,9 @@ impl fmt::Display for Certificate {
         for op in &self.cycles {
             writeln!(f, "  {:<53} {:>12} cycles", op.op, op.cycles)?;
         }
+        if self.profile == Profile::Stopped {
+            writeln!(f, "  no cycles: the compiler's profile took too much time or memory (--profile-timeout)")?;
+        }
         Ok(())
     }
 }
@@ -197,6 +203,7 @@ impl Certifier {
             worker: worker.into(),
             plugin: plugin.into(),
             timeout: Duration::from_secs(180),
+            profile_timeout: Duration::from_secs(60),
             keep: None,
             in_program: false,
         }
@@ -224,6 +231,13 @@ impl Certifier {
     #[must_use]
     pub fn timeout(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
+    }
+
+    /// Sets the time limit of a compilation with its static profile (default: 60 s, and never more than the time limit
+    /// of a compilation). When it is over, the program is compiled without: a verdict, but no cycles.
+    #[must_use]
+    pub fn profile_timeout(self, profile_timeout: Duration) -> Self {
+        Self { profile_timeout, ..self }
     }
 
     /// Keeps all that the compiler can tell (every stage as text) in `folder`.
@@ -257,9 +271,13 @@ impl Certifier {
             // The profiler checks types more strictly than the compiler and aborts on some packed stores, after it has
             // written its estimate; and it may take far more memory and time. The verdict is the one of a second run
             // without it.
-            (Err(_), first) if profiled => match self.attempt(topology, program, false)? {
+            (Err(failure), first) if profiled => match self.attempt(topology, program, false)? {
                 (Ok(answer), second) => {
-                    let profile = if first.cycles.is_empty() { Profile::None } else { Profile::Aborted };
+                    let profile = match failure {
+                        _ if !first.cycles.is_empty() => Profile::Aborted,
+                        Error::Timeout { .. } | Error::Memory { .. } => Profile::Stopped,
+                        _ => Profile::None,
+                    };
                     (answer, second.kernels, first.cycles, profile)
                 }
                 (Err(crash), _) => return Err(crash),
@@ -320,7 +338,8 @@ impl Certifier {
             .stderr(create(&stderr)?)
             .spawn()
             .map_err(io("run", &self.worker))?;
-        let answer = self.wait(worker)?.and_then(|status| {
+        let limit = if profiled { self.timeout.min(self.profile_timeout) } else { self.timeout };
+        let answer = self.wait(worker, limit)?.and_then(|status| {
             let answer = std::fs::read(folder.join(worker::ANSWER)).ok();
             answer.and_then(|answer| serde_json::from_slice(&answer).ok()).ok_or_else(|| {
                 let message = complaint(&stderr).or_else(|| complaint(&stdout));
@@ -353,14 +372,14 @@ impl Certifier {
     }
 
     /// Waits for the worker; the inner error is why it was stopped.
-    fn wait(&self, mut worker: Child) -> Result<Result<std::process::ExitStatus, Error>, Error> {
-        let deadline = Instant::now() + self.timeout;
+    fn wait(&self, mut worker: Child, limit: Duration) -> Result<Result<std::process::ExitStatus, Error>, Error> {
+        let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = worker.try_wait().map_err(io("wait for", &self.worker))? {
                 return Ok(Ok(status));
             }
             let stopped = if Instant::now() >= deadline {
-                Error::Timeout { limit: self.timeout }
+                Error::Timeout { limit }
             } else if resident(worker.id()) > MEMORY_LIMIT {
                 Error::Memory { limit: MEMORY_LIMIT }
             } else {

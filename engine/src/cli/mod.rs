@@ -60,6 +60,9 @@ enum Command {
         /// Seconds that the compiler may take.
         #[arg(long, global = true, value_name = "SECONDS", default_value_t = 180)]
         timeout: u64,
+        /// Seconds that it may take with its static profile; then it compiles without, and tells no cycles.
+        #[arg(long, global = true, value_name = "SECONDS", default_value_t = 60)]
+        profile_timeout: u64,
         /// Print JSON.
         #[arg(long, global = true)]
         json: bool,
@@ -200,7 +203,9 @@ pub fn main() -> ExitCode {
         }),
         Command::Doctor { json } => Ok(if doctor::doctor(json) { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
         Command::Plan { kernel, json } => kernels::plan(&kernel, json),
-        Command::Certify { kernel, timeout, json } => kernels::certify(&kernel, timeout, json),
+        Command::Certify { kernel, timeout, profile_timeout, json } => {
+            kernels::certify(&kernel, timeout, profile_timeout, json)
+        }
         Command::Emit { kernel, form } => kernels::emit(&kernel, &form),
         Command::Inspect { file, json } => kernels::inspect(&file, json).map(|()| ExitCode::SUCCESS),
         Command::Run(args) => kernels::run(&args),

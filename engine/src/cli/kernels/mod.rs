@@ -55,13 +55,15 @@ pub(super) fn plan(kernel: &Kernel, json: bool) -> Result<ExitCode> {
 }
 
 /// `pagoda certify`: succeeds when the kernel compiles.
-pub(super) fn certify(kernel: &Kernel, timeout: u64, json: bool) -> Result<ExitCode> {
+pub(super) fn certify(kernel: &Kernel, timeout: u64, profile_timeout: u64, json: bool) -> Result<ExitCode> {
     if timeout == 0 {
         return Err(Error::setting("timeout", timeout, "leaves the compiler no time", "give at least 1 second"));
     }
     // What is wrong with the problem is said before libtpu is looked for.
     kernel.plan()?;
-    let certifier = Certifier::of_this_executable()?.timeout(Duration::from_secs(timeout));
+    let certifier = Certifier::of_this_executable()?
+        .timeout(Duration::from_secs(timeout))
+        .profile_timeout(Duration::from_secs(profile_timeout));
     let (certified, compiles) = kernel.certified(&certifier).map_err(|error| match error {
         // The program is as planned: what failed is this libtpu.
         Error::Runtime { source, .. } => Error::Plugin {
