@@ -85,9 +85,13 @@ fn json_is_one_object_per_sample_in_prompt_order_and_nothing_else() {
         assert_eq!((line["tokens"].as_array().unwrap().len(), line["finish_reason"].as_str()), (12, Some("length")));
     }
     assert_eq!(lines[0]["text"], " of the LORD, and the spirit of the LORD is the");
-    let stablehlo = run(&[&base[..], &more[..], &["--kernels", "stablehlo"]].concat());
-    let native = run(&[&base[..], &more[..], &["--kernels", "native"]].concat());
-    assert_eq!(stablehlo.stdout, native.stdout, "both forms of the kernels yield the same greedy text");
+    let [stablehlo, native, mosaic] = ["stablehlo", "native", "mosaic"].map(|kernels| {
+        let output = run(&[&base[..], &more[..], &["--kernels", kernels]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        String::from_utf8(output.stdout).unwrap()
+    });
+    assert_eq!(stablehlo, native, "all forms of the kernels yield the same greedy text");
+    assert_eq!(stablehlo, mosaic, "all forms of the kernels yield the same greedy text");
 }
 
 #[test]

@@ -297,6 +297,14 @@ fn bad_problems_are_one_clear_error() {
         (&rpa("--kv-heads 2", "--kv-heads 0"), &["kv_heads = 0 is below 1"]),
         (&rpa("--page-size 16", "--page-size 0"), &["page-size = 0 is below 1"]),
         (&rpa("--max-seqs 4", &format!("--max-seqs {huge}")), &["max-seqs"]),
+        (
+            &rpa("--max-seqs 4", "--max-seqs 4096 --max-seq-len 8192").replace("--max-seq-len 64 ", ""),
+            &[
+                "max_seqs * pages_per_seq = 4096 * 512",
+                "8.03 MiB of lengths and page indices in SMEM",
+                "raise page-size",
+            ],
+        ),
         (&rpa("--max-seqs 4", "--max-seqs 4 --tiles 7,2"), &["tiles.queries = 7", "multiple of 8"]),
         (&rpa("--max-seqs 4", "--max-seqs 4 --tiles 8,5"), &["tiles.kv_pages = 5", "1 to 4"]),
         (&rpa("--max-seqs 4", "--max-seqs 4 --sliding-window 0"), &["sliding_window = 0 is below 1"]),
@@ -353,6 +361,13 @@ fn bad_files_are_one_clear_error() {
     let smaller = "func.func @main(%x: tensor<40x300xbf16>, %w: tensor<300x200xbf16>) -> tensor<40x100xbf16> {
         %0 = stablehlo.constant dense<0.0> : tensor<40x100xbf16> return %0 : tensor<40x100xbf16> }";
     write("smaller.mlir", format!("{}\n{smaller}", plain.lines().next().unwrap()).as_bytes());
+    write("ill.mlir", b"func.func @main(%a: tensor<2xf32>) -> tensor<2xf32> { %0 = stablehlo.addd %a return %0 }");
+    // Two calls of kernels, the second damaged.
+    let call = wire.lines().find(|line| line.contains("custom_call_config")).expect("a call");
+    write(
+        "second.mlir",
+        wire.replacen(call, &format!("{call}\n{}", call.replacen("TUzvUg", "\\22,,", 1)), 1).as_bytes(),
+    );
     write("prose.mlir", b"Once upon a time");
     write("empty.mlir", b"");
     write("binary.mlir", &[0xff; 1000]);
@@ -371,6 +386,8 @@ fn bad_files_are_one_clear_error() {
         ("run headless.mlir --lengths 1/1", &["lengths = 1/1 are of no use"]),
         ("run plain.mlir", &["plain.mlir: it has no Mosaic kernel", "--plugin cpu"]),
         ("run smaller.mlir --plugin cpu", &["results of smaller.mlir = bf16[40,100]", "bf16[40,200]"]),
+        ("run ill.mlir --plugin cpu", &["ill.mlir: the plugin for cpu does not take it", "stablehlo.addd"]),
+        ("inspect second.mlir", &["second.mlir: ", "call 1 of a Mosaic kernel: its backend_config is damaged"]),
         ("inspect prose.mlir", &["prose.mlir: it is neither a StableHLO module nor a Mosaic kernel"]),
         ("inspect empty.mlir", &["empty.mlir: it is neither"]),
         ("run binary.mlir", &["binary.mlir: it is neither"]),

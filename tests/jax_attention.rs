@@ -33,7 +33,7 @@ fn problem() -> Problem {
 fn jax_attention_agrees_with_the_reference_under_every_order_of_copies() {
     let problem = problem();
     let context = Context::new();
-    let calls = wire::find_custom_calls(include_bytes!("../ir/tests/data/ragged_paged_attention.mlir"));
+    let calls = wire::find_custom_calls(include_bytes!("../ir/tests/data/ragged_paged_attention.mlir")).unwrap();
     let [call] = &calls[..] else { panic!("{} calls", calls.len()) };
     let opened = wire::open(&context, &call.backend_config).unwrap();
     let program = Program::decode(&opened.module).unwrap().with_aliases(&call.aliases);

@@ -12,7 +12,7 @@ use pagoda_ir::{
     tile_machine::{Program, Run},
 };
 use pagoda_kernels::{
-    CheckError, MosaicCase, Runner, check,
+    CheckError, MosaicCase, Runner,
     check::check_program,
     check_mosaic,
     chips::Chip,
@@ -87,13 +87,8 @@ impl Case {
         }
     }
 
-    fn check(&self) -> Result<Run, CheckError> {
-        self.with(|case| check_mosaic(case, self.seed(), None))
-    }
-
-    /// The StableHLO form of the same problem against the same reference.
-    fn check_stablehlo(&self, runner: &dyn Runner) -> Result<(), CheckError> {
-        self.with(|case| check(case.stablehlo(), runner))
+    fn check(&self, stablehlo: Option<&dyn Runner>) -> Result<Run, CheckError> {
+        self.with(|case| check_mosaic(case, self.seed(), stablehlo))
     }
 
     fn seed(&self) -> u64 {
@@ -307,14 +302,11 @@ fn drawn(
 fn property(cases: u32, rng_seed: RngSeed, strategy: impl Strategy<Value = Case>) {
     let cpu = Cpu::new();
     drawn(cases, rng_seed, strategy, |case| {
-        let again = |error: CheckError, on: &str| {
+        let stablehlo = (case.seed() % 10 == 0).then_some(&cpu as &dyn Runner);
+        case.check(stablehlo).map(drop).map_err(|error| {
+            let on = if case.check(None).is_ok() { "--plugin cpu" } else { "--dma all" };
             TestCaseError::fail(format!("{error}\nagain: pagoda {} {on}", case.command()))
-        };
-        case.check().map_err(|error| again(error, "--dma all"))?;
-        if case.seed() % 10 == 0 {
-            case.check_stablehlo(&cpu).map_err(|error| again(error, "--plugin cpu"))?;
-        }
-        Ok(())
+        })
     });
 }
 
@@ -415,7 +407,7 @@ fn a_line_runs_a_case_again() {
     for strategy in [matmuls().boxed(), attentions().boxed()] {
         for _ in 0..4 {
             let case = strategy.new_tree(&mut runner).expect("a case").current();
-            let run = case.check().unwrap_or_else(|error| panic!("{error}"));
+            let run = case.check(None).unwrap_or_else(|error| panic!("{error}"));
             let output = run.outputs[0].to_f64();
             for (on, counters) in [("--dma all", Some(run.counters)), ("--plugin cpu", None)] {
                 let line = format!("{} {on} --json", case.command());

@@ -71,6 +71,27 @@ impl Emitted {
         self.with(line, &new)
     }
 
+    /// `from` becomes `to` in every line from `first` to `last`.
+    fn replaced_within(&self, first: usize, last: usize, from: &str, to: &str) -> String {
+        let lines = self.lines.iter().enumerate();
+        let lines =
+            lines.map(|(at, line)| if (first..=last).contains(&at) { line.replace(from, to) } else { line.clone() });
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
+    /// The store in `line`, of `rows` rows of 128 lanes, leaves out the last row.
+    fn one_row_short(&self, line: usize, rows: usize) -> String {
+        let value = self.lines[line].split(['(', ',']).nth(1).expect("a value").trim();
+        let (from, to) = (format!("vector<{rows}x128x"), format!("vector<{}x128x", rows - 1));
+        let ty = self.lines[line].split(&from).nth(1).and_then(|rest| rest.split('>').next()).expect("its type");
+        let cut = format!(
+            "%short = vector.extract_strided_slice {value} {{offsets = [0], sizes = [{}], strides = [1]}} : {from}{ty}> to {to}{ty}>",
+            rows - 1
+        );
+        let store = self.lines[line].replacen(value, "%short", 1).replacen(&from, &to, 1);
+        self.with(line, &format!("{cut}\n{store}"))
+    }
+
     /// The binary op in `line` becomes `op` of its first operand with itself.
     fn first_operand_only(&self, line: usize, op: &str) -> String {
         let [result, rest] = [0, 1].map(|part| self.lines[line].split(" = ").nth(part).expect("a result"));
@@ -178,6 +199,11 @@ const MATMULS: &[Mutant] = {
         (
             "last row of blocks missing",
             |t| t.replaced(t.find(0, &["iteration_bounds"]), "i64: 3, 3, 3", "i64: 2, 3, 3"),
+            Fault(OutputNeverWritten),
+        ),
+        (
+            "result's window one row short",
+            |t| t.one_row_short(t.find(0, &["vector_store", "%out,"]), 16),
             Fault(OutputNeverWritten),
         ),
         ("result not stored", |t| t.without(t.find(0, &["vector_store", "%out,"])), Fault(OutputNeverWritten)),
@@ -291,6 +317,14 @@ const ATTENTIONS: &[Mutant] = {
                 t.changed(slot, "arith.xori", 1)
             },
             Fault(OverwriteInFlight),
+        ),
+        (
+            "copy one row short",
+            |t| {
+                let first = t.above(start(t, NEXT), "memref_slice\"(%kv_pages, ");
+                t.replaced_within(first, start(t, NEXT), "16x8x128xbf16", "15x8x128xbf16")
+            },
+            Fault(Deadlock),
         ),
         (
             "second page one row further",

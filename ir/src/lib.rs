@@ -6,6 +6,7 @@ pub mod context;
 pub mod element;
 pub mod error;
 pub mod mosaic;
+pub mod random;
 pub mod shape;
 pub mod stablehlo;
 pub mod tensor;

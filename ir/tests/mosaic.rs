@@ -37,7 +37,7 @@ fn a_kernel_becomes_a_custom_call_and_comes_back() {
     module.verify().expect("the module is sound");
     let written = [("text", module.text().into_bytes()), ("bytecode", module.bytecode())];
     for (form, module) in written {
-        let calls = wire::find_custom_calls(&module);
+        let calls = wire::find_custom_calls(&module).unwrap();
         assert_eq!(calls.len(), 1, "{form}");
         if form == "text" {
             assert_eq!(calls[0].types, Some((kernel.inputs(), kernel.outputs())));
@@ -92,7 +92,7 @@ fn aliases_are_written_and_found() {
     let kernel = kernel.expect("the kernel fits");
     let module = stablehlo::Module::new(&context, "main");
     module.function("main", &kernel.inputs(), |b, operands| kernel.call(b, operands)).expect("the operands fit");
-    let calls = wire::find_custom_calls(module.text().as_bytes());
+    let calls = wire::find_custom_calls(module.text().as_bytes()).unwrap();
     assert_eq!((calls[0].aliases.as_slice(), kernel.aliases()), ([(1, 0)].as_slice(), [(1, 0)].as_slice()));
 }
 
@@ -100,7 +100,7 @@ fn aliases_are_written_and_found() {
 #[test]
 fn a_kernel_lowered_by_jax_opens_and_runs() {
     let context = Context::new();
-    let calls = wire::find_custom_calls(include_bytes!("data/scaled_sums.mlir"));
+    let calls = wire::find_custom_calls(include_bytes!("data/scaled_sums.mlir")).unwrap();
     assert_eq!(calls.len(), 1);
     let opened = wire::open(&context, &calls[0].backend_config).expect("the body is readable");
     assert_eq!(opened.vmem_limit, Some(8 << 20));
@@ -153,6 +153,11 @@ fn damaged_bodies_are_errors() {
             "{length} bytes of {}",
             body.len()
         );
+    }
+    for version in [wire::OLDEST_VERSION - 1, wire::VERSION + 1] {
+        let text = format!("module attributes {{stable_mosaic.version = {version} : i64}} {{}}");
+        let error = wire::deserialize(&context, text.as_bytes()).expect_err("another version").to_string();
+        assert!(error.contains(&format!("stable_mosaic.version {version}")) && error.contains("11 to 15"), "{error}");
     }
     for (config, expected) in cases {
         let error = wire::open(&context, &config).err().expect("damaged").to_string();

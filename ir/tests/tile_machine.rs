@@ -607,7 +607,28 @@ fn faults() {
                 k.when(step[0].equals(0), || copy.start());
                 k.when(step[0].equals(1), || copy.wait());
             },
-            Some((SemaphoreUnbalanced, "pipeline", "")),
+            Some((SemaphoreUnbalanced, "tpu.enqueue_dma", "semaphores")),
+        ),
+        (
+            "a signal between parallel steps",
+            TWO_PARALLEL,
+            |k, step, _| {
+                let signals = k.semaphores("signals", &[]);
+                k.when(step[0].equals(0), || k.semaphore_signal(&signals, 1));
+                k.when(step[0].equals(1), || k.semaphore_wait(&signals, 1));
+            },
+            Some((SemaphoreUnbalanced, "tpu.sem_signal", "signals")),
+        ),
+        (
+            "a parallel step reads what another wrote",
+            TWO_PARALLEL,
+            |k, step, o| {
+                o.buffer.at(0).store(1.0);
+                let half = o.out.slice(0, step[0] * 4, 4);
+                k.async_copy(o.buffer.at(0).slice(0, 0, 4), half, o.semaphores.at(0)).wait();
+                k.async_copy(o.out.slice(0, 0, 4), o.buffer.at(1).slice(0, 0, 4), o.semaphores.at(1)).wait();
+            },
+            Some((ParallelOverlap, "tpu.enqueue_dma", "out")),
         ),
         (
             "a false promise",
@@ -720,6 +741,81 @@ fn windows_of_parallel_steps_do_not_overlap() {
     }
 }
 
+/// The pipeline's own copies meet those that the kernel started and still has in flight.
+#[test]
+fn windows_do_not_race_with_copies() {
+    let context = Context::new();
+    type Body = for<'a> fn(&'a Builder<'a>);
+    let cases: [(FaultKind, &str, Body); 3] = [
+        (FaultKind::OverwriteInFlight, "x", |k| {
+            // Sent from the window in step 0, waited for in step 2, whose block has the same buffer.
+            let step = k.grid([(3, Semantics::Arbitrary)])[0];
+            let x = k.input("x", Element::F32, &[24, 128], Window::blocks(&[8, 128], |t| (t.grid(0), 0)));
+            let out = k.hbm_output("out", Element::F32, &[8, 128]);
+            let copy = k.make_async_copy(x, out, k.dma_semaphores("semaphore", &[]));
+            k.when(step.equals(0), || copy.start());
+            k.when(step.equals(2), || copy.wait());
+        }),
+        (FaultKind::ReadInFlight, "out", |k| {
+            // Fetched into the window, which goes out before anybody waited.
+            let step = k.grid([(2, Semantics::Arbitrary)])[0];
+            let x = k.hbm_input("x", Element::F32, &[8, 128]);
+            let out = k.output("out", Element::F32, &[16, 128], Window::blocks(&[8, 128], |t| (t.grid(0), 0)));
+            let copy = k.make_async_copy(x, out, k.dma_semaphores("semaphore", &[]));
+            k.when(step.equals(0), || copy.start());
+            k.when(step.equals(1), || copy.wait());
+        }),
+        (FaultKind::OverwriteInFlight, "out", |k| {
+            // Sent from the output's window, which is another block's two steps later.
+            let step = k.grid([(3, Semantics::Arbitrary)])[0];
+            let out = k.output("out", Element::F32, &[24, 128], Window::blocks(&[8, 128], |t| (t.grid(0), 0)));
+            let other = k.hbm_output("other", Element::F32, &[8, 128]);
+            out.store(1.0);
+            let copy = k.make_async_copy(out, other, k.dma_semaphores("semaphore", &[]));
+            k.when(step.equals(0), || copy.start());
+            k.when(step.equals(2), || copy.wait());
+        }),
+    ];
+    for (kind, buffer, body) in cases {
+        let kernel = build(&context, body);
+        let inputs: Vec<_> = kernel.inputs().iter().map(|ty| HostTensor::zeros(ty.element, &ty.dims)).collect();
+        for dma in ORDERS {
+            let fault = run_on(&Machine { dma, ..Machine::default() }, &kernel, &inputs).expect_err(buffer);
+            assert_eq!((fault.kind, fault.buffer.as_deref()), (kind, Some(buffer)), "{dma:?}: {fault}");
+            assert!(fault.dma.is_some() && fault.op == "pipeline", "{dma:?}: {fault}");
+        }
+    }
+}
+
+/// A kernel without windows, as Pallas lowers one without a grid: whole arrays in VMEM.
+#[test]
+fn whole_arrays_come_and_go() {
+    let kernel = |rows: usize| {
+        format!(
+            r#"func.func @k(%x: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">)
+                 attributes {{iteration_bounds = array<i64>}} {{
+                 %c = arith.constant 0 : index
+                 %v = vector.load %x[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
+                 %s = vector.extract_strided_slice %v {{offsets = [1], sizes = [{rows}], strides = [1]}}
+                   : vector<8x128xf32> to vector<{rows}x128xf32>
+                 vector.store %s, %o[%c, %c] : memref<8x128xf32, "vmem">, vector<{rows}x128xf32>
+                 return
+               }}"#
+        )
+    };
+    let context = Context::new();
+    let run = |rows: usize, machine: Machine| {
+        let module = mosaic::wire::deserialize(&context, kernel(rows).as_bytes()).unwrap();
+        let x = HostTensor::from_f64(Element::F32, &[8, 128], &values(8 * 128, 0.0));
+        let out = TensorType::new(Element::F32, &[8, 128]);
+        (Program::decode(&module).unwrap().run(&machine, std::slice::from_ref(&x), &[out]), x.to_f64())
+    };
+    let fault = run(7, Machine::default()).0.expect_err("a row is missing");
+    assert_eq!((fault.kind, fault.index.as_slice()), (FaultKind::OutputNeverWritten, [7, 0].as_slice()), "{fault}");
+    let (got, x) = run(7, Machine { allow_unwritten_outputs: true, ..Machine::default() });
+    assert_close("rows", &outcome(got)[..7 * 128], &x[128..], 0.0);
+}
+
 #[test]
 fn memories_have_limits() {
     let context = Context::new();
@@ -737,6 +833,22 @@ fn memories_have_limits() {
         assert_eq!(fault.kind, FaultKind::MemoryExceeded);
         assert!(fault.detail.contains(memory), "{fault}");
     }
+    // Nothing is allocated before: 4 TiB of VMEM, 4 GiB of SMEM.
+    let huge = |space: &str, dims: &str| {
+        let text = format!(
+            r#"func.func @k(%small: memref<8x128xf32, "{space}">, %huge: memref<{dims}, "{space}">)
+                 attributes {{iteration_bounds = array<i64>, scratch_operands = 2 : i64}} {{ return }}"#
+        );
+        let module = mosaic::wire::deserialize(&context, text.as_bytes()).unwrap();
+        Program::decode(&module).map(|program| program.run(&roomy, &[], &[]).expect_err(space))
+    };
+    for (space, dims, memory) in [("vmem", "1048576x1048576xf32", "VMEM"), ("smem", "1073741824xi32", "SMEM")] {
+        let fault = huge(space, dims).unwrap();
+        assert_eq!((fault.kind, fault.buffer.as_deref()), (FaultKind::MemoryExceeded, Some("huge")), "{fault}");
+        assert!(fault.detail.contains(memory), "{fault}");
+    }
+    let error = huge("vmem", "4294967296x4294967296xf32").expect_err("no sum holds it").to_string();
+    assert!(error.contains("more than 2^40 elements"), "{error}");
 }
 
 #[test]
@@ -775,6 +887,16 @@ fn what_cannot_run_is_named_before_anything_runs() {
             r#""tpu.enqueue_dma"(%x, %x, %x) : (memref<8x128xf32, "vmem">, memref<8x128xf32, "vmem">, memref<8x128xf32, "vmem">) -> ()"#,
             "do not fit together",
         ),
+        (
+            r#"%0 = "tpu.vector_load"(%h, %c, %c) : (memref<8x128xf32, "any">, index, index) -> vector<8x128xf32>"#,
+            "do not fit",
+        ),
+        (r#"%0 = memref.load %x[%c, %c] : memref<8x128xf32, "vmem">"#, "do not fit together"),
+        (
+            r#"%0 = "tpu.matmul"(%v, %v, %v) : (vector<8x128xf32>, vector<8x128xf32>, vector<8x128xf32>) -> vector<16x128xf32>"#,
+            "do not fit together",
+        ),
+        (r#"%0 = "tpu.reciprocal"(%n) : (vector<8x128xi32>) -> vector<8x128xi32>"#, "do not fit together"),
         (r#"%0 = "tpu.assume_multiple"(%i) {multiple = 0 : i32} : (i32) -> i32"#, "do not fit together"),
         (
             r#"%0 = "tpu.matmul"(%v, %v, %v) : (vector<8x128xf32>, vector<8x128xf32>, vector<8x128xf32>) -> vector<8x128xf32>"#,
@@ -791,10 +913,11 @@ fn what_cannot_run_is_named_before_anything_runs() {
     let context = Context::new();
     for (op, expected) in cases {
         let text = format!(
-            r#"func.func @k(%x: memref<8x128xf32, "vmem">) attributes {{iteration_bounds = array<i64>}} {{
+            r#"func.func @k(%x: memref<8x128xf32, "vmem">, %h: memref<8x128xf32, "any">) attributes {{iteration_bounds = array<i64>}} {{
                  %i = arith.constant 0 : i32
                  %c = arith.constant 0 : index
                  %v = arith.constant dense<0.0> : vector<8x128xf32>
+                 %n = arith.constant dense<0> : vector<8x128xi32>
                  {op}
                  return
                }}"#
@@ -803,6 +926,19 @@ fn what_cannot_run_is_named_before_anything_runs() {
             mosaic::wire::deserialize(&context, text.as_bytes()).unwrap_or_else(|error| panic!("{op}: {error}"));
         let error = Program::decode(&module).expect_err(op).to_string();
         assert!(error.contains(expected), "{op}: {error}");
+    }
+    // Functions that do not take what they are called with.
+    for (grid, index, expected) in
+        [("f32", "i32", "its grid indices are not all i32"), ("i32", "i32, %x: i32", "does not take")]
+    {
+        let text = format!(
+            r#"func.func @k(%i: {grid}, %x: memref<8x128xf32, "vmem">) attributes {{iteration_bounds = array<i64: 1>,
+                 window_params = [{{transform_indices = @t, window_bounds = array<i64: 8, 128>}}]}} {{ return }}
+               func.func @t(%i: {index}) -> (i32, i32) {{ %c = arith.constant 0 : i32 return %c, %c : i32, i32 }}"#
+        );
+        let module = mosaic::wire::deserialize(&context, text.as_bytes()).unwrap();
+        let error = Program::decode(&module).expect_err(expected).to_string();
+        assert!(error.contains(expected), "{error}");
     }
 }
 

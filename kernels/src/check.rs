@@ -224,7 +224,9 @@ impl<'p> MosaicCase<'p> {
             Self::Matmul(plan, _) => (plan.chip(), plan.limit()),
             Self::Rpa(plan, _) => (plan.chip(), plan.limit()),
         };
-        Machine { vmem_bytes: limit.0 as usize, hbm_bytes: chip.info().hbm.0 as usize, ..Machine::default() }
+        let info = chip.info();
+        let [vmem_bytes, smem_bytes, hbm_bytes] = [limit, info.smem_per_core, info.hbm].map(|bytes| bytes.0 as usize);
+        Machine { vmem_bytes, smem_bytes, hbm_bytes, ..Machine::default() }
     }
 
     /// The kernel's name, tiles in it.
@@ -418,6 +420,33 @@ mod tests {
         let near = HostTensor::new(&[1], &[1.0005_f32]);
         assert!(compare("k", &near, &[1.0], &[1.0], 1e-3).is_ok());
         assert!(compare("k", &near, &[1.0], &[0.1], 1e-3).is_err());
+    }
+
+    /// The output lives in x's memory, and the block that a step writes is the one that the next step reads: whether the
+    /// pipeline fetched it before or after, no single run can tell.
+    #[test]
+    fn a_result_that_depends_on_the_order_of_copies_is_caught() {
+        use matmul::{Epilogue, Inputs, Layout, Problem, Spec, plan};
+        use pagoda_ir::mosaic::{self, Semantics, Window};
+        let (input, output, layout, epilogue) = (Element::F32, Element::F32, Layout::RowMajor, Epilogue::NONE);
+        let problem = Problem::new(Spec { m: 16, k: 128, n: 128, input, output, layout, epilogue }).unwrap();
+        let plan = plan::Plan::new(problem, crate::chips::Chip::V5p, plan::Options::default()).unwrap();
+        let [x, w] = [&[16, 128], &[128, 128]].map(|dims| HostTensor::zeros(input, dims));
+        let inputs = Inputs { x, w, bias: None, residual: None };
+        let context = Context::new();
+        let kernel = mosaic::kernel(&context, "shift", |k| {
+            k.grid([(2, Semantics::Arbitrary)]);
+            let x = k.input("x", input, &[16, 128], Window::blocks(&[8, 128], |t| (1 - t.grid(0), 0)));
+            k.input("w", input, &[128, 128], Window::whole(&[128, 128]));
+            let out = k.output("out", output, &[16, 128], Window::blocks(&[8, 128], |t| (t.grid(0), 0)));
+            out.store(x.load() + 1.0);
+        });
+        let program = Program::decode(kernel.unwrap().module()).unwrap().with_aliases(&[(0, 0)]);
+        let error = check_program(MosaicCase::Matmul(&plan, &inputs), &program, 1).unwrap_err();
+        assert!(
+            matches!(&error, CheckError::OrderDependent { dma: DmaOrder::Late, first: DmaOrder::Early, .. }),
+            "{error}"
+        );
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! dimension is split over them), on tpu7x one of the chip's two TensorCores. Figures "per core" are per TensorCore.
 //!
 //! Sources: vendor's data sheets for HBM, bandwidth and peak rates (as collected in JAX's `tpu_info.py`, where tpu7x's
-//! are per chip and halved here); VMEM sizes, default scoped limits and topology names as libtpu 0.0.52 answers. Peak
+//! are per chip and halved here); VMEM and SMEM sizes, default scoped limits and topology names as libtpu 0.0.52 answers. Peak
 //! flop per cycle is 2 x lanes^2 x units; for v6e and tpu7x it is the vendor's rate over the clock (the compiler's own
 //! estimate of a 4096^3 product on v6e, 375533 cycles, needs more than 262144 a cycle, which rules out the half of it).
 
@@ -54,6 +54,10 @@ pub struct ChipInfo {
     pub vmem_per_core: Bytes,
     /// What a kernel may take of it unless it asks for more.
     pub default_scoped_limit: Bytes,
+    /// Scalar memory of each core, where prefetched arrays live.
+    pub smem_per_core: Bytes,
+    /// What the compiler keeps of it for itself, at most.
+    pub smem_reserved: Bytes,
     /// TensorCores of a device.
     pub cores: usize,
     /// Rows and columns of a matrix unit.
@@ -112,6 +116,8 @@ impl Chip {
             Self::V4 => ChipInfo {
                 vmem_per_core: Bytes::mib(16),
                 default_scoped_limit: Bytes::mib(16),
+                smem_per_core: Bytes::mib(1),
+                smem_reserved: Bytes::kib(3),
                 cores: 2,
                 mxu: 128,
                 peak_flop_per_cycle_and_core: units(4, 128),
@@ -124,6 +130,8 @@ impl Chip {
             Self::V5e => ChipInfo {
                 vmem_per_core: Bytes::mib(128),
                 default_scoped_limit: Bytes::mib(16),
+                smem_per_core: Bytes::mib(1),
+                smem_reserved: Bytes::kib(3),
                 cores: 1,
                 mxu: 128,
                 peak_flop_per_cycle_and_core: units(4, 128),
@@ -136,6 +144,8 @@ impl Chip {
             Self::V5p => ChipInfo {
                 vmem_per_core: Bytes::mib(64),
                 default_scoped_limit: Bytes::mib(16),
+                smem_per_core: Bytes::mib(1),
+                smem_reserved: Bytes::kib(3),
                 cores: 2,
                 mxu: 128,
                 peak_flop_per_cycle_and_core: units(4, 128),
@@ -148,6 +158,8 @@ impl Chip {
             Self::V6e => ChipInfo {
                 vmem_per_core: Bytes::mib(128),
                 default_scoped_limit: Bytes::mib(32),
+                smem_per_core: Bytes::mib(1),
+                smem_reserved: Bytes::kib(3),
                 cores: 1,
                 mxu: 256,
                 peak_flop_per_cycle_and_core: units(4, 256),
@@ -160,6 +172,8 @@ impl Chip {
             Self::Tpu7x => ChipInfo {
                 vmem_per_core: Bytes::mib(64),
                 default_scoped_limit: Bytes::mib(32),
+                smem_per_core: Bytes::mib(1),
+                smem_reserved: Bytes::kib(3),
                 cores: 1,
                 mxu: 256,
                 peak_flop_per_cycle_and_core: units(4, 256),
@@ -228,6 +242,7 @@ mod tests {
             assert_eq!(Chip::parse(chip.name()), Ok(chip));
             assert_eq!(Chip::of_topology(chip.info().topology), Some(chip));
             assert!(chip.info().default_scoped_limit <= chip.info().vmem_per_core);
+            assert!(chip.info().smem_reserved < chip.info().smem_per_core);
         }
         assert_eq!(Chip::parse("v7x"), Ok(Chip::Tpu7x));
         assert_eq!(

@@ -64,6 +64,10 @@ pub trait KernelPlan: Sized {
     fn limit(&self) -> Bytes;
     /// Every VMEM buffer.
     fn vmem(&self) -> &VmemReport;
+    /// SMEM that the prefetched arrays take.
+    fn smem(&self) -> Bytes {
+        Bytes(0)
+    }
     /// The rest.
     fn particulars(&self) -> Self::Particulars;
     /// What the compiler is on record to have said about kernels of this sort.

@@ -2,35 +2,29 @@
 //! kernels. Ragged as batches come, and poisoned with NaN wherever a kernel must not look.
 
 use half::bf16;
+use pagoda_ir::random::SplitMix64;
 use pagoda_ir::{Element, HostTensor, TensorType};
 
 use crate::{matmul, rpa};
 
-/// SplitMix64 (Steele, Lea and Flood, 2014).
+/// Arrays and sizes drawn from a seed.
 #[derive(Clone, Debug)]
-pub struct Random(u64);
+pub struct Random(SplitMix64);
 
 impl Random {
     /// The sequence of `seed`.
     pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
+        Self(SplitMix64::new(seed))
     }
 
     /// Uniform in (-2, 2).
     fn value(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1_u64 << 51) as f64 - 2.0
+        (self.0.bits() >> 11) as f64 / (1_u64 << 51) as f64 - 2.0
     }
 
     /// Uniform in `from..=to`.
     fn within(&mut self, from: usize, to: usize) -> usize {
-        from + (self.next() % (to - from + 1) as u64) as usize
+        from + self.0.below(to - from + 1)
     }
 
     /// An array of type `ty`, f32 or bf16, with values uniform in (-2, 2).
@@ -49,14 +43,14 @@ impl Random {
 
     fn shuffle<T>(&mut self, items: &mut [T]) {
         for end in (1..items.len()).rev() {
-            items.swap(end, (self.next() % (end as u64 + 1)) as usize);
+            items.swap(end, self.0.below(end + 1));
         }
     }
 }
 
 /// Inputs of a matmul.
 pub fn matmul_inputs(problem: &matmul::Problem, seed: u64) -> matmul::Inputs {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut arrays = problem.argument_types().into_iter().map(|ty| random.tensor(&ty)).collect::<Vec<_>>().into_iter();
     let mut next = || arrays.next().expect("an array per argument");
     matmul::Inputs {
@@ -100,7 +94,7 @@ impl Lengths {
 /// Inputs of an attention: a random batch of up to `max_seqs` sequences, page tables out of order, padding rows.
 /// Everything outside the live sequences is NaN, and page ids there are wild.
 pub fn rpa_inputs(problem: &rpa::Problem, seed: u64) -> rpa::Inputs {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let count = if random.within(0, 15) == 0 { 0 } else { random.within(1, problem.max_seqs) };
     let drawn: Vec<_> = (0..count).map(|_| Lengths::draw(problem, &mut random)).collect();
     rpa_inputs_of(problem, &drawn, layer_of(problem, seed), seed)
@@ -117,7 +111,7 @@ pub fn layer_of(problem: &rpa::Problem, seed: u64) -> usize {
 /// # Panics
 /// When these are more than `max_seqs` sequences, or the lengths do not fit the problem otherwise.
 pub fn rpa_inputs_of(problem: &rpa::Problem, drawn: &[Lengths], layer: usize, seed: u64) -> rpa::Inputs {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut free: Vec<i32> = (0..problem.pages as i32).collect();
     random.shuffle(&mut free);
     let wild = [-1, i32::MAX, problem.pages as i32];

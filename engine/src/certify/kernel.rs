@@ -32,6 +32,8 @@ pub struct Planned<P: KernelPlan> {
     pub vmem: VmemReport,
     /// Their sum.
     pub total: Bytes,
+    /// SMEM that the prefetched arrays take.
+    pub smem: Bytes,
     /// What is known of its spills.
     pub spills: Spills,
     /// Whether it fits.
@@ -58,6 +60,7 @@ impl<P: KernelPlan> Planned<P> {
             limit: plan.limit(),
             vmem: plan.vmem().clone(),
             total: plan.vmem().total(),
+            smem: plan.smem(),
             spills,
             verdict: plan.verdict(spills),
             particulars: plan.particulars(),
@@ -78,6 +81,9 @@ impl<P: KernelPlan> fmt::Display for Planned<P> {
         };
         writeln!(f, "  {:<24} {spills}", "spills")?;
         writeln!(f, "  {:<24} {limit}: {verdict}", "limit")?;
+        if self.smem > Bytes(0) {
+            writeln!(f, "  {:<24} {} of {}", "SMEM", self.smem, chip.info().smem_per_core)?;
+        }
         write!(f, "  {particulars}")
     }
 }
@@ -135,6 +141,10 @@ impl<P: KernelPlan> Certified<P> {
     /// As [`Certified::new`].
     pub fn of_module(plan: &P, module: &[u8], certifier: &Certifier) -> Result<Self> {
         let certificate = certifier.certify(plan.chip().info().topology, Program { module, replicas: 1 })?;
+        if certificate.compiles() && certificate.kernels.len() != 1 {
+            let message = format!("it names {} kernels, the program has one", certificate.kernels.len());
+            return Err(super::Error::Report { report: "VMEM report", message }.into());
+        }
         let kernel = certificate.kernels.first();
         let spills = match kernel {
             Some(kernel) if certificate.compiles() => Spills::Certified { bytes: kernel.spills() },

@@ -48,7 +48,6 @@ pub struct Certifier {
     plugin: PathBuf,
     timeout: Duration,
     profile_timeout: Duration,
-    keep: Option<PathBuf>,
     in_program: bool,
 }
 
@@ -62,13 +61,13 @@ pub enum Error {
     #[error("topology = {0} names no chip known here: use e.g. v5p:2x2x1, v5e:2x2, v6e:2x2, v4:2x2x1 or tpu7x:2x2x1")]
     Topology(String),
     /// The compiler took too long.
-    #[error("libtpu did not finish within {} s: raise the time limit, or use smaller tiles", limit.as_secs())]
+    #[error("libtpu did not finish within {} s", limit.as_secs())]
     Timeout {
         /// The time limit.
         limit: Duration,
     },
     /// The compiler took too much memory.
-    #[error("libtpu took more than {limit} of memory: use smaller tiles")]
+    #[error("libtpu took more than {limit} of memory")]
     Memory {
         /// The limit.
         limit: Bytes,
@@ -189,8 +188,18 @@ impl fmt::Display for Certificate {
         for op in &self.cycles {
             writeln!(f, "  {:<53} {:>12} cycles", op.op, op.cycles)?;
         }
-        if self.profile == Profile::Stopped {
-            writeln!(f, "  no cycles: the compiler's profile took too much time or memory (--profile-timeout)")?;
+        if let Some(memory) = self.memory.filter(|_| self.compiles()) {
+            let [code, arguments, outputs, temporaries] =
+                [memory.code, memory.arguments, memory.outputs, memory.temporaries]
+                    .map(|bytes| Bytes(bytes.max(0) as u64));
+            writeln!(f, "  HBM: {arguments} arguments, {outputs} results, {temporaries} temporaries, {code} code")?;
+        }
+        if self.compiles() && self.kernel_cycles().is_none() {
+            let why = match self.profile {
+                Profile::Stopped => "the compiler's profile took too much time or memory (--profile-timeout)",
+                _ => "the compiler has no estimate of this chip, or of the kernel's copies",
+            };
+            writeln!(f, "  no static cycles: {why}")?;
         }
         Ok(())
     }
@@ -204,7 +213,6 @@ impl Certifier {
             plugin: plugin.into(),
             timeout: Duration::from_secs(180),
             profile_timeout: Duration::from_secs(60),
-            keep: None,
             in_program: false,
         }
     }
@@ -240,12 +248,6 @@ impl Certifier {
         Self { profile_timeout, ..self }
     }
 
-    /// Keeps all that the compiler can tell (every stage as text) in `folder`.
-    #[must_use]
-    pub fn keep_dumps(self, folder: impl Into<PathBuf>) -> Self {
-        Self { keep: Some(folder.into()), ..self }
-    }
-
     /// Lets XLA move operands of kernels into VMEM beforehand, as it does when it compiles a whole program for real.
     /// Otherwise they stay in HBM, and what a kernel takes depends on the kernel alone.
     #[must_use]
@@ -269,8 +271,8 @@ impl Certifier {
             }
 
             // The profiler checks types more strictly than the compiler and aborts on some packed stores, after it has
-            // written its estimate; and it may take far more memory and time. The verdict is the one of a second run
-            // without it.
+            // written its estimate; and it may take far more memory and time, as it unrolls the grid. The verdict is the
+            // one of a second run without it.
             (Err(failure), first) if profiled => match self.attempt(topology, program, false)? {
                 (Ok(answer), second) => {
                     let profile = match failure {
@@ -314,7 +316,7 @@ impl Certifier {
         let folder = tempfile::Builder::new().prefix("pagoda-certify-").tempdir();
         let folder = folder.map_err(io("create", &std::env::temp_dir()))?;
         let folder = folder.path();
-        let dumps = self.keep.clone().unwrap_or_else(|| folder.join("dumps"));
+        let dumps = folder.join(DUMPS);
         for path in [&dumps, &folder.join("tmp")] {
             std::fs::create_dir_all(path).map_err(io("create", path))?;
         }
@@ -332,53 +334,53 @@ impl Certifier {
             .arg(folder)
             .current_dir(folder)
             .envs(environment(folder))
-            .env("LIBTPU_INIT_ARGS", self.flags(profiled, &dumps))
+            .env("LIBTPU_INIT_ARGS", self.flags(profiled))
             .stdin(Stdio::null())
             .stdout(create(&stdout)?)
             .stderr(create(&stderr)?)
             .spawn()
             .map_err(io("run", &self.worker))?;
         let limit = if profiled { self.timeout.min(self.profile_timeout) } else { self.timeout };
-        let answer = self.wait(worker, limit)?.and_then(|status| {
-            let answer = std::fs::read(folder.join(worker::ANSWER)).ok();
-            answer.and_then(|answer| serde_json::from_slice(&answer).ok()).ok_or_else(|| {
-                let message = complaint(&stderr).or_else(|| complaint(&stdout));
-                Error::Crash {
-                    status: status.to_string(),
-                    message: message.unwrap_or_else(|| "it said nothing".into()),
-                }
-            })
+        let status = match self.wait(worker, limit)? {
+            Ok(status) => status,
+            // What a stopped compiler has written may end anywhere.
+            Err(stopped) => return Ok((Err(stopped), Dumps::default())),
+        };
+        let answer = std::fs::read(folder.join(worker::ANSWER)).ok();
+        let answer = answer.and_then(|answer| serde_json::from_slice(&answer).ok()).ok_or_else(|| {
+            let message = complaint(&stderr).or_else(|| complaint(&stdout));
+            Error::Crash { status: status.to_string(), message: message.unwrap_or_else(|| "it said nothing".into()) }
         });
-        Ok((answer, Dumps::read(&dumps)?))
+        match answer {
+            Ok(answer) => Ok((Ok(answer), Dumps::read(&dumps)?)),
+            // Of a crashed one only what is whole counts.
+            Err(crash) => Ok((Err(crash), Dumps::read(&dumps).unwrap_or_default())),
+        }
     }
 
-    /// libtpu's flags: only the reports that are read here, unless everything is wanted.
-    fn flags(&self, profiled: bool, dumps: &Path) -> String {
-        let dumps = dumps.display();
-        let mut flags = format!("--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true");
-        if self.keep.is_none() {
-            flags += " --xla_jf_dump_llo_pass_label_regex=vmem_report";
-        } else {
-            flags += &format!(" --xla_mosaic_dump_to={dumps}");
-        }
+    /// libtpu's flags: only the reports that are read here. Paths are relative to the worker's own folder: libtpu splits
+    /// its flags at spaces.
+    fn flags(&self, profiled: bool) -> String {
+        let mut flags = format!("--xla_jf_dump_to={DUMPS} --xla_jf_dump_llo_text=true");
+        flags += " --xla_jf_dump_llo_pass_label_regex=vmem_report";
         if !self.in_program {
             // v5 and before; v6 and after.
             flags += " --xla_vf_vmem_memory_space_assignment=false --xla_gf_vmem_memory_space_assignment=false";
         }
         if profiled {
-            flags += &format!(" --xla_jf_dump_static_llo_profile_to={dumps}");
+            flags += &format!(" --xla_jf_dump_static_llo_profile_to={DUMPS}");
         }
         flags
     }
 
     /// Waits for the worker; the inner error is why it was stopped.
     fn wait(&self, mut worker: Child, limit: Duration) -> Result<Result<std::process::ExitStatus, Error>, Error> {
-        let deadline = Instant::now() + limit;
+        let started = Instant::now();
         loop {
             if let Some(status) = worker.try_wait().map_err(io("wait for", &self.worker))? {
                 return Ok(Ok(status));
             }
-            let stopped = if Instant::now() >= deadline {
+            let stopped = if started.elapsed() >= limit {
                 Error::Timeout { limit }
             } else if resident(worker.id()) > MEMORY_LIMIT {
                 Error::Memory { limit: MEMORY_LIMIT }
@@ -393,6 +395,9 @@ impl Certifier {
         }
     }
 }
+
+/// Where libtpu writes its reports, in the worker's folder.
+const DUMPS: &str = "dumps";
 
 /// What a compilation may take of the machine's memory. Kernels take below 2 GiB; the profiler takes as much as it gets
 /// for grids of some thousand steps, which it unrolls.
@@ -420,6 +425,7 @@ fn environment(folder: &Path) -> [(&'static str, std::ffi::OsString); 7] {
 }
 
 /// What the compiler left behind.
+#[derive(Default)]
 struct Dumps {
     kernels: Vec<KernelVmem>,
     cycles: Vec<OpCycles>,
@@ -430,7 +436,7 @@ impl Dumps {
         let entries = std::fs::read_dir(folder).map_err(io("read", folder))?;
         let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
         paths.sort();
-        let mut dumps = Self { kernels: vec![], cycles: vec![] };
+        let mut dumps = Self::default();
         for path in paths {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let read = || std::fs::read_to_string(&path).map_err(io("read", &path));
@@ -480,7 +486,18 @@ impl From<Error> for crate::Error {
             Error::Topology(topology) => {
                 Self::setting("topology", topology, "names no known chip", "use e.g. v5p:2x2x1, v5e:2x2 or tpu7x:2x2x1")
             }
-            error => Self::Runtime { action: "certifying".into(), source: error.into() },
+            Error::Io { action, path, source } => Self::Io { action, path, source },
+            // The program is as planned: what failed is this libtpu.
+            error => Self::Plugin {
+                plugin: "tpu".into(),
+                fix: match error {
+                    Error::Timeout { .. } => "raise the time limit (--timeout), or use smaller tiles",
+                    Error::Memory { .. } => "use smaller tiles",
+                    _ => "see `pagoda doctor` for the libtpu in use",
+                }
+                .into(),
+                problem: error.to_string(),
+            },
         }
     }
 }

@@ -151,11 +151,13 @@ pub fn static_cycles(text: &str) -> Result<Vec<OpCycles>, Error> {
     };
     let estimates = text.split("hlo_op_estimate").skip(1);
     let parsed = estimates.map(|block| {
+        // What ends before its brace was cut, maybe within the number.
+        block.find('}')?;
         Some(OpCycles { op: field(block, "hlo_op_name")?, cycles: field(block, "estimated_cycles")?.parse().ok()? })
     });
     parsed.collect::<Option<_>>().ok_or_else(|| Error::Report {
         report: "static profile",
-        message: "an estimate lacks `hlo_op_name` or a whole number of `estimated_cycles`".into(),
+        message: "an estimate lacks `hlo_op_name`, a whole number of `estimated_cycles` or its end".into(),
     })
 }
 
@@ -184,11 +186,12 @@ pub fn out_of_memory(message: &str) -> Option<OutOfMemory> {
     if !lower.contains("out of memory") && !lower.contains("exceed") {
         return None;
     }
-    let memory = lower.split_once("memory space ").map_or("vmem", |(_, rest)| {
-        ["vmem", "hbm", "smem"].into_iter().find(|name| rest.starts_with(name)).unwrap_or("vmem")
-    });
-    // "Scoped allocation with size 37.54M and limit 16.00M exceeded", "Used 120.0G of 95.0G hbm".
-    let pairs = [("with size ", "limit "), ("used ", " of ")];
+    let named = ["memory space ", "space="].into_iter().find_map(|before| Some(lower.split_once(before)?.1));
+    let memory = ["vmem", "hbm", "smem"].into_iter().find(|name| named.is_some_and(|rest| rest.starts_with(name)));
+    let memory = memory.unwrap_or("vmem");
+    // "Scoped allocation with size 37.54M and limit 16.00M exceeded", "Used 120.0G of 95.0G hbm",
+    // "Allocation (size=2097152) would exceed memory (size=1048576) :: ... space=smem".
+    let pairs = [("with size ", "limit "), ("used ", " of "), ("(size=", "(size=")];
     let (asked, limit) = pairs.into_iter().find_map(|(asked, limit)| {
         let (_, rest) = lower.split_once(asked)?;
         Some((size(rest)?, size(rest.split_once(limit)?.1)?))
@@ -251,6 +254,7 @@ mod tests {
         }
         assert!(vmem(&VMEM.replace("\"size\": 4096, ", "")).is_err());
         assert!(static_cycles("hlo_op_estimate {\n  hlo_op_name: \"a\"\n}").is_err());
+        assert!(static_cycles("hlo_op_estimate {\n  hlo_op_name: \"a\"\n  estimated_cycles: 113").is_err());
     }
 
     #[test]
@@ -271,6 +275,10 @@ mod tests {
         let hbm = "Ran out of memory in memory space hbm. Used 120.50G of 95.00G hbm. Exceeded hbm capacity by 25.50G.";
         let out = out_of_memory(hbm).unwrap();
         assert_eq!((out.memory.as_str(), out.limit), ("hbm", Bytes::gib(95)));
+        let smem = "Allocation (size=2097152) would exceed memory (size=1048576) :: #allocation12 [shape = \
+                    'u8[2097152]{0}', space=smem, size = 0x200000, scoped, tag = 'prefetched SMEM operand 1'] :: name.1";
+        let out = out_of_memory(smem).unwrap();
+        assert_eq!((out.memory.as_str(), out.asked, out.limit), ("smem", Bytes::mib(2), Bytes::mib(1)));
         assert_eq!(out_of_memory("INVALID_ARGUMENT: no such op"), None);
     }
 }

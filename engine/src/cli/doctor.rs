@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::error::Result;
+use crate::output;
 use crate::pjrt::{Kind, Plugin, PluginChoice};
 
 /// What is known of one plugin.
@@ -54,30 +56,30 @@ impl PluginReport {
 }
 
 /// Prints the report; whether the embedded default, the CPU plugin, works.
-pub fn doctor(json: bool) -> bool {
+///
+/// # Errors
+/// When standard output cannot be written.
+pub fn doctor(json: bool) -> Result<bool> {
     let reports = Kind::ALL.map(PluginReport::of);
     let works = reports.iter().any(|report| report.plugin == "cpu" && report.problem.is_none());
     if json {
         let value = serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "plugins": reports });
-        println!("{value:#}");
-        return works;
+        output::print_json(&value)?;
+        return Ok(works);
     }
-    println!("pagoda {}", env!("CARGO_PKG_VERSION"));
+    let mut lines = vec![format!("pagoda {}", env!("CARGO_PKG_VERSION"))];
     for report in &reports {
-        println!("\n{}", report.plugin);
-        let line = |name: &str, value: &Option<String>| {
-            if let Some(value) = value {
-                println!("  {name:<9} {value}");
-            }
+        lines.push(format!("\n{}", report.plugin));
+        let mut line = |name: &str, value: &Option<String>| {
+            lines.extend(value.iter().map(|value| format!("  {name:<9} {value}")));
         };
         line("library", &report.path);
         line("found in", &report.found_in);
         line("PJRT API", &report.api);
         line("platform", &report.platform);
-        if !report.devices.is_empty() {
-            println!("  {:<9} {}", "devices", report.devices.join(", "));
-        }
+        line("devices", &(!report.devices.is_empty()).then(|| report.devices.join(", ")));
         line("note", &report.problem);
     }
-    works
+    output::print(&lines.join("\n"))?;
+    Ok(works)
 }

@@ -18,6 +18,7 @@ use pagoda_ir::Element;
 use crate::error::{Error, Result};
 use crate::hosts::merge;
 use crate::llama::step::KernelForm;
+use crate::output;
 use crate::pjrt::{Client, Plugin, PluginChoice};
 
 pub use bench::{DecodeRate, decode_rate};
@@ -196,12 +197,14 @@ pub fn main() -> ExitCode {
     // clap prints its own errors and exits with 2, like the rest of us.
     let outcome = match Cli::parse().command {
         Command::Sample(args) => sample::sample(&args),
-        Command::Merge { dir } => merge(&dir).map(|merged| {
+        Command::Merge { dir } => merge(&dir).and_then(|merged| {
             eprintln!("# joined {} samples of {} hosts", merged.samples, merged.hosts);
-            println!("{}", merged.path.display());
-            ExitCode::SUCCESS
+            output::print(&merged.path.display().to_string())?;
+            Ok(ExitCode::SUCCESS)
         }),
-        Command::Doctor { json } => Ok(if doctor::doctor(json) { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+        Command::Doctor { json } => {
+            doctor::doctor(json).map(|works| if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
         Command::Plan { kernel, json } => kernels::plan(&kernel, json),
         Command::Certify { kernel, timeout, profile_timeout, json } => {
             kernels::certify(&kernel, timeout, profile_timeout, json)
@@ -237,17 +240,16 @@ fn bench(
         return Err(Error::setting(key, 0, "leaves nothing to measure", fix));
     }
     let rate = decode_rate(client, model, slots, new, compute, kernels)?;
-    if json {
-        println!("{}", serde_json::to_string(&rate).map_err(Error::runtime("writing JSON"))?);
-    } else {
-        println!(
+    let text = match json {
+        true => serde_json::to_string(&rate).map_err(Error::runtime("writing JSON"))?,
+        false => format!(
             "{:>3} slots, {}: {:>8.1} tokens/s, {:.3} ms a step, host {:.1}%",
             rate.slots,
             rate.dtype,
             rate.tok_s,
             rate.step_ms,
             100.0 * rate.host_share
-        );
-    }
-    Ok(())
+        ),
+    };
+    output::print(&text)
 }

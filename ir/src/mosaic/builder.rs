@@ -707,7 +707,7 @@ impl<'a> Builder<'a> {
         initial.rebuild(&mut results.into_iter().map(|raw| self.value(raw)))
     }
 
-    /// Groups the ops of `body` under `label` in profiles of the compiler and in the tile machine's timeline.
+    /// Groups the ops of `body` under `label` in profiles of the compiler.
     #[track_caller]
     pub fn trace<R>(&'a self, label: &str, body: impl FnOnce() -> R) -> R {
         let location = self.here();

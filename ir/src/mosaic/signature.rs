@@ -63,15 +63,27 @@ pub struct WindowParams {
     pub double_buffered: bool,
 }
 
+/// Elements of a buffer and steps of a grid that a kernel may have: so many that no chip has them, so few that no sum of
+/// bytes overflows.
+const MOST: usize = 1 << 40;
+
+/// Whether the product of `sizes`, zeros left out, is within [`MOST`].
+fn countable(sizes: &[usize]) -> bool {
+    let product = sizes.iter().try_fold(1_usize, |product, &size| product.checked_mul(size.max(1)));
+    product.is_some_and(|product| product <= MOST)
+}
+
 impl Argument {
-    /// Bytes of memory that the buffer takes: 4 a scalar or semaphore; tiles padded in VMEM ([`tile_padded_bytes`]), and
-    /// twice that if double-buffered. Zero for arrays in HBM.
+    /// Bytes of memory that the buffer takes: tiles padded in VMEM and SMEM ([`tile_padded_bytes`]), and twice that if
+    /// double-buffered; 4 a semaphore. Zero for arrays in HBM.
     pub fn bytes(&self) -> usize {
         let cells = self.dims.iter().product::<usize>();
         let buffers = 1 + usize::from(self.window.as_ref().is_some_and(|window| window.double_buffered));
         match (self.space, self.element) {
             (MemorySpace::Any | MemorySpace::Hbm, _) => 0,
-            (MemorySpace::Vmem, RefElement::Data(element)) => buffers * tile_padded_bytes(element, &self.dims),
+            (MemorySpace::Vmem | MemorySpace::Smem, RefElement::Data(element)) => {
+                buffers * tile_padded_bytes(element, &self.dims)
+            }
             _ => 4 * cells,
         }
     }
@@ -114,6 +126,9 @@ impl Signature {
                 Ok((size, if parallel { Semantics::Parallel } else { Semantics::Arbitrary }))
             })
             .collect::<Result<Vec<_>>>()?;
+        if !countable(&grid.iter().map(|&(size, _)| size).collect::<Vec<_>>()) {
+            return Err(Error::mosaic(format!("@{name}: the grid {bounds:?} has more than 2^40 steps")));
+        }
         let entry = function
             .region(0)
             .ok()
@@ -138,6 +153,11 @@ impl Signature {
             let argument = entry.argument(position).map_err(|error| Error::mosaic(error.to_string()))?;
             let (element, dims, space) = read_memref(argument.r#type())
                 .map_err(|message| Error::mosaic(format!("@{name}: argument {position}: {message}")))?;
+            if !countable(&dims) {
+                return Err(Error::mosaic(format!(
+                    "@{name}: argument {position} of {dims:?} has more than 2^40 elements"
+                )));
+            }
             let role = match index {
                 _ if index < prefetch => Role::Prefetch,
                 _ if index >= prefetch + windowed => Role::Scratch,

@@ -32,6 +32,8 @@ use crate::{
 
 /// The version of the `stable_mosaic` vocabulary that Pagoda writes.
 pub const VERSION: i64 = 15;
+/// The oldest that it reads: what `jax.export` of JAX 0.10.2 writes, for older compilers.
+pub const OLDEST_VERSION: i64 = 11;
 /// The custom call that libtpu compiles as a Mosaic kernel.
 pub const TARGET: &str = "tpu_custom_call";
 const PREFIX: &str = "stable_mosaic.";
@@ -58,15 +60,20 @@ pub fn serialize(module: &Module) -> Vec<u8> {
 /// Damage is an error as far as MLIR's reader notices it; that reader is not hardened against hostile bytecode.
 ///
 /// # Errors
-/// When MLIR cannot read it.
+/// When MLIR cannot read it, or its ops are of a version beyond [`OLDEST_VERSION`] to [`VERSION`].
 pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> {
     let module = match body.starts_with(b"ML\xefR") {
         true => read_bytecode(context.melior(), body)?,
         false => text::parse(context, &String::from_utf8_lossy(body), "the body")?,
     };
     let context = context.melior();
-    if !module.as_operation().has_attribute(VERSION_ATTRIBUTE) {
-        return Ok(module);
+    let Ok(version) = module.as_operation().attribute(VERSION_ATTRIBUTE) else { return Ok(module) };
+    let version = IntegerAttribute::try_from(version).map_or(0, |version| version.value());
+    if !(OLDEST_VERSION..=VERSION).contains(&version) {
+        let read = format!("only {OLDEST_VERSION} to {VERSION} are read");
+        return Err(Error::mosaic(format!(
+            "the body is of {VERSION_ATTRIBUTE} {version}, whose ops may mean something else: {read}"
+        )));
     }
     let module = renamed(context, &module, &|name| name.strip_prefix(PREFIX).unwrap_or(name).to_owned())?;
     let (valid, diagnostics) = diagnosed(context, || module.as_operation().verify());
@@ -239,21 +246,26 @@ pub struct CallSite {
 /// (where a configuration that several calls share appears once).
 ///
 /// StableHLO's own dialect is not needed for it: the calls are found by what their configurations look like.
-pub fn find_custom_calls(module: &[u8]) -> Vec<CallSite> {
+///
+/// # Errors
+/// When a configuration is damaged: none is left out.
+pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
     const KEY: &[u8] = b"custom_call_config";
     let mut found = Vec::new();
     let mut at = 0;
     while let Some(offset) = module[at..].windows(KEY.len()).position(|window| window == KEY) {
         let key = at + offset;
         at = key + KEY.len();
-        let Some(open) = module[..key].iter().rposition(|&byte| byte == b'{') else { continue };
+        let damaged =
+            || Error::mosaic(format!("call {} of a Mosaic kernel: its backend_config is damaged", found.len()));
+        let open = module[..key].iter().rposition(|&byte| byte == b'{').ok_or_else(damaged)?;
         // In text the quotes inside the string are escaped, in bytecode they are not.
         let in_text = module[key - 1] != b'"' || module.get(key.wrapping_sub(2)) == Some(&b'\\');
         let raw = if in_text { unescaped(&module[open..]) } else { module[open..].to_vec() };
         let mut values = serde_json::Deserializer::from_slice(&raw).into_iter::<Json>();
-        let Some(Ok(config)) = values.next() else { continue };
+        let config = values.next().and_then(std::result::Result::ok).ok_or_else(damaged)?;
         if !config["custom_call_config"]["body"].is_string() {
-            continue;
+            return Err(damaged());
         }
         // An op is one line of text.
         let line = module[at..].split(|&byte| byte == b'\n').next().unwrap_or_default();
@@ -264,7 +276,7 @@ pub fn find_custom_calls(module: &[u8]) -> Vec<CallSite> {
         let aliases = if types.is_some() { [call_aliases(&before), call_aliases(&after)].concat() } else { vec![] };
         found.push(CallSite { backend_config: config.to_string(), types, aliases });
     }
-    found
+    Ok(found)
 }
 
 /// Operand and result types at the end of an op's text: `... : (tensor<8xi32>) -> tensor<8xf32>`.

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     element::Element,
     mosaic::{Argument, MemorySpace, RefElement, Role, Semantics},
+    random::SplitMix64,
     shape::TensorType,
     tensor::HostTensor,
 };
@@ -69,32 +70,17 @@ struct Pipeline {
     fetched_ahead: bool,
 }
 
-/// A small generator (splitmix64) for the random order of copies: the same seed gives the same order everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
-}
-
 struct Executor<'p, 'i> {
     program: &'p Program,
     machine: &'p Machine,
     buffers: Vec<Buffer<'i>>,
+    /// Outputs without windows: the buffer that the kernel sees, and the array.
+    whole_outputs: Vec<(usize, usize)>,
     registers: Vec<Reg>,
     copies: Vec<Copy>,
     next_copy: usize,
     semaphores: BTreeMap<(usize, usize), Semaphore>,
-    random: Random,
+    random: SplitMix64,
     step: Vec<usize>,
     owner: u32,
     counters: Counters,
@@ -112,11 +98,12 @@ impl Program {
             program: self,
             machine,
             buffers: vec![],
+            whole_outputs: vec![],
             registers: vec![Reg::Empty; self.slots],
             copies: vec![],
             next_copy: 0,
             semaphores: BTreeMap::new(),
-            random: Random(match machine.dma {
+            random: SplitMix64::new(match machine.dma {
                 DmaOrder::Random(seed) => seed,
                 _ => 0,
             }),
@@ -128,7 +115,8 @@ impl Program {
         let signature = self.signature.clone().with_outputs(outputs.len());
         let (views, mut pipelines, results) = executor.allocate(&signature.arguments, inputs, outputs)?;
         executor.grid(&signature.grid, &views, &mut pipelines)?;
-        executor.finish()?;
+        executor.check_settled("at the end of the kernel")?;
+        executor.put_whole_outputs();
         executor.results(&results)
     }
 }
@@ -181,6 +169,7 @@ impl<'i> Executor<'_, 'i> {
                 format!("{} inputs and {} outputs for a kernel with {takes} and {gives}", inputs.len(), outputs.len());
             return Err(bad(self, detail));
         }
+        self.check_capacity(arguments, inputs, outputs)?;
         let parallel = self.program.signature.grid.iter().any(|&(size, how)| how == Semantics::Parallel && size > 1);
         let (mut views, mut pipelines, mut results) = (vec![], vec![], vec![]);
         let (mut next_input, mut next_output) = (0, 0);
@@ -248,8 +237,16 @@ impl<'i> Executor<'_, 'i> {
                     });
                     first
                 }
+                (MemorySpace::Smem | MemorySpace::Vmem, RefElement::Data(element), Some(array))
+                    if argument.role == Role::Output =>
+                {
+                    // A whole array that goes to HBM after the last step.
+                    self.buffers.push(Buffer::poisoned(name, argument.space, element, &argument.dims));
+                    self.whole_outputs.push((self.buffers.len() - 1, array));
+                    self.buffers.len() - 1
+                }
                 (MemorySpace::Smem | MemorySpace::Vmem, _, Some(array)) => {
-                    // A whole array that the pipeline brings in before the first step.
+                    // A whole array that comes from HBM before the first step.
                     let data = Cow::Owned(self.buffers[array].data.clone().into_owned());
                     self.buffers.push(Buffer::holding(name, argument.space, data));
                     self.buffers.len() - 1
@@ -267,8 +264,13 @@ impl<'i> Executor<'_, 'i> {
             };
             views.push(Reg::View(Arc::new(View::whole(buffer, argument.element, &argument.dims))));
         }
-        self.check_capacity(arguments)?;
         Ok((views, pipelines, results))
+    }
+
+    fn put_whole_outputs(&mut self) {
+        for (buffer, array) in std::mem::take(&mut self.whole_outputs) {
+            self.put(&self.whole(buffer), &self.whole(array));
+        }
     }
 
     fn check_type(&self, argument: &Argument, ty: &TensorType) -> Step<()> {
@@ -291,22 +293,36 @@ impl<'i> Executor<'_, 'i> {
         Ok(())
     }
 
-    fn check_capacity(&mut self, arguments: &[Argument]) -> Step<()> {
-        let of =
-            |spaces: &[MemorySpace]| arguments.iter().filter(|a| spaces.contains(&a.space)).map(Argument::bytes).sum();
-        let hbm = self.buffers.iter().filter(|b| b.space == MemorySpace::Hbm).map(|b| b.data.bytes().len()).sum();
-        let vmem: usize = of(&[MemorySpace::Vmem]);
-        self.counters.vmem_bytes = vmem;
+    /// Before anything is allocated: what a kernel declares may be more than this computer has.
+    fn check_capacity(&mut self, arguments: &[Argument], inputs: &[HostTensor], outputs: &[TensorType]) -> Step<()> {
+        let largest = |sizes: &mut dyn Iterator<Item = (String, usize)>| {
+            sizes.fold((0, None), |(total, most): (usize, Option<(String, usize)>), (name, bytes)| {
+                let most = most.filter(|(_, most)| *most >= bytes).or(Some((name, bytes)));
+                (total.saturating_add(bytes), most)
+            })
+        };
+        let of = |space: MemorySpace| {
+            let declared = arguments.iter().filter(|argument| argument.space == space);
+            largest(&mut declared.map(|argument| (argument.name.clone(), argument.bytes())))
+        };
+        let own = (0..outputs.len()).filter(|&at| self.program.aliases.iter().all(|&(_, output)| output != at));
+        let arrays = inputs.iter().map(|array| array.bytes().len());
+        let arrays = arrays.chain(own.map(|at| outputs[at].len() * outputs[at].element.bytes()));
+        let names = arguments.iter().filter(|a| a.role != Role::Scratch).map(|argument| argument.name.clone());
+        let vmem = of(MemorySpace::Vmem);
+        self.counters.vmem_bytes = vmem.0;
         let taken = [
             ("VMEM", vmem, self.machine.vmem_bytes),
-            ("SMEM", of(&[MemorySpace::Smem]), self.machine.smem_bytes),
-            ("HBM", hbm, self.machine.hbm_bytes),
-            ("semaphore memory", of(&[MemorySpace::Semaphore]), self.machine.semaphore_bytes),
+            ("SMEM", of(MemorySpace::Smem), self.machine.smem_bytes),
+            ("HBM", largest(&mut names.zip(arrays)), self.machine.hbm_bytes),
+            ("semaphore memory", of(MemorySpace::Semaphore), self.machine.semaphore_bytes),
         ];
-        for (memory, taken, limit) in taken {
+        for (memory, (taken, most), limit) in taken {
             if taken > limit {
                 let detail = format!("the kernel declares {taken} bytes of {memory}; the limit is {limit}");
-                return Err(self.fault(FaultKind::MemoryExceeded, &self.pipeline, detail));
+                let mut fault = self.fault(FaultKind::MemoryExceeded, &self.pipeline, detail);
+                fault.buffer = most.map(|(name, _)| name);
+                return Err(fault);
             }
         }
         Ok(())
@@ -342,6 +358,10 @@ impl<'i> Executor<'_, 'i> {
         };
         let mut next: Vec<Vec<i64>> = vec![];
         for step in 0..steps {
+            if step as u64 >= self.machine.max_ops {
+                let detail = format!("a grid of {steps} steps (`Machine::max_ops` is {})", self.machine.max_ops);
+                return Err(self.fault(FaultKind::Runaway, &self.pipeline, detail));
+            }
             let at = coordinates(step);
             self.step.clone_from(&at);
             let before = std::mem::replace(&mut self.owner, owner(&at));
@@ -356,8 +376,10 @@ impl<'i> Executor<'_, 'i> {
                 true => vec![],
                 false => self.block_indices(&coordinates(step + 1), views, pipelines)?,
             };
+            let following = if step + 1 < steps { owner(&coordinates(step + 1)) } else { self.owner };
             for (number, pipeline) in pipelines.iter_mut().enumerate() {
-                self.begin_step(pipeline, &indices[number], next.get(number), step == 0)?;
+                let next = next.get(number).map(|index| (index.as_slice(), following));
+                self.begin_step(pipeline, &indices[number], next, step == 0)?;
             }
             let mut arguments: Vec<Reg> = at.iter().map(|&index| Reg::Scalar(Scalar::Int(index as i32))).collect();
             arguments.extend_from_slice(views);
@@ -377,17 +399,9 @@ impl<'i> Executor<'_, 'i> {
         Ok(())
     }
 
-    /// Steps that may run on another core see nothing of what earlier ones left in scratch memory.
+    /// Steps that may run on another core see nothing of what earlier ones left in scratch memory and semaphores.
     fn enter_parallel_step(&mut self, views: &[Reg]) -> Step<()> {
-        if let Some(copy) = self.copies.first() {
-            let mut fault = self.fault(
-                FaultKind::SemaphoreUnbalanced,
-                &self.pipeline,
-                "a copy is in flight from one parallel grid step into the next, which may run on another core".into(),
-            );
-            fault.dma = Some(self.describe_copy(copy));
-            return Err(fault);
-        }
+        self.check_settled("before a parallel grid step that may run on another core")?;
         for (argument, view) in self.program.signature.arguments.iter().zip(views) {
             if let (Role::Scratch, RefElement::Data(_), Reg::View(view)) = (argument.role, argument.element, view) {
                 self.buffers[view.buffer].poison();
@@ -410,7 +424,14 @@ impl<'i> Executor<'_, 'i> {
         Ok(indices)
     }
 
-    fn begin_step(&mut self, pipeline: &mut Pipeline, index: &[i64], next: Option<&Vec<i64>>, first: bool) -> Step<()> {
+    /// `next`: the block of the step that follows, and the parallel position of that step.
+    fn begin_step(
+        &mut self,
+        pipeline: &mut Pipeline,
+        index: &[i64],
+        next: Option<(&[i64], u32)>,
+        first: bool,
+    ) -> Step<()> {
         let changed = first || pipeline.index != index;
         if !changed && pipeline.output && pipeline.owner != self.owner {
             let fault = self.fault(
@@ -428,15 +449,16 @@ impl<'i> Executor<'_, 'i> {
             pipeline.index = index.to_vec();
             let buffer = pipeline.buffers[pipeline.current];
             if pipeline.output {
+                self.check_copies(&self.whole(buffer), true, None)?;
                 self.buffers[buffer].poison();
                 self.block(pipeline, index)?;
             } else if !std::mem::take(&mut pipeline.fetched_ahead) {
-                self.fetch(pipeline, index, buffer)?;
+                self.fetch(pipeline, index, buffer, self.owner)?;
             }
         }
         // Double buffering: the next block's copy starts with this step, and is complete when the next one starts.
-        let ahead = next.filter(|next| *next != index && pipeline.buffers.len() > 1 && !pipeline.output);
-        if let Some(next) = ahead {
+        let ahead = next.filter(|(next, _)| *next != index && pipeline.buffers.len() > 1 && !pipeline.output);
+        if let Some((next, owner)) = ahead {
             let early = match self.machine.dma {
                 DmaOrder::Early => true,
                 DmaOrder::Late => false,
@@ -444,7 +466,7 @@ impl<'i> Executor<'_, 'i> {
             };
             if early {
                 let other = pipeline.buffers[(pipeline.current + 1) % pipeline.buffers.len()];
-                self.fetch(pipeline, next, other)?;
+                self.fetch(pipeline, next, other, owner)?;
                 pipeline.fetched_ahead = true;
             }
         }
@@ -486,10 +508,13 @@ impl<'i> Executor<'_, 'i> {
         Ok((inside, window, sizes == *block))
     }
 
-    fn fetch(&mut self, pipeline: &Pipeline, index: &[i64], buffer: usize) -> Step<()> {
+    /// Copies a block into a window, for a step at parallel position `owner`.
+    fn fetch(&mut self, pipeline: &Pipeline, index: &[i64], buffer: usize, owner: u32) -> Step<()> {
         let (source, mut window, whole) = self.block(pipeline, index)?;
         window.buffer = buffer;
         self.check_copies(&source, false, None)?;
+        self.check_copies(&self.whole(buffer), true, None)?;
+        self.check_core(&source, owner, None)?;
         if !whole {
             self.buffers[buffer].poison();
         }
@@ -507,6 +532,7 @@ impl<'i> Executor<'_, 'i> {
         let index = pipeline.index.clone();
         let (target, window, _) = self.block(pipeline, &index)?;
         self.check_copies(&target, true, None)?;
+        self.check_copies(&window, false, None)?;
         if let Some((offset, other)) = self.buffers[target.buffer].claim(&target, self.owner) {
             let fault = self.fault(
                 FaultKind::ParallelOverlap,
@@ -515,19 +541,31 @@ impl<'i> Executor<'_, 'i> {
             );
             return Err(self.in_buffer(fault, target.buffer, offset));
         }
-        let bytes = self.buffers[window.buffer].copy_out(&window);
-        self.counters.hbm_bytes_written += bytes.len() as u64;
-        self.buffers[target.buffer].copy_in(&target, &bytes);
-        if self.buffers[window.buffer].unwritten_in(&window).is_some() {
-            let garbage = self.buffers[window.buffer].garbage_in(&window);
-            self.buffers[target.buffer].spoil(&target, &garbage);
-        }
+        self.put(&window, &target);
         Ok(())
     }
 
-    fn finish(&mut self) -> Step<()> {
+    /// Copies what a kernel made in VMEM to its array; what it did not write is unwritten there.
+    fn put(&mut self, made: &Region, target: &Region) {
+        let bytes = self.buffers[made.buffer].copy_out(made);
+        self.counters.hbm_bytes_written += bytes.len() as u64;
+        self.buffers[target.buffer].copy_in(target, &bytes);
+        if self.buffers[made.buffer].unwritten_in(made).is_some() {
+            let garbage = self.buffers[made.buffer].garbage_in(made);
+            self.buffers[target.buffer].spoil(target, &garbage);
+        }
+    }
+
+    /// All of a buffer.
+    fn whole(&self, buffer: usize) -> Region {
+        let dims = &self.buffers[buffer].dims;
+        Region::new(buffer, 0, dims, &tile::strides(dims))
+    }
+
+    /// Faults unless every copy was waited for and every semaphore is zero at `when`.
+    fn check_settled(&self, when: &str) -> Step<()> {
         if let Some(copy) = self.copies.first() {
-            let detail = "a copy was never waited for".to_owned();
+            let detail = format!("a copy was not waited for {when}");
             let mut fault = self.fault_at(FaultKind::SemaphoreUnbalanced, copy.origin, detail);
             fault = self.in_buffer(fault, copy.semaphore.0, copy.semaphore.1);
             fault.dma = Some(self.describe_copy(copy));
@@ -535,7 +573,7 @@ impl<'i> Executor<'_, 'i> {
         }
         for (&(buffer, cell), semaphore) in &self.semaphores {
             if semaphore.value != 0 {
-                let detail = format!("it holds {} at the end of the kernel", semaphore.value);
+                let detail = format!("it holds {} {when}", semaphore.value);
                 let fault = self.fault_at(FaultKind::SemaphoreUnbalanced, semaphore.origin, detail);
                 return Err(self.in_buffer(fault, buffer, cell));
             }
@@ -577,9 +615,21 @@ impl<'i> Executor<'_, 'i> {
         }
     }
 
+    /// Faults when a step at parallel position `owner` reads what another position wrote in `region` of an array.
+    fn check_core(&self, region: &Region, owner: u32, origin: Option<u32>) -> Step<()> {
+        let Some((offset, other)) = self.buffers[region.buffer].written_elsewhere(region, owner) else {
+            return Ok(());
+        };
+        let detail = format!("it was written at parallel position {other} and is read at {owner}");
+        let origin = origin.map_or(&self.pipeline, |origin| &self.program.origins[origin as usize]);
+        let fault = self.fault(FaultKind::ParallelOverlap, origin, detail);
+        Err(self.in_buffer(fault, region.buffer, offset))
+    }
+
     fn start_copy(&mut self, source: &View, destination: &View, semaphore: &View, origin: u32) -> Step<()> {
         let (from, to) = (source.all(), destination.all());
         self.check_copies(&from, false, Some(origin))?;
+        self.check_core(&from, self.owner, Some(origin))?;
         self.check_copies(&to, true, Some(origin))?;
         self.check_written(&from, origin)?;
         let bytes = from.len() * self.buffers[from.buffer].data.element().bytes();
@@ -724,12 +774,17 @@ impl<'i> Executor<'_, 'i> {
         self.registers[slot as usize] = value;
     }
 
-    fn execute(&mut self, inst: &Inst) -> Step<()> {
+    fn count_op(&mut self, origin: u32) -> Step<()> {
         self.counters.ops += 1;
         if self.counters.ops > self.machine.max_ops {
             let detail = format!("more than {} (`Machine::max_ops`): a loop that never ends?", self.machine.max_ops);
-            return Err(self.fault_at(FaultKind::Runaway, inst.origin, detail));
+            return Err(self.fault_at(FaultKind::Runaway, origin, detail));
         }
+        Ok(())
+    }
+
+    fn execute(&mut self, inst: &Inst) -> Step<()> {
+        self.count_op(inst.origin)?;
         let origin = inst.origin;
         let result = match &inst.op {
             Op::Scalar(scalar) => Reg::Scalar(*scalar),
@@ -910,9 +965,9 @@ impl<'i> Executor<'_, 'i> {
                 let mut carried: Vec<Reg> = initial.iter().map(|value| self.take(value)).collect();
                 loop {
                     let mut values = self.call(before, carried)?;
-                    self.counters.ops += 1;
+                    self.count_op(origin)?;
                     let condition = values.remove(0);
-                    if int(&condition) == 0 || self.counters.ops > self.machine.max_ops {
+                    if int(&condition) == 0 {
                         carried = values;
                         break;
                     }
@@ -985,17 +1040,21 @@ impl<'i> Executor<'_, 'i> {
         let region = self.region(&view, &start, place, origin)?;
         self.check_copies(&region, false, Some(origin))?;
         self.check_written(&region, origin)?;
+        Ok(self.read(&region, place, to))
+    }
+
+    fn read(&self, region: &Region, place: &Place, to: Element) -> Tile {
         let buffer = &self.buffers[region.buffer];
         let stored = buffer.data.element();
-        let tile = buffer.read(&region);
+        let tile = buffer.read(region);
         if stored == to {
-            return Ok(tile);
+            return tile;
         }
         // A view of narrow elements as wider ones reads them row by row.
         let mut dims = place.sizes.clone();
         let rows = dims.len().saturating_sub(2);
         dims[rows] *= to.bytes() / stored.bytes();
-        Ok(tile::bitcast(&tile, &dims, stored, to))
+        tile::bitcast(&tile, &dims, stored, to)
     }
 
     fn load_scalar(&mut self, place: &Place, origin: u32) -> Step<Scalar> {
@@ -1018,7 +1077,7 @@ impl<'i> Executor<'_, 'i> {
         let stored = self.buffers[region.buffer].data.element();
         if add {
             self.check_written(&region, origin)?;
-            let old = self.buffers[region.buffer].read(&region);
+            let old = self.read(&region, place, element);
             value = tile::binary(Binary::Add, element, old, value).expect("an addition divides by nothing");
         }
         let mut mask = match mask {

@@ -127,6 +127,18 @@ impl<'i> Buffer<'i> {
         })
     }
 
+    /// The first element of `region` that was written at another parallel position than `owner`.
+    pub(super) fn written_elsewhere(&self, region: &Region, owner: u32) -> Option<(usize, u32)> {
+        if self.owners.is_empty() {
+            return None;
+        }
+        region.find_run(|start, len, stride| {
+            let mut run = (0..len).map(|i| start + i * stride);
+            let at = run.find(|&at| self.owners[at] != 0 && self.owners[at] != owner + 1)?;
+            Some((at, self.owners[at] - 1))
+        })
+    }
+
     /// The elements of `region`, in order, as a register tile.
     pub(super) fn read(&self, region: &Region) -> Tile {
         fn gather<T: crate::element::Native, U>(data: &HostTensor, region: &Region, widen: impl Fn(T) -> U) -> Vec<U> {

@@ -14,6 +14,7 @@
 //! - *Unwritten memory* holds a NaN or an odd integer, and every element remembers whether it was written. Scratch keeps
 //!   its content from grid step to grid step, except across steps that differ in a `parallel` dimension: they may run on
 //!   different cores, so scratch is unwritten again there.
+//! - *Whole arrays* in VMEM or SMEM come before the first step and, as outputs, go after the last.
 //! - *Windows*: before a step, the blocks of its inputs are in VMEM. A double-buffered block is copied while the step
 //!   before runs: from HBM as it is at that step's start ([`DmaOrder::Early`]) or end ([`DmaOrder::Late`]). Where a block
 //!   hangs over the edge of its array the window holds NaN that may be read (a kernel masks it) and what is written there
@@ -31,16 +32,18 @@
 //! - [`FaultKind::OutOfBounds`]: an index outside a view, a view outside a buffer, a block that starts outside its array.
 //! - [`FaultKind::UnwrittenRead`]: a load, or the source of a copy, that nobody wrote
 //!   ([`Machine::allow_unwritten_reads`]).
-//! - [`FaultKind::ReadInFlight`], [`FaultKind::OverwriteInFlight`]: a race with a copy in flight.
-//! - [`FaultKind::SemaphoreUnbalanced`]: at the end of the kernel a copy was not waited for or a semaphore is not zero;
-//!   or a copy is in flight between steps of a `parallel` dimension.
+//! - [`FaultKind::ReadInFlight`], [`FaultKind::OverwriteInFlight`]: a race with a copy in flight; of the kernel's own
+//!   ops, or of the pipeline, whose op is `pipeline`.
+//! - [`FaultKind::SemaphoreUnbalanced`]: a copy was not waited for or a semaphore is not zero at the end of the kernel, or
+//!   between steps that differ in a `parallel` dimension.
 //! - [`FaultKind::Deadlock`]: a wait for more bytes or signals than were ever started.
-//! - [`FaultKind::ParallelOverlap`]: two steps that differ in a `parallel` dimension write the same output element.
+//! - [`FaultKind::ParallelOverlap`]: two steps that differ in a `parallel` dimension write the same output element, or
+//!   one reads what the other, earlier in the grid, wrote.
 //! - [`FaultKind::MemoryExceeded`]: more VMEM, SMEM, HBM or semaphores than there are.
 //! - [`FaultKind::OutputNeverWritten`]: an output element that no step wrote ([`Machine::allow_unwritten_outputs`]).
 //! - [`FaultKind::BrokenAssumption`]: `tpu.assume_multiple` of something that is none.
 //! - [`FaultKind::DivisionByZero`]: an integer divided by zero.
-//! - [`FaultKind::Runaway`]: more than [`Machine::max_ops`] ops.
+//! - [`FaultKind::Runaway`]: more than [`Machine::max_ops`] ops or grid steps.
 //! - [`FaultKind::BadCall`]: arguments that do not fit the kernel.
 //!
 //! What it does not model: time, registers and their spills, several devices, and layouts inside a tile.

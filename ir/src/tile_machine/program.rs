@@ -13,7 +13,7 @@ use crate::{
     context::printed,
     element::Element,
     error::{Error, Result},
-    mosaic::{RefElement, Signature},
+    mosaic::{MemorySpace, RefElement, Role, Signature},
 };
 
 /// A register.
@@ -331,6 +331,16 @@ impl Program {
         let mut decoder = Decoder { slots: HashMap::new(), origins: vec![] };
         let kernel = crate::mosaic::kernel_function(module)?;
         let body = decoder.function(kernel)?;
+        let rank = signature.grid.len();
+        let of_kernel = parameters(kernel);
+        let prefetched = signature.arguments.iter().zip(of_kernel.iter().skip(rank));
+        let prefetched = prefetched.filter(|(argument, _)| argument.role == Role::Prefetch).map(|(_, ty)| *ty);
+        // What a window's transform gets: the grid step and the prefetched arrays.
+        let of_transform: Vec<Type> = of_kernel.iter().copied().take(rank).chain(prefetched).collect();
+        let scalar = |ty: &Type| shape(kernel, *ty).is_ok_and(|s| s.dims.is_empty() && s.element == Element::I32);
+        if !of_kernel.iter().take(rank).all(scalar) {
+            return Err(Error::op("func.func", format!("@{}: its grid indices are not all i32", signature.name)));
+        }
         let functions = crate::mosaic::functions(module);
         let mut transforms = Vec::new();
         for argument in &signature.arguments {
@@ -350,6 +360,10 @@ impl Program {
                 let function = functions.iter().find(named);
                 let function = function.ok_or_else(|| Error::mosaic(format!("no function @{}", window.transform)))?;
                 let code = decoder.function(*function)?;
+                if parameters(*function) != of_transform {
+                    let wanted = of_transform.iter().map(printed).collect::<Vec<_>>().join(", ");
+                    return Err(Error::op("func.func", format!("@{} does not take ({wanted})", window.transform)));
+                }
                 let last = function.region(0).ok().and_then(|region| region.first_block()?.terminator());
                 if !last.is_some_and(|last| well_formed(last, "func.return")) {
                     return Err(Error::op("func.func", format!("@{} does not yield i32 indices", window.transform)));
@@ -378,12 +392,19 @@ impl Program {
     }
 }
 
+/// The types of a function's parameters.
+fn parameters<'c>(function: OperationRef<'c, '_>) -> Vec<Type<'c>> {
+    let Some(block) = function.region(0).ok().and_then(|region| region.first_block()) else { return vec![] };
+    (0..block.argument_count()).filter_map(|index| Some(block.argument(index).ok()?.r#type())).collect()
+}
+
 struct Decoder {
     slots: HashMap<*const std::ffi::c_void, Slot>,
     origins: Vec<Origin>,
 }
 
 /// Element and sizes of an operand or result.
+#[derive(PartialEq)]
 struct Shape {
     element: Element,
     dims: Vec<usize>,
@@ -501,6 +522,10 @@ impl Decoder {
             "arith.xori" => binary(self, Xor),
             "arith.shli" => binary(self, Shl),
             "arith.shrsi" => binary(self, ShrSigned),
+            // Narrow integers are held sign-extended.
+            "arith.shrui" if result_shape(operation)?.element != Element::I32 => {
+                Err(unsupported("a logical shift of narrow integers".into()))
+            }
             "arith.shrui" => binary(self, ShrUnsigned),
             "math.powf" => binary(self, Pow),
             "arith.negf" => unary(self, Unary::Neg),
@@ -540,13 +565,14 @@ impl Decoder {
                 let dims = operand_shape(operation, 0)?.dims;
                 Ok(Op::Transpose { x: x(self)?, dims, permutation: sizes(operation, "permutation")? })
             }
-            "vector.extract_strided_slice" => Ok(Op::Slice {
-                x: x(self)?,
-                dims: operand_shape(operation, 0)?.dims,
-                offsets: sizes(operation, "offsets")?,
-                sizes: result_shape(operation)?.dims,
-                steps: sizes(operation, "strides")?,
-            }),
+            "vector.extract_strided_slice" => {
+                let dims = operand_shape(operation, 0)?.dims;
+                let (mut offsets, mut steps) = (sizes(operation, "offsets")?, sizes(operation, "strides")?);
+                // Those of the minor dimensions may be left out: they are taken whole.
+                offsets.resize(dims.len(), 0);
+                steps.resize(dims.len(), 1);
+                Ok(Op::Slice { x: x(self)?, dims, offsets, sizes: result_shape(operation)?.dims, steps })
+            }
             "vector.extract" => {
                 let Shape { dims, .. } = operand_shape(operation, 0)?;
                 let position = sizes(operation, "static_position")?;
@@ -803,16 +829,17 @@ fn well_formed(operation: OperationRef, name: &str) -> bool {
     let check = || -> Option<bool> {
         Some(match name {
             "vector.load" | "tpu.vector_load" | "tpu.strided_load" => {
-                let ((element, dims, _), result) = (memref(0)?, result_tile()?);
+                let ((element, dims, space), result) = (memref(0)?, result_tile()?);
                 let steps = operation.attribute("strides").ok().and_then(to_sizes).unwrap_or_default();
                 let steps = steps.is_empty() || (steps.len() == dims.len() && !steps.contains(&0));
                 element == RefElement::Data(result.element)
+                    && space == MemorySpace::Vmem
                     && dims.len() == result.dims.len()
                     && scalars(1, dims.len())
                     && steps
             }
             "vector.store" | "tpu.vector_store" | "tpu.strided_store" => {
-                let (value, (element, dims, _)) = (tile(0)?, memref(1)?);
+                let (value, (element, dims, space)) = (tile(0)?, memref(1)?);
                 let steps = operation.attribute("strides").ok().and_then(to_sizes).unwrap_or_default();
                 let steps = steps.is_empty() || (steps.len() == dims.len() && !steps.contains(&0));
                 let mask = match types.len() - 2 - dims.len().min(types.len() - 2) {
@@ -822,12 +849,12 @@ fn well_formed(operation: OperationRef, name: &str) -> bool {
                     _ => false,
                 };
                 let sizes = dims.len() == value.dims.len() && scalars(2, dims.len());
-                element == RefElement::Data(value.element) && sizes && steps && mask
+                element == RefElement::Data(value.element) && space == MemorySpace::Vmem && sizes && steps && mask
             }
             "memref.load" | "memref.store" => {
-                let (element, dims, _) = memref(usize::from(name == "memref.store"))?;
+                let (element, dims, space) = memref(usize::from(name == "memref.store"))?;
                 let wide = matches!(element, RefElement::Data(Element::I32 | Element::F32));
-                wide && scalars(types.len() - dims.len(), dims.len())
+                wide && space == MemorySpace::Smem && scalars(types.len() - dims.len(), dims.len())
             }
             "tpu.memref_slice" => {
                 let ((element, whole, space), (result, dims, to)) = (memref(0)?, result_memref()?);
@@ -838,15 +865,15 @@ fn well_formed(operation: OperationRef, name: &str) -> bool {
                     && scalars(1, dims.len())
             }
             "tpu.memref_squeeze" | "tpu.memref_reshape" | "tpu.erase_memref_layout" => {
-                let ((element, from, _), (result, to, _)) = (memref(0)?, result_memref()?);
-                element == result && from.iter().product::<usize>() == to.iter().product::<usize>()
+                let ((element, from, space), (result, to, same)) = (memref(0)?, result_memref()?);
+                element == result && space == same && from.iter().product::<usize>() == to.iter().product::<usize>()
             }
             "tpu.memref_bitcast" => {
-                let ((from, mut dims, _), (to, result, _)) = (memref(0)?, result_memref()?);
+                let ((from, mut dims, space), (to, result, same)) = (memref(0)?, result_memref()?);
                 let (from, to, rows) = (from.data()?.bytes(), to.data()?.bytes(), dims.len().checked_sub(2)?);
                 let fits = (dims[rows] * from).is_multiple_of(to);
                 dims[rows] = dims[rows] * from / to;
-                fits && dims == result
+                fits && dims == result && space == same && space != MemorySpace::Smem
             }
             "tpu.enqueue_dma" if types.len() == 3 => {
                 let ((from, source, _), (to, destination, _)) = (memref(0)?, memref(1)?);
@@ -858,9 +885,10 @@ fn well_formed(operation: OperationRef, name: &str) -> bool {
             "tpu.sem_read" => semaphore(0),
             "tpu.assume_multiple" => scalars(0, 1) && number("multiple").is_some_and(|multiple| multiple > 0),
             "tpu.matmul" => {
-                let (lhs, rhs, sum) = (tile(0)?, tile(1)?, tile(2)?);
+                let (lhs, rhs, sum, result) = (tile(0)?, tile(1)?, tile(2)?, result_tile()?);
                 let kind = |shape: &Shape| (shape.element.is_float(), shape.element == Element::Pred);
-                kind(&lhs) == kind(&rhs) && kind(&lhs) == kind(&sum) && kind(&lhs) != (false, true)
+                let kinds = kind(&lhs) == kind(&rhs) && kind(&lhs) == kind(&sum) && kind(&lhs) != (false, true);
+                kinds && sum == result
             }
             "tpu.concatenate" | "tpu.repeat" => {
                 let (mut total, result, dim) = (tile(0)?, result_tile()?, number("dimension")?);
@@ -906,7 +934,12 @@ fn well_formed(operation: OperationRef, name: &str) -> bool {
                 permutes && permutation.iter().map(|&dim| x.dims[dim]).eq(result.dims) && x.element == result.element
             }
             "tpu.reshape" => tile(0)?.len() == result_tile()?.len() && tile(0)?.element == result_tile()?.element,
-            "tpu.reciprocal" | "tpu.truncf" | "tpu.extf" | "tpu.sitofp" => tile(0)?.dims == result_tile()?.dims,
+            "tpu.reciprocal" => tile(0)? == result_tile()? && tile(0)?.element.is_float(),
+            "tpu.truncf" | "tpu.extf" | "tpu.sitofp" => {
+                let (x, result) = (tile(0)?, result_tile()?);
+                let from_float = name != "tpu.sitofp";
+                x.dims == result.dims && x.element.is_float() == from_float && result.element.is_float()
+            }
             "func.return" => scalars(0, types.len()),
             _ => true,
         })

@@ -403,7 +403,10 @@ pub(super) fn convert(from: Element, to: Element, signed: bool, x: Tile) -> Tile
         }
         Tile::Int(x) if to == Element::Pred => Tile::Pred(Arc::new(x.iter().map(|&x| x & 1 != 0).collect())),
         Tile::Int(x) => Tile::Int(map(x, |x| if signed { wrap(to, x) } else { wrap(to, unsigned(from, x) as i32) })),
-        Tile::Pred(x) if to.is_float() => Tile::Float(Arc::new(x.iter().map(|&x| f32::from(u8::from(x))).collect())),
+        Tile::Pred(x) if to.is_float() => {
+            let one = if signed { -1.0 } else { 1.0 };
+            Tile::Float(Arc::new(x.iter().map(|&x| if x { one } else { 0.0 }).collect()))
+        }
         Tile::Pred(x) if to == Element::Pred => Tile::Pred(x),
         Tile::Pred(x) => {
             let one = if signed { -1 } else { 1 };

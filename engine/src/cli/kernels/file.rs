@@ -71,7 +71,7 @@ impl File {
 
     fn classify(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-        let calls = wire::find_custom_calls(&bytes);
+        let calls = wire::find_custom_calls(&bytes).map_err(|error| Error::file(path, error, EMIT_AGAIN))?;
         let has = |word: &str| bytes.windows(word.len()).any(|window| window == word.as_bytes());
         let content = if !calls.is_empty() {
             Content::Module(calls)

@@ -8,6 +8,7 @@ use pagoda_kernels::vmem::Bytes;
 
 use super::file::File;
 use crate::error::{Error, Result};
+use crate::output;
 
 /// Prints them.
 ///
@@ -20,36 +21,30 @@ pub(in crate::cli) fn inspect(path: &Path, json: bool) -> Result<()> {
         .map(|(kernel, _)| wire::summarize(kernel).map_err(|error| Error::file(path, error, "write the module again")))
         .collect::<Result<_>>()?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&summaries).map_err(Error::runtime("writing JSON"))?);
-        return Ok(());
+        return output::print_json(&summaries);
     }
     if summaries.is_empty() {
-        println!("{}: a StableHLO module without Mosaic kernels", path.display());
+        return output::print(&format!("{}: a StableHLO module without Mosaic kernels", path.display()));
     }
-    for (index, summary) in summaries.iter().enumerate() {
-        if index > 0 {
-            println!();
-        }
-        print(summary);
-    }
-    Ok(())
+    output::print(&summaries.iter().map(table).collect::<Vec<_>>().join("\n\n"))
 }
 
-fn print(kernel: &Summary) {
+fn table(kernel: &Summary) -> String {
     let grid: Vec<String> = kernel.grid.iter().map(|(size, how)| format!("{size} {how}")).collect();
-    println!("{}: grid {}", kernel.name, if grid.is_empty() { "none".into() } else { grid.join(" x ") });
+    let grid = if grid.is_empty() { "none".into() } else { grid.join(" x ") };
+    let mut lines = vec![format!("{}: grid {grid}", kernel.name)];
     for buffer in &kernel.buffers {
         let windowed = if buffer.windowed { "window" } else { "" };
         let bytes = if buffer.bytes == 0 { String::new() } else { Bytes(buffer.bytes as u64).to_string() };
-        println!(
+        lines.push(format!(
             "  {:<14} {:<9} {:<22} {:<14} {windowed:<7} {bytes:>12}",
             buffer.name, buffer.role, buffer.shape, buffer.memory
-        );
+        ));
     }
     let limit = kernel.vmem_limit.map_or("the chip's default".to_owned(), |bytes| Bytes(bytes as u64).to_string());
-    println!("  VMEM declared: {} ({} bytes); limit: {limit}", Bytes(kernel.vmem_bytes as u64), kernel.vmem_bytes);
-    println!("  ops:");
-    for (name, count) in &kernel.ops {
-        println!("    {count:>6}  {name}");
-    }
+    let vmem = kernel.vmem_bytes;
+    lines.push(format!("  VMEM declared: {} ({vmem} bytes); limit: {limit}", Bytes(vmem as u64)));
+    lines.push("  ops:".into());
+    lines.extend(kernel.ops.iter().map(|(name, count)| format!("    {count:>6}  {name}")));
+    lines.join("\n")
 }

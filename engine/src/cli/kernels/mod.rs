@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use crate::certify::Certifier;
 use crate::error::{Error, Result};
-use crate::output::write_atomically;
+use crate::output;
 
 pub(super) use file::run_if_asked;
 pub(super) use inspect::inspect;
@@ -42,15 +42,14 @@ impl<T: Display + Serialize> Answer for T {
     }
 }
 
-fn print(answer: &dyn Answer, json: bool) -> Result<()> {
+fn tell(answer: &dyn Answer, json: bool) -> Result<()> {
     let text = if json { answer.json().map_err(Error::runtime("writing JSON"))? } else { answer.table() };
-    println!("{}", text.trim_end());
-    Ok(())
+    output::print(text.trim_end())
 }
 
 /// `pagoda plan`.
 pub(super) fn plan(kernel: &Kernel, json: bool) -> Result<ExitCode> {
-    print(&*kernel.planned()?, json)?;
+    tell(&*kernel.planned()?, json)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -64,16 +63,8 @@ pub(super) fn certify(kernel: &Kernel, timeout: u64, profile_timeout: u64, json:
     let certifier = Certifier::of_this_executable()?
         .timeout(Duration::from_secs(timeout))
         .profile_timeout(Duration::from_secs(profile_timeout));
-    let (certified, compiles) = kernel.certified(&certifier).map_err(|error| match error {
-        // The program is as planned: what failed is this libtpu.
-        Error::Runtime { source, .. } => Error::Plugin {
-            plugin: "tpu".into(),
-            problem: source.to_string(),
-            fix: "see `pagoda doctor` for the libtpu in use".into(),
-        },
-        other => other,
-    })?;
-    print(&*certified, json)?;
+    let (certified, compiles) = kernel.certified(&certifier)?;
+    tell(&*certified, json)?;
     Ok(if compiles { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -100,10 +91,10 @@ pub(super) fn emit(kernel: &Kernel, args: &EmitArgs) -> Result<ExitCode> {
         (_, true) => plan.stablehlo(&context)?.text(),
         _ => plan.kernel(&context)?.text(),
     };
-    let text = format!("{}{}\n", kernel.header(&plan), text.trim_end());
+    let text = format!("{}{}", kernel.header(&plan), text.trim_end());
     match &args.out {
-        None => print!("{text}"),
-        Some(path) => write_atomically(path, text.as_bytes())?,
+        None => output::print(&text)?,
+        Some(path) => output::write_atomically(path, format!("{text}\n").as_bytes())?,
     }
     Ok(ExitCode::SUCCESS)
 }

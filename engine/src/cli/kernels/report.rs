@@ -8,7 +8,8 @@ use pagoda_ir::{HostTensor, TensorType};
 use pagoda_kernels::vmem::Bytes;
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::output;
 
 /// What a result is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
@@ -97,9 +98,9 @@ impl Output {
 /// Prints the reports; succeeds when nothing faulted and everything compared agrees.
 pub(super) fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
     if json {
-        println!("{}", serde_json::to_string_pretty(reports).map_err(Error::runtime("writing JSON"))?);
+        output::print_json(reports)?;
     } else {
-        reports.iter().for_each(print);
+        output::print(&reports.iter().map(table).collect::<Vec<_>>().join("\n"))?;
     }
     let mut works = true;
     for report in reports {
@@ -119,18 +120,20 @@ pub(super) fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
     Ok(if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn print(report: &Report) {
+fn table(report: &Report) -> String {
     let Report { kernel, on, inputs, .. } = report;
     let dma = report.dma.as_ref().map_or(String::new(), |dma| format!(", copies {dma}"));
-    println!("{kernel} on {on}{dma}");
-    println!("  {:<8} {inputs}", "inputs");
+    let mut lines = vec![format!("{kernel} on {on}{dma}"), format!("  {:<8} {inputs}", "inputs")];
     for Output { name, r#type, min, max, mean, nan, checksum } in &report.outputs {
         let nan = if *nan > 0 { format!(", {nan} NaN") } else { String::new() };
-        println!("  {name:<8} {type}: min {min:.4}, max {max:.4}, mean {mean:.4}{nan}, checksum {checksum}", type = r#type);
+        lines.push(format!(
+            "  {name:<8} {type}: min {min:.4}, max {max:.4}, mean {mean:.4}{nan}, checksum {checksum}",
+            type = r#type
+        ));
     }
     if let Some(counters) = &report.counters {
         let Counters { grid_steps, ops, hbm_bytes_read, hbm_bytes_written, copies, mxu_flops, vmem_bytes } = *counters;
-        println!(
+        lines.push(format!(
             "  {:<8} {grid_steps} grid steps, {ops} ops, {copies} copies, {} read, {} written, {:.3} Gflop on the matrix \
              unit, {} of VMEM",
             "counted",
@@ -138,9 +141,10 @@ fn print(report: &Report) {
             Bytes(hbm_bytes_written),
             mxu_flops as f64 / 1e9,
             Bytes(vmem_bytes as u64)
-        );
+        ));
     }
     if let Some(check) = report.check.as_ref().filter(|check| check.agrees) {
-        println!("  {:<8} agrees with {}: {}", "check", check.against.describe(), check.message);
+        lines.push(format!("  {:<8} agrees with {}: {}", "check", check.against.describe(), check.message));
     }
+    lines.join("\n")
 }

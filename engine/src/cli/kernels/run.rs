@@ -15,7 +15,7 @@ use super::operands::{Given, ensure_fits, operands};
 use super::problem::{Case, Kernel, Plan};
 use super::report::{Check, Judge, Output, Report, tell};
 use crate::error::{Error, Result};
-use crate::pjrt::Client;
+use crate::pjrt::{self, Client, Executable};
 
 /// What `pagoda run` takes.
 #[derive(Debug, Args)]
@@ -313,7 +313,8 @@ fn on_plugin(args: &RunArgs, case: &Case) -> Result<Report> {
     let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
     let context = Context::new();
     let module = case.plan().stablehlo(&context)?;
-    plugin_report(args, &client, module.text().as_bytes(), module.name(), Some(case), &case.arguments())
+    let program = client.compile(module.text(), 1)?;
+    plugin_report(args, &client, &program, module.name(), Some(case), &case.arguments())
 }
 
 /// A StableHLO module from a file.
@@ -325,7 +326,8 @@ fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Optio
     }
     if let Some(kernel) = known {
         let case = case(args, kernel.plan()?, given)?;
-        return plugin_report(args, &client, &file.bytes, &file_name(&file.path), Some(&case), &case.arguments());
+        let program = compiled(&client, file)?;
+        return plugin_report(args, &client, &program, &file_name(&file.path), Some(&case), &case.arguments());
     }
     if args.check_against.is_some() {
         let fix = "check a module that `pagoda emit --stablehlo` wrote";
@@ -340,7 +342,21 @@ fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Optio
         Error::file(&file.path, "the types of its arguments cannot be read", fix)
     })?;
     let arrays = operands(given, &arguments, args.random)?;
-    plugin_report(args, &client, &file.bytes, &file_name(&file.path), None, &arrays)
+    plugin_report(args, &client, &compiled(&client, file)?, &file_name(&file.path), None, &arrays)
+}
+
+fn compiled(client: &Client, file: &File) -> Result<Executable> {
+    client.compile(&file.bytes, 1).map_err(|error| match error {
+        // What plugins call a program that they cannot parse, or do not know an op of.
+        pjrt::Error::Plugin {
+            code: "INVALID_ARGUMENT" | "UNKNOWN" | "UNIMPLEMENTED" | "NOT_FOUND", message, ..
+        } => {
+            let said = message.lines().next().unwrap_or_default();
+            let problem = format!("the plugin for {} does not take it: {said}", client.platform());
+            Error::file(&file.path, problem, "write the module again")
+        }
+        error => error.into(),
+    })
 }
 
 fn file_name(path: &Path) -> String {
@@ -350,12 +366,12 @@ fn file_name(path: &Path) -> String {
 fn plugin_report(
     args: &RunArgs,
     client: &Client,
-    module: &[u8],
+    program: &Executable,
     name: &str,
     case: Option<&Case>,
     arrays: &[HostTensor],
 ) -> Result<Report> {
-    let mut outputs = client.compile(module, 1)?.call(arrays)?;
+    let mut outputs = program.call(arrays)?;
     let mut checked = None;
     if let Some(case) = case {
         let expected = case.mosaic().output_type();
