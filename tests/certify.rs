@@ -19,9 +19,15 @@ use pagoda_kernels::rpa::Kind;
 use pagoda_kernels::tuned::Record;
 use pagoda_kernels::vmem::Verdict as Fit;
 
+/// Whether the tables are renewed: then cycles are worth the time that they take.
+fn recording() -> bool {
+    std::env::var_os("PAGODA_RECORD").is_some_and(|value| value == "1")
+}
+
 fn certifier() -> Certifier {
     Certifier::find(env!("CARGO_BIN_EXE_pagoda"))
         .expect("libtpu: run `make tpu-tools`")
+        .profile_timeout(Duration::from_secs(if recording() { 900 } else { 60 }))
         .timeout(Duration::from_secs(1800)) // the largest take minutes, and share the machine
 }
 
@@ -169,7 +175,7 @@ fn large_gated_kernels_compile_on_every_chip() {
 
 /// Merges what was certified into the kernel's table, if asked to.
 fn record<P: KernelPlan>(kernel: &str, certified: Vec<Record<P::Tiles>>) {
-    if std::env::var_os("PAGODA_RECORD").is_none_or(|value| value != "1") {
+    if !recording() {
         return;
     }
     static TABLES: Mutex<()> = Mutex::new(());

@@ -368,6 +368,11 @@ fn bad_files_are_one_clear_error() {
         "second.mlir",
         wire.replacen(call, &format!("{call}\n{}", call.replacen("TUzvUg", "\\22,,", 1)), 1).as_bytes(),
     );
+    // The word alone is no kernel; nor is a kernel's configuration one for what it holds beside.
+    write("word.mlir", format!("// custom_call_config\n{plain}").as_bytes());
+    write("beside.mlir", wire.replacen("{\\22custom", "{\\22a\\22:{},\\22custom", 1).as_bytes());
+    assert_eq!(json(&done(dir.path(), "inspect word.mlir --json")), Value::Array(vec![]));
+    assert_eq!(json(&done(dir.path(), "inspect beside.mlir --json"))[0]["name"], "matmul-m40-n128-k300");
     write("prose.mlir", b"Once upon a time");
     write("empty.mlir", b"");
     write("binary.mlir", &[0xff; 1000]);
@@ -387,7 +392,7 @@ fn bad_files_are_one_clear_error() {
         ("run plain.mlir", &["plain.mlir: it has no Mosaic kernel", "--plugin cpu"]),
         ("run smaller.mlir --plugin cpu", &["results of smaller.mlir = bf16[40,100]", "bf16[40,200]"]),
         ("run ill.mlir --plugin cpu", &["ill.mlir: the plugin for cpu does not take it", "stablehlo.addd"]),
-        ("inspect second.mlir", &["second.mlir: ", "call 1 of a Mosaic kernel: its backend_config is damaged"]),
+        ("inspect second.mlir", &["second.mlir: ", "call 2 of a Mosaic kernel: its backend_config is damaged"]),
         ("inspect prose.mlir", &["prose.mlir: it is neither a StableHLO module nor a Mosaic kernel"]),
         ("inspect empty.mlir", &["empty.mlir: it is neither"]),
         ("run binary.mlir", &["binary.mlir: it is neither"]),

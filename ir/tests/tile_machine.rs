@@ -814,6 +814,46 @@ fn whole_arrays_come_and_go() {
     assert_eq!((fault.kind, fault.index.as_slice()), (FaultKind::OutputNeverWritten, [7, 0].as_slice()), "{fault}");
     let (got, x) = run(7, Machine { allow_unwritten_outputs: true, ..Machine::default() });
     assert_close("rows", &outcome(got)[..7 * 128], &x[128..], 0.0);
+    // In the memory of x, the last row stays what it was.
+    let module = mosaic::wire::deserialize(&context, kernel(7).as_bytes()).unwrap();
+    let program = Program::decode(&module).unwrap().with_aliases(&[(0, 0)]);
+    let array = HostTensor::from_f64(Element::F32, &[8, 128], &x);
+    let out = TensorType::new(Element::F32, &[8, 128]);
+    let got = outcome(program.run(&Machine::default(), &[array], std::slice::from_ref(&out)));
+    assert_close("in place", &got, &[&x[128..], &x[7 * 128..]].concat(), 0.0);
+    // Two cores have no memory in common.
+    let parallel = kernel(7)
+        .replace("(%x:", "(%i: i32, %x:")
+        .replace("array<i64>}", "array<i64: 2>, dimension_semantics = [#tpu.dimension_semantics<parallel>]}");
+    let module = mosaic::wire::deserialize(&context, parallel.as_bytes()).unwrap();
+    let array = HostTensor::from_f64(Element::F32, &[8, 128], &x);
+    let fault = Program::decode(&module).unwrap().run(&Machine::default(), &[array], &[out]).expect_err("shared");
+    assert_eq!(fault.kind, FaultKind::BadCall, "{fault}");
+    assert!(fault.detail.contains("different cores"), "{fault}");
+}
+
+/// Blocks that are read and written in place belong to one parallel position, whichever step fetched them.
+#[test]
+fn parallel_steps_read_their_own_blocks_only() {
+    let context = Context::new();
+    let kernel = |read: for<'a> fn(&mosaic::Transform<'a>) -> Value<'a>| {
+        build(&context, |k| {
+            k.grid([(2, Semantics::Arbitrary), (2, Semantics::Parallel)]);
+            let block = [8, 128];
+            let x = k.input("x", Element::F32, &[16, 128], Window::blocks(&block, move |t| (read(t), 0)));
+            let out = k.output("out", Element::F32, &[16, 128], Window::blocks(&block, |t| (t.grid(1), 0)));
+            k.alias(0, 0);
+            out.store(x.load() + 1.0);
+        })
+    };
+    let x = HostTensor::from_f64(Element::F32, &[16, 128], &values(16 * 128, 0.0));
+    for dma in ORDERS {
+        let machine = Machine { dma, ..Machine::default() };
+        run_on(&machine, &kernel(|t| t.grid(1)), std::slice::from_ref(&x)).unwrap_or_else(|fault| panic!("{fault}"));
+        let fault = run_on(&machine, &kernel(|t| 1 - t.grid(1)), std::slice::from_ref(&x)).expect_err("another's");
+        assert_eq!((fault.kind, fault.op.as_str()), (FaultKind::ParallelOverlap, "pipeline"), "{dma:?}: {fault}");
+        assert!(fault.detail.contains("is read at"), "{dma:?}: {fault}");
+    }
 }
 
 #[test]
@@ -842,7 +882,11 @@ fn memories_have_limits() {
         let module = mosaic::wire::deserialize(&context, text.as_bytes()).unwrap();
         Program::decode(&module).map(|program| program.run(&roomy, &[], &[]).expect_err(space))
     };
-    for (space, dims, memory) in [("vmem", "1048576x1048576xf32", "VMEM"), ("smem", "1073741824xi32", "SMEM")] {
+    for (space, dims, memory) in [
+        ("vmem", "1048576x1048576xf32", "VMEM"),
+        ("smem", "1073741824xi32", "SMEM"),
+        ("hbm", "1048576x1048576xf32", "HBM"),
+    ] {
         let fault = huge(space, dims).unwrap();
         assert_eq!((fault.kind, fault.buffer.as_deref()), (FaultKind::MemoryExceeded, Some("huge")), "{fault}");
         assert!(fault.detail.contains(memory), "{fault}");

@@ -196,7 +196,7 @@ impl fmt::Display for Certificate {
         }
         if self.compiles() && self.kernel_cycles().is_none() {
             let why = match self.profile {
-                Profile::Stopped => "the compiler's profile took too much time or memory (--profile-timeout)",
+                Profile::Stopped => "the compiler's profile took more memory, or time (--profile-timeout), than it may",
                 _ => "the compiler has no estimate of this chip, or of the kernel's copies",
             };
             writeln!(f, "  no static cycles: {why}")?;
@@ -242,7 +242,8 @@ impl Certifier {
     }
 
     /// Sets the time limit of a compilation with its static profile (default: 60 s, and never more than the time limit
-    /// of a compilation). When it is over, the program is compiled without: a verdict, but no cycles.
+    /// of a compilation). When it is over, the program is compiled without, for as long as a compilation may take: a
+    /// verdict, but no cycles.
     #[must_use]
     pub fn profile_timeout(self, profile_timeout: Duration) -> Self {
         Self { profile_timeout, ..self }

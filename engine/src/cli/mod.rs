@@ -61,7 +61,7 @@ enum Command {
         /// Seconds that the compiler may take.
         #[arg(long, global = true, value_name = "SECONDS", default_value_t = 180)]
         timeout: u64,
-        /// Seconds that it may take with its static profile; then it compiles without, and tells no cycles.
+        /// Seconds that it may take with its static profile, before that; when they are over it tells no cycles.
         #[arg(long, global = true, value_name = "SECONDS", default_value_t = 60)]
         profile_timeout: u64,
         /// Print JSON.

@@ -89,7 +89,7 @@ impl Argument {
     }
 }
 
-/// Bytes of a VMEM buffer: the two minor dimensions are padded to tiles of 128 lanes and of as many rows as the array
+/// Bytes of a buffer in VMEM or SMEM: the two minor dimensions are padded to tiles of 128 lanes and of as many rows as the array
 /// has, up to 8 (at least one 32-bit word of rows); an array of one dimension to 128 words.
 ///
 /// Source: `infer_memref_layout` of `jaxlib/mosaic`; compared with the compiler's own report for 27 shapes (libtpu

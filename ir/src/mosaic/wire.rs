@@ -251,25 +251,34 @@ pub struct CallSite {
 /// When a configuration is damaged: none is left out.
 pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
     const KEY: &[u8] = b"custom_call_config";
+    /// Braces before the key, one of which begins its object: values of other keys may be objects too.
+    const MOST_BRACES: usize = 8;
     let mut found = Vec::new();
     let mut at = 0;
     while let Some(offset) = module[at..].windows(KEY.len()).position(|window| window == KEY) {
-        let key = at + offset;
+        let (before, key) = (at, at + offset);
         at = key + KEY.len();
-        let damaged =
-            || Error::mosaic(format!("call {} of a Mosaic kernel: its backend_config is damaged", found.len()));
-        let open = module[..key].iter().rposition(|&byte| byte == b'{').ok_or_else(damaged)?;
-        // In text the quotes inside the string are escaped, in bytecode they are not.
+        // In text the quotes inside the string are escaped, in bytecode they are not. An op is one line of text.
         let in_text = module[key - 1] != b'"' || module.get(key.wrapping_sub(2)) == Some(&b'\\');
-        let raw = if in_text { unescaped(&module[open..]) } else { module[open..].to_vec() };
-        let mut values = serde_json::Deserializer::from_slice(&raw).into_iter::<Json>();
-        let config = values.next().and_then(std::result::Result::ok).ok_or_else(damaged)?;
-        if !config["custom_call_config"]["body"].is_string() {
-            return Err(damaged());
-        }
-        // An op is one line of text.
-        let line = module[at..].split(|&byte| byte == b'\n').next().unwrap_or_default();
         let start = module[..key].iter().rposition(|&byte| byte == b'\n').map_or(0, |newline| newline + 1);
+        let line = module[at..].split(|&byte| byte == b'\n').next().unwrap_or_default();
+        // Not before the key of the call before.
+        let from = if in_text { start.max(before) } else { before };
+        let mut braces = (from..key).rev().filter(|&at| module[at] == b'{').take(MOST_BRACES);
+        let config = braces.find_map(|open| {
+            let raw = if in_text { unescaped(&module[open..]) } else { module[open..].to_vec() };
+            let config = serde_json::Deserializer::from_slice(&raw).into_iter::<Json>().next()?.ok()?;
+            config["custom_call_config"]["body"].is_string().then_some(config)
+        });
+        let Some(config) = config else {
+            // Others may use the word.
+            let op = if in_text { &module[start..at + line.len()] } else { module };
+            if op.windows(TARGET.len()).any(|window| window == TARGET.as_bytes()) {
+                let message = format!("call {} of a Mosaic kernel: its backend_config is damaged", found.len() + 1);
+                return Err(Error::mosaic(message));
+            }
+            continue;
+        };
         let before = String::from_utf8_lossy(&module[start..key]);
         let after = String::from_utf8_lossy(line);
         let types = if in_text { call_types(&after) } else { None };

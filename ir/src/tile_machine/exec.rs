@@ -237,19 +237,19 @@ impl<'i> Executor<'_, 'i> {
                     });
                     first
                 }
-                (MemorySpace::Smem | MemorySpace::Vmem, RefElement::Data(element), Some(array))
-                    if argument.role == Role::Output =>
-                {
-                    // A whole array that goes to HBM after the last step.
-                    self.buffers.push(Buffer::poisoned(name, argument.space, element, &argument.dims));
-                    self.whole_outputs.push((self.buffers.len() - 1, array));
-                    self.buffers.len() - 1
-                }
                 (MemorySpace::Smem | MemorySpace::Vmem, _, Some(array)) => {
-                    // A whole array that comes from HBM before the first step.
-                    let data = Cow::Owned(self.buffers[array].data.clone().into_owned());
-                    self.buffers.push(Buffer::holding(name, argument.space, data));
-                    self.buffers.len() - 1
+                    // A whole array that comes from HBM before the first step, or goes there after the last.
+                    self.buffers.push(self.buffers[array].copied(name, argument.space));
+                    let buffer = self.buffers.len() - 1;
+                    match argument.role {
+                        Role::Output if parallel => {
+                            let detail = format!("`{name}` is one array for steps that may run on different cores");
+                            return Err(bad(self, detail));
+                        }
+                        Role::Output => self.whole_outputs.push((buffer, array)),
+                        _ => self.counters.hbm_bytes_read += self.buffers[array].data.bytes().len() as u64,
+                    }
+                    buffer
                 }
                 (_, _, Some(array)) => array,
                 (space, RefElement::Data(element), None) => {
@@ -295,33 +295,52 @@ impl<'i> Executor<'_, 'i> {
 
     /// Before anything is allocated: what a kernel declares may be more than this computer has.
     fn check_capacity(&mut self, arguments: &[Argument], inputs: &[HostTensor], outputs: &[TensorType]) -> Step<()> {
-        let largest = |sizes: &mut dyn Iterator<Item = (String, usize)>| {
-            sizes.fold((0, None), |(total, most): (usize, Option<(String, usize)>), (name, bytes)| {
-                let most = most.filter(|(_, most)| *most >= bytes).or(Some((name, bytes)));
-                (total.saturating_add(bytes), most)
-            })
+        let bytes_of = |ty: &TensorType| ty.len() * ty.element.bytes();
+        let (mut given, mut made) = (inputs.iter(), outputs.iter().enumerate());
+        let mut declared: BTreeMap<&str, Vec<(usize, &str)>> = BTreeMap::new();
+        for argument in arguments {
+            let hbm = match argument.role {
+                Role::Prefetch | Role::Input => given.next().map_or(0, |array| array.bytes().len()),
+                // One that shares an input's memory takes none.
+                Role::Output => made.next().map_or(0, |(at, ty)| {
+                    let aliased = self.program.aliases.iter().any(|&(_, output)| output == at);
+                    if aliased { 0 } else { bytes_of(ty) }
+                }),
+                Role::Scratch => 0,
+            };
+            declared.entry("HBM").or_default().push((hbm, &argument.name));
+            let memory = match argument.space {
+                MemorySpace::Vmem => "VMEM",
+                MemorySpace::Smem => "SMEM",
+                MemorySpace::Semaphore => "semaphore memory",
+                MemorySpace::Any | MemorySpace::Hbm => "HBM",
+            };
+            let own = match (memory, argument.role, argument.element) {
+                ("HBM", Role::Scratch, RefElement::Data(element)) => {
+                    argument.dims.iter().product::<usize>() * element.bytes()
+                }
+                _ => argument.bytes(),
+            };
+            declared.entry(memory).or_default().push((own, &argument.name));
+        }
+        let of = |memory: &str| {
+            let all = declared.get(memory).map(Vec::as_slice).unwrap_or_default();
+            let total = all.iter().fold(0_usize, |total, (bytes, _)| total.saturating_add(*bytes));
+            (total, all.iter().max().map(|&(_, name)| name.to_owned()))
         };
-        let of = |space: MemorySpace| {
-            let declared = arguments.iter().filter(|argument| argument.space == space);
-            largest(&mut declared.map(|argument| (argument.name.clone(), argument.bytes())))
-        };
-        let own = (0..outputs.len()).filter(|&at| self.program.aliases.iter().all(|&(_, output)| output != at));
-        let arrays = inputs.iter().map(|array| array.bytes().len());
-        let arrays = arrays.chain(own.map(|at| outputs[at].len() * outputs[at].element.bytes()));
-        let names = arguments.iter().filter(|a| a.role != Role::Scratch).map(|argument| argument.name.clone());
-        let vmem = of(MemorySpace::Vmem);
-        self.counters.vmem_bytes = vmem.0;
-        let taken = [
-            ("VMEM", vmem, self.machine.vmem_bytes),
-            ("SMEM", of(MemorySpace::Smem), self.machine.smem_bytes),
-            ("HBM", largest(&mut names.zip(arrays)), self.machine.hbm_bytes),
-            ("semaphore memory", of(MemorySpace::Semaphore), self.machine.semaphore_bytes),
+        self.counters.vmem_bytes = of("VMEM").0;
+        let limits = [
+            ("VMEM", self.machine.vmem_bytes),
+            ("SMEM", self.machine.smem_bytes),
+            ("HBM", self.machine.hbm_bytes),
+            ("semaphore memory", self.machine.semaphore_bytes),
         ];
+        let taken = limits.map(|(memory, limit)| (memory, of(memory), limit));
         for (memory, (taken, most), limit) in taken {
             if taken > limit {
                 let detail = format!("the kernel declares {taken} bytes of {memory}; the limit is {limit}");
                 let mut fault = self.fault(FaultKind::MemoryExceeded, &self.pipeline, detail);
-                fault.buffer = most.map(|(name, _)| name);
+                fault.buffer = most;
                 return Err(fault);
             }
         }

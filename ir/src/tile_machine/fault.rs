@@ -14,11 +14,11 @@ pub enum FaultKind {
     ReadInFlight,
     /// A write to the source or destination of a copy that was not waited for.
     OverwriteInFlight,
-    /// A semaphore, or a copy, left over at the end of the kernel.
+    /// A semaphore, or a copy, left over at the end of the kernel or before a step that may run on another core.
     SemaphoreUnbalanced,
     /// A wait that nothing will ever satisfy.
     Deadlock,
-    /// Two steps of a `parallel` grid dimension that write the same output.
+    /// Two steps of a `parallel` grid dimension that write the same output, or one that reads what the other wrote.
     ParallelOverlap,
     /// A memory is too small for what the kernel declares.
     MemoryExceeded,
@@ -28,7 +28,7 @@ pub enum FaultKind {
     BrokenAssumption,
     /// An integer divided by zero.
     DivisionByZero,
-    /// More ops than the machine was allowed to run.
+    /// More ops, or grid steps, than the machine was allowed to run.
     Runaway,
     /// Arguments of the call that do not fit the kernel.
     BadCall,
@@ -44,12 +44,12 @@ impl FaultKind {
             Self::OverwriteInFlight => "overwrite of a buffer whose DMA is in flight",
             Self::SemaphoreUnbalanced => "semaphore left unbalanced",
             Self::Deadlock => "wait that is never satisfied",
-            Self::ParallelOverlap => "overlapping writes of parallel grid steps",
+            Self::ParallelOverlap => "overlap of parallel grid steps",
             Self::MemoryExceeded => "memory exceeded",
             Self::OutputNeverWritten => "output element never written",
             Self::BrokenAssumption => "broken promise to the compiler",
             Self::DivisionByZero => "integer division by zero",
-            Self::Runaway => "too many ops",
+            Self::Runaway => "too many ops or grid steps",
             Self::BadCall => "arguments do not fit the kernel",
         }
     }

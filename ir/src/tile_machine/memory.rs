@@ -53,6 +53,13 @@ impl<'i> Buffer<'i> {
         }
     }
 
+    /// Another buffer with this one's content, and with what of it is unwritten.
+    pub(super) fn copied(&self, name: &str, space: MemorySpace) -> Self {
+        let mut copy = Self::holding(name, space, self.data.clone());
+        (copy.written, copy.unwritten) = (self.written.clone(), self.unwritten);
+        copy
+    }
+
     /// Forgets the content.
     pub(super) fn poison(&mut self) {
         let len = self.data.len();

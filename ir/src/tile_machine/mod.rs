@@ -10,11 +10,12 @@
 //! - **HBM** holds the arrays of the call. Outputs start unwritten. An output that shares an input's memory
 //!   ([`Program::with_aliases`]) starts with its content.
 //! - **VMEM** holds scratch and the pipeline's windows, **SMEM** scalars, **semaphore memory** semaphores. Each has the
-//!   size that [`Machine`] gives it. VMEM buffers count with tile padding and double buffers.
+//!   size that [`Machine`] gives it. Buffers in VMEM and SMEM count with tile padding, windows with both buffers.
 //! - *Unwritten memory* holds a NaN or an odd integer, and every element remembers whether it was written. Scratch keeps
 //!   its content from grid step to grid step, except across steps that differ in a `parallel` dimension: they may run on
 //!   different cores, so scratch is unwritten again there.
-//! - *Whole arrays* in VMEM or SMEM come before the first step and, as outputs, go after the last.
+//! - *Whole arrays* in VMEM or SMEM come before the first step and, as outputs, go after the last; such outputs are
+//!   nothing for steps of a `parallel` dimension.
 //! - *Windows*: before a step, the blocks of its inputs are in VMEM. A double-buffered block is copied while the step
 //!   before runs: from HBM as it is at that step's start ([`DmaOrder::Early`]) or end ([`DmaOrder::Late`]). Where a block
 //!   hangs over the edge of its array the window holds NaN that may be read (a kernel masks it) and what is written there
