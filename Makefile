@@ -3,7 +3,7 @@
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
-	@echo "make test         set up, then format check, clippy, docs and every test"
+	@echo "make test         set up, libtpu too, then format check, clippy, docs and every test"
 	@echo "make nightly      10,000 random problems, tiles and batches through the Mosaic kernels (make test: 500)"
 	@echo "make bench        criterion benches (CPU)"
 	@echo "make bench-peers  tokens/s against plain JAX on this machine"

@@ -282,6 +282,7 @@ fn bad_problems_are_one_clear_error() {
         ("matmul --m 1000000000 --n 8 --k 1000000000", &["m * k = 1000000000000000000 is beyond 1099511627776"]),
         ("matmul --m 8 --n 8 --k -1", &["--k"]),
         ("matmul --m 8 --n 8", &["--k"]),
+        ("matmul --m 8 --n 200 --k 8 --silu-gate", &["n = 200 is no multiple of 128", "pad n to 256"]),
         ("matmul --m 8 --n 8 --k 8 --dtype fp8", &["fp8", "bf16"]),
         ("matmul --m 256 --n 256 --k 256 --tiles 100,100,100", &["tiles", "100"]),
         ("matmul --m 256 --n 256 --k 256 --tiles 8,128", &["tiles = 8,128 is not three positive numbers"]),
@@ -334,6 +335,11 @@ fn bad_problems_are_one_clear_error() {
         (&format!("run rpa {RPA} --lengths 1/1,1/1,1/1,1/1,1/1"), &["are more than max-seqs = 4"]),
         (&format!("run matmul {MATMUL} --plugin none"), &["plugin `none` is neither cpu, cuda or tpu nor a file"]),
         (&format!("run matmul {MATMUL} --plugin cpu --check-against stablehlo"), &["with itself"]),
+        (&format!("run matmul {MATMUL} --plugin cpu --dma early"), &["--dma = early", "--tile-machine"]),
+        (
+            &format!("run matmul {MATMUL} --plugin cpu --allow-unwritten-reads"),
+            &["--allow-unwritten-reads", "tile machine"],
+        ),
         (&format!("emit matmul {MATMUL} --wire --stablehlo"), &["--stablehlo"]),
     ] {
         refused(Path::new("."), line, 2, words);

@@ -1,4 +1,4 @@
-//! Holds an emission against the reference: shared by unit tests, property tests and fuzzing.
+//! Holds an emission against the reference: shared by unit tests, property tests and `pagoda run`.
 //!
 //! [`check`] runs the StableHLO form on whatever a [`Runner`] knows; [`check_mosaic`] runs the planned Mosaic form on the
 //! tile machine, where besides a wrong value every fault counts, and every result that depends on when copies land.

@@ -58,10 +58,11 @@ enum Command {
     Certify {
         #[command(subcommand)]
         kernel: kernels::Kernel,
-        /// Seconds that the compiler may take.
+        /// Seconds for one compilation.
         #[arg(long, global = true, value_name = "SECONDS", default_value_t = 180)]
         timeout: u64,
-        /// Seconds that it may take with its static profile, before that; when they are over it tells no cycles.
+        /// Seconds for a first compilation, with the compiler's static profile; when they are over, the kernel is compiled
+        /// without it, and no cycles are told.
         #[arg(long, global = true, value_name = "SECONDS", default_value_t = 60)]
         profile_timeout: u64,
         /// Print JSON.
@@ -121,7 +122,7 @@ enum Bench {
 enum Compute {
     /// IEEE binary32.
     F32,
-    /// bfloat16; normalisation, softmax, logits and sampling stay f32.
+    /// bfloat16; sums, normalisation, softmax, logits and sampling stay f32.
     Bf16,
 }
 

@@ -117,10 +117,22 @@ impl Plan {
     /// Plans `problem` on `chip`: with the given tiles, or with the cheapest ones that fit the limit.
     ///
     /// # Errors
-    /// When the limit passes the chip's VMEM, the tiles are illegal, or no tiles fit the limit.
+    /// When the limit passes the chip's VMEM, no block of a gated weight can start at the first up, the tiles are illegal, or
+    /// no tiles fit the limit.
     pub fn new(problem: Problem, chip: Chip, options: Options) -> Result<Self, PlanError> {
         let info = chip.info();
         let limit = scoped_limit(chip, options.vmem_limit)?;
+        let unit = up_unit(&problem);
+        if gated(&problem) && !problem.n.is_multiple_of(unit) {
+            return Err(PlanError {
+                key: "n",
+                value: problem.n.to_string(),
+                limit: format!(
+                    "is no multiple of {unit}, so that no block of the gated weight can start at the first up"
+                ),
+                fix: format!("pad n to {}, or compute gates and ups by two products", problem.n.next_multiple_of(unit)),
+            });
+        }
         if let Some(tiles) = options.tiles {
             check(&problem, tiles)?;
             return Ok(Self::with(problem, chip, &info, tiles, limit));
@@ -433,10 +445,7 @@ fn check(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
             key: "tiles.n",
             value: tiles.n.to_string(),
             limit: format!("does not divide the {} gates, so that no block could start at the first up", problem.n),
-            fix: match problem.n % if lane_n { LANES } else { SUBLANES } {
-                0 => "give a divisor of n".into(),
-                _ => "pad n to a multiple of 128, or compute gates and ups by two products".into(),
-            },
+            fix: format!("give a divisor of n that is a multiple of {}", up_unit(problem)),
         });
     }
     Ok(())
@@ -444,8 +453,12 @@ fn check(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
 
 /// Whether a window of `tile` features can start at the first up of a gated weight.
 fn halves_align(problem: &Problem, tile: usize) -> bool {
-    let unit = if problem.layout == Layout::RowMajor { LANES } else { SUBLANES };
-    problem.n.is_multiple_of(tile) && tile.is_multiple_of(unit)
+    problem.n.is_multiple_of(tile) && tile.is_multiple_of(up_unit(problem))
+}
+
+/// What the first up's index in a gated weight must be a multiple of: features are lanes there, or rows.
+fn up_unit(problem: &Problem) -> usize {
+    if problem.layout == Layout::RowMajor { LANES } else { SUBLANES }
 }
 
 const LANES: usize = 128;

@@ -22,7 +22,7 @@ const HEADER: &str = "// pagoda emit ";
 /// The kernels that can be asked for.
 #[derive(Clone, Debug, Subcommand)]
 pub(in crate::cli) enum Kernel {
-    /// C[m,n] = A[m,k] B[k,n] with f32 accumulation.
+    /// out[m,n] = x[m,k] w[k,n] (row-major; see --layout), with f32 accumulation.
     Matmul(Matmul),
     /// Ragged paged attention: prefill and decode rows of many sequences over a paged KV cache.
     Rpa(Rpa),
@@ -30,31 +30,31 @@ pub(in crate::cli) enum Kernel {
 
 #[derive(Clone, Debug, Args)]
 pub(in crate::cli) struct Matmul {
-    /// Rows of A and C.
+    /// Rows of x and out.
     #[arg(long)]
     m: usize,
-    /// Columns of B and C.
+    /// Columns of w and out.
     #[arg(long)]
     n: usize,
-    /// What is summed over: columns of A, rows of B.
+    /// What is summed over: columns of x, rows of w.
     #[arg(long)]
     k: usize,
-    /// Type of A and B.
+    /// Type of x and w.
     #[arg(long, value_enum, default_value_t = Compute::Bf16)]
     dtype: Compute,
-    /// Type of C [default: that of A and B].
+    /// Type of out [default: that of x and w].
     #[arg(long, value_enum)]
     out_dtype: Option<Compute>,
-    /// How A, B and C lie in memory.
+    /// How x, w and out lie in memory.
     #[arg(long, value_enum, default_value_t = Layout::RowMajor)]
     layout: Layout,
     /// Add a bias per column.
     #[arg(long)]
     bias: bool,
-    /// B has 2n columns, gates before ups: C = silu(gate) * up.
+    /// w has 2n columns, gates before ups: out = silu(gate) * up. n is a multiple of 128 (row-major) or 8.
     #[arg(long)]
     silu_gate: bool,
-    /// Add a residual of C's shape.
+    /// Add a residual of out's shape.
     #[arg(long)]
     residual: bool,
     /// Tile sizes [default: the planner's choice].

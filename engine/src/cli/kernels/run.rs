@@ -34,13 +34,14 @@ pub(in crate::cli) struct RunArgs {
     #[arg(long, global = true)]
     tile_machine: bool,
     /// Run the module, or the kernel's StableHLO form, on this PJRT plugin: cpu, cuda, tpu or a path. With --tile-machine,
-    /// where --check-against stablehlo runs.
+    /// where --check-against stablehlo runs [default there: cpu].
     #[arg(long, global = true, value_name = "P")]
     plugin: Option<String>,
     /// The array of an operand, from NumPy's .npy file; f32 files also give bf16 operands. Repeatable.
     #[arg(long = "input", global = true, value_name = "NAME=FILE.npy")]
     inputs: Vec<String>,
-    /// Draw the other operands from this seed: floats in (-2, 2), ragged batches for attention.
+    /// Draw the other operands from this seed: floats in (-2, 2), ragged batches for attention. Integers of kernels from
+    /// elsewhere must be given with --input.
     #[arg(long, global = true, value_name = "SEED", default_value_t = 0)]
     random: u64,
     /// Compare the result: with the f64 reference, or with the StableHLO form on a plugin.
@@ -49,10 +50,11 @@ pub(in crate::cli) struct RunArgs {
     /// Query rows and keys of each sequence of an attention's batch, or none, instead of random ones.
     #[arg(long, global = true, value_name = "ROWS/KEYS,...")]
     lengths: Option<String>,
-    /// When copies land on the tile machine: early, late, random:SEED; all: each of them, the results must be the same.
-    #[arg(long, global = true, default_value = "late", value_name = "ORDER")]
-    dma: String,
-    /// Let kernels load memory that nobody wrote (NaN here) and select something else, as some of JAX's do.
+    /// When copies land on the tile machine: early, late, random:SEED, or all: each of them, random with the seed of
+    /// --random, and the results must be the same bits [default: late].
+    #[arg(long, global = true, value_name = "ORDER")]
+    dma: Option<String>,
+    /// Let kernels load memory that nobody wrote (NaN, or an odd integer) and select something else, as some of JAX's do.
     #[arg(long, global = true)]
     allow_unwritten_reads: bool,
     /// Let kernels leave elements of their outputs unwritten (NaN here), such as rows of padding.
@@ -71,6 +73,15 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
     if !on_machine && args.check_against == Some(Judge::Stablehlo) {
         let fix = "drop --plugin, give --tile-machine too, or check against the reference";
         return Err(Error::setting("check-against", "stablehlo", "compares the StableHLO form with itself", fix));
+    }
+    let of_machine = [
+        ("--dma", args.dma.as_deref()),
+        ("--allow-unwritten-reads", args.allow_unwritten_reads.then_some("true")),
+        ("--allow-unwritten-outputs", args.allow_unwritten_outputs.then_some("true")),
+    ];
+    if let (false, Some((key, value))) = (on_machine, of_machine.iter().find_map(|&(key, value)| Some((key, value?)))) {
+        let limit = "is of use on the tile machine only";
+        return Err(Error::setting(key, value, limit, "drop it, or give --tile-machine too"));
     }
     let reports = match (&args.file, &args.kernel) {
         (Some(file), Some(_)) => {
@@ -107,7 +118,7 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
 }
 
 fn dma_orders(args: &RunArgs) -> Result<Vec<DmaOrder>> {
-    let text = args.dma.as_str();
+    let text = args.dma.as_deref().unwrap_or("late");
     let seed = text.strip_prefix("random:").and_then(|seed| seed.parse().ok());
     match (text, seed) {
         ("early", _) => Ok(vec![DmaOrder::Early]),
