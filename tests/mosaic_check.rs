@@ -324,13 +324,13 @@ fn attentions_agree_with_the_reference() {
 }
 
 #[test]
-#[ignore = "half an hour of CPU, other cases every time: `make nightly`"]
+#[ignore = "ten minutes of CPU, other cases every time: `make nightly`"]
 fn five_thousand_matmuls_agree_with_the_reference() {
     property(5_000, RngSeed::Random, matmuls());
 }
 
 #[test]
-#[ignore = "half an hour of CPU, other cases every time: `make nightly`"]
+#[ignore = "ten minutes of CPU, other cases every time: `make nightly`"]
 fn five_thousand_attentions_agree_with_the_reference() {
     property(5_000, RngSeed::Random, attentions());
 }
