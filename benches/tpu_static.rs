@@ -143,15 +143,23 @@ impl Attention {
         Batch::new(problem, &kv_lens, &page_indices, &rows, self.sequences).expect("it fits the incident's problem")
     }
 
-    /// KV blocks that a core fetches: each query block of a sequence those that its last row sees.
-    fn kv_blocks(&self, plan: &Plan) -> usize {
-        let blocks = (0..self.sequences).flat_map(|sequence| {
+    /// What a core works on and what it fetches, in keys: each query block of a sequence as many of every KV block as the
+    /// kernel has a form for, and the pages that there are.
+    fn keys(&self, plan: &Plan) -> [usize; 2] {
+        let (queries, keys, page) = (plan.tiles().queries, plan.keys(), plan.problem().page_size);
+        let (mut worked, mut fetched) = (0, 0);
+        for sequence in 0..self.sequences {
             let (start, stop) = (sequence * self.q_len, (sequence + 1) * self.q_len);
-            let queries = plan.tiles().queries;
-            let ends = (start / queries..stop.div_ceil(queries)).map(move |block| ((block + 1) * queries).min(stop));
-            ends.map(move |end| (self.kv_len - (stop - end)).div_ceil(plan.keys()))
-        });
-        blocks.sum()
+            for block in start / queries..stop.div_ceil(queries) {
+                let end = self.kv_len - (stop - ((block + 1) * queries).min(stop));
+                for first in (0..end).step_by(keys) {
+                    let few = plan.widths().into_iter().find(|&width| end - first <= width);
+                    worked += few.unwrap_or(keys);
+                    fetched += (self.kv_len - first).next_multiple_of(page).min(keys);
+                }
+            }
+        }
+        [worked, fetched]
     }
 }
 
@@ -179,12 +187,12 @@ fn attentions(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<se
         let (info, problem) = (Chip::V5p.info(), plan.problem());
         // Two products of two flop each for every row, key and element; all heads of the core.
         let rows = problem.group() * plan.tiles().queries.min(attention.q_len.next_multiple_of(8));
-        let per_block = rows * plan.keys() * problem.head_dim * 4 * problem.kv_heads;
-        let blocks = attention.kv_blocks(&plan);
-        let matrix_unit = (blocks * per_block) as u64 / info.peak_flop_per_cycle_and_core;
-        // Both cores: K and V of every block, q and the output once.
+        let [worked, fetched] = attention.keys(&plan);
+        let flop = worked * rows * problem.head_dim * 4 * problem.kv_heads;
+        let matrix_unit = flop as u64 / info.peak_flop_per_cycle_and_core;
+        // Both cores: K and V of every page, q and the output once.
         let row = problem.head_dim * problem.element.bytes();
-        let moved = 2 * (blocks * plan.keys() * 2 * problem.kv_heads + 2 * tokens * problem.q_heads) * row;
+        let moved = 2 * (fetched * 2 * problem.kv_heads + 2 * tokens * problem.q_heads) * row;
         let floor = moved as f64 / info.hbm_bytes_per_cycle();
         if json {
             lines.push(serde_json::json!({ "batch": name, "kernel": kernel, "cycles_per_core": cycles,

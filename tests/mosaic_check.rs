@@ -229,7 +229,7 @@ fn lengths() -> impl Strategy<Value = (usize, usize)> {
 
 fn attentions() -> impl Strategy<Value = Case> {
     let heads = (select(vec![1_usize, 2, 3, 4, 8]), 1_usize..=8, select(vec![64_usize, 80, 128, 256]));
-    let pages = (select(vec![1_usize, 7, 8, 16, 32, 64]), 1_usize..=4);
+    let pages = (select(vec![1_usize, 7, 8, 16, 32, 64, 128]), 1_usize..=4);
     let options =
         (any::<bool>(), any::<bool>(), 1_usize..=3, prop::option::of(1_usize..100), prop::option::of(1_u8..30));
     let tiles = (0_usize..8, 0_usize..4);

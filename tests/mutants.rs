@@ -243,7 +243,7 @@ fn mutants_of_matmul_are_caught() {
 }
 
 /// Blocks of `queries` rows, padding rows in the last one; two blocks of heads, two layers, two pages to a KV block.
-fn rpa_plan(queries: usize) -> rpa::plan::Plan {
+fn rpa_plan(queries: usize, page_size: usize) -> rpa::plan::Plan {
     let problem = rpa::Problem::new(rpa::Spec {
         kind: Kind::Mixed,
         element: Element::Bf16,
@@ -251,7 +251,7 @@ fn rpa_plan(queries: usize) -> rpa::plan::Plan {
         q_heads: 16,
         kv_heads: 8,
         head_dim: 128,
-        page_size: 16,
+        page_size,
         pages: 25,
         layers: 2,
         max_seqs: 5,
@@ -336,11 +336,23 @@ const ATTENTIONS: &[Mutant] = {
             |t| t.replaced(t.above(start(t, FIRST + 1), "arith.constant 16 : i32"), "constant 16", "constant 0"),
             Fault(OverwriteInFlight),
         ),
-        ("wrong page fetched ahead", |t| t.replaced(t.above(start(t, NEXT), "minsi"), "minsi", "maxsi"), Mismatch),
+        (
+            "wrong page fetched ahead",
+            |t| {
+                let number = t.above(t.above(start(t, NEXT), "load %page_indices["), "arith.muli");
+                t.changed(number, "arith.subi", 2)
+            },
+            Mismatch,
+        ),
         (
             "page table read beyond the sequence",
-            |t| t.first_operand_only(t.above(start(t, NEXT + 1), "minsi"), "arith.minsi"),
+            |t| t.replaced(t.above(start(t, FIRST + 1), "cmpi slt"), "slt", "ne"),
             Fault(OutOfBounds),
+        ),
+        (
+            "last page not fetched",
+            |t| t.replaced(t.above(start(t, FIRST + 1), "cmpi slt"), "slt", "sgt"),
+            Fault(Deadlock),
         ),
         ("pages of another layer", |t| t.changed(t.find(0, &["load %first_page["]), "arith.subi", 25), Mismatch),
         (
@@ -349,7 +361,7 @@ const ATTENTIONS: &[Mutant] = {
                 let condition = t.above(t.above(start(t, NEXT), "scf.if"), "cmpi slt");
                 t.replaced(condition, "slt", "sle")
             },
-            Fault(OverwriteInFlight),
+            Fault(OutOfBounds),
         ),
         (
             "last block not attended",
@@ -403,7 +415,7 @@ const ATTENTIONS: &[Mutant] = {
 
 #[test]
 fn mutants_of_attention_are_caught() {
-    let plan = rpa_plan(8);
+    let plan = rpa_plan(8, 16);
     let inputs = rpa_inputs(plan.problem());
     assert_caught(MosaicCase::Rpa(&plan, &inputs), ATTENTIONS);
 }
@@ -439,6 +451,31 @@ fn assert_nothing_is_superfluous(case: MosaicCase) {
     assert!(mutants >= 5 && uncaught.is_empty(), "of {mutants}:\n{}", uncaught.join("\n"));
 }
 
+/// Of KV blocks of 256 keys, rows that see no more than 128 work on as many.
+#[test]
+fn mutants_of_wide_blocks_are_caught() {
+    let plan = rpa_plan(8, 128);
+    assert_eq!(plan.widths(), [128, 256]);
+    let lengths = [(1, 700), (0, 5), (13, 128), (8, 300), (1, 90)];
+    let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+    let inputs = random::rpa_inputs_of(plan.problem(), &lengths, 1, 1);
+    let case = MosaicCase::Rpa(&plan, &inputs);
+    assert_caught(
+        case,
+        &[
+            ("many keys taken for few", |t| t.replaced(t.find(0, WIDTH), "sle", "sge"), Caught::Mismatch),
+            (
+                "half of the keys where one more is seen",
+                |t| t.replaced(t.above(t.find(0, WIDTH), "constant 128 : i32"), "constant 128", "constant 200"),
+                Caught::Mismatch,
+            ),
+        ],
+    );
+}
+
+/// The comparison of what is seen with half of a block.
+const WIDTH: &[&str] = &["cmpi sle", " : i32"];
+
 #[test]
 fn nothing_of_matmul_is_superfluous() {
     let plan = matmul_plan();
@@ -449,7 +486,7 @@ fn nothing_of_matmul_is_superfluous() {
 #[test]
 fn nothing_of_attention_is_superfluous() {
     // Two ways through a block: of few rows, and of all.
-    let plan = rpa_plan(16);
+    let plan = rpa_plan(16, 16);
     let inputs = rpa_inputs(plan.problem());
     assert_nothing_is_superfluous(MosaicCase::Rpa(&plan, &inputs));
 }

@@ -1,8 +1,9 @@
 //! Ragged paged attention as a Mosaic kernel.
 //!
 //! Grid: blocks of KV heads (`parallel`) by blocks of query rows. A step goes through the sequences that have rows in its
-//! block, and through the KV blocks that those rows see; pages come in by copies of the kernel's own, double-buffered.
-//! Rows of other sequences are masked: they add nothing to their running sums.
+//! block, and through the KV blocks that those rows see; pages come in by copies of the kernel's own, double-buffered, as
+//! many as the sequence has. Where the rows see no more than a half or a quarter of a block, no more is worked on
+//! ([`Plan::widths`]). Rows of other sequences are masked: they add nothing to their running sums.
 //!
 //! Online softmax (Milakov and Gimelshein, 2018) with maximum, sum and accumulator in f32, and powers of two: logits are
 //! scaled by `log2 e`, so that the hardware's `2^x` needs nothing before it. The query heads of a group are one matrix
@@ -287,33 +288,50 @@ impl<'a, 'p> Body<'a, 'p> {
         // The sequence that holds the block's first row is its first one; its keys are on their way.
         k.when(rows.first.equals(0), || self.begin());
         self.limit(&rows);
-        let blocks = |parts: &[Part<'a>]| {
+        let blocks = |parts: &[Part<'a>], widths: &[usize]| {
             k.for_range(begin, end, |block| {
                 let slot = (block - begin) % 2;
                 k.when((block + 1).less(end), || self.pages(&rows, block + 1, 1 - slot, |copy| copy.start()));
                 self.pages(&rows, block, slot, |copy| copy.wait());
                 let (first_key, kv) = (block * keys, self.kv.at(slot));
-                k.when((first_key + keys).greater(rows.kv_len), || self.clear(&kv, rows.kv_len - first_key));
-                for head in 0..self.plan.head_block() {
-                    let [key, value] = self.keys_and_values(head, &kv);
-                    for part in parts {
-                        self.update(head, part, key, value, first_key);
+                let of = |keys: usize| {
+                    let live = rows.kv_len - first_key;
+                    k.when(live.less(keys), || self.clear(&kv, live, keys));
+                    for head in 0..self.plan.head_block() {
+                        let [key, value] = self.keys_and_values(head, &kv, keys);
+                        for part in parts {
+                            self.update(head, part, key, value, first_key);
+                        }
                     }
-                }
+                };
+                let seen = rows.origin + rows.end - first_key;
+                self.narrowest(widths, seen, &of);
             });
         };
+        let widths = self.plan.widths();
         let starts = (0..self.plan.rows()).step_by(CHUNK);
         let all =
             starts.map(|start| Part { starts: vec![k.int(start as i64)], rows: CHUNK.min(self.plan.rows() - start) });
         let all: Vec<_> = all.collect();
         if queries <= NARROW || !queries.is_multiple_of(NARROW) {
-            return blocks(&all);
+            return blocks(&all, &widths);
         }
-        // A decode row must not cost what a whole block costs.
+        // A decode row must not cost what a whole block costs. Few rows have one width: their products are small anyway.
         let narrow = rows.first / NARROW;
         let members = (0..self.plan.problem().group()).map(|member| narrow * NARROW + member * queries);
         let few = Part { starts: members.map(|start| start.multiple_of(NARROW)).collect(), rows: NARROW };
-        k.if_else(narrow.equals((rows.end - 1) / NARROW), || blocks(&[few]), || blocks(&all));
+        k.if_else(narrow.equals((rows.end - 1) / NARROW), || blocks(&[few], &[keys]), || blocks(&all, &widths));
+    }
+
+    /// Goes on with the first of `widths` that holds the `seen` keys.
+    fn narrowest(&self, widths: &[usize], seen: Value<'a>, of: &dyn Fn(usize)) {
+        match *widths {
+            [] => {}
+            [width] => of(width),
+            [width, ref wider @ ..] => {
+                self.k.if_else(seen.less_equal(width), || of(width), || self.narrowest(wider, seen, of));
+            }
+        }
     }
 
     /// Writes down the last key of each row.
@@ -327,37 +345,46 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// Overwrites what lies behind the first `live` keys of a KV block with zeros.
-    fn clear(&self, kv: &Ref<'a>, live: Value<'a>) {
+    /// Of the first `keys` keys of a KV block, overwrites what lies behind the first `live` ones with zeros.
+    fn clear(&self, kv: &Ref<'a>, live: Value<'a>, keys: usize) {
         let (pieces, per_key) = self.words(kv);
         for piece in pieces {
+            let piece = piece.slice(0, 0, keys * per_key);
             let row = self.k.iota(&piece.dims(), 0);
             piece.store_masked(0.0, row.greater_equal(live * per_key));
         }
     }
 
-    /// The copies of KV block `block` into buffer `slot`. Beyond the sequence's last page they repeat it, so that every
-    /// wait has its copy and all of the buffer is written.
+    /// The copies of KV block `block` into buffer `slot`: those of the pages that the sequence has. It has the first one
+    /// of every block that is asked for.
     fn pages(&self, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>, act: impl Fn(mosaic::Copy<'a>)) {
-        let (problem, pages, heads) = (self.plan.problem(), self.plan.tiles().kv_pages, self.plan.head_block());
-        let last = (rows.kv_len - 1) / problem.page_size;
+        let pages = self.plan.tiles().kv_pages;
+        self.page(rows, block * pages, slot, 0, &act);
+        for page in 1..pages {
+            let number = block * pages + page;
+            let begins = number * self.plan.problem().page_size;
+            self.k.when(begins.less(rows.kv_len), || self.page(rows, number, slot, page, &act));
+        }
+    }
+
+    /// The copies of a sequence's page `number` to place `page` of buffer `slot`.
+    fn page(&self, rows: &Rows<'a>, number: Value<'a>, slot: Value<'a>, page: usize, act: &dyn Fn(mosaic::Copy<'a>)) {
+        let (problem, heads) = (self.plan.problem(), self.plan.head_block());
         let [_, pieces, _, _, lanes] = self.plan.kv_dims();
-        for page in 0..pages {
-            let index = self.page_indices.at((rows.sequence, (block * pages + page).minimum(last))).load();
-            let index = match &self.first_page {
-                Some(first) => index + first.at(0).load(),
-                None => index,
-            };
-            let mut source = self.kv_pages.at(index);
-            if heads < problem.kv_heads {
-                source = source.slice(1, (self.head_step * (2 * heads)).multiple_of(2 * heads), 2 * heads);
-            }
-            for piece in 0..pieces {
-                let lanes = source.slice(2, piece * lanes, lanes);
-                let destination = self.kv.at((slot, piece)).slice(0, page * problem.page_size, problem.page_size);
-                let destination = destination.slice(1, 0, 2 * heads);
-                act(self.k.make_async_copy(lanes, destination, self.arrived.at(slot)));
-            }
+        let index = self.page_indices.at((rows.sequence, number)).load();
+        let index = match &self.first_page {
+            Some(first) => index + first.at(0).load(),
+            None => index,
+        };
+        let mut source = self.kv_pages.at(index);
+        if heads < problem.kv_heads {
+            source = source.slice(1, (self.head_step * (2 * heads)).multiple_of(2 * heads), 2 * heads);
+        }
+        for piece in 0..pieces {
+            let lanes = source.slice(2, piece * lanes, lanes);
+            let destination = self.kv.at((slot, piece)).slice(0, page * problem.page_size, problem.page_size);
+            let destination = destination.slice(1, 0, 2 * heads);
+            act(self.k.make_async_copy(lanes, destination, self.arrived.at(slot)));
         }
     }
 
@@ -371,10 +398,10 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// K and V of one head of a block: `[keys, head_dim]` each.
-    fn keys_and_values(&self, head: usize, kv: &Ref<'a>) -> [Value<'a>; 2] {
+    /// K and V of one head and the first `keys` of a block: `[keys, head_dim]` each.
+    fn keys_and_values(&self, head: usize, kv: &Ref<'a>, keys: usize) -> [Value<'a>; 2] {
         let (pieces, stride) = self.words(kv);
-        let rows = |start| Strided { pieces: pieces.clone(), start, count: self.plan.keys(), stride }.load(self.k);
+        let rows = |start| Strided { pieces: pieces.clone(), start, count: keys, stride }.load(self.k);
         match self.plan.problem().element {
             Element::F32 => [2 * head, 2 * head + 1].map(rows),
             element => {
@@ -386,7 +413,7 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// One head's step of the online softmax, for a part of its rows, over the keys from `first_key` on.
     fn update(&self, head: usize, part: &Part<'a>, key: Value<'a>, value: Value<'a>, first_key: Value<'a>) {
-        let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
+        let (k, problem, keys) = (self.k, self.plan.problem(), key.dims()[0]);
         let precision = match problem.element {
             Element::F32 => Precision::Fp32,
             _ => Precision::Default,

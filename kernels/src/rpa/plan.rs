@@ -161,6 +161,14 @@ impl Plan {
         self.tiles.kv_pages * self.problem.page_size
     }
 
+    /// How many keys of a KV block may be worked on, the fewest first: all, a half or a quarter, if that is whole lanes.
+    /// Rows at the beginning of a context, and short contexts, need no more.
+    pub fn widths(&self) -> Vec<usize> {
+        let keys = self.keys();
+        let narrow = [keys / 4, keys / 2].into_iter().filter(|width| *width > 0 && width.is_multiple_of(LANES));
+        narrow.chain([keys]).collect()
+    }
+
     /// Rows of one KV head's matrix products: each query row once per head of the group.
     pub fn rows(&self) -> usize {
         self.tiles.queries * self.problem.group()
