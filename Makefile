@@ -8,7 +8,7 @@ help:
 	@echo "make bench        criterion benches (CPU)"
 	@echo "make bench-peers  tokens/s against plain JAX on this machine"
 	@echo "make tpu-tools    libtpu, the TPU compiler, for certification without a TPU"
-	@echo "make certify-all  every certification by the TPU compiler (12 minutes; PAGODA_RECORD=1 renews the tables)"
+	@echo "make certify-all  every certification by the TPU compiler (a quarter of an hour; PAGODA_RECORD=1 renews the tables)"
 	@echo "make tpu-static   static cycles of the TPU kernels beside the peers'"
 
 setup:
