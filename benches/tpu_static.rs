@@ -147,14 +147,14 @@ impl Attention {
     /// kernel has a form for, and the pages that there are.
     fn keys(&self, plan: &Plan) -> [usize; 2] {
         let (queries, keys, page) = (plan.tiles().queries, plan.keys(), plan.problem().page_size);
+        let widths = plan.widths();
         let (mut worked, mut fetched) = (0, 0);
         for sequence in 0..self.sequences {
             let (start, stop) = (sequence * self.q_len, (sequence + 1) * self.q_len);
             for block in start / queries..stop.div_ceil(queries) {
                 let end = self.kv_len - (stop - ((block + 1) * queries).min(stop));
                 for first in (0..end).step_by(keys) {
-                    let few = plan.widths().into_iter().find(|&width| end - first <= width);
-                    worked += few.unwrap_or(keys);
+                    worked += widths.iter().find(|&&width| end - first <= width).unwrap_or(&keys);
                     fetched += (self.kv_len - first).next_multiple_of(page).min(keys);
                 }
             }

@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -21,26 +21,6 @@ use crate::hosts::Share;
 use crate::scheduler::Finished;
 use crate::stop::FinishReason;
 use crate::units::SampleId;
-
-/// Writes `text` and a newline to standard output. A reader that has gone away (`| head`) has what it wanted.
-///
-/// # Errors
-/// When it cannot be written for another reason.
-pub fn print(text: &str) -> Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::io("write", Path::new("stdout"))(error)),
-        _ => Ok(()),
-    }
-}
-
-/// As [`print()`], as JSON, for machines.
-///
-/// # Errors
-/// As [`print()`].
-pub fn print_json(value: &(impl Serialize + ?Sized)) -> Result<()> {
-    print(&serde_json::to_string_pretty(value).map_err(Error::runtime("writing JSON"))?)
-}
 
 /// A finished sample as it is printed and stored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

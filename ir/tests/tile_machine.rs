@@ -790,44 +790,37 @@ fn windows_do_not_race_with_copies() {
 /// A kernel without windows, as Pallas lowers one without a grid: whole arrays in VMEM.
 #[test]
 fn whole_arrays_come_and_go() {
-    let kernel = |rows: usize| {
-        format!(
-            r#"func.func @k(%x: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">)
-                 attributes {{iteration_bounds = array<i64>}} {{
-                 %c = arith.constant 0 : index
-                 %v = vector.load %x[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
-                 %s = vector.extract_strided_slice %v {{offsets = [1], sizes = [{rows}], strides = [1]}}
-                   : vector<8x128xf32> to vector<{rows}x128xf32>
-                 vector.store %s, %o[%c, %c] : memref<8x128xf32, "vmem">, vector<{rows}x128xf32>
-                 return
-               }}"#
-        )
-    };
+    const ROWS_BUT_THE_FIRST: &str = r#"
+        func.func @k(%x: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">)
+          attributes {iteration_bounds = array<i64>} {
+          %c = arith.constant 0 : index
+          %v = vector.load %x[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
+          %s = vector.extract_strided_slice %v {offsets = [1], sizes = [7], strides = [1]}
+            : vector<8x128xf32> to vector<7x128xf32>
+          vector.store %s, %o[%c, %c] : memref<8x128xf32, "vmem">, vector<7x128xf32>
+          return
+        }"#;
     let context = Context::new();
-    let run = |rows: usize, machine: Machine| {
-        let module = mosaic::wire::deserialize(&context, kernel(rows).as_bytes()).unwrap();
-        let x = HostTensor::from_f64(Element::F32, &[8, 128], &values(8 * 128, 0.0));
-        let out = TensorType::new(Element::F32, &[8, 128]);
-        (Program::decode(&module).unwrap().run(&machine, std::slice::from_ref(&x), &[out]), x.to_f64())
+    let x = HostTensor::from_f64(Element::F32, &[8, 128], &values(8 * 128, 0.0));
+    let run = |text: &str, aliases: &[(usize, usize)], machine: Machine| {
+        let module = mosaic::wire::deserialize(&context, text.as_bytes()).unwrap();
+        let program = Program::decode(&module).unwrap().with_aliases(aliases);
+        program.run(&machine, std::slice::from_ref(&x), &[TensorType::new(Element::F32, &[8, 128])])
     };
-    let fault = run(7, Machine::default()).0.expect_err("a row is missing");
+    let strict = Machine::default();
+    let fault = run(ROWS_BUT_THE_FIRST, &[], strict).expect_err("a row is missing");
     assert_eq!((fault.kind, fault.index.as_slice()), (FaultKind::OutputNeverWritten, [7, 0].as_slice()), "{fault}");
-    let (got, x) = run(7, Machine { allow_unwritten_outputs: true, ..Machine::default() });
-    assert_close("rows", &outcome(got)[..7 * 128], &x[128..], 0.0);
+    let lenient = Machine { allow_unwritten_outputs: true, ..strict };
+    let (got, x) = (outcome(run(ROWS_BUT_THE_FIRST, &[], lenient)), x.to_f64());
+    assert_close("rows", &got[..7 * 128], &x[128..], 0.0);
     // In the memory of x, the last row stays what it was.
-    let module = mosaic::wire::deserialize(&context, kernel(7).as_bytes()).unwrap();
-    let program = Program::decode(&module).unwrap().with_aliases(&[(0, 0)]);
-    let array = HostTensor::from_f64(Element::F32, &[8, 128], &x);
-    let out = TensorType::new(Element::F32, &[8, 128]);
-    let got = outcome(program.run(&Machine::default(), &[array], std::slice::from_ref(&out)));
+    let got = outcome(run(ROWS_BUT_THE_FIRST, &[(0, 0)], strict));
     assert_close("in place", &got, &[&x[128..], &x[7 * 128..]].concat(), 0.0);
     // Two cores have no memory in common.
-    let parallel = kernel(7)
+    let parallel = ROWS_BUT_THE_FIRST
         .replace("(%x:", "(%i: i32, %x:")
         .replace("array<i64>}", "array<i64: 2>, dimension_semantics = [#tpu.dimension_semantics<parallel>]}");
-    let module = mosaic::wire::deserialize(&context, parallel.as_bytes()).unwrap();
-    let array = HostTensor::from_f64(Element::F32, &[8, 128], &x);
-    let fault = Program::decode(&module).unwrap().run(&Machine::default(), &[array], &[out]).expect_err("shared");
+    let fault = run(&parallel, &[], strict).expect_err("shared");
     assert_eq!(fault.kind, FaultKind::BadCall, "{fault}");
     assert!(fault.detail.contains("different cores"), "{fault}");
 }

@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
+use super::{print, print_json};
 use crate::error::Result;
-use crate::output;
 use crate::pjrt::{Kind, Plugin, PluginChoice};
 
 /// What is known of one plugin.
@@ -64,7 +64,7 @@ pub fn doctor(json: bool) -> Result<bool> {
     let works = reports.iter().any(|report| report.plugin == "cpu" && report.problem.is_none());
     if json {
         let value = serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "plugins": reports });
-        output::print_json(&value)?;
+        print_json(&value)?;
         return Ok(works);
     }
     let mut lines = vec![format!("pagoda {}", env!("CARGO_PKG_VERSION"))];
@@ -80,6 +80,6 @@ pub fn doctor(json: bool) -> Result<bool> {
         line("devices", &(!report.devices.is_empty()).then(|| report.devices.join(", ")));
         line("note", &report.problem);
     }
-    output::print(&lines.join("\n"))?;
+    print(&lines.join("\n"))?;
     Ok(works)
 }

@@ -8,17 +8,17 @@ mod doctor;
 mod kernels;
 mod sample;
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pagoda_ir::Element;
+use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::hosts::merge;
 use crate::llama::step::KernelForm;
-use crate::output;
 use crate::pjrt::{Client, Plugin, PluginChoice};
 
 pub use bench::{DecodeRate, decode_rate};
@@ -184,6 +184,26 @@ fn client(choice: &str) -> Result<Client> {
     })
 }
 
+/// Writes `text` and a newline to standard output. A reader that has gone away (`| head`) has what it wanted.
+///
+/// # Errors
+/// When it cannot be written for another reason.
+fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::io("write", Path::new("stdout"))(error)),
+        _ => Ok(()),
+    }
+}
+
+/// As [`print()`], as JSON, for machines.
+///
+/// # Errors
+/// As [`print()`].
+fn print_json(value: &(impl Serialize + ?Sized)) -> Result<()> {
+    print(&serde_json::to_string_pretty(value).map_err(Error::runtime("writing JSON"))?)
+}
+
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     if let Some(code) = kernels::run_if_asked() {
@@ -200,7 +220,7 @@ pub fn main() -> ExitCode {
         Command::Sample(args) => sample::sample(&args),
         Command::Merge { dir } => merge(&dir).and_then(|merged| {
             eprintln!("# joined {} samples of {} hosts", merged.samples, merged.hosts);
-            output::print(&merged.path.display().to_string())?;
+            print(&merged.path.display().to_string())?;
             Ok(ExitCode::SUCCESS)
         }),
         Command::Doctor { json } => {
@@ -252,5 +272,5 @@ fn bench(
             100.0 * rate.host_share
         ),
     };
-    output::print(&text)
+    print(&text)
 }

@@ -68,8 +68,8 @@ pub struct WindowParams {
 const MOST: usize = 1 << 40;
 
 /// Whether the product of `sizes`, zeros left out, is within [`MOST`].
-fn countable(sizes: &[usize]) -> bool {
-    let product = sizes.iter().try_fold(1_usize, |product, &size| product.checked_mul(size.max(1)));
+fn countable(mut sizes: impl Iterator<Item = usize>) -> bool {
+    let product = sizes.try_fold(1_usize, |product, size| product.checked_mul(size.max(1)));
     product.is_some_and(|product| product <= MOST)
 }
 
@@ -89,8 +89,8 @@ impl Argument {
     }
 }
 
-/// Bytes of a buffer in VMEM or SMEM: the two minor dimensions are padded to tiles of 128 lanes and of as many rows as the array
-/// has, up to 8 (at least one 32-bit word of rows); an array of one dimension to 128 words.
+/// Bytes of a buffer in VMEM or SMEM: the two minor dimensions are padded to tiles of 128 lanes and of as many rows as the
+/// array has, up to 8 (at least one 32-bit word of rows); an array of one dimension to 128 words.
 ///
 /// Source: `infer_memref_layout` of `jaxlib/mosaic`; compared with the compiler's own report for 27 shapes (libtpu
 /// 0.0.52, v5p).
@@ -126,7 +126,7 @@ impl Signature {
                 Ok((size, if parallel { Semantics::Parallel } else { Semantics::Arbitrary }))
             })
             .collect::<Result<Vec<_>>>()?;
-        if !countable(&grid.iter().map(|&(size, _)| size).collect::<Vec<_>>()) {
+        if !countable(grid.iter().map(|&(size, _)| size)) {
             return Err(Error::mosaic(format!("@{name}: the grid {bounds:?} has more than 2^40 steps")));
         }
         let entry = function
@@ -153,7 +153,7 @@ impl Signature {
             let argument = entry.argument(position).map_err(|error| Error::mosaic(error.to_string()))?;
             let (element, dims, space) = read_memref(argument.r#type())
                 .map_err(|message| Error::mosaic(format!("@{name}: argument {position}: {message}")))?;
-            if !countable(&dims) {
+            if !countable(dims.iter().copied()) {
                 return Err(Error::mosaic(format!(
                     "@{name}: argument {position} of {dims:?} has more than 2^40 elements"
                 )));

@@ -256,14 +256,14 @@ pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
     let mut found = Vec::new();
     let mut at = 0;
     while let Some(offset) = module[at..].windows(KEY.len()).position(|window| window == KEY) {
-        let (before, key) = (at, at + offset);
+        let (last, key) = (at, at + offset);
         at = key + KEY.len();
         // In text the quotes inside the string are escaped, in bytecode they are not. An op is one line of text.
         let in_text = module[key - 1] != b'"' || module.get(key.wrapping_sub(2)) == Some(&b'\\');
         let start = module[..key].iter().rposition(|&byte| byte == b'\n').map_or(0, |newline| newline + 1);
         let line = module[at..].split(|&byte| byte == b'\n').next().unwrap_or_default();
         // Not before the key of the call before.
-        let from = if in_text { start.max(before) } else { before };
+        let from = if in_text { start.max(last) } else { last };
         let mut braces = (from..key).rev().filter(|&at| module[at] == b'{').take(MOST_BRACES);
         let config = braces.find_map(|open| {
             let raw = if in_text { unescaped(&module[open..]) } else { module[open..].to_vec() };

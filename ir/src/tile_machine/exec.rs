@@ -295,52 +295,44 @@ impl<'i> Executor<'_, 'i> {
 
     /// Before anything is allocated: what a kernel declares may be more than this computer has.
     fn check_capacity(&mut self, arguments: &[Argument], inputs: &[HostTensor], outputs: &[TensorType]) -> Step<()> {
-        let bytes_of = |ty: &TensorType| ty.len() * ty.element.bytes();
         let (mut given, mut made) = (inputs.iter(), outputs.iter().enumerate());
-        let mut declared: BTreeMap<&str, Vec<(usize, &str)>> = BTreeMap::new();
+        let mut declared = Vec::with_capacity(2 * arguments.len());
         for argument in arguments {
-            let hbm = match argument.role {
+            let array = match argument.role {
                 Role::Prefetch | Role::Input => given.next().map_or(0, |array| array.bytes().len()),
                 // One that shares an input's memory takes none.
                 Role::Output => made.next().map_or(0, |(at, ty)| {
                     let aliased = self.program.aliases.iter().any(|&(_, output)| output == at);
-                    if aliased { 0 } else { bytes_of(ty) }
+                    if aliased { 0 } else { ty.len() * ty.element.bytes() }
                 }),
                 Role::Scratch => 0,
             };
-            declared.entry("HBM").or_default().push((hbm, &argument.name));
-            let memory = match argument.space {
-                MemorySpace::Vmem => "VMEM",
-                MemorySpace::Smem => "SMEM",
-                MemorySpace::Semaphore => "semaphore memory",
-                MemorySpace::Any | MemorySpace::Hbm => "HBM",
-            };
-            let own = match (memory, argument.role, argument.element) {
-                ("HBM", Role::Scratch, RefElement::Data(element)) => {
-                    argument.dims.iter().product::<usize>() * element.bytes()
+            declared.push(("HBM", array, &argument.name));
+            declared.push(match (argument.space, argument.role, argument.element) {
+                (MemorySpace::Vmem, ..) => ("VMEM", argument.bytes(), &argument.name),
+                (MemorySpace::Smem, ..) => ("SMEM", argument.bytes(), &argument.name),
+                (MemorySpace::Semaphore, ..) => ("semaphore memory", argument.bytes(), &argument.name),
+                (MemorySpace::Any | MemorySpace::Hbm, Role::Scratch, RefElement::Data(element)) => {
+                    ("HBM", argument.dims.iter().product::<usize>() * element.bytes(), &argument.name)
                 }
-                _ => argument.bytes(),
-            };
-            declared.entry(memory).or_default().push((own, &argument.name));
+                (MemorySpace::Any | MemorySpace::Hbm, ..) => ("HBM", 0, &argument.name),
+            });
         }
-        let of = |memory: &str| {
-            let all = declared.get(memory).map(Vec::as_slice).unwrap_or_default();
-            let total = all.iter().fold(0_usize, |total, (bytes, _)| total.saturating_add(*bytes));
-            (total, all.iter().max().map(|&(_, name)| name.to_owned()))
-        };
-        self.counters.vmem_bytes = of("VMEM").0;
-        let limits = [
+        for (memory, limit) in [
             ("VMEM", self.machine.vmem_bytes),
             ("SMEM", self.machine.smem_bytes),
             ("HBM", self.machine.hbm_bytes),
             ("semaphore memory", self.machine.semaphore_bytes),
-        ];
-        let taken = limits.map(|(memory, limit)| (memory, of(memory), limit));
-        for (memory, (taken, most), limit) in taken {
+        ] {
+            let own = declared.iter().filter(|(of, ..)| *of == memory).map(|&(_, bytes, name)| (bytes, name));
+            let taken = own.clone().fold(0_usize, |total, (bytes, _)| total.saturating_add(bytes));
+            if memory == "VMEM" {
+                self.counters.vmem_bytes = taken;
+            }
             if taken > limit {
                 let detail = format!("the kernel declares {taken} bytes of {memory}; the limit is {limit}");
                 let mut fault = self.fault(FaultKind::MemoryExceeded, &self.pipeline, detail);
-                fault.buffer = most;
+                fault.buffer = own.max().map(|(_, name)| name.clone());
                 return Err(fault);
             }
         }
@@ -391,13 +383,14 @@ impl<'i> Executor<'_, 'i> {
                 0 => self.block_indices(&at, views, pipelines)?,
                 _ => std::mem::take(&mut next),
             };
-            next = match step + 1 == steps {
-                true => vec![],
-                false => self.block_indices(&coordinates(step + 1), views, pipelines)?,
+            let following = (step + 1 < steps).then(|| coordinates(step + 1));
+            next = match &following {
+                None => vec![],
+                Some(following) => self.block_indices(following, views, pipelines)?,
             };
-            let following = if step + 1 < steps { owner(&coordinates(step + 1)) } else { self.owner };
+            let next_owner = following.map_or(self.owner, |following| owner(&following));
             for (number, pipeline) in pipelines.iter_mut().enumerate() {
-                let next = next.get(number).map(|index| (index.as_slice(), following));
+                let next = next.get(number).map(|index| (index.as_slice(), next_owner));
                 self.begin_step(pipeline, &indices[number], next, step == 0)?;
             }
             let mut arguments: Vec<Reg> = at.iter().map(|&index| Reg::Scalar(Scalar::Int(index as i32))).collect();

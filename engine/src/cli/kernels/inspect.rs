@@ -7,8 +7,8 @@ use pagoda_ir::mosaic::wire::{self, Summary};
 use pagoda_kernels::vmem::Bytes;
 
 use super::file::File;
+use crate::cli::{print, print_json};
 use crate::error::{Error, Result};
-use crate::output;
 
 /// Prints them.
 ///
@@ -21,12 +21,12 @@ pub(in crate::cli) fn inspect(path: &Path, json: bool) -> Result<()> {
         .map(|(kernel, _)| wire::summarize(kernel).map_err(|error| Error::file(path, error, "write the module again")))
         .collect::<Result<_>>()?;
     if json {
-        return output::print_json(&summaries);
+        return print_json(&summaries);
     }
     if summaries.is_empty() {
-        return output::print(&format!("{}: a StableHLO module without Mosaic kernels", path.display()));
+        return print(&format!("{}: a StableHLO module without Mosaic kernels", path.display()));
     }
-    output::print(&summaries.iter().map(table).collect::<Vec<_>>().join("\n\n"))
+    print(&summaries.iter().map(table).collect::<Vec<_>>().join("\n\n"))
 }
 
 fn table(kernel: &Summary) -> String {

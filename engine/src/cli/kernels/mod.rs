@@ -18,8 +18,9 @@ use pagoda_ir::Context;
 use serde::Serialize;
 
 use crate::certify::Certifier;
+use crate::cli::print;
 use crate::error::{Error, Result};
-use crate::output;
+use crate::output::write_atomically;
 
 pub(super) use file::run_if_asked;
 pub(super) use inspect::inspect;
@@ -44,7 +45,7 @@ impl<T: Display + Serialize> Answer for T {
 
 fn tell(answer: &dyn Answer, json: bool) -> Result<()> {
     let text = if json { answer.json().map_err(Error::runtime("writing JSON"))? } else { answer.table() };
-    output::print(text.trim_end())
+    print(text.trim_end())
 }
 
 /// `pagoda plan`.
@@ -93,8 +94,8 @@ pub(super) fn emit(kernel: &Kernel, args: &EmitArgs) -> Result<ExitCode> {
     };
     let text = format!("{}{}", kernel.header(&plan), text.trim_end());
     match &args.out {
-        None => output::print(&text)?,
-        Some(path) => output::write_atomically(path, format!("{text}\n").as_bytes())?,
+        None => print(&text)?,
+        Some(path) => write_atomically(path, format!("{text}\n").as_bytes())?,
     }
     Ok(ExitCode::SUCCESS)
 }

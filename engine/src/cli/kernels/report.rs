@@ -8,8 +8,8 @@ use pagoda_ir::{HostTensor, TensorType};
 use pagoda_kernels::vmem::Bytes;
 use serde::Serialize;
 
+use crate::cli::{print, print_json};
 use crate::error::Result;
-use crate::output;
 
 /// What a result is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
@@ -98,9 +98,9 @@ impl Output {
 /// Prints the reports; succeeds when nothing faulted and everything compared agrees.
 pub(super) fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
     if json {
-        output::print_json(reports)?;
+        print_json(reports)?;
     } else {
-        output::print(&reports.iter().map(table).collect::<Vec<_>>().join("\n"))?;
+        print(&reports.iter().map(table).collect::<Vec<_>>().join("\n"))?;
     }
     let mut works = true;
     for report in reports {

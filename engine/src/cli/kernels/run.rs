@@ -79,7 +79,7 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
         ("--allow-unwritten-reads", args.allow_unwritten_reads.then_some("true")),
         ("--allow-unwritten-outputs", args.allow_unwritten_outputs.then_some("true")),
     ];
-    if let (false, Some((key, value))) = (on_machine, of_machine.iter().find_map(|&(key, value)| Some((key, value?)))) {
+    if !on_machine && let Some((key, value)) = of_machine.iter().find_map(|&(key, value)| Some((key, value?))) {
         let limit = "is of use on the tile machine only";
         return Err(Error::setting(key, value, limit, "drop it, or give --tile-machine too"));
     }
