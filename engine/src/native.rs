@@ -11,6 +11,7 @@ use pagoda_ir::{Context, Element, HostTensor, TensorType};
 use pagoda_kernels::float::Float;
 use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::matmul::{self, Activation};
+use pagoda_kernels::rpa::KvLayout;
 use pagoda_kernels::rpa::native::{self, Call, Layer};
 
 use crate::pjrt::custom_call::{CustomCall, Frame, register};
@@ -109,10 +110,14 @@ fn attend<T: Float>(frame: &mut Frame<'_>) -> Outcome {
     let call = Call {
         layer: Layer {
             first_page: scalar(6)?,
-            pages: number(frame, pages)?.unwrap_or(0),
-            page_size: page_size as usize,
-            kv_heads: kv_vectors as usize / 2,
-            head_dim: head_dim as usize,
+            kv: KvLayout {
+                element: kv.element,
+                layers: 1,
+                pages: number(frame, pages)?.unwrap_or(0),
+                page_size: page_size as usize,
+                heads: KvLayout::heads_of(kv_vectors as usize),
+                head_dim: head_dim as usize,
+            },
         },
         q_heads: (features / head_dim - kv_vectors) as usize,
         pages_per_seq: pages_per_seq as usize,

@@ -19,7 +19,10 @@ pub struct Invalid {
 }
 
 /// `Ok` when `holds`, else the [`Invalid`] made of the rest.
-pub(crate) fn ensure(
+///
+/// # Errors
+/// When it does not hold.
+pub fn ensure(
     holds: bool,
     subject: &'static str,
     key: impl Display,
@@ -34,10 +37,13 @@ pub(crate) fn ensure(
 }
 
 /// More elements than any array of a problem has (a terabyte of bytes): sums of sizes stay far from overflow.
-pub(crate) const MAX_ELEMENTS: usize = 1 << 40;
+pub const MAX_ELEMENTS: usize = 1 << 40;
 
 /// `Ok` when the product of `factors` is at most `most`.
-pub(crate) fn ensure_product(subject: &'static str, key: &str, factors: &[usize], most: usize) -> Result<(), Invalid> {
+///
+/// # Errors
+/// When it is more, or does not fit in a `usize`.
+pub fn ensure_product(subject: &'static str, key: &str, factors: &[usize], most: usize) -> Result<(), Invalid> {
     let product = factors.iter().try_fold(1_usize, |product, &factor| product.checked_mul(factor));
     let value = product.map_or_else(|| format!("{factors:?} multiplied"), |product| product.to_string());
     let fits = product.is_some_and(|product| product <= most);

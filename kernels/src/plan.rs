@@ -1,13 +1,14 @@
-//! What planning has in common for every kernel: what a user may fix, why a plan cannot be made, and what a plan answers.
+//! A planned kernel: every tile and every VMEM buffer named, before anything is compiled.
+//!
+//! Pure, and far below a millisecond. A plan is legal by construction: tiles that no layout allows are refused with the
+//! rule they break. Whether the kernel *fits* is the separate question that [`Plan::verdict`] answers, from evidence.
 
-use std::fmt;
-
-use pagoda_ir::{Context, stablehlo::Module};
-use serde::{Serialize, de::DeserializeOwned};
+use pagoda_ir::{Context, mosaic, stablehlo::Module, tile_machine::Machine};
 
 use crate::{
     chips::Chip,
-    tuned::Record,
+    error::Invalid,
+    kernel::{self, Kernel, ProblemOf},
     vmem::{Bytes, Spills, Suggestion, Verdict, VmemReport},
 };
 
@@ -40,54 +41,183 @@ pub struct PlanError {
     pub fix: String,
 }
 
-/// A kernel planned for a chip: every tile and every VMEM buffer named.
-pub trait KernelPlan: Sized {
-    /// The kernel's tile sizes.
-    type Tiles: Copy + fmt::Debug + fmt::Display + Ord + Send + Serialize + DeserializeOwned + Sync + 'static;
-    /// What a plan of this kernel tells beside what every plan tells; shown as a line of a plan's table.
-    type Particulars: Clone + fmt::Debug + fmt::Display + Send + Serialize + Sync;
-
-    /// Name of the kernel, tiles in it.
-    fn name(&self) -> String;
-    /// The problem in words: equal for equal problems, different for different ones.
-    fn describe(&self) -> String;
-    /// What else than chip and tiles decides what the kernel's text is, and so how much it spills: kernels of one family
-    /// are alike.
-    fn family(&self) -> String;
-    /// The chip.
-    fn chip(&self) -> Chip;
-    /// The tiles.
-    fn tiles(&self) -> Self::Tiles;
+/// What follows from a problem and legal tiles on a chip.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Layout<D> {
+    /// Name of the kernel, tiles in it: `rpa-p128-bq128-kv4`.
+    pub name: String,
     /// Steps of each grid dimension, the outermost first.
-    fn grid(&self) -> Vec<usize>;
-    /// The scoped VMEM limit that the kernel asks for.
-    fn limit(&self) -> Bytes;
-    /// Every VMEM buffer.
-    fn vmem(&self) -> &VmemReport;
+    pub grid: Vec<usize>,
+    /// Every VMEM buffer, in the order of the kernel's operands.
+    pub vmem: VmemReport,
     /// SMEM that the prefetched arrays take.
-    fn smem(&self) -> Bytes {
-        Bytes(0)
+    pub smem: Bytes,
+    /// What the spills of the kernel depend on.
+    pub spilling: Spilling,
+    /// What else the kernel's emission and its report need.
+    pub details: D,
+}
+
+/// What decides how much a kernel spills, as far as a planner can know it: [`crate::evidence`] estimates from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spilling {
+    /// What decides the kernel's text beside sizes: kernels of one family spill alike.
+    pub family: String,
+    /// Bytes of the values that the body holds at once, roughly: spills of a family grow with it.
+    pub live: Bytes,
+}
+
+/// A kernel planned for a chip.
+#[derive(Debug)]
+pub struct Plan<K: Kernel> {
+    problem: ProblemOf<K>,
+    chip: Chip,
+    tiles: K::Tiles,
+    limit: Bytes,
+    layout: Layout<K::Details>,
+}
+
+impl<K: Kernel> Clone for Plan<K> {
+    fn clone(&self) -> Self {
+        let Self { problem, chip, tiles, limit, layout } = self;
+        Self { problem: problem.clone(), chip: *chip, tiles: *tiles, limit: *limit, layout: layout.clone() }
     }
-    /// The rest.
-    fn particulars(&self) -> Self::Particulars;
-    /// What the compiler is on record to have said about kernels of this sort.
-    fn records() -> &'static [Record<Self::Tiles>];
-    /// The plan of the same problem with the tiles that the planner would choose within the same limit.
-    fn replanned(&self) -> Option<Self>;
-    /// The kernel as a StableHLO module whose `main` takes the problem's arguments and runs it on them.
+}
+
+impl<K: Kernel> Plan<K> {
+    /// Plans `problem` on `chip`: with the given tiles, or with the best ones that fit the limit.
     ///
     /// # Errors
-    /// None for a legal plan, unless MLIR fails.
-    fn module<'c>(&self, context: &'c Context) -> pagoda_ir::Result<Module<'c>>;
+    /// When the limit passes the chip's VMEM, the kernel cannot be planned for the problem, the tiles are illegal, or no
+    /// tiles fit the limit.
+    pub fn new(problem: ProblemOf<K>, chip: Chip, options: Options<K::Tiles>) -> Result<Self, PlanError> {
+        let limit = scoped_limit(chip, options.vmem_limit)?;
+        K::plannable(&problem, chip)?;
+        let tiles = match options.tiles {
+            Some(tiles) => {
+                K::legal(&problem, chip, tiles)?;
+                tiles
+            }
+            None => K::choose(&problem, chip, limit).ok_or_else(|| PlanError {
+                key: "vmem-limit",
+                value: limit.to_string(),
+                limit: format!("holds no legal tiles of {} {}", K::NAME, K::describe(&problem)),
+                fix: format!("raise it, up to {} on {chip}", chip.info().vmem_per_core),
+            })?,
+        };
+        Ok(Self::with(problem, chip, tiles, limit))
+    }
+
+    fn with(problem: ProblemOf<K>, chip: Chip, tiles: K::Tiles, limit: Bytes) -> Self {
+        let layout = K::layout(&problem, chip, tiles);
+        Self { problem, chip, tiles, limit, layout }
+    }
+
+    /// The problem.
+    pub fn problem(&self) -> &ProblemOf<K> {
+        &self.problem
+    }
+
+    /// The chip that it is for.
+    pub fn chip(&self) -> Chip {
+        self.chip
+    }
+
+    /// The tiles.
+    pub fn tiles(&self) -> K::Tiles {
+        self.tiles
+    }
+
+    /// The scoped VMEM limit that the kernel asks for.
+    pub fn limit(&self) -> Bytes {
+        self.limit
+    }
+
+    /// Name of the kernel, tiles in it.
+    pub fn name(&self) -> &str {
+        &self.layout.name
+    }
+
+    /// The problem in words.
+    pub fn describe(&self) -> String {
+        K::describe(&self.problem)
+    }
+
+    /// Steps of each grid dimension, the outermost first.
+    pub fn grid(&self) -> &[usize] {
+        &self.layout.grid
+    }
+
+    /// Every VMEM buffer.
+    pub fn vmem(&self) -> &VmemReport {
+        &self.layout.vmem
+    }
+
+    /// SMEM that the prefetched arrays take.
+    pub fn smem(&self) -> Bytes {
+        self.layout.smem
+    }
+
+    /// What its spills depend on.
+    pub fn spilling(&self) -> &Spilling {
+        &self.layout.spilling
+    }
+
+    /// What only plans of this kernel have.
+    pub fn details(&self) -> &K::Details {
+        &self.layout.details
+    }
+
+    /// The plan of the same problem with the tiles that the planner would choose within the same limit.
+    pub fn replanned(&self) -> Option<Self> {
+        let tiles = K::choose(&self.problem, self.chip, self.limit)?;
+        Some(Self::with(self.problem.clone(), self.chip, tiles, self.limit))
+    }
+
+    /// The Mosaic kernel.
+    ///
+    /// # Errors
+    /// None, unless MLIR fails.
+    pub fn kernel<'c>(&self, context: &'c Context) -> pagoda_ir::Result<mosaic::Kernel<'c>> {
+        self.kernel_by(context, |k| K::mosaic(k, self))
+    }
+
+    /// As [`Plan::kernel`], with a body of the caller's: a variant of the kernel that asks for the same VMEM.
+    ///
+    /// # Errors
+    /// The first op that cannot be built.
+    pub fn kernel_by<'c>(
+        &self,
+        context: &'c Context,
+        body: impl for<'a> FnOnce(&'a mosaic::Builder<'a>),
+    ) -> pagoda_ir::Result<mosaic::Kernel<'c>> {
+        mosaic::kernel(context, self.name(), |k| {
+            body(k);
+            k.vmem_limit(self.limit.0 as usize);
+        })
+    }
+
+    /// A StableHLO module whose `main` takes the problem's arguments and runs the Mosaic kernel on them.
+    ///
+    /// # Errors
+    /// As [`Plan::kernel`].
+    pub fn module<'c>(&self, context: &'c Context) -> pagoda_ir::Result<Module<'c>> {
+        kernel::mosaic_module::<K>(context, &self.problem, &self.kernel(context)?)
+    }
+
+    /// A tile machine with the chip's memories, VMEM limited as the plan says.
+    pub fn machine(&self) -> Machine {
+        let info = self.chip.info();
+        let [vmem_bytes, smem_bytes, hbm_bytes] =
+            [self.limit, info.smem_per_core, info.hbm].map(|bytes| bytes.0 as usize);
+        Machine { vmem_bytes, smem_bytes, hbm_bytes, ..Machine::default() }
+    }
 
     /// Whether it fits, given what is known of its spills. Suggestions change tiles or the limit, never the problem.
-    fn verdict(&self, spills: Spills) -> Verdict {
-        let (total, vmem) = (self.vmem().total(), self.chip().info().vmem_per_core);
-        let known = match spills {
-            Spills::Certified { bytes } | Spills::Bounded { bytes } => bytes,
-            Spills::Unknown => Bytes(0),
-        };
-        Verdict::judge(total, spills, self.limit(), || {
+    pub fn verdict(&self, spills: Spills) -> Verdict {
+        let (total, vmem) = (self.vmem().total(), self.chip.info().vmem_per_core);
+        let known = spills.bytes().unwrap_or_default();
+        Verdict::new(total, spills, self.limit, || {
             let smaller = self.replanned().map(|plan| (plan.tiles().to_string(), plan.vmem().total()));
             let tiles = smaller.filter(|&(_, bytes)| bytes < total);
             let limit = (total + known <= vmem).then_some(Suggestion::Limit { bytes: total + known, chip: vmem });
@@ -96,11 +226,18 @@ pub trait KernelPlan: Sized {
     }
 }
 
+impl From<Invalid> for PlanError {
+    /// What is not a problem cannot be planned.
+    fn from(invalid: Invalid) -> Self {
+        Self { key: "problem", value: invalid.key + " = " + &invalid.value, limit: invalid.limit, fix: invalid.fix }
+    }
+}
+
 /// The scoped VMEM limit of a kernel on `chip`: the one that was asked for, or the chip's default.
 ///
 /// # Errors
 /// When it is zero or passes the chip's VMEM.
-pub(crate) fn scoped_limit(chip: Chip, asked: Option<Bytes>) -> Result<Bytes, PlanError> {
+fn scoped_limit(chip: Chip, asked: Option<Bytes>) -> Result<Bytes, PlanError> {
     let info = chip.info();
     let limit = asked.unwrap_or(info.default_scoped_limit);
     if limit > info.vmem_per_core || limit.0 == 0 {
@@ -115,7 +252,10 @@ pub(crate) fn scoped_limit(chip: Chip, asked: Option<Bytes>) -> Result<Bytes, Pl
 }
 
 /// The positive numbers of `text`, as tiles are written: `512,512,1024`.
-pub(crate) fn positive_numbers<const N: usize>(text: &str, form: &str, example: &str) -> Result<[usize; N], PlanError> {
+///
+/// # Errors
+/// When the text is not `N` positive numbers; `form` and `example` say how to write them.
+pub fn positive_numbers<const N: usize>(text: &str, form: &str, example: &str) -> Result<[usize; N], PlanError> {
     let numbers: Option<Vec<usize>> = text.split(',').map(|part| part.trim().parse().ok()).collect();
     let numbers = numbers.filter(|numbers| numbers.iter().all(|&number| number > 0));
     numbers.and_then(|numbers| numbers.try_into().ok()).ok_or_else(|| PlanError {

@@ -3,8 +3,8 @@
 //! A Mosaic kernel takes four kinds of VMEM: pipeline windows, declared scratch, scratch that the compiler adds of its
 //! own accord, and register spills. The first three are arithmetic, and a [`VmemReport`] states them to the byte as the
 //! compiler's own report does. Spills only the compiler knows: that is why a report's sum is a *lower bound*, why
-//! [`Verdict::Fits`] wants evidence (a certification, or a spill margin that was measured), and why the absence of
-//! evidence is [`Verdict::Unknown`], never "fits".
+//! [`Verdict::Fits`] wants a certification of this very body, why an estimate is [`Verdict::LikelyFits`], and why the
+//! absence of evidence is [`Verdict::Unknown`], never "fits".
 //!
 //! Nothing here allocates, reads a file, or asks a compiler.
 
@@ -206,27 +206,52 @@ impl fmt::Display for VmemReport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "from")]
 pub enum Spills {
-    /// The compiler compiled exactly this kernel and spilled this much.
+    /// The compiler compiled exactly this body with exactly this limit, and spilled this much.
     Certified {
         /// Bytes of VMEM for spills.
         bytes: Bytes,
     },
-    /// Kernels around this one were compiled; none spilled more than this.
-    Bounded {
-        /// The largest spill seen, with its margin.
+    /// Kernels of its family were compiled; it should not spill more than this. An estimate, not a bound.
+    Estimated {
+        /// The estimate.
         bytes: Bytes,
     },
     /// Nothing is known.
     Unknown,
 }
 
-/// Whether a kernel fits into a VMEM limit.
+impl Spills {
+    /// The figure, certified or estimated.
+    pub const fn bytes(self) -> Option<Bytes> {
+        match self {
+            Self::Certified { bytes } | Self::Estimated { bytes } => Some(bytes),
+            Self::Unknown => None,
+        }
+    }
+}
+
+impl fmt::Display for Spills {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Certified { bytes } => write!(f, "{bytes} (certified)"),
+            Self::Estimated { bytes } => write!(f, "up to {bytes} (estimated from kernels of this family)"),
+            Self::Unknown => f.pad("unknown"),
+        }
+    }
+}
+
+/// Whether a kernel fits into a VMEM limit, and how that is known.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "verdict")]
 pub enum Verdict {
-    /// It fits, and the compiler's own figures say so.
+    /// It fits: the compiler compiled this very body with this limit.
     Fits {
         /// What is left below the limit, spills counted.
+        spare: Bytes,
+    },
+    /// It should fit: the buffers do, and the estimated spills beside them. Nobody has compiled it.
+    LikelyFits {
+        /// What is left below the limit, the estimate counted.
         spare: Bytes,
     },
     /// It cannot fit.
@@ -236,7 +261,7 @@ pub enum Verdict {
         /// What to change, the cheapest change first. Never the user's batch or lengths.
         suggestions: Vec<Suggestion>,
     },
-    /// The buffers fit; whether the spills do, nobody has measured.
+    /// The buffers fit; whether the spills do is not known.
     Unknown {
         /// What is left below the limit for spills.
         room_for_spills: Bytes,
@@ -261,13 +286,6 @@ pub enum Suggestion {
         /// The chip's VMEM, which no limit may pass.
         chip: Bytes,
     },
-    /// More devices per model.
-    Sharding {
-        /// How many ways to shard.
-        ways: usize,
-        /// What the kernel then takes, spills excluded.
-        bytes: Bytes,
-    },
 }
 
 impl fmt::Display for Suggestion {
@@ -275,7 +293,6 @@ impl fmt::Display for Suggestion {
         match self {
             Self::Tiles { tiles, bytes } => write!(f, "--tiles {tiles} takes {bytes}"),
             Self::Limit { bytes, chip } => write!(f, "--vmem-limit {} (the chip has {chip})", limit_argument(*bytes)),
-            Self::Sharding { ways, bytes } => write!(f, "shard the model {ways} ways: {bytes} per device"),
         }
     }
 }
@@ -285,26 +302,25 @@ fn limit_argument(bytes: Bytes) -> String {
 }
 
 impl Verdict {
-    /// Judges a sum of buffers and what is known of spills against `limit`. `suggestions` are asked for only when the
-    /// kernel does not fit; they are put into the order tiles, limit, sharding.
-    pub fn judge(total: Bytes, spills: Spills, limit: Bytes, suggestions: impl FnOnce() -> Vec<Suggestion>) -> Self {
-        let known = match spills {
-            Spills::Certified { bytes } | Spills::Bounded { bytes } => Some(bytes),
-            Spills::Unknown => None,
+    /// What a sum of buffers and the knowledge of spills mean for `limit`. `suggestions` are asked for only when the kernel
+    /// does not fit; they are put into the order tiles, limit.
+    pub fn new(total: Bytes, spills: Spills, limit: Bytes, suggestions: impl FnOnce() -> Vec<Suggestion>) -> Self {
+        let certain = match spills {
+            Spills::Certified { bytes } => total + bytes,
+            Spills::Estimated { .. } | Spills::Unknown => total,
         };
-        let taken = total + known.unwrap_or_default();
-        if taken > limit && !matches!(spills, Spills::Bounded { .. } if total <= limit) {
+        if certain > limit {
             let mut suggestions = suggestions();
             suggestions.sort_by_key(|suggestion| match suggestion {
                 Suggestion::Tiles { .. } => 0,
                 Suggestion::Limit { .. } => 1,
-                Suggestion::Sharding { .. } => 2,
             });
-            return Self::DoesNotFit { excess: taken - limit, suggestions };
+            return Self::DoesNotFit { excess: certain - limit, suggestions };
         }
-        match known {
-            Some(_) if taken <= limit => Self::Fits { spare: limit - taken },
-            _ => Self::Unknown { room_for_spills: limit - total },
+        match spills {
+            Spills::Certified { .. } => Self::Fits { spare: limit - certain },
+            Spills::Estimated { bytes } if total + bytes <= limit => Self::LikelyFits { spare: limit - total - bytes },
+            Spills::Estimated { .. } | Spills::Unknown => Self::Unknown { room_for_spills: limit - total },
         }
     }
 }
@@ -313,12 +329,19 @@ impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Fits { spare } => write!(f, "fits, {spare} to spare"),
+            Self::LikelyFits { spare } => {
+                write!(f, "likely fits, {spare} to spare by the estimate: `pagoda certify` compiles it")
+            }
             Self::DoesNotFit { excess, suggestions } => {
                 write!(f, "does not fit: {excess} too much")?;
                 suggestions.iter().try_for_each(|suggestion| write!(f, "\n  try {suggestion}"))
             }
             Self::Unknown { room_for_spills } => {
-                write!(f, "unknown: {room_for_spills} are left for register spills, which only the compiler knows")
+                write!(
+                    f,
+                    "unknown: {room_for_spills} remain for register spills, which only a compilation shows \
+                     (`pagoda certify`)"
+                )
             }
         }
     }
@@ -330,31 +353,29 @@ mod tests {
 
     #[test]
     fn a_verdict_needs_evidence() {
-        let judge = |total, spills, limit| Verdict::judge(Bytes(total), spills, Bytes(limit), Vec::new);
+        let verdict = |total, spills, limit| Verdict::new(Bytes(total), spills, Bytes(limit), Vec::new);
         let certified = |bytes| Spills::Certified { bytes: Bytes(bytes) };
-        let bounded = |bytes| Spills::Bounded { bytes: Bytes(bytes) };
-        assert_eq!(judge(10, Spills::Unknown, 100), Verdict::Unknown { room_for_spills: Bytes(90) });
-        assert_eq!(judge(10, certified(90), 100), Verdict::Fits { spare: Bytes(0) });
-        assert!(matches!(judge(10, certified(91), 100), Verdict::DoesNotFit { excess: Bytes(1), .. }));
-        assert_eq!(judge(10, bounded(20), 100), Verdict::Fits { spare: Bytes(70) });
-        // A bound is no proof of the opposite: the kernel may spill less.
-        assert_eq!(judge(90, bounded(20), 100), Verdict::Unknown { room_for_spills: Bytes(10) });
-        assert!(matches!(judge(101, bounded(0), 100), Verdict::DoesNotFit { excess: Bytes(1), .. }));
-        assert!(matches!(judge(101, Spills::Unknown, 100), Verdict::DoesNotFit { .. }));
+        let estimated = |bytes| Spills::Estimated { bytes: Bytes(bytes) };
+        assert_eq!(verdict(10, Spills::Unknown, 100), Verdict::Unknown { room_for_spills: Bytes(90) });
+        assert_eq!(verdict(10, certified(90), 100), Verdict::Fits { spare: Bytes(0) });
+        assert!(matches!(verdict(10, certified(91), 100), Verdict::DoesNotFit { excess: Bytes(1), .. }));
+        assert_eq!(verdict(10, estimated(20), 100), Verdict::LikelyFits { spare: Bytes(70) });
+        // An estimate proves nothing: the kernel may spill less.
+        assert_eq!(verdict(90, estimated(20), 100), Verdict::Unknown { room_for_spills: Bytes(10) });
+        assert!(matches!(verdict(101, estimated(0), 100), Verdict::DoesNotFit { excess: Bytes(1), .. }));
+        assert!(matches!(verdict(101, Spills::Unknown, 100), Verdict::DoesNotFit { .. }));
     }
 
     #[test]
     fn suggestions_come_in_order() {
         let tiles = Suggestion::Tiles { tiles: "8,128,128".into(), bytes: Bytes::kib(100) };
         let limit = Suggestion::Limit { bytes: Bytes(20 << 20), chip: Bytes::mib(64) };
-        let sharding = Suggestion::Sharding { ways: 2, bytes: Bytes::mib(9) };
-        let given = vec![sharding, limit, tiles];
-        let verdict = Verdict::judge(Bytes::mib(18), Spills::Unknown, Bytes::mib(16), || given);
+        let given = vec![limit, tiles];
+        let verdict = Verdict::new(Bytes::mib(18), Spills::Unknown, Bytes::mib(16), || given);
         insta::assert_snapshot!(verdict, @r"
         does not fit: 2.00 MiB too much
           try --tiles 8,128,128 takes 100.00 KiB
           try --vmem-limit 20MiB (the chip has 64.00 MiB)
-          try shard the model 2 ways: 9.00 MiB per device
         ");
     }
 

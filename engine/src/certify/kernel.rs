@@ -1,29 +1,33 @@
-//! Planning and certifying a kernel, whichever it is: the plan told, the compiler's answer, and where both differ.
+//! Planning and certifying a kernel, whichever it is: the plan in print, the compiler's answer, and where both differ.
 
 use std::fmt;
 
 use pagoda_ir::Context;
+use pagoda_kernels::Kernel;
 use pagoda_kernels::chips::Chip;
-use pagoda_kernels::plan::{KernelPlan, Options, PlanError};
-use pagoda_kernels::tuned::{self, Record};
+use pagoda_kernels::evidence::{self, Digest, Record};
+use pagoda_kernels::plan::Plan;
 use pagoda_kernels::vmem::{self, BufferKind, Bytes, Spills, VmemReport};
 use serde::Serialize;
 
 use super::report::KernelVmem;
 use super::{Certificate, Certifier, Program};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
-/// A plan, told.
+/// A plan, ready to print.
 #[derive(Clone, Debug, Serialize)]
-pub struct Planned<P: KernelPlan> {
-    /// The kernel's name.
+#[serde(bound = "")]
+pub struct Planned<K: Kernel> {
+    /// The kernel's name, tiles in it.
     pub kernel: String,
     /// The problem, in words.
     pub problem: String,
+    /// The problem, as `--spec` takes it.
+    pub spec: K::Spec,
     /// The chip.
     pub chip: Chip,
     /// The tiles.
-    pub tiles: P::Tiles,
+    pub tiles: K::Tiles,
     /// Steps of each grid dimension.
     pub grid: Vec<usize>,
     /// The scoped VMEM limit that the kernel asks for.
@@ -39,52 +43,48 @@ pub struct Planned<P: KernelPlan> {
     /// Whether it fits.
     #[serde(flatten)]
     pub verdict: vmem::Verdict,
-    /// What only this kernel's plans tell.
+    /// Kernel-specific fields of the plan.
     #[serde(flatten)]
-    pub particulars: P::Particulars,
+    pub details: K::Details,
 }
 
-impl<P: KernelPlan> Planned<P> {
-    /// Judges `plan` by the recorded certifications.
-    pub fn new(plan: &P) -> Self {
-        Self::with(plan, tuned::spills(plan))
+impl<K: Kernel> Planned<K> {
+    /// `plan`, with the verdict that the recorded certifications allow.
+    pub fn new(plan: &Plan<K>) -> Self {
+        Self::with(plan, evidence::spills(plan))
     }
 
-    fn with(plan: &P, spills: Spills) -> Self {
+    fn with(plan: &Plan<K>, spills: Spills) -> Self {
         Self {
-            kernel: plan.name(),
+            kernel: plan.name().to_owned(),
             problem: plan.describe(),
+            spec: plan.problem().spec().clone(),
             chip: plan.chip(),
             tiles: plan.tiles(),
-            grid: plan.grid(),
+            grid: plan.grid().to_vec(),
             limit: plan.limit(),
             vmem: plan.vmem().clone(),
             total: plan.vmem().total(),
             smem: plan.smem(),
             spills,
             verdict: plan.verdict(spills),
-            particulars: plan.particulars(),
+            details: plan.details().clone(),
         }
     }
 }
 
-impl<P: KernelPlan> fmt::Display for Planned<P> {
+impl<K: Kernel> fmt::Display for Planned<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kernel, problem, chip, grid, limit, vmem, verdict, particulars, .. } = self;
+        let Self { kernel, problem, chip, grid, limit, vmem, verdict, details, spills, .. } = self;
         let grid: Vec<String> = grid.iter().map(usize::to_string).collect();
         writeln!(f, "{kernel} on {chip}: {problem}, grid {}", grid.join("x"))?;
         writeln!(f, "{vmem}")?;
-        let spills = match self.spills {
-            Spills::Certified { bytes } => format!("{bytes} (certified)"),
-            Spills::Bounded { bytes } => format!("{bytes} at most (kernels of this kind, recorded)"),
-            Spills::Unknown => "unknown".into(),
-        };
         writeln!(f, "  {:<24} {spills}", "spills")?;
         writeln!(f, "  {:<24} {limit}: {verdict}", "limit")?;
         if self.smem > Bytes(0) {
             writeln!(f, "  {:<24} {} of {}", "SMEM", self.smem, chip.info().smem_per_core)?;
         }
-        write!(f, "  {particulars}")
+        write!(f, "  {details}")
     }
 }
 
@@ -93,9 +93,9 @@ impl<P: KernelPlan> fmt::Display for Planned<P> {
 pub struct Difference {
     /// The kind of buffer.
     pub kind: BufferKind,
-    /// What the plan foresaw.
+    /// The plan's bytes.
     pub planned: Bytes,
-    /// What the compiler's report says.
+    /// The bytes of the compiler's report.
     pub compiled: Bytes,
 }
 
@@ -114,54 +114,60 @@ pub fn differences(planned: &VmemReport, compiled: &KernelVmem) -> Vec<Differenc
 /// A plan and the compiler's answer to it.
 #[derive(Clone, Debug, Serialize)]
 #[serde(bound = "")]
-pub struct Certified<P: KernelPlan> {
-    #[serde(skip)]
-    family: String,
-    /// The plan, judged by the certificate.
-    pub plan: Planned<P>,
+pub struct Certified<K: Kernel> {
+    /// The plan, with the verdict of this certificate.
+    pub plan: Planned<K>,
+    /// Of the kernel's body.
+    pub digest: Digest,
     /// The compiler's answer.
     pub certificate: Certificate,
     /// Where both differ.
     pub differences: Vec<Difference>,
 }
 
-impl<P: KernelPlan> Certified<P> {
+impl<K: Kernel> Certified<K> {
     /// Has the real compiler compile the plan's kernel for one host of its chip, and compares.
     ///
     /// # Errors
     /// When the compiler is missing, crashes, takes too long or refuses the kernel.
-    pub fn new(plan: &P, certifier: &Certifier) -> Result<Self> {
+    pub fn new(plan: &Plan<K>, certifier: &Certifier) -> Result<Self> {
         let context = Context::new();
-        Self::of_module(plan, &plan.module(&context)?.bytecode(), certifier)
+        Self::of_kernel(plan, &plan.kernel(&context)?, certifier)
     }
 
-    /// As [`Certified::new`], with a module of the caller's that runs the plan's kernel once.
+    /// As [`Certified::new`], with a variant of the plan's kernel.
     ///
     /// # Errors
     /// As [`Certified::new`].
-    pub fn of_module(plan: &P, module: &[u8], certifier: &Certifier) -> Result<Self> {
-        let certificate = certifier.certify(plan.chip().info().topology, Program { module, replicas: 1 })?;
+    pub fn of_kernel(plan: &Plan<K>, kernel: &pagoda_ir::mosaic::Kernel, certifier: &Certifier) -> Result<Self> {
+        let context = Context::new();
+        let module = pagoda_kernels::kernel::mosaic_module::<K>(&context, plan.problem(), kernel)?.bytecode();
+        let program = Program { module: &module, replicas: 1 };
+        let certificate = certifier.certify(plan.chip().info().topology, program)?;
         if certificate.compiles() && certificate.kernels.len() != 1 {
             let message = format!("it names {} kernels, the program has one", certificate.kernels.len());
             return Err(super::Error::Report { report: "VMEM report", message }.into());
         }
-        let kernel = certificate.kernels.first();
-        let spills = match kernel {
-            Some(kernel) if certificate.compiles() => Spills::Certified { bytes: kernel.spills() },
+        let compiled = certificate.kernels.first();
+        let spills = match compiled {
+            Some(compiled) if certificate.compiles() => Spills::Certified { bytes: compiled.spills() },
             _ => Spills::Unknown,
         };
-        let differences = kernel.map_or_else(Vec::new, |kernel| differences(plan.vmem(), kernel));
-        Ok(Self { family: plan.family(), plan: Planned::with(plan, spills), certificate, differences })
+        let differences = compiled.map_or_else(Vec::new, |compiled| differences(plan.vmem(), compiled));
+        let digest = Digest::of_text(&kernel.text());
+        Ok(Self { plan: Planned::with(plan, spills), digest, certificate, differences })
     }
 
     /// The line for the table of certified kernels; `None` if it does not compile.
-    pub fn record(&self) -> Option<Record<P::Tiles>> {
+    pub fn record(&self) -> Option<Record<K>> {
         let kernel = self.certificate.kernels.first().filter(|_| self.certificate.compiles())?;
+        let Planned { chip, spec, tiles, limit, .. } = &self.plan;
         Some(Record {
-            chip: self.plan.chip,
-            problem: self.plan.problem.clone(),
-            family: self.family.clone(),
-            tiles: self.plan.tiles,
+            chip: *chip,
+            spec: spec.clone(),
+            tiles: *tiles,
+            limit: *limit,
+            digest: self.digest.clone(),
             vmem: kernel.without_spills(),
             spills: kernel.spills(),
             cycles: self.certificate.kernel_cycles(),
@@ -170,7 +176,7 @@ impl<P: KernelPlan> Certified<P> {
     }
 }
 
-impl<P: KernelPlan> fmt::Display for Certified<P> {
+impl<K: Kernel> fmt::Display for Certified<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.plan)?;
         write!(f, "{}", self.certificate)?;
@@ -181,30 +187,4 @@ impl<P: KernelPlan> fmt::Display for Certified<P> {
             }),
         }
     }
-}
-
-/// The chip and the planner's options that a command line names.
-pub(super) fn options<T>(
-    chip: &str,
-    vmem_limit: Option<&str>,
-    tiles: Option<&str>,
-    parse: impl FnOnce(&str) -> Result<T, PlanError>,
-) -> Result<(Chip, Options<T>)> {
-    let chip = Chip::parse(chip)
-        .map_err(|_| Error::setting("chip", chip, "is not known", "use v4, v5e, v5p, v6e or tpu7x"))?;
-    let limit = vmem_limit.map(|text| {
-        Bytes::parse(text).map_err(|_| Error::setting("vmem-limit", text, "is no size", "write e.g. 16MiB"))
-    });
-    let tiles = tiles.map(|text| parse(text).map_err(refused));
-    Ok((chip, Options { tiles: tiles.transpose()?, vmem_limit: limit.transpose()? }))
-}
-
-/// What a planner refuses is a setting that cannot work.
-pub(super) fn refused(error: PlanError) -> Error {
-    Error::setting(error.key, error.value, error.limit, error.fix)
-}
-
-/// What is no problem is a setting that cannot work.
-pub(super) fn invalid(invalid: pagoda_kernels::Invalid) -> Error {
-    Error::setting(invalid.key, invalid.value, invalid.limit, invalid.fix)
 }

@@ -13,9 +13,7 @@
 //! never reported as certified; what the compiler did not tell is absent, not zero.
 
 pub mod kernel;
-pub mod matmul;
 pub mod report;
-pub mod rpa;
 pub mod worker;
 
 use std::fmt;

@@ -49,7 +49,7 @@ enum Command {
     /// Plan a kernel: tiles, grid, every VMEM buffer, and whether it is known to fit.
     Plan {
         #[command(subcommand)]
-        kernel: kernels::Kernel,
+        kernel: kernels::KernelCommand,
         /// Print JSON.
         #[arg(long, global = true)]
         json: bool,
@@ -57,7 +57,7 @@ enum Command {
     /// Have libtpu, the TPU's own compiler, judge a planned kernel; no TPU needed.
     Certify {
         #[command(subcommand)]
-        kernel: kernels::Kernel,
+        kernel: kernels::KernelCommand,
         /// Seconds for one compilation.
         #[arg(long, global = true, value_name = "SECONDS", default_value_t = 180)]
         timeout: u64,
@@ -72,7 +72,7 @@ enum Command {
     /// Write a kernel: readable Mosaic, or the StableHLO module that carries it.
     Emit {
         #[command(subcommand)]
-        kernel: kernels::Kernel,
+        kernel: kernels::KernelCommand,
         #[command(flatten)]
         form: kernels::EmitArgs,
     },

@@ -10,90 +10,39 @@
 //! would be summed, so the last step along `k` selects zeros there, on both sides (NaN times zero is NaN).
 
 use pagoda_ir::{
-    Context, Element, HostTensor, Result,
-    mosaic::{self, Builder, DotDims, IntoOperand, Kernel, MemorySpace, Precision, Ref, Semantics, Value, Window},
-    stablehlo::{self, Module, Tensor},
+    Element,
+    mosaic::{Builder, DotDims, IntoOperand, MemorySpace, Precision, Ref, Semantics, Value, Window},
 };
 
 use super::{
-    Inputs,
     plan::{ArrayWindow, Axis, Order, Plan, Side, names, windows},
     problem::{Activation, Layout, Problem},
 };
+use crate::kernel::Operand;
 
-/// The Mosaic kernel that `plan` describes.
-///
-/// Its inputs are, in this order: the side whose rows are the output's rows, the other side (gates, then ups of a gated
-/// product: the weight is named twice), the bias as a row or a column, the residual.
-///
-/// # Errors
-/// None for a legal plan, unless MLIR fails.
-pub fn kernel<'c>(context: &'c Context, plan: &Plan) -> Result<Kernel<'c>> {
-    mosaic::kernel(context, &plan.name(), |k| Body::declare(k, plan).write())
+/// Writes the kernel that `plan` describes.
+pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
+    Body::declare(k, plan).write();
 }
 
-/// The module's operands of a call: gives the kernel its arrays in its own order and shapes.
-///
-/// # Errors
-/// When the operands are not those of the problem.
-pub fn call<'c, 'a>(
-    b: &stablehlo::Builder<'c, 'a>,
-    kernel: &Kernel,
-    problem: &Problem,
-    args: &[Tensor<'c, 'a>],
-) -> Result<Tensor<'c, 'a>> {
-    let (x, w) = (args[0], args[1]);
-    let gated = problem.epilogue.activation == Activation::SiluGate;
-    let mut operands = match (problem.layout, gated) {
-        (Layout::FeatureMajor, false) => vec![w, x],
-        (Layout::FeatureMajor, true) => vec![w, w, x],
-        (_, false) => vec![x, w],
-        (_, true) => vec![x, w, w],
+/// The side whose rows are the output's rows, the other side (gates, then ups of a gated product: the weight is named
+/// twice), the bias as a row or a column, the residual.
+pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
+    let copies = if problem.epilogue.activation == Activation::SiluGate { 2 } else { 1 };
+    let several = |operand: Operand| std::iter::repeat_n(operand, copies);
+    let (x, w) = (Operand::of("x"), several(Operand::of("w")));
+    let mut operands: Vec<_> = match problem.layout {
+        Layout::FeatureMajor => w.chain([x]).collect(),
+        Layout::RowMajor | Layout::WeightTransposed => [x].into_iter().chain(w).collect(),
     };
-    let mut rest = args[2..].iter().copied();
-    if problem.epilogue.bias
-        && let Some(bias) = rest.next()
-    {
+    if problem.epilogue.bias {
         let columns = problem.weight_columns();
         let dims = if problem.layout == Layout::FeatureMajor { [columns, 1] } else { [1, columns] };
         // As f32: broadcasting a packed row takes scratch on v4, and the bias is small.
-        let bias = b.reshape(b.convert(bias, Element::F32)?, &dims)?;
-        operands.extend(std::iter::repeat_n(bias, if gated { 2 } else { 1 }));
+        operands.extend(several(Operand::of("bias").cast(Element::F32).reshape(&dims)));
     }
-    operands.extend(rest);
-    Ok(kernel.call(b, &operands)?[0])
-}
-
-/// The arrays that [`call`] gives the kernel, made on the host: in the kernel's order, the bias as an f32 row or column.
-pub fn operands(problem: &Problem, inputs: &Inputs) -> Vec<HostTensor> {
-    let gated = problem.epilogue.activation == Activation::SiluGate;
-    let (x, w) = (&inputs.x, &inputs.w);
-    let mut operands = match (problem.layout, gated) {
-        (Layout::FeatureMajor, false) => vec![w.clone(), x.clone()],
-        (Layout::FeatureMajor, true) => vec![w.clone(), w.clone(), x.clone()],
-        (_, false) => vec![x.clone(), w.clone()],
-        (_, true) => vec![x.clone(), w.clone(), w.clone()],
-    };
-    if let Some(bias) = &inputs.bias {
-        let columns = problem.weight_columns();
-        let dims = if problem.layout == Layout::FeatureMajor { [columns, 1] } else { [1, columns] };
-        let bias = HostTensor::from_f64(Element::F32, &dims, &bias.to_f64());
-        operands.extend(std::iter::repeat_n(bias, if gated { 2 } else { 1 }));
-    }
-    operands.extend(inputs.residual.clone());
+    operands.extend(problem.epilogue.residual.then(|| Operand::of("residual")));
     operands
-}
-
-/// A StableHLO module whose `main` takes the problem's arguments and runs the kernel on them.
-///
-/// # Errors
-/// As [`kernel`].
-pub fn module<'c>(context: &'c Context, plan: &Plan) -> Result<Module<'c>> {
-    let kernel = kernel(context, plan)?;
-    let problem = plan.problem();
-    let module = Module::new(context, "matmul");
-    module.function("main", &problem.argument_types(), |b, args| Ok(vec![call(b, &kernel, problem, args)?]))?;
-    Ok(module)
 }
 
 /// The kernel's operands.
@@ -123,7 +72,7 @@ enum Sum {
 impl<'a, 'p> Body<'a, 'p> {
     fn declare(k: &'a Builder<'a>, plan: &'p Plan) -> Self {
         let [rows, columns, _] = plan.blocks();
-        let grid = plan.grid();
+        let grid = plan.steps_of_grid();
         let semantics = [Semantics::Parallel, Semantics::Parallel, Semantics::Arbitrary];
         let [_, _, step] = k.grid(std::array::from_fn(|dim| (grid[dim], semantics[dim])));
         let (row, column) = if plan.order() == Order::RowsOuter { (0, 1) } else { (1, 0) };
@@ -164,7 +113,6 @@ impl<'a, 'p> Body<'a, 'p> {
                 .map(|name| k.scratch(name, MemorySpace::Vmem, Element::F32, &[rows, columns]))
                 .collect(),
         };
-        k.vmem_limit(plan.limit().0 as usize);
         Self { k, plan, step, lhs, rhs, bias, residual: residual.pop(), out: out.remove(0), sums }
     }
 

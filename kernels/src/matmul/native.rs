@@ -344,8 +344,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        check::{compare, tolerance},
-        matmul::{Epilogue, Inputs, Layout, Problem, Spec, reference},
+        check::compare,
+        matmul::{Epilogue, Layout, Problem, Spec, reference::reference},
+        named::Arrays,
         threads::{Caller, Scoped},
     };
 
@@ -358,11 +359,11 @@ mod tests {
         HostTensor::from_f64(element, dims, &values)
     }
 
-    fn run<T: Float>(problem: &Problem, inputs: &Inputs, threads: &dyn Threads) -> HostTensor {
+    fn run<T: Float>(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> HostTensor {
         let mut output = tensor(problem.output, &problem.output_type().dims, 0);
-        let residual = inputs.residual.as_ref().map(|residual| residual.as_slice::<T>());
+        let residual = inputs.get("residual").map(|residual| residual.as_slice::<T>());
         let around = Around { norm: None, activation: problem.epilogue.activation, residual };
-        let call = Call { w: inputs.w.as_slice::<T>(), x: inputs.x.as_slice(), columns: problem.m, around };
+        let call = Call { w: inputs["w"].as_slice::<T>(), x: inputs["x"].as_slice(), columns: problem.m, around };
         multiply(&call, output.as_mut_slice::<T>(), threads);
         output
     }
@@ -377,17 +378,15 @@ mod tests {
                 let layout = Layout::FeatureMajor;
                 let problem =
                     Problem::new(Spec { m, k, n, input: element, output: element, layout, epilogue }).unwrap();
-                let types = problem.argument_types();
-                let mut arrays = types.iter().zip([5, 0, 11]).map(|(ty, first)| tensor(element, &ty.dims, first));
-                let mut next = || arrays.next();
-                let (x, w) = (next().unwrap(), next().unwrap());
-                let inputs = Inputs { x, w, bias: None, residual: next() };
+                let arguments = problem.arguments();
+                let arrays = arguments.iter().zip([5, 0, 11]);
+                let inputs = arguments.name(arrays.map(|(argument, first)| tensor(element, &argument.ty.dims, first)));
                 let run = |threads: &dyn Threads| match element {
                     Element::F32 => run::<f32>(&problem, &inputs, threads),
                     _ => run::<bf16>(&problem, &inputs, threads),
                 };
                 let (actual, expected) = (run(&Caller), reference(&problem, &inputs));
-                compare("native", &actual, &expected.output, &expected.magnitude, tolerance(element))
+                compare("native", &actual, &expected)
                     .unwrap_or_else(|error| panic!("[{n}, {k}] x {m} {epilogue:?}: {error}"));
                 assert!(run(&Scoped(3)) == actual, "[{n}, {k}] x {m}: threads show in the result");
             }

@@ -1,27 +1,26 @@
 //! Planning a matmul for a TPU: tiles, grid order, VMEM, and what it should cost.
 //!
 //! Pure and fast (every candidate is a few dozen arithmetic operations, all of them well below a millisecond). A plan is
-//! legal by construction: tiles that no layout allows are refused with the rule they break; whether the kernel *fits* is
-//! the separate question that [`Plan::verdict`] answers.
+//! legal by construction: tiles that no layout allows are refused with the rule they break.
 //!
 //! All three layouts are one kernel `out [rows, columns] = lhs [rows, depth] rhs [depth, columns]`: the weight is the
 //! right side, or for feature-major activations the left one. [`Shape`] holds the sizes in this sense; [`Tiles`] are the
 //! user's, along `m`, `n` and `k`.
 
-use std::{fmt, sync::LazyLock};
+use std::fmt;
 
-use pagoda_ir::{Context, element::Element, stablehlo::Module};
+use pagoda_ir::element::Element;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    mosaic,
-    problem::{Activation, Layout, Problem, Spec},
+    Matmul,
+    problem::{Activation, Layout, Problem},
 };
-pub use crate::plan::PlanError;
 use crate::{
     chips::{Chip, ChipInfo},
-    plan::{self, KernelPlan, scoped_limit},
-    tuned,
+    evidence,
+    kernel::TileSizes,
+    plan::{self, PlanError, Spilling},
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
@@ -36,12 +35,10 @@ pub struct Tiles {
     pub k: usize,
 }
 
-impl Tiles {
-    /// Reads `M,N,K`.
-    ///
-    /// # Errors
-    /// When the text is not three positive numbers.
-    pub fn parse(text: &str) -> Result<Self, PlanError> {
+impl TileSizes for Tiles {
+    const FORM: &'static str = "M,N,K";
+
+    fn parse(text: &str) -> Result<Self, PlanError> {
         let [m, n, k] = plan::positive_numbers(text, "three positive numbers M,N,K", "512,512,1024")?;
         Ok(Self { m, n, k })
     }
@@ -101,161 +98,20 @@ pub struct Estimate {
 pub type Options = plan::Options<Tiles>;
 
 /// A matmul kernel for a chip, every tile and every VMEM buffer named.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Plan {
-    problem: Problem,
-    chip: Chip,
-    tiles: Tiles,
-    order: Order,
-    chunk: Chunk,
-    limit: Bytes,
-    report: VmemReport,
-    estimate: Estimate,
-}
+pub type Plan = plan::Plan<Matmul>;
 
-impl Plan {
-    /// Plans `problem` on `chip`: with the given tiles, or with the cheapest ones that fit the limit.
-    ///
-    /// # Errors
-    /// When the limit passes the chip's VMEM, no block of a gated weight can start at the first up, the tiles are illegal, or
-    /// no tiles fit the limit.
-    pub fn new(problem: Problem, chip: Chip, options: Options) -> Result<Self, PlanError> {
-        let info = chip.info();
-        let limit = scoped_limit(chip, options.vmem_limit)?;
-        let unit = up_unit(&problem);
-        if gated(&problem) && !problem.n.is_multiple_of(unit) {
-            return Err(PlanError {
-                key: "n",
-                value: problem.n.to_string(),
-                limit: format!(
-                    "is no multiple of {unit}, so that no block of the gated weight can start at the first up"
-                ),
-                fix: format!("pad n to {}, or compute gates and ups by two products", problem.n.next_multiple_of(unit)),
-            });
-        }
-        if let Some(tiles) = options.tiles {
-            check(&problem, tiles)?;
-            return Ok(Self::with(problem, chip, &info, tiles, limit));
-        }
-        best(&problem, chip, &info, limit).ok_or_else(|| PlanError {
-            key: "vmem-limit",
-            value: limit.to_string(),
-            limit: format!("holds no legal tiles of this product ({}x{}x{})", problem.m, problem.k, problem.n),
-            fix: format!("raise it, up to {} on {chip}", info.vmem_per_core),
-        })
-    }
-
-    /// A plan with legal tiles, in the better of both orders.
-    fn with(problem: Problem, chip: Chip, info: &ChipInfo, tiles: Tiles, limit: Bytes) -> Self {
-        let layout = Blocks::new(&problem, tiles);
-        let (order, estimate) = [Order::RowsOuter, Order::ColumnsOuter]
-            .map(|order| (order, layout.estimate(info, order)))
-            .into_iter()
-            .min_by(|(_, a), (_, b)| a.cycles.total_cmp(&b.cycles))
-            .expect("two orders");
-        let chunk = chunk(info, &layout);
-        Self { problem, chip, tiles, order, chunk, limit, report: layout.report(chip), estimate }
-    }
-
-    /// The problem.
-    pub fn problem(&self) -> &Problem {
-        &self.problem
-    }
-
-    /// The chip that it is for.
-    pub fn chip(&self) -> Chip {
-        self.chip
-    }
-
-    /// The tiles along `m`, `n` and `k`.
-    pub fn tiles(&self) -> Tiles {
-        self.tiles
-    }
-
-    /// The grid's order.
-    pub fn order(&self) -> Order {
-        self.order
-    }
-
-    /// What the body works on at a time.
-    pub fn chunk(&self) -> Chunk {
-        self.chunk
-    }
-
-    /// The scoped VMEM limit that the kernel asks for.
-    pub fn limit(&self) -> Bytes {
-        self.limit
-    }
-
-    /// Every VMEM buffer.
-    pub fn vmem(&self) -> &VmemReport {
-        &self.report
-    }
-
-    /// What it should cost.
-    pub fn estimate(&self) -> Estimate {
-        self.estimate
-    }
-
-    /// `matmul-m512-n512-k1024`.
-    pub fn name(&self) -> String {
-        let Tiles { m, n, k } = self.tiles;
-        format!("matmul-m{m}-n{n}-k{k}")
-    }
-
-    /// Size of the whole dimension, size of a block, and number of blocks along an axis.
-    pub(super) fn along(&self, axis: Axis) -> (usize, usize, usize) {
-        let Shape { rows, columns, depth } = shape(&self.problem);
-        let size = match axis {
-            Axis::Rows => rows,
-            Axis::Columns => columns,
-            Axis::Depth => depth,
-            Axis::One => 1,
-        };
-        let (block, count) = Blocks::new(&self.problem, self.tiles).along(axis);
-        (size, block, count)
-    }
-
-    /// Block sizes along the kernel's rows, columns and depth.
-    pub(super) fn blocks(&self) -> [usize; 3] {
-        Blocks::new(&self.problem, self.tiles).block
-    }
-
-    /// Steps of each grid dimension.
-    pub fn grid(&self) -> [usize; 3] {
-        let [rows, columns, depth] = Blocks::new(&self.problem, self.tiles).counts;
-        match self.order {
-            Order::RowsOuter => [rows, columns, depth],
-            Order::ColumnsOuter => [columns, rows, depth],
-        }
-    }
-
-    /// Whether no core moves a window.
-    pub(super) fn one_step_per_core(&self) -> bool {
-        Blocks::new(&self.problem, self.tiles).one_step_per_core(self.chip)
-    }
-
-    /// Steps along `k`.
-    pub(super) fn steps(&self) -> usize {
-        self.grid()[2]
-    }
-
-    /// Real elements of the last step along `k`; 0 if all are.
-    pub(super) fn edge(&self) -> usize {
-        self.problem.k % self.tiles.k
-    }
-}
-
-/// What a matmul's plan tells beside what every plan tells.
+/// What a matmul's plan holds beside what every plan holds.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Particulars {
+pub struct Details {
     /// What the grid's first dimension walks along.
     pub order: Order,
+    /// What the body works on at a time.
+    pub chunk: Chunk,
     /// What it should cost.
     pub estimate: Estimate,
 }
 
-impl fmt::Display for Particulars {
+impl fmt::Display for Details {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Estimate { cycles, mxu_cycles, bytes_moved } = self.estimate;
         let (share, moved) = (100.0 * mxu_cycles / cycles, Bytes(bytes_moved));
@@ -263,76 +119,92 @@ impl fmt::Display for Particulars {
     }
 }
 
-impl KernelPlan for Plan {
-    type Tiles = Tiles;
-    type Particulars = Particulars;
-
-    fn name(&self) -> String {
-        self.name()
+/// Refuses a gated weight that no block can be cut where its ups begin.
+pub(super) fn plannable(problem: &Problem) -> Result<(), PlanError> {
+    let unit = up_unit(problem);
+    if gated(problem) && !problem.n.is_multiple_of(unit) {
+        return Err(PlanError {
+            key: "n",
+            value: problem.n.to_string(),
+            limit: format!("is not a multiple of {unit}, so that no block of the gated weight can start at the first up"),
+            fix: format!("pad n to {}, or compute gates and ups by two products", problem.n.next_multiple_of(unit)),
+        });
     }
+    Ok(())
+}
 
-    fn describe(&self) -> String {
-        let Spec { m, k, n, input, output, layout, epilogue } = *self.problem;
-        let mut text = format!("{m}x{k}x{n} {input} -> {output} {layout:?}");
-        for (set, name) in [
-            (epilogue.bias, "bias"),
-            (epilogue.activation == Activation::SiluGate, "silu-gate"),
-            (epilogue.residual, "residual"),
-        ] {
-            if set {
-                text += " + ";
-                text += name;
-            }
-        }
-        text
-    }
-
-    fn family(&self) -> String {
-        family(&self.problem)
-    }
-
-    fn chip(&self) -> Chip {
-        self.chip
-    }
-
-    fn tiles(&self) -> Tiles {
-        self.tiles
-    }
-
-    fn grid(&self) -> Vec<usize> {
-        self.grid().to_vec()
-    }
-
-    fn limit(&self) -> Bytes {
-        self.limit
-    }
-
-    fn vmem(&self) -> &VmemReport {
-        &self.report
-    }
-
-    fn particulars(&self) -> Particulars {
-        Particulars { order: self.order, estimate: self.estimate }
-    }
-
-    fn records() -> &'static [tuned::Record<Tiles>] {
-        static RECORDS: LazyLock<Vec<tuned::Record<Tiles>>> =
-            LazyLock::new(|| tuned::parse(include_str!("../../tuned/matmul.json")));
-        &RECORDS
-    }
-
-    fn replanned(&self) -> Option<Self> {
-        best(&self.problem, self.chip, &self.chip.info(), self.limit)
-    }
-
-    fn module<'c>(&self, context: &'c Context) -> pagoda_ir::Result<Module<'c>> {
-        mosaic::module(context, self)
+/// What follows from legal tiles, in the better of both orders.
+pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
+    let (blocks, info) = (Blocks::new(problem, tiles), chip.info());
+    let (order, estimate) = [Order::RowsOuter, Order::ColumnsOuter]
+        .map(|order| (order, blocks.estimate(&info, order)))
+        .into_iter()
+        .min_by(|(_, a), (_, b)| a.cycles.total_cmp(&b.cycles))
+        .expect("two orders");
+    let Tiles { m, n, k } = tiles;
+    plan::Layout {
+        name: format!("matmul-m{m}-n{n}-k{k}"),
+        grid: blocks.grid(order).to_vec(),
+        vmem: blocks.report(chip),
+        smem: Bytes(0),
+        spilling: blocks.spilling(&info),
+        details: Details { order, chunk: chunk(&info, &blocks), estimate },
     }
 }
 
-/// Input type, and whether gates and ups are two products of one kernel.
-fn family(problem: &Problem) -> String {
-    format!("{}{}", problem.input, if gated(problem) { " gated" } else { "" })
+impl Plan {
+    /// The grid's order.
+    pub fn order(&self) -> Order {
+        self.details().order
+    }
+
+    /// What the body works on at a time.
+    pub fn chunk(&self) -> Chunk {
+        self.details().chunk
+    }
+
+    /// What it should cost.
+    pub fn estimate(&self) -> Estimate {
+        self.details().estimate
+    }
+
+    /// Size of the whole dimension, size of a block, and number of blocks along an axis.
+    pub(super) fn along(&self, axis: Axis) -> (usize, usize, usize) {
+        let Shape { rows, columns, depth } = shape(self.problem());
+        let size = match axis {
+            Axis::Rows => rows,
+            Axis::Columns => columns,
+            Axis::Depth => depth,
+            Axis::One => 1,
+        };
+        let (block, count) = Blocks::new(self.problem(), self.tiles()).along(axis);
+        (size, block, count)
+    }
+
+    /// Block sizes along the kernel's rows, columns and depth.
+    pub(super) fn blocks(&self) -> [usize; 3] {
+        Blocks::new(self.problem(), self.tiles()).block
+    }
+
+    /// Steps of each grid dimension.
+    pub(super) fn steps_of_grid(&self) -> [usize; 3] {
+        Blocks::new(self.problem(), self.tiles()).grid(self.order())
+    }
+
+    /// Whether no core moves a window.
+    pub(super) fn one_step_per_core(&self) -> bool {
+        Blocks::new(self.problem(), self.tiles()).one_step_per_core(self.chip())
+    }
+
+    /// Steps along `k`.
+    pub(super) fn steps(&self) -> usize {
+        self.steps_of_grid()[2]
+    }
+
+    /// Real elements of the last step along `k`; 0 if all are.
+    pub(super) fn edge(&self) -> usize {
+        self.problem().k % self.tiles().k
+    }
 }
 
 /// What a dimension of an array is to the kernel.
@@ -419,8 +291,8 @@ fn gated(problem: &Problem) -> bool {
     problem.epilogue.activation == Activation::SiluGate
 }
 
-/// The rule of the pipeline's copies: a block spans the array, or is a multiple of a tile's rows or lanes.
-fn check(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
+/// The rule of the pipeline's DMAs: a block spans the array, or is a multiple of a tile's rows or lanes.
+pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
     let (lane_m, lane_n) = match problem.layout {
         Layout::FeatureMajor => (true, false),
         Layout::RowMajor | Layout::WeightTransposed => (false, true),
@@ -481,6 +353,24 @@ impl<'p> Blocks<'p> {
         };
         let counts = [rows.div_ceil(block[0]), columns.div_ceil(block[1]), depth.div_ceil(block[2])];
         Self { problem, block, counts }
+    }
+
+    /// Steps of each grid dimension.
+    fn grid(&self, order: Order) -> [usize; 3] {
+        let [rows, columns, depth] = self.counts;
+        match order {
+            Order::RowsOuter => [rows, columns, depth],
+            Order::ColumnsOuter => [columns, rows, depth],
+        }
+    }
+
+    /// Input type, and whether gates and ups are two products of one kernel; the sums of a chunk.
+    fn spilling(&self, info: &ChipInfo) -> Spilling {
+        let Chunk { rows, columns, .. } = chunk(info, self);
+        let [left, right] = self.sides();
+        let live = Bytes((rows * columns * left.max(right) * 4) as u64);
+        let gated = if gated(self.problem) { " gated" } else { "" };
+        Spilling { family: format!("{}{gated}", self.problem.input), live }
     }
 
     /// Windows of each side: the weight of a gated product has two.
@@ -603,11 +493,11 @@ fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
 }
 
 /// The cheapest tiles that fit `limit` with room for spills; without it, if none do.
-fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<Plan> {
+pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
+    let info = &chip.info();
     let lane_m = problem.layout == Layout::FeatureMajor;
     let (ms, ns) = (candidates(problem.m, lane_m, MAX_TILE), candidates(problem.n, !lane_m, MAX_TILE));
     let ks = candidates(problem.k, true, MAX_DEPTH);
-    let margin = tuned::spill_margin::<Plan>(chip, &family(problem));
     let mut best: Option<(bool, f64, Tiles)> = None;
     for &m in &ms {
         for &n in &ns {
@@ -627,7 +517,7 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
                     continue;
                 }
                 let taken = blocks.report(chip).total();
-                let roomy = taken + margin <= limit;
+                let roomy = taken + evidence::margin::<Matmul>(chip, &blocks.spilling(info)) <= limit;
                 let better = best.is_none_or(|(most, least, _)| (roomy, -cycles) > (most, -least));
                 if taken <= limit && better {
                     best = Some((roomy, cycles, tiles));
@@ -635,7 +525,7 @@ fn best(problem: &Problem, chip: Chip, info: &ChipInfo, limit: Bytes) -> Option<
             }
         }
     }
-    best.map(|(_, _, tiles)| Plan::with(*problem, chip, info, tiles, limit))
+    best.map(|(_, _, tiles)| tiles)
 }
 
 const MAX_TILE: usize = 2048;
@@ -667,8 +557,7 @@ mod tests {
     };
 
     fn problem(m: usize, k: usize, n: usize) -> Problem {
-        let (element, layout) = (Element::Bf16, Layout::RowMajor);
-        Problem::new(Spec { m, k, n, input: element, output: element, layout, epilogue: Epilogue::NONE }).unwrap()
+        Problem::new(Spec::new([m, k, n], Element::Bf16)).unwrap()
     }
 
     fn plan(problem: Problem, chip: Chip, tiles: Option<&str>, limit: Option<u64>) -> Result<Plan, PlanError> {
@@ -694,45 +583,42 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_is_told_in_full() {
+    fn a_plan_lists_every_buffer() {
         let plan = plan(problem(512, 4096, 14336), Chip::V5p, Some("512,1024,1024"), None).unwrap();
         assert_eq!(plan.name(), "matmul-m512-n1024-k1024");
         assert_eq!(plan.grid(), [1, 14, 4]);
         insta::assert_snapshot!(plan.vmem());
     }
 
-    /// 1 ms is for an optimised build; this one is not.
+    /// Planning must stay far below a millisecond: a few thousand candidates of a few dozen operations.
     #[test]
-    fn planning_is_fast() {
-        let start = std::time::Instant::now();
-        for _ in 0..10 {
-            plan(problem(4096, 14336, 128_256), Chip::V6e, None, None).unwrap();
-        }
-        assert!(start.elapsed().as_millis() < 100, "{:?}", start.elapsed());
+    fn candidates_are_few() {
+        let many = [4096, 14336, 128_256].map(|size| candidates(size, true, MAX_DEPTH).len());
+        assert!(many.iter().product::<usize>() < 10_000, "{many:?}");
     }
 
     #[test]
     fn what_cannot_be_planned_says_why_and_what_to_do() {
-        let tell = |tiles, limit| plan(problem(100, 300, 500), Chip::V5p, tiles, limit).unwrap_err().to_string();
+        let refusal = |tiles, limit| plan(problem(100, 300, 500), Chip::V5p, tiles, limit).unwrap_err().to_string();
         let gated = Spec {
             epilogue: Epilogue { activation: Activation::SiluGate, ..Epilogue::NONE },
             ..*problem(64, 256, 384)
         };
         let halves = plan(Problem::new(gated).unwrap(), Chip::V5p, Some("64,256,256"), None).unwrap_err().to_string();
         let lines = [
-            tell(Some("10,128,128"), None),
-            tell(Some("100,100,128"), None),
-            tell(Some("100,128,512"), None),
-            tell(Some("0,128,128"), None),
-            tell(Some("8,128"), None),
-            tell(None, Some(65)),
-            tell(None, Some(0)),
+            refusal(Some("10,128,128"), None),
+            refusal(Some("100,100,128"), None),
+            refusal(Some("100,128,512"), None),
+            refusal(Some("0,128,128"), None),
+            refusal(Some("8,128"), None),
+            refusal(None, Some(65)),
+            refusal(None, Some(0)),
             halves,
         ];
         insta::assert_snapshot!(lines.join("\n"));
     }
 
-    /// Kernels of this kind are on record to spill more than the limit: tiles are chosen without room for it then.
+    /// Where no tiles leave room for spills, tiles are chosen without.
     #[test]
     fn little_vmem_still_has_tiles() {
         let gated = Spec {
@@ -740,9 +626,11 @@ mod tests {
             epilogue: Epilogue { activation: Activation::SiluGate, ..Epilogue::NONE },
             ..*problem(64, 256, 384)
         };
-        let plan = plan(Problem::new(gated).unwrap(), Chip::V5p, None, Some(4)).unwrap();
-        assert!(tuned::spill_margin::<Plan>(Chip::V5p, &family(plan.problem())) >= plan.limit());
+        let options = Options { tiles: None, vmem_limit: Some(Bytes::kib(400)) };
+        let plan = Plan::new(Problem::new(gated).unwrap(), Chip::V5p, options).unwrap();
         assert!(plan.vmem().total() <= plan.limit());
+        let margin = evidence::margin::<Matmul>(Chip::V5p, plan.spilling());
+        assert!(plan.vmem().total() + margin > plan.limit(), "{margin}");
     }
 
     /// What does not fit keeps the problem and changes tiles first, then the limit.
@@ -754,7 +642,7 @@ mod tests {
             panic!("{suggestions:?}")
         };
         let smaller = plan(problem(4096, 4096, 4096), Chip::V5p, Some(tiles), None).unwrap();
-        assert!(matches!(smaller.verdict(tuned::spills(&smaller)), Verdict::Fits { .. }));
+        assert!(matches!(smaller.verdict(evidence::spills(&smaller)), Verdict::Fits { .. } | Verdict::LikelyFits { .. }));
         assert_eq!(*bytes, large.vmem().total());
     }
 
@@ -763,7 +651,7 @@ mod tests {
     fn the_kernel_declares_the_plan() {
         let context = pagoda_ir::Context::new();
         let plan = plan(problem(300, 700, 500), Chip::V6e, Some("128,256,256"), Some(8)).unwrap();
-        let kernel = crate::matmul::mosaic::kernel(&context, &plan).unwrap();
+        let kernel = plan.kernel(&context).unwrap();
         let signature = pagoda_ir::mosaic::Signature::read(kernel.module()).unwrap();
         assert_eq!(signature.vmem_bytes() as u64, plan.vmem().total().0);
         assert_eq!(kernel.vmem_limit(), Some(8 << 20));

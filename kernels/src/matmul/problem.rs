@@ -1,15 +1,20 @@
 //! What a matmul kernel is asked to do: validated sizes, types, memory layout and epilogue.
 
-use std::ops::Deref;
-
 use pagoda_ir::{Element, TensorType};
+use serde::{Deserialize, Serialize};
 
-use crate::error::{Invalid, MAX_ELEMENTS, ensure, ensure_product};
+use crate::{
+    error::{Invalid, MAX_ELEMENTS, ensure, ensure_product},
+    named::{Argument, Arguments, Named},
+    problem::{self, Specification},
+};
 
 const SUBJECT: &str = "matmul problem";
 
 /// How the activations, the weight and the output lie in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Layout {
     /// `x [m, k]`, `w [k, n]`, output `[m, n]`.
     RowMajor,
@@ -21,7 +26,8 @@ pub enum Layout {
 }
 
 /// What happens to a column pair or to single values before they are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Activation {
     /// Nothing.
     Identity,
@@ -30,13 +36,22 @@ pub enum Activation {
 }
 
 /// What is fused behind the product: `activation(x w + bias) + residual`, in f32, then one rounding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(feature = "cli", derive(clap::Args))]
 pub struct Epilogue {
-    /// A bias per output feature of the weight, of the input type.
+    /// Add a bias per output feature of the weight, of the input type.
+    #[cfg_attr(feature = "cli", arg(long))]
     pub bias: bool,
-    /// The activation.
+    /// w has 2n output features, gates before ups: out = silu(gate) * up. n is a multiple of 128 (row-major) or 8.
+    #[cfg_attr(feature = "cli", arg(
+        long = "silu-gate",
+        action = clap::ArgAction::SetTrue,
+        value_parser = crate::cli::either(Activation::SiluGate, Activation::Identity),
+    ))]
     pub activation: Activation,
-    /// A residual of the output's type.
+    /// Add a residual of the output's type and shape.
+    #[cfg_attr(feature = "cli", arg(long))]
     pub residual: bool,
 }
 
@@ -45,59 +60,70 @@ impl Epilogue {
     pub const NONE: Self = Self { bias: false, activation: Activation::Identity, residual: false };
 }
 
-/// The description of a problem, not validated yet: [`Problem::new`] does that.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// The description of a problem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(feature = "cli", derive(clap::Args))]
 pub struct Spec {
-    /// Rows of the activations.
+    /// Rows of x and of the output.
+    #[cfg_attr(feature = "cli", arg(long))]
     pub m: usize,
     /// Features that are summed over.
+    #[cfg_attr(feature = "cli", arg(long))]
     pub k: usize,
     /// Output features (after the activation).
+    #[cfg_attr(feature = "cli", arg(long))]
     pub n: usize,
-    /// Type of activations, weight and bias: f32 or bf16. Sums are f32.
+    /// Type of x, w and bias. Sums are f32.
+    #[cfg_attr(feature = "cli", arg(long = "dtype", value_parser = crate::cli::float(), default_value = "bf16"))]
     pub input: Element,
-    /// Type of the output and of the residual: f32 or bf16.
+    /// Type of the output and of the residual [default: that of x].
+    #[cfg_attr(feature = "cli", arg(
+        long = "out-dtype",
+        value_parser = crate::cli::float(),
+        default_value_if("input", "f32", "f32"),
+        default_value = "bf16",
+        hide_default_value = true,
+    ))]
     pub output: Element,
-    /// How the arrays lie in memory.
+    /// How x, w and the output lie in memory.
+    #[cfg_attr(feature = "cli", arg(long, value_enum, default_value_t = Layout::RowMajor))]
     pub layout: Layout,
     /// What is fused behind the product.
+    #[cfg_attr(feature = "cli", command(flatten))]
     pub epilogue: Epilogue,
 }
 
-/// A valid matmul problem. Read its fields through [`Spec`], to which it dereferences.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Problem(Spec);
-
-impl Deref for Problem {
-    type Target = Spec;
-
-    fn deref(&self) -> &Spec {
-        &self.0
+impl Spec {
+    /// A row-major product of sizes `m`, `k` and `n`, all of one type, with nothing fused.
+    pub const fn new([m, k, n]: [usize; 3], element: Element) -> Self {
+        Self { m, k, n, input: element, output: element, layout: Layout::RowMajor, epilogue: Epilogue::NONE }
     }
 }
 
-impl Problem {
-    /// Validates `spec`.
-    ///
-    /// # Errors
-    /// The first field that breaks a limit.
-    pub fn new(spec: Spec) -> Result<Self, Invalid> {
-        for (key, size) in [("m", spec.m), ("k", spec.k), ("n", spec.n)] {
+impl Specification for Spec {
+    fn validate(&self) -> Result<(), Invalid> {
+        for (key, size) in [("m", self.m), ("k", self.k), ("n", self.n)] {
             ensure(size > 0, SUBJECT, key, size, || "is below 1".into(), "give at least 1")?;
             let limit = || format!("is beyond {}", i32::MAX / 2);
             ensure(size <= i32::MAX as usize / 2, SUBJECT, key, size, limit, "split the product")?;
         }
-        for (key, sides) in [("m * k", [spec.m, spec.k]), ("k * n", [spec.k, spec.n]), ("m * n", [spec.m, spec.n])] {
+        for (key, sides) in [("m * k", [self.m, self.k]), ("k * n", [self.k, self.n]), ("m * n", [self.m, self.n])] {
             ensure_product(SUBJECT, key, &sides, MAX_ELEMENTS)?;
         }
-        for (key, element) in [("input", spec.input), ("output", spec.output)] {
+        for (key, element) in [("input", self.input), ("output", self.output)] {
             let float = matches!(element, Element::F32 | Element::Bf16);
             let fix = "convert it to one of them";
             ensure(float, SUBJECT, key, element, || "is neither f32 nor bf16".into(), fix)?;
         }
-        Ok(Self(spec))
+        Ok(())
     }
+}
 
+/// A valid matmul problem.
+pub type Problem = problem::Problem<Spec>;
+
+impl Problem {
     /// Output features of the weight: `n`, or `2n` for gates and ups.
     pub fn weight_columns(&self) -> usize {
         match self.epilogue.activation {
@@ -112,22 +138,24 @@ impl Problem {
         TensorType::new(self.output, &dims)
     }
 
-    /// The types of the kernel's arguments: `x`, `w`, and as the epilogue says the bias `[weight columns]` and the
-    /// residual.
-    pub fn argument_types(&self) -> Vec<TensorType> {
+    /// `x`, `w`, and as the epilogue says the bias `[weight columns]` and the residual.
+    pub fn arguments(&self) -> Arguments {
         let (m, k, columns) = (self.m, self.k, self.weight_columns());
         let (x, w) = match self.layout {
             Layout::RowMajor => ([m, k], [k, columns]),
             Layout::WeightTransposed => ([m, k], [columns, k]),
             Layout::FeatureMajor => ([k, m], [columns, k]),
         };
-        let mut types = vec![TensorType::new(self.input, &x), TensorType::new(self.input, &w)];
-        if self.epilogue.bias {
-            types.push(TensorType::new(self.input, &[columns]));
-        }
-        if self.epilogue.residual {
-            types.push(self.output_type());
-        }
-        types
+        Arguments::new([
+            Argument::input("x", TensorType::new(self.input, &x)),
+            Argument::input("w", TensorType::new(self.input, &w)),
+            Argument::input("bias", TensorType::new(self.input, &[columns])).when(self.epilogue.bias),
+            Argument::input("residual", self.output_type()).when(self.epilogue.residual),
+        ])
+    }
+
+    /// The output.
+    pub fn results(&self) -> Named<TensorType> {
+        [("out", self.output_type())].into_iter().collect()
     }
 }

@@ -1,25 +1,19 @@
 //! Matrix multiplication in f64, from the definition.
 
-use super::{
-    Inputs,
-    problem::{Activation, Layout, Problem},
+use super::problem::{Activation, Layout, Problem};
+use crate::{
+    check::{Expected, Tolerance},
+    named::Arrays,
 };
 
-/// The output and the scale of each value's rounding error.
-#[derive(Clone, Debug)]
-pub struct Reference {
-    /// The output, row-major in the problem's layout.
-    pub output: Vec<f64>,
-    /// The sum of the absolute values of the terms of each output: what its error is relative to.
-    pub magnitude: Vec<f64>,
-}
-
-/// Computes the product of `inputs` and its epilogue.
-pub fn reference(problem: &Problem, inputs: &Inputs) -> Reference {
+/// Computes the product of `inputs` and its epilogue, row-major in the problem's layout.
+///
+/// The output is rounded once; before that, f32 sums of `k` terms and the epilogue's few.
+pub fn reference(problem: &Problem, inputs: &Arrays) -> Expected {
     let (m, k, n) = (problem.m, problem.k, problem.n);
-    let (x, w) = (inputs.x.to_f64(), inputs.w.to_f64());
-    let bias = inputs.bias.as_ref().map(|bias| bias.to_f64());
-    let residual = inputs.residual.as_ref().map(|residual| residual.to_f64());
+    let (x, w) = (inputs["x"].to_f64(), inputs["w"].to_f64());
+    let bias = inputs.get("bias").map(|bias| bias.to_f64());
+    let residual = inputs.get("residual").map(|residual| residual.to_f64());
     let columns = w.len() / k;
     // The sum over the features and the sum of the absolute terms.
     let product = |row: usize, column: usize| {
@@ -54,5 +48,5 @@ pub fn reference(problem: &Problem, inputs: &Inputs) -> Reference {
             magnitudes[index] = magnitude;
         }
     }
-    Reference { output, magnitude: magnitudes }
+    Expected::new(output, magnitudes, Tolerance::of_sum(problem.output, k))
 }

@@ -2,8 +2,14 @@
 
 use pagoda_ir::HostTensor;
 
-use super::problem::{Kind, Problem};
-use crate::error::{Invalid, ensure};
+use super::{
+    kv_layout::{NO_SLOT, slot},
+    problem::{Kind, Problem},
+};
+use crate::{
+    error::{Invalid, ensure},
+    named::Arrays,
+};
 
 const SUBJECT: &str = "rpa batch";
 
@@ -36,7 +42,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Validates the metadata of one launch of `problem`; see [`Problem::argument_types`] for the shapes.
+    /// Validates the metadata of one launch of `problem`; see [`Problem::arguments`] for the shapes.
     ///
     /// # Errors
     /// The first entry that breaks a limit: array sizes, `num_seqs`, `cu_q_lens` not from 0 upwards, more rows than
@@ -119,6 +125,18 @@ impl Batch {
         })
     }
 
+    /// Validates the metadata among `inputs`.
+    ///
+    /// # Errors
+    /// As [`Batch::new`].
+    pub fn of(problem: &Problem, inputs: &Arrays) -> Result<Self, Invalid> {
+        let ints = |name: &str| inputs[name].as_slice::<i32>();
+        let num_seqs = ints("num_seqs")[0];
+        let limit = || "is below 0".into();
+        ensure(num_seqs >= 0, SUBJECT, "num_seqs", num_seqs, limit, "give the number of sequences")?;
+        Self::new(problem, ints("kv_lens"), ints("page_indices"), ints("cu_q_lens"), num_seqs as usize)
+    }
+
     /// The live sequences, empty ones included.
     pub fn sequences(&self) -> impl Iterator<Item = Sequence<'_>> {
         (0..self.num_seqs[0] as usize).map(|seq| {
@@ -156,12 +174,11 @@ impl Batch {
 
     /// Where the key and value of each of `tokens` rows go, `page * page_size + offset`; -1 for padding.
     pub fn kv_slots(&self, tokens: usize) -> Vec<i32> {
-        let mut slots = vec![-1; tokens];
+        let mut slots = vec![NO_SLOT; tokens];
         for sequence in self.sequences() {
             for row in 0..sequence.q_len {
                 let position = sequence.kv_len - sequence.q_len + row;
-                let page = sequence.pages[position / self.page_size] as usize;
-                slots[sequence.first_row + row] = (page * self.page_size + position % self.page_size) as i32;
+                slots[sequence.first_row + row] = slot(sequence.pages, self.page_size, position) as i32;
             }
         }
         slots

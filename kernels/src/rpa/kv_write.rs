@@ -6,41 +6,47 @@
 //! row travels with a row of padding.
 
 use pagoda_ir::{
-    Context, Element, Result, TensorType,
+    Context, Element, HostTensor, Result, TensorType,
     stablehlo::{Builder, Direction, Module, ScatterDims, Tensor},
 };
 
-use super::problem::Problem;
+use super::{batch::Batch, problem::Problem, reference};
+use crate::{
+    check::{CheckError, Runner, check_module},
+    named::{Argument, Arguments, Arrays, Named},
+};
 
-/// The KV buffer with `k` and `v` (each `[tokens, kv_heads, head_dim]`) written at `slots` (`i32[tokens]`, `page *
-/// page_size + offset` within the layer). Rows with a slot outside the layer (-1 for padding) write nothing; two rows
-/// with the same slot leave one of them there. `first_page` (`i32[]`) is where the layer's pages begin in the buffer.
+/// The KV buffer (donated), `k`, `v` (`[tokens, kv_heads, head_dim]` each), `slots` (`i32[tokens]`, as
+/// [`KvLayout`](super::KvLayout) counts them), and with several layers `first_page`.
+pub fn arguments(problem: &Problem) -> Arguments {
+    Arguments::new([
+        Argument::donated("kv_pages", problem.kv_pages_type(), 0),
+        Argument::input("k", problem.new_kv_type()),
+        Argument::input("v", problem.new_kv_type()),
+        Argument::input("slots", TensorType::new(Element::I32, &[problem.tokens])),
+        Argument::input("first_page", TensorType::scalar(Element::I32)).when(problem.layers > 1),
+    ])
+}
+
+/// The KV buffer with `k` and `v` written at `slots`; `args` are those of [`arguments`]. Rows with a slot outside the layer
+/// (-1 for padding) write nothing; two rows with the same slot leave one of them there.
 ///
 /// # Errors
 /// When an operand does not have the problem's type.
-pub fn emit<'c, 'a>(
-    b: &Builder<'c, 'a>,
-    problem: &Problem,
-    kv_pages: Tensor<'c, 'a>,
-    k: Tensor<'c, 'a>,
-    v: Tensor<'c, 'a>,
-    slots: Tensor<'c, 'a>,
-    first_page: Option<Tensor<'c, 'a>>,
-) -> Result<Tensor<'c, 'a>> {
-    let (tokens, heads, dim) = (problem.tokens, problem.kv_heads, problem.head_dim);
-    let buffer = problem.kv_pages_type();
-    let halves = [tokens, heads, 1, dim];
-    let rows = b.concatenate(&[b.reshape(k, &halves)?, b.reshape(v, &halves)?], 2)?;
-    let rows = b.reshape(rows, &[tokens, 2 * heads, dim])?;
-    let by_token = b.reshape(kv_pages, &[buffer.dims[0] * problem.page_size, 2 * heads, dim])?;
+pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, args: &Named<Tensor<'c, 'a>>) -> Result<Tensor<'c, 'a>> {
+    let (tokens, layout) = (problem.tokens, problem.kv_layout());
+    let (kv_pages, slots) = (args["kv_pages"], args["slots"]);
+    let buffer = layout.buffer_type();
+    let rows = layout.tokens(b, args["k"], args["v"])?;
+    let by_token = b.reshape(kv_pages, &[buffer.dims[0] * problem.page_size, layout.rows(), problem.head_dim])?;
 
     let ints = |value: usize| b.splat(Element::I32, &[tokens], value as f64);
     let in_layer = b.and(
         b.compare(slots, Direction::Ge, ints(0)?)?,
-        b.compare(slots, Direction::Lt, ints(problem.pages * problem.page_size)?)?,
+        b.compare(slots, Direction::Lt, ints(layout.slots())?)?,
     )?;
-    let shifted = match first_page {
-        Some(page) => {
+    let shifted = match args.get("first_page") {
+        Some(&page) => {
             let first_slot = b.multiply(page, b.scalar(Element::I32, problem.page_size as f64)?)?;
             b.add(slots, b.broadcast_to(first_slot, &[tokens])?)?
         }
@@ -65,24 +71,40 @@ pub fn emit<'c, 'a>(
     b.reshape(written, &buffer.dims)
 }
 
-/// A module whose `main` takes the KV buffer (donated), `k`, `v`, `slots` and, with several layers, `first_page`.
+/// A module whose `main` takes [`arguments`], the KV buffer donated.
 ///
 /// # Errors
 /// None for a valid problem, unless MLIR fails.
 pub fn module<'c>(context: &'c Context, problem: &Problem) -> Result<Module<'c>> {
-    let mut types = vec![
-        problem.kv_pages_type(),
-        problem.new_kv_type(),
-        problem.new_kv_type(),
-        TensorType::new(Element::I32, &[problem.tokens]),
-    ];
-    if problem.layers > 1 {
-        types.push(TensorType::scalar(Element::I32));
-    }
+    let arguments = arguments(problem);
     let module = Module::new(context, "kv_write");
-    module.function("main", &types, |b, args| {
-        Ok(vec![emit(b, problem, args[0], args[1], args[2], args[3], args.get(4).copied())?])
+    module.function("main", &arguments.types(), |b, args| {
+        Ok(vec![emit(b, problem, &arguments.name(args.iter().copied()))?])
     })?;
     module.donate("main", 0, 0)?;
     Ok(module)
+}
+
+/// Writes `k` and `v` of the batch's rows through `runner`, and compares the whole buffer: what is not written stays as it
+/// was, NaN included.
+///
+/// # Errors
+/// As [`crate::check()`].
+///
+/// # Panics
+/// When the metadata among `inputs` is not a batch of the problem.
+pub fn check(
+    problem: &Problem,
+    inputs: &Arrays,
+    [k, v]: [&HostTensor; 2],
+    runner: &dyn Runner,
+) -> std::result::Result<(), CheckError> {
+    let slots = Batch::of(problem, inputs).expect("a batch of the problem").kv_slots(problem.tokens);
+    let slots = HostTensor::new(&[problem.tokens], &slots);
+    let first_page = inputs.get("first_page");
+    let arrays: Vec<_> = [&inputs["kv_pages"], k, v, &slots].into_iter().chain(first_page).cloned().collect();
+    let results = [("kv_pages", problem.kv_pages_type())].into_iter().collect();
+    let context = Context::new();
+    let expected = [reference::written(problem, inputs, k, v)];
+    check_module(&module(&context, problem)?, &arrays, &results, &expected, runner)
 }

@@ -7,44 +7,223 @@
 //!
 //! Invariant of every form: memory outside the live sequences (other pages, the tail of a partial page, padding rows) may
 //! hold anything, NaN included, and never reaches the result of a live row.
+#[cfg(feature = "cli")]
+mod args;
 pub mod batch;
+mod inputs;
+pub mod kv_layout;
 pub mod kv_write;
 pub mod mosaic;
+mod mutants;
 pub mod native;
 pub mod plan;
 pub mod problem;
 pub mod reference;
 pub mod stablehlo;
 
-use pagoda_ir::HostTensor;
+use std::sync::LazyLock;
+
+use pagoda_ir::{Element, Result, TensorType, mosaic::Builder, stablehlo as hlo};
 
 pub use self::{
     batch::{Batch, Sequence},
-    problem::{Kind, Problem, Spec},
-    reference::reference,
+    kv_layout::{Half, KvLayout},
+    problem::{Kind, Precision, Problem, Spec},
+};
+use crate::{
+    check::Expected,
+    chips::Chip,
+    choices::Choices,
+    error::{Invalid, ensure},
+    evidence::Records,
+    kernel::{Kernel, Sample},
+    mutants::MutantSet,
+    named::{Arguments, Arrays, Named},
+    plan::PlanError,
+    random::Lengths,
+    vmem::Bytes,
 };
 
-/// Host arrays for one launch.
-#[derive(Clone, Debug)]
-pub struct Inputs {
-    /// `[tokens, q_heads, head_dim]`
-    pub q: HostTensor,
-    /// `[layers * pages, page_size, 2 * kv_heads, head_dim]`
-    pub kv_pages: HostTensor,
-    /// The ragged metadata.
-    pub batch: Batch,
-    /// The layer whose pages are read; below `layers`.
-    pub layer: usize,
+/// The ragged paged attention kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Rpa;
+
+impl Kernel for Rpa {
+    const NAME: &'static str = "rpa";
+    const ABOUT: &'static str =
+        "Ragged paged attention: prefill and decode rows of many sequences over a paged KV cache";
+
+    type Spec = Spec;
+    type Tiles = plan::Tiles;
+    type Details = plan::Details;
+
+    fn describe(problem: &Problem) -> String {
+        let Spec { kind, precision, tokens, q_heads, kv_heads, head_dim, page_size, .. } = &**problem;
+        let kind = match kind {
+            Kind::Mixed => "mixed",
+            Kind::Decode => "decode",
+        };
+        let mut text = format!("{tokens}x{q_heads}x{head_dim} {} {kind}, {kv_heads} kv heads, ", precision.q);
+        text += &format!("{} x {} pages of {page_size}", problem.max_seqs, problem.pages_per_seq);
+        if problem.layers > 1 {
+            text += &format!(", {} layers", problem.layers);
+        }
+        text + &plan::options(problem)
+    }
+
+    fn arguments(problem: &Problem) -> Arguments {
+        problem.arguments()
+    }
+
+    fn results(problem: &Problem) -> Named<TensorType> {
+        problem.results()
+    }
+
+    /// Heads that fill a tile and heads that do not, one to four pages of one to 128 tokens, and up to five sequences:
+    /// empty ones, decode rows, chunks at the end of a longer context, whole prompts; full and partial pages.
+    fn sample(choices: &mut Choices) -> Sample<Self> {
+        let element = choices.one_of(&[Element::F32, Element::Bf16]);
+        let kind = choices.one_of(&[Kind::Mixed, Kind::Decode]);
+        let (tokens, kv_heads) = (choices.within(1, 40), choices.one_of(&[1, 2, 3, 4, 8]));
+        let (group, head_dim) = (choices.within(1, 8), choices.one_of(&[64, 80, 128, 256]));
+        // Wide heads of many are slow and show nothing that fewer do not.
+        let group = if kv_heads * group * head_dim > 4096 { 1 } else { group };
+        let (page_size, pages_per_seq) = (choices.one_of(&[1, 7, 8, 16, 32, 64, 128]), choices.within(1, 4));
+        let layers = choices.within(1, 3);
+        let sliding_window = choices.maybe(|choices| choices.within(1, 99));
+        let soft_cap = choices.maybe(|choices| choices.within(1, 29) as f64);
+        let (blocks, most) = (tokens.div_ceil(8), page_size * pages_per_seq);
+        let tiles = plan::Tiles { queries: 8 * choices.within(1, blocks), kv_pages: choices.within(1, pages_per_seq) };
+        let sequences = choices.within(0, 5);
+        let mut rows = tokens;
+        let batch = (0..sequences).map(|_| {
+            let kv_len = match choices.within(0, 7) {
+                0 => 0,
+                1..=4 => choices.within(1, most),
+                5 => page_size * choices.within(1, pages_per_seq),
+                6 => page_size * choices.within(0, pages_per_seq - 1) + 1,
+                _ => most,
+            };
+            let q_len = match choices.within(0, 8) {
+                0 => 0,
+                1..=3 => 1,
+                4..=7 => choices.within(2, 40),
+                _ => tokens,
+            };
+            let q_len = q_len.min(if kind == Kind::Decode { 1 } else { rows }).min(rows).min(kv_len);
+            rows -= q_len;
+            Lengths { q_len, kv_len }
+        });
+        let batch: Vec<_> = batch.collect();
+        let max_seqs = sequences.max(1);
+        let spec = Spec {
+            kind,
+            precision: Precision::uniform(element),
+            tokens,
+            q_heads: kv_heads * group,
+            kv_heads,
+            head_dim,
+            page_size,
+            pages: max_seqs * pages_per_seq,
+            layers,
+            max_seqs,
+            pages_per_seq,
+            scale: (head_dim as f64).powf(-0.5),
+            sliding_window,
+            soft_cap,
+        };
+        Sample { spec, tiles, batch: Some(batch) }
+    }
+
+    fn draw(problem: &Problem, batch: Option<&[Lengths]>, seed: u64) -> std::result::Result<Arrays, Invalid> {
+        inputs::draw(problem, batch, seed)
+    }
+
+    fn check_inputs(problem: &Problem, inputs: &Arrays) -> std::result::Result<(), Invalid> {
+        Batch::of(problem, inputs)?;
+        let first = inputs.get("first_page").map_or(0, |page| page.as_slice::<i32>()[0]);
+        let layers = (0..problem.layers).map(|layer| problem.kv_layout().first_page(layer));
+        let limit = || format!("is not the first page of a layer of {} pages", problem.pages);
+        let fix = "give a multiple of them, below layers * pages";
+        ensure(layers.into_iter().any(|page| page as i32 == first), "rpa inputs", "first_page", first, limit, fix)
+    }
+
+    fn batch(problem: &Problem, inputs: &Arrays) -> Option<Vec<Lengths>> {
+        let batch = Batch::of(problem, inputs).ok()?;
+        Some(batch.sequences().map(|Sequence { q_len, kv_len, .. }| Lengths { q_len, kv_len }).collect())
+    }
+
+    fn recognise(operands: &[(String, TensorType)]) -> Option<Problem> {
+        let ty = |name: &str| operands.iter().find(|(known, _)| known == name).map(|(_, ty)| ty);
+        let [table, q, kv] = [ty("page_indices")?, ty("q")?, ty("kv_pages")?];
+        let &[max_seqs, pages_per_seq] = &table.dims[..] else { return None };
+        let &[tokens, q_heads, head_dim] = &q.dims[..] else { return None };
+        let &[pages, page_size, rows, _] = &kv.dims[..] else { return None };
+        let problem = Problem::new(Spec {
+            kind: Kind::Mixed,
+            precision: Precision::uniform(q.element),
+            tokens,
+            q_heads,
+            kv_heads: KvLayout::heads_of(rows),
+            head_dim,
+            page_size,
+            pages,
+            layers: 1,
+            max_seqs,
+            pages_per_seq,
+            scale: 1.0,
+            sliding_window: None,
+            soft_cap: None,
+        });
+        let problem = problem.ok()?;
+        let named = problem.arguments().iter().all(|argument| ty(argument.name) == Some(&argument.ty));
+        named.then_some(problem)
+    }
+
+    fn reference(problem: &Problem, inputs: &Arrays) -> Vec<Expected> {
+        vec![reference::reference(problem, inputs)]
+    }
+
+    fn stablehlo<'c, 'a>(
+        b: &hlo::Builder<'c, 'a>,
+        problem: &Problem,
+        args: &Named<hlo::Tensor<'c, 'a>>,
+    ) -> Result<Vec<hlo::Tensor<'c, 'a>>> {
+        Ok(vec![stablehlo::emit(b, problem, args)?])
+    }
+
+    fn mosaic<'a>(k: &'a Builder<'a>, plan: &plan::Plan) {
+        mosaic::write(k, plan);
+    }
+
+    fn mutants() -> Vec<MutantSet<Self>> {
+        mutants::sets()
+    }
+
+    fn plannable(problem: &Problem, chip: Chip) -> std::result::Result<(), PlanError> {
+        plan::plannable(problem, chip)
+    }
+
+    fn legal(problem: &Problem, _: Chip, tiles: plan::Tiles) -> std::result::Result<(), PlanError> {
+        plan::legal(problem, tiles)
+    }
+
+    fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<plan::Tiles> {
+        plan::choose(problem, chip, limit)
+    }
+
+    fn layout(problem: &Problem, chip: Chip, tiles: plan::Tiles) -> crate::plan::Layout<plan::Details> {
+        plan::layout(problem, chip, tiles)
+    }
+
+    fn records() -> Option<&'static Records<Self>> {
+        static RECORDS: LazyLock<Records<Rpa>> =
+            LazyLock::new(|| Records::parse(include_str!("../../tuned/rpa.json")));
+        Some(&RECORDS)
+    }
 }
 
-impl Inputs {
-    /// The kernel's arguments, in the order of [`Problem::argument_types`].
-    pub fn to_tensors(&self, problem: &Problem) -> Vec<HostTensor> {
-        let mut tensors = vec![self.q.clone(), self.kv_pages.clone()];
-        tensors.extend(self.batch.to_tensors());
-        if problem.layers > 1 {
-            tensors.push(HostTensor::scalar((self.layer * problem.pages) as i32));
-        }
-        tensors
-    }
+/// The layer whose pages a launch with these inputs reads.
+pub(crate) fn layer_of(problem: &Problem, inputs: &Arrays) -> usize {
+    inputs.get("first_page").map_or(0, |page| page.as_slice::<i32>()[0] as usize / problem.pages)
 }

@@ -17,85 +17,36 @@
 use std::f64::consts::LOG2_E;
 
 use pagoda_ir::{
-    Context, Element, HostTensor, Result,
+    Context, Element, Result,
     mosaic::{self, Builder, DotDims, Kernel, MemorySpace, Precision, Ref, Semantics, Value, Window},
-    stablehlo::{self, Module, Tensor},
 };
 
-use super::{Inputs, Problem, batch::Batch, plan::Plan};
+use super::{
+    batch::Batch,
+    kv_layout::{Block, KvLayout},
+    plan::{CHUNK, LANES, Plan},
+};
 
-const LANES: usize = 128;
 /// The maximum of no logits: stands for minus infinity where two of them may be subtracted.
 const NONE: f64 = -1e30;
 /// A logit that must not count: so far below [`NONE`] that its weight is zero even where nothing else was seen.
 const MASKED: f64 = 2.0 * NONE;
-/// Rows whose logits are worked on at a time: the more, the more of them are spilled.
-const CHUNK: usize = 256;
 /// Queries that are worked on where a sequence has no more in a block: the rows of a tile of bf16 on the newest chips.
 const NARROW: usize = 16;
 
-/// The Mosaic kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several
-/// layers `first_page [1]`, then `q` and `kv_pages`.
-///
-/// # Errors
-/// None for a legal plan, unless MLIR fails.
-pub fn kernel<'c>(context: &'c Context, plan: &Plan) -> Result<Kernel<'c>> {
-    mosaic::kernel(context, &plan.name(), |k| Body::declare(k, plan, None).write())
+/// Writes the kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several layers
+/// `first_page [1]`, then `q` and `kv_pages`.
+pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
+    Body::declare(k, plan, None).write();
 }
 
-/// As [`kernel`], with the lengths of one batch as constants: the compiler then knows how often each loop turns, and its
-/// static estimate speaks for this batch. The operands are the same; of the metadata, only `page_indices` are read.
-///
-/// # Errors
-/// As [`kernel`].
-pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
-    mosaic::kernel(context, &plan.name(), |k| Body::declare(k, plan, Some(batch)).write())
-}
-
-/// Calls the kernel on the problem's arguments, in the order of
-/// [`Problem::argument_types`](super::Problem::argument_types).
-///
-/// # Errors
-/// When the operands are not those of the problem.
-pub fn call<'c, 'a>(
-    b: &stablehlo::Builder<'c, 'a>,
-    kernel: &Kernel,
-    args: &[Tensor<'c, 'a>],
-) -> Result<Tensor<'c, 'a>> {
-    let mut operands = args[2..6].to_vec();
-    if let Some(&first_page) = args.get(6) {
-        operands.push(b.reshape(first_page, &[1])?);
-    }
-    operands.extend(&args[..2]);
-    Ok(kernel.call(b, &operands)?[0])
-}
-
-/// The arrays that [`call`] gives the kernel, made on the host.
-pub fn operands(problem: &Problem, inputs: &Inputs) -> Vec<HostTensor> {
-    let mut operands = inputs.batch.to_tensors().to_vec();
-    if problem.layers > 1 {
-        operands.push(HostTensor::new(&[1], &[(inputs.layer * problem.pages) as i32]));
-    }
-    operands.extend([inputs.q.clone(), inputs.kv_pages.clone()]);
-    operands
-}
-
-/// A StableHLO module whose `main` takes the problem's arguments and runs the kernel on them.
-///
-/// # Errors
-/// As [`kernel`].
-pub fn module<'c>(context: &'c Context, plan: &Plan) -> Result<Module<'c>> {
-    module_of(context, plan, &kernel(context, plan)?)
-}
-
-/// A StableHLO module whose `main` takes the problem's arguments and runs `kernel`, made of `plan`, on them.
+/// The kernel of `plan` with the lengths of one batch as constants: the compiler then knows how often each loop turns, and
+/// its static estimate is of this batch. The operands are the same; of the metadata, only `page_indices` are read.
 ///
 /// # Errors
 /// None, unless MLIR fails.
-pub fn module_of<'c>(context: &'c Context, plan: &Plan, kernel: &Kernel) -> Result<Module<'c>> {
-    let module = Module::new(context, "rpa");
-    module.function("main", &plan.problem().argument_types(), |b, args| Ok(vec![call(b, kernel, args)?]))?;
-    Ok(module)
+pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
+    plan.kernel_by(context, |k| Body::declare(k, plan, Some(batch)).write())
 }
 
 struct Body<'a, 'p> {
@@ -144,8 +95,8 @@ struct Rows<'a> {
 impl<'a, 'p> Body<'a, 'p> {
     fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<&'p Batch>) -> Self {
         let problem = plan.problem();
-        let (element, dim, heads) = (problem.element, problem.head_dim, plan.head_block());
-        let [head_steps, query_steps] = plan.grid();
+        let (types, dim, heads) = (problem.precision, problem.head_dim, plan.head_block());
+        let [head_steps, query_steps] = plan.steps_of_grid();
         let [head_step, query_step] = k.grid([(head_steps, Semantics::Parallel), (query_steps, Semantics::Arbitrary)]);
         let scalars = |name, dims: &[usize]| k.prefetch(name, Element::I32, dims);
         let kv_lens = scalars("kv_lens", &[problem.max_seqs]);
@@ -159,20 +110,19 @@ impl<'a, 'p> Body<'a, 'p> {
             // Blocks of heads are one to a core: without several query blocks, no core moves its window.
             if query_steps > 1 { window } else { window.single_buffered() }
         };
-        let q = k.input("q", element, &problem.q_type().dims, window());
-        let kv_pages = k.hbm_input("kv_pages", element, &problem.kv_pages_type().dims);
-        let out = k.output("out", element, &problem.q_type().dims, window());
+        let q = k.input("q", types.q, &problem.q_type().dims, window());
+        let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
+        let out = k.output("out", types.output, &problem.output_type().dims, window());
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let rows = plan.rows();
-        let kv = scratch("kv", element, &plan.kv_dims());
-        let queries = scratch("queries", element, &[heads, rows, dim]);
+        let kv = scratch("kv", types.kv, &plan.kv_dims());
+        let queries = scratch("queries", types.q, &[heads, rows, dim]);
         let staging = scratch("staging", Element::F32, &plan.staging_dims());
         let last = scratch("last", Element::I32, &[rows, LANES]);
         let max = scratch("max", Element::F32, &[heads, rows, LANES]);
         let sum = scratch("sum", Element::F32, &[heads, rows, LANES]);
         let acc = scratch("acc", Element::F32, &[heads, rows, dim]);
         let arrived = k.dma_semaphores("arrived", &[2]);
-        k.vmem_limit(plan.limit().0 as usize);
         Self {
             k,
             plan,
@@ -251,7 +201,7 @@ impl<'a, 'p> Body<'a, 'p> {
         }
         for head in 0..self.plan.head_block() {
             for member in 0..self.plan.problem().group() {
-                let staged = self.staged(head, member).load(self.k).cast(self.plan.problem().element);
+                let staged = self.staged(head, member).load(self.k).cast(self.plan.problem().precision.q);
                 self.queries.at(head).slice(0, member * queries, queries).store(staged);
             }
         }
@@ -272,7 +222,7 @@ impl<'a, 'p> Body<'a, 'p> {
             }
         }
         for (lane, piece) in self.staging_pieces() {
-            self.out.slice(2, lane, piece.dims()[2]).store(piece.load().cast(problem.element));
+            self.out.slice(2, lane, piece.dims()[2]).store(piece.load().cast(problem.precision.output));
         }
     }
 
@@ -293,10 +243,10 @@ impl<'a, 'p> Body<'a, 'p> {
                 let slot = (block - begin) % 2;
                 k.when((block + 1).less(end), || self.pages(&rows, block + 1, 1 - slot, |copy| copy.start()));
                 self.pages(&rows, block, slot, |copy| copy.wait());
-                let (first_key, kv) = (block * keys, self.kv.at(slot));
+                let (first_key, kv) = (block * keys, Block::new(&self.kv.at(slot), self.plan.problem().precision.kv));
                 let of = |keys: usize| {
                     let live = rows.kv_len - first_key;
-                    k.when(live.less(keys), || self.clear(&kv, live, keys));
+                    k.when(live.less(keys), || kv.clear(k, live, keys));
                     for head in 0..self.plan.head_block() {
                         let [key, value] = self.keys_and_values(head, &kv, keys);
                         for part in parts {
@@ -345,16 +295,6 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// Of the first `keys` keys of a KV block, overwrites what lies behind the first `live` ones with zeros.
-    fn clear(&self, kv: &Ref<'a>, live: Value<'a>, keys: usize) {
-        let (pieces, per_key) = self.words(kv);
-        for piece in pieces {
-            let piece = piece.slice(0, 0, keys * per_key);
-            let row = self.k.iota(&piece.dims(), 0);
-            piece.store_masked(0.0, row.greater_equal(live * per_key));
-        }
-    }
-
     /// The copies of KV block `block` into buffer `slot`: those of the pages that the sequence has. It has the first one
     /// of every block that is asked for.
     fn pages(&self, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>, act: impl Fn(mosaic::Copy<'a>)) {
@@ -370,6 +310,7 @@ impl<'a, 'p> Body<'a, 'p> {
     /// The copies of a sequence's page `number` to place `page` of buffer `slot`.
     fn page(&self, rows: &Rows<'a>, number: Value<'a>, slot: Value<'a>, page: usize, act: &dyn Fn(mosaic::Copy<'a>)) {
         let (problem, heads) = (self.plan.problem(), self.plan.head_block());
+        let kv_rows = KvLayout::rows_of(heads);
         let [_, pieces, _, _, lanes] = self.plan.kv_dims();
         let index = self.page_indices.at((rows.sequence, number)).load();
         let index = match &self.first_page {
@@ -378,43 +319,26 @@ impl<'a, 'p> Body<'a, 'p> {
         };
         let mut source = self.kv_pages.at(index);
         if heads < problem.kv_heads {
-            source = source.slice(1, (self.head_step * (2 * heads)).multiple_of(2 * heads), 2 * heads);
+            source = source.slice(1, (self.head_step * kv_rows).multiple_of(kv_rows), kv_rows);
         }
         for piece in 0..pieces {
             let lanes = source.slice(2, piece * lanes, lanes);
             let destination = self.kv.at((slot, piece)).slice(0, page * problem.page_size, problem.page_size);
-            let destination = destination.slice(1, 0, 2 * heads);
+            let destination = destination.slice(1, 0, kv_rows);
             act(self.k.make_async_copy(lanes, destination, self.arrived.at(slot)));
         }
     }
 
-    /// The pieces of a KV block as rows of 32-bit words, and how many rows belong to a key.
-    fn words(&self, kv: &Ref<'a>) -> (Vec<Ref<'a>>, usize) {
-        let [_, pieces, keys, per_key, lanes] = self.plan.kv_dims();
-        let rows = |piece| kv.at(piece).reshape(&[keys * per_key, lanes]);
-        match self.plan.problem().element {
-            Element::F32 => ((0..pieces).map(rows).collect(), per_key),
-            _ => ((0..pieces).map(|piece| rows(piece).bitcast(Element::I32)).collect(), per_key / 2),
-        }
-    }
-
-    /// K and V of one head and the first `keys` of a block: `[keys, head_dim]` each.
-    fn keys_and_values(&self, head: usize, kv: &Ref<'a>, keys: usize) -> [Value<'a>; 2] {
-        let (pieces, stride) = self.words(kv);
-        let rows = |start| Strided { pieces: pieces.clone(), start, count: keys, stride }.load(self.k);
-        match self.plan.problem().element {
-            Element::F32 => [2 * head, 2 * head + 1].map(rows),
-            element => {
-                let words = rows(head);
-                [words << 16, words & -65536].map(|half| half.bitcast(Element::F32).cast(element))
-            }
-        }
+    /// K and V of one head and the first `keys` keys of a block: `[keys, head_dim]` each.
+    fn keys_and_values(&self, head: usize, kv: &Block<'a>, keys: usize) -> [Value<'a>; 2] {
+        let (pieces, stride) = (&kv.words, kv.per_token);
+        kv.load(head, |start| Strided { pieces: pieces.clone(), start, count: keys, stride }.load(self.k))
     }
 
     /// One head's step of the online softmax, for a part of its rows, over the keys from `first_key` on.
     fn update(&self, head: usize, part: &Part<'a>, key: Value<'a>, value: Value<'a>, first_key: Value<'a>) {
         let (k, problem, keys) = (self.k, self.plan.problem(), key.dims()[0]);
-        let precision = match problem.element {
+        let precision = match problem.precision.kv {
             Element::F32 => Precision::Fp32,
             _ => Precision::Default,
         };
@@ -441,7 +365,7 @@ impl<'a, 'p> Body<'a, 'p> {
         part.store(&max, new);
         part.store(&sum, fade * part.load(k, &sum) + by_lane(weights));
         let faded = part.load(k, &acc) * spread(k, fade, problem.head_dim);
-        part.store(&acc, k.dot_general(weights.cast(problem.element), value, faded, &DotDims::nn(), precision));
+        part.store(&acc, k.dot_general(weights.cast(problem.precision.kv), value, faded, &DotDims::nn(), precision));
     }
 }
 
@@ -516,15 +440,16 @@ fn by_lane(tile: Value<'_>) -> Value<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use pagoda_ir::Element;
+
     use crate::{
-        MosaicCase, check_mosaic,
+        Case, Kernel, check_mosaic,
         chips::Chip,
+        random::Lengths,
         rpa::{
-            Kind, Problem, Spec,
-            plan::{Options, Tiles},
+            Kind, Precision, Problem, Rpa, Spec,
+            plan::{Options, Plan, Tiles},
         },
-        strategies::rpa_inputs_of,
     };
 
     fn problem(element: Element, heads: [usize; 3], sliding_window: Option<usize>, soft_cap: Option<f64>) -> Problem {
@@ -532,7 +457,7 @@ mod tests {
         let scale = (head_dim as f64).powf(-0.5);
         Problem::new(Spec {
             kind: Kind::Mixed,
-            element,
+            precision: Precision::uniform(element),
             tokens: 24,
             q_heads,
             kv_heads,
@@ -549,7 +474,7 @@ mod tests {
         .unwrap()
     }
 
-    /// Decode rows, a whole prompt and a chunk in one launch, under every order of copies.
+    /// Decode rows, a whole prompt and a chunk in one launch, under every order of DMAs.
     #[test]
     fn a_ragged_batch_agrees_with_the_reference() {
         for (element, heads, window, cap) in [
@@ -563,8 +488,9 @@ mod tests {
             let problem = problem(element, heads, window, cap);
             let tiles = Some(Tiles { queries: 8, kv_pages: 2 });
             let plan = Plan::new(problem.clone(), Chip::V5p, Options { tiles, vmem_limit: None }).unwrap();
-            let inputs = rpa_inputs_of(&problem, &[(1, 60), (0, 5), (13, 13), (9, 41)], 5);
-            check_mosaic(MosaicCase::Rpa(&plan, &inputs), 7, None).unwrap_or_else(|error| panic!("{heads:?}: {error}"));
+            let lengths = [(1, 60), (0, 5), (13, 13), (9, 41)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+            let inputs = Rpa::draw(&problem, Some(&lengths), 5).unwrap();
+            check_mosaic(Case::new(&plan, &inputs), 7, None).unwrap_or_else(|error| panic!("{heads:?}: {error}"));
         }
     }
 }

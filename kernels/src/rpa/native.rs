@@ -17,7 +17,10 @@ use pagoda_ir::{
 
 use pulp::{Simd, WithSimd};
 
-use super::problem::Problem;
+use super::{
+    kv_layout::{Half, KvLayout},
+    problem::Problem,
+};
 use crate::{
     float::{Float, exp},
     threads::{self, Threads},
@@ -83,24 +86,18 @@ pub fn emit<'c, 'a>(
     };
     let Operands { qkv, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page, slots, rotary } = *operands;
     let arguments = [qkv, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page, slots, rotary];
-    let output = TensorType::new(problem.element, &[problem.q_heads * problem.head_dim, problem.tokens]);
+    let output = TensorType::new(problem.precision.output, &[problem.q_heads * problem.head_dim, problem.tokens]);
     let results = b.custom_call(TARGET, &arguments, &[output, problem.kv_pages_type()], call)?;
     Ok((results[0], results[1]))
 }
 
-/// Where a layer's pages lie in the KV buffer `[pages, page_size, 2 * kv_heads, head_dim]`, and their shape.
+/// Where a layer's pages lie in the KV buffer.
 #[derive(Clone, Copy, Debug)]
 pub struct Layer {
     /// The first page.
     pub first_page: usize,
-    /// How many pages.
-    pub pages: usize,
-    /// Tokens of a page.
-    pub page_size: usize,
-    /// Key and value heads.
-    pub kv_heads: usize,
-    /// Elements of a head.
-    pub head_dim: usize,
+    /// The layout of the buffer.
+    pub kv: KvLayout,
 }
 
 /// One call: shapes, options and metadata. The meaning of each is that of [`Problem`]'s.
@@ -139,7 +136,7 @@ struct Row {
 impl Call<'_> {
     /// Query heads of a KV head.
     fn group(&self) -> usize {
-        self.q_heads / self.layer.kv_heads
+        self.q_heads / self.layer.kv.heads
     }
 
     /// The rows that belong to sequences.
@@ -173,8 +170,8 @@ pub fn step<T: Float>(
     out: &mut [T],
     threads: &dyn Threads,
 ) {
-    let (dim, kv_heads, tokens) = (call.layer.head_dim, call.layer.kv_heads, slots.len());
-    let (queries, heads) = (call.q_heads * dim, call.q_heads + 2 * kv_heads);
+    let KvLayout { head_dim: dim, heads: kv_heads, .. } = call.layer.kv;
+    let (tokens, queries, heads) = (slots.len(), call.q_heads * dim, call.q_heads + call.layer.kv.rows());
     assert!(qkv.len() == heads * dim * tokens && out.len() == queries * tokens, "{tokens} tokens of {heads} heads");
     // [tokens, heads, head_dim]
     let mut by_row = vec![T::narrow(0.0); qkv.len()];
@@ -216,15 +213,15 @@ pub fn step<T: Float>(
 /// # Panics
 /// When slices do not have the sizes that the shapes give.
 pub fn write<T: Float>(kv_pages: &mut [T], k: &[T], v: &[T], slots: &[i32], layer: &Layer) {
-    let Layer { first_page, pages, page_size, kv_heads, head_dim } = *layer;
-    let rows = k.chunks_exact(kv_heads * head_dim).zip(v.chunks_exact(kv_heads * head_dim));
+    let (kv, width) = (layer.kv, layer.kv.heads * layer.kv.head_dim);
+    let rows = k.chunks_exact(width).zip(v.chunks_exact(width));
     for (slot, (k, v)) in slots.iter().zip(rows) {
-        let Some(slot) = usize::try_from(*slot).ok().filter(|&slot| slot < pages * page_size) else { continue };
-        let at = (first_page * page_size + slot) * 2 * kv_heads * head_dim;
-        let token = kv_pages[at..][..2 * kv_heads * head_dim].chunks_exact_mut(2 * head_dim);
-        for (head, (k, v)) in token.zip(k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim))) {
-            head[..head_dim].copy_from_slice(k);
-            head[head_dim..].copy_from_slice(v);
+        let Some(slot) = usize::try_from(*slot).ok().filter(|&slot| slot < kv.slots()) else { continue };
+        let token = &mut kv_pages[kv.token(layer.first_page, slot)];
+        for (half, new) in [(Half::Key, k), (Half::Value, v)] {
+            for (head, new) in new.chunks_exact(kv.head_dim).enumerate() {
+                token[kv.offset(head, half)..][..kv.head_dim].copy_from_slice(new);
+            }
         }
     }
 }
@@ -234,11 +231,12 @@ pub fn write<T: Float>(kv_pages: &mut [T], k: &[T], v: &[T], slots: &[i32], laye
 /// # Panics
 /// When slices do not have the sizes that the shapes give, or metadata points outside of them.
 pub fn attend<T: Float>(call: &Call<'_>, q: &[T], kv_pages: &[T], out: &mut [T], threads: &dyn Threads) {
-    let (kv_heads, width) = (call.layer.kv_heads, call.group() * call.layer.head_dim);
+    let KvLayout { heads: kv_heads, head_dim, .. } = call.layer.kv;
+    let width = call.group() * head_dim;
     assert!(width > 0 && call.q_heads.is_multiple_of(kv_heads) && out.len() == q.len());
     out.fill(T::narrow(0.0));
     let rows = call.rows();
-    let work: usize = rows.iter().map(|row| 2 * kv_heads * width * (row.position + 1)).sum();
+    let work: usize = rows.iter().map(|row| call.layer.kv.rows() * width * (row.position + 1)).sum();
     // Every row and KV head owns its part of the output, so they can go to whichever thread is free.
     let mut parts: Vec<Option<&mut [T]>> = out.chunks_exact_mut(width).map(Some).collect();
     let jobs = rows.iter().flat_map(|row| (0..kv_heads).map(move |head| (*row, head)));
@@ -295,7 +293,7 @@ struct Scratch {
 
 impl Scratch {
     fn new(call: &Call<'_>) -> Self {
-        let (group, dim) = (call.group(), call.layer.head_dim);
+        let (group, dim) = (call.group(), call.layer.kv.head_dim);
         Self {
             q: vec![0.0; group * dim],
             acc: vec![0.0; group * dim],
@@ -326,7 +324,8 @@ impl<T: Float> WithSimd for AttendRow<'_, '_, T> {
 fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Scratch) {
     let Job { call, q, kv_pages, row, head, out } = job;
     let (head, kv_pages) = (*head, *kv_pages);
-    let Layer { first_page, page_size, kv_heads, head_dim: dim, .. } = call.layer;
+    let Layer { first_page, kv } = call.layer;
+    let KvLayout { page_size, head_dim: dim, .. } = kv;
     let table = &call.page_indices[row.sequence * call.pages_per_seq..][..call.pages_per_seq];
     let end = row.position + 1;
     let start = call.sliding_window.map_or(0, |window| end.saturating_sub(window));
@@ -335,8 +334,7 @@ fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Sc
     acc.fill(0.0);
     max.fill(f32::NEG_INFINITY);
     sum.fill(0.0);
-    // A token's vectors: key and value of head 0, key and value of head 1, ...
-    let stride = 2 * kv_heads * dim;
+    let stride = kv.token_elements();
     // The parts of pages that hold some keys: (ordinal of the first key, its tokens).
     let parts = |keys: Range<usize>| {
         let mut key = keys.start;
@@ -346,7 +344,7 @@ fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Sc
             let page = first_page + *table.get(ordinal).filter(|_| count > 0)? as usize;
             let at = key - keys.start;
             key += count;
-            Some((at, &kv_pages[(page * page_size + offset) * stride..][..count * stride]))
+            Some((at, &kv_pages[kv.token(page, offset).start..][..count * stride]))
         })
     };
     for block in (start..end).step_by(KEY_BLOCK) {
@@ -355,7 +353,7 @@ fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Sc
         for (first, tokens) in parts(keys.clone()) {
             for (at, tokens) in tokens.chunks(TOGETHER * stride).enumerate() {
                 let (at, live) = (first + at * TOGETHER, tokens.len() / stride);
-                let keys = together(tokens, stride, 2 * head * dim, dim, vectors);
+                let keys = together(tokens, stride, kv.offset(head, Half::Key), dim, vectors);
                 for (q, logits) in scaled.chunks_exact(dim).zip(logits.chunks_exact_mut(KEY_BLOCK)) {
                     logits[at..][..live].copy_from_slice(&dots(simd, q, keys)[..live]);
                 }
@@ -380,7 +378,7 @@ fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Sc
         for (first, tokens) in parts(keys) {
             for (at, tokens) in tokens.chunks(TOGETHER * stride).enumerate() {
                 let (at, live) = (first + at * TOGETHER, tokens.len() / stride);
-                let values = together(tokens, stride, (2 * head + 1) * dim, dim, vectors);
+                let values = together(tokens, stride, kv.offset(head, Half::Value), dim, vectors);
                 for (acc, all) in acc.chunks_exact_mut(dim).zip(logits.chunks_exact(KEY_BLOCK)) {
                     let mut weights = [0.0; TOGETHER];
                     weights[..live].copy_from_slice(&all[at..][..live]);

@@ -11,20 +11,18 @@
 //! compiler pads the arrays in HBM. Above, it is a multiple of 128, and rows come in pieces of 128. Nothing is copied around
 //! the kernel.
 
-use std::{fmt, sync::LazyLock};
+use std::fmt;
 
-use pagoda_ir::{Context, element::Element, mosaic::tile_padded_bytes, stablehlo::Module};
+use pagoda_ir::{element::Element, mosaic::tile_padded_bytes};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    mosaic,
-    problem::{Kind, Problem, Spec},
-};
-pub use crate::plan::PlanError;
+use super::{Rpa, kv_layout::KvLayout, problem::Problem};
 use crate::{
     chips::Chip,
-    plan::{self, KernelPlan, scoped_limit},
-    tuned,
+    evidence,
+    kernel::TileSizes,
+    named::Role,
+    plan::{self, PlanError, Spilling},
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
@@ -37,12 +35,10 @@ pub struct Tiles {
     pub kv_pages: usize,
 }
 
-impl Tiles {
-    /// Reads `Q,P`.
-    ///
-    /// # Errors
-    /// When the text is not two positive numbers.
-    pub fn parse(text: &str) -> Result<Self, PlanError> {
+impl TileSizes for Tiles {
+    const FORM: &'static str = "Q,P";
+
+    fn parse(text: &str) -> Result<Self, PlanError> {
         let form = "two positive numbers Q,P (query rows, KV pages)";
         let [queries, kv_pages] = plan::positive_numbers(text, form, "32,4")?;
         Ok(Self { queries, kv_pages })
@@ -59,19 +55,13 @@ impl fmt::Display for Tiles {
 pub type Options = plan::Options<Tiles>;
 
 /// An attention kernel for a chip, every tile and every VMEM buffer named.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Plan {
-    problem: Problem,
-    chip: Chip,
-    tiles: Tiles,
-    head_block: usize,
-    limit: Bytes,
-    report: VmemReport,
-}
+pub type Plan = plan::Plan<Rpa>;
 
 /// Rows of a tile along which copies are cut.
 const SUBLANES: usize = 8;
-const LANES: usize = 128;
+pub(super) const LANES: usize = 128;
+/// Rows whose logits are worked on at a time: the more, the more of them are spilled.
+pub(super) const CHUNK: usize = 256;
 /// Most rows of a head's products that the planner chooses: more gain nothing on any chip.
 const MAX_ROWS: usize = 512;
 /// Most keys of a block that the planner chooses: more are wasted on what a causal mask hides.
@@ -86,79 +76,56 @@ const MAX_F32_LOGITS: usize = 1 << 18;
 /// Most copies in flight per block that the planner chooses: each is an instruction of its own.
 const MAX_COPIES: usize = 32;
 
+/// Refuses a head dimension that no rows can be copied of, and page tables that SMEM does not hold.
+pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> {
+    let info = chip.info();
+    if problem.head_dim > LANES && !problem.head_dim.is_multiple_of(LANES) {
+        return Err(PlanError {
+            key: "head_dim",
+            value: problem.head_dim.to_string(),
+            limit: format!("is neither at most {LANES} nor a multiple of it, as rows are copied in pieces of {LANES}"),
+            fix: format!("pad it to {}", problem.head_dim.next_multiple_of(LANES)),
+        });
+    }
+    let (scalars, free) = (smem(problem), Bytes(info.smem_per_core.0 - info.smem_reserved.0));
+    if scalars > free {
+        return Err(PlanError {
+            key: "max_seqs * pages_per_seq",
+            value: format!("{} * {}", problem.max_seqs, problem.pages_per_seq),
+            limit: format!(
+                "are, with rows and lanes padded to tiles, {scalars} of lengths and page indices in SMEM; {free} of the {} \
+                 are free on {chip}",
+                info.smem_per_core
+            ),
+            fix: "lower max-seqs or max-seq-len, or raise page-size".into(),
+        });
+    }
+    Ok(())
+}
+
+/// What follows from legal tiles.
+pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
+    let head_block = head_block(problem, chip);
+    let Tiles { queries, kv_pages } = tiles;
+    plan::Layout {
+        name: format!("rpa-p{}-bq{queries}-kv{kv_pages}", problem.page_size),
+        grid: grid(problem, tiles, head_block).to_vec(),
+        vmem: report(problem, tiles, head_block),
+        smem: smem(problem),
+        spilling: spilling(problem, tiles),
+        details: Details { head_block, kv_heads: problem.kv_heads, keys: kv_pages * problem.page_size },
+    }
+}
+
 impl Plan {
-    /// Plans `problem` on `chip`: with the given tiles, or with the largest ones that fit the limit.
-    ///
-    /// # Errors
-    /// When the limit passes the chip's VMEM, the page indices do not fit its SMEM, the tiles are illegal, or no tiles fit
-    /// the limit.
-    pub fn new(problem: Problem, chip: Chip, options: Options) -> Result<Self, PlanError> {
-        let info = chip.info();
-        let limit = scoped_limit(chip, options.vmem_limit)?;
-        if problem.head_dim > LANES && !problem.head_dim.is_multiple_of(LANES) {
-            return Err(PlanError {
-                key: "head_dim",
-                value: problem.head_dim.to_string(),
-                limit: format!(
-                    "is neither at most {LANES} nor a multiple of it, as rows are copied in pieces of {LANES}"
-                ),
-                fix: format!("pad it to {}", problem.head_dim.next_multiple_of(LANES)),
-            });
-        }
-        let (scalars, free) = (smem(&problem), Bytes(info.smem_per_core.0 - info.smem_reserved.0));
-        if scalars > free {
-            return Err(PlanError {
-                key: "max_seqs * pages_per_seq",
-                value: format!("{} * {}", problem.max_seqs, problem.pages_per_seq),
-                limit: format!(
-                    "are, with rows and lanes padded to tiles, {scalars} of lengths and page indices in SMEM; {free} of \
-                     the {} are free on {chip}",
-                    info.smem_per_core
-                ),
-                fix: "lower max-seqs or max-seq-len, or raise page-size".into(),
-            });
-        }
-        if let Some(tiles) = options.tiles {
-            check(&problem, tiles)?;
-            return Ok(Self::with(problem, chip, tiles, limit));
-        }
-        best(&problem, chip, limit).ok_or_else(|| PlanError {
-            key: "vmem-limit",
-            value: limit.to_string(),
-            limit: "holds no legal tiles of this attention".into(),
-            fix: format!("raise it, up to {} on {chip}", info.vmem_per_core),
-        })
-    }
-
-    fn with(problem: Problem, chip: Chip, tiles: Tiles, limit: Bytes) -> Self {
-        let head_block = head_block(&problem, chip);
-        let report = report(&problem, tiles, head_block);
-        Self { problem, chip, tiles, head_block, limit, report }
-    }
-
-    /// The problem.
-    pub fn problem(&self) -> &Problem {
-        &self.problem
-    }
-
-    /// The chip that it is for.
-    pub fn chip(&self) -> Chip {
-        self.chip
-    }
-
-    /// Query rows and KV pages of a block.
-    pub fn tiles(&self) -> Tiles {
-        self.tiles
-    }
-
     /// KV heads of a block: all of them where no slice of a page is tile-aligned or the device has one core.
     pub fn head_block(&self) -> usize {
-        self.head_block
+        self.details().head_block
     }
 
     /// Keys of a KV block.
     pub fn keys(&self) -> usize {
-        self.tiles.kv_pages * self.problem.page_size
+        self.details().keys
     }
 
     /// How many keys of a KV block may be worked on, the fewest first: all, a half or a quarter, if that is whole lanes.
@@ -171,42 +138,26 @@ impl Plan {
 
     /// Rows of one KV head's matrix products: each query row once per head of the group.
     pub fn rows(&self) -> usize {
-        self.tiles.queries * self.problem.group()
+        self.tiles().queries * self.problem().group()
     }
 
     pub(super) fn kv_dims(&self) -> [usize; 5] {
-        kv_dims(&self.problem, self.tiles, self.head_block)
+        kv_dims(self.problem(), self.tiles(), self.head_block())
     }
 
     pub(super) fn staging_dims(&self) -> [usize; 4] {
-        staging_dims(&self.problem, self.tiles, self.head_block)
-    }
-
-    /// The scoped VMEM limit that the kernel asks for.
-    pub fn limit(&self) -> Bytes {
-        self.limit
-    }
-
-    /// Every VMEM buffer.
-    pub fn vmem(&self) -> &VmemReport {
-        &self.report
+        staging_dims(self.problem(), self.tiles(), self.head_block())
     }
 
     /// Steps along KV-head blocks and query blocks.
-    pub fn grid(&self) -> [usize; 2] {
-        grid(&self.problem, self.tiles, self.head_block)
-    }
-
-    /// `rpa-p128-bq32-kv4`.
-    pub fn name(&self) -> String {
-        let Tiles { queries, kv_pages } = self.tiles;
-        format!("rpa-p{}-bq{queries}-kv{kv_pages}", self.problem.page_size)
+    pub(super) fn steps_of_grid(&self) -> [usize; 2] {
+        grid(self.problem(), self.tiles(), self.head_block())
     }
 }
 
-/// What an attention's plan tells beside what every plan tells.
+/// What a plan of the attention kernel holds beside what every plan holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Particulars {
+pub struct Details {
     /// KV heads of a block.
     pub head_block: usize,
     /// KV heads in all.
@@ -215,100 +166,31 @@ pub struct Particulars {
     pub keys: usize,
 }
 
-impl fmt::Display for Particulars {
+impl fmt::Display for Details {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { head_block, kv_heads, keys } = self;
         write!(f, "{:<24} {head_block} of {kv_heads} KV heads, {keys} keys", "block")
     }
 }
 
-impl KernelPlan for Plan {
-    type Tiles = Tiles;
-    type Particulars = Particulars;
-
-    fn name(&self) -> String {
-        self.name()
-    }
-
-    fn describe(&self) -> String {
-        let Spec { kind, element, tokens, q_heads, kv_heads, head_dim, page_size, .. } = &**self.problem();
-        let kind = match kind {
-            Kind::Mixed => "mixed",
-            Kind::Decode => "decode",
-        };
-        let mut text = format!("{tokens}x{q_heads}x{head_dim} {element} {kind}, {kv_heads} kv heads, ");
-        text += &format!("{} x {} pages of {page_size}", self.problem.max_seqs, self.problem.pages_per_seq);
-        if self.problem.layers > 1 {
-            text += &format!(", {} layers", self.problem.layers);
-        }
-        text + &options(&self.problem)
-    }
-
-    fn family(&self) -> String {
-        family(&self.problem, self.tiles)
-    }
-
-    fn chip(&self) -> Chip {
-        self.chip
-    }
-
-    fn tiles(&self) -> Tiles {
-        self.tiles
-    }
-
-    fn grid(&self) -> Vec<usize> {
-        self.grid().to_vec()
-    }
-
-    fn limit(&self) -> Bytes {
-        self.limit
-    }
-
-    fn vmem(&self) -> &VmemReport {
-        &self.report
-    }
-
-    fn smem(&self) -> Bytes {
-        smem(&self.problem)
-    }
-
-    fn particulars(&self) -> Particulars {
-        Particulars { head_block: self.head_block, kv_heads: self.problem.kv_heads, keys: self.keys() }
-    }
-
-    fn records() -> &'static [tuned::Record<Tiles>] {
-        static RECORDS: LazyLock<Vec<tuned::Record<Tiles>>> =
-            LazyLock::new(|| tuned::parse(include_str!("../../tuned/rpa.json")));
-        &RECORDS
-    }
-
-    fn replanned(&self) -> Option<Self> {
-        best(&self.problem, self.chip, self.limit)
-    }
-
-    fn module<'c>(&self, context: &'c Context) -> pagoda_ir::Result<Module<'c>> {
-        mosaic::module(context, self)
-    }
-}
-
-/// Heads, types and options; and the keys of a block, which the logits that must be held grow with. Rows are worked on in
-/// chunks.
-fn family(problem: &Problem, tiles: Tiles) -> String {
-    let Spec { element, q_heads, kv_heads, head_dim, page_size, .. } = &**problem;
-    format!("{element} {q_heads}/{kv_heads}x{head_dim}, {} keys{}", tiles.kv_pages * page_size, options(problem))
+/// Types and options; the logits that a chunk of rows holds at once.
+fn spilling(problem: &Problem, tiles: Tiles) -> Spilling {
+    let rows = (tiles.queries * problem.group()).min(CHUNK);
+    let live = Bytes((rows * tiles.kv_pages * problem.page_size * 4) as u64);
+    Spilling { family: format!("{} x{}{}", problem.precision.q, problem.head_dim, options(problem)), live }
 }
 
 /// Lengths and page indices in SMEM: tiles of 128 lanes and up to 8 rows, as in VMEM (seen with libtpu 0.0.52, which takes
 /// 509 x 128 pages of 3 sequences as of 4, 127 x 128 of 10 as of 16, and none more).
 fn smem(problem: &Problem) -> Bytes {
-    let scalars = problem.argument_types().into_iter().skip(2);
-    Bytes(
-        scalars.map(|ty| tile_padded_bytes(ty.element, if ty.dims.is_empty() { &[1] } else { &ty.dims }) as u64).sum(),
-    )
+    let padded = |dims: &[usize]| tile_padded_bytes(Element::I32, if dims.is_empty() { &[1] } else { dims }) as u64;
+    let arguments = problem.arguments();
+    let scalars = arguments.iter().filter(|argument| argument.role == Role::Prefetch);
+    Bytes(scalars.map(|argument| padded(&argument.ty.dims)).sum())
 }
 
 /// Window and soft cap, in words.
-fn options(problem: &Problem) -> String {
+pub(super) fn options(problem: &Problem) -> String {
     let window = problem.sliding_window.map_or(String::new(), |window| format!(", window {window}"));
     window + &problem.soft_cap.map_or(String::new(), |cap| format!(", soft cap {cap}"))
 }
@@ -317,13 +199,14 @@ fn grid(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 2] {
     [problem.kv_heads / head_block, problem.tokens.div_ceil(tiles.queries)]
 }
 
-fn check(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
+/// Whole tiles of query rows, and no more pages than a sequence has.
+pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
     let most = problem.tokens.next_multiple_of(SUBLANES);
     if !tiles.queries.is_multiple_of(SUBLANES) || tiles.queries == 0 || tiles.queries > most {
         return Err(PlanError {
             key: "tiles.queries",
             value: tiles.queries.to_string(),
-            limit: format!("is no multiple of {SUBLANES} from {SUBLANES} to {most}"),
+            limit: format!("is not a multiple of {SUBLANES} from {SUBLANES} to {most}"),
             fix: format!("give e.g. {}", most.min(32)),
         });
     }
@@ -344,7 +227,7 @@ fn head_block(problem: &Problem, chip: Chip) -> usize {
     let share = heads / chip.info().cores;
     let sliceable = share > 0
         && heads.is_multiple_of(share)
-        && (2 * share).is_multiple_of(SUBLANES)
+        && KvLayout::rows_of(share).is_multiple_of(SUBLANES)
         && (share * problem.group()).is_multiple_of(SUBLANES);
     if sliceable { share } else { heads }
 }
@@ -358,7 +241,7 @@ fn pieces(problem: &Problem) -> [usize; 2] {
 /// block are one array.
 fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
     let [pieces, lanes] = pieces(problem);
-    let rows = match 2 * head_block {
+    let rows = match KvLayout::rows_of(head_block) {
         few @ (2 | 4) => few,
         rows => rows.next_multiple_of(SUBLANES),
     };
@@ -373,7 +256,7 @@ fn staging_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 4
 
 /// Every VMEM buffer, in the order of the kernel's operands.
 fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
-    let (element, dim, group) = (problem.element, problem.head_dim, problem.group());
+    let (types, dim, group) = (problem.precision, problem.head_dim, problem.group());
     let rows = tiles.queries * group;
     let [_, query_steps] = grid(problem, tiles, head_block);
     // A window that never moves has one buffer: there is no next block to fetch meanwhile. Blocks of heads are one to a core.
@@ -382,10 +265,10 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
     VmemReport {
         buffers: vec![
-            Buffer::new("q", BufferKind::InputWindow, element, &block, copies),
-            Buffer::new("out", BufferKind::OutputWindow, element, &block, copies),
-            scratch("kv", element, &kv_dims(problem, tiles, head_block)),
-            scratch("queries", element, &[head_block, rows, dim]),
+            Buffer::new("q", BufferKind::InputWindow, types.q, &block, copies),
+            Buffer::new("out", BufferKind::OutputWindow, types.output, &block, copies),
+            scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
+            scratch("queries", types.q, &[head_block, rows, dim]),
             scratch("staging", Element::F32, &staging_dims(problem, tiles, head_block)),
             scratch("last", Element::I32, &[rows, LANES]),
             scratch("max", Element::F32, &[head_block, rows, LANES]),
@@ -396,10 +279,10 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
 }
 
 /// The tiles with the most work in a block that fit `limit` with room for spills; without it, if none do.
-fn best(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Plan> {
+pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
     let head_block = head_block(problem, chip);
-    let most_logits = if problem.element == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
-    let margin = |tiles| tuned::spill_margin::<Plan>(chip, &family(problem, tiles));
+    let most_logits = if problem.precision.q == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
+    let margin = |tiles| evidence::margin::<Rpa>(chip, &spilling(problem, tiles));
     let mut best: Option<((bool, usize, bool, usize), Tiles)> = None;
     for queries in [8, 16, 32, 64, 128, 256] {
         let rows = queries * problem.group();
@@ -426,18 +309,21 @@ fn best(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Plan> {
             }
         }
     }
-    best.map(|(_, tiles)| Plan::with(problem.clone(), chip, tiles, limit))
+    best.map(|(_, tiles)| tiles)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmem::{Spills, Suggestion, Verdict};
+    use crate::{
+        rpa::{Kind, Precision, Spec},
+        vmem::{Spills, Suggestion, Verdict},
+    };
 
     fn incident() -> Problem {
         Problem::new(Spec {
             kind: Kind::Mixed,
-            element: Element::Bf16,
+            precision: Precision::uniform(Element::Bf16),
             tokens: 1024,
             q_heads: 32,
             kv_heads: 8,

@@ -14,11 +14,15 @@
 //! Masks select and never multiply, since 0 * NaN is NaN: keys and values outside the live sequences may be anything.
 
 use pagoda_ir::{
-    Context, Element, Result,
-    stablehlo::{Builder, Direction, DotDims, GatherDims, Module, Precision, Tensor},
+    Element, Result,
+    stablehlo::{Builder, Direction, DotDims, GatherDims, Precision, Tensor},
 };
 
-use super::problem::{Kind, Problem};
+use super::{
+    kv_layout::{Half, KvLayout},
+    problem::{Kind, Problem},
+};
+use crate::named::Named;
 
 /// Keys of one block, rounded up to whole pages.
 pub const KV_BLOCK: usize = 128;
@@ -27,38 +31,11 @@ pub const QUERY_BLOCK: usize = 32;
 /// Rows per KV head up to which the logits are a multiply and reduce.
 const MULTIPLY_REDUCE_ROWS: usize = 8;
 
-/// The kernel's operands; [`Problem::argument_types`] gives their types.
-#[derive(Clone, Copy, Debug)]
-pub struct Operands<'c, 'a> {
-    /// `[tokens, q_heads, head_dim]`
-    pub q: Tensor<'c, 'a>,
-    /// `[layers * pages, page_size, 2 * kv_heads, head_dim]`
-    pub kv_pages: Tensor<'c, 'a>,
-    /// `i32[max_seqs]`
-    pub kv_lens: Tensor<'c, 'a>,
-    /// `i32[max_seqs, pages_per_seq]`, page ids within the layer
-    pub page_indices: Tensor<'c, 'a>,
-    /// `i32[max_seqs + 1]`
-    pub cu_q_lens: Tensor<'c, 'a>,
-    /// `i32[1]`
-    pub num_seqs: Tensor<'c, 'a>,
-    /// `i32[]`: where the layer's pages begin in the buffer; at 0 when there is none.
-    pub first_page: Option<Tensor<'c, 'a>>,
-}
-
 /// The attention's output, `[tokens, q_heads, head_dim]`; 0 in rows of padding.
 ///
 /// # Errors
-/// When an operand does not have the problem's type.
-pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, operands: &Operands<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-    let given =
-        [operands.q, operands.kv_pages, operands.kv_lens, operands.page_indices, operands.cu_q_lens, operands.num_seqs];
-    for (index, (tensor, expected)) in given.iter().zip(problem.argument_types()).enumerate() {
-        if tensor.ty() != expected {
-            let message = format!("operand {index} is {} and must be {expected}", tensor.ty());
-            return Err(pagoda_ir::Error::op("rpa", message));
-        }
-    }
+/// None for operands of the problem's types, unless MLIR fails.
+pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, operands: &Named<Tensor<'c, 'a>>) -> Result<Tensor<'c, 'a>> {
     let emitter = Emitter::new(b, problem, operands)?;
     let decoded = emitter.decode_pass()?;
     match problem.kind {
@@ -69,31 +46,6 @@ pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, operands: &Operands<
             b.select(is_decode, decoded.rows, prefilled)
         }
     }
-}
-
-/// A module whose `main` takes the problem's arguments and returns the output.
-///
-/// # Errors
-/// None for a valid problem, unless MLIR fails.
-pub fn module<'c>(context: &'c Context, problem: &Problem) -> Result<Module<'c>> {
-    let name = match problem.kind {
-        Kind::Decode => "rpa_decode",
-        Kind::Mixed => "rpa_mixed",
-    };
-    let module = Module::new(context, name);
-    module.function("main", &problem.argument_types(), |b, args| {
-        let operands = Operands {
-            q: args[0],
-            kv_pages: args[1],
-            kv_lens: args[2],
-            page_indices: args[3],
-            cu_q_lens: args[4],
-            num_seqs: args[5],
-            first_page: args.get(6).copied(),
-        };
-        Ok(vec![emit(b, problem, &operands)?])
-    })?;
-    Ok(module)
 }
 
 /// Query rows of some sequences, `rows` per KV head and sequence.
@@ -122,7 +74,7 @@ struct Decoded<'c, 'a> {
 struct Emitter<'e, 'c, 'a> {
     b: &'e Builder<'c, 'a>,
     problem: &'e Problem,
-    operands: &'e Operands<'c, 'a>,
+    operands: &'e Named<Tensor<'c, 'a>>,
     /// `i32[]`
     num_seqs: Tensor<'c, 'a>,
     /// `i32[max_seqs, blocks * pages per block]`: pages of the buffer, the last block filled up.
@@ -131,17 +83,17 @@ struct Emitter<'e, 'c, 'a> {
 }
 
 impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
-    fn new(b: &'e Builder<'c, 'a>, problem: &'e Problem, operands: &'e Operands<'c, 'a>) -> Result<Self> {
+    fn new(b: &'e Builder<'c, 'a>, problem: &'e Problem, operands: &'e Named<Tensor<'c, 'a>>) -> Result<Self> {
         let pages_per_block = KV_BLOCK.div_ceil(problem.page_size).min(problem.pages_per_seq);
         let fill = problem.pages_per_seq.next_multiple_of(pages_per_block) - problem.pages_per_seq;
-        let mut pages = operands.page_indices;
-        if let Some(first) = operands.first_page {
+        let mut pages = operands["page_indices"];
+        if let Some(&first) = operands.get("first_page") {
             pages = b.add(pages, b.broadcast_to(first, &pages.dims())?)?;
         }
         if fill > 0 {
             pages = b.pad(pages, b.scalar(Element::I32, 0.0)?, &[0, 0], &[0, fill as i64], &[0, 0])?;
         }
-        let num_seqs = b.reshape(operands.num_seqs, &[])?;
+        let num_seqs = b.reshape(operands["num_seqs"], &[])?;
         Ok(Self { b, problem, operands, num_seqs, pages, pages_per_block })
     }
 
@@ -149,13 +101,13 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
     fn decode_pass(&self) -> Result<Decoded<'c, 'a>> {
         let (b, problem, operands) = (self.b, self.problem, self.operands);
         let (seqs, tokens) = (problem.max_seqs, problem.tokens);
-        let starts = b.slice_in_dim(operands.cu_q_lens, 0, seqs, 0)?;
-        let ends = b.slice_in_dim(operands.cu_q_lens, 1, seqs + 1, 0)?;
+        let starts = b.slice_in_dim(operands["cu_q_lens"], 0, seqs, 0)?;
+        let ends = b.slice_in_dim(operands["cu_q_lens"], 1, seqs + 1, 0)?;
         let live =
             b.compare(b.iota(Element::I32, &[seqs], 0)?, Direction::Lt, b.broadcast_to(self.num_seqs, &[seqs])?)?;
         let single = b.compare(b.subtract(ends, starts)?, Direction::Eq, self.ints(&[seqs], 1)?)?;
         let active = b.and(live, single)?;
-        let end_key = b.select(active, operands.kv_lens, self.ints(&[seqs], 0)?)?;
+        let end_key = b.select(active, operands["kv_lens"], self.ints(&[seqs], 0)?)?;
         let position = b.subtract(end_key, self.ints(&[seqs], 1)?)?;
         let first_key = match problem.sliding_window {
             // Idle sequences must not pull the first block to 0.
@@ -166,7 +118,7 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
             }
             None => self.ints(&[seqs], 0)?,
         };
-        let q = b.take(operands.q, starts, 0)?; // [seqs, q_heads, head_dim]
+        let q = b.take(operands["q"], starts, 0)?; // [seqs, q_heads, head_dim]
         let grouped = [seqs, problem.kv_heads, problem.group(), problem.head_dim];
         let attended = self.attend(Queries {
             q: b.reshape(q, &grouped)?,
@@ -188,7 +140,7 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
         let dims = rows.dims();
         let rows = b.select(b.broadcast_in_dim(padding, &dims, &[0])?, b.splat(Element::F32, &dims, 0.0)?, rows)?;
         let is_decode = b.or(padding, b.take(single, seq_of_row, 0)?)?;
-        Ok(Decoded { rows: b.convert(rows, problem.element)?, is_decode })
+        Ok(Decoded { rows: b.convert(rows, problem.precision.output)?, is_decode })
     }
 
     /// The sequences with several rows, one after another: `[tokens, q_heads, head_dim]`.
@@ -197,9 +149,9 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
         let block = QUERY_BLOCK.min(problem.tokens);
         // Blocks are read and written whole; room behind the last row keeps them from being moved. Rows of a block that
         // belong to later sequences are overwritten when their turn comes.
-        let zero = b.scalar(problem.element, 0.0)?;
-        let q = b.pad(operands.q, zero, &[0, 0, 0], &[block as i64, 0, 0], &[0, 0, 0])?;
-        let output = b.splat(problem.element, &q.dims(), 0.0)?;
+        let zero = b.scalar(problem.precision.q, 0.0)?;
+        let q = b.pad(operands["q"], zero, &[0, 0, 0], &[block as i64, 0, 0], &[0, 0, 0])?;
+        let output = b.splat(problem.precision.output, &q.dims(), 0.0)?;
         let looped = b.while_(
             &[self.int(0)?, output],
             |b, state| b.compare(state[0], Direction::Lt, self.num_seqs),
@@ -222,9 +174,9 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
     ) -> Result<Tensor<'c, 'a>> {
         let (b, problem, operands) = (self.b, self.problem, self.operands);
         let entry = |array, index| b.reshape(b.dynamic_slice(array, &[index], &[1])?, &[]);
-        let first_row = entry(operands.cu_q_lens, seq)?;
-        let q_len = b.subtract(entry(operands.cu_q_lens, b.add(seq, self.int(1)?)?)?, first_row)?;
-        let kv_len = entry(operands.kv_lens, seq)?;
+        let first_row = entry(operands["cu_q_lens"], seq)?;
+        let q_len = b.subtract(entry(operands["cu_q_lens"], b.add(seq, self.int(1)?)?)?, first_row)?;
+        let kv_len = entry(operands["kv_lens"], seq)?;
         let pages = b.dynamic_slice(self.pages, &[seq, self.int(0)?], &[1, self.pages.dims()[1]])?;
         let several = b.compare(q_len, Direction::Gt, self.int(1)?)?;
         let rows = b.select(several, q_len, self.int(0)?)?;
@@ -240,7 +192,7 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
                 let heads = [problem.kv_heads, block, problem.group(), problem.head_dim];
                 let by_row = b.transpose(b.reshape(attended, &heads)?, &[1, 0, 2, 3])?;
                 let by_row = b.reshape(by_row, &[block, problem.q_heads, problem.head_dim])?;
-                let output = b.dynamic_update_slice(output, b.convert(by_row, problem.element)?, &start)?;
+                let output = b.dynamic_update_slice(output, b.convert(by_row, problem.precision.output)?, &start)?;
                 Ok(vec![b.add(done, this.int(block as i64)?)?, output])
             },
         )?;
@@ -336,7 +288,7 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
         }
         let wide = [seqs, dims[1], rows, keys];
         let seen = b.broadcast_in_dim(seen, &wide, &[0, 2, 3])?;
-        let logits = self.logits(queries.q, self.gather_heads(pages, 0)?)?;
+        let logits = self.logits(queries.q, self.gather_heads(pages, Half::Key)?)?;
         let logits = b.select(seen, logits, b.splat(Element::F32, &wide, f32::MIN.into())?)?;
 
         let new_m = b.maximum(m, b.reduce_max(logits, &[3])?)?;
@@ -346,7 +298,7 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
         let weights = b.select(seen, weights, b.splat(Element::F32, &wide, 0.0)?)?;
         let new_l = b.add(b.multiply(l, decay)?, b.reduce_sum(weights, &[3])?)?;
 
-        let values = b.convert(self.gather_heads(pages, 1)?, Element::F32)?; // [seqs, kv_heads, keys, head_dim]
+        let values = b.convert(self.gather_heads(pages, Half::Value)?, Element::F32)?; // [seqs, kv_heads, keys, head_dim]
         let grid = [seqs, keys];
         let key = b.broadcast_in_dim(key, &grid, &[1])?;
         let live = b.and(
@@ -385,15 +337,14 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
         }
     }
 
-    /// The keys (`half` 0) or values (1) of `pages [seqs, pages per block]`, by head: `[seqs, kv_heads, keys, head_dim]`.
+    /// The keys or values of `pages [seqs, pages per block]`, by head: `[seqs, kv_heads, keys, head_dim]`.
     /// Page ids outside the buffer read some page.
-    fn gather_heads(&self, pages: Tensor<'c, 'a>, half: usize) -> Result<Tensor<'c, 'a>> {
+    fn gather_heads(&self, pages: Tensor<'c, 'a>, half: Half) -> Result<Tensor<'c, 'a>> {
         let (b, problem) = (self.b, self.problem);
         let seqs = pages.dims()[0];
         let grid = [seqs, problem.kv_heads, self.pages_per_block, 1];
-        let head =
-            b.add(b.multiply(b.iota(Element::I32, &grid, 1)?, self.ints(&grid, 2)?)?, self.ints(&grid, half as i64)?)?;
-        let indices = b.concatenate(&[b.broadcast_in_dim(pages, &grid, &[0, 2])?, head], 3)?;
+        let row = KvLayout::rows_of_heads(b, b.iota(Element::I32, &grid, 1)?, half)?;
+        let indices = b.concatenate(&[b.broadcast_in_dim(pages, &grid, &[0, 2])?, row], 3)?;
         let dims = GatherDims {
             offset_dims: &[3, 4],
             collapsed_slice_dims: &[0, 2],
@@ -402,7 +353,7 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
             ..GatherDims::default()
         };
         let slices = [1, problem.page_size, 1, problem.head_dim];
-        let blocks = b.gather(self.operands.kv_pages, indices, dims, &slices)?;
+        let blocks = b.gather(self.operands["kv_pages"], indices, dims, &slices)?;
         b.reshape(blocks, &[seqs, problem.kv_heads, self.pages_per_block * problem.page_size, problem.head_dim])
     }
 

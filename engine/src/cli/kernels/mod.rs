@@ -24,7 +24,7 @@ use crate::output::write_atomically;
 
 pub(super) use file::run_if_asked;
 pub(super) use inspect::inspect;
-pub(super) use problem::Kernel;
+pub(super) use problem::KernelCommand;
 pub(super) use run::{RunArgs, run};
 
 /// What a command answers: a table for people, JSON for machines.
@@ -43,29 +43,29 @@ impl<T: Display + Serialize> Answer for T {
     }
 }
 
-fn tell(answer: &dyn Answer, json: bool) -> Result<()> {
+fn print_answer(answer: &dyn Answer, json: bool) -> Result<()> {
     let text = if json { answer.json().map_err(Error::runtime("writing JSON"))? } else { answer.table() };
     print(text.trim_end())
 }
 
 /// `pagoda plan`.
-pub(super) fn plan(kernel: &Kernel, json: bool) -> Result<ExitCode> {
-    tell(&*kernel.planned()?, json)?;
+pub(super) fn plan(kernel: &KernelCommand, json: bool) -> Result<ExitCode> {
+    print_answer(&*kernel.plan()?.answer(), json)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// `pagoda certify`: succeeds when the kernel compiles.
-pub(super) fn certify(kernel: &Kernel, timeout: u64, profile_timeout: u64, json: bool) -> Result<ExitCode> {
+pub(super) fn certify(kernel: &KernelCommand, timeout: u64, profile_timeout: u64, json: bool) -> Result<ExitCode> {
     if timeout == 0 {
         return Err(Error::setting("timeout", timeout, "leaves the compiler no time", "give at least 1 second"));
     }
-    // What is wrong with the problem is said before libtpu is looked for.
-    kernel.plan()?;
+    // What is wrong with the problem is printed before libtpu is looked for.
+    let plan = kernel.plan()?;
     let certifier = Certifier::of_this_executable()?
         .timeout(Duration::from_secs(timeout))
         .profile_timeout(Duration::from_secs(profile_timeout));
-    let (certified, compiles) = kernel.certified(&certifier)?;
-    tell(&*certified, json)?;
+    let (certified, compiles) = plan.certified(&certifier)?;
+    print_answer(&*certified, json)?;
     Ok(if compiles { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -84,15 +84,14 @@ pub(super) struct EmitArgs {
 }
 
 /// `pagoda emit`: readable Mosaic, or a StableHLO module. The first line says how to get the same again.
-pub(super) fn emit(kernel: &Kernel, args: &EmitArgs) -> Result<ExitCode> {
+pub(super) fn emit(kernel: &KernelCommand, args: &EmitArgs) -> Result<ExitCode> {
     let plan = kernel.plan()?;
-    let context = Context::new();
     let text = match (args.wire, args.stablehlo) {
-        (true, _) => plan.wire(&context)?.text(),
-        (_, true) => plan.stablehlo(&context)?.text(),
-        _ => plan.kernel(&context)?.text(),
+        (true, _) => plan.wire()?,
+        (_, true) => plan.stablehlo()?,
+        _ => plan.kernel(&Context::new())?.text(),
     };
-    let text = format!("{}{}", kernel.header(&plan), text.trim_end());
+    let text = format!("{}{}", plan.header(), text.trim_end());
     match &args.out {
         None => print(&text)?,
         Some(path) => write_atomically(path, format!("{text}\n").as_bytes())?,

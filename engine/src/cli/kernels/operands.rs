@@ -3,11 +3,10 @@
 use std::path::PathBuf;
 
 use pagoda_ir::{Element, HostTensor, TensorType};
-use pagoda_kernels::random::{Random, rpa_inputs};
-use pagoda_kernels::rpa;
+use pagoda_kernels::random::Random;
 use pagoda_kernels::vmem::Bytes;
 
-use super::arrays;
+use super::{arrays, problem};
 use crate::error::{Error, Result};
 
 /// The most that operands and results may take: they are all held in memory.
@@ -75,13 +74,15 @@ pub(super) fn ensure_fits<'t>(types: impl IntoIterator<Item = &'t TensorType>) -
 /// Operands of a kernel of unknown origin: given ones, the rest drawn from `seed`.
 pub(super) fn operands(given: &mut Given, operands: &[(String, TensorType)], seed: u64) -> Result<Vec<HostTensor>> {
     ensure_fits(operands.iter().map(|(_, ty)| ty))?;
-    let mut batch = ragged(operands, seed);
+    let recognised = problem::recognised(operands, seed);
     let mut random = Random::new(seed);
     let mut arrays = Vec::new();
     for (name, ty) in operands {
-        let drawn = batch.iter_mut().find(|(known, _)| known == name).map(|(_, array)| array.clone());
+        let drawn = recognised.as_ref().and_then(|arrays| arrays.get(name)).cloned();
         arrays.push(match (given.take(name, ty)?, drawn) {
             (Some(array), _) | (None, Some(array)) => array,
+            // Of a stack of layers, the first one.
+            (None, None) if recognised.is_some() && ty.element == Element::I32 => HostTensor::zeros(ty.element, &ty.dims),
             (None, None) if matches!(ty.element, Element::F32 | Element::Bf16) => random.tensor(ty),
             (None, None) => {
                 let fix = format!("give it with --input {name}=FILE.npy");
@@ -90,42 +91,4 @@ pub(super) fn operands(given: &mut Given, operands: &[(String, TensorType)], see
         });
     }
     Ok(arrays)
-}
-
-/// A ragged batch for operands that are named and shaped like those of an attention; else nothing.
-fn ragged(operands: &[(String, TensorType)], seed: u64) -> Vec<(&'static str, HostTensor)> {
-    const NAMES: [&str; 6] = ["kv_lens", "page_indices", "cu_q_lens", "num_seqs", "q", "kv_pages"];
-    let ty = |name: &str| operands.iter().find(|(known, _)| known == name).map(|(_, ty)| ty);
-    let problem = || {
-        let [table, q, kv] = [ty("page_indices")?, ty("q")?, ty("kv_pages")?];
-        let &[max_seqs, pages_per_seq] = &table.dims[..] else { return None };
-        let &[tokens, q_heads, head_dim] = &q.dims[..] else { return None };
-        let &[pages, page_size, halves, _] = &kv.dims[..] else { return None };
-        let problem: rpa::Problem = rpa::Problem::new(rpa::Spec {
-            kind: rpa::Kind::Mixed,
-            element: q.element,
-            tokens,
-            q_heads,
-            kv_heads: halves / 2,
-            head_dim,
-            page_size,
-            pages,
-            layers: 1,
-            max_seqs,
-            pages_per_seq,
-            scale: 1.0,
-            sliding_window: None,
-            soft_cap: None,
-        })
-        .ok()?;
-        let [q, kv, metadata @ ..] = &problem.argument_types()[..] else { return None };
-        let expected = metadata.iter().chain([q, kv]);
-        NAMES.into_iter().zip(expected).all(|(name, expected)| ty(name) == Some(expected)).then_some(problem)
-    };
-    let Some(problem) = problem() else { return vec![] };
-    let inputs = rpa_inputs(&problem, seed);
-    let mut arrays: Vec<_> = NAMES.into_iter().zip(rpa::mosaic::operands(&problem, &inputs)).collect();
-    // Of a stack of layers, the first one.
-    arrays.push(("first_page", HostTensor::new(&[1], &[0_i32])));
-    arrays
 }

@@ -1,257 +1,101 @@
-//! A kernel's problem on the command line, and what follows from it: requests, plans, emissions, inputs.
+//! A kernel's problem on the command line, whichever kernel it is.
 //!
-//! Everything that an emission depends on can be written as words of the command line ([`Kernel::words`]); `pagoda emit`
-//! puts them into the first line of what it writes, and `pagoda run` finds them there ([`Kernel::of_text`]).
+//! Every kernel of the registry is a subcommand, with the flags of its problem and those of its plan. What an emission
+//! depends on is its specification, tiles, chip and limit: `pagoda emit` writes them into the first line of what it writes, as
+//! the command that writes the same again, and `pagoda run` finds them there ([`KernelCommand::of_text`]).
+//!
+//! From here on a kernel is a trait object: [`Planned`] and, with inputs, [`Launch`].
 
+use std::fmt::{self, Debug};
 use std::path::Path;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use pagoda_ir::{Context, HostTensor, mosaic, stablehlo};
-use pagoda_kernels::plan::KernelPlan;
-use pagoda_kernels::random::Lengths;
+use clap::{ArgMatches, Args, Command, FromArgMatches, Subcommand};
+use pagoda_ir::tile_machine::{Machine, Program};
+use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
+use pagoda_kernels::check::{Case, CheckError, Expected, compare_all};
+use pagoda_kernels::chips::Chip;
+use pagoda_kernels::cli::KernelArgs;
+use pagoda_kernels::kernel::{self, TileSizes};
+use pagoda_kernels::plan::{Options, Plan};
+use pagoda_kernels::random::{batch_text, parse_batch};
 use pagoda_kernels::vmem::Bytes;
-use pagoda_kernels::{MosaicCase, matmul, random, rpa};
+use pagoda_kernels::{Arguments, Arrays, Invalid, Kernel, Named, PlanError, Problem};
 
-use super::super::Compute;
-use crate::certify;
+use crate::certify::{self, Certifier};
 use crate::error::{Error, Result};
 
 /// What the first line of an emitted text begins with.
 const HEADER: &str = "// pagoda emit ";
 
-/// The kernels that can be asked for.
-#[derive(Clone, Debug, Subcommand)]
-pub(in crate::cli) enum Kernel {
-    /// out[m,n] = x[m,k] w[k,n] (row-major; see --layout), with f32 accumulation.
-    Matmul(Matmul),
-    /// Ragged paged attention: prefill and decode rows of many sequences over a paged KV cache.
-    Rpa(Rpa),
-}
-
-#[derive(Clone, Debug, Args)]
-pub(in crate::cli) struct Matmul {
-    /// Rows of x and out.
-    #[arg(long)]
-    m: usize,
-    /// Columns of w and out.
-    #[arg(long)]
-    n: usize,
-    /// What is summed over: columns of x, rows of w.
-    #[arg(long)]
-    k: usize,
-    /// Type of x and w.
-    #[arg(long, value_enum, default_value_t = Compute::Bf16)]
-    dtype: Compute,
-    /// Type of out [default: that of x and w].
-    #[arg(long, value_enum)]
-    out_dtype: Option<Compute>,
-    /// How x, w and out lie in memory.
-    #[arg(long, value_enum, default_value_t = Layout::RowMajor)]
-    layout: Layout,
-    /// Add a bias per column.
-    #[arg(long)]
-    bias: bool,
-    /// w has 2n columns, gates before ups: out = silu(gate) * up. n is a multiple of 128 (row-major) or 8.
-    #[arg(long)]
-    silu_gate: bool,
-    /// Add a residual of out's shape.
-    #[arg(long)]
-    residual: bool,
-    /// Tile sizes [default: the planner's choice].
-    #[arg(long, value_name = "M,N,K")]
-    tiles: Option<String>,
-    #[command(flatten)]
-    target: Target,
-}
-
-#[derive(Clone, Debug, Args)]
-pub(in crate::cli) struct Rpa {
-    /// Rows, query heads and head dimension of q, such as 1024x32x128.
-    #[arg(long, value_name = "TOKENSxHEADSxDIM")]
-    q: String,
-    /// Key and value heads; must divide the query heads.
-    #[arg(long)]
-    kv_heads: usize,
-    /// Tokens of a KV page.
-    #[arg(long)]
-    page_size: usize,
-    /// Tokens of the longest sequence, prompt and answer together.
-    #[arg(long)]
-    max_seq_len: usize,
-    /// Sequences of a batch, at most.
-    #[arg(long)]
-    max_seqs: usize,
-    /// Type of queries, keys, values and outputs.
-    #[arg(long, value_enum, default_value_t = Compute::Bf16)]
-    dtype: Compute,
-    /// Layers whose pages share the KV buffer, one after another.
-    #[arg(long, default_value_t = 1)]
-    layers: usize,
-    /// A row sees this many keys at most, its own included.
-    #[arg(long, value_name = "KEYS")]
-    sliding_window: Option<usize>,
-    /// Logits x become c * tanh(x / c).
-    #[arg(long, value_name = "C")]
-    soft_cap: Option<f64>,
-    /// Batches of decode rows only: at most one row per sequence.
-    #[arg(long)]
-    decode: bool,
-    /// Query rows and KV pages of a block [default: the planner's choice].
-    #[arg(long, value_name = "Q,P")]
-    tiles: Option<String>,
-    #[command(flatten)]
-    target: Target,
-}
-
-#[derive(Clone, Debug, Args)]
-struct Target {
-    /// The chip: v4, v5e, v5p, v6e or tpu7x.
-    #[arg(long, default_value = "v5p")]
-    chip: String,
-    /// Scoped VMEM that the kernel may take, such as 16MiB [default: the chip's].
-    #[arg(long, value_name = "SIZE")]
-    vmem_limit: Option<String>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Layout {
-    /// A [m,k], B [k,n], C [m,n].
-    RowMajor,
-    /// A [m,k], B [n,k], C [m,n].
-    WeightTransposed,
-    /// A [k,m], B [n,k], C [n,m].
-    FeatureMajor,
-}
-
-/// The words of a header, for clap.
-#[derive(Debug, Parser)]
-#[command(no_binary_name = true)]
-struct Header {
-    #[command(subcommand)]
-    kernel: Kernel,
-}
-
-impl Matmul {
-    fn request(&self) -> certify::matmul::Request {
-        let input = self.dtype.element();
-        certify::matmul::Request {
-            spec: matmul::Spec {
-                m: self.m,
-                k: self.k,
-                n: self.n,
-                input,
-                output: self.out_dtype.map_or(input, Compute::element),
-                layout: match self.layout {
-                    Layout::RowMajor => matmul::Layout::RowMajor,
-                    Layout::WeightTransposed => matmul::Layout::WeightTransposed,
-                    Layout::FeatureMajor => matmul::Layout::FeatureMajor,
-                },
-                epilogue: matmul::Epilogue {
-                    bias: self.bias,
-                    activation: match self.silu_gate {
-                        true => matmul::Activation::SiluGate,
-                        false => matmul::Activation::Identity,
-                    },
-                    residual: self.residual,
-                },
-            },
-            chip: self.target.chip.clone(),
-            vmem_limit: self.target.vmem_limit.clone(),
-            tiles: self.tiles.clone(),
+/// Hands the registry's kernels to functions that are generic over one.
+macro_rules! registered {
+    ($($name:ident: $kernel:ty,)*) => {
+        /// The command with a subcommand per kernel.
+        fn with_subcommands(command: Command) -> Command {
+            command$(.subcommand(Request::<$kernel>::command()))*
         }
+
+        /// The request that a subcommand's matches hold; `None` if no kernel has that name.
+        fn request(name: &str, matches: &ArgMatches) -> Option<std::result::Result<Box<dyn Asked>, clap::Error>> {
+            $(if name == <$kernel>::NAME {
+                let request = Request::<$kernel>::from_matches(matches);
+                return Some(request.map(|request| Box::new(request) as Box<dyn Asked>));
+            })*
+            None
+        }
+
+        /// Arrays for `operands` of a kernel of unknown origin, if a kernel recognises them as its own.
+        pub(super) fn recognised(operands: &[(String, TensorType)], seed: u64) -> Option<Arrays> {
+            $(if let Some(problem) = <$kernel>::recognise(operands) {
+                return <$kernel>::draw(&problem, None, seed).ok();
+            })*
+            None
+        }
+
+        /// The kernels' names.
+        pub(super) const NAMES: &[&str] = &[$(<$kernel>::NAME,)*];
+    };
+}
+pagoda_kernels::for_each_kernel!(registered);
+
+/// A kernel that was asked for, as a subcommand.
+#[derive(Debug)]
+pub(in crate::cli) struct KernelCommand(Box<dyn Asked>);
+
+impl FromArgMatches for KernelCommand {
+    fn from_arg_matches(matches: &ArgMatches) -> std::result::Result<Self, clap::Error> {
+        let missing = || clap::Error::raw(clap::error::ErrorKind::MissingSubcommand, "name a kernel\n");
+        let (name, matches) = matches.subcommand().ok_or_else(missing)?;
+        request(name, matches).unwrap_or_else(|| Err(missing())).map(Self)
     }
 
-    fn words(&self) -> Vec<String> {
-        let mut words = vec!["matmul".to_owned()];
-        for (key, size) in [("--m", self.m), ("--n", self.n), ("--k", self.k)] {
-            words.extend([key.to_owned(), size.to_string()]);
-        }
-        words.extend(["--dtype".to_owned(), value_name(self.dtype)]);
-        words.extend(self.out_dtype.map(|dtype| ["--out-dtype".to_owned(), value_name(dtype)]).into_iter().flatten());
-        if self.layout != Layout::RowMajor {
-            words.extend(["--layout".to_owned(), value_name(self.layout)]);
-        }
-        let flags = [("--bias", self.bias), ("--silu-gate", self.silu_gate), ("--residual", self.residual)];
-        words.extend(flags.into_iter().filter(|(_, set)| *set).map(|(flag, _)| flag.to_owned()));
-        words
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> std::result::Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
     }
 }
 
-impl Rpa {
-    fn request(&self) -> certify::rpa::Request {
-        certify::rpa::Request {
-            q: self.q.clone(),
-            kv_heads: self.kv_heads,
-            page_size: self.page_size,
-            max_seq_len: self.max_seq_len,
-            max_seqs: self.max_seqs,
-            layers: self.layers,
-            element: self.dtype.element(),
-            kind: if self.decode { rpa::Kind::Decode } else { rpa::Kind::Mixed },
-            sliding_window: self.sliding_window,
-            soft_cap: self.soft_cap,
-            chip: self.target.chip.clone(),
-            vmem_limit: self.target.vmem_limit.clone(),
-            tiles: self.tiles.clone(),
-        }
+impl Subcommand for KernelCommand {
+    fn augment_subcommands(command: Command) -> Command {
+        with_subcommands(command).subcommand_required(true).arg_required_else_help(true)
     }
 
-    fn words(&self) -> Vec<String> {
-        let mut words = vec!["rpa".to_owned(), "--q".to_owned(), self.q.replace(' ', "")];
-        for (key, size) in [
-            ("--kv-heads", Some(self.kv_heads)),
-            ("--page-size", Some(self.page_size)),
-            ("--max-seq-len", Some(self.max_seq_len)),
-            ("--max-seqs", Some(self.max_seqs)),
-            ("--layers", Some(self.layers).filter(|&layers| layers != 1)),
-            ("--sliding-window", self.sliding_window),
-        ] {
-            words.extend(size.map(|size| [key.to_owned(), size.to_string()]).into_iter().flatten());
-        }
-        words.extend(["--dtype".to_owned(), value_name(self.dtype)]);
-        words.extend(self.soft_cap.map(|cap| ["--soft-cap".to_owned(), cap.to_string()]).into_iter().flatten());
-        words.extend(self.decode.then(|| "--decode".to_owned()));
-        words
+    fn augment_subcommands_for_update(command: Command) -> Command {
+        with_subcommands(command)
+    }
+
+    fn has_subcommand(name: &str) -> bool {
+        NAMES.contains(&name)
     }
 }
 
-/// A value as clap reads it.
-fn value_name(value: impl ValueEnum) -> String {
-    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
-}
-
-impl Kernel {
+impl KernelCommand {
     /// Plans it.
     ///
     /// # Errors
     /// The first value that cannot work.
-    pub(super) fn plan(&self) -> Result<Plan> {
-        Ok(match self {
-            Self::Matmul(args) => Plan::Matmul(args.request().plan()?),
-            Self::Rpa(args) => Plan::Rpa(args.request().plan()?),
-        })
-    }
-
-    /// The words that ask for exactly `plan`: tiles, chip and limit written out.
-    fn words(&self, plan: &Plan) -> String {
-        let mut words = match self {
-            Self::Matmul(args) => args.words(),
-            Self::Rpa(args) => args.words(),
-        };
-        let (tiles, chip, limit) = match plan {
-            Plan::Matmul(plan) => (plan.tiles().to_string(), plan.chip(), plan.limit()),
-            Plan::Rpa(plan) => (plan.tiles().to_string(), plan.chip(), plan.limit()),
-        };
-        let mib = Bytes::mib(1).0;
-        let limit = if limit.0.is_multiple_of(mib) { format!("{}MiB", limit.0 / mib) } else { limit.0.to_string() };
-        words.extend(["--tiles".to_owned(), tiles, "--chip".to_owned(), chip.name().to_owned()]);
-        words.extend(["--vmem-limit".to_owned(), limit]);
-        words.join(" ")
-    }
-
-    /// The first line of an emission of `plan`.
-    pub(super) fn header(&self, plan: &Plan) -> String {
-        format!("{HEADER}{}\n", self.words(plan))
+    pub(super) fn plan(&self) -> Result<Box<dyn Planned>> {
+        self.0.plan()
     }
 
     /// The kernel that the first line of an emitted text names; `None` if it names none.
@@ -262,226 +106,239 @@ impl Kernel {
         let line = text.split(|&byte| byte == b'\n').next().unwrap_or_default();
         let line = String::from_utf8_lossy(line);
         let Some(words) = line.strip_prefix(HEADER) else { return Ok(None) };
-        let header = Header::try_parse_from(words.split_whitespace()).map_err(|error| {
-            let message = error.to_string();
-            let problem = message.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        let bad = |problem: &str| {
             Error::file(path, format!("line 1 names no kernel: {problem}"), "emit the kernel again, or delete the line")
-        })?;
-        Ok(Some(header.kernel))
+        };
+        let words = shlex::split(words).ok_or_else(|| bad("a quote is not closed"))?;
+        let command = Self::augment_subcommands(Command::new("emit").no_binary_name(true));
+        let matches = command.try_get_matches_from(words);
+        matches.and_then(|matches| Self::from_arg_matches(&matches)).map(Some).map_err(|error| {
+            let message = error.to_string();
+            bad(message.lines().next().unwrap_or_default().trim_start_matches("error: "))
+        })
     }
+}
 
-    /// `pagoda plan`: the plan, told.
-    pub(super) fn planned(&self) -> Result<Box<dyn super::Answer>> {
-        Ok(match self {
-            Self::Matmul(args) => Box::new(certify::matmul::plan_matmul(&args.request())?),
-            Self::Rpa(args) => Box::new(certify::rpa::plan_rpa(&args.request())?),
+/// Flags of every kernel's plan.
+#[derive(Debug, Args)]
+struct Target {
+    /// The problem as JSON, as the first line of an emitted text has it, instead of its flags.
+    #[arg(long, value_name = "JSON")]
+    spec: Option<String>,
+    /// Tile sizes [default: the planner's choice].
+    #[arg(long)]
+    tiles: Option<String>,
+    /// The chip: v4, v5e, v5p, v6e or tpu7x.
+    #[arg(long, default_value = "v5p", value_parser = Chip::parse)]
+    chip: Chip,
+    /// Scoped VMEM that the kernel may take, such as 16MiB [default: the chip's].
+    #[arg(long, value_name = "SIZE", value_parser = Bytes::parse)]
+    vmem_limit: Option<Bytes>,
+}
+
+/// A kernel, and how it is to be planned.
+struct Request<K: Kernel> {
+    spec: Result<K::Spec, Invalid>,
+    tiles: Option<String>,
+    chip: Chip,
+    vmem_limit: Option<Bytes>,
+}
+
+impl<K: Kernel> Debug for Request<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:?}", K::NAME, self.spec)
+    }
+}
+
+impl<K: KernelArgs> Request<K> {
+    fn command() -> Command {
+        let command = Target::augment_args(K::Args::augment_args(Command::new(K::NAME).about(K::ABOUT)));
+        command.mut_args(|arg| match arg {
+            arg if arg.is_required_set() => arg.required(false).required_unless_present("spec"),
+            arg if arg.get_id() == "tiles" => arg.value_name(K::Tiles::FORM),
+            arg => arg,
         })
     }
 
+    fn from_matches(matches: &ArgMatches) -> std::result::Result<Self, clap::Error> {
+        let Target { spec, tiles, chip, vmem_limit } = Target::from_arg_matches(matches)?;
+        let spec = match spec {
+            None => K::spec(K::Args::from_arg_matches(matches)?),
+            Some(json) => serde_json::from_str(&json).map_err(|error| Invalid {
+                subject: K::NAME,
+                key: "spec".into(),
+                value: json,
+                limit: format!("does not describe a {} problem: {error}", K::NAME),
+                fix: "take it from the first line of an emitted text, or give the problem's flags".into(),
+            }),
+        };
+        Ok(Self { spec, tiles, chip, vmem_limit })
+    }
+}
+
+/// A request of any kernel.
+trait Asked: Debug + Send + Sync {
+    fn plan(&self) -> Result<Box<dyn Planned>>;
+}
+
+impl<K: Kernel> Asked for Request<K> {
+    fn plan(&self) -> Result<Box<dyn Planned>> {
+        let tiles = self.tiles.as_deref().map(K::Tiles::parse).transpose().map_err(refused)?;
+        let problem = self.spec.clone().and_then(Problem::new).map_err(invalid)?;
+        let options = Options { tiles, vmem_limit: self.vmem_limit };
+        Ok(Box::new(Plan::<K>::new(problem, self.chip, options).map_err(refused)?))
+    }
+}
+
+/// A planned kernel, whichever it is.
+pub(super) trait Planned {
+    /// `pagoda plan`: the plan, with the verdict that the records allow.
+    fn answer(&self) -> Box<dyn super::Answer>;
     /// `pagoda certify`: the plan and the compiler's answer, and whether the kernel compiles.
-    pub(super) fn certified(&self, certifier: &certify::Certifier) -> Result<(Box<dyn super::Answer>, bool)> {
-        Ok(match self {
-            Self::Matmul(args) => {
-                let certified = certify::matmul::certify_matmul(&args.request(), certifier)?;
-                let compiles = certified.certificate.compiles();
-                (Box::new(certified), compiles)
-            }
-            Self::Rpa(args) => {
-                let certified = certify::rpa::certify_rpa(&args.request(), certifier)?;
-                let compiles = certified.certificate.compiles();
-                (Box::new(certified), compiles)
-            }
-        })
-    }
-}
-
-/// A planned kernel.
-#[derive(Clone, Debug)]
-pub(super) enum Plan {
-    Matmul(matmul::plan::Plan),
-    Rpa(rpa::plan::Plan),
-}
-
-impl Plan {
+    fn certified(&self, certifier: &Certifier) -> Result<(Box<dyn super::Answer>, bool)>;
+    /// The first line of an emission: the command that writes the same again.
+    fn header(&self) -> String;
     /// The Mosaic kernel.
-    pub(super) fn kernel<'c>(&self, context: &'c Context) -> pagoda_ir::Result<mosaic::Kernel<'c>> {
-        match self {
-            Self::Matmul(plan) => matmul::mosaic::kernel(context, plan),
-            Self::Rpa(plan) => rpa::mosaic::kernel(context, plan),
-        }
-    }
-
+    fn kernel<'c>(&self, context: &'c Context) -> pagoda_ir::Result<mosaic::Kernel<'c>>;
     /// The StableHLO module that carries the Mosaic kernel in wire form.
-    pub(super) fn wire<'c>(&self, context: &'c Context) -> pagoda_ir::Result<stablehlo::Module<'c>> {
-        match self {
-            Self::Matmul(plan) => plan.module(context),
-            Self::Rpa(plan) => plan.module(context),
-        }
-    }
-
-    /// The same function as plain StableHLO.
-    pub(super) fn stablehlo<'c>(&self, context: &'c Context) -> pagoda_ir::Result<stablehlo::Module<'c>> {
-        match self {
-            Self::Matmul(plan) => matmul::stablehlo::module(context, plan.problem()),
-            Self::Rpa(plan) => rpa::stablehlo::module(context, plan.problem()),
-        }
-    }
-
-    /// Names and types of the problem's arguments, in the order of the StableHLO forms.
-    pub(super) fn arguments(&self) -> Vec<(&'static str, pagoda_ir::TensorType)> {
-        match self {
-            Self::Matmul(plan) => {
-                let epilogue = plan.problem().epilogue;
-                let optional = [epilogue.bias.then_some("bias"), epilogue.residual.then_some("residual")];
-                let names = ["x", "w"].into_iter().chain(optional.into_iter().flatten());
-                names.zip(plan.problem().argument_types()).collect()
-            }
-            Self::Rpa(plan) => {
-                let names = ["q", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs", "first_page"];
-                names.into_iter().zip(plan.problem().argument_types()).collect()
-            }
-        }
-    }
-
-    /// Inputs drawn from `seed`, over sequences of these `lengths` if there are any, except those that are `given` by name.
+    fn wire(&self) -> pagoda_ir::Result<String>;
+    /// The same function as plain StableHLO: name and text.
+    fn stablehlo(&self) -> pagoda_ir::Result<String>;
+    /// The problem's arguments.
+    fn arguments(&self) -> Arguments;
+    /// The plan with inputs: drawn from `seed`, over a batch of these `lengths` if there are some, except those `given`.
     ///
     /// # Errors
-    /// When the lengths or the given ragged metadata are no batch of the problem.
-    pub(super) fn inputs(
-        self,
-        seed: u64,
-        lengths: Option<&str>,
-        mut given: impl FnMut(&str) -> Option<HostTensor>,
-    ) -> Result<Case> {
-        Ok(match self {
-            Self::Matmul(_) if lengths.is_some() => {
-                let value = lengths.unwrap_or_default();
-                return Err(Error::setting("lengths", value, "are of no use to a matmul", "leave them out"));
-            }
-            Self::Matmul(plan) => {
-                let mut inputs = random::matmul_inputs(plan.problem(), seed);
-                let mut replace = |name, array: &mut HostTensor| *array = given(name).unwrap_or_else(|| array.clone());
-                replace("x", &mut inputs.x);
-                replace("w", &mut inputs.w);
-                inputs.bias.iter_mut().for_each(|bias| replace("bias", bias));
-                inputs.residual.iter_mut().for_each(|residual| replace("residual", residual));
-                Case::Matmul(plan, inputs)
-            }
-            Self::Rpa(plan) => {
-                let problem = plan.problem();
-                let mut inputs = match lengths {
-                    None => random::rpa_inputs(problem, seed),
-                    Some(text) => {
-                        let layer = random::layer_of(problem, seed);
-                        random::rpa_inputs_of(problem, &batch_lengths(problem, text)?, layer, seed)
-                    }
-                };
-                if let Some(first_page) = given("first_page") {
-                    let first = first_page.as_slice::<i32>()[0];
-                    let layer = usize::try_from(first).ok().filter(|page| page.is_multiple_of(problem.pages));
-                    let layer = layer.map(|page| page / problem.pages).filter(|&layer| layer < problem.layers);
-                    inputs.layer = layer.ok_or_else(|| {
-                        let limit = format!("is not the first page of a layer of {} pages", problem.pages);
-                        Error::setting("first_page", first, limit, "give a multiple of them, below layers * pages")
-                    })?;
-                }
-                inputs.q = given("q").unwrap_or(inputs.q);
-                inputs.kv_pages = given("kv_pages").unwrap_or(inputs.kv_pages);
-                let drawn = inputs.batch.to_tensors();
-                let names = ["kv_lens", "page_indices", "cu_q_lens", "num_seqs"];
-                let arrays: [Option<HostTensor>; 4] = names.map(&mut given);
-                if arrays.iter().any(Option::is_some) {
-                    let mut arrays = arrays.into_iter().zip(drawn).map(|(array, drawn)| array.unwrap_or(drawn));
-                    let mut next = || arrays.next().map(|array| array.as_slice::<i32>().to_vec()).unwrap_or_default();
-                    let [kv_lens, page_indices, cu_q_lens, num_seqs] = [next(), next(), next(), next()];
-                    let num_seqs = usize::try_from(num_seqs[0]).map_err(|_| {
-                        Error::setting("num_seqs", num_seqs[0], "is below 0", "give the number of sequences")
-                    })?;
-                    let batch = rpa::Batch::new(plan.problem(), &kv_lens, &page_indices, &cu_q_lens, num_seqs);
-                    inputs.batch = batch
-                        .map_err(|invalid| Error::setting(invalid.key, invalid.value, invalid.limit, invalid.fix))?;
-                }
-                Case::Rpa(plan, inputs)
-            }
-        })
+    /// When the lengths are not a batch of the problem, or the given arrays not its inputs.
+    fn launch(&self, seed: u64, lengths: Option<&str>, given: Vec<(&'static str, HostTensor)>) -> Result<Box<dyn Launch>>;
+}
+
+impl<K: Kernel> Planned for Plan<K> {
+    fn answer(&self) -> Box<dyn super::Answer> {
+        Box::new(certify::kernel::Planned::new(self))
+    }
+
+    fn certified(&self, certifier: &Certifier) -> Result<(Box<dyn super::Answer>, bool)> {
+        let certified = certify::kernel::Certified::new(self, certifier)?;
+        let compiles = certified.certificate.compiles();
+        Ok((Box::new(certified), compiles))
+    }
+
+    fn header(&self) -> String {
+        let spec = serde_json::to_string(self.problem().spec()).unwrap_or_default();
+        let (mib, limit) = (Bytes::mib(1).0, self.limit().0);
+        let limit = if limit.is_multiple_of(mib) { format!("{}MiB", limit / mib) } else { limit.to_string() };
+        let (tiles, chip) = (self.tiles(), self.chip());
+        format!("{HEADER}{} --spec '{spec}' --tiles {tiles} --chip {chip} --vmem-limit {limit}\n", K::NAME)
+    }
+
+    fn kernel<'c>(&self, context: &'c Context) -> pagoda_ir::Result<mosaic::Kernel<'c>> {
+        self.kernel(context)
+    }
+
+    fn wire(&self) -> pagoda_ir::Result<String> {
+        Ok(self.module(&Context::new())?.text())
+    }
+
+    fn stablehlo(&self) -> pagoda_ir::Result<String> {
+        Ok(kernel::stablehlo_module::<K>(&Context::new(), self.problem())?.text())
+    }
+
+    fn arguments(&self) -> Arguments {
+        K::arguments(self.problem())
+    }
+
+    fn launch(&self, seed: u64, lengths: Option<&str>, given: Vec<(&'static str, HostTensor)>) -> Result<Box<dyn Launch>> {
+        let batch = lengths.map(parse_batch).transpose().map_err(invalid)?;
+        let drawn = K::draw(self.problem(), batch.as_deref(), seed).map_err(invalid)?;
+        let inputs = given.into_iter().fold(drawn, |inputs, (name, array)| inputs.with(name, array));
+        K::check_inputs(self.problem(), &inputs).map_err(invalid)?;
+        Ok(Box::new(Launched { plan: self.clone(), inputs }))
     }
 }
 
-/// Reads `ROWS/KEYS,...`, the lengths of each sequence of a batch.
-fn batch_lengths(problem: &rpa::Problem, text: &str) -> Result<Vec<Lengths>> {
-    let refuse = |limit: String, fix: &str| Error::setting("lengths", text, limit, fix);
-    let sequence = |part: &str| {
-        let (q_len, kv_len) = part.trim().split_once('/')?;
-        Some(Lengths { q_len: q_len.parse().ok()?, kv_len: kv_len.parse().ok()? })
-    };
-    let lengths: Option<Vec<_>> = match text {
-        "none" => Some(vec![]),
-        text => text.split(',').map(sequence).collect(),
-    };
-    let lengths = lengths.ok_or_else(|| refuse("are not ROWS/KEYS,...".into(), "write e.g. 1/60,13/13, or none"))?;
-    if lengths.len() > problem.max_seqs {
-        return Err(refuse(format!("are more than max-seqs = {}", problem.max_seqs), "give fewer sequences"));
+/// A planned kernel with inputs of its problem, whichever kernel it is.
+pub(super) trait Launch {
+    /// The plan.
+    fn plan(&self) -> &dyn Planned;
+    /// The kernel's name, tiles in it.
+    fn name(&self) -> &str;
+    /// The Mosaic kernel's operands.
+    fn operands(&self) -> Vec<HostTensor>;
+    /// The arguments of the StableHLO form, in order.
+    fn arguments(&self) -> Vec<HostTensor>;
+    /// Names and types of the results.
+    fn results(&self) -> Named<TensorType>;
+    /// A tile machine with the plan's memories.
+    fn machine(&self) -> Machine;
+    /// Whether `program` declares in VMEM what was planned.
+    ///
+    /// # Errors
+    /// Both lists, where they differ.
+    fn check_vmem(&self, program: &Program) -> Result<(), CheckError>;
+    /// What the results must be.
+    fn expected(&self) -> Vec<Expected>;
+    /// The ragged batch, where there is one.
+    fn batch(&self) -> Option<String>;
+    /// Compares results with `expected`.
+    ///
+    /// # Errors
+    /// The worst value that is off.
+    fn compare(&self, results: &[HostTensor], expected: &[Expected]) -> Result<(), CheckError> {
+        compare_all(self.name(), results, &self.results(), expected)
     }
-    let mut rows = 0_usize;
-    for (seq, &Lengths { q_len, kv_len }) in lengths.iter().enumerate() {
-        let decode = problem.kind == rpa::Kind::Decode;
-        if kv_len > problem.max_kv_len() || q_len > kv_len || (decode && q_len > 1) {
-            let most = if decode { ", and at most 1 row" } else { "" };
-            let limit = format!("sequence {seq}: more rows than keys, or than {} keys{most}", problem.max_kv_len());
-            return Err(refuse(limit, "keys count those of the sequence's rows"));
-        }
-        rows += q_len;
-    }
-    if rows > problem.tokens {
-        return Err(refuse(format!("have {rows} rows; q has {}", problem.tokens), "give fewer rows"));
-    }
-    Ok(lengths)
 }
 
-/// A planned kernel with inputs of its problem.
-#[derive(Debug)]
-pub(super) enum Case {
-    Matmul(matmul::plan::Plan, matmul::Inputs),
-    Rpa(rpa::plan::Plan, rpa::Inputs),
+struct Launched<K: Kernel> {
+    plan: Plan<K>,
+    inputs: Arrays,
 }
 
-impl Case {
-    pub(super) fn mosaic(&self) -> MosaicCase<'_> {
-        match self {
-            Self::Matmul(plan, inputs) => MosaicCase::Matmul(plan, inputs),
-            Self::Rpa(plan, inputs) => MosaicCase::Rpa(plan, inputs),
-        }
+impl<K: Kernel> Launch for Launched<K> {
+    fn plan(&self) -> &dyn Planned {
+        &self.plan
     }
 
-    pub(super) fn plan(&self) -> Plan {
-        match self {
-            Self::Matmul(plan, _) => Plan::Matmul(plan.clone()),
-            Self::Rpa(plan, _) => Plan::Rpa(plan.clone()),
-        }
+    fn name(&self) -> &str {
+        self.plan.name()
     }
 
-    /// The arguments of the StableHLO form.
-    pub(super) fn arguments(&self) -> Vec<HostTensor> {
-        match self {
-            Self::Matmul(_, inputs) => inputs.to_tensors(),
-            Self::Rpa(plan, inputs) => inputs.to_tensors(plan.problem()),
-        }
+    fn operands(&self) -> Vec<HostTensor> {
+        Case::new(&self.plan, &self.inputs).operands()
     }
 
-    /// Leading elements of the output that are results; what follows is padding, which only the Mosaic form promises to
-    /// be zero.
-    pub(super) fn live(&self) -> usize {
-        match self {
-            Self::Matmul(plan, _) => plan.problem().output_type().len(),
-            Self::Rpa(plan, inputs) => inputs.batch.rows() * plan.problem().q_heads * plan.problem().head_dim,
-        }
+    fn arguments(&self) -> Vec<HostTensor> {
+        self.inputs.values().cloned().collect()
     }
 
-    /// The batch in a line, for attention.
-    pub(super) fn describe(&self) -> Option<String> {
-        let Self::Rpa(_, inputs) = self else { return None };
-        let lengths: Vec<_> =
-            inputs.batch.sequences().map(|sequence| format!("{}/{}", sequence.q_len, sequence.kv_len)).collect();
-        Some(format!("{} sequences (rows/keys): {}", lengths.len(), lengths.join(",")))
+    fn results(&self) -> Named<TensorType> {
+        K::results(self.plan.problem())
     }
+
+    fn machine(&self) -> Machine {
+        self.plan.machine()
+    }
+
+    fn check_vmem(&self, program: &Program) -> Result<(), CheckError> {
+        Case::new(&self.plan, &self.inputs).check_vmem(program)
+    }
+
+    fn expected(&self) -> Vec<Expected> {
+        Case::new(&self.plan, &self.inputs).expected()
+    }
+
+    fn batch(&self) -> Option<String> {
+        let batch = K::batch(self.plan.problem(), &self.inputs)?;
+        Some(format!("{} sequences (query rows/KV tokens): {}", batch.len(), batch_text(&batch)))
+    }
+}
+
+/// What a planner refuses is a setting that cannot work.
+fn refused(error: PlanError) -> Error {
+    Error::setting(error.key, error.value, error.limit, error.fix)
+}
+
+/// What is not a problem, or not its inputs, is a setting that cannot work.
+fn invalid(invalid: Invalid) -> Error {
+    Error::setting(invalid.key, invalid.value, invalid.limit, invalid.fix)
 }

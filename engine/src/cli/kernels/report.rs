@@ -1,4 +1,4 @@
-//! What `pagoda run` tells of a run: a few lines for people, JSON for machines.
+//! The report of `pagoda run`: a few lines for people, JSON for machines.
 
 use std::process::ExitCode;
 
@@ -14,14 +14,14 @@ use crate::error::Result;
 /// What a result is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Judge {
+pub(super) enum Against {
     /// The kernel's StableHLO form on a PJRT plugin.
     Stablehlo,
     /// The independent reference in f64.
     Reference,
 }
 
-impl Judge {
+impl Against {
     pub(super) fn describe(self) -> &'static str {
         match self {
             Self::Stablehlo => "its StableHLO form",
@@ -30,7 +30,7 @@ impl Judge {
     }
 }
 
-/// What a run tells.
+/// The report of one run.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     /// The kernel, or the module's file.
@@ -46,7 +46,7 @@ pub(super) struct Report {
     pub(super) outputs: Vec<Output>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) fault: Option<Box<Fault>>,
-    /// The result depends on when copies land.
+    /// The result depends on when DMAs land.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) order_dependent: Option<String>,
     /// The module declares other VMEM buffers than its plan.
@@ -69,10 +69,10 @@ pub(super) struct Output {
     checksum: String,
 }
 
-/// What the comparison said.
+/// The outcome of the comparison.
 #[derive(Debug, Serialize)]
 pub(super) struct Check {
-    pub(super) against: Judge,
+    pub(super) against: Against,
     pub(super) agrees: bool,
     pub(super) message: String,
 }
@@ -96,7 +96,7 @@ impl Output {
 }
 
 /// Prints the reports; succeeds when nothing faulted and everything compared agrees.
-pub(super) fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
+pub(super) fn print_reports(reports: &[Report], json: bool) -> Result<ExitCode> {
     if json {
         print_json(reports)?;
     } else {
@@ -122,7 +122,7 @@ pub(super) fn tell(reports: &[Report], json: bool) -> Result<ExitCode> {
 
 fn table(report: &Report) -> String {
     let Report { kernel, on, inputs, .. } = report;
-    let dma = report.dma.as_ref().map_or(String::new(), |dma| format!(", copies {dma}"));
+    let dma = report.dma.as_ref().map_or(String::new(), |dma| format!(", DMAs {dma}"));
     let mut lines = vec![format!("{kernel} on {on}{dma}"), format!("  {:<8} {inputs}", "inputs")];
     for Output { name, r#type, min, max, mean, nan, checksum } in &report.outputs {
         let nan = if *nan > 0 { format!(", {nan} NaN") } else { String::new() };
@@ -134,7 +134,7 @@ fn table(report: &Report) -> String {
     if let Some(counters) = &report.counters {
         let Counters { grid_steps, ops, hbm_bytes_read, hbm_bytes_written, copies, mxu_flops, vmem_bytes } = *counters;
         lines.push(format!(
-            "  {:<8} {grid_steps} grid steps, {ops} ops, {copies} copies, {} read, {} written, {:.3} Gflop on the matrix \
+            "  {:<8} {grid_steps} grid steps, {ops} ops, {copies} DMAs, {} read, {} written, {:.3} Gflop on the matrix \
              unit, {} of VMEM",
             "counted",
             Bytes(hbm_bytes_read),

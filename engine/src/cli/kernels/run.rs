@@ -7,13 +7,13 @@ use clap::Args;
 use pagoda_ir::mosaic::{Role, wire};
 use pagoda_ir::tile_machine::{DmaOrder, Machine, Program};
 use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
-use pagoda_kernels::check::{compare, tolerance};
+use pagoda_kernels::check::Expected;
 
 use super::super::client;
 use super::file::File;
 use super::operands::{Given, ensure_fits, operands};
-use super::problem::{Case, Kernel, Plan};
-use super::report::{Check, Judge, Output, Report, tell};
+use super::problem::{KernelCommand, Launch, NAMES, Planned};
+use super::report::{Against, Check, Output, Report, print_reports};
 use crate::error::{Error, Result};
 use crate::pjrt::{self, Client, Executable};
 
@@ -21,15 +21,15 @@ use crate::pjrt::{self, Client, Executable};
 #[derive(Debug, Args)]
 #[command(
     subcommand_negates_reqs = true,
-    override_usage = "pagoda run [OPTIONS] <FILE>\n       pagoda run [OPTIONS] matmul|rpa <PROBLEM>"
+    override_usage = "pagoda run [OPTIONS] <FILE>\n       pagoda run [OPTIONS] <KERNEL> <PROBLEM>"
 )]
 pub(in crate::cli) struct RunArgs {
     /// A kernel that `pagoda emit` wrote (readable or wire form), any StableHLO module with Mosaic kernels, or with
-    /// --plugin a plain StableHLO module. Or, instead of a file, a kernel to emit and run: matmul or rpa.
+    /// --plugin a plain StableHLO module. Or, instead of a file, a kernel to emit and run.
     #[arg(required = true)]
     file: Option<PathBuf>,
     #[command(subcommand)]
-    kernel: Option<Kernel>,
+    kernel: Option<KernelCommand>,
     /// Run Mosaic kernels on the tile machine [default without --plugin].
     #[arg(long, global = true)]
     tile_machine: bool,
@@ -40,21 +40,21 @@ pub(in crate::cli) struct RunArgs {
     /// The array of an operand, from NumPy's .npy file; f32 files also give bf16 operands. Repeatable.
     #[arg(long = "input", global = true, value_name = "NAME=FILE.npy")]
     inputs: Vec<String>,
-    /// Draw the other operands from this seed: floats in (-2, 2), ragged batches for attention. Integers of kernels from
-    /// elsewhere must be given with --input.
+    /// Draw the other operands from this seed: floats in (-2, 2), ragged batches where the kernel has them. Integers of
+    /// kernels from elsewhere must be given with --input.
     #[arg(long, global = true, value_name = "SEED", default_value_t = 0)]
     random: u64,
     /// Compare the result: with the f64 reference, or with the StableHLO form on a plugin.
     #[arg(long, global = true, value_enum)]
-    check_against: Option<Judge>,
-    /// Query rows and keys of each sequence of an attention's batch, or none, instead of random ones.
-    #[arg(long, global = true, value_name = "ROWS/KEYS,...")]
+    check_against: Option<Against>,
+    /// Query rows and KV tokens of each sequence of a ragged batch, or none, instead of random ones.
+    #[arg(long, global = true, value_name = "ROWS/TOKENS,...")]
     lengths: Option<String>,
-    /// When copies land on the tile machine: early, late, random:SEED, or all: each of them, random with the seed of
+    /// When DMAs land on the tile machine: early, late, random:SEED, or all: each of them, random with the seed of
     /// --random, and the results must be the same bits [default: late].
     #[arg(long, global = true, value_name = "ORDER")]
     dma: Option<String>,
-    /// Let kernels load memory that nobody wrote (NaN, or an odd integer) and select something else, as some of JAX's do.
+    /// Let kernels load memory that was never written (NaN, or an odd integer) and select something else, as some of JAX's do.
     #[arg(long, global = true)]
     allow_unwritten_reads: bool,
     /// Let kernels leave elements of their outputs unwritten (NaN here), such as rows of padding.
@@ -70,7 +70,7 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
     let dma = dma_orders(args)?;
     let mut given = Given::parse(&args.inputs)?;
     let on_machine = args.tile_machine || args.plugin.is_none();
-    if !on_machine && args.check_against == Some(Judge::Stablehlo) {
+    if !on_machine && args.check_against == Some(Against::Stablehlo) {
         let fix = "drop --plugin, give --tile-machine too, or check against the reference";
         return Err(Error::setting("check-against", "stablehlo", "compares the StableHLO form with itself", fix));
     }
@@ -85,25 +85,25 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
     }
     let reports = match (&args.file, &args.kernel) {
         (Some(file), Some(_)) => {
-            let fix = "give a file, or matmul or rpa with its options";
+            let fix = format!("give a file, or {} with its options", NAMES.join(" or "));
             return Err(Error::setting("FILE", file.display(), "is a second thing to run", fix));
         }
         (None, None) => {
-            return Err(Error::setting("FILE", "none", "leaves nothing to run", "give a file, matmul or rpa"));
+            return Err(Error::setting("FILE", "none", "leaves nothing to run", format!("give a file, or {}", NAMES.join(" or "))));
         }
         (None, Some(kernel)) => {
-            let case = case(args, kernel.plan()?, &mut given)?;
-            vec![if on_machine { on_tile_machine(args, &dma, &case)? } else { on_plugin(args, &case)? }]
+            let launch = launch(args, &*kernel.plan()?, &mut given)?;
+            vec![if on_machine { on_tile_machine(args, &dma, &*launch)? } else { on_plugin(args, &*launch)? }]
         }
         (Some(path), None) => {
             let file = File::read(path)?;
-            let known = Kernel::of_text(&file.bytes, path)?;
+            let known = KernelCommand::of_text(&file.bytes, path)?;
             if on_machine && file.is_plain() {
                 let problem = "it has no Mosaic kernel for the tile machine";
                 return Err(Error::file(path, problem, "run it with --plugin cpu"));
             }
             if let (None, Some(lengths)) = (&known, &args.lengths) {
-                let limit = format!("are of no use: no line of {} says that it is an attention", path.display());
+                let limit = format!("is of no use: line 1 of {} names no kernel", path.display());
                 return Err(Error::setting("lengths", lengths, limit, "give the metadata with --input"));
             }
             match (on_machine, known) {
@@ -114,7 +114,7 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
         }
     };
     given.all_used()?;
-    tell(&reports, args.json)
+    print_reports(&reports, args.json)
 }
 
 fn dma_orders(args: &RunArgs) -> Result<Vec<DmaOrder>> {
@@ -125,7 +125,7 @@ fn dma_orders(args: &RunArgs) -> Result<Vec<DmaOrder>> {
         ("late", _) => Ok(vec![DmaOrder::Late]),
         ("all", _) => Ok(pagoda_kernels::check::dma_orders(args.random).to_vec()),
         (_, Some(seed)) => Ok(vec![DmaOrder::Random(seed)]),
-        _ => Err(Error::setting("dma", text, "is no order of copies", "use early, late, random:SEED or all")),
+        _ => Err(Error::setting("dma", text, "is not an order of DMAs", "use early, late, random:SEED or all")),
     }
 }
 
@@ -138,23 +138,22 @@ fn order_name(dma: DmaOrder) -> String {
 }
 
 /// A planned kernel with its inputs: given ones, the rest drawn at random.
-fn case(args: &RunArgs, plan: Plan, given: &mut Given) -> Result<Case> {
+fn launch(args: &RunArgs, plan: &dyn Planned, given: &mut Given) -> Result<Box<dyn Launch>> {
     let arguments = plan.arguments();
-    ensure_fits(arguments.iter().map(|(_, ty)| ty))?;
+    ensure_fits(&arguments.types())?;
     let mut arrays = Vec::new();
-    for (name, ty) in &arguments {
-        arrays.push((*name, given.take(name, ty)?));
+    for argument in arguments.iter() {
+        arrays.extend(given.take(argument.name, &argument.ty)?.map(|array| (argument.name, array)));
     }
     given.all_used()?;
-    let given = |name: &str| arrays.iter_mut().find(|(known, _)| *known == name).and_then(|(_, array)| array.take());
-    plan.inputs(args.random, args.lengths.as_deref(), given)
+    plan.launch(args.random, args.lengths.as_deref(), arrays)
 }
 
 /// A kernel that is emitted here.
-fn on_tile_machine(args: &RunArgs, dma: &[DmaOrder], case: &Case) -> Result<Report> {
+fn on_tile_machine(args: &RunArgs, dma: &[DmaOrder], launch: &dyn Launch) -> Result<Report> {
     let context = Context::new();
-    let kernel = case.plan().kernel(&context)?;
-    run_case(args, dma, case, &kernel, Program::decode(kernel.module())?)
+    let kernel = launch.plan().kernel(&context)?;
+    run_launch(args, dma, launch, &kernel, Program::decode(kernel.module())?)
 }
 
 /// A kernel that `pagoda emit` wrote, and perhaps somebody edited.
@@ -163,44 +162,44 @@ fn emitted_on_tile_machine(
     dma: &[DmaOrder],
     given: &mut Given,
     file: &File,
-    kernel: &Kernel,
+    kernel: &KernelCommand,
 ) -> Result<Report> {
-    let case = case(args, kernel.plan()?, given)?;
+    let launch = launch(args, &*kernel.plan()?, given)?;
     let context = Context::new();
-    let emitted = case.plan().kernel(&context)?;
+    let emitted = launch.plan().kernel(&context)?;
     let mut kernels = file.kernels(&context)?;
     let (Some((opened, _)), true) = (kernels.pop(), kernels.is_empty()) else {
         return Err(Error::file(&file.path, "line 1 names one kernel, and there is not one", "emit the kernel again"));
     };
     let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
-    run_case(args, dma, &case, &emitted, program)
+    run_launch(args, dma, &*launch, &emitted, program)
 }
 
 fn unknown_op(path: &Path, error: pagoda_ir::Error) -> Error {
     Error::file(path, error, "use ops that the tile machine knows")
 }
 
-fn run_case(
+fn run_launch(
     args: &RunArgs,
     dma: &[DmaOrder],
-    case: &Case,
+    launch: &dyn Launch,
     kernel: &mosaic::Kernel,
     program: Program,
 ) -> Result<Report> {
     let call = Call {
-        operands: &case.mosaic().operands(),
+        operands: &launch.operands(),
         results: &kernel.outputs(),
         aliases: kernel.aliases(),
-        inputs: inputs_line(args, case.describe()),
+        inputs: inputs_line(args, launch.batch()),
     };
     // What the plan counted belongs to what is checked.
-    let vmem = args.check_against.map_or(Ok(()), |_| case.mosaic().check_vmem(&program));
-    let mut report = execute(args, program, case.mosaic().machine(), dma, call)?;
-    report.told.unplanned = vmem.err().map(|error| error.to_string());
-    if let (Some(judge), Some(output)) = (args.check_against, report.first.take()) {
-        report.told.check = Some(check(args, judge, case, &output)?);
+    let vmem = args.check_against.map_or(Ok(()), |_| launch.check_vmem(&program));
+    let Executed { mut report, results } = execute(args, program, launch.machine(), dma, call)?;
+    report.unplanned = vmem.err().map(|error| error.to_string());
+    if let (Some(against), Some(results)) = (args.check_against, results) {
+        report.check = Some(check(args, against, launch, &results)?);
     }
-    Ok(report.told)
+    Ok(report)
 }
 
 fn inputs_line(args: &RunArgs, batch: Option<String>) -> String {
@@ -218,7 +217,7 @@ fn inputs_line(args: &RunArgs, batch: Option<String>) -> String {
 /// Every Mosaic kernel of a module of unknown origin, each on operands of its own.
 fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file: &File) -> Result<Vec<Report>> {
     if args.check_against.is_some() {
-        let fix = "check a kernel that `pagoda emit` wrote, or `pagoda run matmul` or `rpa`";
+        let fix = format!("check a kernel that `pagoda emit` wrote, or one of {}", NAMES.join(", "));
         return Err(Error::file(&file.path, "its first line does not say which problem it solves", fix));
     }
     let context = Context::new();
@@ -246,7 +245,7 @@ fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file
             aliases: &call.aliases,
             inputs: inputs_line(args, None),
         };
-        reports.push(execute(args, program, machine, dma, call)?.told);
+        reports.push(execute(args, program, machine, dma, call)?.report);
     }
     Ok(reports)
 }
@@ -259,17 +258,17 @@ struct Call<'c> {
     inputs: String,
 }
 
-/// What a run tells, and its first result for comparison, if there is one.
+/// The report of a run, and its results for comparison, if it came to its end.
 struct Executed {
-    told: Report,
-    first: Option<HostTensor>,
+    report: Report,
+    results: Option<Vec<HostTensor>>,
 }
 
 /// Runs the call once under each of `orders`, until one faults or gives another result than the first.
 fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
     let program = program.with_aliases(call.aliases);
     let signature = program.signature().clone().with_outputs(call.results.len());
-    let mut told = Report {
+    let mut report = Report {
         kernel: signature.name.clone(),
         on: "tile machine".into(),
         dma: None,
@@ -294,51 +293,49 @@ fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrde
         match program.run(&machine, call.operands, call.results) {
             Err(fault) => {
                 // Which order found it.
-                (told.dma, told.fault) = (done.pop(), Some(fault));
-                return Ok(Executed { told, first: None });
+                (report.dma, report.fault) = (done.pop(), Some(fault));
+                return Ok(Executed { report, results: None });
             }
             Ok(run) => match &outputs {
                 None => {
                     let names = signature.arguments.iter().filter(|argument| argument.role == Role::Output);
                     let named = names.zip(&run.outputs);
-                    told.outputs = named.map(|(argument, array)| Output::of(&argument.name, array)).collect();
-                    told.counters = Some(run.counters);
+                    report.outputs = named.map(|(argument, array)| Output::of(&argument.name, array)).collect();
+                    report.counters = Some(run.counters);
                     outputs = Some(run.outputs);
                 }
                 Some(first) if *first == run.outputs => {}
                 Some(_) => {
                     let (first, other) = (&done[0], order_name(dma));
-                    let message = format!("the results differ between {first} and {other} copies: a wait is missing");
-                    told.order_dependent = Some(message);
+                    let message = format!("the results differ between {first} and {other} DMAs: a wait is missing");
+                    report.order_dependent = Some(message);
                     break;
                 }
             },
         }
     }
-    told.dma = Some(done.join(", "));
-    Ok(Executed { told, first: outputs.and_then(|outputs| outputs.into_iter().next()) })
+    report.dma = Some(done.join(", "));
+    Ok(Executed { report, results: outputs })
 }
 
 /// The StableHLO form of a kernel.
-fn on_plugin(args: &RunArgs, case: &Case) -> Result<Report> {
+fn on_plugin(args: &RunArgs, launch: &dyn Launch) -> Result<Report> {
     let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
-    let context = Context::new();
-    let module = case.plan().stablehlo(&context)?;
-    let program = client.compile(module.text(), 1)?;
-    plugin_report(args, &client, &program, module.name(), Some(case), &case.arguments())
+    let program = client.compile(launch.plan().stablehlo()?, 1)?;
+    plugin_report(args, &client, &program, launch.name(), Some(launch), &launch.arguments())
 }
 
 /// A StableHLO module from a file.
-fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Option<&Kernel>) -> Result<Report> {
+fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Option<&KernelCommand>) -> Result<Report> {
     let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
     if !file.is_plain() && !client.platform().eq_ignore_ascii_case("tpu") {
         let problem = format!("it holds a Mosaic kernel, which the plugin for {} cannot run", client.platform());
         return Err(Error::file(&file.path, problem, "run it with --tile-machine"));
     }
     if let Some(kernel) = known {
-        let case = case(args, kernel.plan()?, given)?;
+        let launch = launch(args, &*kernel.plan()?, given)?;
         let program = compiled(&client, file)?;
-        return plugin_report(args, &client, &program, &file_name(&file.path), Some(&case), &case.arguments());
+        return plugin_report(args, &client, &program, &file_name(&file.path), Some(&*launch), &launch.arguments());
     }
     if args.check_against.is_some() {
         let fix = "check a module that `pagoda emit --stablehlo` wrote";
@@ -379,27 +376,30 @@ fn plugin_report(
     client: &Client,
     program: &Executable,
     name: &str,
-    case: Option<&Case>,
+    launch: Option<&dyn Launch>,
     arrays: &[HostTensor],
 ) -> Result<Report> {
     let mut outputs = program.call(arrays)?;
     let mut checked = None;
-    if let Some(case) = case {
-        let expected = case.mosaic().output_type();
+    if let Some(launch) = launch {
         let types: Vec<_> = outputs.iter().map(|array| TensorType::new(array.element(), array.dims())).collect();
-        if types != [expected.clone()] {
-            let found: Vec<_> = types.iter().map(TensorType::to_string).collect();
+        if !types.iter().eq(launch.results().values()) {
+            let list = |types: &mut dyn Iterator<Item = &TensorType>| {
+                types.map(TensorType::to_string).collect::<Vec<_>>().join(", ")
+            };
+            let expected = list(&mut launch.results().values());
             let limit = format!("are not the {expected} of the problem in its first line");
-            return Err(Error::setting(format!("results of {name}"), found.join(", "), limit, "emit the module again"));
+            let found = list(&mut types.iter());
+            return Err(Error::setting(format!("results of {name}"), found, limit, "emit the module again"));
         }
-        without_padding(case, &mut outputs[0]);
-        checked = args.check_against.map(|judge| check(args, judge, case, &outputs[0])).transpose()?;
+        without_padding(&launch.expected(), &mut outputs);
+        checked = args.check_against.map(|against| check(args, against, launch, &outputs)).transpose()?;
     }
     Ok(Report {
         kernel: name.to_owned(),
         on: client.platform(),
         dma: None,
-        inputs: inputs_line(args, case.and_then(Case::describe)),
+        inputs: inputs_line(args, launch.and_then(Launch::batch)),
         counters: None,
         outputs: outputs.iter().enumerate().map(|(at, array)| Output::of(&format!("result{at}"), array)).collect(),
         fault: None,
@@ -410,30 +410,31 @@ fn plugin_report(
 }
 
 /// Zeros what a StableHLO form leaves unspecified.
-fn without_padding(case: &Case, output: &mut HostTensor) {
-    let live = case.live() * output.element().bytes();
-    output.bytes_mut()[live..].fill(0);
+fn without_padding(expected: &[Expected], outputs: &mut [HostTensor]) {
+    for (output, expected) in outputs.iter_mut().zip(expected) {
+        let live = expected.live * output.element().bytes();
+        output.bytes_mut()[live..].fill(0);
+    }
 }
 
-fn check(args: &RunArgs, judge: Judge, case: &Case, output: &HostTensor) -> Result<Check> {
-    let tolerance = tolerance(output.element());
-    let (outcome, tolerance) = match judge {
-        Judge::Reference => (case.mosaic().compare(output), tolerance),
-        Judge::Stablehlo => {
-            let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
-            let context = Context::new();
-            let mut expected = client.compile(case.plan().stablehlo(&context)?.text(), 1)?.call(&case.arguments())?;
-            without_padding(case, &mut expected[0]);
-            let (_, magnitude) = case.mosaic().expected();
+fn check(args: &RunArgs, against: Against, launch: &dyn Launch, results: &[HostTensor]) -> Result<Check> {
+    let mut expected = launch.expected();
+    if against == Against::Stablehlo {
+        let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
+        let mut others = client.compile(launch.plan().stablehlo()?, 1)?.call(&launch.arguments())?;
+        without_padding(&expected, &mut others);
+        for (expected, other) in expected.iter_mut().zip(&others) {
             // Both sides are off.
-            let tolerance = 2.0 * tolerance;
-            let compared = compare(&case.mosaic().name(), output, &expected[0].to_f64(), &magnitude, tolerance);
-            (compared, tolerance)
+            (expected.values, expected.tolerance) = (other.to_f64(), expected.tolerance.doubled());
         }
-    };
+    }
+    let outcome = launch.compare(results, &expected);
     let message = match &outcome {
-        Ok(()) => format!("all {} values are within {tolerance:.0e} of their magnitude", output.len()),
+        Ok(()) => {
+            let count: usize = results.iter().map(HostTensor::len).sum();
+            format!("all {count} values are within {}", expected[0].tolerance)
+        }
         Err(error) => error.to_string(),
     };
-    Ok(Check { against: judge, agrees: outcome.is_ok(), message })
+    Ok(Check { against, agrees: outcome.is_ok(), message })
 }

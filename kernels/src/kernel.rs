@@ -1,0 +1,318 @@
+//! A kernel: one trait from the problem to the check, and everything else generic over it.
+//!
+//! Planning, certification, checks, property tests, mutants, records and the command line ask nothing of a kernel but this
+//! trait, so a kernel is a folder that implements it and a line in the [registry](crate::registry); outside this crate it
+//! is the same trait without the line. `GUIDE.md` beside this crate's manifest goes from a formula to a certified kernel.
+//!
+//! Invariants that an implementation keeps:
+//! - A valid problem has a StableHLO form, and legal tiles have a Mosaic form: emission does not fail for reasons of shape.
+//! - [`Kernel::reference`] is plain f64 from the definition and shares no code with a form.
+//! - [`Kernel::layout`] counts every VMEM buffer that [`Kernel::mosaic`] declares, by name and to the byte.
+//! - Everything is pure: no device, no file, no clock.
+
+use std::fmt;
+
+use pagoda_ir::stablehlo::{self, Module, Tensor};
+use pagoda_ir::{Context, Element, HostTensor, Result, TensorType, mosaic};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{
+    check::Expected,
+    chips::Chip,
+    choices::Choices,
+    error::Invalid,
+    evidence::Records,
+    mutants::MutantSet,
+    named::{Argument, Arguments, Arrays, Named, Role},
+    plan::{Layout, Plan, PlanError},
+    problem::{Problem, Specification},
+    random::{self, Lengths},
+    vmem::Bytes,
+};
+
+/// A kernel's valid problem.
+pub type ProblemOf<K> = Problem<<K as Kernel>::Spec>;
+
+/// Tile sizes that a user may fix. Written as numbers with commas between them: `512,512,1024`.
+pub trait TileSizes:
+    Copy + fmt::Debug + fmt::Display + Ord + Send + Serialize + DeserializeOwned + Sync + 'static
+{
+    /// How they are written, in help: `M,N,K`.
+    const FORM: &'static str;
+
+    /// Reads what [`Display`](fmt::Display) writes.
+    ///
+    /// # Errors
+    /// When the text is not that, with an example.
+    fn parse(text: &str) -> std::result::Result<Self, PlanError>;
+}
+
+/// A kernel; see the [module docs](self).
+pub trait Kernel: Sized + Send + Sync + 'static {
+    /// Its name on the command line and in records.
+    const NAME: &'static str;
+    /// What it computes, in a line of help.
+    const ABOUT: &'static str;
+
+    /// The description of a problem.
+    type Spec: Specification;
+    /// The tile sizes.
+    type Tiles: TileSizes;
+    /// What else a plan holds: printed as a line of its table, and part of its JSON.
+    type Details: Clone + fmt::Debug + fmt::Display + PartialEq + Send + Serialize + Sync;
+
+    // The problem.
+
+    /// The problem in words: equal for equal problems, different for different ones.
+    fn describe(problem: &ProblemOf<Self>) -> String;
+    /// The table of arguments, those that are prefetched first or last as the kernel likes.
+    fn arguments(problem: &ProblemOf<Self>) -> Arguments;
+    /// Names and types of the results.
+    fn results(problem: &ProblemOf<Self>) -> Named<TensorType>;
+
+    // Inputs.
+
+    /// A problem, legal tiles and what else makes a case, for property tests and samples. The simplest comes first.
+    fn sample(choices: &mut Choices) -> Sample<Self>;
+
+    /// Arguments drawn from `seed`, over sequences of the lengths in `batch` where the kernel works on a ragged batch.
+    /// What a kernel must not look at is NaN.
+    ///
+    /// # Errors
+    /// When `batch` is not a batch of the problem, or given to a kernel that has none.
+    fn draw(
+        problem: &ProblemOf<Self>,
+        batch: Option<&[Lengths]>,
+        seed: u64,
+    ) -> std::result::Result<Arrays, Invalid> {
+        random::without_batch(Self::NAME, batch)?;
+        Ok(random::arrays(&Self::arguments(problem), seed))
+    }
+
+    /// Checks what types do not say of `inputs`, such as ragged metadata.
+    ///
+    /// # Errors
+    /// The first entry that breaks a limit.
+    fn check_inputs(problem: &ProblemOf<Self>, inputs: &Arrays) -> std::result::Result<(), Invalid> {
+        let _ = (problem, inputs);
+        Ok(())
+    }
+
+    /// The ragged batch of `inputs` as the command line takes it, `9/48,1/55`; `None` for a kernel without one.
+    fn batch(problem: &ProblemOf<Self>, inputs: &Arrays) -> Option<Vec<Lengths>> {
+        let _ = (problem, inputs);
+        None
+    }
+
+    /// A problem whose arguments are named and shaped like `operands`, those of a kernel of unknown origin: its inputs can
+    /// then be drawn. The names that it knows are those of its own table; what is not given away by shapes is as usual.
+    fn recognise(operands: &[(String, TensorType)]) -> Option<ProblemOf<Self>> {
+        let _ = operands;
+        None
+    }
+
+    // Forms, and what they are compared with.
+
+    /// The results in f64, from the definition, and how far a form may be from them.
+    fn reference(problem: &ProblemOf<Self>, inputs: &Arrays) -> Vec<Expected>;
+
+    /// The results as StableHLO, for any plugin. `args` are the problem's arguments.
+    ///
+    /// # Errors
+    /// None for operands of the problem's types, unless MLIR fails.
+    fn stablehlo<'c, 'a>(
+        b: &stablehlo::Builder<'c, 'a>,
+        problem: &ProblemOf<Self>,
+        args: &Named<Tensor<'c, 'a>>,
+    ) -> Result<Vec<Tensor<'c, 'a>>>;
+
+    /// Declares and writes the Mosaic kernel of `plan`. Its operands are those of [`Kernel::operands`], in that order.
+    fn mosaic<'a>(k: &'a mosaic::Builder<'a>, plan: &Plan<Self>);
+
+    /// What the Mosaic kernel takes, in order: the prefetched arguments, then the others, scalars as arrays of one.
+    fn operands(problem: &ProblemOf<Self>) -> Vec<Operand> {
+        let arguments = Self::arguments(problem);
+        let of = |prefetched: bool| {
+            let wanted = move |argument: &&Argument| (argument.role == Role::Prefetch) == prefetched;
+            arguments.iter().filter(wanted).map(|argument| {
+                let operand = Operand::of(argument.name);
+                if argument.ty.dims.is_empty() { operand.reshape(&[1]) } else { operand }
+            })
+        };
+        of(true).chain(of(false)).collect()
+    }
+
+    /// Kernels with one thing wrong, each with what catches it.
+    fn mutants() -> Vec<MutantSet<Self>> {
+        vec![]
+    }
+
+    // Planning.
+
+    /// Refuses a problem that no tiles can be planned for.
+    ///
+    /// # Errors
+    /// What stands in the way, and what to do.
+    fn plannable(problem: &ProblemOf<Self>, chip: Chip) -> std::result::Result<(), PlanError> {
+        let _ = (problem, chip);
+        Ok(())
+    }
+
+    /// Refuses tiles that the kernel cannot be written with.
+    ///
+    /// # Errors
+    /// The rule that they break.
+    fn legal(problem: &ProblemOf<Self>, chip: Chip, tiles: Self::Tiles) -> std::result::Result<(), PlanError>;
+
+    /// The best legal tiles whose buffers fit `limit`, with room for spills where there are some; `None` if none fit.
+    fn choose(problem: &ProblemOf<Self>, chip: Chip, limit: Bytes) -> Option<Self::Tiles>;
+
+    /// What follows from legal tiles: name, grid, every VMEM buffer.
+    fn layout(problem: &ProblemOf<Self>, chip: Chip, tiles: Self::Tiles) -> Layout<Self::Details>;
+
+    /// What the compiler is on record to have said about kernels of this sort.
+    fn records() -> Option<&'static Records<Self>> {
+        None
+    }
+}
+
+/// A drawn case.
+pub struct Sample<K: Kernel> {
+    /// The problem; valid.
+    pub spec: K::Spec,
+    /// Legal tiles.
+    pub tiles: K::Tiles,
+    /// Lengths of a ragged batch, where the kernel works on one.
+    pub batch: Option<Vec<Lengths>>,
+}
+
+/// An operand of a Mosaic kernel: an argument of the problem, perhaps in another shape or type.
+///
+/// The same description serves a StableHLO program around the kernel, and arrays on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operand {
+    argument: &'static str,
+    element: Option<Element>,
+    dims: Option<Vec<usize>>,
+}
+
+impl Operand {
+    /// The argument as it is.
+    pub const fn of(argument: &'static str) -> Self {
+        Self { argument, element: None, dims: None }
+    }
+
+    /// Converted to `element`.
+    #[must_use]
+    pub fn cast(self, element: Element) -> Self {
+        Self { element: Some(element), ..self }
+    }
+
+    /// Of sizes `dims`, elements in the same order.
+    #[must_use]
+    pub fn reshape(self, dims: &[usize]) -> Self {
+        Self { dims: Some(dims.to_vec()), ..self }
+    }
+
+    fn in_program<'c, 'a>(
+        &self,
+        b: &stablehlo::Builder<'c, 'a>,
+        args: &Named<Tensor<'c, 'a>>,
+    ) -> Result<Tensor<'c, 'a>> {
+        let mut tensor = args[self.argument];
+        if let Some(element) = self.element {
+            tensor = b.convert(tensor, element)?;
+        }
+        self.dims.as_ref().map_or(Ok(tensor), |dims| b.reshape(tensor, dims))
+    }
+
+    fn on_host(&self, inputs: &Arrays) -> HostTensor {
+        let array = &inputs[self.argument];
+        let (element, dims) = (self.element.unwrap_or(array.element()), self.dims.as_deref().unwrap_or(array.dims()));
+        match element == array.element() {
+            true => HostTensor::from_bytes(element, dims, array.bytes()),
+            false => HostTensor::from_f64(element, dims, &array.to_f64()),
+        }
+    }
+}
+
+/// The arrays that a Mosaic kernel takes, made on the host.
+pub fn host_operands<K: Kernel>(problem: &ProblemOf<K>, inputs: &Arrays) -> Vec<HostTensor> {
+    K::operands(problem).iter().map(|operand| operand.on_host(inputs)).collect()
+}
+
+/// Calls a Mosaic kernel of the problem from a StableHLO program, on the problem's arguments.
+///
+/// # Errors
+/// When the arguments are not those of the problem.
+pub fn call<'c, 'a, K: Kernel>(
+    b: &stablehlo::Builder<'c, 'a>,
+    kernel: &mosaic::Kernel,
+    problem: &ProblemOf<K>,
+    args: &Named<Tensor<'c, 'a>>,
+) -> Result<Vec<Tensor<'c, 'a>>> {
+    check_types::<K>(problem, args)?;
+    let operands: Vec<_> =
+        K::operands(problem).iter().map(|operand| operand.in_program(b, args)).collect::<Result<_>>()?;
+    kernel.call(b, &operands)
+}
+
+/// Emits the StableHLO form into a program.
+///
+/// # Errors
+/// When the arguments are not those of the problem.
+pub fn stablehlo<'c, 'a, K: Kernel>(
+    b: &stablehlo::Builder<'c, 'a>,
+    problem: &ProblemOf<K>,
+    args: &Named<Tensor<'c, 'a>>,
+) -> Result<Vec<Tensor<'c, 'a>>> {
+    check_types::<K>(problem, args)?;
+    K::stablehlo(b, problem, args)
+}
+
+/// A StableHLO module whose `main` takes the problem's arguments and returns its results.
+///
+/// # Errors
+/// None for a valid problem, unless MLIR fails.
+pub fn stablehlo_module<'c, K: Kernel>(context: &'c Context, problem: &ProblemOf<K>) -> Result<Module<'c>> {
+    module::<K>(context, problem, |b, args| K::stablehlo(b, problem, args))
+}
+
+/// A StableHLO module whose `main` runs `kernel`, a Mosaic kernel of the problem, on the problem's arguments.
+///
+/// # Errors
+/// When the kernel is not one of the problem.
+pub fn mosaic_module<'c, K: Kernel>(
+    context: &'c Context,
+    problem: &ProblemOf<K>,
+    kernel: &mosaic::Kernel,
+) -> Result<Module<'c>> {
+    module::<K>(context, problem, |b, args| call::<K>(b, kernel, problem, args))
+}
+
+fn module<'c, K: Kernel>(
+    context: &'c Context,
+    problem: &ProblemOf<K>,
+    body: impl for<'a> FnOnce(&stablehlo::Builder<'c, 'a>, &Named<Tensor<'c, 'a>>) -> Result<Vec<Tensor<'c, 'a>>>,
+) -> Result<Module<'c>> {
+    let arguments = K::arguments(problem);
+    let module = Module::new(context, K::NAME);
+    module.function("main", &arguments.types(), |b, args| body(b, &arguments.name(args.iter().copied())))?;
+    for (index, argument) in arguments.iter().enumerate() {
+        module.name_argument("main", index, argument.name)?;
+        if let Role::Donated { result } = argument.role {
+            module.donate("main", index, result)?;
+        }
+    }
+    Ok(module)
+}
+
+fn check_types<K: Kernel>(problem: &ProblemOf<K>, args: &Named<Tensor>) -> Result<()> {
+    let arguments = K::arguments(problem);
+    let given: Vec<_> = args.iter().map(|(name, tensor)| (name, tensor.ty())).collect();
+    if given.iter().map(|(name, ty)| (*name, ty)).eq(arguments.iter().map(|argument| (argument.name, &argument.ty))) {
+        return Ok(());
+    }
+    let given: Vec<_> = given.iter().map(|(name, ty)| format!("{name} {ty}")).collect();
+    Err(pagoda_ir::Error::op(K::NAME, format!("arguments are ({}) and must be ({arguments})", given.join(", "))))
+}

@@ -1,0 +1,79 @@
+//! Planted faults of the matmul kernel.
+
+use pagoda_ir::{Element, tile_machine::FaultKind};
+
+use super::{Activation, Epilogue, Layout, Matmul, Problem, Spec, plan::Tiles};
+use crate::{
+    chips::Chip,
+    kernel::Kernel,
+    mutants::{Caught, Mutant, MutantSet},
+    plan::{Options, Plan},
+};
+
+/// Rows, columns and depth of three blocks each, the last one of each ragged.
+pub(super) fn sets() -> Vec<MutantSet<Matmul>> {
+    let (input, output, layout) = (Element::Bf16, Element::F32, Layout::RowMajor);
+    let epilogue = Epilogue { bias: true, activation: Activation::Identity, residual: true };
+    let problem = Problem::new(Spec { m: 40, k: 600, n: 300, input, output, layout, epilogue }).expect("a problem");
+    let options = Options { tiles: Some(Tiles { m: 16, n: 128, k: 256 }), vmem_limit: None };
+    let plan = Plan::new(problem, Chip::V5p, options).expect("legal tiles");
+    let inputs = Matmul::draw(&problem, None, 1).expect("no batch");
+    vec![MutantSet { plan, inputs, mutants: MUTANTS.to_vec(), nothing_superfluous: true }]
+}
+
+const MUTANTS: &[Mutant] = {
+    use Caught::{Fault, Mismatch};
+    use FaultKind::{OutOfBounds, OutputNeverWritten, ParallelOverlap, UnwrittenRead};
+    &[
+        ("accumulator not zeroed", |t| t.without(t.find(0, &["vector_store", "%sum,"])), Fault(UnwrittenRead)),
+        (
+            "accumulator zeroed in every step but the first",
+            |t| t.replaced(t.find(0, &["cmpi eq"]), "eq", "ne"),
+            Fault(UnwrittenRead),
+        ),
+        ("accumulator zeroed in every step", |t| t.replaced(t.find(0, &["cmpi eq"]), "eq", "sge"), Mismatch),
+        ("partial sum not kept", |t| t.without(t.find(1, &["vector_store", "%sum,"])), Mismatch),
+        ("another step taken for the last", |t| t.replaced(t.find(1, &["cmpi eq"]), "eq", "ne"), Mismatch),
+        (
+            "last step along k missing",
+            |t| t.replaced(t.find(0, &["iteration_bounds"]), "i64: 3, 3, 3", "i64: 3, 3, 2"),
+            Fault(OutputNeverWritten),
+        ),
+        (
+            "last row of blocks missing",
+            |t| t.replaced(t.find(0, &["iteration_bounds"]), "i64: 3, 3, 3", "i64: 2, 3, 3"),
+            Fault(OutputNeverWritten),
+        ),
+        (
+            "result's window one row short",
+            |t| t.one_row_short(t.find(0, &["vector_store", "%out,"]), 16),
+            Fault(OutputNeverWritten),
+        ),
+        ("result not stored", |t| t.without(t.find(0, &["vector_store", "%out,"])), Fault(OutputNeverWritten)),
+        ("mask inverted at the edge of k", |t| t.replaced(t.find(0, &["cmpi slt"]), "slt", "sge"), Mismatch),
+        ("x masked one column too late", |t| t.replaced(t.find(0, &["dense<88>"]), "88", "89"), Mismatch),
+        ("w masked one row too early", |t| t.replaced(t.find(1, &["dense<88>"]), "88", "87"), Mismatch),
+        ("w not masked", |t| t.replaced(t.find(1, &["dense<88>"]), "88", "256"), Mismatch),
+        ("residual read from the output", |t| t.replaced(t.find(0, &["load %residual["]), "%residual", "%out"), {
+            Fault(UnwrittenRead)
+        }),
+        ("bias left out", |t| t.first_operand_only(t.find(0, &["addf"]), "arith.maximumf"), Mismatch),
+        (
+            "k called parallel",
+            |t| t.replaced(t.find(0, &["dimension_semantics<arbitrary>"]), "<arbitrary>", "<parallel>"),
+            Fault(ParallelOverlap),
+        ),
+        (
+            "all output blocks in one place",
+            |t| t.transform(4, "%z = arith.constant 0 : i32", "%z, %z"),
+            Fault(ParallelOverlap),
+        ),
+        (
+            "block of x off by one",
+            |t| t.transform(0, "%o = arith.constant 1 : i32\n%l = arith.addi %arg2, %o : i32", "%arg0, %l"),
+            Fault(OutOfBounds),
+        ),
+        ("x does not move along k", |t| t.transform(0, "%z = arith.constant 0 : i32", "%arg0, %z"), Mismatch),
+        ("rows and columns of the residual swapped", |t| t.transform(3, "", "%arg1, %arg0"), Mismatch),
+    ]
+};

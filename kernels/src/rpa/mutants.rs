@@ -1,0 +1,209 @@
+//! Planted faults of the attention kernel.
+
+use pagoda_ir::{Element, tile_machine::FaultKind};
+
+use super::{Kind, Precision, Problem, Rpa, Spec, plan::Tiles};
+use crate::{
+    chips::Chip,
+    kernel::Kernel,
+    mutants::{Caught, Emitted, Mutant, MutantSet},
+    plan::{Options, Plan},
+    random::Lengths,
+};
+
+/// Blocks of 8 rows with the mutants, and of 16 rows, which have two ways through a block (of few rows, and of all), with
+/// every effect dropped; and KV blocks of 256 keys, of which rows that see no more than 128 work on as many.
+pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
+    // Decode rows, an empty sequence, chunks of prompts; one to six pages.
+    let pages_of_16 = [(1, 96), (0, 5), (13, 77), (8, 41), (1, 10)];
+    let pages_of_128 = [(1, 700), (0, 5), (13, 128), (8, 300), (1, 90)];
+    let wide = set(8, 128, pages_of_128, WIDTHS, false);
+    assert_eq!(wide.plan.widths(), [128, 256]);
+    vec![set(8, 16, pages_of_16, MUTANTS, false), set(16, 16, pages_of_16, &[], true), wide]
+}
+
+/// Blocks of `queries` rows, padding rows in the last one; two blocks of heads, two layers, two pages to a KV block.
+fn set(
+    queries: usize,
+    page_size: usize,
+    lengths: [(usize, usize); 5],
+    mutants: &[Mutant],
+    nothing_superfluous: bool,
+) -> MutantSet<Rpa> {
+    let spec = Spec {
+        kind: Kind::Mixed,
+        precision: Precision::uniform(Element::Bf16),
+        tokens: 35,
+        q_heads: 16,
+        kv_heads: 8,
+        head_dim: 128,
+        page_size,
+        pages: 25,
+        layers: 2,
+        max_seqs: 5,
+        pages_per_seq: 6,
+        scale: 0.088,
+        sliding_window: Some(50),
+        soft_cap: None,
+    };
+    let problem = Problem::new(spec).expect("a problem");
+    let options = Options { tiles: Some(Tiles { queries, kv_pages: 2 }), vmem_limit: None };
+    let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
+    let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+    let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
+    MutantSet { plan, inputs, mutants: mutants.to_vec(), nothing_superfluous }
+}
+
+/// The KV copies in the text: those before the loop over KV blocks, those of the next block, and the waits.
+const FIRST: usize = 0;
+const NEXT: usize = 2;
+
+fn start(t: &Emitted, number: usize) -> usize {
+    t.find(number, &["tpu.enqueue_dma"])
+}
+
+fn wait(t: &Emitted, number: usize) -> usize {
+    t.find(number, &["tpu.wait_dma2"])
+}
+
+/// The rows of a KV block behind the end of the sequence, which are cleared.
+fn last_page(t: &Emitted) -> usize {
+    t.find(0, &["cmpi sge", "128x128xi32"])
+}
+
+const MUTANTS: &[Mutant] = {
+    use Caught::{Fault, Mismatch};
+    use FaultKind::{
+        BrokenAssumption, Deadlock, OutOfBounds, OverwriteInFlight, ParallelOverlap, ReadInFlight, SemaphoreUnbalanced,
+        UnwrittenRead,
+    };
+    &[
+        ("wait dropped", |t| t.without(wait(t, 0)), Fault(ReadInFlight)),
+        ("wait for a copy never started", |t| t.twice(wait(t, 1)), Fault(Deadlock)),
+        ("copy not started", |t| t.without(start(t, FIRST)), Fault(Deadlock)),
+        ("next block's copy not started", |t| t.without(start(t, NEXT)), Fault(Deadlock)),
+        (
+            "semaphore of the other buffer waited for",
+            |t| t.other_slot(t.above(wait(t, 0), "memref_slice\"(%arrived, ")),
+            Fault(ReadInFlight),
+        ),
+        ("both buffers on one semaphore", |t| t.first_of("%arrived"), Fault(ReadInFlight)),
+        (
+            "double buffers swapped",
+            |t| t.other_slot(t.above(t.find(0, &["strided_load", "xi32>"]), "memref_slice\"(%kv, ")),
+            Fault(ReadInFlight),
+        ),
+        (
+            "next block into the buffer that is read",
+            |t| {
+                let slot = t.above(start(t, NEXT), "arith.subi %c1_i32");
+                t.changed(slot, "arith.xori", 1)
+            },
+            Fault(OverwriteInFlight),
+        ),
+        (
+            "copy one row short",
+            |t| {
+                let first = t.above(start(t, NEXT), "memref_slice\"(%kv_pages, ");
+                t.replaced_within(first, start(t, NEXT), "16x8x128xbf16", "15x8x128xbf16")
+            },
+            Fault(Deadlock),
+        ),
+        (
+            "second page one row further",
+            |t| t.replaced(t.above(start(t, NEXT + 1), "arith.constant 16 : i32"), "constant 16", "constant 17"),
+            Fault(OutOfBounds),
+        ),
+        (
+            "second page over the first one",
+            |t| t.replaced(t.above(start(t, FIRST + 1), "arith.constant 16 : i32"), "constant 16", "constant 0"),
+            Fault(OverwriteInFlight),
+        ),
+        (
+            "wrong page fetched ahead",
+            |t| {
+                let number = t.above(t.above(start(t, NEXT), "load %page_indices["), "arith.muli");
+                t.changed(number, "arith.subi", 2)
+            },
+            Mismatch,
+        ),
+        (
+            "page table read beyond the sequence",
+            |t| t.replaced(t.above(start(t, FIRST + 1), "cmpi slt"), "slt", "ne"),
+            Fault(OutOfBounds),
+        ),
+        (
+            "last page not fetched",
+            |t| t.replaced(t.above(start(t, FIRST + 1), "cmpi slt"), "slt", "sgt"),
+            Fault(Deadlock),
+        ),
+        ("pages of another layer", |t| t.changed(t.find(0, &["load %first_page["]), "arith.subi", 25), Mismatch),
+        (
+            "a block fetched beyond the last one",
+            |t| {
+                let condition = t.above(t.above(start(t, NEXT), "scf.if"), "cmpi slt");
+                t.replaced(condition, "slt", "sle")
+            },
+            Fault(OutOfBounds),
+        ),
+        (
+            "last block not attended",
+            |t| t.changed(t.find(0, &["arith.divsi"]), "arith.subi", 1),
+            Fault(SemaphoreUnbalanced),
+        ),
+        ("mask inverted at the last page", |t| t.replaced(last_page(t), "sge", "slt"), Mismatch),
+        ("mask of the last page one row too long", |t| t.replaced(last_page(t), "sge", "sgt"), Mismatch),
+        ("causal mask off by one", |t| t.replaced(t.find(0, &["cmpi sle"]), "sle", "slt"), Mismatch),
+        ("no causal mask", |t| t.replaced(t.find(0, &["cmpi sle"]), "sle", "sge"), Mismatch),
+        ("window one key short", |t| t.replaced(t.find(0, &["dense<50>"]), "50", "49"), Mismatch),
+        ("window one key long", |t| t.replaced(t.find(0, &["dense<50>"]), "50", "51"), Mismatch),
+        (
+            "rows of the sequence before not masked",
+            |t| t.first_operand_only(t.find(0, &["cmpi sge"]), "arith.cmpi sge,"),
+            Mismatch,
+        ),
+        ("kv_len one too long", |t| t.changed(t.find(0, &["load %kv_lens["]), "arith.addi", 1), Fault(OutOfBounds)),
+        ("kv_len one too short", |t| t.changed(t.find(0, &["load %kv_lens["]), "arith.subi", 1), Mismatch),
+        ("last sequence left out", |t| t.changed(t.find(0, &["load %num_seqs["]), "arith.subi", 1), Mismatch),
+        ("accumulator not zeroed", |t| t.without(t.find(0, &["vector_store", "%acc,"])), Fault(UnwrittenRead)),
+        ("sum not zeroed", |t| t.without(t.find(0, &["vector_store", "%sum,"])), Fault(UnwrittenRead)),
+        ("maximum not kept", |t| t.without(t.find(1, &["vector_store", "%max,"])), Mismatch),
+        (
+            "accumulator not rescaled",
+            |t| {
+                let matmul = t.find(1, &["tpu.matmul"]);
+                t.first_operand_only(t.above(matmul, "mulf"), "arith.maximumf")
+            },
+            Mismatch,
+        ),
+        ("scale left out", |t| t.first_operand_only(t.find(0, &["mulf", "x32xf32"]), "arith.maximumf"), Mismatch),
+        ("padding rows divided by their sum", |t| t.replaced(t.find(0, &["cmpf ogt"]), "ogt", "oge"), Mismatch),
+        (
+            "heads of the first core on both",
+            |t| t.replaced(t.above(start(t, FIRST), "arith.constant 8 : i32"), "constant 8", "constant 0"),
+            Mismatch,
+        ),
+        (
+            "heads that are no multiple of what is promised",
+            |t| t.replaced(t.above(start(t, FIRST), "arith.constant 8 : i32"), "constant 8", "constant 4"),
+            Fault(BrokenAssumption),
+        ),
+        (
+            "output of both cores in one place",
+            |t| t.transform(2, "", "%arg1, %c0_i32, %c0_i32"),
+            Fault(ParallelOverlap),
+        ),
+    ]
+};
+
+const WIDTHS: &[Mutant] = &[
+    ("many keys taken for few", |t| t.replaced(t.find(0, WIDTH), "sle", "sge"), Caught::Mismatch),
+    (
+        "half of the keys where one more is seen",
+        |t| t.replaced(t.above(t.find(0, WIDTH), "constant 128 : i32"), "constant 128", "constant 200"),
+        Caught::Mismatch,
+    ),
+];
+
+/// The comparison of what is seen with half of a block.
+const WIDTH: &[&str] = &["cmpi sle", " : i32"];
