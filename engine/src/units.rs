@@ -2,7 +2,6 @@
 //!
 //! Plain counts stay `usize`; a newtype exists only where mixing two numbers would compile and be wrong.
 
-use std::fmt;
 use std::num::NonZeroUsize;
 
 /// Tokens that one KV page holds: the only way from tokens to pages.
@@ -50,20 +49,6 @@ pub struct SampleId {
     pub generation: u32,
 }
 
-/// A number of bytes, shown in the largest binary unit that keeps it above one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Bytes(pub u64);
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [(u32, &str); 3] = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
-        match UNITS.into_iter().find(|(shift, _)| self.0 >> shift != 0) {
-            Some((shift, unit)) => write!(f, "{:.2} {unit}", self.0 as f64 / f64::from(1u32 << shift)),
-            None => write!(f, "{} B", self.0),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,7 +58,5 @@ mod tests {
         let page = PageSize::new(16).unwrap();
         assert_eq!([0, 1, 16, 17].map(|tokens| page.pages_for(tokens)), [0, 1, 1, 2]);
         assert_eq!(PageSize::new(0), None);
-        let shown = [1023, 1024, 7_348_736, 3 << 30].map(|bytes| Bytes(bytes).to_string());
-        assert_eq!(shown, ["1023 B", "1.00 KiB", "7.01 MiB", "3.00 GiB"]);
     }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
+use pagoda_ir::Bytes;
 use pagoda_ir::element::Element;
 use pagoda_ir::tensor::HostTensor;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
@@ -18,7 +19,6 @@ use super::config::LlamaConfig;
 use super::read_json;
 use crate::error::{Error, Result};
 use crate::output::fingerprint;
-use crate::units::Bytes;
 
 /// A tensor that a model needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
