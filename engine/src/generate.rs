@@ -4,8 +4,8 @@
 //! moves a few kilobytes of integers in between. The KV buffer stays on the device and is donated from call to call.
 //!
 //! Invariants: every request that was accepted ends in exactly one [`Finished`], handed out as soon as it is done; a
-//! cancelled run has handed out all that was finished. The text of a sample depends on its own prompt, index and
-//! generation only, whatever ran beside it.
+//! cancelled run has handed out all that was finished. The text of a sample depends on its own prompt, index, round
+//! and generation only, whatever ran beside it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -49,7 +49,7 @@ impl SamplingOptions {
     }
 }
 
-/// Where the run stands, told after every host call.
+/// Where the run stands, reported after every host call.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Progress {
     /// Samples that are done.
@@ -275,8 +275,7 @@ impl Engine {
             first_rows[sequence + 1] = at as i32;
             kv_lens[sequence] = row.kv_len() as i32;
             sample_rows[sequence] = at as i32 - 1;
-            keys[0][sequence] = row.id.index as u32;
-            keys[1][sequence] = row.id.generation;
+            [keys[0][sequence], keys[1][sequence]] = row.id.key();
             keys[2][sequence] = row.kv_len() as u32;
         }
         first_rows[rows.len() + 1..].fill(at as i32);
@@ -310,8 +309,7 @@ impl Engine {
             positions[slot] = row.position as i32;
             remaining[slot] = rounds as i32;
             table.set(slot, scheduler.pages(row.slot));
-            keys[0][slot] = row.id.index as u32;
-            keys[1][slot] = row.id.generation;
+            [keys[0][slot], keys[1][slot]] = row.id.key();
         }
         let [index, generation] = keys;
         self.upload([
