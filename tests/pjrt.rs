@@ -86,6 +86,22 @@ fn errors_carry_call_code_and_message() {
 }
 
 #[test]
+fn a_program_takes_buffers_of_its_own_client_only() {
+    let [own, other] = [client(1), client(1)];
+    let x = HostTensor::new(&[4], &[bf16::ONE; 4]);
+    let [kept, foreign] = [&own, &other].map(|client| client.upload(&x, 0).unwrap());
+    let program = own.compile(ADD, 1).unwrap();
+    let refused = program.run(vec![Arg::Keep(&kept), Arg::Keep(&foreign)]).unwrap_err();
+    assert!(matches!(&refused, Error::Misuse(_)), "{refused}");
+    assert!(refused.to_string().starts_with("argument 1 of replica 0 is a buffer of another client: "), "{refused}");
+    assert!(program.run(vec![Arg::Keep(&kept), Arg::Donate(foreign)]).is_err());
+    assert_eq!(
+        program.run(vec![Arg::Keep(&kept), Arg::Keep(&kept)]).unwrap()[0].download().unwrap().to_f64(),
+        [2.0; 4]
+    );
+}
+
+#[test]
 fn what_is_no_plugin_is_refused_by_name() {
     let missing = PluginChoice::parse("/nowhere/plugin.so").unwrap_err().to_string();
     assert!(missing.contains("/nowhere/plugin.so"), "{missing}");
@@ -94,22 +110,66 @@ fn what_is_no_plugin_is_refused_by_name() {
     assert!(matches!(Plugin::load(&choice), Err(Error::NoPlugin { .. })));
 }
 
+/// `y = x + 1` in place: `x` has no values of its own where it lies in `y`'s memory.
+struct Increment;
+
+impl CustomCall for Increment {
+    const TARGET: &'static str = "pagoda_test_increment";
+
+    fn call(frame: Frame<'_>) -> Result<(), String> {
+        let x = frame.operands.get(0)?;
+        match x.aliased() {
+            Some(result) => {
+                assert_eq!((x.len(), x.dims, result), (4, &[4][..], 0));
+                assert!(x.bytes().is_err());
+                let refused = x.values::<f32>().unwrap_err();
+                assert_eq!(refused, "operand 0 lies in the memory of result 0: look at that result");
+                let [y] = frame.results.values::<f32, 1>()?;
+                y.iter_mut().for_each(|y| *y += 1.0);
+                Ok(())
+            }
+            None => Err("it was not passed in place".into()),
+        }
+    }
+}
+
+#[test]
+fn an_operand_in_a_results_memory_is_seen_through_the_result() {
+    register::<Increment>(&plugin()).unwrap();
+    let text = |alias: &str| {
+        format!(
+            "module {{ func.func @main(%a: tensor<4xf32>) -> tensor<4xf32> {{
+              %0 = stablehlo.custom_call @{}(%a) {{api_version = 4 : i32, backend_config = {{}}{alias}}}
+                : (tensor<4xf32>) -> tensor<4xf32>
+              return %0 : tensor<4xf32> }} }}",
+            Increment::TARGET
+        )
+    };
+    let in_place = ", output_operand_aliases = [#stablehlo.output_operand_alias<output_tuple_indices = [], operand_index \
+                    = 0, operand_tuple_indices = []>]";
+    let client = client(1);
+    let run = |alias| client.compile(text(alias), 1).unwrap().call(&[HostTensor::new(&[4], &[0f32, 1.0, 2.0, 3.0])]);
+    assert_eq!(run(in_place).unwrap()[0].to_f64(), [1.0, 2.0, 3.0, 4.0]);
+    assert!(run("").unwrap_err().to_string().contains("not passed in place"));
+}
+
 /// `y = factor * x`, or a failure, or a panic, as the attribute says.
 struct Scale;
 
 impl CustomCall for Scale {
     const TARGET: &'static str = "pagoda_test_scale";
 
-    fn call(frame: &mut Frame<'_>) -> Result<(), String> {
-        let factor = match frame.string("mode") {
+    fn call(frame: Frame<'_>) -> Result<(), String> {
+        let Frame { operands, mut results, options } = frame;
+        let factor = match options.string("mode") {
             Some("panic") => panic!("as asked"),
             Some("fail") => return Err("as asked".into()),
             Some(text) => text.parse::<f32>().map_err(|error| error.to_string())?,
             None => return Err("no mode".into()),
         };
-        let x = frame.operand(0)?.values::<f32>()?;
-        assert_eq!(frame.result_type(0)?, (Element::F32, &[2, 3][..]));
-        for (y, x) in frame.result(0)?.chunks_exact_mut(4).zip(x) {
+        let x = operands.get(0)?.values::<f32>()?;
+        assert_eq!(results.ty(0)?, (Element::F32, &[2, 3][..]));
+        for (y, x) in results.bytes(0)?.chunks_exact_mut(4).zip(x) {
             y.copy_from_slice(&(factor * x).to_le_bytes());
         }
         Ok(())

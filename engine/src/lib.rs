@@ -1,5 +1,6 @@
 //! The engine: PJRT plugins, the Llama step program, paged KV, the scheduler, the sampler, hosts, and the command line.
 pub mod certify;
+pub mod child;
 pub mod cli;
 pub mod config;
 pub mod error;

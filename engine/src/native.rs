@@ -1,7 +1,6 @@
 //! Kernels on the host for the CPU plugin: handlers of the custom calls that `pagoda_kernels` emits, in Rust, and of
 //! Mosaic kernels, which the tile machine runs.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
@@ -13,7 +12,7 @@ use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::matmul::{self, Activation};
 use pagoda_kernels::rpa::native::{self, Call, Layer};
 
-use crate::pjrt::custom_call::{CustomCall, Frame, register};
+use crate::pjrt::custom_call::{CustomCall, Frame, Options, register};
 use crate::pjrt::{Plugin, Result};
 
 type Outcome = std::result::Result<(), String>;
@@ -29,12 +28,8 @@ pub fn register_all(plugin: &Plugin) -> Result<()> {
 }
 
 /// Calls the handler for the type of operand 0.
-fn by_element(
-    frame: &mut Frame<'_>,
-    f32s: fn(&mut Frame<'_>) -> Outcome,
-    bf16s: fn(&mut Frame<'_>) -> Outcome,
-) -> Outcome {
-    match frame.operand(0)?.element {
+fn by_element(frame: Frame<'_>, f32s: fn(Frame<'_>) -> Outcome, bf16s: fn(Frame<'_>) -> Outcome) -> Outcome {
+    match frame.operands.get(0)?.element {
         Element::F32 => f32s(frame),
         Element::Bf16 => bf16s(frame),
         other => Err(format!("operands are {other}; f32 and bf16 are supported")),
@@ -42,9 +37,9 @@ fn by_element(
 }
 
 /// An option of the call that is a number, where it is on.
-fn number<N: std::str::FromStr>(frame: &Frame<'_>, name: &str) -> std::result::Result<Option<N>, String> {
-    let parse = |text: &str| text.parse().map_err(|_| format!("{name} = {text} is no number"));
-    frame.string(name).map(parse).transpose()
+fn number<N: std::str::FromStr>(options: Options<'_>, name: &str) -> std::result::Result<Option<N>, String> {
+    let parse = |text: &str| text.parse().map_err(|_| format!("{name} = {text} is not a number"));
+    options.string(name).map(parse).transpose()
 }
 
 /// `pagoda_matmul`: see [`matmul::native`].
@@ -53,31 +48,32 @@ struct Matmul;
 impl CustomCall for Matmul {
     const TARGET: &'static str = matmul::native::TARGET;
 
-    fn call(frame: &mut Frame<'_>) -> Outcome {
+    fn call(frame: Frame<'_>) -> Outcome {
         by_element(frame, multiply::<f32>, multiply::<bf16>)
     }
 }
 
-fn multiply<T: Float>(frame: &mut Frame<'_>) -> Outcome {
+fn multiply<T: Float>(frame: Frame<'_>) -> Outcome {
     let [norm, gate, residual] = matmul::native::OPTIONS;
-    let mut operands = (0..frame.operands()).map(|index| frame.operand(index));
+    let Frame { operands, results, options } = frame;
+    let mut operands = (0..operands.len()).map(|index| operands.get(index));
     let mut next = || operands.next().unwrap_or_else(|| Err("an operand is missing".into()));
     let (w, x) = (next()?, next()?);
     let &[_, columns] = x.dims else { return Err(format!("activations of rank {}", x.dims.len())) };
-    let norm = match number(frame, norm)? {
+    let norm = match number(options, norm)? {
         Some(epsilon) => Some(Norm { weight: next()?.values::<T>()?, epsilon }),
         None => None,
     };
-    let residual = if frame.string(residual).is_some() { Some(next()?.values::<T>()?) } else { None };
-    let activation = if frame.string(gate).is_some() { Activation::SiluGate } else { Activation::Identity };
+    let residual = if options.string(residual).is_some() { Some(next()?.values::<T>()?) } else { None };
+    let activation = if options.string(gate).is_some() { Activation::SiluGate } else { Activation::Identity };
     let around = Around { norm, activation, residual };
     let call = matmul::native::Call { w: w.values::<T>()?, x: x.values()?, columns: columns as usize, around };
-    let threads = frame.threads();
-    if frame.result_type(0)?.0 == Element::F32 {
-        let [y] = frame.all_results::<f32, 1>()?;
+    let threads = options.threads();
+    if results.ty(0)?.0 == Element::F32 {
+        let [y] = results.values::<f32, 1>()?;
         matmul::native::multiply(&call, y, &threads);
     } else {
-        let [y] = frame.all_results::<T, 1>()?;
+        let [y] = results.values::<T, 1>()?;
         matmul::native::multiply(&call, y, &threads);
     }
     Ok(())
@@ -89,48 +85,49 @@ struct Attention;
 impl CustomCall for Attention {
     const TARGET: &'static str = native::TARGET;
 
-    fn call(frame: &mut Frame<'_>) -> Outcome {
+    fn call(frame: Frame<'_>) -> Outcome {
         by_element(frame, attend::<f32>, attend::<bf16>)
     }
 }
 
-fn attend<T: Float>(frame: &mut Frame<'_>) -> Outcome {
+fn attend<T: Float>(frame: Frame<'_>) -> Outcome {
     let [pages, scale, sliding_window, soft_cap] = native::OPTIONS;
-    let (qkv, kv, table) = (frame.operand(0)?, frame.operand(1)?, frame.operand(3)?);
+    let Frame { operands, results, options } = frame;
+    let (qkv, kv, table) = (operands.get(0)?, operands.get(1)?, operands.get(3)?);
     let &[features, _] = qkv.dims else { return Err(format!("projections of rank {}", qkv.dims.len())) };
     let &[_, page_size, kv_vectors, head_dim] = kv.dims else {
         return Err(format!("KV pages of rank {}", kv.dims.len()));
     };
     let &[_, pages_per_seq] = table.dims else { return Err(format!("a page table of rank {}", table.dims.len())) };
     let scalar = |index: usize| -> std::result::Result<usize, String> {
-        let value = frame.operand(index)?.values::<i32>()?.first().copied().unwrap_or(0);
+        let value = operands.get(index)?.values::<i32>()?.first().copied().unwrap_or(0);
         usize::try_from(value).map_err(|_| format!("operand {index} is {value}"))
     };
     let call = Call {
         layer: Layer {
             first_page: scalar(6)?,
-            pages: number(frame, pages)?.unwrap_or(0),
+            pages: number(options, pages)?.unwrap_or(0),
             page_size: page_size as usize,
             kv_heads: kv_vectors as usize / 2,
             head_dim: head_dim as usize,
         },
         q_heads: (features / head_dim - kv_vectors) as usize,
         pages_per_seq: pages_per_seq as usize,
-        scale: number(frame, scale)?.unwrap_or(1.0),
-        sliding_window: number(frame, sliding_window)?,
-        soft_cap: number(frame, soft_cap)?,
-        kv_lens: frame.operand(2)?.values()?,
+        scale: number(options, scale)?.unwrap_or(1.0),
+        sliding_window: number(options, sliding_window)?,
+        soft_cap: number(options, soft_cap)?,
+        kv_lens: operands.get(2)?.values()?,
         page_indices: table.values()?,
-        cu_q_lens: frame.operand(4)?.values()?,
+        cu_q_lens: operands.get(4)?.values()?,
         num_seqs: scalar(5)?,
     };
-    let (slots, rotary) = (frame.operand(7)?, frame.operand(8)?);
-    if !frame.aliased(1, 1)? {
+    let (slots, rotary) = (operands.get(7)?, operands.get(8)?);
+    if kv.aliased() != Some(1) {
         return Err("the KV buffer was not passed in place".into());
     }
-    let threads = frame.threads();
+    let threads = options.threads();
     // The buffer is only ever seen through the result: first to write, then to read.
-    let [out, kv_pages] = frame.all_results::<T, 2>()?;
+    let [out, kv_pages] = results.values::<T, 2>()?;
     native::step(&call, qkv.values()?, rotary.values()?, slots.values()?, kv_pages, out, &threads);
     Ok(())
 }
@@ -141,54 +138,112 @@ struct TileMachine;
 /// A decoded kernel and the machine it runs on.
 type Loaded = Arc<(Program, Machine)>;
 
-/// Kernels by their configuration: a step program calls each many times.
-static LOADED: Mutex<Option<HashMap<String, Loaded>>> = Mutex::new(None);
+/// Kernels by their configuration and aliases: a step program calls each many times, and no process needs many at once.
+static LOADED: Mutex<Recent<Loaded>> = Mutex::new(Recent::new(64));
+
+/// The values that were asked for last, by two words; at most `most` of them.
+struct Recent<V> {
+    most: usize,
+    /// The last one first.
+    entries: Vec<([String; 2], V)>,
+}
+
+impl<V: Clone> Recent<V> {
+    const fn new(most: usize) -> Self {
+        Self { most, entries: Vec::new() }
+    }
+
+    /// The value of `key`, which `make` makes where it is not known.
+    fn get<E>(
+        &mut self,
+        key: [&str; 2],
+        make: impl FnOnce() -> std::result::Result<V, E>,
+    ) -> std::result::Result<V, E> {
+        let entry = match self.entries.iter().position(|(known, _)| *known == key) {
+            Some(index) => self.entries.remove(index),
+            None => (key.map(str::to_owned), make()?),
+        };
+        let value = entry.1.clone();
+        self.entries.truncate(self.most - 1);
+        self.entries.insert(0, entry);
+        Ok(value)
+    }
+}
 
 impl TileMachine {
-    fn load(frame: &Frame<'_>) -> std::result::Result<Loaded, String> {
-        let option = |name| frame.string(name).ok_or_else(|| format!("the option `{name}` is missing"));
+    fn load(options: Options<'_>) -> std::result::Result<Loaded, String> {
+        let option = |name| options.string(name).ok_or_else(|| format!("the option `{name}` is missing"));
         let (kernel, aliases) = (option(wire::KERNEL)?, option(wire::ALIASES)?);
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-        let loaded = loaded.get_or_insert_default();
-        if let Some(known) = loaded.get(kernel) {
-            return Ok(Arc::clone(known));
-        }
-        let pairs = aliases.split(',').filter(|pair| !pair.is_empty()).map(|pair| {
-            let (operand, result) = pair.split_once(':')?;
-            Some((operand.parse().ok()?, result.parse().ok()?))
-        });
-        let pairs: Vec<(usize, usize)> =
-            pairs.collect::<Option<_>>().ok_or_else(|| format!("aliases = {aliases} are no pairs"))?;
-        let context = Context::new();
-        let opened = wire::open(&context, kernel).map_err(|error| error.to_string())?;
-        let program = Program::decode(&opened.module).map_err(|error| error.to_string())?.with_aliases(&pairs);
-        let machine = Machine::default();
-        let machine = Machine { vmem_bytes: opened.vmem_limit.unwrap_or(machine.vmem_bytes), ..machine };
-        let known = Arc::new((program, machine));
-        loaded.insert(kernel.to_owned(), Arc::clone(&known));
-        Ok(known)
+        loaded.get([kernel, aliases], || {
+            let context = Context::new();
+            let opened = wire::open(&context, kernel).map_err(|error| error.to_string())?;
+            let program = Program::decode(&opened.module).map_err(|error| error.to_string())?;
+            let machine = Machine::default();
+            let machine = Machine { vmem_bytes: opened.vmem_limit.unwrap_or(machine.vmem_bytes), ..machine };
+            Ok(Arc::new((program.with_aliases(&pairs(aliases)?), machine)))
+        })
     }
+}
+
+/// `0:1,2:0`: pairs (operand, result).
+fn pairs(aliases: &str) -> std::result::Result<Vec<(usize, usize)>, String> {
+    let pairs = aliases.split(',').filter(|pair| !pair.is_empty()).map(|pair| {
+        let (operand, result) = pair.split_once(':')?;
+        Some((operand.parse().ok()?, result.parse().ok()?))
+    });
+    pairs.collect::<Option<_>>().ok_or_else(|| format!("aliases = {aliases} are not pairs operand:result"))
 }
 
 impl CustomCall for TileMachine {
     const TARGET: &'static str = wire::TILE_MACHINE;
 
-    fn call(frame: &mut Frame<'_>) -> Outcome {
-        let loaded = Self::load(frame)?;
+    fn call(frame: Frame<'_>) -> Outcome {
+        let Frame { operands, mut results, options } = frame;
+        let loaded = Self::load(options)?;
         let (program, machine) = &*loaded;
         let sizes = |dims: &[i64]| dims.iter().map(|&dim| dim as usize).collect::<Vec<_>>();
-        let inputs = (0..frame.operands()).map(|index| {
-            let operand = frame.operand(index)?;
-            Ok(HostTensor::from_bytes(operand.element, &sizes(operand.dims), operand.bytes()))
+        let inputs = (0..operands.len()).map(|index| {
+            let operand = operands.get(index)?;
+            Ok(HostTensor::from_bytes(operand.element, &sizes(operand.dims), operand.bytes()?))
         });
         let inputs = inputs.collect::<std::result::Result<Vec<_>, String>>()?;
-        let outputs = (0..frame.results())
-            .map(|index| frame.result_type(index).map(|(element, dims)| TensorType::new(element, &sizes(dims))));
+        let outputs = (0..results.len())
+            .map(|index| results.ty(index).map(|(element, dims)| TensorType::new(element, &sizes(dims))));
         let outputs = outputs.collect::<std::result::Result<Vec<_>, String>>()?;
         let run = program.run(machine, &inputs, &outputs).map_err(|fault| fault.to_string())?;
         for (index, output) in run.outputs.iter().enumerate() {
-            frame.result(index)?.copy_from_slice(output.bytes());
+            results.bytes(index)?.copy_from_slice(output.bytes());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_asked_for_last_is_kept() {
+        let mut recent: Recent<usize> = Recent::new(2);
+        let mut made = Vec::new();
+        // The second word counts: a kernel with other aliases is another program.
+        for key in [["a", ""], ["a", "0:0"], ["a", ""], ["b", ""], ["a", ""], ["a", "0:0"]] {
+            let value = recent.get(key, || {
+                made.push(key);
+                Ok::<_, ()>(made.len())
+            });
+            assert!(value.is_ok());
+        }
+        assert_eq!(made, [["a", ""], ["a", "0:0"], ["b", ""], ["a", "0:0"]], "[a, 0:0] is the one to go when b comes");
+        assert_eq!(recent.get(["c", ""], || Err("as asked")), Err("as asked"));
+        assert_eq!(recent.entries, [(["a", "0:0"].map(str::to_owned), 4), (["a", ""].map(str::to_owned), 1)]);
+    }
+
+    #[test]
+    fn aliases_are_pairs() {
+        assert_eq!(pairs(""), Ok(vec![]));
+        assert_eq!(pairs("0:1,2:0"), Ok(vec![(0, 1), (2, 0)]));
+        assert_eq!(pairs("0:1,x").unwrap_err(), "aliases = 0:1,x are not pairs operand:result");
     }
 }

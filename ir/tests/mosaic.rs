@@ -314,3 +314,34 @@ fn values_of_an_inner_block_do_not_leave_it() {
     let error = result.err().expect("MLIR's verifier notices").to_string();
     assert!(error.contains("does not dominate"), "{error}");
 }
+
+#[test]
+fn a_kernel_whose_region_panicked_is_not_to_be_had() {
+    let context = Context::new();
+    let result = mosaic::kernel(&context, "panic", |k| {
+        let leaked = std::cell::Cell::new(None);
+        let region = || {
+            k.when(k.int(1).equals(1), || {
+                leaked.set(Some(k.int(2)));
+                panic!("as asked")
+            });
+        };
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(region));
+        assert!(outcome.is_err());
+        // What the region left behind is still there, and ops go where they went before.
+        let leaked = leaked.get().expect("it was built");
+        k.when((leaked + 1).equals(3), || ());
+    });
+    let error = result.err().expect("the panic is remembered").to_string();
+    assert!(error.contains("the body of a region panicked (kernel `panic`)"), "{error}");
+}
+
+#[test]
+fn two_calls_in_one_line_are_refused() {
+    let context = Context::new();
+    let config = wire::backend_config(&matmul(&context));
+    let call = format!("stablehlo.custom_call @tpu_custom_call() {{backend_config = {config:?}}} : () -> () ");
+    assert_eq!(wire::find_custom_calls(call.as_bytes()).expect("one call").len(), 1);
+    let error = wire::find_custom_calls(call.repeat(2).as_bytes()).expect_err("which types are whose?").to_string();
+    assert!(error.contains("calls 1 and 2 of Mosaic kernels are in one line: "), "{error}");
+}

@@ -20,13 +20,14 @@ pub mod worker;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::vmem::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::child::{self, Ended, Limits};
 use crate::pjrt::{Kind, MemoryStats, PluginChoice};
 use report::{KernelVmem, OutOfMemory};
 
@@ -330,7 +331,9 @@ impl Certifier {
         write(&folder.join(worker::REQUEST), &serde_json::to_vec(&request).unwrap_or_default())?;
         let [stdout, stderr] = ["stdout", "stderr"].map(|name| folder.join(name));
         let create = |path: &PathBuf| std::fs::File::create(path).map_err(io("create", path));
-        let worker = Command::new(&self.worker)
+        let time = if profiled { self.timeout.min(self.profile_timeout) } else { self.timeout };
+        let mut command = Command::new(&self.worker);
+        command
             .arg(WORKER_ARGUMENT)
             .arg(folder)
             .current_dir(folder)
@@ -338,14 +341,13 @@ impl Certifier {
             .env("LIBTPU_INIT_ARGS", self.flags(profiled))
             .stdin(Stdio::null())
             .stdout(create(&stdout)?)
-            .stderr(create(&stderr)?)
-            .spawn()
-            .map_err(io("run", &self.worker))?;
-        let limit = if profiled { self.timeout.min(self.profile_timeout) } else { self.timeout };
-        let status = match self.wait(worker, limit)? {
-            Ok(status) => status,
+            .stderr(create(&stderr)?);
+        let limits = Limits { time, memory: MEMORY_LIMIT.0 };
+        let status = match child::run(&mut command, limits).map_err(io("run", &self.worker))? {
+            Ended::Exited(status) => status,
             // What a stopped compiler has written may end anywhere.
-            Err(stopped) => return Ok((Err(stopped), Dumps::default())),
+            Ended::OutOfTime => return Ok((Err(Error::Timeout { limit: time }), Dumps::default())),
+            Ended::OutOfMemory => return Ok((Err(Error::Memory { limit: MEMORY_LIMIT }), Dumps::default())),
         };
         let answer = std::fs::read(folder.join(worker::ANSWER)).ok();
         let answer = answer.and_then(|answer| serde_json::from_slice(&answer).ok()).ok_or_else(|| {
@@ -373,28 +375,6 @@ impl Certifier {
         }
         flags
     }
-
-    /// Waits for the worker; the inner error is why it was stopped.
-    fn wait(&self, mut worker: Child, limit: Duration) -> Result<Result<std::process::ExitStatus, Error>, Error> {
-        let started = Instant::now();
-        loop {
-            if let Some(status) = worker.try_wait().map_err(io("wait for", &self.worker))? {
-                return Ok(Ok(status));
-            }
-            let stopped = if started.elapsed() >= limit {
-                Error::Timeout { limit }
-            } else if resident(worker.id()) > MEMORY_LIMIT {
-                Error::Memory { limit: MEMORY_LIMIT }
-            } else {
-                std::thread::sleep(Duration::from_millis(20));
-                continue;
-            };
-            // It may have ended in between: both calls may fail then, and either way it is gone.
-            let _ = worker.kill();
-            let _ = worker.wait();
-            return Ok(Err(stopped));
-        }
-    }
 }
 
 /// Where libtpu writes its reports, in the worker's folder.
@@ -403,14 +383,6 @@ const DUMPS: &str = "dumps";
 /// What a compilation may take of the machine's memory. Kernels take below 2 GiB; the profiler takes as much as it gets
 /// for grids of some thousand steps, which it unrolls.
 const MEMORY_LIMIT: Bytes = Bytes::gib(6);
-
-/// Resident memory of a process, where the system tells.
-fn resident(process: u32) -> Bytes {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok());
-    Bytes::kib(kib.unwrap_or(0))
-}
 
 /// What keeps libtpu quiet, off the network, and inside its folder.
 fn environment(folder: &Path) -> [(&'static str, std::ffi::OsString); 7] {

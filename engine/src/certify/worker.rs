@@ -1,6 +1,5 @@
 //! The process in which libtpu runs: compiles one module and writes down what came of it.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -33,11 +32,7 @@ pub(super) struct Answer {
 
 /// Turns this process into a worker if its arguments say so, and ends it. Call this first in `main`.
 pub fn run_if_asked() -> Option<ExitCode> {
-    let mut arguments = std::env::args_os().skip(1);
-    if arguments.next().as_deref() != Some(OsStr::new(WORKER_ARGUMENT)) {
-        return None;
-    }
-    let folder = PathBuf::from(arguments.next().unwrap_or_default());
+    let folder = crate::child::asked(WORKER_ARGUMENT)?;
     match work(&folder) {
         Ok(()) => Some(ExitCode::SUCCESS),
         Err(error) => {

@@ -64,9 +64,11 @@ unsafe extern "C" fn adapted<const PLUGIN: usize, const OFFSET: usize>(args: *mu
         let (mut wide, size) = Widened::from(args);
         let error = if OFFSET == offset_of!(PJRT_Api, PJRT_LoadedExecutable_Execute) {
             let caller = args.cast::<PJRT_LoadedExecutable_Execute_Args>().read();
-            let (mut options, _) = Widened::from(caller.options.cast());
             let execute = wide.as_mut_ptr().cast::<PJRT_LoadedExecutable_Execute_Args>();
-            (*execute).options = options.as_mut_ptr().cast::<PJRT_ExecuteOptions>();
+            let mut options = (!caller.options.is_null()).then(|| Widened::from(caller.options.cast()).0);
+            if let Some(options) = &mut options {
+                (*execute).options = options.as_mut_ptr().cast::<PJRT_ExecuteOptions>();
+            }
             let error = call(wide.as_mut_ptr());
             (*execute).options = caller.options;
             error
@@ -81,7 +83,7 @@ unsafe extern "C" fn adapted<const PLUGIN: usize, const OFFSET: usize>(args: *mu
 
 /// Why a plugin's table cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum AbiError {
+pub(super) enum AbiError {
     /// `GetPjrtApi` gave nothing.
     #[error("GetPjrtApi returned null")]
     Null,
@@ -111,7 +113,7 @@ pub enum AbiError {
 ///
 /// # Safety
 /// `api` is null or was returned by a plugin's `GetPjrtApi`; that plugin stays loaded for the rest of the process.
-pub unsafe fn adapt(api: *const PJRT_Api) -> Result<PJRT_Api, AbiError> {
+pub(super) unsafe fn adapt(api: *const PJRT_Api) -> Result<PJRT_Api, AbiError> {
     if api.is_null() {
         return Err(AbiError::Null);
     }

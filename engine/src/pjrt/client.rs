@@ -1,87 +1,23 @@
 //! Clients, buffers and executables.
 
-use std::ffi::c_void;
 use std::fmt;
 use std::rc::Rc;
 
 use pagoda_ir::element::{Element, Native};
 use pagoda_ir::tensor::HostTensor;
-use pjrt::{CompileOptions, NamedValue, NamedValueMap};
+use pjrt::NamedValue;
 use pjrt_sys as sys;
 
-use super::error::{Error, Result, code_name};
+use super::error::{Error, Result};
 use super::plugin::Plugin;
-
-/// Calls a table entry; an error keeps the plugin's message and code.
-macro_rules! call {
-    ($plugin:expr, $name:ident, $args:expr) => {{
-        let plugin: &Plugin = $plugin;
-        match plugin.table().$name {
-            // SAFETY: `$args` is the struct that this entry takes, filled in by the caller.
-            Some(function) => check(plugin, stringify!($name), unsafe { function(&mut $args) }),
-            None => Err(Error::Unsupported(stringify!($name))),
-        }
-    }};
-}
-
-/// Turns a PJRT error into ours and frees it.
-pub(super) fn check(plugin: &Plugin, call: &'static str, error: *mut sys::PJRT_Error) -> Result<()> {
-    if error.is_null() {
-        return Ok(());
-    }
-    let table = plugin.table();
-    let mut text = sys::PJRT_Error_Message_Args::new();
-    text.error = error;
-    let mut code = sys::PJRT_Error_GetCode_Args::new();
-    code.error = error;
-    let mut destroy = sys::PJRT_Error_Destroy_Args::new();
-    destroy.error = error;
-    // SAFETY: `error` is a live error of this plugin; its message is copied before it is destroyed.
-    let message = unsafe {
-        let message = match table.PJRT_Error_Message {
-            Some(function) => {
-                function(&mut text);
-                std::slice::from_raw_parts(text.message.cast::<u8>(), text.message_size)
-            }
-            None => b"",
-        };
-        let message = String::from_utf8_lossy(message).into_owned();
-        if let Some(function) = table.PJRT_Error_GetCode {
-            function(&mut code);
-        }
-        if let Some(function) = table.PJRT_Error_Destroy {
-            function(&mut destroy);
-        }
-        message
-    };
-    Err(Error::Plugin { call, code: code_name(code.code), message })
-}
-
-/// Waits for an event, takes its error, and frees it. A null event counts as done.
-fn wait(plugin: &Plugin, event: *mut sys::PJRT_Event) -> Result<()> {
-    if event.is_null() {
-        return Ok(());
-    }
-    let mut args = sys::PJRT_Event_Await_Args::new();
-    args.event = event;
-    let outcome = call!(plugin, PJRT_Event_Await, args);
-    let mut args = sys::PJRT_Event_Destroy_Args::new();
-    args.event = event;
-    call!(plugin, PJRT_Event_Destroy, args)?;
-    outcome
-}
-
-struct Inner {
-    plugin: Plugin,
-    /// Owns the client: destroys it when the last handle goes.
-    wrapped: pjrt::Client,
-    raw: *mut sys::PJRT_Client,
-    devices: Vec<*mut sys::PJRT_Device>,
-}
+use super::table::{self, HostElement};
 
 /// A client of one plugin with its addressable devices. Cheap to clone, bound to one thread.
 #[derive(Clone)]
-pub struct Client(Rc<Inner>);
+pub struct Client {
+    plugin: Plugin,
+    raw: Rc<table::Client>,
+}
 
 impl Plugin {
     /// Creates a client that drives exactly `devices` devices (on the CPU plugin: that many virtual ones).
@@ -101,54 +37,39 @@ impl Plugin {
         Ok(client)
     }
 
-    /// Creates a client with the plugin's own create options.
-    ///
-    /// # Errors
-    /// When the plugin cannot create a client.
-    pub fn client_with(&self, options: &[NamedValue]) -> Result<Client> {
-        let options: Vec<sys::PJRT_NamedValue> = options.iter().map(Into::into).collect();
-        let mut args = sys::PJRT_Client_Create_Args::new();
-        args.create_options = options.as_ptr();
-        args.num_options = options.len();
-        call!(self, PJRT_Client_Create, args)?;
-        let raw = args.client;
-        let wrapped = pjrt::Client::wrap(self.api(), raw);
-        let mut args = sys::PJRT_Client_AddressableDevices_Args::new();
-        args.client = raw;
-        call!(self, PJRT_Client_AddressableDevices, args)?;
-        let devices = match args.num_addressable_devices {
-            0 => Vec::new(),
-            // SAFETY: the plugin owns an array of this many devices that lives as long as the client.
-            count => unsafe { std::slice::from_raw_parts(args.addressable_devices, count) }.to_vec(),
-        };
-        Ok(Client(Rc::new(Inner { plugin: self.clone(), wrapped, raw, devices })))
+    fn client_with(&self, options: &[NamedValue]) -> Result<Client> {
+        let raw = self.table().client_create(self.api(), options)?;
+        Ok(Client { plugin: self.clone(), raw })
     }
 }
 
 impl Client {
     /// The plugin behind this client.
     pub fn plugin(&self) -> &Plugin {
-        &self.0.plugin
+        &self.plugin
     }
 
     /// The platform's name, e.g. `cpu`.
     pub fn platform(&self) -> String {
-        self.0.wrapped.platform_name().into_owned()
+        self.raw.wrapped().platform_name().into_owned()
     }
 
     /// The platform's version string.
     pub fn platform_version(&self) -> String {
-        self.0.wrapped.platform_version().into_owned()
+        self.raw.wrapped().platform_version().into_owned()
     }
 
     /// The number of addressable devices.
     pub fn devices(&self) -> usize {
-        self.0.devices.len()
+        self.raw.devices()
     }
 
     /// One line per addressable device.
     pub fn describe_devices(&self) -> Vec<String> {
-        let devices = self.0.wrapped.addressable_devices();
+        if self.devices() == 0 {
+            return Vec::new(); // the crate would make a slice of a null pointer
+        }
+        let devices = self.raw.wrapped().addressable_devices();
         devices.iter().map(|device| device.description().to_string().into_owned()).collect()
     }
 
@@ -157,31 +78,8 @@ impl Client {
     /// # Errors
     /// What the compiler says; or more replicas than devices.
     pub fn compile(&self, module: impl AsRef<[u8]>, replicas: usize) -> Result<Executable> {
-        if replicas == 0 || replicas > self.devices() {
-            let devices = self.devices();
-            return Err(Error::Misuse(format!("a program of {replicas} replicas on a client of {devices} devices")));
-        }
-        let mut options = CompileOptions::new();
-        if let Some(build) = options.proto_mut().executable_build_options.as_mut() {
-            build.num_replicas = replicas as i64;
-        }
-        let options = options.encode();
-        let module = module.as_ref();
-        let format = b"mlir";
-        let mut program = sys::PJRT_Program::new();
-        program.code = module.as_ptr() as *mut _;
-        program.code_size = module.len();
-        program.format = format.as_ptr().cast();
-        program.format_size = format.len();
-        let mut args = sys::PJRT_Client_Compile_Args::new();
-        args.client = self.0.raw;
-        args.program = &program;
-        args.compile_options = options.as_ptr().cast();
-        args.compile_options_size = options.len();
-        call!(self.plugin(), PJRT_Client_Compile, args)?;
-        let wrapped = pjrt::LoadedExecutable::wrap(&self.0.wrapped, args.executable);
-        let outputs = wrapped.executable().num_outputs();
-        Ok(Executable { client: self.clone(), wrapped, raw: args.executable, outputs, replicas })
+        let raw = self.raw.compile(module.as_ref(), replicas)?;
+        Ok(Executable { client: self.clone(), raw })
     }
 
     /// Copies an array to a device.
@@ -197,29 +95,14 @@ impl Client {
     /// # Errors
     /// As [`upload`](Self::upload), and when the bytes do not fit the dimensions.
     pub fn upload_bytes(&self, element: Element, dims: &[usize], bytes: &[u8], device: usize) -> Result<Buffer> {
-        let expected = dims.iter().product::<usize>() * element.bytes();
-        if bytes.len() != expected {
+        let expected = dims.iter().try_fold(element.bytes(), |bytes, &dim| bytes.checked_mul(dim));
+        if expected != Some(bytes.len()) {
+            let takes = expected.map_or("more than there is".to_owned(), |bytes| bytes.to_string());
             let got = bytes.len();
-            return Err(Error::Misuse(format!("{got} bytes uploaded as {element}{dims:?}, which takes {expected}")));
+            return Err(Error::Misuse(format!("{got} bytes uploaded as {element}{dims:?}, which takes {takes}")));
         }
-        let Some(&device) = self.0.devices.get(device) else {
-            return Err(Error::Misuse(format!("upload to device {device} of {}", self.devices())));
-        };
-        let shape: Vec<i64> = dims.iter().map(|&dim| dim as i64).collect();
-        let mut args = sys::PJRT_Client_BufferFromHostBuffer_Args::new();
-        args.client = self.0.raw;
-        args.data = bytes.as_ptr().cast();
-        args.type_ = to_pjrt(element);
-        args.dims = shape.as_ptr();
-        args.num_dims = shape.len();
-        args.host_buffer_semantics =
-            sys::PJRT_HostBufferSemantics_PJRT_HostBufferSemantics_kImmutableUntilTransferCompletes;
-        args.device = device;
-        call!(self.plugin(), PJRT_Client_BufferFromHostBuffer, args)?;
-        let buffer = Buffer { client: self.clone(), raw: args.buffer, element, dims: dims.to_vec() };
-        // `bytes` is only borrowed: it must not be read after we return.
-        wait(self.plugin(), args.done_with_host_buffer)?;
-        Ok(buffer)
+        let raw = self.raw.buffer_from_host_buffer(bytes, to_pjrt(element), dims, device)?;
+        Ok(Buffer { raw, element, dims: dims.to_vec() })
     }
 }
 
@@ -231,30 +114,18 @@ impl fmt::Debug for Client {
 
 /// An array on a device.
 pub struct Buffer {
-    client: Client,
-    raw: *mut sys::PJRT_Buffer,
+    raw: table::Buffer,
     element: Element,
     dims: Vec<usize>,
 }
 
 impl Buffer {
     /// Takes over a buffer that the plugin returned.
-    fn adopt(client: &Client, raw: *mut sys::PJRT_Buffer) -> Result<Self> {
-        // Owned from here on, so that an error below frees it.
-        let mut buffer = Self { client: client.clone(), raw, element: Element::U8, dims: Vec::new() };
-        let mut args = sys::PJRT_Buffer_ElementType_Args::new();
-        args.buffer = raw;
-        call!(client.plugin(), PJRT_Buffer_ElementType, args)?;
-        buffer.element = from_pjrt(args.type_).ok_or(Error::ElementType(args.type_))?;
-        let mut args = sys::PJRT_Buffer_Dimensions_Args::new();
-        args.buffer = raw;
-        call!(client.plugin(), PJRT_Buffer_Dimensions, args)?;
-        if args.num_dims > 0 {
-            // SAFETY: the plugin owns this many dimensions for as long as the buffer lives.
-            let dims = unsafe { std::slice::from_raw_parts(args.dims, args.num_dims) };
-            buffer.dims = dims.iter().map(|&dim| dim as usize).collect();
-        }
-        Ok(buffer)
+    fn adopt(raw: table::Buffer) -> Result<Self> {
+        let code = raw.element_type()?;
+        let element = from_pjrt(code).ok_or(Error::ElementType(code))?;
+        let dims = raw.dimensions()?;
+        Ok(Self { raw, element, dims })
     }
 
     /// The element type.
@@ -273,20 +144,7 @@ impl Buffer {
     /// What that program or the transfer failed with.
     pub fn download(&self) -> Result<HostTensor> {
         let mut tensor = HostTensor::zeros(self.element, &self.dims);
-        let minor_to_major: Vec<i64> = (0..self.dims.len() as i64).rev().collect();
-        let mut layout = sys::PJRT_Buffer_MemoryLayout::new();
-        layout.type_ = sys::PJRT_Buffer_MemoryLayout_Type_PJRT_Buffer_MemoryLayout_Type_Tiled;
-        let mut tiled = sys::PJRT_Buffer_MemoryLayout_Tiled::new();
-        tiled.minor_to_major = minor_to_major.as_ptr();
-        tiled.minor_to_major_size = minor_to_major.len();
-        layout.__bindgen_anon_1.tiled = tiled;
-        let mut args = sys::PJRT_Buffer_ToHostBuffer_Args::new();
-        args.src = self.raw;
-        args.host_layout = &mut layout;
-        args.dst = tensor.bytes_mut().as_mut_ptr().cast::<c_void>();
-        args.dst_size = tensor.bytes().len();
-        call!(self.client.plugin(), PJRT_Buffer_ToHostBuffer, args)?;
-        wait(self.client.plugin(), args.event)?;
+        self.raw.to_host_buffer(self.dims.len(), tensor.bytes_mut())?;
         Ok(tensor)
     }
 
@@ -306,20 +164,7 @@ impl Buffer {
     /// # Errors
     /// What the program that computes it failed with.
     pub fn wait(&self) -> Result<()> {
-        let mut args = sys::PJRT_Buffer_ReadyEvent_Args::new();
-        args.buffer = self.raw;
-        call!(self.client.plugin(), PJRT_Buffer_ReadyEvent, args)?;
-        wait(self.client.plugin(), args.event)
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        let mut args = sys::PJRT_Buffer_Destroy_Args::new();
-        args.buffer = self.raw;
-        if let Err(error) = call!(self.client.plugin(), PJRT_Buffer_Destroy, args) {
-            log::warn!("a device buffer was not freed: {error}");
-        }
+        self.raw.ready()
     }
 }
 
@@ -339,10 +184,10 @@ pub enum Arg<'a> {
 }
 
 impl Arg<'_> {
-    fn raw(&self) -> *mut sys::PJRT_Buffer {
+    fn raw(&self) -> &table::Buffer {
         match self {
-            Self::Keep(buffer) => buffer.raw,
-            Self::Donate(buffer) => buffer.raw,
+            Self::Keep(buffer) => &buffer.raw,
+            Self::Donate(buffer) => &buffer.raw,
         }
     }
 }
@@ -350,28 +195,25 @@ impl Arg<'_> {
 /// A compiled program on one or more devices.
 pub struct Executable {
     client: Client,
-    wrapped: pjrt::LoadedExecutable,
-    raw: *mut sys::PJRT_LoadedExecutable,
-    outputs: usize,
-    replicas: usize,
+    raw: table::LoadedExecutable,
 }
 
 impl Executable {
     /// The number of results.
     pub fn outputs(&self) -> usize {
-        self.outputs
+        self.raw.outputs()
     }
 
     /// The number of devices it runs on.
     pub fn replicas(&self) -> usize {
-        self.replicas
+        self.raw.replicas()
     }
 
     /// Runs a program of one replica. Returns as soon as the plugin has taken the work; errors of the program itself
     /// show when a result is waited for or downloaded.
     ///
     /// # Errors
-    /// When the plugin refuses the arguments, or the program is replicated.
+    /// When an argument is a buffer of another client, the plugin refuses the arguments, or the program is replicated.
     pub fn run(&self, args: Vec<Arg<'_>>) -> Result<Vec<Buffer>> {
         let mut results = self.run_replicated(vec![args])?;
         Ok(results.pop().unwrap_or_default())
@@ -382,8 +224,8 @@ impl Executable {
     /// # Errors
     /// As [`run`](Self::run); and when the replicas differ in number of arguments or in what they donate.
     pub fn run_replicated(&self, args: Vec<Vec<Arg<'_>>>) -> Result<Vec<Vec<Buffer>>> {
-        if args.len() != self.replicas {
-            let (found, expected) = (args.len(), self.replicas);
+        if args.len() != self.replicas() {
+            let (found, expected) = (args.len(), self.replicas());
             return Err(Error::Misuse(format!("arguments for {found} replicas to a program of {expected}")));
         }
         let kept = |list: &[Arg<'_>]| -> Vec<i64> {
@@ -393,31 +235,9 @@ impl Executable {
         if args.iter().any(|list| list.len() != args[0].len() || kept(list) != not_donatable) {
             return Err(Error::Misuse("replicas must take, and donate, the same arguments".into()));
         }
-
-        let lists: Vec<Vec<*mut sys::PJRT_Buffer>> =
-            args.iter().map(|list| list.iter().map(Arg::raw).collect()).collect();
-        let list_pointers: Vec<*const *mut sys::PJRT_Buffer> = lists.iter().map(|list| list.as_ptr()).collect();
-        let mut outputs = vec![vec![std::ptr::null_mut::<sys::PJRT_Buffer>(); self.outputs]; self.replicas];
-        let output_pointers: Vec<*mut *mut sys::PJRT_Buffer> =
-            outputs.iter_mut().map(|list| list.as_mut_ptr()).collect();
-
-        let mut options = sys::PJRT_ExecuteOptions::new();
-        options.non_donatable_input_indices = not_donatable.as_ptr();
-        options.num_non_donatable_input_indices = not_donatable.len();
-        let mut call = sys::PJRT_LoadedExecutable_Execute_Args::new();
-        call.executable = self.raw;
-        call.options = &mut options;
-        call.argument_lists = list_pointers.as_ptr();
-        call.num_devices = self.replicas;
-        call.num_args = args[0].len();
-        call.output_lists = output_pointers.as_ptr();
-        call!(self.client.plugin(), PJRT_LoadedExecutable_Execute, call)?;
-        // Adopt every result before the first error returns, so that none leaks.
-        let adopted: Vec<Vec<Result<Buffer>>> = outputs
-            .into_iter()
-            .map(|list| list.into_iter().map(|raw| Buffer::adopt(&self.client, raw)).collect())
-            .collect();
-        adopted.into_iter().map(|list| list.into_iter().collect()).collect()
+        let arguments: Vec<Vec<&table::Buffer>> = args.iter().map(|list| list.iter().map(Arg::raw).collect()).collect();
+        let results = self.raw.execute(&arguments, &not_donatable)?;
+        results.into_iter().map(|list| list.into_iter().map(Buffer::adopt).collect()).collect()
     }
 
     /// Runs a program of one replica on host arrays: uploads, runs, downloads.
@@ -436,16 +256,13 @@ impl Executable {
     /// # Errors
     /// When the plugin does not tell.
     pub fn memory_stats(&self) -> Result<MemoryStats> {
-        let mut args = sys::PJRT_Executable_GetCompiledMemoryStats_Args::new();
-        let (executable, _guard) = self.unloaded()?;
-        args.executable = executable;
-        call!(self.client.plugin(), PJRT_Executable_GetCompiledMemoryStats, args)?;
+        let stats = self.raw.executable()?.compiled_memory_stats()?;
         Ok(MemoryStats {
-            code: args.generated_code_size_in_bytes,
-            arguments: args.argument_size_in_bytes,
-            outputs: args.output_size_in_bytes,
-            aliased: args.alias_size_in_bytes,
-            temporaries: args.temp_size_in_bytes,
+            code: stats.generated_code_size_in_bytes,
+            arguments: stats.argument_size_in_bytes,
+            outputs: stats.output_size_in_bytes,
+            aliased: stats.alias_size_in_bytes,
+            temporaries: stats.temp_size_in_bytes,
         })
     }
 
@@ -454,35 +271,16 @@ impl Executable {
     /// # Errors
     /// When the plugin does not tell.
     pub fn cost_analysis(&self) -> Result<CostAnalysis> {
-        let mut args = sys::PJRT_Executable_GetCostAnalysis_Args::new();
-        let (executable, _guard) = self.unloaded()?;
-        args.executable = executable;
-        call!(self.client.plugin(), PJRT_Executable_GetCostAnalysis, args)?;
-        let values = match args.num_properties {
-            0 => NamedValueMap::new(),
-            // SAFETY: the executable, held by the guard, owns this many properties.
-            count => NamedValueMap::from(unsafe { std::slice::from_raw_parts(args.properties, count) }),
-        };
-        // `Value` is not exported by crate `pjrt`: its debug form `F32(x)` is what tells the number.
-        let number = |name: &str| {
-            let text = format!("{:?}", values.get(name)?);
-            text.strip_prefix("F32(")?.strip_suffix(')')?.parse().ok()
-        };
+        let properties = self.raw.executable()?.cost_analysis()?;
+        let number = |name: &str| properties.iter().find(|(key, _)| key == name).map(|&(_, value)| f64::from(value));
         Ok(CostAnalysis { flops: number("flops"), bytes_accessed: number("bytes accessed") })
-    }
-
-    /// The program without its devices, and a guard that frees it.
-    fn unloaded(&self) -> Result<(*mut sys::PJRT_Executable, pjrt::Executable)> {
-        let mut args = sys::PJRT_LoadedExecutable_GetExecutable_Args::new();
-        args.loaded_executable = self.raw;
-        call!(self.client.plugin(), PJRT_LoadedExecutable_GetExecutable, args)?;
-        Ok((args.executable, pjrt::Executable::wrap(self.client.plugin().api(), args.executable)))
     }
 }
 
 impl fmt::Debug for Executable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({} replicas, {} results)", self.wrapped.executable().name(), self.replicas, self.outputs)
+        let name = self.raw.wrapped().executable();
+        write!(f, "{} ({} replicas, {} results)", name.name(), self.replicas(), self.outputs())
     }
 }
 
@@ -526,8 +324,8 @@ const ELEMENTS: [(Element, sys::PJRT_Buffer_Type); 13] = [
     (Element::F64, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F64),
 ];
 
-fn to_pjrt(element: Element) -> sys::PJRT_Buffer_Type {
-    ELEMENTS[element as usize].1
+fn to_pjrt(element: Element) -> HostElement {
+    HostElement { code: ELEMENTS[element as usize].1, bytes: element.bytes() }
 }
 
 fn from_pjrt(raw: sys::PJRT_Buffer_Type) -> Option<Element> {
@@ -541,7 +339,7 @@ mod tests {
     #[test]
     fn element_table_is_indexed_by_the_enum() {
         for element in Element::ALL {
-            assert_eq!(from_pjrt(to_pjrt(element)), Some(element));
+            assert_eq!(from_pjrt(to_pjrt(element).code), Some(element));
         }
     }
 }

@@ -53,9 +53,6 @@ pub enum Error {
         /// What was asked for.
         expected: Element,
     },
-    /// An error of crate `pjrt`.
-    #[error(transparent)]
-    Crate(#[from] pjrt::Error),
 }
 
 /// The canonical name of a PJRT (absl) status code.

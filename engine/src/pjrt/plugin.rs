@@ -17,6 +17,7 @@ use pjrt_sys::PJRT_Api;
 
 use super::abi;
 use super::error::{Error, Result};
+use super::table::Table;
 
 /// Which plugin to use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -213,15 +214,6 @@ pub struct Plugin {
     version: (i32, i32),
 }
 
-/// The adapted table: written once, then only read.
-#[derive(Clone, Copy)]
-struct Table(&'static PJRT_Api);
-
-// SAFETY: the table is immutable and PJRT's functions may be called from any thread.
-unsafe impl Send for Table {}
-// SAFETY: as above.
-unsafe impl Sync for Table {}
-
 impl Plugin {
     /// Finds and loads a plugin; a second load of the same file gives the same plugin.
     ///
@@ -255,7 +247,9 @@ impl Plugin {
         };
         let version = (table.pjrt_api_version.major_version, table.pjrt_api_version.minor_version);
         let table: &'static PJRT_Api = Box::leak(Box::new(table));
-        Ok(Self { found, api: Api::wrap(table), table: Table(table), version })
+        let api = Api::wrap(table);
+        // SAFETY: the table is the plugin's own, which is never unloaded, adapted to the structs of `pjrt-sys`.
+        Ok(Self { found, api, table: unsafe { Table::new(table) }, version })
     }
 
     /// Where the library is and how it was found.
@@ -268,13 +262,13 @@ impl Plugin {
         self.version
     }
 
-    /// The crate's view of the plugin, through the adapted table.
-    pub fn api(&self) -> &Api {
+    /// Crate `pjrt`'s view of the plugin, through the adapted table.
+    pub(crate) fn api(&self) -> &Api {
         &self.api
     }
 
-    pub(super) fn table(&self) -> &'static PJRT_Api {
-        self.table.0
+    pub(super) fn table(&self) -> Table {
+        self.table
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    marker::PhantomData,
     panic::Location as Caller,
 };
 
@@ -218,6 +219,84 @@ impl<'c> Kernel<'c> {
 
 /// Builds the kernel `name`: `body` declares its operands and writes its ops.
 ///
+/// What belongs to a kernel stays in it, by its type: each kernel has a lifetime `'a` of its own. This compiles:
+///
+/// ```
+/// use pagoda_ir::{Context, mosaic};
+/// let (context, other) = (Context::new(), Context::new());
+/// mosaic::kernel(&context, "outer", |k| {
+///     let outer = k.int(1);
+///     mosaic::kernel(&other, "inner", |k| {
+///         let inner = k.int(2);
+///         k.when(inner.equals(inner), || ());
+///     }).expect("it is sound");
+///     k.when(outer.equals(outer), || ());
+/// })?;
+/// # Ok::<(), pagoda_ir::Error>(())
+/// ```
+///
+/// This does not, for the one reason that the inner kernel compares with a value of the outer one, whose lifetime is not
+/// its own (E0521):
+///
+/// ```compile_fail,E0521
+/// use pagoda_ir::{Context, mosaic};
+/// let (context, other) = (Context::new(), Context::new());
+/// mosaic::kernel(&context, "outer", |k| {
+///     let outer = k.int(1);
+///     mosaic::kernel(&other, "inner", |k| {
+///         let inner = k.int(2);
+///         k.when(inner.equals(outer), || ());
+///     }).expect("it is sound");
+///     k.when(outer.equals(outer), || ());
+/// })?;
+/// # Ok::<(), pagoda_ir::Error>(())
+/// ```
+///
+/// Nor does a value that an inner kernel leaves with the outer one (E0521):
+///
+/// ```compile_fail,E0521
+/// use pagoda_ir::{Context, mosaic};
+/// let (context, other) = (Context::new(), Context::new());
+/// mosaic::kernel(&context, "outer", |k| {
+///     let mut outer = k.int(1);
+///     mosaic::kernel(&other, "inner", |k| {
+///         let inner = k.int(2);
+///         k.when(inner.equals(inner), || ());
+///         outer = inner;
+///     }).expect("it is sound");
+///     k.when(outer.equals(outer), || ());
+/// })?;
+/// # Ok::<(), pagoda_ir::Error>(())
+/// ```
+///
+/// Nor a reference to memory ([`Ref`]) that outlives its kernel. This compiles:
+///
+/// ```
+/// use pagoda_ir::{Context, Element, mosaic::{self, MemorySpace}};
+/// let context = Context::new();
+/// let mut kept = None;
+/// mosaic::kernel(&context, "kernel", |k| {
+///     let memory = k.scratch("memory", MemorySpace::Vmem, Element::F32, &[8, 128]);
+///     memory.store(0.0);
+///     kept = Some(memory.dims());
+/// })?;
+/// # Ok::<(), pagoda_ir::Error>(())
+/// ```
+///
+/// This does not (E0521):
+///
+/// ```compile_fail,E0521
+/// use pagoda_ir::{Context, Element, mosaic::{self, MemorySpace}};
+/// let context = Context::new();
+/// let mut kept = None;
+/// mosaic::kernel(&context, "kernel", |k| {
+///     let memory = k.scratch("memory", MemorySpace::Vmem, Element::F32, &[8, 128]);
+///     memory.store(0.0);
+///     kept = Some(memory);
+/// })?;
+/// # Ok::<(), pagoda_ir::Error>(())
+/// ```
+///
 /// # Errors
 /// The first op that does not fit, or MLIR's verifier's complaint.
 pub fn kernel<'c>(context: &'c Context, name: &str, body: impl for<'a> FnOnce(&'a Builder<'a>)) -> Result<Kernel<'c>> {
@@ -225,8 +304,7 @@ pub fn kernel<'c>(context: &'c Context, name: &str, body: impl for<'a> FnOnce(&'
     let module = Module::new(Location::unknown(context));
     let region = Region::new();
     let entry = region.append_block(Block::new(&[]));
-    let builder = Builder {
-        context,
+    let state = State {
         block: Cell::new(entry.to_raw()),
         entry: entry.to_raw(),
         module: module.body().to_raw(),
@@ -234,9 +312,10 @@ pub fn kernel<'c>(context: &'c Context, name: &str, body: impl for<'a> FnOnce(&'
         signature: RefCell::default(),
         error: RefCell::default(),
     };
+    let builder = Builder { context, state: &state, brand: PhantomData };
     body(&builder);
     builder.emit("func.return", &[], &[], &[], vec![], Location::unknown(context));
-    let Builder { signature, error, .. } = builder;
+    let State { signature, error, .. } = state;
     if let Some(error) = error.into_inner() {
         return Err(error);
     }
@@ -314,14 +393,58 @@ pub(super) fn parse_attribute<'c>(context: &'c melior::Context, text: &str) -> R
 }
 
 /// A kernel under construction. See the [module docs](super) for how it is used.
+///
+/// The lifetime `'a` is the kernel's brand: every [`kernel`] has its own, and no two of them unify, so that a value of
+/// one kernel cannot be an operand of another (which may live in another context, or be gone).
 pub struct Builder<'a> {
     pub(super) context: &'a melior::Context,
+    /// Apart from the builder, whose borrow lasts for all of `'a`.
+    state: &'a State,
+    /// Invariant in `'a`.
+    brand: PhantomData<fn(&'a ()) -> &'a ()>,
+}
+
+/// What changes while a kernel is built.
+struct State {
+    /// Where the next op goes.
     block: Cell<mlir_sys::MlirBlock>,
+    /// The block of the kernel's function.
     entry: mlir_sys::MlirBlock,
+    /// The module's block, which holds the functions.
     module: mlir_sys::MlirBlock,
     name: String,
     signature: RefCell<Signature>,
     error: RefCell<Option<Error>>,
+}
+
+/// A region whose ops are being written. Ops go where they went before as soon as it is over, by a panic as well.
+struct OpenRegion<'a> {
+    state: &'a State,
+    outer: mlir_sys::MlirBlock,
+    region: Option<Region<'a>>,
+}
+
+impl<'a> OpenRegion<'a> {
+    fn of(state: &'a State, region: Region<'a>, block: mlir_sys::MlirBlock) -> Self {
+        Self { state, outer: state.block.replace(block), region: Some(region) }
+    }
+
+    fn close(mut self) -> Region<'a> {
+        self.region.take().expect("it is taken here only")
+    }
+}
+
+impl Drop for OpenRegion<'_> {
+    fn drop(&mut self) {
+        self.state.block.set(self.outer);
+        let Some(abandoned) = self.region.take() else { return };
+        // A panic. Whoever catches it may hold values of the region, so it is never freed; the kernel is not to be had.
+        std::mem::forget(abandoned);
+        if let Ok(mut error) = self.state.error.try_borrow_mut() {
+            let message = format!("the body of a region panicked (kernel `{}`)", self.state.name);
+            error.get_or_insert(Error::op("func.func", message));
+        }
+    }
 }
 
 /// Declarations, in this order: grid, prefetched arrays, inputs, outputs, scratch.
@@ -336,7 +459,7 @@ impl<'a> Builder<'a> {
     /// [`grid`](Self::grid) for a rank that is known at run time only.
     #[track_caller]
     pub fn grid_of(&'a self, dims: &[(usize, Semantics)]) -> Vec<Value<'a>> {
-        let mut signature = self.signature.borrow_mut();
+        let mut signature = self.state.signature.borrow_mut();
         if signature.grid.is_some() || !signature.operands.is_empty() {
             self.fail("func.func", "the grid is declared once, before every operand".into());
         }
@@ -401,12 +524,12 @@ impl<'a> Builder<'a> {
 
     /// Lets output `output` live in the memory of input `input` (both counted from 0, prefetched arrays included).
     pub fn alias(&self, input: usize, output: usize) {
-        self.signature.borrow_mut().aliases.push((input, output));
+        self.state.signature.borrow_mut().aliases.push((input, output));
     }
 
     /// Asks the compiler for `bytes` of scoped VMEM instead of the chip's default.
     pub fn vmem_limit(&self, bytes: usize) {
-        self.signature.borrow_mut().vmem_limit = Some(bytes);
+        self.state.signature.borrow_mut().vmem_limit = Some(bytes);
     }
 
     #[track_caller]
@@ -421,7 +544,7 @@ impl<'a> Builder<'a> {
     ) -> Ref<'a> {
         let mut block = window.as_ref().map_or(dims, |window| &window.block).to_vec();
         {
-            let signature = self.signature.borrow();
+            let signature = self.state.signature.borrow();
             if let Some(last) = signature.operands.last().filter(|last| last.role > role) {
                 let message = format!(
                     "operand `{name}` ({role:?}) is declared after `{}` ({:?}): the order is prefetch, input, output, scratch",
@@ -437,13 +560,13 @@ impl<'a> Builder<'a> {
             self.fail("func.func", format!("operand `{name}` {}: {message}", describe(element, dims)));
             block = block.iter().map(|&size| size.max(1)).collect();
         }
-        let index = self.signature.borrow().windows.len();
+        let index = self.state.signature.borrow().windows.len();
         let params = window.map(|window| {
             let transform = format!("transform_{index}");
             self.define_transform(&transform, &window, dims.len());
             (transform, window.block, window.double_buffered)
         });
-        let mut signature = self.signature.borrow_mut();
+        let mut signature = self.state.signature.borrow_mut();
         signature.operands.push(Operand {
             name: name.to_owned(),
             role,
@@ -462,48 +585,42 @@ impl<'a> Builder<'a> {
     }
 
     fn define_transform(&'a self, symbol: &str, window: &Window<'a, '_>, rank: usize) {
-        let region = Region::new();
-        let entry = region.append_block(Block::new(&[]));
         let location = Location::unknown(self.context);
-        let signature = self.signature.borrow();
-        let grid = signature.grid.as_deref().unwrap_or_default();
-        let grid: Vec<_> =
-            grid.iter().map(|_| self.value(entry.add_argument(self.i32_type(), location).to_raw())).collect();
-        let prefetched = signature.operands.iter().filter(|operand| operand.role == Role::Prefetch);
-        let prefetch: Vec<_> = prefetched
-            .map(|operand| {
-                let r#type = memref_type(self.context, operand.element, &operand.dims, operand.space);
-                let base = entry.add_argument(r#type, location).to_raw();
-                Ref::whole(self, base, operand.element, operand.space, &operand.dims)
-            })
-            .collect();
-        drop(signature);
-        let inputs: Vec<_> = (0..entry.argument_count())
-            .map(|index| entry.argument(index).expect("within the count").r#type())
-            .collect();
-        let outer = self.block.replace(entry.to_raw());
-        let mut indices = (window.transform)(&Transform { k: self, grid, prefetch });
-        if indices.len() != rank {
-            self.fail("func.func", format!("a window of rank {rank} whose transform yields {} indices", indices.len()));
-            indices = vec![Literal::Int(0); rank];
-        }
-        let indices: Vec<_> = indices.into_iter().map(|index| self.scalar_i32("func.return", index).raw).collect();
-        self.emit("func.return", &indices, &[], &[], vec![], location);
-        self.block.set(outer);
+        let (rank_of_grid, prefetched) = {
+            let signature = self.state.signature.borrow();
+            let prefetched = signature.operands.iter().filter(|operand| operand.role == Role::Prefetch);
+            (signature.grid.as_ref().map_or(0, Vec::len), prefetched.cloned().collect::<Vec<_>>())
+        };
+        let arrays = prefetched.iter().map(|array| memref_type(self.context, array.element, &array.dims, array.space));
+        let inputs: Vec<_> = std::iter::repeat_n(self.i32_type(), rank_of_grid).chain(arrays).collect();
+        let region = self.region(&inputs, location, |arguments| {
+            let (grid, arrays) = arguments.split_at(rank_of_grid);
+            let whole = |(base, array): (&Value<'a>, &Operand)| {
+                Ref::whole(self, base.raw, array.element, array.space, &array.dims)
+            };
+            let prefetch = arrays.iter().zip(&prefetched).map(whole).collect();
+            let mut indices = (window.transform)(&Transform { k: self, grid: grid.to_vec(), prefetch });
+            if indices.len() != rank {
+                let message = format!("a window of rank {rank} whose transform yields {} indices", indices.len());
+                self.fail("func.func", message);
+                indices = vec![Literal::Int(0); rank];
+            }
+            ("func.return", indices.into_iter().map(|index| self.scalar_i32("func.return", index)).collect())
+        });
         let results = vec![self.i32_type(); rank];
         let attributes = [
             ("sym_name", StringAttribute::new(self.context, symbol).into()),
             ("function_type", TypeAttribute::new(FunctionType::new(self.context, &inputs, &results).into()).into()),
         ];
-        let outer = self.block.replace(self.module);
+        let outer = self.state.block.replace(self.state.module);
         self.emit("func.func", &[], &attributes, &[], vec![region], location);
-        self.block.set(outer);
+        self.state.block.set(outer);
     }
 
     fn argument(&'a self, name: &str, r#type: Type<'a>) -> Value<'a> {
         let location = Location::name(self.context, name, Location::unknown(self.context));
         // SAFETY: the entry block lives as long as the builder.
-        let entry = unsafe { BlockRef::from_raw(self.entry) };
+        let entry = unsafe { BlockRef::from_raw(self.state.entry) };
         self.value(entry.add_argument(r#type, location).to_raw())
     }
 }
@@ -756,12 +873,12 @@ impl<'a> Builder<'a> {
         let values: Vec<_> = (0..arguments.len())
             .map(|index| self.value(block.argument(index).expect("within the count").to_raw()))
             .collect();
-        let outer = self.block.replace(block.to_raw());
+        let block = block.to_raw();
+        let open = OpenRegion::of(self.state, region, block);
         let (terminator, operands) = body(&values);
         let operands: Vec<_> = operands.iter().map(|value| value.raw).collect();
         self.emit(terminator, &operands, &[], &[], vec![], location);
-        self.block.set(outer);
-        region
+        open.close()
     }
 }
 
@@ -781,8 +898,8 @@ impl<'a> Builder<'a> {
 
     /// [`fail`](Self::fail) from inside a closure, which would hide the kernel's source line.
     fn fail_at(&self, caller: &Caller, op: &str, message: String) {
-        let message = format!("{message} (kernel `{}`, {}:{})", self.name, caller.file(), caller.line());
-        self.error.borrow_mut().get_or_insert(Error::op(op, message));
+        let message = format!("{message} (kernel `{}`, {}:{})", self.state.name, caller.file(), caller.line());
+        self.state.error.borrow_mut().get_or_insert(Error::op(op, message));
     }
 
     /// The kernel's source line that called the builder.
@@ -806,8 +923,8 @@ impl<'a> Builder<'a> {
         regions: Vec<Region<'a>>,
         location: Location<'a>,
     ) -> Vec<mlir_sys::MlirValue> {
-        // SAFETY: every raw value was made by this builder (values cannot leave the kernel's closure), whose ops live
-        // as long as its module.
+        // SAFETY: every raw value was made by this builder: the brand keeps those of other kernels out and these in. Its
+        // ops live as long as the kernel's region and module, or as the process (`OpenRegion`).
         let operands: Vec<_> = operands.iter().map(|&raw| unsafe { MlirValue::from_raw(raw) }).collect();
         let attributes: Vec<_> =
             attributes.iter().map(|&(key, value)| (Identifier::new(self.context, key), value)).collect();
@@ -822,12 +939,12 @@ impl<'a> Builder<'a> {
         let operation = match built {
             (Ok(operation), _) => operation,
             (Err(_), diagnostics) => {
-                self.error.borrow_mut().get_or_insert(Error::op(name, diagnostics));
+                self.state.error.borrow_mut().get_or_insert(Error::op(name, diagnostics));
                 return results.iter().map(|&r#type| self.placeholder_raw(r#type)).collect();
             }
         };
         // SAFETY: the current block lives as long as its region, which an enclosing call or the kernel owns.
-        let block = unsafe { BlockRef::from_raw(self.block.get()) };
+        let block = unsafe { BlockRef::from_raw(self.state.block.get()) };
         let operation: OperationRef = block.append_operation(operation);
         operation.results().map(|result| result.to_raw()).collect()
     }
@@ -866,7 +983,7 @@ impl<'a> Builder<'a> {
     /// An attribute of a dialect, by its text.
     pub(super) fn attribute(&self, op: &str, text: &str) -> Attribute<'a> {
         parse_attribute(self.context, text).unwrap_or_else(|error| {
-            self.error.borrow_mut().get_or_insert(Error::op(op, error.to_string()));
+            self.state.error.borrow_mut().get_or_insert(Error::op(op, error.to_string()));
             Attribute::unit(self.context)
         })
     }

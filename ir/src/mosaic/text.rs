@@ -15,6 +15,9 @@ use crate::{
 /// The readable form of a kernel's module.
 pub fn print(module: &Module) -> String {
     unsafe extern "C" fn collect(part: mlir_sys::MlirStringRef, text: *mut c_void) {
+        if part.length == 0 {
+            return; // its pointer may be null
+        }
         // SAFETY: MLIR hands back the pointer below, and bytes that live during this call.
         unsafe {
             let bytes = std::slice::from_raw_parts(part.data.cast::<u8>(), part.length);
@@ -89,7 +92,11 @@ fn named_arguments(text: &str) -> String {
             match bytes[end] {
                 b'"' => quoted = !quoted,
                 _ if quoted => {}
-                b'%' if depth == 0 => argument = after[end + 1..].split(':').next().unwrap_or_default(),
+                b'%' if depth == 0 => {
+                    let name = &after[end + 1..];
+                    let is_part = |c: char| c.is_ascii_alphanumeric() || "_$.-".contains(c);
+                    argument = &name[..name.find(|c| !is_part(c)).unwrap_or(name.len())];
+                }
                 b'l' if depth == 0 && after[end..].starts_with("loc(") => argument = "",
                 b'<' | b'[' | b'{' | b'(' => depth += 1,
                 // Not the end of an arrow.
@@ -97,7 +104,7 @@ fn named_arguments(text: &str) -> String {
                 b'>' | b']' | b'}' | b')' if depth > 0 => depth -= 1,
                 byte @ (b',' | b')') if depth == 0 => {
                     if !argument.is_empty() {
-                        result.extend([" loc(\"", argument.trim(), "\")"]);
+                        result.extend([" loc(\"", argument, "\")"]);
                     }
                     if byte == b')' {
                         break;

@@ -188,7 +188,7 @@ pub(crate) fn scalar_element(r#type: Type) -> Option<Element> {
 
 impl<'a> Value<'a> {
     pub(super) fn mlir_type(&self) -> Type<'a> {
-        // SAFETY: values do not outlive the kernel that they belong to.
+        // SAFETY: values do not outlive the kernel that they belong to: its brand is part of their type.
         let value: MlirValue<'a, 'a> = unsafe { MlirValue::from_raw(self.raw) };
         value.r#type()
     }

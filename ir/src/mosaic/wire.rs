@@ -242,50 +242,125 @@ pub struct CallSite {
     pub aliases: Vec<(usize, usize)>,
 }
 
-/// Every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in any form, and bytecode
-/// (where a configuration that several calls share appears once).
+/// Every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in any form with one op a line, and
+/// bytecode (where a configuration that several calls share appears once).
 ///
-/// StableHLO's own dialect is not needed for it: the calls are found by what their configurations look like.
+/// StableHLO's own dialect is not needed for it: the calls are found by what their configurations look like. Time and
+/// memory are proportional to the module, whatever it holds.
 ///
 /// # Errors
-/// When a configuration is damaged: none is left out.
+/// When a configuration is damaged: none is left out. When one line of text holds two.
 pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
     const KEY: &[u8] = b"custom_call_config";
     /// Braces before the key, one of which begins its object: values of other keys may be objects too.
     const MOST_BRACES: usize = 8;
     let mut found = Vec::new();
+    let mut line = Line::default();
+    let mut in_module = None;
+    // What was looked at before: keys, and configurations that were found.
     let mut at = 0;
-    while let Some(offset) = module[at..].windows(KEY.len()).position(|window| window == KEY) {
+    while let Some(offset) = position(&module[at..], KEY) {
         let (last, key) = (at, at + offset);
         at = key + KEY.len();
-        // In text the quotes inside the string are escaped, in bytecode they are not. An op is one line of text.
-        let in_text = module[key - 1] != b'"' || module.get(key.wrapping_sub(2)) == Some(&b'\\');
-        let start = module[..key].iter().rposition(|&byte| byte == b'\n').map_or(0, |newline| newline + 1);
-        let line = module[at..].split(|&byte| byte == b'\n').next().unwrap_or_default();
-        // Not before the key of the call before.
-        let from = if in_text { start.max(last) } else { last };
+        // In text the quotes inside the string are escaped, in bytecode they are not.
+        let in_text = !module[..key].ends_with(b"\"") || module[..key].ends_with(b"\\\"");
+        if in_text && key >= line.end {
+            line = Line::of(module, line.end, key);
+        }
+        let from = if in_text { line.start.max(last) } else { last };
         let mut braces = (from..key).rev().filter(|&at| module[at] == b'{').take(MOST_BRACES);
         let config = braces.find_map(|open| {
-            let raw = if in_text { unescaped(&module[open..]) } else { module[open..].to_vec() };
-            let config = serde_json::Deserializer::from_slice(&raw).into_iter::<Json>().next()?.ok()?;
-            config["custom_call_config"]["body"].is_string().then_some(config)
+            let mut source = Source { bytes: module, at: open, in_text };
+            let config = serde_json::Deserializer::from_reader(&mut source).into_iter::<Json>().next()?.ok()?;
+            config["custom_call_config"]["body"].is_string().then_some((config, source.at))
         });
-        let Some(config) = config else {
+        let Some((config, end)) = config else {
             // Others may use the word.
-            let op = if in_text { &module[start..at + line.len()] } else { module };
-            if op.windows(TARGET.len()).any(|window| window == TARGET.as_bytes()) {
+            let names = |op: &[u8]| position(op, TARGET.as_bytes()).is_some();
+            let of_kernel = match in_text {
+                true => *line.of_kernel.get_or_insert_with(|| names(&module[line.start..line.end])),
+                false => *in_module.get_or_insert_with(|| names(module)),
+            };
+            if of_kernel {
                 let message = format!("call {} of a Mosaic kernel: its backend_config is damaged", found.len() + 1);
                 return Err(Error::mosaic(message));
             }
             continue;
         };
-        let before = String::from_utf8_lossy(&module[start..key]);
-        let after = String::from_utf8_lossy(line);
-        let types = if in_text { call_types(&after) } else { None };
-        let aliases = if types.is_some() { [call_aliases(&before), call_aliases(&after)].concat() } else { vec![] };
+        at = end.max(at);
+        let (mut types, mut aliases) = (None, vec![]);
+        if in_text {
+            if std::mem::replace(&mut line.called, true) {
+                let message =
+                    format!("calls {} and {} of Mosaic kernels are in one line", found.len(), found.len() + 1);
+                return Err(Error::mosaic(message + ": print the module with one op a line"));
+            }
+            let text = String::from_utf8_lossy(&module[line.start..line.end]);
+            types = call_types(&text);
+            aliases = if types.is_some() { call_aliases(&text) } else { vec![] };
+        }
         found.push(CallSite { backend_config: config.to_string(), types, aliases });
     }
     Ok(found)
+}
+
+fn position(bytes: &[u8], word: &[u8]) -> Option<usize> {
+    bytes.windows(word.len()).position(|window| window == word)
+}
+
+/// A line of a module's text: one op.
+#[derive(Default)]
+struct Line {
+    start: usize,
+    /// Where its newline is, or the end of the text.
+    end: usize,
+    /// Whether it names [`TARGET`], where that was asked.
+    of_kernel: Option<bool>,
+    /// Whether a kernel's configuration was found in it.
+    called: bool,
+}
+
+impl Line {
+    /// The line around `at`; no line begins between `known` and the line's own beginning but after a newline there.
+    fn of(module: &[u8], known: usize, at: usize) -> Self {
+        let start =
+            module[known..at].iter().rposition(|&byte| byte == b'\n').map_or(known, |newline| known + newline + 1);
+        let end = module[at..].iter().position(|&byte| byte == b'\n').map_or(module.len(), |newline| at + newline);
+        Self { start, end, of_kernel: None, called: false }
+    }
+}
+
+/// The bytes of a module from `at` on; those of a string literal, up to its closing quote, in text.
+struct Source<'m> {
+    bytes: &'m [u8],
+    at: usize,
+    in_text: bool,
+}
+
+impl Iterator for Source<'_> {
+    type Item = u8;
+
+    fn next(&mut self) -> Option<u8> {
+        let rest = &self.bytes[self.at..];
+        let hex = |at: usize| (*rest.get(at)? as char).to_digit(16).map(|digit| digit as u8);
+        let (byte, length) = match rest {
+            [] => return None,
+            [b'"', ..] if self.in_text => return None,
+            [b'\\', after @ ..] if self.in_text => match (hex(1), hex(2)) {
+                (Some(high), Some(low)) => (16 * high + low, 3),
+                _ => (*after.first()?, 2),
+            },
+            &[byte, ..] => (byte, 1),
+        };
+        self.at += length;
+        Some(byte)
+    }
+}
+
+impl std::io::Read for Source<'_> {
+    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+        Ok(to.iter_mut().zip(self).map(|(to, byte)| *to = byte).count())
+    }
 }
 
 /// Operand and result types at the end of an op's text: `... : (tensor<8xi32>) -> tensor<8xf32>`.
@@ -327,31 +402,6 @@ fn call_aliases(text: &str) -> Vec<(usize, usize)> {
         Some((operand, if result.is_empty() { 0 } else { result.parse().ok()? }))
     });
     aliases.collect()
-}
-
-/// The content of an MLIR string literal up to its closing quote.
-fn unescaped(literal: &[u8]) -> Vec<u8> {
-    let hex = |byte: Option<&u8>| byte.and_then(|&byte| (byte as char).to_digit(16)).map(|digit| digit as u8);
-    let mut bytes = Vec::new();
-    let mut at = 0;
-    while at < literal.len() && literal[at] != b'"' {
-        if literal[at] != b'\\' {
-            bytes.push(literal[at]);
-            at += 1;
-            continue;
-        }
-        match (hex(literal.get(at + 1)), hex(literal.get(at + 2))) {
-            (Some(high), Some(low)) => {
-                bytes.push(16 * high + low);
-                at += 3;
-            }
-            _ => {
-                bytes.extend(literal.get(at + 1));
-                at += 2;
-            }
-        }
-    }
-    bytes
 }
 
 /// How often each op occurs in a module, nested ones included.

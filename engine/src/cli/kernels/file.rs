@@ -3,22 +3,22 @@
 //! MLIR's bytecode reader trusts its input: a damaged body may crash it. So a child process ([`WORKER_ARGUMENT`]) opens
 //! every file first; if it dies or hangs, that is an error of the file here.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pagoda_ir::Context;
 use pagoda_ir::mosaic::text;
 use pagoda_ir::mosaic::wire::{self, CallSite, Opened};
 use pagoda_ir::tile_machine::Program;
 
+use crate::child::{self, Ended, Limits};
 use crate::error::{Error, Result};
 
 /// The hidden argument that makes this program open a file and end.
 const WORKER_ARGUMENT: &str = "--open-worker";
-/// Kernels open within milliseconds; some damage makes the reader loop.
-const TIME_LIMIT: Duration = Duration::from_secs(20);
+/// Kernels open within milliseconds and take some MiB; some damage makes the reader loop, or allocate.
+const LIMITS: Limits = Limits { time: Duration::from_secs(20), memory: 4 << 30 };
 const BYTECODE: &[u8] = b"ML\xefR";
 const EMIT_AGAIN: &str = "write the module again";
 
@@ -51,20 +51,11 @@ impl File {
         let program = std::env::current_exe().map_err(Error::io("find", Path::new("this executable")))?;
         let mut worker = Command::new(&program);
         worker.arg(WORKER_ARGUMENT).arg(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut worker = worker.spawn().map_err(Error::io("run", &program))?;
-        let started = Instant::now();
-        let outcome = loop {
-            match worker.try_wait().map_err(Error::io("wait for", &program))? {
-                Some(status) if status.success() => return Ok(file),
-                Some(status) => break format!("crashes on it ({status})"),
-                None if started.elapsed() > TIME_LIMIT => {
-                    // It may have ended in between: either way it is gone.
-                    let _ = worker.kill();
-                    let _ = worker.wait();
-                    break format!("does not come to an end of it within {} s", TIME_LIMIT.as_secs());
-                }
-                None => std::thread::sleep(Duration::from_millis(2)),
-            }
+        let outcome = match child::run(&mut worker, LIMITS).map_err(Error::io("run", &program))? {
+            Ended::Exited(status) if status.success() => return Ok(file),
+            Ended::Exited(status) => format!("crashes on it ({status})"),
+            Ended::OutOfTime => format!("does not come to an end of it within {} s", LIMITS.time.as_secs()),
+            Ended::OutOfMemory => format!("takes more than {} GiB of memory for it", LIMITS.memory >> 30),
         };
         Err(Error::file(path, format!("it is damaged: MLIR {outcome}"), EMIT_AGAIN))
     }
@@ -125,13 +116,12 @@ impl File {
 
 /// Opens a file and ends, if the arguments of this process say so.
 pub(in crate::cli) fn run_if_asked() -> Option<ExitCode> {
-    let mut arguments = std::env::args_os().skip(1);
-    if arguments.next().as_deref() != Some(OsStr::new(WORKER_ARGUMENT)) {
-        return None;
+    let path = child::asked(WORKER_ARGUMENT)?;
+    if let Err(error) = child::limit_memory(LIMITS.memory) {
+        log::warn!("no hard limit of memory: {error}");
     }
-    let path = PathBuf::from(arguments.next().unwrap_or_default());
     let context = Context::new();
-    // Errors are no crash: whoever started this finds them again, and tells them.
+    // An error is not a crash: whoever started this finds it again, and reports it.
     if let Ok(file) = File::classify(&path)
         && let Ok(kernels) = file.kernels(&context)
     {
