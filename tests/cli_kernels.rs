@@ -325,7 +325,7 @@ fn bad_problems_are_one_clear_error() {
         ("certify matmul --m 8 --n 8 --k 8 --timeout 0", &["timeout = 0"][..]),
         ("run", &["<FILE>"]),
         (&format!("run none.mlir matmul {MATMUL}"), &["FILE = none.mlir is a second thing to run"]),
-        (&format!("run matmul {large}"), &["operands and results = ", "8192.00 MiB", "smaller problem"]),
+        (&format!("run matmul {large}"), &["operands and results = ", "8.00 GiB", "smaller problem"]),
         (&format!("run matmul {MATMUL} --dma sometimes"), &["dma = sometimes", "random:SEED"]),
         (&format!("run matmul {MATMUL} --check-against jax"), &["jax", "reference"]),
         (&format!("run matmul {MATMUL} --lengths 1/1"), &["lengths = 1/1"]),

@@ -6,5 +6,10 @@ fn main() -> ExitCode {
     if let Some(code) = pagoda_engine::certify::run_if_asked() {
         return code;
     }
+    // The plugins' own messages on stderr, unless they were asked for.
+    if std::env::var_os("TF_CPP_MIN_LOG_LEVEL").is_none() {
+        // SAFETY: this thread is the process's only one.
+        unsafe { std::env::set_var("TF_CPP_MIN_LOG_LEVEL", "2") };
+    }
     pagoda_engine::cli::main()
 }

@@ -1,7 +1,11 @@
 //! Settings of a sampling run: Levanter's sampler YAML, overridden by flags, checked and resolved.
 //!
-//! Keys, meanings and defaults are Levanter's; Pagoda adds `top_k` and `top_p`. Two defaults differ on purpose: without
-//! a config file there is no stop sequence, and `engine.max_seq_len` may be left out (it becomes what the longest
+//! [`Settings`] is the one list of keys: the YAML reader, the flags of `pagoda sample`, the list of known keys behind
+//! "did you mean", what is printed at the start and the identity of a run all follow from its fields. A new key is a new
+//! field; a new section is a struct of its own in a field of its own, as [`EngineSettings`].
+//!
+//! Keys, meanings and defaults are Levanter's; Pagoda adds `top_k`, `top_p` and `chat`. Two defaults differ on purpose:
+//! without a config file there is no stop sequence, and `engine.max_seq_len` may be left out (it becomes what the longest
 //! request needs). A key that is not known is an error, never ignored: a misspelt limit must not run with a default.
 //!
 //! Paths in a config file are relative to the folder of that file, so that a config works from anywhere; paths in
@@ -10,194 +14,244 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use clap::{ArgAction, ArgMatches, Args, FromArgMatches, ValueEnum};
 use pagoda_ir::element::Element;
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
-use serde_yaml_ng::{Mapping, Value};
+use serde::de::{self, Deserializer, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
+use serde_saphyr::Error as YamlError;
 
 use crate::error::{Error, Result};
 use crate::scheduler::Limits;
-use crate::units::PageSize;
+use crate::units::{PageSize, SampleId};
 
-/// Every key that a config file may hold.
-const KEYS: [&str; 19] = [
-    "hf_checkpoint",
-    "tokenizer",
-    "prompts",
-    "stop_sequence",
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "n_generations",
-    "n_rounds",
-    "engine.max_seq_len",
-    "engine.max_pages",
-    "engine.page_size",
-    "engine.max_seqs",
-    "engine.max_seqs_in_prefill",
-    "engine.max_prefill_size",
-    "engine.max_rounds",
-    "engine.seed",
-    "engine.compute_dtype",
-];
-
-/// What took effect: every value is in its range.
-#[derive(Clone, Debug, PartialEq)]
+/// The settings of a run, as the config file spells them; a flag has the name of its key unless stated otherwise.
+///
+/// After [`Settings::resolve`] every value is in its range. Serialised, it says what took effect: `prompts` is then the
+/// number of prompts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// The model's folder (`hf_checkpoint`).
-    pub model: PathBuf,
-    /// The tokenizer's file or folder; the model's folder by default.
-    pub tokenizer: PathBuf,
-    /// The prompts, at least one.
+    /// The model's folder: config.json, tokenizer.json, model.safetensors (or its shards and index).
+    #[arg(long = "model", value_name = "MODEL")]
+    #[serde(serialize_with = "as_text")]
+    pub hf_checkpoint: Option<PathBuf>,
+    /// The tokenizer's file or folder [default: the model's folder].
+    #[arg(long)]
+    #[serde(serialize_with = "as_text")]
+    pub tokenizer: Option<PathBuf>,
+    /// A prompt; give it several times for several prompts.
+    #[arg(long = "prompt", value_name = "TEXT")]
+    #[serde(deserialize_with = "one_or_several", serialize_with = "as_count")]
     pub prompts: Vec<String>,
-    /// The text that ends a sample, if any.
+    /// End a sample at this text, matched as tokens.
+    #[arg(long, value_name = "TEXT")]
+    #[serde(default = "levanter_stop_sequence")]
     pub stop_sequence: Option<String>,
     /// New tokens per sample.
+    #[arg(long, value_name = "N")]
     pub max_new_tokens: usize,
-    /// 0 means greedy.
+    /// 0 for greedy.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: f32,
-    /// Sample among this many most likely tokens.
+    /// Sample among the K most likely tokens; 0 for all.
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
-    /// Sample among the most likely tokens that reach this probability together; 1 means all.
+    /// Sample among the most likely tokens that reach probability P together; 1 for all.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: f32,
     /// Samples per prompt and round.
+    #[arg(long, value_name = "N")]
     pub n_generations: usize,
-    /// Repetitions of the whole list.
+    /// Repetitions of the whole list of prompts, each with random numbers of its own.
+    #[arg(long, value_name = "N")]
     pub n_rounds: usize,
-    /// Whether prompts are user messages for the model's chat template.
+    /// Treat prompts as user messages of the model's chat template.
+    // Not a plain switch: clap gives that a default of `false`, which would override the file.
+    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     pub chat: bool,
     /// Sizes of the engine.
+    #[command(flatten)]
     pub engine: EngineSettings,
 }
 
 /// The section `engine`. `None` means: as much as the requests need, see [`Settings::limits`].
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, deny_unknown_fields)]
 pub struct EngineSettings {
     /// Tokens of one sequence, prompt included.
+    #[arg(long, value_name = "N")]
     pub max_seq_len: Option<usize>,
     /// Pages of the KV cache.
+    #[arg(long, value_name = "N")]
     pub max_pages: Option<usize>,
-    /// Tokens per page.
+    /// Tokens per KV page.
+    #[arg(long, value_name = "N")]
     pub page_size: usize,
     /// Sequences that run at once.
+    #[arg(long, value_name = "N")]
     pub max_seqs: usize,
     /// Sequences in one prefill step.
+    #[arg(long, value_name = "N")]
     pub max_seqs_in_prefill: usize,
     /// Prompt tokens in one prefill step.
+    #[arg(long, value_name = "N")]
     pub max_prefill_size: Option<usize>,
     /// Decode steps per host call.
+    #[arg(long, value_name = "N")]
     pub max_rounds: usize,
     /// Seed of sampling.
+    #[arg(long, value_name = "S")]
     pub seed: u64,
-    /// Type of activations and KV cache: `F32` or `Bf16`.
-    pub compute_dtype: Element,
+    /// Type of weights, activations and KV.
+    #[arg(long = "compute", value_enum)]
+    pub compute_dtype: Compute,
 }
 
-/// Values given as flags, which win over the config file.
-#[derive(Clone, Debug, Default)]
-#[allow(missing_docs)] // each is the setting of the same name
-pub struct Overrides {
-    pub model: Option<PathBuf>,
-    pub tokenizer: Option<PathBuf>,
-    /// Replaces the file's prompts when not empty.
-    pub prompts: Vec<String>,
-    pub stop_sequence: Option<String>,
-    pub max_new_tokens: Option<usize>,
-    pub temperature: Option<f32>,
-    /// 0 turns it off.
-    pub top_k: Option<usize>,
-    pub top_p: Option<f32>,
-    pub n_generations: Option<usize>,
-    pub n_rounds: Option<usize>,
-    pub chat: bool,
-    pub max_seq_len: Option<usize>,
-    pub max_pages: Option<usize>,
-    pub page_size: Option<usize>,
-    pub max_seqs: Option<usize>,
-    pub max_seqs_in_prefill: Option<usize>,
-    pub max_prefill_size: Option<usize>,
-    pub max_rounds: Option<usize>,
-    pub seed: Option<u64>,
-    pub compute_dtype: Option<Element>,
+/// The compute types on offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+pub enum Compute {
+    /// IEEE binary32.
+    #[serde(rename = "f32", alias = "float32")]
+    #[value(alias = "float32")]
+    F32,
+    /// bfloat16; sums, normalisation, softmax, logits and sampling stay f32.
+    #[serde(rename = "bf16", alias = "bfloat16")]
+    #[value(alias = "bfloat16")]
+    Bf16,
 }
+
+impl Compute {
+    /// The element type.
+    pub const fn element(self) -> Element {
+        match self {
+            Self::F32 => Element::F32,
+            Self::Bf16 => Element::Bf16,
+        }
+    }
+}
+
+impl Default for Settings {
+    /// What holds without a config file.
+    fn default() -> Self {
+        Self {
+            hf_checkpoint: None,
+            tokenizer: None,
+            prompts: Vec::new(),
+            stop_sequence: None,
+            max_new_tokens: 192,
+            temperature: 0.7,
+            top_k: None,
+            top_p: 1.0,
+            n_generations: 1,
+            n_rounds: 1,
+            chat: false,
+            engine: EngineSettings::default(),
+        }
+    }
+}
+
+impl Default for EngineSettings {
+    fn default() -> Self {
+        Self {
+            max_seq_len: None,
+            max_pages: None,
+            page_size: 128,
+            max_seqs: 256,
+            max_seqs_in_prefill: 16,
+            max_prefill_size: None,
+            max_rounds: 32,
+            seed: 0,
+            compute_dtype: Compute::Bf16,
+        }
+    }
+}
+
+/// The flags that are [`Settings`] too, as they were given: those that were not given override nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Flags(ArgMatches);
+
+impl Args for Flags {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        Settings::augment_args_for_update(command)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Settings::augment_args_for_update(command)
+    }
+}
+
+impl FromArgMatches for Flags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        Ok(Self(matches.clone()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        self.0 = matches.clone();
+        Ok(())
+    }
+}
+
+/// The values of all keys but these count something: at least 1, and positions, page ids and row offsets are `i32` on the
+/// device.
+const NOT_COUNTS: [&str; 1] = ["engine.seed"];
 
 impl Settings {
     /// Reads the config file, if any, lets the flags win, and checks every value.
     ///
     /// # Errors
     /// Names the file and line of an unknown or mistyped key, or the key whose value cannot work.
-    pub fn resolve(config: Option<&Path>, flags: Overrides) -> Result<Self> {
-        let file = config.map(ConfigFile::read).transpose()?;
-        let settings = Self::merge(file.as_ref(), flags)?;
+    pub fn resolve(config: Option<&Path>, flags: &Flags) -> Result<Self> {
+        let mut settings = config.map_or_else(|| Ok(Self::default()), Self::read)?;
+        settings.update_from_arg_matches(&flags.0).map_err(Error::runtime("reading the flags"))?;
+        settings.top_k = settings.top_k.filter(|&k| k != 0);
+        settings.tokenizer = settings.tokenizer.take().or_else(|| settings.hf_checkpoint.clone());
         settings.check()?;
         Ok(settings)
     }
 
-    fn merge(file: Option<&ConfigFile>, flags: Overrides) -> Result<Self> {
-        let size = |flag: Option<usize>, key| match (flag, file) {
-            (None, Some(file)) => file.get(key, "a whole number", |value| usize::try_from(value.as_u64()?).ok()),
-            (flag, _) => Ok(flag),
-        };
-        let number = |flag: Option<f32>, key| match (flag, file) {
-            (None, Some(file)) => file.get(key, "a number", |value| Some(value.as_f64()? as f32)),
-            (flag, _) => Ok(flag),
-        };
-        let path = |flag: Option<PathBuf>, key| match (flag, file) {
-            (None, Some(file)) => file.get(key, "a path", |value| Some(file.folder().join(value.as_str()?))),
-            (flag, _) => Ok(flag),
-        };
-        let (top_k, seed, dtype) = match file {
-            Some(file) => (
-                file.get("top_k", "a whole number", |value| usize::try_from(value.as_u64()?).ok())?,
-                file.get("engine.seed", "a whole number of at most 64 bits", Value::as_u64)?,
-                file.get("engine.compute_dtype", "float32 or bfloat16", |value| parse_dtype(value.as_str()?))?,
-            ),
-            None => (None, None, None),
-        };
-        let prompts = match file {
-            Some(file) if flags.prompts.is_empty() => file.prompts()?,
-            _ => flags.prompts,
-        };
-        let stop_sequence = match (flags.stop_sequence, file) {
-            (Some(stop), _) => Some(stop),
-            (None, None) => None,
-            (None, Some(file)) if file.is_null("stop_sequence") => None,
-            (None, Some(file)) => {
-                let stop = file.get("stop_sequence", "text or null", |value| Some(value.as_str()?.to_owned()))?;
-                Some(stop.unwrap_or_else(|| ".".into()))
-            }
-        };
-        let model = path(flags.model, "hf_checkpoint")?.ok_or_else(|| {
-            Error::setting("hf_checkpoint", "null", "names no model", "give the model's folder here or with --model")
+    /// Reads a config file; its paths are made relative to the current folder. Values are not checked.
+    ///
+    /// # Errors
+    /// Names the file and line of an unknown or mistyped key.
+    pub fn read(path: &Path) -> Result<Self> {
+        if path.is_dir() {
+            return Err(Error::file(path, "it is a folder", "give the YAML file itself"));
+        }
+        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+            let line = 1 + valid.iter().filter(|&&byte| byte == b'\n').count();
+            Error::file(path, format!("line {line} is not UTF-8 text"), "save the file as UTF-8")
         })?;
-        Ok(Self {
-            tokenizer: path(flags.tokenizer, "tokenizer")?.unwrap_or_else(|| model.clone()),
-            model,
-            prompts,
-            stop_sequence,
-            max_new_tokens: size(flags.max_new_tokens, "max_new_tokens")?.unwrap_or(192),
-            temperature: number(flags.temperature, "temperature")?.unwrap_or(0.7),
-            top_k: flags.top_k.or(top_k).filter(|&k| k != 0),
-            top_p: number(flags.top_p, "top_p")?.unwrap_or(1.0),
-            n_generations: size(flags.n_generations, "n_generations")?.unwrap_or(1),
-            n_rounds: size(flags.n_rounds, "n_rounds")?.unwrap_or(1),
-            chat: flags.chat,
-            engine: EngineSettings {
-                max_seq_len: size(flags.max_seq_len, "engine.max_seq_len")?,
-                max_pages: size(flags.max_pages, "engine.max_pages")?,
-                page_size: size(flags.page_size, "engine.page_size")?.unwrap_or(128),
-                max_seqs: size(flags.max_seqs, "engine.max_seqs")?.unwrap_or(256),
-                max_seqs_in_prefill: size(flags.max_seqs_in_prefill, "engine.max_seqs_in_prefill")?.unwrap_or(16),
-                max_prefill_size: size(flags.max_prefill_size, "engine.max_prefill_size")?,
-                max_rounds: size(flags.max_rounds, "engine.max_rounds")?.unwrap_or(32),
-                seed: flags.seed.or(seed).unwrap_or(0),
-                compute_dtype: flags.compute_dtype.or(dtype).unwrap_or(Element::Bf16),
-            },
+        let mut settings = from_yaml(&text).map_err(|(problem, fix)| Error::file(path, problem, fix))?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        for path in [&mut settings.hf_checkpoint, &mut settings.tokenizer].into_iter().flatten() {
+            *path = folder.join(&*path);
+        }
+        Ok(settings)
+    }
+
+    /// The model's folder.
+    ///
+    /// # Errors
+    /// When none was given.
+    pub fn model(&self) -> Result<&Path> {
+        self.hf_checkpoint.as_deref().ok_or_else(|| {
+            Error::setting("hf_checkpoint", "null", "names no model", "give the model's folder here or with --model")
         })
     }
 
+    /// The tokenizer's file or folder; the model's folder by default.
+    ///
+    /// # Errors
+    /// When neither was given.
+    pub fn tokenizer(&self) -> Result<&Path> {
+        self.tokenizer.as_deref().map_or_else(|| self.model(), Ok)
+    }
+
     fn check(&self) -> Result<()> {
-        let engine = &self.engine;
+        let (model, tokenizer) = (self.model()?, self.tokenizer()?);
         if self.prompts.is_empty() {
             return Err(Error::setting("prompts", "[]", "holds no prompt", "give at least one, here or with --prompt"));
         }
@@ -205,50 +259,62 @@ impl Settings {
             return Err(Error::setting("stop_sequence", "\"\"", "is empty", "use null to turn it off"));
         }
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            let limit = "is no finite number of at least 0";
-            return Err(Error::setting(
-                "temperature",
-                self.temperature,
-                limit,
-                "use 0 for greedy, 1 for the model's own",
-            ));
+            let limit = "is not a finite number of at least 0";
+            let fix = "use 0 for greedy, 1 for the model's own";
+            return Err(Error::setting("temperature", self.temperature, limit, fix));
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             let limit = "is not above 0 and at most 1";
             return Err(Error::setting("top_p", self.top_p, limit, "use 1 to sample among all tokens"));
         }
-        let sizes = [
-            ("max_new_tokens", Some(self.max_new_tokens)),
-            ("top_k", self.top_k),
-            ("n_generations", Some(self.n_generations)),
-            ("n_rounds", Some(self.n_rounds)),
-            ("engine.max_seq_len", engine.max_seq_len),
-            ("engine.max_pages", engine.max_pages),
-            ("engine.page_size", Some(engine.page_size)),
-            ("engine.max_seqs", Some(engine.max_seqs)),
-            ("engine.max_seqs_in_prefill", Some(engine.max_seqs_in_prefill)),
-            ("engine.max_prefill_size", engine.max_prefill_size),
-            ("engine.max_rounds", Some(engine.max_rounds)),
-        ];
-        for (key, size) in sizes {
-            match size {
+        for (key, value) in self.entries() {
+            match value.as_u64() {
+                _ if NOT_COUNTS.contains(&key.as_str()) => {}
                 Some(0) => return Err(Error::setting(key, 0, "is below 1", "use 1 or more")),
-                // Positions, page ids and row offsets are i32 on the device.
                 Some(size) if i32::try_from(size).is_err() => {
                     return Err(Error::setting(key, size, format!("exceeds {}", i32::MAX), "use less"));
                 }
                 _ => {}
             }
         }
-        if !self.model.is_dir() {
-            let fix = "download the checkpoint and give its folder (in a config file relative to that file)";
-            return Err(Error::setting("hf_checkpoint", self.model.display(), "is no folder", fix));
+        for (key, size, limit) in [
+            ("n_generations", self.n_generations, SampleId::GENERATIONS),
+            ("n_rounds", self.n_rounds, SampleId::ROUNDS),
+        ] {
+            if size > limit {
+                let limit = format!("exceeds {limit}, the most that random keys tell apart");
+                return Err(Error::setting(key, size, limit, "use less, or several runs with seeds of their own"));
+            }
         }
-        if !self.tokenizer.exists() {
+        if !model.is_dir() {
+            let fix = "download the checkpoint and give its folder (in a config file relative to that file)";
+            return Err(Error::setting("hf_checkpoint", model.display(), "is not a folder", fix));
+        }
+        if !tokenizer.exists() {
             let fix = "give tokenizer.json or its folder, or leave the key out to use the model's";
-            return Err(Error::setting("tokenizer", self.tokenizer.display(), "does not exist", fix));
+            return Err(Error::setting("tokenizer", tokenizer.display(), "does not exist", fix));
         }
         Ok(())
+    }
+
+    /// Every key with its value as it is printed, in no particular order; keys of sections are dotted.
+    fn entries(&self) -> Vec<(String, Value)> {
+        fn flatten(prefix: &str, value: Value, entries: &mut Vec<(String, Value)>) {
+            match value {
+                Value::Object(section) => section.into_iter().for_each(|(key, value)| {
+                    let dotted = if prefix.is_empty() { key } else { format!("{prefix}.{key}") };
+                    flatten(&dotted, value, entries);
+                }),
+                value => entries.push((prefix.to_owned(), value)),
+            }
+        }
+        let mut entries = Vec::new();
+        flatten("", self.to_json(), &mut entries);
+        entries
+    }
+
+    fn to_json(&self) -> Value {
+        serde_json::to_value(self).expect("text, numbers and sections are always JSON")
     }
 
     /// Samples of the whole run.
@@ -305,236 +371,150 @@ impl Settings {
     ///
     /// Sizes of the engine are not part of it: they change speed and memory only.
     pub fn identity(&self) -> String {
-        serde_json::json!({
-            "prompts": self.prompts,
-            "stop_sequence": self.stop_sequence,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "n_generations": self.n_generations,
-            "n_rounds": self.n_rounds,
-            "chat": self.chat,
-            "seed": self.engine.seed,
-            "compute_dtype": self.engine.compute_dtype,
-        })
-        .to_string()
+        let mut all = self.to_json();
+        let engine = all["engine"].take();
+        let deciding = all.as_object_mut().expect("settings are a section");
+        for elsewhere in ["engine", "hf_checkpoint", "tokenizer"] {
+            deciding.remove(elsewhere);
+        }
+        deciding.insert("prompts".into(), self.prompts.clone().into());
+        for key in ["seed", "compute_dtype"] {
+            deciding.insert(key.into(), engine[key].clone());
+        }
+        all.to_string()
     }
 }
 
 impl fmt::Display for Settings {
-    /// One `key: value` a line, as a config file would spell it; prompts are counted, not printed.
+    /// As YAML, as a config file would spell it; prompts are counted, not printed.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let null = |size: Option<usize>| size.map_or("null".to_owned(), |size| size.to_string());
-        let engine = &self.engine;
-        writeln!(f, "hf_checkpoint: {}", self.model.display())?;
-        writeln!(f, "tokenizer: {}", self.tokenizer.display())?;
-        writeln!(f, "prompts: {}", self.prompts.len())?;
-        match &self.stop_sequence {
-            Some(stop) => writeln!(f, "stop_sequence: {stop:?}")?,
-            None => writeln!(f, "stop_sequence: null")?,
+        f.write_str(serde_saphyr::to_string(self).map_err(|_| fmt::Error)?.as_str())
+    }
+}
+
+/// Levanter's default, which holds where a config file does not name the key.
+fn levanter_stop_sequence() -> Option<String> {
+    Some(".".to_owned())
+}
+
+fn as_text<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    path.as_ref().map(|path| path.display().to_string()).serialize(serializer)
+}
+
+fn as_count<S: Serializer>(prompts: &[String], serializer: S) -> Result<S::Ok, S::Error> {
+    prompts.len().serialize(serializer)
+}
+
+/// Reads one text, or a list of texts.
+fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    struct Texts;
+
+    impl<'de> Visitor<'de> for Texts {
+        type Value = Vec<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("text or a list of texts")
         }
-        writeln!(f, "max_new_tokens: {}", self.max_new_tokens)?;
-        writeln!(f, "temperature: {}", self.temperature)?;
-        writeln!(f, "top_k: {}", null(self.top_k))?;
-        writeln!(f, "top_p: {}", self.top_p)?;
-        writeln!(f, "n_generations: {}", self.n_generations)?;
-        writeln!(f, "n_rounds: {}", self.n_rounds)?;
-        writeln!(f, "engine:")?;
-        writeln!(f, "  max_seq_len: {}", null(engine.max_seq_len))?;
-        writeln!(f, "  max_pages: {}", null(engine.max_pages))?;
-        writeln!(f, "  page_size: {}", engine.page_size)?;
-        writeln!(f, "  max_seqs: {}", engine.max_seqs)?;
-        writeln!(f, "  max_seqs_in_prefill: {}", engine.max_seqs_in_prefill)?;
-        writeln!(f, "  max_prefill_size: {}", null(engine.max_prefill_size))?;
-        writeln!(f, "  max_rounds: {}", engine.max_rounds)?;
-        writeln!(f, "  seed: {}", engine.seed)?;
-        writeln!(f, "  compute_dtype: {}", engine.compute_dtype)
-    }
-}
 
-/// The element type that a config or flag calls `f32`, `float32`, `bf16` or `bfloat16`.
-pub fn parse_dtype(name: &str) -> Option<Element> {
-    match name {
-        "f32" | "float32" => Some(Element::F32),
-        "bf16" | "bfloat16" => Some(Element::Bf16),
-        _ => None,
-    }
-}
-
-/// A config file whose keys are all known.
-struct ConfigFile {
-    path: PathBuf,
-    text: String,
-    root: Mapping,
-}
-
-impl ConfigFile {
-    fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-        let root = match serde_yaml_ng::from_str(&text) {
-            Ok(Value::Mapping(root)) => root,
-            Ok(_) => return Err(Error::file(path, "it holds no keys", "write it as `key: value` lines")),
-            Err(error) => return Err(Error::file(path, error, "repair the YAML")),
-        };
-        let file = Self { path: path.into(), text, root };
-        file.check_keys(&file.root, "")?;
-        Ok(file)
-    }
-
-    /// Refuses the first unknown key.
-    fn check_keys(&self, mapping: &Mapping, prefix: &str) -> Result<()> {
-        for (key, value) in mapping {
-            let Some(name) = key.as_str() else {
-                return Err(self.refuse(
-                    &format!("{prefix}{}", show(key)),
-                    "is a key that is no text".into(),
-                    "quote it",
-                ));
-            };
-            let dotted = format!("{prefix}{name}");
-            if KEYS.contains(&dotted.as_str()) {
-                continue;
-            }
-            let section = format!("{dotted}.");
-            if KEYS.iter().any(|known| known.starts_with(&section)) {
-                match value {
-                    Value::Mapping(inner) => self.check_keys(inner, &section)?,
-                    other => {
-                        let problem = format!("= {} is no section of keys", show(other));
-                        return Err(self.refuse(&dotted, problem, "write its keys indented below it"));
-                    }
-                }
-                continue;
-            }
-            let fix = format!("did you mean {}?", nearest_key(&dotted));
-            return Err(self.refuse(&dotted, "is no known key".into(), &fix));
+        fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+            Ok(vec![text.to_owned()])
         }
-        Ok(())
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(Vec::new())
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
+            Deserialize::deserialize(de::value::SeqAccessDeserializer::new(list))
+        }
     }
 
-    fn folder(&self) -> &Path {
-        self.path.parent().unwrap_or(Path::new(""))
-    }
-
-    fn find(&self, key: &str) -> Option<&Value> {
-        let mut parts = key.split('.');
-        let first = self.root.get(parts.next()?)?;
-        parts.try_fold(first, |value, part| value.get(part))
-    }
-
-    fn is_null(&self, key: &str) -> bool {
-        self.find(key).is_some_and(Value::is_null)
-    }
-
-    /// A key's value; absent and null are `None`.
-    fn get<T>(&self, key: &str, what: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
-        let Some(value) = self.find(key).filter(|value| !value.is_null()) else { return Ok(None) };
-        let mistyped = || {
-            let quoted = if what.starts_with("text") { "put it in quotes" } else { "repair it" };
-            self.refuse(key, format!("= {} is not {what}", show(value)), quoted)
-        };
-        read(value).map(Some).ok_or_else(mistyped)
-    }
-
-    fn prompts(&self) -> Result<Vec<String>> {
-        let prompts = match self.find("prompts") {
-            None | Some(Value::Null) => return Ok(Vec::new()),
-            Some(Value::Sequence(prompts)) => prompts.as_slice(),
-            Some(one) => std::slice::from_ref(one),
-        };
-        let read = |(index, prompt): (usize, &Value)| {
-            let mistyped = || {
-                let problem = format!("holds {} at place {index}, which YAML reads as no text", show(prompt));
-                self.refuse("prompts", problem, "put it in quotes")
-            };
-            prompt.as_str().map(str::to_owned).ok_or_else(mistyped)
-        };
-        prompts.iter().enumerate().map(read).collect()
-    }
-
-    fn refuse(&self, key: &str, problem: String, fix: &str) -> Error {
-        let line = self.line(key).map_or(String::new(), |line| format!("line {line}: "));
-        Error::file(&self.path, format!("{line}{key} {problem}"), fix)
-    }
-
-    /// The line of a dotted key. The parser tells positions only in errors: so one is provoked there.
-    fn line(&self, key: &str) -> Option<usize> {
-        let parts: Vec<_> = key.split('.').collect();
-        let found = LineProbe(&parts).deserialize(serde_yaml_ng::Deserializer::from_str(&self.text));
-        Some(found.err()?.location()?.line())
-    }
+    deserializer.deserialize_any(Texts)
 }
 
-/// A value as the user might have written it, on one line.
-fn show(value: &Value) -> String {
-    serde_yaml_ng::to_string(value).map_or_else(|_| format!("{value:?}"), |text| text.trim_end().replace('\n', " "))
-}
-
-/// The known key that is most like an unknown one: by its last part too, for a key in the wrong section.
-fn nearest_key(unknown: &str) -> &'static str {
-    let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
-    let likeness = |known: &&str| {
-        let parts = strsim::normalized_damerau_levenshtein(&last(unknown), &last(known));
-        parts.max(strsim::normalized_damerau_levenshtein(unknown, known))
+/// Reads YAML; else what is wrong with it (line, key, value, limit), and the fix.
+fn from_yaml(text: &str) -> Result<Settings, (String, String)> {
+    let options = serde_saphyr::options! {
+        // Text that looks like a number or a switch must be quoted: `prompts: [1984]` is rather a mistake.
+        no_schema: true,
+        strict_booleans: true,
+        with_snippet: false,
+        // The file is the user's own, and a list of prompts may be long.
+        budget: None,
     };
-    KEYS.into_iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b))).expect("there are known keys")
-}
-
-/// Follows a dotted key through a document and fails at the key.
-struct LineProbe<'a>(&'a [&'a str]);
-
-impl<'de> DeserializeSeed<'de> for LineProbe<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for LineProbe<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a mapping")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let (&target, rest) = self.0.split_first().expect("a dotted key has parts");
-        while let Some(matches) = map.next_key_seed(KeyProbe { target, is_last: rest.is_empty() })? {
-            if matches && !rest.is_empty() {
-                map.next_value_seed(LineProbe(rest))?;
-            } else {
-                map.next_value::<IgnoredAny>()?;
-            }
+    let mut path = String::new();
+    let settings = serde_saphyr::with_deserializer_from_str_with_options(text, options, |yaml| {
+        serde_path_to_error::deserialize::<_, Option<Settings>>(yaml).map_err(|error| {
+            path = error.path().to_string();
+            error.into_inner()
+        })
+    });
+    let no_keys = || ("it holds no keys".to_owned(), "write it as `key: value` lines".to_owned());
+    match settings {
+        Ok(settings) => settings.ok_or_else(no_keys),
+        Err(YamlError::Unexpected { .. }) if path == "." => Err(no_keys()),
+        Err(error) => {
+            let (problem, fix) = explain(text, &path, &error);
+            let line = error.location().map_or(String::new(), |location| format!("line {}: ", location.line()));
+            Err((format!("{line}{problem}"), fix))
         }
-        Ok(())
     }
 }
 
-struct KeyProbe<'a> {
-    target: &'a str,
-    is_last: bool,
-}
-
-impl<'de> DeserializeSeed<'de> for KeyProbe<'_> {
-    type Value = bool;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<bool, D::Error> {
-        deserializer.deserialize_str(self)
+/// What is wrong at `path`, and the fix.
+fn explain(text: &str, path: &str, error: &YamlError) -> (String, String) {
+    let value = error.location().and_then(|location| {
+        let start = usize::try_from(location.span().byte_offset()?).ok()?;
+        let length = usize::try_from(location.span().byte_len()?).ok()?;
+        // Of a list or a section the parser marks the beginning only; of nothing, the colon before it.
+        let rest = text.get(start..)?.lines().next().unwrap_or_default();
+        let length = if length == 0 || rest.starts_with(['[', '{']) { rest.len() } else { length };
+        let value = text.get(start..start + length)?.trim_start_matches(':').trim();
+        (!value.is_empty()).then_some(value)
+    });
+    let (value, path) = (value.unwrap_or("null"), &path.replace('?', "(key)"));
+    let limit = |limit: &str, fix: &str| (format!("{path} = {value} {limit}"), fix.to_owned());
+    match error {
+        YamlError::SerdeUnknownField { field, expected, .. } => {
+            (format!("{path} is not a known key"), did_you_mean(path, field, expected))
+        }
+        YamlError::DuplicateMappingKey { key: Some(key), .. } => {
+            (format!("{key} is there twice"), "keep one of the two".to_owned())
+        }
+        YamlError::QuotingRequired { .. } | YamlError::NullIntoString { .. } => {
+            limit("is not text", "put it in quotes")
+        }
+        YamlError::InvalidScalar { ty: "floating point", .. } => limit("is not a number", "repair it"),
+        YamlError::InvalidScalar { ty, .. } if ty.starts_with('u') => {
+            limit("is not a whole number of at least 0 and below 2^64", "repair it")
+        }
+        YamlError::InvalidBooleanStrict { .. } => limit("is not true or false", "write one of them"),
+        YamlError::Unexpected { expected: "mapping start", .. } => {
+            limit("is not a section of keys", "write its keys indented below it")
+        }
+        YamlError::SerdeUnknownVariant { expected, .. } => {
+            limit(&format!("is not one of {}", expected.join(", ")), "choose one of them")
+        }
+        YamlError::SerdeInvalidType { unexpected, expected, .. } => {
+            (format!("{path} is {unexpected}, not {expected}"), "put text in quotes".to_owned())
+        }
+        other if path == "." => (other.to_string(), "repair the YAML".to_owned()),
+        other => (format!("{path}: {other}"), "repair the YAML".to_owned()),
     }
 }
 
-impl Visitor<'_> for KeyProbe<'_> {
-    type Value = bool;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<bool, E> {
-        let matches = key == self.target;
-        if matches && self.is_last { Err(E::custom("here")) } else { Ok(matches) }
+/// The known key that is most like the unknown key at `path`: of its own section, or else of another one.
+fn did_you_mean(path: &str, unknown: &str, siblings: &[&str]) -> String {
+    let likeness =
+        |known: &str| strsim::normalized_damerau_levenshtein(unknown, known.rsplit('.').next().unwrap_or(known));
+    let section = path.strip_suffix(unknown).unwrap_or_default();
+    let siblings: Vec<String> = siblings.iter().map(|key| format!("{section}{key}")).collect();
+    let elsewhere = Settings::default().entries().into_iter().map(|(key, _)| key);
+    // The last of equal maxima is taken: a key of the same section.
+    let nearest = elsewhere.chain(siblings.iter().cloned()).max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+    match nearest {
+        Some(nearest) if likeness(&nearest) >= 0.5 => format!("did you mean {nearest}?"),
+        _ => format!("known here are {}", siblings.join(", ")),
     }
 }
 
@@ -548,20 +528,32 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples")
     }
 
-    fn resolve(text: &str, flags: Overrides) -> Result<Settings> {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("run.yaml");
-        std::fs::write(&path, text).unwrap();
-        Settings::resolve(Some(&path), flags)
+    /// The flags of a command line.
+    fn flags(line: &[&str]) -> Flags {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            flags: Flags,
+        }
+        <Line as clap::Parser>::try_parse_from([&["pagoda"], line].concat()).unwrap().flags
     }
 
-    fn model() -> Overrides {
-        Overrides { model: Some(examples().join(MODEL)), ..Overrides::default() }
+    fn resolve_bytes(bytes: &[u8], line: &[&str]) -> Result<Settings> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.yaml");
+        std::fs::write(&path, bytes).unwrap();
+        Settings::resolve(Some(&path), &flags(line))
+    }
+
+    /// The settings of a file with this text and of these flags, for the tiny model.
+    fn resolve(text: &str, line: &[&str]) -> Result<Settings> {
+        let model = examples().join(MODEL);
+        resolve_bytes(text.as_bytes(), &[&["--model", model.to_str().unwrap()], line].concat())
     }
 
     #[test]
     fn levanter_defaults() {
-        let settings = resolve("prompts: Hello", model()).unwrap();
+        let settings = resolve("prompts: Hello", &[]).unwrap();
         assert_eq!(settings.prompts, ["Hello"]);
         assert_eq!(settings.stop_sequence.as_deref(), Some("."));
         assert_eq!((settings.max_new_tokens, settings.temperature), (192, 0.7));
@@ -570,38 +562,85 @@ mod tests {
             (engine.page_size, engine.max_seqs, engine.max_seqs_in_prefill, engine.max_rounds),
             (128, 256, 16, 32)
         );
-        assert_eq!((engine.seed, engine.compute_dtype, engine.max_pages), (0, Element::Bf16, None));
+        assert_eq!((engine.seed, engine.compute_dtype, engine.max_pages), (0, Compute::Bf16, None));
 
-        let flags = Settings::resolve(None, Overrides { prompts: vec!["Hello".into()], ..model() }).unwrap();
-        assert_eq!(flags, Settings { stop_sequence: None, ..settings });
+        let model = examples().join(MODEL);
+        let line = flags(&["--model", model.to_str().unwrap(), "--prompt", "Hello"]);
+        let no_file = Settings::resolve(None, &line).unwrap();
+        assert_eq!(no_file, Settings { stop_sequence: None, ..settings });
     }
 
     #[test]
-    fn the_demo_config() {
-        let settings = Settings::resolve(Some(&examples().join("configs/demo.yaml")), Overrides::default()).unwrap();
-        assert_eq!((settings.prompts.len(), settings.temperature), (8, 0.0));
-        let again: Value = serde_yaml_ng::from_str(&settings.to_string()).unwrap();
-        assert_eq!(again["engine"]["page_size"].as_u64(), Some(settings.engine.page_size as u64));
+    fn what_took_effect_is_printed_as_yaml() {
+        let demo = examples().join("configs/demo.yaml");
+        let settings =
+            Settings::resolve(Some(&demo), &flags(&["--temperature", "0.7", "--stop-sequence", "1.0"])).unwrap();
+        assert_eq!(settings.hf_checkpoint, Some(examples().join("configs/../models/tiny-llama-kjv")));
+        let paths = format!("{}/configs/../models/tiny-llama-kjv", examples().display());
+        let printed = settings.to_string().replace(&paths, "MODEL");
+        let expected = "hf_checkpoint: MODEL\ntokenizer: MODEL\nprompts: 8\nstop_sequence: \"1.0\"\n\
+            max_new_tokens: 48\ntemperature: 0.7\ntop_k: null\ntop_p: 1.0\nn_generations: 1\nn_rounds: 1\n\
+            chat: false\nengine:\n  max_seq_len: 256\n  max_pages: 128\n  page_size: 16\n  max_seqs: 8\n  \
+            max_seqs_in_prefill: 8\n  max_prefill_size: 64\n  max_rounds: 16\n  seed: 0\n  compute_dtype: f32\n";
+        assert_eq!(printed, expected);
+        // Read again, it is the same run, but for the prompts, which are only counted.
+        let again = resolve(&settings.to_string().replace("prompts: 8", "prompts: a"), &[]).unwrap();
+        assert_eq!(again.engine, settings.engine);
+    }
+
+    /// The identity is what journals of earlier releases hold: it must not change for runs that do not.
+    #[test]
+    fn the_identity_holds_what_decides_the_texts() {
+        let text = "prompts: [a, \"b\"]\nmax_new_tokens: 4\nengine: {seed: 3, compute_dtype: float32}";
+        let identity = |line: &[&str]| resolve(text, line).unwrap().identity();
+        let expected = "{\"chat\":false,\"compute_dtype\":\"f32\",\"max_new_tokens\":4,\"n_generations\":1,\
+            \"n_rounds\":1,\"prompts\":[\"a\",\"b\"],\"seed\":3,\"stop_sequence\":\".\",\
+            \"temperature\":0.699999988079071,\"top_k\":null,\"top_p\":1.0}";
+        assert_eq!(identity(&[]), expected);
+        for same in [&["--max-pages", "7"], &["--max-seqs", "3"], &["--page-size", "8"], &["--max-rounds", "2"]] {
+            assert_eq!(identity(same), expected, "{same:?}");
+        }
+        let others: [&[&str]; 9] = [
+            &["--prompt", "c"],
+            &["--stop-sequence", "!"],
+            &["--max-new-tokens", "5"],
+            &["--temperature", "0"],
+            &["--top-k", "9"],
+            &["--n-rounds", "2"],
+            &["--chat"],
+            &["--seed", "4"],
+            &["--compute", "bf16"],
+        ];
+        for other in others {
+            assert_ne!(identity(other), expected, "{other:?}");
+        }
     }
 
     #[test]
     fn flags_win() {
-        let text = "prompts: [a, b]\nstop_sequence: null\ntemperature: 1\ntop_k: 5\nengine: {seed: 3, max_pages: 7}\n";
-        let file = resolve(text, model()).unwrap();
-        assert_eq!((file.prompts.len(), file.stop_sequence, file.top_k), (2, None, Some(5)));
+        let text = "prompts: [a, b]\nstop_sequence: null\ntemperature: 1\ntop_k: 5\nchat: true\n\
+                    engine: {seed: 3, max_pages: 7}\n";
+        let file = resolve(text, &[]).unwrap();
+        assert_eq!((file.prompts.len(), &file.stop_sequence, file.top_k, file.chat), (2, &None, Some(5), true));
         assert_eq!((file.temperature, file.engine.seed, file.engine.max_pages), (1.0, 3, Some(7)));
-        let flags = Overrides {
+        let line = "--prompt c --temperature 0 --top-k 0 --seed 4 --compute f32 --chat=false --n-rounds 2";
+        let both = resolve(text, &line.split(' ').collect::<Vec<_>>()).unwrap();
+        let expected = Settings {
             prompts: vec!["c".into()],
-            temperature: Some(0.0),
-            top_k: Some(0),
-            seed: Some(4),
-            compute_dtype: parse_dtype("f32"),
-            ..model()
+            temperature: 0.0,
+            top_k: None,
+            chat: false,
+            n_rounds: 2,
+            engine: EngineSettings { seed: 4, compute_dtype: Compute::F32, ..file.engine.clone() },
+            ..file
         };
-        let both = resolve(text, flags).unwrap();
-        assert_eq!((both.prompts, both.temperature, both.top_k), (vec!["c".to_owned()], 0.0, None));
-        let engine = both.engine;
-        assert_eq!((engine.seed, engine.max_pages, engine.compute_dtype), (4, Some(7), Element::F32));
+        assert_eq!(both, expected);
+    }
+
+    #[test]
+    fn a_byte_order_mark_and_windows_line_ends_are_read() {
+        let settings = resolve("\u{feff}prompts: a\r\nmax_new_tokens: 3\r\n", &[]).unwrap();
+        assert_eq!((settings.prompts, settings.max_new_tokens), (vec!["a".to_owned()], 3));
     }
 
     #[test]
@@ -609,64 +648,91 @@ mod tests {
         let cases = [
             (
                 "prompts: a\nengine:\n  max_page: 3",
-                "line 3: engine.max_page is no known key: did you mean engine.max_pages?",
+                "line 3: engine.max_page is not a known key: did you mean engine.max_pages?",
             ),
-            ("prompts: a\ntemprature: 3", "line 2: temprature is no known key: did you mean temperature?"),
-            ("prompts: a\nseed: 3", "line 2: seed is no known key: did you mean engine.seed?"),
-            ("a: {b: 1}", "line 1: a is no known key"),
-            ("1: 2", "1 is a key that is no text: quote it"),
-            ("engine: 3", "line 1: engine = 3 is no section of keys"),
+            ("prompts: a\ntemprature: 3", "line 2: temprature is not a known key: did you mean temperature?"),
+            ("prompts: a\nseed: 3", "line 2: seed is not a known key: did you mean engine.seed?"),
+            ("engine: {temperature: 3}", "line 1: engine.temperature is not a known key: did you mean temperature?"),
+            ("# a\n\nzzz: {b: 1}", "line 3: zzz is not a known key: known here are hf_checkpoint, tokenizer, prompts"),
+            ("engine: {zzz: 1}", "engine.zzz is not a known key: known here are engine.max_seq_len, engine.max_pages"),
+            ("1: 2", "line 1: (key) = 1 is not text: put it in quotes"),
+            ("engine: 3", "line 1: engine = 3 is not a section of keys: write its keys indented below it"),
+            ("prompts: a\nengine:", "line 2: engine = null is not a section of keys"),
+            ("prompts:\n- a\n- 1984", "line 3: prompts[1] = 1984 is not text: put it in quotes"),
+            ("prompts: [null]", "line 1: prompts[0] = null is not text: put it in quotes"),
+            ("prompts: 1984", "line 1: prompts is integer `1984`, not text or a list of texts: put text in quotes"),
+            ("prompts: yes it is\nstop_sequence: 1.0", "line 2: stop_sequence = 1.0 is not text: put it in quotes"),
+            ("prompts: a\nmax_new_tokens: -1", "line 2: max_new_tokens = -1 is not a whole number of at least 0"),
+            ("prompts: a\nmax_new_tokens: 1.5", "line 2: max_new_tokens = 1.5 is not a whole number"),
+            ("prompts: a\nmax_new_tokens: [1, 2]", "line 2: max_new_tokens: expected string scalar at line 2"),
+            ("prompts: a\nmax_new_tokens: null", "line 2: max_new_tokens = null is not a whole number"),
             (
-                "prompts:\n- a\n- 1984",
-                "line 1: prompts holds 1984 at place 1, which YAML reads as no text: put it in quotes",
+                "engine:\n  seed: 99999999999999999999999",
+                "line 2: engine.seed = 99999999999999999999999 is not a whole",
             ),
-            (
-                "prompts: yes it is\nstop_sequence: 1.0",
-                "line 2: stop_sequence = 1.0 is not text or null: put it in quotes",
-            ),
-            ("prompts: a\nmax_new_tokens: -1", "line 2: max_new_tokens = -1 is not a whole number"),
+            ("prompts: a\ntemperature: hot # very", "line 2: temperature = hot is not a number: repair it"),
+            ("chat: maybe", "line 1: chat = maybe is not true or false"),
             (
                 "prompts: a\nengine: {compute_dtype: int8}",
-                "line 2: engine.compute_dtype = int8 is not float32 or bfloat16",
+                "line 2: engine.compute_dtype = int8 is not one of f32, float32, bf16, bfloat16: choose one of them",
             ),
-            ("prompts: a\nprompts: b", "duplicate entry with key \"prompts\""),
-            ("- a", "it holds no keys"),
+            ("prompts: a\nprompts: b", "line 2: prompts is there twice: keep one of the two"),
+            ("- a", "it holds no keys: write it as `key: value` lines"),
             ("", "it holds no keys"),
-            ("prompts: [a", "repair the YAML"),
+            ("# a comment", "it holds no keys"),
+            ("prompts: [a", "line 1: prompts: unclosed bracket '['"),
             ("prompts: []", "prompts = [] holds no prompt: give at least one"),
             ("temperature: 0", "prompts = [] holds no prompt: give at least one"),
             ("prompts: a\nstop_sequence: ''", "stop_sequence = \"\" is empty: use null to turn it off"),
-            ("prompts: a\ntemperature: .nan", "temperature = NaN is no finite number of at least 0"),
-            ("prompts: a\ntemperature: -0.5", "temperature = -0.5 is no finite number"),
+            ("prompts: a\ntemperature: .nan", "temperature = NaN is not a finite number of at least 0"),
+            ("prompts: a\ntemperature: -0.5", "temperature = -0.5 is not a finite number"),
             ("prompts: a\ntop_p: 0", "top_p = 0 is not above 0 and at most 1"),
             ("prompts: a\nmax_new_tokens: 0", "max_new_tokens = 0 is below 1: use 1 or more"),
+            ("prompts: a\nn_rounds: 5000", "n_rounds = 5000 exceeds 4096, the most that random keys tell apart"),
             ("prompts: a\nengine: {page_size: 0}", "engine.page_size = 0 is below 1"),
             ("prompts: a\nengine: {max_pages: 3000000000}", "engine.max_pages = 3000000000 exceeds 2147483647"),
             ("prompts: a\ntokenizer: nowhere", "nowhere does not exist: give tokenizer.json"),
         ];
         for (text, message) in cases {
-            let error = resolve(text, model()).unwrap_err();
+            let error = resolve(text, &[]).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{text}");
             assert!(error.to_string().contains(message), "{text}\n{error}");
         }
-        let error = resolve("prompts: a\nhf_checkpoint: gs://x/y", Overrides::default()).unwrap_err().to_string();
-        assert!(error.contains("gs://x/y is no folder: download"), "{error}");
-        let error = resolve("prompts: a", Overrides::default()).unwrap_err().to_string();
-        assert!(error.contains("hf_checkpoint = null names no model"), "{error}");
-        let error = Settings::resolve(Some(Path::new("nowhere.yaml")), Overrides::default()).unwrap_err();
-        assert_eq!((error.exit_code(), error.to_string().contains("cannot read nowhere.yaml")), (2, true));
+    }
+
+    #[test]
+    fn bad_files_are_named() {
+        let cases: [(&[u8], &str); 4] = [
+            (b"prompts: a", "hf_checkpoint = null names no model"),
+            (b"prompts: a\nhf_checkpoint: gs://x/y", "gs://x/y is not a folder: download"),
+            (b"prompts: a\nmax_new_tokens: \xff", "run.yaml: line 2 is not UTF-8 text: save the file as UTF-8"),
+            (b"\xff\xfep\0r\0", "run.yaml: line 1 is not UTF-8 text: save the file as UTF-8"),
+        ];
+        for (bytes, message) in cases {
+            let error = resolve_bytes(bytes, &[]).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{message}");
+            assert!(error.to_string().contains(message), "{message}\n{error}");
+        }
+        for (path, message) in [
+            (Path::new("nowhere.yaml"), "cannot read nowhere.yaml"),
+            (&examples(), "examples: it is a folder: give the YAML file itself"),
+        ] {
+            let error = Settings::resolve(Some(path), &flags(&[])).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{message}");
+            assert!(error.to_string().contains(message), "{message}\n{error}");
+        }
     }
 
     #[test]
     fn limits_follow_the_requests() {
         let text = "prompts: [a, b, c]\nmax_new_tokens: 10\nengine: {page_size: 8}";
-        let settings = resolve(text, model()).unwrap();
+        let settings = resolve(text, &[]).unwrap();
         let limits = settings.limits(&[3, 9, 5], 4608).unwrap();
         assert_eq!((limits.max_seq_len, limits.max_seqs, limits.max_pages), (19, 3, 9));
         assert_eq!((limits.max_seqs_in_prefill, limits.max_prefill_size, limits.pages_per_seq()), (3, 17, 3));
 
         let text = "prompts: [a, b, c]\nmax_new_tokens: 10\nengine: {page_size: 8, max_seq_len: 32, max_pages: 2}";
-        let settings = resolve(text, model()).unwrap();
+        let settings = resolve(text, &[]).unwrap();
         let cases = [
             ([3, 40, 5], 64, "prompts[1] = 40 tokens leaves no room for a new token within engine.max_seq_len = 32"),
             ([3, 30, 5], 64, "max_new_tokens = 10 and the 30 tokens of prompts[1] exceed engine.max_seq_len = 32"),

@@ -4,18 +4,20 @@
 //! moves a few kilobytes of integers in between. The KV buffer stays on the device and is donated from call to call.
 //!
 //! Invariants: every request that was accepted ends in exactly one [`Finished`], handed out as soon as it is done; a
-//! cancelled run has handed out all that was finished. The text of a sample depends on its own prompt, index and
-//! generation only, whatever ran beside it.
+//! cancelled run has handed out all that was finished. The text of a sample depends on its own prompt, index, round
+//! and generation only, whatever ran beside it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use pagoda_ir::stablehlo::Module;
 use pagoda_ir::tensor::HostTensor;
-use pagoda_ir::{Context, Element};
+use pagoda_ir::{Context, Element, TensorType};
 
 use crate::error::{Error, Result};
 use crate::llama::DeviceModel;
 use crate::llama::step::{self, KernelForm, Output, StepShape};
+use crate::memory::Room;
 use crate::model::config::LlamaConfig;
 use crate::pjrt::{Arg, Buffer, Client, Executable};
 use crate::sampler::Sampling;
@@ -49,7 +51,7 @@ impl SamplingOptions {
     }
 }
 
-/// Where the run stands, told after every host call.
+/// Where the run stands, reported after every host call.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Progress {
     /// Samples that are done.
@@ -124,6 +126,8 @@ pub struct Engine {
     model: DeviceModel,
     prefill: Executable,
     decode: Executable,
+    /// Makes a KV cache of zeros.
+    empty_cache: Executable,
     /// Taken while a call has it.
     kv: Option<Buffer>,
     /// Temperature, top-k, top-p, seed.
@@ -132,14 +136,19 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Compiles the step programs and allocates the KV cache.
+    /// Compiles the step programs and allocates the KV cache, on the device only.
     ///
     /// # Errors
-    /// When the programs do not compile or the cache does not fit the device.
+    /// When the cache does not fit in the memory that is left (asked before anything is compiled), or the programs do not
+    /// compile.
     pub fn new(client: &Client, model: DeviceModel, options: EngineOptions) -> Result<Self> {
         let (shape, config) = (options.shape(), model.config());
         if shape.kernels != KernelForm::Stablehlo {
             crate::native::register_all(client.plugin())?;
+        }
+        let cache = shape.kv_type(config);
+        if let Some(room) = Room::of(client)? {
+            room.check(shape.pages, &cache)?;
         }
         let started = Instant::now();
         let context = Context::new();
@@ -149,9 +158,10 @@ impl Engine {
         let decode = step::decode(&context, config, &shape, kind, &end_of_text)?;
         let prefill = client.compile(prefill.bytecode(), 1)?;
         let decode = client.compile(decode.bytecode(), 1)?;
+        let empty_cache = client.compile(zeros(&context, &cache)?.bytecode(), 1)?;
         let compile = started.elapsed();
 
-        let kv = empty_cache(client, &shape, config)?;
+        let kv = allocate(&empty_cache)?;
         let sampling = options.sampling;
         let scalar = |tensor: HostTensor| client.upload(&tensor, 0);
         let parameters = [
@@ -161,7 +171,7 @@ impl Engine {
             scalar(HostTensor::new(&[2], &[(sampling.seed >> 32) as u32, sampling.seed as u32]))?,
         ];
         let client = client.clone();
-        Ok(Self { client, options, shape, model, prefill, decode, kv: Some(kv), parameters, compile })
+        Ok(Self { client, options, shape, model, prefill, decode, empty_cache, kv: Some(kv), parameters, compile })
     }
 
     /// Time spent emitting and compiling the step programs.
@@ -275,8 +285,7 @@ impl Engine {
             first_rows[sequence + 1] = at as i32;
             kv_lens[sequence] = row.kv_len() as i32;
             sample_rows[sequence] = at as i32 - 1;
-            keys[0][sequence] = row.id.index as u32;
-            keys[1][sequence] = row.id.generation;
+            [keys[0][sequence], keys[1][sequence]] = row.id.key();
             keys[2][sequence] = row.kv_len() as u32;
         }
         first_rows[rows.len() + 1..].fill(at as i32);
@@ -310,8 +319,7 @@ impl Engine {
             positions[slot] = row.position as i32;
             remaining[slot] = rounds as i32;
             table.set(slot, scheduler.pages(row.slot));
-            keys[0][slot] = row.id.index as u32;
-            keys[1][slot] = row.id.generation;
+            [keys[0][slot], keys[1][slot]] = row.id.key();
         }
         let [index, generation] = keys;
         self.upload([
@@ -352,7 +360,7 @@ impl Engine {
 
     /// The KV buffer; a new one when a failed call took the last with it.
     fn cache(&mut self) -> Result<Buffer> {
-        self.kv.take().map_or_else(|| empty_cache(&self.client, &self.shape, self.model.config()), Ok)
+        self.kv.take().map_or_else(|| allocate(&self.empty_cache), Ok)
     }
 }
 
@@ -366,9 +374,20 @@ fn launch(program: &Executable, model: &DeviceModel, kv: Buffer, args: Vec<Arg<'
         .map_err(|_| Error::runtime("running a step program")(format!("it returned {found} results instead of 2")))
 }
 
-fn empty_cache(client: &Client, shape: &StepShape, config: &LlamaConfig) -> Result<Buffer> {
-    let kv_type = shape.kv_type(config);
-    Ok(client.upload(&HostTensor::zeros(kv_type.element, &kv_type.dims), 0)?)
+/// A program of no arguments that makes an array of zeros where it runs: the host never holds it.
+fn zeros<'c>(context: &'c Context, array: &TensorType) -> Result<Module<'c>> {
+    let module = Module::new(context, "zeros");
+    module.function("main", &[], |b, _| Ok(vec![b.broadcast_to(b.scalar(array.element, 0.0)?, &array.dims)?]))?;
+    Ok(module)
+}
+
+/// Runs the program of [`zeros`] to its end.
+fn allocate(zeros: &Executable) -> Result<Buffer> {
+    let mut results = zeros.run(Vec::new())?;
+    let cache =
+        results.pop().ok_or_else(|| Error::runtime("allocating the KV cache")("the program returned nothing"))?;
+    cache.wait()?;
+    Ok(cache)
 }
 
 /// A page table `i32[slots, pages_per_seq]`; entries that no sequence uses are page 0.

@@ -33,7 +33,7 @@ impl Share {
             return Err(Error::setting("--hosts", hosts, "is not between 1 and 9999", "give the number of hosts"));
         }
         if host >= hosts {
-            let limit = format!("is no host of {hosts}");
+            let limit = format!("is not a host of {hosts}");
             return Err(Error::setting("--host-id", host, limit, format!("hosts count from 0 to {}", hosts - 1)));
         }
         Ok(Self { host, hosts })
@@ -235,7 +235,7 @@ mod tests {
                 |folder| edit(folder, |bytes| bytes.extend(bytes.clone())),
                 "line 5 holds prompt 2, generation 0, round 0, not the end",
             ),
-            (|folder| edit(folder, |bytes| bytes[0] = b'x'), "line 1 is no sample"),
+            (|folder| edit(folder, |bytes| bytes[0] = b'x'), "line 1 is not a sample"),
             (
                 |folder| {
                     let path = folder.join("host_0001_of_0002.run.json");
@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn hosts_are_checked() {
         let error = Share::new(4, 4).unwrap_err().to_string();
-        assert_eq!(error, "--host-id = 4 is no host of 4: hosts count from 0 to 3");
+        assert_eq!(error, "--host-id = 4 is not a host of 4: hosts count from 0 to 3");
         assert!(Share::new(0, 0).unwrap_err().to_string().contains("--hosts = 0"));
         assert_eq!(Share::new(2, 4).unwrap().file_name("jsonl"), "host_0002_of_0004.jsonl");
     }

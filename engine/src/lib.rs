@@ -7,6 +7,7 @@ pub mod error;
 pub mod generate;
 pub mod hosts;
 pub mod llama;
+pub mod memory;
 pub mod model;
 pub mod native;
 pub mod output;

@@ -113,7 +113,7 @@ impl Run {
 
 /// A short name for what `parts` hold: 64-bit FNV-1a over each part and its length, the same in every release.
 ///
-/// It tells runs apart that a user confused; it is no defence against forgery.
+/// It tells apart runs that a user confused; it is not a defence against forgery.
 pub fn fingerprint<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for part in parts {
@@ -274,7 +274,7 @@ pub(crate) fn torn_line(path: &Path, line: usize) -> Error {
 pub(crate) fn parse_lines(path: &Path, lines: &[&[u8]]) -> Result<Vec<Record>> {
     let parse = |(at, line): (usize, &&[u8])| {
         serde_json::from_slice(line).map_err(|error| {
-            let problem = format!("line {} is no sample: {error}", at + 1);
+            let problem = format!("line {} is not a sample: {error}", at + 1);
             Error::file(path, problem, "copy the file again, or delete it and run its host again")
         })
     };
@@ -391,7 +391,7 @@ pub(crate) mod tests {
         assert!(error.contains("samples of another run: give another --out"), "{error}");
         fs::write(folder.path().join("host_0000_of_0001.jsonl.partial"), "{}\n").unwrap();
         let error = open(&run).unwrap_err().to_string();
-        assert!(error.contains("line 1 is no sample: missing field `index`"), "{error}");
+        assert!(error.contains("line 1 is not a sample: missing field `index`"), "{error}");
     }
 
     #[test]

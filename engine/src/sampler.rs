@@ -1,11 +1,12 @@
 //! Sampling on the device: greedy, temperature, top-k, top-p.
 //!
-//! The token that a row yields depends on its logits and on (seed, global prompt index, generation, position) only:
+//! The token that a row yields depends on its logits and on (seed, global prompt index, round, generation, position) only:
 //! never on the slot it sits in, on its neighbours, on the host, or on how the work was cut into calls.
 //!
 //! - *Random bits*: Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11).
-//!   The row's key is `threefry(seed, [prompt index, generation])`, its bits at a position `threefry(key, [position, 0])`,
-//!   of which the upper 24 make a uniform number in `[0, 1)`.
+//!   The row's key is `threefry(seed, [prompt index, draw])`, where `draw` holds round and generation
+//!   ([`SampleId::key`](crate::units::SampleId::key)), its bits at a position `threefry(key, [position, 0])`, of which
+//!   the upper 24 make a uniform number in `[0, 1)`.
 //! - *Filters*: no sort. With `w = exp((logit - max) / temperature)`, the k-th largest weight, and the weight at which
 //!   the largest ones first sum to `p`, are found by bisection over the bit patterns of f32 (30 steps, each one
 //!   compare-and-reduce over the vocabulary), which is exact. Ties at the threshold are all kept. Top-k comes first,
@@ -49,7 +50,7 @@ pub struct Parameters<'c, 'a> {
 pub struct Keys<'c, 'a> {
     /// The prompt's global index.
     pub index: Tensor<'c, 'a>,
-    /// Which of the prompt's generations this is.
+    /// Which of the prompt's samples this is: its round and generation.
     pub generation: Tensor<'c, 'a>,
     /// The position that the sampled token will have.
     pub position: Tensor<'c, 'a>,

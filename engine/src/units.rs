@@ -2,7 +2,6 @@
 //!
 //! Plain counts stay `usize`; a newtype exists only where mixing two numbers would compile and be wrong.
 
-use std::fmt;
 use std::num::NonZeroUsize;
 
 /// Tokens that one KV page holds: the only way from tokens to pages.
@@ -39,28 +38,27 @@ pub struct Slot(pub usize);
 
 /// Which sample of a run this is. Ordered as results are printed and merged: by round, prompt, generation.
 ///
-/// The random key of a token depends on this, the seed and the position alone: never on slot, batch or host.
+/// The random key of a token depends on this, the seed and the position alone: never on slot, batch or host. So no two
+/// samples of a run share their random numbers, and a sample at temperature 0 is the same in every round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SampleId {
-    /// Repetition of the whole prompt list, from 0.
+    /// Repetition of the whole prompt list, from 0, below [`Self::ROUNDS`].
     pub round: u32,
     /// The prompt's place in the whole run's list, from 0, whichever host runs it.
     pub index: usize,
-    /// Which of the prompt's `n_generations` samples, from 0.
+    /// Which of the prompt's `n_generations` samples, from 0, below [`Self::GENERATIONS`].
     pub generation: u32,
 }
 
-/// A number of bytes, shown in the largest binary unit that keeps it above one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Bytes(pub u64);
+impl SampleId {
+    /// The most generations of a prompt: what 20 bits of a random key tell apart.
+    pub const GENERATIONS: usize = 1 << 20;
+    /// The most rounds of a run: what the other 12 bits tell apart.
+    pub const ROUNDS: usize = 1 << 12;
 
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [(u32, &str); 3] = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
-        match UNITS.into_iter().find(|(shift, _)| self.0 >> shift != 0) {
-            Some((shift, unit)) => write!(f, "{:.2} {unit}", self.0 as f64 / f64::from(1u32 << shift)),
-            None => write!(f, "{} B", self.0),
-        }
+    /// The two words of the random key: the prompt, and which of its samples. In round 0 the second is the generation.
+    pub fn key(self) -> [u32; 2] {
+        [self.index as u32, (self.round << 20) | self.generation]
     }
 }
 
@@ -73,7 +71,15 @@ mod tests {
         let page = PageSize::new(16).unwrap();
         assert_eq!([0, 1, 16, 17].map(|tokens| page.pages_for(tokens)), [0, 1, 1, 2]);
         assert_eq!(PageSize::new(0), None);
-        let shown = [1023, 1024, 7_348_736, 3 << 30].map(|bytes| Bytes(bytes).to_string());
-        assert_eq!(shown, ["1023 B", "1.00 KiB", "7.01 MiB", "3.00 GiB"]);
+    }
+
+    #[test]
+    fn samples_have_keys_of_their_own() {
+        let [most_rounds, most] = [SampleId::ROUNDS, SampleId::GENERATIONS].map(|count| count as u32 - 1);
+        let pairs = [0, 1, 2, most_rounds].map(|round| [0, 1, 2, most].map(|generation| (round, generation)));
+        let key = |(round, generation)| SampleId { round, index: 7, generation }.key();
+        let keys: std::collections::BTreeSet<_> = pairs.as_flattened().iter().copied().map(key).collect();
+        assert_eq!(keys.len(), 16);
+        assert_eq!(key((0, 5)), [7, 5], "round 0 has the keys that it had before rounds had keys");
     }
 }

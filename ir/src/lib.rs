@@ -2,6 +2,7 @@
 //!
 //! [`stablehlo`] builds whole programs for any PJRT plugin. This crate knows dialects, shapes and element types; it
 //! knows no kernel, no device and no file.
+pub mod bytes;
 pub mod context;
 pub mod element;
 pub mod error;
@@ -12,6 +13,7 @@ pub mod stablehlo;
 pub mod tensor;
 pub mod tile_machine;
 
+pub use bytes::Bytes;
 pub use context::Context;
 pub use element::Element;
 pub use error::{Error, Result};

@@ -9,109 +9,11 @@
 //! Nothing here allocates, reads a file, or asks a compiler.
 
 use std::fmt;
-use std::iter::Sum;
-use std::ops::{Add, Mul, Sub};
 
+pub use pagoda_ir::Bytes;
 use pagoda_ir::element::Element;
 use pagoda_ir::mosaic::tile_padded_bytes;
 use serde::{Deserialize, Serialize};
-
-/// A number of bytes. Shown in MiB from one MiB on, in KiB from one KiB on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Bytes(pub u64);
-
-impl Bytes {
-    /// `count` KiB.
-    pub const fn kib(count: u64) -> Self {
-        Self(count << 10)
-    }
-
-    /// `count` MiB.
-    pub const fn mib(count: u64) -> Self {
-        Self(count << 20)
-    }
-
-    /// `count` GiB.
-    pub const fn gib(count: u64) -> Self {
-        Self(count << 30)
-    }
-
-    /// The number in MiB.
-    pub fn as_mib(self) -> f64 {
-        self.0 as f64 / (1u64 << 20) as f64
-    }
-
-    /// What is left of this after `other`, or zero.
-    pub const fn saturating_sub(self, other: Self) -> Self {
-        Self(self.0.saturating_sub(other.0))
-    }
-
-    /// Reads `16MiB`, `512 KiB`, `2GiB`, or a plain number of bytes.
-    ///
-    /// # Errors
-    /// When the text is none of these, or too large for 64 bits.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let trimmed = text.trim();
-        let digits = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
-        let (number, unit) = trimmed.split_at(digits);
-        let shift = match unit.trim().to_ascii_lowercase().as_str() {
-            "" | "b" => 0,
-            "k" | "kib" => 10,
-            "m" | "mib" => 20,
-            "g" | "gib" => 30,
-            _ => return Err(format!("`{text}` is no size: write 16MiB, 512KiB, 2GiB or a number of bytes")),
-        };
-        let value: f64 =
-            number.parse().map_err(|_| format!("`{text}` is no size: write 16MiB or a number of bytes"))?;
-        let bytes = value * (1u64 << shift) as f64;
-        if bytes.fract() != 0.0 || bytes >= (1u64 << 53) as f64 {
-            return Err(format!("`{text}` is no whole number of bytes below 2^53"));
-        }
-        Ok(Self(bytes as u64))
-    }
-}
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = match self.0 {
-            bytes if bytes >= 1 << 20 => format!("{:.2} MiB", self.as_mib()),
-            bytes if bytes >= 1 << 10 => format!("{:.2} KiB", bytes as f64 / 1024.0),
-            bytes => format!("{bytes} B"),
-        };
-        f.pad(&text)
-    }
-}
-
-impl Add for Bytes {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self(self.0 + other.0)
-    }
-}
-
-impl Sub for Bytes {
-    type Output = Self;
-
-    fn sub(self, other: Self) -> Self {
-        Self(self.0 - other.0)
-    }
-}
-
-impl Mul<u64> for Bytes {
-    type Output = Self;
-
-    fn mul(self, factor: u64) -> Self {
-        Self(self.0 * factor)
-    }
-}
-
-impl Sum for Bytes {
-    fn sum<I: Iterator<Item = Self>>(parts: I) -> Self {
-        parts.fold(Self(0), Add::add)
-    }
-}
 
 /// What windows are given VMEM in (libtpu 0.0.52 on every chip: 2560 bytes take 3072, while scratch of 512 takes 512).
 pub const WINDOW_UNIT: Bytes = Bytes(1024);
@@ -377,17 +279,6 @@ mod tests {
           try --tiles 8,128,128 takes 100.00 KiB
           try --vmem-limit 20MiB (the chip has 64.00 MiB)
         ");
-    }
-
-    #[test]
-    fn sizes_are_read() {
-        let read = |text| Bytes::parse(text).map(|bytes| bytes.0);
-        assert_eq!(read("16MiB"), Ok(16 << 20));
-        assert_eq!(read(" 1.5 KiB "), Ok(1536));
-        assert_eq!(read("77"), Ok(77));
-        for bad in ["", "MiB", "16MB", "-1", "1.5", "1e30", "99999999999GiB"] {
-            assert!(read(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

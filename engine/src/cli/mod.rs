@@ -16,6 +16,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use pagoda_ir::Element;
 use serde::Serialize;
 
+use crate::config::Compute;
 use crate::error::{Error, Result};
 use crate::hosts::merge;
 use crate::llama::step::KernelForm;
@@ -117,24 +118,6 @@ enum Bench {
     },
 }
 
-/// The compute types on offer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Compute {
-    /// IEEE binary32.
-    F32,
-    /// bfloat16; sums, normalisation, softmax, logits and sampling stay f32.
-    Bf16,
-}
-
-impl Compute {
-    fn element(self) -> Element {
-        match self {
-            Self::F32 => Element::F32,
-            Self::Bf16 => Element::Bf16,
-        }
-    }
-}
-
 /// The kernel forms on offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kernels {
@@ -208,11 +191,6 @@ fn print_json(value: &(impl Serialize + ?Sized)) -> Result<()> {
 pub fn main() -> ExitCode {
     if let Some(code) = kernels::run_if_asked() {
         return code;
-    }
-    // The plugins' own chatter on stderr, unless it was asked for.
-    if std::env::var_os("TF_CPP_MIN_LOG_LEVEL").is_none() {
-        // SAFETY: no other thread runs yet.
-        unsafe { std::env::set_var("TF_CPP_MIN_LOG_LEVEL", "2") };
     }
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp(None).init();
     // clap prints its own errors and exits with 2, like the rest of us.

@@ -11,8 +11,8 @@ use std::time::Instant;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{Compute, PluginArgs};
-use crate::config::{Overrides, Settings};
+use super::PluginArgs;
+use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
 use crate::hosts::Share;
@@ -30,65 +30,13 @@ use crate::units::SampleId;
 const INTERRUPTED: u8 = 130;
 
 #[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("source").required(true).multiple(true).args(["config", "model"]))]
+#[command(group = clap::ArgGroup::new("source").required(true).multiple(true).args(["config", "hf_checkpoint"]))]
 pub(super) struct SampleArgs {
     /// A Levanter sampler YAML; flags win over it.
     #[arg(long)]
     config: Option<PathBuf>,
-    /// The model's folder: config.json, tokenizer.json, model.safetensors (or its shards and index).
-    #[arg(long)]
-    model: Option<PathBuf>,
-    /// The tokenizer's file or folder [default: the model's folder].
-    #[arg(long)]
-    tokenizer: Option<PathBuf>,
-    /// A prompt; give it several times for several prompts.
-    #[arg(long = "prompt", value_name = "TEXT")]
-    prompts: Vec<String>,
-    /// Treat prompts as user messages of the model's chat template.
-    #[arg(long)]
-    chat: bool,
-    /// End a sample at this text, matched as tokens.
-    #[arg(long, value_name = "TEXT")]
-    stop_sequence: Option<String>,
-    /// New tokens per sample.
-    #[arg(long, value_name = "N")]
-    max_new_tokens: Option<usize>,
-    /// 0 for greedy.
-    #[arg(long, value_name = "T", allow_negative_numbers = true)]
-    temperature: Option<f32>,
-    /// Sample among the K most likely tokens; 0 for all.
-    #[arg(long, value_name = "K", allow_negative_numbers = true)]
-    top_k: Option<usize>,
-    /// Sample among the most likely tokens that reach probability P together.
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    top_p: Option<f32>,
-    /// Seed of sampling.
-    #[arg(long, value_name = "S")]
-    seed: Option<u64>,
-    /// Samples per prompt.
-    #[arg(long, value_name = "N")]
-    n_generations: Option<usize>,
-    /// Tokens of one sequence, prompt included.
-    #[arg(long, value_name = "N")]
-    max_seq_len: Option<usize>,
-    /// Sequences that run at once.
-    #[arg(long, value_name = "N")]
-    max_seqs: Option<usize>,
-    /// Pages of the KV cache.
-    #[arg(long, value_name = "N")]
-    max_pages: Option<usize>,
-    /// Tokens per KV page.
-    #[arg(long, value_name = "N")]
-    page_size: Option<usize>,
-    /// Prompt tokens of one prefill step.
-    #[arg(long, value_name = "N")]
-    max_prefill_size: Option<usize>,
-    /// Decode steps per host call.
-    #[arg(long, value_name = "N")]
-    max_rounds: Option<usize>,
-    /// Type of weights, activations and KV.
-    #[arg(long, value_enum)]
-    compute: Option<Compute>,
+    #[command(flatten)]
+    settings: Flags,
     #[command(flatten)]
     plugin: PluginArgs,
     /// Write samples to JSONL files in this folder; a rerun continues where the last one ended.
@@ -103,32 +51,6 @@ pub(super) struct SampleArgs {
     /// Print one JSON object per finished sample on stdout, in prompt order, and nothing else there.
     #[arg(long)]
     json: bool,
-}
-
-impl SampleArgs {
-    fn overrides(&self) -> Overrides {
-        Overrides {
-            model: self.model.clone(),
-            tokenizer: self.tokenizer.clone(),
-            prompts: self.prompts.clone(),
-            stop_sequence: self.stop_sequence.clone(),
-            max_new_tokens: self.max_new_tokens,
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            n_generations: self.n_generations,
-            chat: self.chat,
-            max_seq_len: self.max_seq_len,
-            max_pages: self.max_pages,
-            page_size: self.page_size,
-            max_seqs: self.max_seqs,
-            max_prefill_size: self.max_prefill_size,
-            max_rounds: self.max_rounds,
-            seed: self.seed,
-            compute_dtype: self.compute.map(Compute::element),
-            ..Overrides::default()
-        }
-    }
 }
 
 /// Seconds from the start of the process to the first sampled token, by what they went into.
@@ -147,7 +69,7 @@ struct Prompts {
 
 impl Prompts {
     fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
-        let template = settings.chat.then(|| ChatTemplate::open(&settings.model)).transpose()?;
+        let template = settings.chat.then(|| settings.model().and_then(ChatTemplate::open)).transpose()?;
         let encode = |prompt: &String| match &template {
             None => tokenizer.encode(prompt),
             Some(template) => {
@@ -162,23 +84,24 @@ impl Prompts {
 
 /// Runs the command.
 pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
-    let settings = Settings::resolve(args.config.as_deref(), args.overrides())?;
+    let settings = Settings::resolve(args.config.as_deref(), &args.settings)?;
     let share = Share::new(args.host_id, args.hosts)?;
     if args.hosts > 1 && args.out.is_none() {
         let fix = "name the folder that all hosts write into, and join it with `pagoda merge`";
         return Err(Error::setting("--out", "none", format!("leaves {} hosts nowhere to write", args.hosts), fix));
     }
-    let config = LlamaConfig::open(&settings.model)?;
-    let tokenizer = Tokenizer::open(&settings.tokenizer, &config)?;
-    let weights = Weights::open(&settings.model)?;
+    let folder = settings.model()?;
+    let config = LlamaConfig::open(folder)?;
+    let tokenizer = Tokenizer::open(settings.tokenizer()?, &config)?;
+    let weights = Weights::open(folder)?;
     for name in weights.check(&config)? {
-        log::warn!("{}: tensor {name} is not used", settings.model.display());
+        log::warn!("{}: tensor {name} is not used", folder.display());
     }
     let prompts = Prompts::encode(&settings, &tokenizer)?;
     let lengths: Vec<usize> = prompts.tokens.iter().map(Vec::len).collect();
     let options = EngineOptions {
         limits: settings.limits(&lengths, config.max_position_embeddings)?,
-        compute: settings.engine.compute_dtype,
+        compute: settings.engine.compute_dtype.element(),
         kernels: KernelForm::Stablehlo, // settled with the client
         sampling: SamplingOptions {
             temperature: settings.temperature,

@@ -81,14 +81,14 @@ fn stacks(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
 /// Uploads tensors of equal width, one below the other.
 fn upload(client: &Client, weights: &Weights, group: &[TensorSpec], compute: Element) -> Result<Buffer> {
     if let [spec] = group {
-        let data = weights.tensor(spec)?.to_element(compute);
+        let data = weights.load(spec, compute)?;
         return Ok(client.upload_bytes(compute, &spec.dims, data.bytes(), 0)?);
     }
     let rows = group.iter().map(|spec| spec.dims[0]).sum();
     let mut stacked = HostTensor::zeros(compute, &[rows, group[0].dims[1]]);
     let mut rest = stacked.bytes_mut();
     for spec in group {
-        let data = weights.tensor(spec)?.to_element(compute);
+        let data = weights.load(spec, compute)?;
         let (part, after) = rest.split_at_mut(data.bytes().len());
         part.copy_from_slice(data.bytes());
         rest = after;

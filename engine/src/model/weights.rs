@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
+use pagoda_ir::Bytes;
 use pagoda_ir::element::Element;
 use pagoda_ir::tensor::HostTensor;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
@@ -18,7 +19,6 @@ use super::config::LlamaConfig;
 use super::read_json;
 use crate::error::{Error, Result};
 use crate::output::fingerprint;
-use crate::units::Bytes;
 
 /// A tensor that a model needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,7 +105,7 @@ impl<'a> TensorView<'a> {
     /// The tensor as `element` (BF16, F16 or F32; rounded to nearest even), borrowed when it already is.
     ///
     /// # Panics
-    /// When `element` is no float type of at most 32 bits.
+    /// When `element` is not a float type of at most 32 bits.
     pub fn to_element(&self, element: Element) -> TensorData<'a> {
         if element == self.element {
             return TensorData::Mapped(self.bytes);
@@ -118,6 +118,14 @@ impl<'a> TensorView<'a> {
             other => panic!("weights cannot be converted to {other}"),
         }
         TensorData::Converted(tensor)
+    }
+
+    /// One value, by its place in row-major order.
+    fn value(&self, at: usize) -> f32 {
+        let mut value = [0.0];
+        let size = self.element.bytes();
+        Self { bytes: &self.bytes[at * size..][..size], ..*self }.fill(&mut value, |value| value);
+        value[0]
     }
 
     /// Every value as f64, exactly.
@@ -232,6 +240,27 @@ impl Weights {
         Ok(TensorView { element, dims: &info.shape, bytes: &shard.map[shard.data + start..shard.data + end] })
     }
 
+    /// A tensor as `element`, each value of it finite: one NaN or infinity would make all logits NaN, and text of them.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor), and for the first value that is not finite, in the file or in `element`.
+    ///
+    /// # Panics
+    /// As [`TensorView::to_element`].
+    pub fn load(&self, spec: &TensorSpec, element: Element) -> Result<TensorData<'_>> {
+        let view = self.tensor(spec)?;
+        let data = view.to_element(element);
+        let Some(at) = first_not_finite(element, data.bytes()) else { return Ok(data) };
+        let value = view.value(at);
+        let place = format!("tensor {}{:?} = {value:e}", spec.name, index_of(at, view.dims));
+        if value.is_finite() {
+            let limit = format!("cannot hold {place}");
+            return Err(Error::setting("engine.compute_dtype", element, limit, "use f32"));
+        }
+        let path = self.find(&spec.name).map_or(&self.folder, |(shard, _)| &shard.path);
+        Err(Error::file(path, format!("{place} is not finite"), "download the file again, or repair the training"))
+    }
+
     /// Lets the system drop a tensor's file pages from this process's memory: for after it was uploaded.
     pub fn release(&self, spec: &TensorSpec) {
         let Some((shard, info)) = self.find(&spec.name) else { return };
@@ -278,12 +307,46 @@ impl Shard {
                 Some(declared) if declared > map.len() as u64 => {
                     format!("it is truncated: its header declares {declared} bytes, but it has {}", map.len())
                 }
-                _ => format!("it is no safetensors file ({error})"),
+                _ => format!("it is not a safetensors file ({error})"),
             };
             Error::file(&path, problem, "download the file again")
         })?;
         Ok(Self { path, map, header, data: 8 + header_bytes })
     }
+}
+
+/// The place of the first NaN or infinity among little-endian floats.
+fn first_not_finite(element: Element, bytes: &[u8]) -> Option<usize> {
+    /// In blocks, without a branch inside: the compiler makes vector instructions of it.
+    fn first<const SIZE: usize>(bytes: &[u8], not_finite: impl Fn(&[u8; SIZE]) -> bool) -> Option<usize> {
+        const BLOCK: usize = 1024;
+        let values = bytes.as_chunks::<SIZE>().0;
+        let any = |block: &[[u8; SIZE]]| block.iter().fold(false, |any, value| any | not_finite(value));
+        let block = values.chunks(BLOCK).position(any)? * BLOCK;
+        Some(block + values[block..].iter().position(&not_finite)?)
+    }
+    // All bits of the exponent are set.
+    let half = |mask: u16| first(bytes, move |&value| u16::from_le_bytes(value) & mask == mask);
+    match element {
+        Element::Bf16 => half(0x7f80),
+        Element::F16 => half(0x7c00),
+        _ => first(bytes, |&value| u32::from_le_bytes(value) & 0x7f80_0000 == 0x7f80_0000),
+    }
+}
+
+/// The index of the `at`th value of an array, row-major.
+fn index_of(mut at: usize, dims: &[usize]) -> Vec<usize> {
+    let mut index: Vec<usize> = dims
+        .iter()
+        .rev()
+        .map(|&dim| {
+            let along = at % dim;
+            at /= dim;
+            along
+        })
+        .collect();
+    index.reverse();
+    index
 }
 
 /// How long a safetensors file says it is: the header's own length, and the largest data offset if it can be read.
@@ -310,7 +373,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let plain = |file: &String| Path::new(file).file_name().is_some_and(|name| name == file.as_str());
     match map {
         Some(map) if !map.is_empty() && map.values().all(plain) => Ok(map),
-        _ => Err(Error::file(path, "weight_map is no map from tensor to file name", "download the file again")),
+        _ => Err(Error::file(path, "weight_map is not a map from tensor to file name", "download the file again")),
     }
 }
 
@@ -407,6 +470,50 @@ mod tests {
     }
 
     #[test]
+    fn values_that_are_not_finite_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let dims = [3, 1000];
+        let cases: [(Dtype, f32, Element, Option<&str>); 10] = [
+            (Dtype::F32, f32::MAX, Element::F32, None),
+            (Dtype::F32, f32::NAN, Element::F32, Some("model.safetensors: tensor w[2, 345] = NaN is not finite")),
+            (Dtype::F32, f32::INFINITY, Element::F32, Some("tensor w[2, 345] = inf is not finite: download")),
+            (Dtype::F32, f32::NEG_INFINITY, Element::Bf16, Some("tensor w[2, 345] = -inf is not finite")),
+            (
+                Dtype::F32,
+                f32::MAX,
+                Element::Bf16,
+                Some("engine.compute_dtype = bf16 cannot hold tensor w[2, 345] = 3.4028235e38: use f32"),
+            ),
+            (Dtype::BF16, -3e38, Element::Bf16, None),
+            (Dtype::BF16, f32::NAN, Element::Bf16, Some("tensor w[2, 345] = NaN is not finite")),
+            (Dtype::BF16, f32::INFINITY, Element::F32, Some("tensor w[2, 345] = inf is not finite")),
+            (Dtype::F16, 65504.0, Element::F32, None),
+            (Dtype::F16, f32::NEG_INFINITY, Element::Bf16, Some("tensor w[2, 345] = -inf is not finite")),
+        ];
+        for (dtype, value, element, message) in cases {
+            let mut values = vec![1.0f32; 3000];
+            values[2345] = value;
+            let bytes: Vec<u8> = match dtype {
+                Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+                Dtype::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+                _ => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+            };
+            write(&path, &[("w", dtype, &dims, &bytes)]);
+            let weights = Weights::open(folder.path()).unwrap();
+            let loaded = weights.load(&spec("w", &dims), element).map(|_| ());
+            match message {
+                None => loaded.unwrap(),
+                Some(message) => {
+                    let error = loaded.unwrap_err();
+                    assert_eq!(error.exit_code(), 2);
+                    assert!(error.to_string().contains(message), "{dtype:?} {value} as {element}: {error}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn shards_and_their_index() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
@@ -424,7 +531,7 @@ mod tests {
         index(r#"{"weight_map": {"a": "x-3.safetensors"}}"#);
         assert!(error().contains("cannot read") && error().contains("x-3.safetensors"), "{}", error());
         index(r#"{"weight_map": {"a": "../x-1.safetensors"}}"#);
-        assert!(error().contains("weight_map is no map"), "{}", error());
+        assert!(error().contains("weight_map is not a map"), "{}", error());
     }
 
     #[test]
@@ -444,7 +551,8 @@ mod tests {
             assert!(error().contains("it is truncated: its header declares"), "{length}: {}", error());
             assert!(error().contains(&format!("but it has {length}")), "{length}: {}", error());
         }
-        for (bytes, message) in [(&b""[..], "no safetensors file"), (b"<html>not found</html>", "no safetensors file")]
+        for (bytes, message) in
+            [(&b""[..], "not a safetensors file"), (b"<html>not found</html>", "not a safetensors file")]
         {
             fs::write(&path, bytes).unwrap();
             assert!(error().contains(message), "{}", error());

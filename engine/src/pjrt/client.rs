@@ -3,6 +3,7 @@
 use std::fmt;
 use std::rc::Rc;
 
+use pagoda_ir::Bytes;
 use pagoda_ir::element::{Element, Native};
 use pagoda_ir::tensor::HostTensor;
 use pjrt::NamedValue;
@@ -71,6 +72,21 @@ impl Client {
         }
         let devices = self.raw.wrapped().addressable_devices();
         devices.iter().map(|device| device.description().to_string().into_owned()).collect()
+    }
+
+    /// What buffers can still take of a device's memory; `None` where the plugin does not report it.
+    ///
+    /// # Errors
+    /// When there is no such device, or the plugin fails.
+    pub fn memory_left(&self, device: usize) -> Result<Option<Bytes>> {
+        match self.raw.memory_stats(device) {
+            Ok(stats) => {
+                let known = stats.bytes_limit_is_set && stats.bytes_limit > 0;
+                Ok(known.then(|| Bytes((stats.bytes_limit - stats.bytes_in_use).max(0) as u64)))
+            }
+            Err(Error::Unsupported(_) | Error::Plugin { code: "UNIMPLEMENTED", .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Compiles a StableHLO module (text or bytecode) for `replicas` devices, devices `0..replicas`.

@@ -147,6 +147,19 @@ impl Client {
         devices.iter().map(|&device| non_null(name, device)).collect()
     }
 
+    /// `PJRT_Device_MemoryStats` of the `device`th device.
+    pub(super) fn memory_stats(&self, device: usize) -> Result<sys::PJRT_Device_MemoryStats_Args> {
+        let name = "PJRT_Device_MemoryStats";
+        let Some(device) = self.devices.get(device) else {
+            return Err(Error::Misuse(format!("the memory of device {device} of {}", self.devices())));
+        };
+        let mut args = sys::PJRT_Device_MemoryStats_Args::new();
+        args.device = device.as_ptr();
+        // SAFETY: the device is live for as long as its client.
+        unsafe { self.table.call(name, self.table.0.PJRT_Device_MemoryStats, &mut args)? };
+        Ok(args)
+    }
+
     /// `PJRT_Client_Compile` of an MLIR module (text or bytecode) for the first `replicas` devices.
     pub(super) fn compile(self: &Rc<Self>, module: &[u8], replicas: usize) -> Result<LoadedExecutable> {
         let name = "PJRT_Client_Compile";
