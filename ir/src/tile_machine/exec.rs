@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     sync::Arc,
 };
 
@@ -68,6 +68,9 @@ struct Pipeline {
     index: Vec<i64>,
     owner: u32,
     fetched_ahead: bool,
+    /// Whether a block that was written back comes back when a step returns to it; the blocks that were.
+    revisits: bool,
+    visited: HashSet<Vec<i64>>,
 }
 
 struct Executor<'p, 'i> {
@@ -117,7 +120,7 @@ impl Program {
         executor.grid(&signature.grid, &views, &mut pipelines)?;
         executor.check_settled("at the end of the kernel")?;
         executor.put_whole_outputs();
-        executor.results(&results)
+        executor.results(&results, outputs)
     }
 }
 
@@ -183,32 +186,42 @@ impl<'i> Executor<'_, 'i> {
                     next_input += 1;
                     let ty = TensorType::new(data.element(), data.dims());
                     self.check_type(argument, &ty)?;
-                    self.buffers.push(Buffer::holding(name, MemorySpace::Hbm, Cow::Borrowed(data)));
+                    // Memory holds bits: ops, not elements, have a sign.
+                    let data = match data.element().signless() {
+                        same if same == data.element() => Cow::Borrowed(data),
+                        signless => Cow::Owned(data.clone().reinterpreted(signless)),
+                    };
+                    self.buffers.push(Buffer::holding(name, MemorySpace::Hbm, data));
                     input_arrays.push(self.buffers.len() - 1);
                     Some(self.buffers.len() - 1)
                 }
                 Role::Output => {
                     let ty = &outputs[next_output];
                     self.check_type(argument, ty)?;
+                    let element = ty.element.signless();
                     let alias = self.program.aliases.iter().find(|&&(_, output)| output == next_output);
                     let array = match alias {
                         Some(&(input, _)) => {
                             let array = input_arrays.get(input).copied();
                             let same = |&array: &usize| {
                                 let data = &self.buffers[array].data;
-                                data.element() == ty.element && data.dims() == ty.dims
+                                data.element() == element && data.dims() == ty.dims
                             };
                             array.filter(same).ok_or_else(|| {
                                 bad(self, format!("input {input} and output `{name}` cannot share memory"))
                             })?
                         }
                         None => {
-                            self.buffers.push(Buffer::poisoned(name, MemorySpace::Hbm, ty.element, &ty.dims));
+                            self.buffers.push(Buffer::poisoned(name, MemorySpace::Hbm, element, &ty.dims));
                             self.buffers.len() - 1
                         }
                     };
+                    if results.contains(&array) {
+                        return Err(bad(self, format!("output `{name}` shares an input's memory with another output")));
+                    }
                     if parallel {
-                        self.buffers[array].track_owners();
+                        let unused = self.program.unused_outputs.contains(&next_output);
+                        self.buffers[array].track_owners(unused || self.machine.allow_parallel_overlaps);
                     }
                     next_output += 1;
                     results.push(array);
@@ -234,6 +247,8 @@ impl<'i> Executor<'_, 'i> {
                         index: vec![],
                         owner: 0,
                         fetched_ahead: false,
+                        revisits: argument.window.as_ref().is_some_and(|window| window.revisits),
+                        visited: HashSet::new(),
                     });
                     first
                 }
@@ -269,7 +284,7 @@ impl<'i> Executor<'_, 'i> {
 
     fn put_whole_outputs(&mut self) {
         for (buffer, array) in std::mem::take(&mut self.whole_outputs) {
-            self.put(&self.whole(buffer), &self.whole(array));
+            self.counters.hbm_bytes_written += self.carry(&self.whole(buffer), &self.whole(array));
         }
     }
 
@@ -278,13 +293,7 @@ impl<'i> Executor<'_, 'i> {
             Some(_) => ty.dims.len() == argument.dims.len(),
             None => ty.dims == argument.dims,
         };
-        let signless = |element| match element {
-            Element::U32 => Element::I32,
-            Element::U16 => Element::I16,
-            Element::U8 => Element::I8,
-            element => element,
-        };
-        if !dims_fit || argument.element != RefElement::Data(signless(ty.element)) {
+        if !dims_fit || argument.element != RefElement::Data(ty.element.signless()) {
             let expected = format!("{}{:?}", argument.element, argument.dims);
             let of = if argument.window.is_some() { " blocks" } else { "" };
             let detail = format!("`{}` takes {expected}{of}, not {ty}", argument.name);
@@ -339,9 +348,11 @@ impl<'i> Executor<'_, 'i> {
         Ok(())
     }
 
-    fn results(mut self, arrays: &[usize]) -> Result<Run, Box<Fault>> {
+    fn results(mut self, arrays: &[usize], types: &[TensorType]) -> Result<Run, Box<Fault>> {
         if !self.machine.allow_unwritten_outputs {
-            for &array in arrays {
+            let unused = &self.program.unused_outputs;
+            let used = arrays.iter().enumerate().filter(|(output, _)| !unused.contains(output));
+            for (_, &array) in used {
                 if let Some(offset) = self.buffers[array].first_unwritten() {
                     let fault = self.fault(FaultKind::OutputNeverWritten, &self.pipeline, String::new());
                     return Err(self.in_buffer(fault, array, offset));
@@ -349,8 +360,10 @@ impl<'i> Executor<'_, 'i> {
             }
         }
         let empty = || Cow::Owned(HostTensor::zeros(Element::U8, &[0]));
-        let mut take = |&array: &usize| std::mem::replace(&mut self.buffers[array].data, empty()).into_owned();
-        let outputs = arrays.iter().map(&mut take).collect();
+        let mut take = |(&array, ty): (&usize, &TensorType)| {
+            std::mem::replace(&mut self.buffers[array].data, empty()).into_owned().reinterpreted(ty.element)
+        };
+        let outputs = arrays.iter().zip(types).map(&mut take).collect();
         Ok(Run { outputs, counters: self.counters })
     }
 
@@ -402,7 +415,7 @@ impl<'i> Executor<'_, 'i> {
             }
             self.call(&self.program.body, arguments)?;
             for (number, pipeline) in pipelines.iter_mut().enumerate() {
-                if next.get(number) != Some(&indices[number]) {
+                if next.get(number) != Some(&indices[number]) || next_owner != self.owner {
                     self.write_back(pipeline)?;
                 }
             }
@@ -444,8 +457,9 @@ impl<'i> Executor<'_, 'i> {
         next: Option<(&[i64], u32)>,
         first: bool,
     ) -> Step<()> {
-        let changed = first || pipeline.index != index;
-        if !changed && pipeline.output && pipeline.owner != self.owner {
+        let moved = first || pipeline.index != index;
+        let crossed = pipeline.output && pipeline.owner != self.owner;
+        if !moved && crossed && !self.buffers[pipeline.array].may_overlap {
             let fault = self.fault(
                 FaultKind::ParallelOverlap,
                 &self.pipeline,
@@ -454,7 +468,7 @@ impl<'i> Executor<'_, 'i> {
             return Err(self.in_buffer(fault, pipeline.array, self.block_offset(pipeline, index)));
         }
         pipeline.owner = self.owner;
-        if changed {
+        if moved || crossed {
             if !first {
                 pipeline.current = (pipeline.current + 1) % pipeline.buffers.len();
             }
@@ -463,7 +477,12 @@ impl<'i> Executor<'_, 'i> {
             if pipeline.output {
                 self.check_copies(&self.whole(buffer), true, None)?;
                 self.buffers[buffer].poison();
-                self.block(pipeline, index)?;
+                let (array, window, _) = self.block(pipeline, index)?;
+                if pipeline.visited.contains(index) {
+                    self.check_copies(&array, false, None)?;
+                    self.check_core(&array, self.owner, None)?;
+                    self.counters.hbm_bytes_read += self.carry(&array, &window);
+                }
             } else if !std::mem::take(&mut pipeline.fetched_ahead) {
                 self.fetch(pipeline, index, buffer, self.owner)?;
             }
@@ -545,6 +564,9 @@ impl<'i> Executor<'_, 'i> {
         let (target, window, _) = self.block(pipeline, &index)?;
         self.check_copies(&target, true, None)?;
         self.check_copies(&window, false, None)?;
+        if pipeline.revisits {
+            pipeline.visited.insert(index.clone());
+        }
         if let Some((offset, other)) = self.buffers[target.buffer].claim(&target, self.owner) {
             let fault = self.fault(
                 FaultKind::ParallelOverlap,
@@ -553,19 +575,20 @@ impl<'i> Executor<'_, 'i> {
             );
             return Err(self.in_buffer(fault, target.buffer, offset));
         }
-        self.put(&window, &target);
+        self.counters.hbm_bytes_written += self.carry(&window, &target);
+        self.buffers[target.buffer].contest(&target, self.owner);
         Ok(())
     }
 
-    /// Copies what a kernel made in VMEM to its array; what it did not write is unwritten there.
-    fn put(&mut self, made: &Region, target: &Region) {
-        let bytes = self.buffers[made.buffer].copy_out(made);
-        self.counters.hbm_bytes_written += bytes.len() as u64;
-        self.buffers[target.buffer].copy_in(target, &bytes);
-        if self.buffers[made.buffer].unwritten_in(made).is_some() {
-            let garbage = self.buffers[made.buffer].garbage_in(made);
-            self.buffers[target.buffer].spoil(target, &garbage);
+    /// Copies between an array and its window; what is unwritten in one is unwritten in the other. The number of bytes.
+    fn carry(&mut self, from: &Region, to: &Region) -> u64 {
+        let bytes = self.buffers[from.buffer].copy_out(from);
+        self.buffers[to.buffer].copy_in(to, &bytes);
+        if self.buffers[from.buffer].unwritten_in(from).is_some() {
+            let garbage = self.buffers[from.buffer].garbage_in(from);
+            self.buffers[to.buffer].spoil(to, &garbage);
         }
+        bytes.len() as u64
     }
 
     /// All of a buffer.
@@ -632,7 +655,10 @@ impl<'i> Executor<'_, 'i> {
         let Some((offset, other)) = self.buffers[region.buffer].written_elsewhere(region, owner) else {
             return Ok(());
         };
-        let detail = format!("it was written at parallel position {other} and is read at {owner}");
+        let detail = match other {
+            Some(other) => format!("it was written at parallel position {other} and is read at {owner}"),
+            None => format!("it was written at several parallel positions and is read at {owner}"),
+        };
         let origin = origin.map_or(&self.pipeline, |origin| &self.program.origins[origin as usize]);
         let fault = self.fault(FaultKind::ParallelOverlap, origin, detail);
         Err(self.in_buffer(fault, region.buffer, offset))
@@ -695,6 +721,7 @@ impl<'i> Executor<'_, 'i> {
             return Err(fault);
         }
         self.buffers[destination.buffer].copy_in(&destination, &data);
+        self.buffers[destination.buffer].contest(&destination, owner);
         if self.buffers[source.buffer].space == MemorySpace::Hbm {
             self.counters.hbm_bytes_read += bytes as u64;
         }
@@ -929,6 +956,11 @@ impl<'i> Executor<'_, 'i> {
             }
             Op::WaitSemaphore { semaphore, amount } => {
                 let (view, amount) = (self.view(semaphore), i64::from(self.scalar(amount)));
+                if amount < 0 {
+                    let detail = format!("{amount} is waited for; a wait takes 0 or more");
+                    let fault = self.fault_at(FaultKind::SemaphoreUnbalanced, origin, detail);
+                    return Err(self.in_buffer(fault, view.buffer, view.offset));
+                }
                 let semaphore = self.semaphores.entry((view.buffer, view.offset)).or_default();
                 semaphore.origin = origin;
                 if semaphore.value < amount {

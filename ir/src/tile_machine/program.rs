@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use melior::ir::{
-    Attribute, AttributeLike, BlockLike, BlockRef, Location, Module, RegionLike, RegionRef, Type, Value, ValueLike,
+    Attribute, AttributeLike, BlockLike, BlockRef, Module, RegionLike, RegionRef, Type, Value, ValueLike,
     attribute::{BoolAttribute, DenseI32ArrayAttribute, FloatAttribute, IntegerAttribute},
     operation::{OperationLike, OperationRef},
 };
@@ -13,7 +13,7 @@ use crate::{
     context::printed,
     element::Element,
     error::{Error, Result},
-    mosaic::{MemorySpace, RefElement, Role, Signature},
+    mosaic::{MemorySpace, RefElement, Role, Signature, describe},
 };
 
 /// A register.
@@ -319,6 +319,7 @@ pub struct Program {
     pub(super) origins: Vec<Origin>,
     pub(super) slots: usize,
     pub(super) aliases: Vec<(usize, usize)>,
+    pub(super) unused_outputs: Vec<usize>,
 }
 
 impl Program {
@@ -377,12 +378,20 @@ impl Program {
             });
             transforms.push(transform.transpose()?);
         }
-        Ok(Self { signature, body, transforms, origins: decoder.origins, slots: decoder.slots.len(), aliases: vec![] })
+        let (origins, slots) = (decoder.origins, decoder.slots.len());
+        Ok(Self { signature, body, transforms, origins, slots, aliases: vec![], unused_outputs: vec![] })
     }
 
     /// Lets output `output` live in the memory of input `input`, as the custom call says (both counted from 0).
     pub fn with_aliases(mut self, aliases: &[(usize, usize)]) -> Self {
         self.aliases = aliases.to_vec();
+        self
+    }
+
+    /// Says which outputs (counted from 0) nobody reads after the call: a kernel may use them as scratch memory. What
+    /// they hold at the end is no fault, be it unwritten or written by several `parallel` steps.
+    pub fn with_unused_outputs(mut self, outputs: &[usize]) -> Self {
+        self.unused_outputs = outputs.to_vec();
         self
     }
 
@@ -515,8 +524,10 @@ impl Decoder {
             "arith.mulf" | "arith.muli" => binary(self, Mul),
             "arith.divf" | "arith.divsi" => binary(self, Div),
             "arith.remf" | "arith.remsi" => binary(self, Rem),
-            "arith.maximumf" | "arith.maxsi" | "arith.maxnumf" => binary(self, Max),
-            "arith.minimumf" | "arith.minsi" | "arith.minnumf" => binary(self, Min),
+            "arith.maximumf" | "arith.maxsi" => binary(self, Max),
+            "arith.minimumf" | "arith.minsi" => binary(self, Min),
+            "arith.maxnumf" => binary(self, MaxNumber),
+            "arith.minnumf" => binary(self, MinNumber),
             "arith.andi" => binary(self, And),
             "arith.ori" => binary(self, Or),
             "arith.xori" => binary(self, Xor),
@@ -617,8 +628,10 @@ impl Decoder {
                 let how = match kind.trim_start_matches("#vector.kind<").trim_end_matches('>') {
                     "add" => Reduction::Sum,
                     "mul" => Reduction::Product,
-                    "maximumf" | "maxsi" | "maxnumf" => Reduction::Max,
-                    "minimumf" | "minsi" | "minnumf" => Reduction::Min,
+                    "maximumf" | "maxsi" => Reduction::Max,
+                    "minimumf" | "minsi" => Reduction::Min,
+                    "maxnumf" => Reduction::MaxNumber,
+                    "minnumf" => Reduction::MinNumber,
                     _ => return Err(unsupported(format!("kind {kind}"))),
                 };
                 let Shape { element, dims } = operand_shape(operation, 0)?;
@@ -1107,6 +1120,8 @@ fn iota(element: Element, dims: &[usize], over: &[usize]) -> Tile {
 fn comparison(name: &str, predicate: i64) -> Option<Compare> {
     use Compare::*;
     const INTEGER: [Compare; 10] = [Eq, Ne, Lt, Le, Gt, Ge, UnsignedLt, UnsignedLe, UnsignedGt, UnsignedGe];
+    // Of `one` MLIR says "ordered and unequal". Mosaic takes it for plain inequality: JAX lowers `!=` to it, and its tests
+    // hold TPUs to NaN != x.
     const FLOAT: [Compare; 16] = [
         Never,
         Eq,
@@ -1114,7 +1129,7 @@ fn comparison(name: &str, predicate: i64) -> Option<Compare> {
         Ge,
         Lt,
         Le,
-        OrderedNe,
+        Ne,
         Ordered,
         UnorderedEq,
         UnorderedGt,
@@ -1133,30 +1148,4 @@ fn comparison(name: &str, predicate: i64) -> Option<Compare> {
 fn bracketed(text: &str) -> Vec<Vec<usize>> {
     let lists = text.split('[').skip(1).filter_map(|rest| rest.split(']').next());
     lists.map(|list| list.split(',').filter_map(|number| number.trim().parse().ok()).collect()).collect()
-}
-
-/// `file:line` of a location, or what it prints as.
-fn describe(location: Location) -> String {
-    if location.is_file_line_col_range() {
-        let file = crate::mosaic::identifier(location.file_line_col_range_filename());
-        return format!("{file}:{}", location.file_line_col_range_start_line());
-    }
-    if location.is_name() {
-        let name = crate::mosaic::identifier(location.name_value());
-        let child = describe(location.name_child_location());
-        return if child == "unknown" { name } else { format!("{child} ({name})") };
-    }
-    let text = printed(&location);
-    if text == "loc(unknown)" {
-        return "unknown".into();
-    }
-    // Of a call stack, the innermost frame.
-    let mut parts = text.split('"');
-    match (parts.nth(1), parts.next()) {
-        (Some(file), Some(rest)) => {
-            let line: String = rest.trim_start_matches(':').chars().take_while(char::is_ascii_digit).collect();
-            format!("{file}:{line}")
-        }
-        _ => text,
-    }
 }
