@@ -133,7 +133,10 @@ impl Signature {
                         DYNAMIC => "dynamic: the call gives its size; only grids of fixed sizes are read".to_owned(),
                         size => format!("of size {size}; sizes are 0 or more"),
                     };
-                    Error::mosaic(format!("@{name}: grid dimension {dim} is {size} (at {})", describe(function.location())))
+                    Error::mosaic(format!(
+                        "@{name}: grid dimension {dim} is {size} (at {})",
+                        describe(function.location())
+                    ))
                 })?;
                 Ok((size, if parallel { Semantics::Parallel } else { Semantics::Arbitrary }))
             })
@@ -163,11 +166,10 @@ impl Signature {
         for index in 0..memrefs {
             let position = grid.len() + index;
             let argument = entry.argument(position).map_err(|error| Error::mosaic(error.to_string()))?;
-            let (element, dims, space) = read_memref(argument.r#type())
-                .map_err(|message| {
-                    let at = describe(function.location());
-                    Error::mosaic(format!("@{name}: argument {position}: {message} (at {at})"))
-                })?;
+            let (element, dims, space) = read_memref(argument.r#type()).map_err(|message| {
+                let at = describe(function.location());
+                Error::mosaic(format!("@{name}: argument {position}: {message} (at {at})"))
+            })?;
             if !countable(dims.iter().copied()) {
                 return Err(Error::mosaic(format!(
                     "@{name}: argument {position} of {dims:?} has more than 2^40 elements"

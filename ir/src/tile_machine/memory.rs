@@ -367,6 +367,11 @@ impl Region {
         self.dims.iter().product()
     }
 
+    /// The first element.
+    pub(super) fn start(&self) -> usize {
+        self.offset
+    }
+
     /// One past the last element.
     fn end(&self) -> usize {
         self.offset + self.dims.iter().zip(&self.strides).map(|(size, stride)| (size - 1) * stride).sum::<usize>() + 1

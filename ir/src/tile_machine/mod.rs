@@ -49,13 +49,21 @@
 //!
 //! What it does not model: time, registers and their spills, several devices, and layouts inside a tile.
 
+mod allocate;
+mod decode;
+mod dma;
 mod exec;
 mod fault;
+mod liveness;
 mod memory;
+mod observer;
+mod ops;
+mod pipeline;
 mod program;
 mod tile;
 
 pub use fault::{Fault, FaultKind};
+pub use observer::{BlockEvent, DmaEvent, Observer, OpEvent};
 pub use program::Program;
 
 use crate::tensor::HostTensor;

@@ -586,9 +586,7 @@ pub(super) fn reduce(how: Reduction, element: Element, x: Tile, dims: &[usize], 
             })),
             Tile::Pred(x) => Tile::Pred(Arc::new(match how {
                 Reduction::Sum => fold(x, outer, size, inner, |x, y| x ^ y),
-                Reduction::Product | Reduction::Min | Reduction::MinNumber => {
-                    fold(x, outer, size, inner, |x, y| x & y)
-                }
+                Reduction::Product | Reduction::Min | Reduction::MinNumber => fold(x, outer, size, inner, |x, y| x & y),
                 Reduction::Max | Reduction::MaxNumber => fold(x, outer, size, inner, |x, y| x | y),
             })),
         };

@@ -14,7 +14,7 @@ func.func @kd(%i: i32, %x: memref<8x128xf32, "vmem">) attributes {iteration_boun
 func.func @kf(%x: memref<32x128xf8E4M3FN, "vmem">, %o: memref<32x128xf32, "vmem">) { return }
 // -----
 // run
-// error: arith.truncf: values of type vector<32x128xf8E5M2> are not supported
+// error: arith.truncf: values of type vector<32x128xf8E5M2> are not supported (at refused.mlir:21)
 func.func @kf(%o: memref<32x128xf32, "vmem">) {
   %c = arith.constant 0 : index
   %x = vector.load %o[%c, %c] : memref<32x128xf32, "vmem">, vector<32x128xf32>
