@@ -86,6 +86,17 @@ impl Element {
         Self::ALL.into_iter().find(|element| element.mlir() == name)
     }
 
+    /// The type without a sign of its own, as the ops of a kernel see it: signed for unsigned integers, itself for others.
+    pub const fn signless(self) -> Self {
+        match self {
+            Self::U8 => Self::I8,
+            Self::U16 => Self::I16,
+            Self::U32 => Self::I32,
+            Self::U64 => Self::I64,
+            other => other,
+        }
+    }
+
     /// A floating-point type.
     pub const fn is_float(self) -> bool {
         matches!(self, Self::Bf16 | Self::F16 | Self::F32 | Self::F64)

@@ -69,6 +69,15 @@ impl HostTensor {
         }
     }
 
+    /// The same bytes as elements of another type.
+    ///
+    /// # Panics
+    /// When `element` is not as wide as the array's own type.
+    pub fn reinterpreted(self, element: Element) -> Self {
+        assert_eq!(element.bytes(), self.element.bytes(), "{} as {element}", self.element);
+        Self { element, ..self }
+    }
+
     /// Every value as f64 (exact for all types but 64-bit integers beyond 2^53).
     pub fn to_f64(&self) -> Vec<f64> {
         match self.element {

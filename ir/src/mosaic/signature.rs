@@ -14,6 +14,7 @@ use melior::ir::{
 
 use super::{
     builder::{Role, Semantics},
+    location::describe,
     memref::{MemorySpace, RefElement},
 };
 use crate::{
@@ -61,7 +62,13 @@ pub struct WindowParams {
     /// Whether it has two buffers: unless the kernel asks for one, or the block is the same in every step (the compiler
     /// gives such a window one buffer; seen with libtpu 0.0.52).
     pub double_buffered: bool,
+    /// Whether a step may come back to a block of an output that an earlier one, and not the one before it, wrote
+    /// (`revisit_mode` `any` of JAX's `pl.Buffered`): the pipeline then brings back what was written.
+    pub revisits: bool,
 }
+
+/// What `iteration_bounds` holds for a size that is an operand of the call (MLIR's `ShapedType::kDynamic`).
+const DYNAMIC: i64 = i64::MIN;
 
 /// Elements of a buffer and steps of a grid that a kernel may have: so many that no chip has them, so few that no sum of
 /// bytes overflows.
@@ -121,8 +128,16 @@ impl Signature {
             .enumerate()
             .map(|(dim, &size)| {
                 let parallel = semantics.get(dim).is_some_and(|text| text.contains("parallel"));
-                let size =
-                    usize::try_from(size).map_err(|_| Error::mosaic(format!("grid dimension {dim} of size {size}")))?;
+                let size = usize::try_from(size).map_err(|_| {
+                    let size = match size {
+                        DYNAMIC => "dynamic: the call gives its size; only grids of fixed sizes are read".to_owned(),
+                        size => format!("of size {size}; sizes are 0 or more"),
+                    };
+                    Error::mosaic(format!(
+                        "@{name}: grid dimension {dim} is {size} (at {})",
+                        describe(function.location())
+                    ))
+                })?;
                 Ok((size, if parallel { Semantics::Parallel } else { Semantics::Arbitrary }))
             })
             .collect::<Result<Vec<_>>>()?;
@@ -151,8 +166,10 @@ impl Signature {
         for index in 0..memrefs {
             let position = grid.len() + index;
             let argument = entry.argument(position).map_err(|error| Error::mosaic(error.to_string()))?;
-            let (element, dims, space) = read_memref(argument.r#type())
-                .map_err(|message| Error::mosaic(format!("@{name}: argument {position}: {message}")))?;
+            let (element, dims, space) = read_memref(argument.r#type()).map_err(|message| {
+                let at = describe(function.location());
+                Error::mosaic(format!("@{name}: argument {position}: {message} (at {at})"))
+            })?;
             if !countable(dims.iter().copied()) {
                 return Err(Error::mosaic(format!(
                     "@{name}: argument {position} of {dims:?} has more than 2^40 elements"
@@ -283,12 +300,14 @@ fn window_params(
         return Err(Error::mosaic(format!("window {} lacks transform_indices or sizes", printed(&attribute))));
     };
     let mode = params.element_by_name("pipeline_mode").map(|mode| printed(&mode)).unwrap_or_default();
+    let revisits = params.element_by_name("revisit_mode").is_some_and(|mode| printed(&mode).contains("any"));
     let function = functions.iter().find(|function| symbol(**function).is_ok_and(|name| name == transform));
     let function = function.ok_or_else(|| Error::mosaic(format!("no function @{transform}")))?;
     Ok(Some(WindowParams {
         transform,
         block: block.into_iter().map(|size| size as usize).collect(),
         double_buffered: !mode.contains("synchronous") && moves(*function, grid),
+        revisits,
     }))
 }
 
@@ -313,7 +332,7 @@ fn moves(transform: OperationRef, grid: &[(usize, Semantics)]) -> bool {
 
 /// Element, sizes and memory of a memref type.
 pub(crate) fn read_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<usize>, MemorySpace), String> {
-    let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is no memref", printed(&r#type)))?;
+    let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is not a memref", printed(&r#type)))?;
     let dims = (0..memref.rank())
         // SAFETY: the type is a ranked memref and the dimension is within its rank.
         .map(|dim| unsafe { mlir_sys::mlirShapedTypeGetDimSize(memref.to_raw(), dim as isize) })

@@ -240,6 +240,10 @@ pub struct CallSite {
     pub types: Option<(Vec<TensorType>, Vec<TensorType>)>,
     /// Pairs (operand, result) that share memory; empty in bytecode.
     pub aliases: Vec<(usize, usize)>,
+    /// Results that the module does not use, for [`Program::with_unused_outputs`]; empty in bytecode.
+    ///
+    /// [`Program::with_unused_outputs`]: crate::tile_machine::Program::with_unused_outputs
+    pub unused: Vec<usize>,
 }
 
 /// Every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in any form with one op a line, and
@@ -288,7 +292,7 @@ pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
             continue;
         };
         at = end.max(at);
-        let (mut types, mut aliases) = (None, vec![]);
+        let (mut types, mut aliases, mut unused) = (None, vec![], vec![]);
         if in_text {
             if std::mem::replace(&mut line.called, true) {
                 let message =
@@ -298,8 +302,10 @@ pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
             let text = String::from_utf8_lossy(&module[line.start..line.end]);
             types = call_types(&text);
             aliases = if types.is_some() { call_aliases(&text) } else { vec![] };
+            let results = types.as_ref().map_or(0, |(_, results)| results.len());
+            unused = unused_results(&text, results, &module[line.end..]);
         }
-        found.push(CallSite { backend_config: config.to_string(), types, aliases });
+        found.push(CallSite { backend_config: config.to_string(), types, aliases, unused });
     }
     Ok(found)
 }
@@ -361,6 +367,31 @@ impl std::io::Read for Source<'_> {
     fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
         Ok(to.iter_mut().zip(self).map(|(to, byte)| *to = byte).count())
     }
+}
+
+/// The results of an op, `%1:2 = ...`, that the rest of its function, `behind`, does not name.
+fn unused_results(op: &str, results: usize, behind: &[u8]) -> Vec<usize> {
+    let of_name = |byte: &u8| byte.is_ascii_alphanumeric() || b"_$.-".contains(byte);
+    let Some(name) = op.trim_start().strip_prefix('%').and_then(|op| op.split([':', ' ']).next()) else {
+        return vec![];
+    };
+    let mut used = vec![false; results];
+    let lines = behind.split(|&byte| byte == b'\n');
+    let begins = |line: &[u8]| [&b"func.func"[..], b"\"func.func\""].iter().any(|op| line.starts_with(op));
+    for line in lines.take_while(|line| !begins(line.trim_ascii_start())) {
+        for value in line.split(|&byte| byte == b'%').skip(1).filter_map(|value| value.strip_prefix(name.as_bytes())) {
+            match value.first() {
+                Some(b'#') => {
+                    let digits = value[1..].iter().take_while(|byte| byte.is_ascii_digit());
+                    let number = digits.fold(0_usize, |n, digit| n.saturating_mul(10) + usize::from(digit - b'0'));
+                    used.iter_mut().skip(number).take(1).for_each(|used| *used = true);
+                }
+                Some(byte) if of_name(byte) => {}
+                _ => used.fill(true),
+            }
+        }
+    }
+    (0..results).filter(|&result| !used[result]).collect()
 }
 
 /// Operand and result types at the end of an op's text: `... : (tensor<8xi32>) -> tensor<8xf32>`.

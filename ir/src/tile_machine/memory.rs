@@ -16,6 +16,9 @@ const POISON_F32: u32 = 0x7fc0_dead;
 const POISON_BF16: u16 = 0x7fd5;
 const POISON_INT: u32 = 0x5a5a_5a5a;
 
+/// The owner of an element that several parallel positions wrote.
+const CONTESTED: u32 = u32::MAX;
+
 /// One allocation in one memory.
 pub(super) struct Buffer<'i> {
     pub(super) name: String,
@@ -25,8 +28,11 @@ pub(super) struct Buffer<'i> {
     /// Which elements were written; empty once all are.
     written: Vec<bool>,
     unwritten: usize,
-    /// The parallel grid position of the step that wrote each element, plus one; empty where it does not matter.
+    /// The parallel grid position of the step that wrote each element, plus one, or [`CONTESTED`]; empty where it does
+    /// not matter.
     owners: Vec<u32>,
+    /// Whether several parallel positions may write one element; what it holds then is unwritten.
+    pub(super) may_overlap: bool,
     /// Copies in flight that touch this buffer.
     pub(super) in_flight: usize,
 }
@@ -49,6 +55,7 @@ impl<'i> Buffer<'i> {
             written: vec![],
             unwritten: 0,
             owners: vec![],
+            may_overlap: false,
             in_flight: 0,
         }
     }
@@ -79,12 +86,34 @@ impl<'i> Buffer<'i> {
         self.unwritten = 0;
     }
 
-    pub(super) fn track_owners(&mut self) {
+    pub(super) fn track_owners(&mut self, may_overlap: bool) {
         self.owners = vec![0; self.data.len()];
+        self.may_overlap = may_overlap;
     }
 
+    /// The first element that nobody wrote; one that several parallel positions wrote is none.
     pub(super) fn first_unwritten(&self) -> Option<usize> {
-        if self.unwritten == 0 { None } else { self.written.iter().position(|&written| !written) }
+        let contested = |at: usize| self.owners.get(at) == Some(&CONTESTED);
+        match self.unwritten {
+            0 => None,
+            _ => (0..self.written.len()).find(|&at| !self.written[at] && !contested(at)),
+        }
+    }
+
+    /// Makes one element unwritten.
+    fn forget(&mut self, at: usize) {
+        match self.data.element() {
+            Element::F32 => self.data.to_mut().as_mut_slice::<f32>()[at] = f32::from_bits(POISON_F32),
+            Element::Bf16 => self.data.to_mut().as_mut_slice::<bf16>()[at] = bf16::from_bits(POISON_BF16),
+            other => {
+                let width = other.bytes();
+                self.data.to_mut().bytes_mut()[at * width..][..width].fill(POISON_INT as u8);
+            }
+        }
+        if self.written.is_empty() {
+            self.written = vec![true; self.data.len()];
+        }
+        self.unwritten += usize::from(std::mem::replace(&mut self.written[at], false));
     }
 
     /// The index of an element.
@@ -120,9 +149,10 @@ impl<'i> Buffer<'i> {
         }
     }
 
-    /// Claims `region` for the step at parallel position `owner`; the first element that another position wrote.
+    /// Claims `region` for the step at parallel position `owner`; the first element that another position wrote, unless
+    /// that may be ([`contest`](Self::contest)).
     pub(super) fn claim(&mut self, region: &Region, owner: u32) -> Option<(usize, u32)> {
-        if self.owners.is_empty() {
+        if self.owners.is_empty() || self.may_overlap {
             return None;
         }
         let owners = &mut self.owners;
@@ -134,15 +164,34 @@ impl<'i> Buffer<'i> {
         })
     }
 
-    /// The first element of `region` that was written at another parallel position than `owner`.
-    pub(super) fn written_elsewhere(&self, region: &Region, owner: u32) -> Option<(usize, u32)> {
+    /// Where parallel positions may overlap: claims `region`, just written, for `owner`. What another position wrote too is
+    /// unwritten, for who was last is unknown.
+    pub(super) fn contest(&mut self, region: &Region, owner: u32) {
+        if !self.may_overlap {
+            return;
+        }
+        region.for_each_run(|start, len, stride| {
+            for at in (0..len).map(|i| start + i * stride) {
+                if self.owners[at] == 0 || self.owners[at] == owner + 1 {
+                    self.owners[at] = owner + 1;
+                } else {
+                    self.owners[at] = CONTESTED;
+                    self.forget(at);
+                }
+            }
+        });
+    }
+
+    /// The first element of `region` that was written at another parallel position than `owner`, and at which if only
+    /// one did.
+    pub(super) fn written_elsewhere(&self, region: &Region, owner: u32) -> Option<(usize, Option<u32>)> {
         if self.owners.is_empty() {
             return None;
         }
         region.find_run(|start, len, stride| {
             let mut run = (0..len).map(|i| start + i * stride);
             let at = run.find(|&at| self.owners[at] != 0 && self.owners[at] != owner + 1)?;
-            Some((at, self.owners[at] - 1))
+            Some((at, (self.owners[at] != CONTESTED).then(|| self.owners[at] - 1)))
         })
     }
 
@@ -316,6 +365,11 @@ impl Region {
 
     pub(super) fn len(&self) -> usize {
         self.dims.iter().product()
+    }
+
+    /// The first element.
+    pub(super) fn start(&self) -> usize {
+        self.offset
     }
 
     /// One past the last element.

@@ -49,13 +49,21 @@
 //!
 //! What it does not model: time, registers and their spills, several devices, and layouts inside a tile.
 
+mod allocate;
+mod decode;
+mod dma;
 mod exec;
 mod fault;
+mod liveness;
 mod memory;
+mod observer;
+mod ops;
+mod pipeline;
 mod program;
 mod tile;
 
 pub use fault::{Fault, FaultKind};
+pub use observer::{BlockEvent, DmaEvent, Observer, OpEvent};
 pub use program::Program;
 
 use crate::tensor::HostTensor;
@@ -89,6 +97,10 @@ pub struct Machine {
     /// Whether unwritten memory may be read (for kernels that load it and select something else); it is NaN, or an odd
     /// integer, and shows in the output if it gets there.
     pub allow_unwritten_reads: bool,
+    /// Whether steps that differ in a `parallel` dimension may write the same output elements (for kernels that use an
+    /// output as scratch memory); what several wrote is NaN, or an odd integer. Where it is known that nobody uses an
+    /// output, [`Program::with_unused_outputs`] allows it for that one alone.
+    pub allow_parallel_overlaps: bool,
     /// How many ops may run before a loop counts as endless.
     pub max_ops: u64,
 }
@@ -104,6 +116,7 @@ impl Default for Machine {
             dma: DmaOrder::Late,
             allow_unwritten_outputs: false,
             allow_unwritten_reads: false,
+            allow_parallel_overlaps: false,
             max_ops: 1 << 32,
         }
     }

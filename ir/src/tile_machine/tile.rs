@@ -54,7 +54,7 @@ impl Unary {
             Self::Floor => x.floor(),
             Self::Ceil => x.ceil(),
             Self::RoundEven => x.round_ties_even(),
-            Self::Erf => erf(x),
+            Self::Erf => libm::erff(x),
             Self::Log1p => x.ln_1p(),
             Self::Reciprocal => 1.0 / x,
         }
@@ -68,15 +68,6 @@ impl Unary {
     }
 }
 
-/// The error function, by Abramowitz and Stegun 7.1.26 in f64 (absolute error below 1.5e-7).
-fn erf(x: f32) -> f32 {
-    let (sign, x) = (x.signum(), f64::from(x.abs()));
-    let t = 1.0 / (1.0 + 0.327_591_1 * x);
-    let poly =
-        t * (0.254_829_592 + t * (-0.284_496_736 + t * (1.421_413_741 + t * (-1.453_152_027 + t * 1.061_405_429))));
-    sign * (1.0 - poly * (-x * x).exp()) as f32
-}
-
 /// An elementwise op of two operands.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Binary {
@@ -85,8 +76,14 @@ pub(super) enum Binary {
     Mul,
     Div,
     Rem,
+    /// The larger number; NaN where either is.
     Max,
+    /// The smaller number; NaN where either is.
     Min,
+    /// The larger number; the other one where one is NaN.
+    MaxNumber,
+    /// The smaller number; the other one where one is NaN.
+    MinNumber,
     Pow,
     And,
     Or,
@@ -106,6 +103,8 @@ impl Binary {
             Self::Rem => x % y,
             Self::Max => maximum(x, y),
             Self::Min => minimum(x, y),
+            Self::MaxNumber => x.max(y),
+            Self::MinNumber => x.min(y),
             Self::Pow => x.powf(y),
             Self::And | Self::Or | Self::Xor | Self::Shl | Self::ShrSigned | Self::ShrUnsigned => f32::NAN,
         }
@@ -119,8 +118,8 @@ impl Binary {
             Self::Mul => x.wrapping_mul(y),
             Self::Div => return x.checked_div(y),
             Self::Rem => return x.checked_rem(y),
-            Self::Max => x.max(y),
-            Self::Min => x.min(y),
+            Self::Max | Self::MaxNumber => x.max(y),
+            Self::Min | Self::MinNumber => x.min(y),
             Self::Pow => x.wrapping_pow(y.max(0) as u32),
             Self::And => x & y,
             Self::Or => x | y,
@@ -156,7 +155,6 @@ pub(super) enum Compare {
     UnsignedLe,
     UnsignedGt,
     UnsignedGe,
-    OrderedNe,
     Ordered,
     Unordered,
     UnorderedEq,
@@ -178,7 +176,6 @@ impl Compare {
             Self::Le | Self::UnsignedLe => x <= y,
             Self::Gt | Self::UnsignedGt => x > y,
             Self::Ge | Self::UnsignedGe => x >= y,
-            Self::OrderedNe => !unordered && x != y,
             Self::Ordered => !unordered,
             Self::Unordered => unordered,
             Self::UnorderedEq => unordered || x == y,
@@ -193,7 +190,7 @@ impl Compare {
 
     pub(super) fn int(self, x: i32, y: i32) -> bool {
         match self {
-            Self::Ne | Self::OrderedNe => x != y,
+            Self::Ne => x != y,
             Self::Lt => x < y,
             Self::Le => x <= y,
             Self::Gt => x > y,
@@ -214,6 +211,8 @@ pub(super) enum Reduction {
     Product,
     Max,
     Min,
+    MaxNumber,
+    MinNumber,
 }
 
 impl Reduction {
@@ -223,6 +222,8 @@ impl Reduction {
             Self::Product => Binary::Mul,
             Self::Max => Binary::Max,
             Self::Min => Binary::Min,
+            Self::MaxNumber => Binary::MaxNumber,
+            Self::MinNumber => Binary::MinNumber,
         }
     }
 }
@@ -234,6 +235,15 @@ pub(super) fn wrap(element: Element, x: i32) -> i32 {
         Element::I16 => i32::from(x as i16),
         Element::Pred => x & 1,
         _ => x,
+    }
+}
+
+/// Truncates an `f32` to an integer type, to its least or greatest number beyond them and to 0 for NaN.
+fn saturate(element: Element, x: f32) -> i32 {
+    match element {
+        Element::I8 => i32::from(x as i8),
+        Element::I16 => i32::from(x as i16),
+        _ => x as i32,
     }
 }
 
@@ -335,8 +345,8 @@ pub(super) fn binary(op: Binary, element: Element, x: Tile, y: Tile) -> Option<T
             Tile::Int(if narrow { map(result, |x| wrap(element, x)) } else { result })
         }
         (Tile::Pred(x), Tile::Pred(y)) => Tile::Pred(match op {
-            Binary::And | Binary::Mul | Binary::Min => zip(x, y, |x, y| x & y),
-            Binary::Or | Binary::Max => zip(x, y, |x, y| x | y),
+            Binary::And | Binary::Mul | Binary::Min | Binary::MinNumber => zip(x, y, |x, y| x & y),
+            Binary::Or | Binary::Max | Binary::MaxNumber => zip(x, y, |x, y| x | y),
             _ => zip(x, y, |x, y| x ^ y),
         }),
         _ => unreachable!("decoding gives both sides one type"),
@@ -392,11 +402,12 @@ pub(super) fn select(condition: &Tile, then: Tile, otherwise: Tile) -> Tile {
     }
 }
 
-/// Conversion between element types. Floats become integers by truncation; `signed` is how narrow integers are read.
+/// Conversion between element types; `signed` is how narrow integers are read. Floats become integers by truncation, and
+/// saturate where the type ends (NaN becomes 0): what XLA defines, and JAX's tests hold TPUs to.
 pub(super) fn convert(from: Element, to: Element, signed: bool, x: Tile) -> Tile {
     match x {
         Tile::Float(x) if to.is_float() => Tile::Float(rounded(to, x)),
-        Tile::Float(x) => Tile::Int(Arc::new(x.iter().map(|&x| wrap(to, x as i32)).collect())),
+        Tile::Float(x) => Tile::Int(Arc::new(x.iter().map(|&x| saturate(to, x)).collect())),
         Tile::Int(x) if to.is_float() => {
             let value = |x: i32| if signed { x as f32 } else { unsigned(from, x) as f32 };
             Tile::Float(rounded(to, Arc::new(x.iter().map(|&x| value(x)).collect())))
@@ -564,17 +575,19 @@ pub(super) fn reduce(how: Reduction, element: Element, x: Tile, dims: &[usize], 
                 Reduction::Product => fold(x, outer, size, inner, |x, y| x * y),
                 Reduction::Max => fold(x, outer, size, inner, maximum),
                 Reduction::Min => fold(x, outer, size, inner, minimum),
+                Reduction::MaxNumber => fold(x, outer, size, inner, f32::max),
+                Reduction::MinNumber => fold(x, outer, size, inner, f32::min),
             })),
             Tile::Int(x) => Tile::Int(Arc::new(match how {
                 Reduction::Sum => fold(x, outer, size, inner, i32::wrapping_add),
                 Reduction::Product => fold(x, outer, size, inner, i32::wrapping_mul),
-                Reduction::Max => fold(x, outer, size, inner, i32::max),
-                Reduction::Min => fold(x, outer, size, inner, i32::min),
+                Reduction::Max | Reduction::MaxNumber => fold(x, outer, size, inner, i32::max),
+                Reduction::Min | Reduction::MinNumber => fold(x, outer, size, inner, i32::min),
             })),
             Tile::Pred(x) => Tile::Pred(Arc::new(match how {
                 Reduction::Sum => fold(x, outer, size, inner, |x, y| x ^ y),
-                Reduction::Product | Reduction::Min => fold(x, outer, size, inner, |x, y| x & y),
-                Reduction::Max => fold(x, outer, size, inner, |x, y| x | y),
+                Reduction::Product | Reduction::Min | Reduction::MinNumber => fold(x, outer, size, inner, |x, y| x & y),
+                Reduction::Max | Reduction::MaxNumber => fold(x, outer, size, inner, |x, y| x | y),
             })),
         };
         dims.remove(dim);

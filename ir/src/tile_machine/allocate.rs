@@ -1,0 +1,229 @@
+//! The memories of a call: what is there before the first grid step, and what is left after the last.
+
+use std::{borrow::Cow, sync::Arc};
+
+use super::{
+    Run,
+    exec::{Executor, Reg, Step},
+    fault::FaultKind,
+    memory::{Buffer, View},
+    observer::Observer,
+    pipeline::Window,
+};
+use crate::{
+    element::Element,
+    mosaic::{Argument, MemorySpace, RefElement, Role, Semantics},
+    shape::TensorType,
+    tensor::HostTensor,
+};
+
+/// Where a call's arguments are.
+pub(super) struct Allocation {
+    /// What the kernel gets for each argument; for windows, the first of their buffers.
+    pub(super) views: Vec<Reg>,
+    pub(super) windows: Vec<Window>,
+    /// The array of each output.
+    pub(super) results: Vec<usize>,
+}
+
+impl<'i, O: Observer> Executor<'_, 'i, O> {
+    /// Lays out every memory for a call.
+    pub(super) fn allocate(
+        &mut self,
+        arguments: &[Argument],
+        inputs: &'i [HostTensor],
+        outputs: &[TensorType],
+    ) -> Step<Allocation> {
+        let bad = |executor: &Self, detail: String| executor.fault(FaultKind::BadCall, &executor.pipeline, detail);
+        let takes = arguments.iter().filter(|a| matches!(a.role, Role::Prefetch | Role::Input)).count();
+        let gives = arguments.iter().filter(|a| a.role == Role::Output).count();
+        if takes != inputs.len() || gives != outputs.len() {
+            let detail =
+                format!("{} inputs and {} outputs for a kernel with {takes} and {gives}", inputs.len(), outputs.len());
+            return Err(bad(self, detail));
+        }
+        self.check_capacity(arguments, inputs, outputs)?;
+        let parallel = self.program.signature.grid.iter().any(|&(size, how)| how == Semantics::Parallel && size > 1);
+        let (mut views, mut windows, mut results) = (vec![], vec![], vec![]);
+        let (mut next_input, mut next_output) = (0, 0);
+        let mut input_arrays = vec![];
+        for (position, argument) in arguments.iter().enumerate() {
+            let name = &argument.name;
+            let array = match argument.role {
+                Role::Scratch => None,
+                Role::Prefetch | Role::Input => {
+                    let data = &inputs[next_input];
+                    next_input += 1;
+                    let ty = TensorType::new(data.element(), data.dims());
+                    self.check_type(argument, &ty)?;
+                    // Memory holds bits: ops, not elements, have a sign.
+                    let data = match data.element().signless() {
+                        same if same == data.element() => Cow::Borrowed(data),
+                        signless => Cow::Owned(data.clone().reinterpreted(signless)),
+                    };
+                    self.buffers.push(Buffer::holding(name, MemorySpace::Hbm, data));
+                    input_arrays.push(self.buffers.len() - 1);
+                    Some(self.buffers.len() - 1)
+                }
+                Role::Output => {
+                    let ty = &outputs[next_output];
+                    self.check_type(argument, ty)?;
+                    let element = ty.element.signless();
+                    let alias = self.program.aliases.iter().find(|&&(_, output)| output == next_output);
+                    let array = match alias {
+                        Some(&(input, _)) => {
+                            let array = input_arrays.get(input).copied();
+                            let same = |&array: &usize| {
+                                let data = &self.buffers[array].data;
+                                data.element() == element && data.dims() == ty.dims
+                            };
+                            array.filter(same).ok_or_else(|| {
+                                bad(self, format!("input {input} and output `{name}` cannot share memory"))
+                            })?
+                        }
+                        None => {
+                            self.buffers.push(Buffer::poisoned(name, MemorySpace::Hbm, element, &ty.dims));
+                            self.buffers.len() - 1
+                        }
+                    };
+                    if results.contains(&array) {
+                        return Err(bad(self, format!("output `{name}` shares an input's memory with another output")));
+                    }
+                    if parallel {
+                        let unused = self.program.unused_outputs.contains(&next_output);
+                        self.buffers[array].track_owners(unused || self.machine.allow_parallel_overlaps);
+                    }
+                    next_output += 1;
+                    results.push(array);
+                    Some(array)
+                }
+            };
+            let buffer = match (argument.space, argument.element, array) {
+                (_, RefElement::Data(element), Some(array)) if argument.window.is_some() => {
+                    let count = 1 + usize::from(argument.window.as_ref().is_some_and(|window| window.double_buffered));
+                    let buffers: Vec<usize> = (0..count)
+                        .map(|_| {
+                            self.buffers.push(Buffer::poisoned(name, argument.space, element, &argument.dims));
+                            self.buffers.len() - 1
+                        })
+                        .collect();
+                    let first = buffers[0];
+                    let revisits = argument.window.as_ref().is_some_and(|window| window.revisits);
+                    windows.push(Window::new(position, argument.role == Role::Output, array, buffers, revisits));
+                    first
+                }
+                (MemorySpace::Smem | MemorySpace::Vmem, _, Some(array)) => {
+                    // A whole array that comes from HBM before the first step, or goes there after the last.
+                    self.buffers.push(self.buffers[array].copied(name, argument.space));
+                    let buffer = self.buffers.len() - 1;
+                    match argument.role {
+                        Role::Output if parallel => {
+                            let detail = format!("`{name}` is one array for steps that may run on different cores");
+                            return Err(bad(self, detail));
+                        }
+                        Role::Output => self.whole_outputs.push((buffer, array)),
+                        _ => self.counters.hbm_bytes_read += self.buffers[array].data.bytes().len() as u64,
+                    }
+                    buffer
+                }
+                (_, _, Some(array)) => array,
+                (space, RefElement::Data(element), None) => {
+                    self.buffers.push(Buffer::poisoned(name, space, element, &argument.dims));
+                    self.buffers.len() - 1
+                }
+                (space, _, None) => {
+                    let cells = HostTensor::zeros(Element::I32, &argument.dims);
+                    self.buffers.push(Buffer::holding(name, space, Cow::Owned(cells)));
+                    self.buffers.len() - 1
+                }
+            };
+            views.push(Reg::View(Arc::new(View::whole(buffer, argument.element, &argument.dims))));
+        }
+        Ok(Allocation { views, windows, results })
+    }
+
+    pub(super) fn put_whole_outputs(&mut self) {
+        for (buffer, array) in std::mem::take(&mut self.whole_outputs) {
+            self.counters.hbm_bytes_written += self.carry(&self.whole(buffer), &self.whole(array));
+        }
+    }
+
+    fn check_type(&self, argument: &Argument, ty: &TensorType) -> Step<()> {
+        let dims_fit = match argument.window {
+            Some(_) => ty.dims.len() == argument.dims.len(),
+            None => ty.dims == argument.dims,
+        };
+        if !dims_fit || argument.element != RefElement::Data(ty.element.signless()) {
+            let expected = format!("{}{:?}", argument.element, argument.dims);
+            let of = if argument.window.is_some() { " blocks" } else { "" };
+            let detail = format!("`{}` takes {expected}{of}, not {ty}", argument.name);
+            return Err(self.fault(FaultKind::BadCall, &self.pipeline, detail));
+        }
+        Ok(())
+    }
+
+    /// Before anything is allocated: what a kernel declares may be more than this computer has.
+    fn check_capacity(&mut self, arguments: &[Argument], inputs: &[HostTensor], outputs: &[TensorType]) -> Step<()> {
+        let (mut given, mut made) = (inputs.iter(), outputs.iter().enumerate());
+        let mut declared = Vec::with_capacity(2 * arguments.len());
+        for argument in arguments {
+            let array = match argument.role {
+                Role::Prefetch | Role::Input => given.next().map_or(0, |array| array.bytes().len()),
+                // One that shares an input's memory takes none.
+                Role::Output => made.next().map_or(0, |(at, ty)| {
+                    let aliased = self.program.aliases.iter().any(|&(_, output)| output == at);
+                    if aliased { 0 } else { ty.len() * ty.element.bytes() }
+                }),
+                Role::Scratch => 0,
+            };
+            declared.push(("HBM", array, &argument.name));
+            declared.push(match (argument.space, argument.role, argument.element) {
+                (MemorySpace::Vmem, ..) => ("VMEM", argument.bytes(), &argument.name),
+                (MemorySpace::Smem, ..) => ("SMEM", argument.bytes(), &argument.name),
+                (MemorySpace::Semaphore, ..) => ("semaphore memory", argument.bytes(), &argument.name),
+                (MemorySpace::Any | MemorySpace::Hbm, Role::Scratch, RefElement::Data(element)) => {
+                    ("HBM", argument.dims.iter().product::<usize>() * element.bytes(), &argument.name)
+                }
+                (MemorySpace::Any | MemorySpace::Hbm, ..) => ("HBM", 0, &argument.name),
+            });
+        }
+        for (memory, limit) in [
+            ("VMEM", self.machine.vmem_bytes),
+            ("SMEM", self.machine.smem_bytes),
+            ("HBM", self.machine.hbm_bytes),
+            ("semaphore memory", self.machine.semaphore_bytes),
+        ] {
+            let own = declared.iter().filter(|(of, ..)| *of == memory).map(|&(_, bytes, name)| (bytes, name));
+            let taken = own.clone().fold(0_usize, |total, (bytes, _)| total.saturating_add(bytes));
+            if memory == "VMEM" {
+                self.counters.vmem_bytes = taken;
+            }
+            if taken > limit {
+                let detail = format!("the kernel declares {taken} bytes of {memory}; the limit is {limit}");
+                let mut fault = self.fault(FaultKind::MemoryExceeded, &self.pipeline, detail);
+                fault.buffer = own.max().map(|(_, name)| name.clone());
+                return Err(fault);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn results(mut self, arrays: &[usize], types: &[TensorType]) -> Step<Run> {
+        if !self.machine.allow_unwritten_outputs {
+            let unused = &self.program.unused_outputs;
+            let used = arrays.iter().enumerate().filter(|(output, _)| !unused.contains(output));
+            for (_, &array) in used {
+                if let Some(offset) = self.buffers[array].first_unwritten() {
+                    let fault = self.fault(FaultKind::OutputNeverWritten, &self.pipeline, String::new());
+                    return Err(self.in_buffer(fault, array, offset));
+                }
+            }
+        }
+        let empty = || Cow::Owned(HostTensor::zeros(Element::U8, &[0]));
+        let mut take = |(&array, ty): (&usize, &TensorType)| {
+            std::mem::replace(&mut self.buffers[array].data, empty()).into_owned().reinterpreted(ty.element)
+        };
+        let outputs = arrays.iter().zip(types).map(&mut take).collect();
+        Ok(Run { outputs, counters: self.counters })
+    }
+}

@@ -1,0 +1,382 @@
+//! From MLIR to instructions: walks the functions of a module; what each op means stands in [`ops`](super::ops).
+//!
+//! Invariant: after decoding, every op is known and every operand is of the kind and the sizes that running it takes for
+//! granted. MLIR's verifier has checked the ops of dialects that it knows; rows of the table check the others, and what the
+//! machine wants beyond.
+
+use std::collections::HashMap;
+
+use melior::ir::{
+    Attribute, AttributeLike, BlockLike, BlockRef, Module, RegionLike, RegionRef, Type, Value, ValueLike,
+    attribute::{ArrayAttribute, BoolAttribute, DenseI32ArrayAttribute, FloatAttribute, IntegerAttribute},
+    operation::{OperationLike, OperationRef},
+};
+
+use super::{
+    liveness::liveness,
+    ops::{self, Meaning},
+    program::{Code, Inst, Origin, Program, Slot, Use},
+    tile::Scalar,
+};
+use crate::{
+    context::printed,
+    element::Element,
+    error::{Error, Result},
+    mosaic::{
+        MemorySpace, RefElement, Role, Signature, describe, functions, i64_array, kernel_function, op_name,
+        read_memref, scalar_element, symbol, vector_dims,
+    },
+};
+
+impl Program {
+    /// Decodes the kernel of a Mosaic module in readable form (see [`wire`](crate::mosaic::wire) for the other).
+    ///
+    /// # Errors
+    /// Names the first op that the machine does not know, or whose form it does not support, and its source line.
+    pub fn decode(module: &Module) -> Result<Self> {
+        let signature = Signature::read(module)?;
+        let mut decoder = Decoder { slots: HashMap::new(), origins: vec![] };
+        let kernel = kernel_function(module)?;
+        let body = decoder.function(kernel)?;
+        let rank = signature.grid.len();
+        let of_kernel = parameters(kernel);
+        let prefetched = signature.arguments.iter().zip(of_kernel.iter().skip(rank));
+        let prefetched = prefetched.filter(|(argument, _)| argument.role == Role::Prefetch).map(|(_, ty)| *ty);
+        // What a window's transform gets: the grid step and the prefetched arrays.
+        let of_transform: Vec<Type> = of_kernel.iter().copied().take(rank).chain(prefetched).collect();
+        if !of_kernel.iter().take(rank).all(is_i32) {
+            return Err(Error::op("func.func", format!("@{}: its grid indices are not all i32", signature.name)));
+        }
+        let functions = functions(module);
+        let mut transforms = Vec::new();
+        for argument in &signature.arguments {
+            let element = argument.element.data();
+            if element.is_some_and(|element| !is_stored(element)) || argument.dims.contains(&0) {
+                let message =
+                    format!("argument `{}` of {}{:?} is not supported", argument.name, argument.element, argument.dims);
+                return Err(Error::op("func.func", format!("{message} (at {})", describe(kernel.location()))));
+            }
+            let transform = argument.window.as_ref().map(|window| {
+                let named = |function: &&OperationRef| symbol(**function).is_ok_and(|name| name == window.transform);
+                let function = functions.iter().find(named);
+                let function = function.ok_or_else(|| Error::mosaic(format!("no function @{}", window.transform)))?;
+                decoder.transform(*function, &window.transform, &of_transform, window.block.len())
+            });
+            transforms.push(transform.transpose()?);
+        }
+        let (origins, slots) = (decoder.origins, decoder.slots.len());
+        Ok(Self { signature, body, transforms, origins, slots, aliases: vec![], unused_outputs: vec![] })
+    }
+}
+
+/// The element types that memory may hold.
+fn is_stored(element: Element) -> bool {
+    matches!(element, Element::I8 | Element::I16 | Element::I32 | Element::Bf16 | Element::F32)
+}
+
+fn is_i32(r#type: &Type) -> bool {
+    vector_dims(*r#type).is_empty() && scalar_element(*r#type) == Some(Element::I32)
+}
+
+/// The types of a function's parameters.
+fn parameters<'c>(function: OperationRef<'c, '_>) -> Vec<Type<'c>> {
+    let Some(block) = function.region(0).ok().and_then(|region| region.first_block()) else { return vec![] };
+    (0..block.argument_count()).filter_map(|index| Some(block.argument(index).ok()?.r#type())).collect()
+}
+
+struct Decoder {
+    slots: HashMap<*const std::ffi::c_void, Slot>,
+    origins: Vec<Origin>,
+}
+
+impl Decoder {
+    fn slot<'c>(&mut self, value: impl ValueLike<'c>) -> Slot {
+        let next = self.slots.len() as Slot;
+        *self.slots.entry(value.to_raw().ptr).or_insert(next)
+    }
+
+    fn read(&mut self, value: Value) -> Use {
+        Use { slot: self.slot(value), last: false }
+    }
+
+    fn function(&mut self, function: OperationRef) -> Result<Code> {
+        let region = function.region(0).map_err(|error| Error::op("func.func", error.to_string()))?;
+        let mut code = self.region(region, "func.func")?;
+        liveness(&mut code);
+        Ok(code)
+    }
+
+    /// The function `name`, which maps `of_transform` to the `rank` indices of a block.
+    fn transform(&mut self, function: OperationRef, name: &str, of_transform: &[Type], rank: usize) -> Result<Code> {
+        let code = self.function(function)?;
+        let wrong = |what: String| Error::op("func.func", format!("@{name} {what}"));
+        if parameters(function) != of_transform {
+            let wanted = of_transform.iter().map(printed).collect::<Vec<_>>().join(", ");
+            return Err(wrong(format!("does not take ({wanted})")));
+        }
+        let last = function.region(0).ok().and_then(|region| region.first_block()?.terminator());
+        if !last.is_some_and(|last| last.operands().all(|index| is_i32(&index.r#type()))) {
+            return Err(wrong("does not yield i32 indices".into()));
+        }
+        if code.yields.len() != rank {
+            return Err(wrong(format!("yields {} indices for blocks of rank {rank}", code.yields.len())));
+        }
+        Ok(code)
+    }
+
+    fn region(&mut self, region: RegionRef, op: &str) -> Result<Code> {
+        match region.first_block() {
+            None => Ok(Code::default()),
+            Some(block) if block.next_in_region().is_some() => Err(Error::op(op, "more than one block in a region")),
+            Some(block) => self.block(block),
+        }
+    }
+
+    fn block(&mut self, block: BlockRef) -> Result<Code> {
+        let mut code = Code::default();
+        for index in 0..block.argument_count() {
+            let argument = block.argument(index).map_err(|error| Error::mosaic(error.to_string()))?;
+            code.parameters.push(self.slot(argument));
+        }
+        let operations = std::iter::successors(block.first_operation(), |operation| operation.next_in_block());
+        for operation in operations {
+            let site = Site::new(operation);
+            let row = ops::row(&site.name).ok_or_else(|| site.error("the tile machine does not know this op"))?;
+            let decode = match row.meaning {
+                Meaning::Nothing => continue,
+                Meaning::Yield => {
+                    code.yields = operation.operands().map(|value| self.read(value)).collect();
+                    continue;
+                }
+                Meaning::Inst(decode) => decode,
+            };
+            let op = match row.operands.contains(&site.operands.len()) {
+                true => decode(&site),
+                false => Err(Refusal::Misfit),
+            };
+            let op = op.map_err(|refusal| match refusal {
+                Refusal::Misfit => site.misfit(),
+                Refusal::Because(reason) => site.error(&reason),
+            })?;
+            let nested = |index| {
+                let region = operation.region(index).map_err(|_| site.error(&format!("region {index} is missing")))?;
+                self.region(region, &site.name)
+            };
+            let codes = (0..row.regions).map(nested).collect::<Result<_>>()?;
+            let operands = operation.operands().map(|value| self.read(value)).collect();
+            let results = operation.results().map(|result| self.slot(result)).collect();
+            let origin = self.origins.len() as u32;
+            self.origins.push(Origin { op: site.name.clone(), location: describe(operation.location()) });
+            code.body.push(Inst { op, pure: row.pure, operands, codes, results, kills: vec![], origin });
+        }
+        Ok(code)
+    }
+}
+
+/// Why an op cannot be run.
+pub(super) enum Refusal {
+    /// Its operands and results do not fit together.
+    Misfit,
+    /// In words.
+    Because(String),
+}
+
+pub(super) type Decoded<T> = std::result::Result<T, Refusal>;
+
+pub(super) fn unsupported<T>(what: impl Into<String>) -> Decoded<T> {
+    Err(Refusal::Because(what.into()))
+}
+
+/// `Misfit` unless `condition`.
+pub(super) fn fits(condition: bool) -> Decoded<()> {
+    if condition { Ok(()) } else { Err(Refusal::Misfit) }
+}
+
+/// Element and sizes of an operand or result.
+#[derive(Debug, PartialEq)]
+pub(super) struct Shape {
+    pub(super) element: Element,
+    pub(super) dims: Vec<usize>,
+}
+
+impl Shape {
+    pub(super) fn len(&self) -> usize {
+        self.dims.iter().product()
+    }
+}
+
+/// Element, sizes and memory of a memref.
+pub(super) struct Memory {
+    pub(super) element: RefElement,
+    pub(super) dims: Vec<usize>,
+    pub(super) space: MemorySpace,
+}
+
+/// One op of a module: what rows of the table read.
+pub(super) struct Site<'c, 'a> {
+    operation: OperationRef<'c, 'a>,
+    pub(super) name: String,
+    /// The types of its operands.
+    pub(super) operands: Vec<Type<'c>>,
+}
+
+impl<'c, 'a> Site<'c, 'a> {
+    fn new(operation: OperationRef<'c, 'a>) -> Self {
+        let operands = operation.operands().map(|value| value.r#type()).collect();
+        Self { operation, name: op_name(operation), operands }
+    }
+
+    fn error(&self, reason: &str) -> Error {
+        Error::op(self.name.as_str(), format!("{reason} (at {})", describe(self.operation.location())))
+    }
+
+    fn misfit(&self) -> Error {
+        let list = |types: &[Type]| types.iter().map(printed).collect::<Vec<_>>().join(", ");
+        let results: Vec<_> = self.operation.results().map(|value| value.r#type()).collect();
+        self.error(&format!("({}) -> ({}) do not fit together", list(&self.operands), list(&results)))
+    }
+
+    // ---- operands and results ----
+
+    fn operand_type(&self, index: usize) -> Decoded<Type<'c>> {
+        self.operands.get(index).copied().ok_or(Refusal::Misfit)
+    }
+
+    fn result_type(&self) -> Decoded<Type<'c>> {
+        self.operation.result(0).map(|result| result.r#type()).map_err(|_| Refusal::Misfit)
+    }
+
+    /// Operand `index`, a scalar or a tile.
+    pub(super) fn shape(&self, index: usize) -> Decoded<Shape> {
+        shape(self.operand_type(index)?)
+    }
+
+    /// The result, a scalar or a tile.
+    pub(super) fn result(&self) -> Decoded<Shape> {
+        shape(self.result_type()?)
+    }
+
+    /// Operand `index`, a tile.
+    pub(super) fn tile(&self, index: usize) -> Decoded<Shape> {
+        tile(self.operand_type(index)?)
+    }
+
+    /// The result, a tile.
+    pub(super) fn result_tile(&self) -> Decoded<Shape> {
+        tile(self.result_type()?)
+    }
+
+    /// Operand `index`, a memref.
+    pub(super) fn memref(&self, index: usize) -> Decoded<Memory> {
+        memref(self.operand_type(index)?)
+    }
+
+    /// The result, a memref.
+    pub(super) fn result_memref(&self) -> Decoded<Memory> {
+        memref(self.result_type()?)
+    }
+
+    /// `Misfit` unless the `count` operands from `from` on are scalar integers.
+    pub(super) fn scalars(&self, from: usize, count: usize) -> Decoded<()> {
+        let scalars = self.operands.get(from..from + count).ok_or(Refusal::Misfit)?;
+        fits(scalars.iter().all(is_i32))
+    }
+
+    /// `Misfit` unless operand `index` is one semaphore.
+    pub(super) fn semaphore(&self, index: usize) -> Decoded<()> {
+        let memory = self.memref(index)?;
+        fits(memory.element.data().is_none() && memory.dims.is_empty())
+    }
+
+    // ---- attributes ----
+
+    pub(super) fn attribute(&self, name: &str) -> Decoded<Attribute<'c>> {
+        let missing = |_| Refusal::Because(format!("attribute `{name}` is missing"));
+        self.operation.attribute(name).map_err(missing)
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.operation.has_attribute(name)
+    }
+
+    /// What an attribute prints as.
+    pub(super) fn text(&self, name: &str) -> Decoded<String> {
+        Ok(printed(&self.attribute(name)?))
+    }
+
+    /// A flag; absent ones are off.
+    pub(super) fn flag(&self, name: &str) -> bool {
+        let flag = self.operation.attribute(name).ok().and_then(|flag| BoolAttribute::try_from(flag).ok());
+        flag.is_some_and(|flag| flag.value())
+    }
+
+    pub(super) fn integer(&self, name: &str) -> Decoded<i64> {
+        let value = IntegerAttribute::try_from(self.attribute(name)?)
+            .map_err(|_| Refusal::Because(format!("attribute `{name}` is not an integer")))?;
+        // SAFETY: the attribute is an integer; its type says how it is stored.
+        unsafe {
+            let r#type = mlir_sys::mlirAttributeGetType(value.to_raw());
+            if mlir_sys::mlirTypeIsAInteger(r#type) && mlir_sys::mlirIntegerTypeIsSigned(r#type) {
+                return Ok(value.signed_value());
+            }
+        }
+        Ok(value.value())
+    }
+
+    /// A size, an index or a count.
+    pub(super) fn size(&self, name: &str) -> Decoded<usize> {
+        usize::try_from(self.integer(name)?).map_err(|_| Refusal::Misfit)
+    }
+
+    pub(super) fn sizes(&self, name: &str) -> Decoded<Vec<usize>> {
+        let list = to_sizes(self.attribute(name)?);
+        list.ok_or_else(|| Refusal::Because(format!("attribute `{name}` is not a list of sizes")))
+    }
+
+    /// `sizes`, or nothing where the attribute is absent.
+    pub(super) fn optional_sizes(&self, name: &str) -> Decoded<Vec<usize>> {
+        if self.has(name) { self.sizes(name) } else { Ok(vec![]) }
+    }
+}
+
+fn shape(r#type: Type) -> Decoded<Shape> {
+    match scalar_element(r#type) {
+        Some(element) if is_stored(element) || element == Element::Pred => {
+            Ok(Shape { element, dims: vector_dims(r#type) })
+        }
+        _ => unsupported(format!("values of type {} are not supported", printed(&r#type))),
+    }
+}
+
+fn tile(r#type: Type) -> Decoded<Shape> {
+    let shape = shape(r#type)?;
+    if shape.dims.is_empty() { Err(Refusal::Misfit) } else { Ok(shape) }
+}
+
+fn memref(r#type: Type) -> Decoded<Memory> {
+    let (element, dims, space) = read_memref(r#type).map_err(Refusal::Because)?;
+    Ok(Memory { element, dims, space })
+}
+
+fn to_sizes(attribute: Attribute) -> Option<Vec<usize>> {
+    if let Ok(array) = DenseI32ArrayAttribute::try_from(attribute) {
+        return (0..array.len()).map(|index| usize::try_from(array.element(index).ok()?).ok()).collect();
+    }
+    if let Some(array) = i64_array(attribute) {
+        return array.into_iter().map(|value| usize::try_from(value).ok()).collect();
+    }
+    let array = ArrayAttribute::try_from(attribute).ok()?;
+    let element = |index| usize::try_from(IntegerAttribute::try_from(array.element(index).ok()?).ok()?.value()).ok();
+    (0..array.len()).map(element).collect()
+}
+
+/// The scalar of type `element` that an attribute holds.
+pub(super) fn scalar(value: Attribute, element: Element) -> Option<Scalar> {
+    if element.is_float() {
+        return FloatAttribute::try_from(value).ok().map(|value| Scalar::Float(value.value() as f32));
+    }
+    IntegerAttribute::try_from(value).ok().map(|value| match element {
+        Element::Pred => Scalar::Pred(value.value() != 0),
+        _ => Scalar::Int(value.value() as i32),
+    })
+}

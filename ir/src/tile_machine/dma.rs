@@ -1,0 +1,259 @@
+//! DMAs and semaphores: what is in flight, when it lands, and what must not be touched meanwhile.
+
+use std::collections::VecDeque;
+
+use super::{
+    DmaOrder,
+    exec::{Executor, Step},
+    fault::FaultKind,
+    memory::{Region, View},
+    observer::{DmaEvent, Observer},
+};
+use crate::mosaic::MemorySpace;
+
+/// A copy that was started and not waited for.
+#[derive(Debug)]
+pub(super) struct Copy {
+    id: usize,
+    source: Region,
+    destination: Region,
+    semaphore: (usize, usize),
+    bytes: usize,
+    origin: u32,
+    started: Vec<usize>,
+    owner: u32,
+    landed: bool,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Semaphore {
+    /// Bytes that arrived and were not waited for; for counting semaphores, the count.
+    value: i64,
+    /// Bytes waited for that do not yet make up the copy that landed first.
+    credit: usize,
+    /// Copies in the order in which they landed.
+    landed: VecDeque<usize>,
+    /// Who touched it last.
+    origin: u32,
+}
+
+impl<O: Observer> Executor<'_, '_, O> {
+    fn describe_copy(&self, copy: &Copy) -> String {
+        let (from, to) = (&self.buffers[copy.source.buffer].name, &self.buffers[copy.destination.buffer].name);
+        format!("from `{from}` to `{to}` started at {} in grid step {:?}", self.location(copy.origin), copy.started)
+    }
+
+    /// Faults unless every copy was waited for and every semaphore is zero at `when`.
+    pub(super) fn check_settled(&self, when: &str) -> Step<()> {
+        if let Some(copy) = self.copies.first() {
+            let detail = format!("a copy was not waited for {when}");
+            let mut fault = self.fault_at(FaultKind::SemaphoreUnbalanced, copy.origin, detail);
+            fault = self.in_buffer(fault, copy.semaphore.0, copy.semaphore.1);
+            fault.dma = Some(self.describe_copy(copy));
+            return Err(fault);
+        }
+        for (&(buffer, cell), semaphore) in &self.semaphores {
+            if semaphore.value != 0 {
+                let detail = format!("it holds {} {when}", semaphore.value);
+                let fault = self.fault_at(FaultKind::SemaphoreUnbalanced, semaphore.origin, detail);
+                return Err(self.in_buffer(fault, buffer, cell));
+            }
+        }
+        Ok(())
+    }
+
+    /// Faults when an access to `region` meets a copy in flight.
+    pub(super) fn check_copies(&self, region: &Region, writes: bool, origin: Option<u32>) -> Step<()> {
+        if self.buffers[region.buffer].in_flight == 0 {
+            return Ok(());
+        }
+        for copy in &self.copies {
+            let hit =
+                copy.destination.overlap(region).or_else(|| if writes { copy.source.overlap(region) } else { None });
+            if let Some(offset) = hit {
+                let kind = if writes { FaultKind::OverwriteInFlight } else { FaultKind::ReadInFlight };
+                let mut fault = match origin {
+                    Some(origin) => self.fault_at(kind, origin, String::new()),
+                    None => self.fault(kind, &self.pipeline, String::new()),
+                };
+                fault = self.in_buffer(fault, region.buffer, offset);
+                fault.dma = Some(self.describe_copy(copy));
+                return Err(fault);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_written(&self, region: &Region, origin: u32) -> Step<()> {
+        match self.buffers[region.buffer].unwritten_in(region) {
+            Some(offset) if !self.machine.allow_unwritten_reads => {
+                let fault = self.fault_at(FaultKind::UnwrittenRead, origin, String::new());
+                Err(self.in_buffer(fault, region.buffer, offset))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Faults when a step at parallel position `owner` reads what another position wrote in `region` of an array.
+    pub(super) fn check_core(&self, region: &Region, owner: u32, origin: Option<u32>) -> Step<()> {
+        let Some((offset, other)) = self.buffers[region.buffer].written_elsewhere(region, owner) else {
+            return Ok(());
+        };
+        let detail = match other {
+            Some(other) => format!("it was written at parallel position {other} and is read at {owner}"),
+            None => format!("it was written at several parallel positions and is read at {owner}"),
+        };
+        let origin = origin.map_or(&self.pipeline, |origin| &self.program.origins[origin as usize]);
+        let fault = self.fault(FaultKind::ParallelOverlap, origin, detail);
+        Err(self.in_buffer(fault, region.buffer, offset))
+    }
+
+    pub(super) fn start_copy(&mut self, source: &View, destination: &View, semaphore: &View, origin: u32) -> Step<()> {
+        let (from, to) = (source.all(), destination.all());
+        self.check_copies(&from, false, Some(origin))?;
+        self.check_core(&from, self.owner, Some(origin))?;
+        self.check_copies(&to, true, Some(origin))?;
+        self.check_written(&from, origin)?;
+        let bytes = from.len() * self.buffers[from.buffer].data.element().bytes();
+        if bytes != to.len() * self.buffers[to.buffer].data.element().bytes() {
+            let detail = format!("{:?} into {:?}", source.dims, destination.dims);
+            return Err(self.fault_at(FaultKind::BadCall, origin, detail));
+        }
+        self.buffers[from.buffer].in_flight += 1;
+        self.buffers[to.buffer].in_flight += 1;
+        let key = (semaphore.buffer, semaphore.offset);
+        self.semaphores.entry(key).or_default().origin = origin;
+        self.observer.dma_start(&DmaEvent {
+            id: self.next_copy,
+            from: &self.buffers[from.buffer].name,
+            to: &self.buffers[to.buffer].name,
+            bytes,
+            location: &self.program.origins[origin as usize].location,
+        });
+        self.copies.push(Copy {
+            id: self.next_copy,
+            source: from,
+            destination: to,
+            semaphore: key,
+            bytes,
+            origin,
+            started: self.step.clone(),
+            owner: self.owner,
+            landed: false,
+        });
+        self.next_copy += 1;
+        self.counters.copies += 1;
+        match self.machine.dma {
+            DmaOrder::Early => self.land(self.copies.len() - 1)?,
+            DmaOrder::Late => {}
+            DmaOrder::Random(_) => {
+                if self.random.below(2) == 0 {
+                    let any = self.random.below(self.copies.len());
+                    if !self.copies[any].landed {
+                        self.land(any)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Counting semaphores: adds to one.
+    pub(super) fn signal(&mut self, semaphore: &View, amount: i32, origin: u32) {
+        let semaphore = self.semaphores.entry((semaphore.buffer, semaphore.offset)).or_default();
+        semaphore.value += i64::from(amount);
+        semaphore.origin = origin;
+    }
+
+    /// Counting semaphores: takes from one, which must hold that much.
+    pub(super) fn wait_semaphore(&mut self, view: &View, amount: i32, origin: u32) -> Step<()> {
+        let key = (view.buffer, view.offset);
+        let semaphore = self.semaphores.entry(key).or_default();
+        semaphore.origin = origin;
+        let (kind, detail) = match (amount, semaphore.value) {
+            (..0, _) => (FaultKind::SemaphoreUnbalanced, format!("{amount} is waited for; a wait takes 0 or more")),
+            (_, value) if value < i64::from(amount) => {
+                (FaultKind::Deadlock, format!("{amount} is waited for and it holds {value}"))
+            }
+            _ => {
+                semaphore.value -= i64::from(amount);
+                return Ok(());
+            }
+        };
+        let fault = self.fault_at(kind, origin, detail);
+        Err(self.in_buffer(fault, key.0, key.1))
+    }
+
+    /// What a semaphore holds.
+    pub(super) fn semaphore_value(&self, view: &View) -> i64 {
+        self.semaphores.get(&(view.buffer, view.offset)).map_or(0, |semaphore| semaphore.value)
+    }
+
+    fn land(&mut self, index: usize) -> Step<()> {
+        let copy = &mut self.copies[index];
+        copy.landed = true;
+        let (id, key, bytes, owner, origin) = (copy.id, copy.semaphore, copy.bytes, copy.owner, copy.origin);
+        let (source, destination) = (copy.source.clone(), copy.destination.clone());
+        let data = self.buffers[source.buffer].copy_out(&source);
+        if let Some((offset, other)) = self.buffers[destination.buffer].claim(&destination, owner) {
+            let detail = format!("it was already written at parallel position {other}, now at {owner}");
+            let mut fault = self.fault_at(FaultKind::ParallelOverlap, origin, detail);
+            fault = self.in_buffer(fault, destination.buffer, offset);
+            fault.dma = Some(self.describe_copy(&self.copies[index]));
+            return Err(fault);
+        }
+        self.buffers[destination.buffer].copy_in(&destination, &data);
+        self.buffers[destination.buffer].contest(&destination, owner);
+        if self.buffers[source.buffer].space == MemorySpace::Hbm {
+            self.counters.hbm_bytes_read += bytes as u64;
+        }
+        if self.buffers[destination.buffer].space == MemorySpace::Hbm {
+            self.counters.hbm_bytes_written += bytes as u64;
+        }
+        let semaphore = self.semaphores.entry(key).or_default();
+        semaphore.value += bytes as i64;
+        semaphore.landed.push_back(id);
+        self.observer.dma_land(id);
+        Ok(())
+    }
+
+    pub(super) fn wait_copy(&mut self, semaphore: &View, destination: &View, origin: u32) -> Step<()> {
+        let key = (semaphore.buffer, semaphore.offset);
+        let to = destination.all();
+        let bytes = to.len() * self.buffers[to.buffer].data.element().bytes();
+        while self.semaphores.entry(key).or_default().value < bytes as i64 {
+            let flying = |copy: &Copy| !copy.landed && copy.semaphore == key;
+            let candidates: Vec<usize> = (0..self.copies.len()).filter(|&index| flying(&self.copies[index])).collect();
+            let chosen = match (candidates.as_slice(), self.machine.dma) {
+                ([], _) => {
+                    let has = self.semaphores[&key].value;
+                    let detail =
+                        format!("{bytes} bytes are waited for, {has} arrived and no other copy was started on it");
+                    let fault = self.fault_at(FaultKind::Deadlock, origin, detail);
+                    return Err(self.in_buffer(fault, key.0, key.1));
+                }
+                (candidates, DmaOrder::Random(_)) => candidates[self.random.below(candidates.len())],
+                (candidates, _) => candidates[0],
+            };
+            self.land(chosen)?;
+        }
+        let semaphore = self.semaphores.entry(key).or_default();
+        semaphore.value -= bytes as i64;
+        semaphore.credit += bytes;
+        semaphore.origin = origin;
+        while let Some(&id) = semaphore.landed.front() {
+            let index =
+                self.copies.iter().position(|copy| copy.id == id).expect("a landed copy stays until waited for");
+            if self.copies[index].bytes > semaphore.credit {
+                break;
+            }
+            semaphore.credit -= self.copies[index].bytes;
+            semaphore.landed.pop_front();
+            let copy = self.copies.remove(index);
+            self.buffers[copy.source.buffer].in_flight -= 1;
+            self.buffers[copy.destination.buffer].in_flight -= 1;
+            self.observer.dma_wait(id);
+        }
+        Ok(())
+    }
+}

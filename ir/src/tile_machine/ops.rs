@@ -1,0 +1,619 @@
+//! The ops that the tile machine knows: one table, an op a row.
+//!
+//! A row has all that is known of an op: how many operands it takes, how many regions it has, whether dropping it is
+//! harmless, and the function that reads its attributes, checks its operands and makes the instruction. What the
+//! instruction then does stands in `exec`. To teach the machine an op, add a row.
+
+use std::{collections::HashMap, ops::RangeInclusive, sync::LazyLock};
+
+use melior::ir::{Attribute, AttributeLike};
+
+use super::{
+    decode::{Decoded, Memory, Refusal, Shape, Site, fits, scalar, unsupported},
+    program::{Extent, Op},
+    tile::{self, Binary, Compare, MatmulShape, Reduction, Strides, Tile, Unary},
+};
+use crate::{
+    context::printed,
+    element::Element,
+    mosaic::{MemorySpace, RefElement},
+};
+
+/// What is known of an op.
+pub(super) struct Row {
+    name: &'static str,
+    /// How many operands it may have.
+    pub(super) operands: RangeInclusive<usize>,
+    /// How many regions it has.
+    pub(super) regions: usize,
+    /// Whether dropping it changes nothing but its results.
+    pub(super) pure: bool,
+    pub(super) meaning: Meaning,
+}
+
+/// What an op becomes.
+pub(super) enum Meaning {
+    /// An instruction.
+    Inst(fn(&Site) -> Decoded<Op>),
+    /// The end of a block, which yields its operands.
+    Yield,
+    /// Nothing: it is for profilers and debuggers.
+    Nothing,
+}
+
+/// The row of an op.
+pub(super) fn row(name: &str) -> Option<&'static Row> {
+    static BY_NAME: LazyLock<HashMap<&str, &Row>> = LazyLock::new(|| ROWS.iter().map(|row| (row.name, row)).collect());
+    BY_NAME.get(name).copied()
+}
+
+type Decode = fn(&Site) -> Decoded<Op>;
+
+/// An op whose results are all that it does.
+const fn pure(name: &'static str, operands: RangeInclusive<usize>, decode: Decode) -> Row {
+    Row { name, operands, regions: 0, pure: true, meaning: Meaning::Inst(decode) }
+}
+
+/// An op that changes memory or semaphores, or may fault in a way that must be seen.
+const fn effect(name: &'static str, operands: RangeInclusive<usize>, decode: Decode) -> Row {
+    Row { pure: false, ..pure(name, operands, decode) }
+}
+
+/// An op with regions.
+const fn nesting(name: &'static str, operands: RangeInclusive<usize>, regions: usize, decode: Decode) -> Row {
+    Row { regions, ..effect(name, operands, decode) }
+}
+
+const fn yields(name: &'static str) -> Row {
+    Row { name, operands: ANY, regions: 0, pure: false, meaning: Meaning::Yield }
+}
+
+const fn ignored(name: &'static str) -> Row {
+    Row { name, operands: ANY, regions: 0, pure: false, meaning: Meaning::Nothing }
+}
+
+const ANY: RangeInclusive<usize> = 0..=usize::MAX;
+
+static ROWS: &[Row] = &[
+    // Scalars and tiles, element by element.
+    pure("arith.constant", 0..=0, constant),
+    pure("arith.addf", 2..=2, |op| binary(op, Binary::Add)),
+    pure("arith.addi", 2..=2, |op| binary(op, Binary::Add)),
+    pure("arith.subf", 2..=2, |op| binary(op, Binary::Sub)),
+    pure("arith.subi", 2..=2, |op| binary(op, Binary::Sub)),
+    pure("arith.mulf", 2..=2, |op| binary(op, Binary::Mul)),
+    pure("arith.muli", 2..=2, |op| binary(op, Binary::Mul)),
+    pure("arith.divf", 2..=2, |op| binary(op, Binary::Div)),
+    pure("arith.divsi", 2..=2, |op| binary(op, Binary::Div)),
+    pure("arith.remf", 2..=2, |op| binary(op, Binary::Rem)),
+    pure("arith.remsi", 2..=2, |op| binary(op, Binary::Rem)),
+    pure("arith.maximumf", 2..=2, |op| binary(op, Binary::Max)),
+    pure("arith.minimumf", 2..=2, |op| binary(op, Binary::Min)),
+    pure("arith.maxnumf", 2..=2, |op| binary(op, Binary::MaxNumber)),
+    pure("arith.minnumf", 2..=2, |op| binary(op, Binary::MinNumber)),
+    pure("arith.maxsi", 2..=2, |op| binary(op, Binary::Max)),
+    pure("arith.minsi", 2..=2, |op| binary(op, Binary::Min)),
+    pure("arith.andi", 2..=2, |op| binary(op, Binary::And)),
+    pure("arith.ori", 2..=2, |op| binary(op, Binary::Or)),
+    pure("arith.xori", 2..=2, |op| binary(op, Binary::Xor)),
+    pure("arith.shli", 2..=2, |op| binary(op, Binary::Shl)),
+    pure("arith.shrsi", 2..=2, |op| binary(op, Binary::ShrSigned)),
+    pure("arith.shrui", 2..=2, shift_right_unsigned),
+    pure("math.powf", 2..=2, |op| binary(op, Binary::Pow)),
+    pure("arith.negf", 1..=1, |op| unary(op, Unary::Neg)),
+    pure("math.absf", 1..=1, |op| unary(op, Unary::Abs)),
+    pure("math.absi", 1..=1, |op| unary(op, Unary::Abs)),
+    pure("math.exp", 1..=1, |op| unary(op, Unary::Exp)),
+    pure("math.exp2", 1..=1, |op| unary(op, Unary::Exp2)),
+    pure("math.log", 1..=1, |op| unary(op, Unary::Log)),
+    pure("math.log1p", 1..=1, |op| unary(op, Unary::Log1p)),
+    pure("math.tanh", 1..=1, |op| unary(op, Unary::Tanh)),
+    pure("math.sin", 1..=1, |op| unary(op, Unary::Sin)),
+    pure("math.cos", 1..=1, |op| unary(op, Unary::Cos)),
+    pure("math.sqrt", 1..=1, |op| unary(op, Unary::Sqrt)),
+    pure("math.rsqrt", 1..=1, |op| unary(op, Unary::Rsqrt)),
+    pure("math.floor", 1..=1, |op| unary(op, Unary::Floor)),
+    pure("math.ceil", 1..=1, |op| unary(op, Unary::Ceil)),
+    pure("math.roundeven", 1..=1, |op| unary(op, Unary::RoundEven)),
+    pure("math.erf", 1..=1, |op| unary(op, Unary::Erf)),
+    pure("tpu.reciprocal", 1..=1, reciprocal),
+    pure("arith.cmpi", 2..=2, |op| compare(op, &INTEGER_PREDICATES)),
+    pure("arith.cmpf", 2..=2, |op| compare(op, &FLOAT_PREDICATES)),
+    pure("arith.select", 3..=3, |_| Ok(Op::Select)),
+    // Conversions.
+    pure("arith.extf", 1..=1, |op| convert(op, true)),
+    pure("arith.truncf", 1..=1, |op| convert(op, true)),
+    pure("arith.sitofp", 1..=1, |op| convert(op, true)),
+    pure("arith.uitofp", 1..=1, |op| convert(op, false)),
+    pure("arith.fptosi", 1..=1, |op| convert(op, true)),
+    pure("arith.extsi", 1..=1, |op| convert(op, true)),
+    pure("arith.extui", 1..=1, |op| convert(op, false)),
+    pure("arith.trunci", 1..=1, |op| convert(op, true)),
+    pure("tpu.extf", 1..=1, |op| convert_to_float(op, true)),
+    pure("tpu.truncf", 1..=1, |op| convert_to_float(op, true)),
+    pure("tpu.sitofp", 1..=1, |op| convert_to_float(op, false)),
+    pure("arith.index_cast", 1..=1, |_| Ok(Op::Same)),
+    pure("arith.index_castui", 1..=1, |_| Ok(Op::Same)),
+    pure("arith.bitcast", 1..=1, bitcast),
+    pure("tpu.bitcast", 1..=1, bitcast),
+    // Tiles as wholes.
+    pure("vector.broadcast", 1..=1, broadcast),
+    pure("vector.shape_cast", 1..=1, |_| Ok(Op::Same)),
+    pure("tpu.reshape", 1..=1, reshape),
+    pure("vector.transpose", 1..=1, transpose),
+    pure("tpu.transpose", 1..=1, transpose),
+    pure("vector.extract_strided_slice", 1..=1, slice),
+    pure("vector.extract", 1..=usize::MAX, extract),
+    pure("tpu.concatenate", 1..=usize::MAX, concatenate),
+    pure("tpu.repeat", 1..=1, repeat),
+    pure("tpu.dynamic_rotate", 2..=2, rotate),
+    pure("tpu.iota", 0..=0, iota),
+    pure("vector.multi_reduction", 2..=2, reduce),
+    pure("tpu.matmul", 3..=3, matmul),
+    // Memory.
+    pure("vector.load", 1..=usize::MAX, load),
+    pure("tpu.vector_load", 1..=usize::MAX, load),
+    pure("tpu.strided_load", 1..=usize::MAX, load),
+    effect("vector.store", 2..=usize::MAX, store),
+    effect("tpu.vector_store", 2..=usize::MAX, store),
+    effect("tpu.strided_store", 2..=usize::MAX, store),
+    pure("memref.load", 1..=usize::MAX, load_scalar),
+    effect("memref.store", 2..=usize::MAX, store_scalar),
+    pure("tpu.memref_slice", 1..=usize::MAX, slice_memref),
+    pure("tpu.memref_squeeze", 1..=1, squeeze_memref),
+    pure("tpu.erase_memref_layout", 1..=1, squeeze_memref),
+    pure("memref.cast", 1..=1, squeeze_memref),
+    pure("tpu.memref_reshape", 1..=1, reshape_memref),
+    pure("tpu.memref_bitcast", 1..=1, bitcast_memref),
+    // DMAs and semaphores.
+    effect("tpu.enqueue_dma", 3..=usize::MAX, start_copy),
+    effect("tpu.wait_dma2", 3..=usize::MAX, |op| wait_copy(op, 2)),
+    effect("tpu.wait_dma", 2..=usize::MAX, |op| wait_copy(op, 1)),
+    effect("tpu.sem_signal", 2..=usize::MAX, signal),
+    effect("tpu.sem_wait", 2..=2, wait_semaphore),
+    pure("tpu.sem_read", 1..=1, read_semaphore),
+    effect("tpu.assume_multiple", 1..=1, assume_multiple),
+    // Control flow.
+    nesting("scf.if", 1..=1, 2, |_| Ok(Op::If)),
+    nesting("scf.for", 3..=usize::MAX, 1, |_| Ok(Op::For)),
+    nesting("scf.while", ANY, 2, |_| Ok(Op::While)),
+    nesting("tpu.region", 0..=0, 1, |_| Ok(Op::Region)),
+    nesting("tpu.trace", 0..=0, 1, |_| Ok(Op::Region)),
+    yields("func.return"),
+    yields("scf.yield"),
+    yields("scf.condition"),
+    yields("tpu.yield"),
+    ignored("tpu.trace_start"),
+    ignored("tpu.trace_stop"),
+    ignored("tpu.trace_value"),
+    ignored("tpu.log"),
+    ignored("tpu.delay"),
+];
+
+// ---- element by element ----
+
+fn constant(op: &Site) -> Decoded<Op> {
+    let shape = op.result()?;
+    let value = op.attribute("value")?;
+    let unreadable = || Refusal::Because(format!("a constant that is written {} is not supported", printed(&value)));
+    if shape.dims.is_empty() {
+        return scalar(value, shape.element).map(Op::Scalar).ok_or_else(unreadable);
+    }
+    let raw = value.to_raw();
+    // SAFETY: each getter is called on an attribute of the kind that it is for.
+    unsafe {
+        if !mlir_sys::mlirAttributeIsADenseElements(raw) {
+            return Err(unreadable());
+        }
+        if mlir_sys::mlirDenseElementsAttrIsSplat(raw) {
+            let splat = Attribute::from_raw(mlir_sys::mlirDenseElementsAttrGetSplatValue(raw));
+            let splat = scalar(splat, shape.element).ok_or_else(unreadable)?;
+            return Ok(Op::Constant(tile::splat(splat, shape.len())));
+        }
+        let bits = (0..shape.len() as isize).map(|index| match shape.element {
+            Element::F32 => Some(mlir_sys::mlirDenseElementsAttrGetFloatValue(raw, index).to_bits()),
+            Element::I32 => Some(mlir_sys::mlirDenseElementsAttrGetInt32Value(raw, index) as u32),
+            Element::Pred => Some(u32::from(mlir_sys::mlirDenseElementsAttrGetBoolValue(raw, index))),
+            _ => None,
+        });
+        let bits = bits.collect::<Option<Vec<u32>>>().ok_or_else(unreadable)?;
+        Ok(Op::Constant(tile::from_bits(shape.element, bits)))
+    }
+}
+
+fn unary(op: &Site, how: Unary) -> Decoded<Op> {
+    Ok(Op::Unary { op: how, element: op.result()?.element })
+}
+
+fn binary(op: &Site, how: Binary) -> Decoded<Op> {
+    Ok(Op::Binary { op: how, element: op.result()?.element })
+}
+
+fn reciprocal(op: &Site) -> Decoded<Op> {
+    let x = op.tile(0)?;
+    fits(x.element.is_float() && x == op.result_tile()?)?;
+    unary(op, Unary::Reciprocal)
+}
+
+fn shift_right_unsigned(op: &Site) -> Decoded<Op> {
+    // Narrow integers are held sign-extended.
+    match op.result()?.element {
+        Element::I32 => binary(op, Binary::ShrUnsigned),
+        _ => unsupported("a logical shift of narrow integers"),
+    }
+}
+
+/// The predicates of `arith.cmpi`, in MLIR's order.
+const INTEGER_PREDICATES: [Compare; 10] = {
+    use Compare::*;
+    [Eq, Ne, Lt, Le, Gt, Ge, UnsignedLt, UnsignedLe, UnsignedGt, UnsignedGe]
+};
+
+/// The predicates of `arith.cmpf`, in MLIR's order.
+///
+/// Of the seventh, `one`, MLIR says "ordered and unequal". Mosaic takes it for plain inequality: JAX lowers `!=` to it, and
+/// its tests hold TPUs to NaN != x.
+const FLOAT_PREDICATES: [Compare; 16] = {
+    use Compare::*;
+    [
+        Never,
+        Eq,
+        Gt,
+        Ge,
+        Lt,
+        Le,
+        Ne,
+        Ordered,
+        UnorderedEq,
+        UnorderedGt,
+        UnorderedGe,
+        UnorderedLt,
+        UnorderedLe,
+        Ne,
+        Unordered,
+        Always,
+    ]
+};
+
+fn compare(op: &Site, predicates: &[Compare]) -> Decoded<Op> {
+    let predicate = op.size("predicate")?;
+    let known = predicates.get(predicate).copied().map(Op::Compare);
+    known.ok_or_else(|| Refusal::Because(format!("predicate {predicate} is not supported")))
+}
+
+/// `signed` is how narrow integers are read.
+fn convert(op: &Site, signed: bool) -> Decoded<Op> {
+    Ok(Op::Convert { from: op.shape(0)?.element, to: op.result()?.element, signed })
+}
+
+fn convert_to_float(op: &Site, from_float: bool) -> Decoded<Op> {
+    let (x, result) = (op.tile(0)?, op.result_tile()?);
+    fits(x.dims == result.dims && x.element.is_float() == from_float && result.element.is_float())?;
+    convert(op, true)
+}
+
+/// Narrow elements are packed along the second-minor dimension, the first row in the low bits.
+fn bitcast(op: &Site) -> Decoded<Op> {
+    let (x, result) = (op.shape(0)?, op.result()?);
+    let (Some(minor), Some(same)) = (x.dims.last(), result.dims.last()) else {
+        return unsupported("bits of a scalar");
+    };
+    let rows = x.dims.len().checked_sub(2).map(|rows| x.dims[rows] * x.element.bytes());
+    let whole = x.element.bytes() == result.element.bytes()
+        || rows.is_some_and(|bytes| bytes.is_multiple_of(result.element.bytes()));
+    let bytes = |shape: &Shape| shape.len() * shape.element.bytes();
+    fits(whole && minor == same && bytes(&x) == bytes(&result))?;
+    Ok(Op::Bitcast { dims: x.dims, from: x.element, to: result.element })
+}
+
+// ---- tiles as wholes ----
+
+fn broadcast(op: &Site) -> Decoded<Op> {
+    Ok(Op::Broadcast { from: op.shape(0)?.dims, to: op.result()?.dims })
+}
+
+fn reshape(op: &Site) -> Decoded<Op> {
+    let (x, result) = (op.tile(0)?, op.result_tile()?);
+    fits(x.len() == result.len() && x.element == result.element)?;
+    Ok(Op::Same)
+}
+
+fn transpose(op: &Site) -> Decoded<Op> {
+    let (x, result) = (op.tile(0)?, op.result_tile()?);
+    let permutation = op.sizes("permutation")?;
+    let mut sorted = permutation.clone();
+    sorted.sort_unstable();
+    fits(sorted.into_iter().eq(0..x.dims.len()) && x.element == result.element)?;
+    fits(permutation.iter().map(|&dim| x.dims[dim]).eq(result.dims))?;
+    Ok(Op::Transpose { dims: x.dims, permutation })
+}
+
+fn slice(op: &Site) -> Decoded<Op> {
+    let dims = op.shape(0)?.dims;
+    let (mut offsets, mut steps) = (op.sizes("offsets")?, op.sizes("strides")?);
+    // Those of the minor dimensions may be left out: they are taken whole.
+    offsets.resize(dims.len(), 0);
+    steps.resize(dims.len(), 1);
+    Ok(Op::Slice { dims, offsets, sizes: op.result()?.dims, steps })
+}
+
+fn extract(op: &Site) -> Decoded<Op> {
+    let dims = op.shape(0)?.dims;
+    let position = op.sizes("static_position")?;
+    let strides = tile::strides(&dims);
+    if op.result()?.dims.is_empty() {
+        return Ok(Op::Extract { index: position.iter().zip(&strides).map(|(index, stride)| index * stride).sum() });
+    }
+    let rest = &dims[position.len()..];
+    let offsets = position.iter().copied().chain(rest.iter().map(|_| 0)).collect();
+    let sizes = position.iter().map(|_| 1).chain(rest.iter().copied()).collect();
+    Ok(Op::Slice { steps: vec![1; dims.len()], offsets, sizes, dims })
+}
+
+/// Checks tiles that come after each other along `dim`, all of them `times` times; the sizes of each that comes.
+fn one_after_another(op: &Site, dim: usize, times: usize) -> Decoded<Vec<Vec<usize>>> {
+    let result = op.result_tile()?;
+    let tiles = (0..op.operands.len()).map(|index| op.tile(index)).collect::<Decoded<Vec<_>>>()?;
+    fits(dim < result.dims.len())?;
+    for tile in &tiles {
+        fits(tile.element == result.element && tile.dims.len() == result.dims.len())?;
+        fits(tile.dims.iter().zip(&result.dims).enumerate().all(|(at, (a, b))| at == dim || a == b))?;
+    }
+    let length: usize = tiles.iter().map(|tile| tile.dims[dim]).sum();
+    fits(length.checked_mul(times) == Some(result.dims[dim]))?;
+    let sizes = (0..times).flat_map(|_| tiles.iter().map(|tile| tile.dims.clone()));
+    Ok(sizes.collect())
+}
+
+fn concatenate(op: &Site) -> Decoded<Op> {
+    let dim = op.size("dimension")?;
+    Ok(Op::Concatenate { sizes: one_after_another(op, dim, 1)?, dim })
+}
+
+fn repeat(op: &Site) -> Decoded<Op> {
+    let (dim, times) = (op.size("dimension")?, op.size("times")?);
+    Ok(Op::Concatenate { sizes: one_after_another(op, dim, times)?, dim })
+}
+
+fn rotate(op: &Site) -> Decoded<Op> {
+    let (x, dim) = (op.tile(0)?, op.size("dimension")?);
+    op.scalars(1, 1)?;
+    fits(x == op.result_tile()? && dim < x.dims.len())?;
+    if op.has("stride") {
+        return unsupported("a rotation with a stride is not supported");
+    }
+    Ok(Op::Rotate { dims: x.dims, dim })
+}
+
+/// Indices counted along the dimensions `over`, the first of them outermost.
+fn iota(op: &Site) -> Decoded<Op> {
+    let (Shape { element, dims }, over) = (op.result_tile()?, op.sizes("dimensions")?);
+    fits(over.iter().all(|&dim| dim < dims.len()) && !element.is_float())?;
+    let strides = tile::strides(&dims);
+    let index = |at: usize| over.iter().fold(0, |total, &dim| total * dims[dim] + at / strides[dim] % dims[dim]);
+    let len: usize = dims.iter().product();
+    let indices: Tile = tile::from_bits(element, (0..len).map(|at| index(at) as u32).collect());
+    Ok(Op::Constant(indices))
+}
+
+fn reduce(op: &Site) -> Decoded<Op> {
+    let kind = op.text("kind")?;
+    let how = match kind.trim_start_matches("#vector.kind<").trim_end_matches('>') {
+        "add" => Reduction::Sum,
+        "mul" => Reduction::Product,
+        "maximumf" | "maxsi" => Reduction::Max,
+        "minimumf" | "minsi" => Reduction::Min,
+        "maxnumf" => Reduction::MaxNumber,
+        "minnumf" => Reduction::MinNumber,
+        _ => return unsupported(format!("kind {kind} is not supported")),
+    };
+    let Shape { element, dims } = op.shape(0)?;
+    if op.result()?.dims.is_empty() {
+        return unsupported("a reduction to a scalar is not supported");
+    }
+    Ok(Op::Reduce { how, element, dims, over: op.sizes("reduction_dims")? })
+}
+
+/// The integer lists in a text like `#tpu.dot_dimension_numbers<[1], [0], ...>`.
+fn bracketed(text: &str) -> Vec<Vec<usize>> {
+    let lists = text.split('[').skip(1).filter_map(|rest| rest.split(']').next());
+    lists.map(|list| list.split(',').filter_map(|number| number.trim().parse().ok()).collect()).collect()
+}
+
+fn matmul(op: &Site) -> Decoded<Op> {
+    let (lhs, rhs, sum) = (op.tile(0)?, op.tile(1)?, op.tile(2)?);
+    let kind = |shape: &Shape| (shape.element.is_float(), shape.element == Element::Pred);
+    fits(kind(&lhs) == kind(&rhs) && kind(&lhs) == kind(&sum) && kind(&lhs) != (false, true))?;
+    fits(sum == op.result_tile()?)?;
+    let exact = op.has("precision") && op.text("precision")?.contains("fp32");
+    let round = [&lhs, &rhs].map(|side| side.element == Element::F32 && !exact);
+    let (lhs, rhs, sum) = (lhs.dims, rhs.dims, sum.dims);
+    let numbers = match op.has("dimension_numbers") {
+        true => bracketed(&op.text("dimension_numbers")?),
+        false => {
+            let (l, r) = (usize::from(!op.flag("transpose_lhs")), usize::from(op.flag("transpose_rhs")));
+            vec![vec![l], vec![r], vec![1 - l], vec![1 - r], vec![0, 1 - l, 1, 1 - r], vec![], vec![]]
+        }
+    };
+    let [contract_l, contract_r, free_l, free_r, order, batch_l, batch_r] = numbers.as_slice() else {
+        return unsupported(format!("dimension numbers {numbers:?}"));
+    };
+    let one = |dims: &'_ Vec<usize>| if let [dim] = dims.as_slice() { Some(*dim) } else { None };
+    let (Some(k_l), Some(k_r), Some(m), Some(n)) = (one(contract_l), one(contract_r), one(free_l), one(free_r)) else {
+        return unsupported(format!("more than one contracted or free dimension on a side: {numbers:?}"));
+    };
+    let standard: Vec<usize> = batch_l.iter().flat_map(|&dim| [0, dim]).chain([0, m, 1, n]).collect();
+    if batch_l.len() > 1 || batch_l.len() != batch_r.len() || *order != standard {
+        return unsupported(format!("dimension numbers {numbers:?}: at most one batch dimension, which leads"));
+    }
+    let size = |dims: &[usize], dim: usize| dims.get(dim).copied().unwrap_or(0);
+    let batch = batch_l.first().map(|&dim| size(&lhs, dim));
+    let expected: Vec<usize> = batch.into_iter().chain([size(&lhs, m), size(&rhs, n)]).collect();
+    let ranks = (lhs.len(), rhs.len()) == (2 + batch_l.len(), 2 + batch_r.len());
+    let batches = batch == batch_r.first().map(|&dim| size(&rhs, dim));
+    let inner = size(&lhs, k_l) == size(&rhs, k_r);
+    if !ranks || !batches || !inner || sum != expected || sum.contains(&0) || size(&lhs, k_l) == 0 {
+        return unsupported(format!("{lhs:?} x {rhs:?} + {sum:?} with dimension numbers {numbers:?}"));
+    }
+    let (strides_l, strides_r) = (tile::strides(&lhs), tile::strides(&rhs));
+    let batch_stride = |strides: &[usize], dims: &[usize]| dims.first().map_or(0, |&dim| strides[dim]);
+    let shape = MatmulShape {
+        batch: batch.unwrap_or(1),
+        m: lhs[m],
+        n: rhs[n],
+        k: lhs[k_l],
+        lhs: Strides { batch: batch_stride(&strides_l, batch_l), row: strides_l[m], column: strides_l[k_l] },
+        rhs: Strides { batch: batch_stride(&strides_r, batch_r), row: strides_r[k_r], column: strides_r[n] },
+    };
+    Ok(Op::Matmul { shape, round })
+}
+
+// ---- memory ----
+
+/// The extent of a load or store of a tile of sizes `sizes` in VMEM, with its steps.
+fn extent(op: &Site, memory: &Memory, tile: &Shape) -> Decoded<Extent> {
+    let steps = op.optional_sizes("strides")?;
+    fits(memory.element == RefElement::Data(tile.element) && memory.space == MemorySpace::Vmem)?;
+    fits(memory.dims.len() == tile.dims.len() && !tile.dims.contains(&0))?;
+    fits(steps.is_empty() || (steps.len() == tile.dims.len() && !steps.contains(&0)))?;
+    Ok(Extent { sizes: tile.dims.clone(), steps })
+}
+
+/// Operands: the memref, an index per dimension.
+fn load(op: &Site) -> Decoded<Op> {
+    let (memory, result) = (op.memref(0)?, op.result_tile()?);
+    let extent = extent(op, &memory, &result)?;
+    op.scalars(1, memory.dims.len())?;
+    match op.operands.len() - 1 - memory.dims.len() {
+        0 => Ok(Op::Load { extent, to: result.element }),
+        1 => unsupported("a masked load is not supported"),
+        _ => Err(Refusal::Misfit),
+    }
+}
+
+/// Operands: the tile, the memref, an index per dimension, perhaps a mask.
+fn store(op: &Site) -> Decoded<Op> {
+    let (value, memory) = (op.tile(0)?, op.memref(1)?);
+    let extent = extent(op, &memory, &value)?;
+    let rank = memory.dims.len();
+    op.scalars(2, rank)?;
+    match op.operands.len() - 2 - rank {
+        0 => {}
+        1 => fits(op.tile(2 + rank)? == Shape { element: Element::Pred, dims: value.dims })?,
+        _ => return Err(Refusal::Misfit),
+    }
+    Ok(Op::Store { extent, add: op.flag("add") })
+}
+
+/// The extent of one element of the memref `base`, whose indices are the last operands.
+fn element(op: &Site, base: usize) -> Decoded<Extent> {
+    let memory = op.memref(base)?;
+    let rank = memory.dims.len();
+    fits(memory.space == MemorySpace::Smem && op.operands.len() == base + 1 + rank)?;
+    fits(matches!(memory.element, RefElement::Data(Element::I32 | Element::F32)))?;
+    op.scalars(base + 1, rank)?;
+    Ok(Extent { sizes: vec![1; rank], steps: vec![] })
+}
+
+fn load_scalar(op: &Site) -> Decoded<Op> {
+    Ok(Op::LoadScalar { extent: element(op, 0)? })
+}
+
+fn store_scalar(op: &Site) -> Decoded<Op> {
+    Ok(Op::StoreScalar { extent: element(op, 1)? })
+}
+
+fn slice_memref(op: &Site) -> Decoded<Op> {
+    let (memory, result) = (op.memref(0)?, op.result_memref()?);
+    fits(memory.element == result.element && memory.space == result.space)?;
+    fits(memory.dims.len() == result.dims.len() && !result.dims.contains(&0))?;
+    op.scalars(1, result.dims.len())?;
+    if op.operands.len() != 1 + result.dims.len() {
+        return unsupported("dynamic sizes are not supported");
+    }
+    Ok(Op::SliceRef { extent: Extent { sizes: result.dims, steps: vec![] } })
+}
+
+/// The sizes of a result that is the same memory in the same order.
+fn same_memory(op: &Site) -> Decoded<Vec<usize>> {
+    let (memory, result) = (op.memref(0)?, op.result_memref()?);
+    let cells = |memory: &Memory| memory.dims.iter().product::<usize>();
+    fits(memory.element == result.element && memory.space == result.space && cells(&memory) == cells(&result))?;
+    Ok(result.dims)
+}
+
+fn squeeze_memref(op: &Site) -> Decoded<Op> {
+    Ok(Op::SqueezeRef { dims: same_memory(op)? })
+}
+
+fn reshape_memref(op: &Site) -> Decoded<Op> {
+    Ok(Op::ReshapeRef { dims: same_memory(op)? })
+}
+
+fn bitcast_memref(op: &Site) -> Decoded<Op> {
+    let (memory, result) = (op.memref(0)?, op.result_memref()?);
+    let (RefElement::Data(from), RefElement::Data(to)) = (memory.element, result.element) else {
+        return Err(Refusal::Misfit);
+    };
+    let rows = memory.dims.len().checked_sub(2).ok_or(Refusal::Misfit)?;
+    let mut dims = memory.dims;
+    let bytes = dims[rows] * from.bytes();
+    dims[rows] = bytes / to.bytes();
+    fits(bytes.is_multiple_of(to.bytes()) && dims == result.dims)?;
+    fits(memory.space == result.space && memory.space != MemorySpace::Smem)?;
+    if to.bytes() < from.bytes() {
+        return unsupported(format!("from {from} to the narrower {to} is not supported"));
+    }
+    Ok(Op::BitcastRef { to, ratio: to.bytes() / from.bytes() })
+}
+
+// ---- DMAs and semaphores ----
+
+/// Operands: source, destination, semaphore.
+fn start_copy(op: &Site) -> Decoded<Op> {
+    if op.operands.len() != 3 {
+        return unsupported("a DMA to another device or core is not supported");
+    }
+    let (source, destination) = (op.memref(0)?, op.memref(1)?);
+    fits(source.element == destination.element && source.element.data().is_some())?;
+    fits(source.dims == destination.dims)?;
+    op.semaphore(2)?;
+    Ok(Op::StartCopy)
+}
+
+/// Operands: semaphore, ..., and the destination.
+fn wait_copy(op: &Site, destination: usize) -> Decoded<Op> {
+    op.semaphore(0)?;
+    fits(op.memref(destination)?.element.data().is_some())?;
+    Ok(Op::WaitCopy { destination })
+}
+
+/// Operands: semaphore, amount.
+fn signal(op: &Site) -> Decoded<Op> {
+    if op.operands.len() != 2 {
+        return unsupported("a signal to another device or core is not supported");
+    }
+    op.semaphore(0)?;
+    op.scalars(1, 1)?;
+    Ok(Op::Signal)
+}
+
+/// Operands: semaphore, amount.
+fn wait_semaphore(op: &Site) -> Decoded<Op> {
+    op.semaphore(0)?;
+    op.scalars(1, 1)?;
+    Ok(Op::WaitSemaphore)
+}
+
+fn read_semaphore(op: &Site) -> Decoded<Op> {
+    op.semaphore(0)?;
+    Ok(Op::ReadSemaphore)
+}
+
+fn assume_multiple(op: &Site) -> Decoded<Op> {
+    op.scalars(0, 1)?;
+    match i32::try_from(op.integer("multiple")?) {
+        Ok(multiple) if multiple > 0 => Ok(Op::AssumeMultiple(multiple)),
+        _ => Err(Refusal::Misfit),
+    }
+}

@@ -1,0 +1,304 @@
+//! The pipeline: walks the grid, and copies blocks of arrays into windows before a step and out of them after it.
+
+use std::{collections::HashSet, sync::Arc};
+
+use super::{
+    DmaOrder,
+    exec::{Executor, Reg, Step, int},
+    fault::FaultKind,
+    memory::{Region, View},
+    observer::{BlockEvent, Observer},
+    tile::{self, Scalar},
+};
+use crate::mosaic::{RefElement, Role, Semantics};
+
+/// A windowed argument at run time.
+pub(super) struct Window {
+    argument: usize,
+    output: bool,
+    array: usize,
+    buffers: Vec<usize>,
+    current: usize,
+    /// The block that is in it, and the parallel position of the step that it is for.
+    index: Vec<i64>,
+    owner: u32,
+    fetched_ahead: bool,
+    /// Whether a block that was written back comes back when a step returns to it; the blocks that were.
+    revisits: bool,
+    visited: HashSet<Vec<i64>>,
+}
+
+impl Window {
+    pub(super) fn new(argument: usize, output: bool, array: usize, buffers: Vec<usize>, revisits: bool) -> Self {
+        Self {
+            argument,
+            output,
+            array,
+            buffers,
+            current: 0,
+            index: vec![],
+            owner: 0,
+            fetched_ahead: false,
+            revisits,
+            visited: HashSet::new(),
+        }
+    }
+
+    /// The buffer that the kernel sees.
+    fn buffer(&self) -> usize {
+        self.buffers[self.current]
+    }
+
+    /// The buffer of the next block.
+    fn other_buffer(&self) -> usize {
+        self.buffers[(self.current + 1) % self.buffers.len()]
+    }
+}
+
+/// The part of a block that is inside its array.
+struct Inside {
+    /// In the array.
+    array: Region,
+    /// In a window's buffer.
+    window: Region,
+    /// Whether that is all of the block.
+    whole: bool,
+}
+
+impl<O: Observer> Executor<'_, '_, O> {
+    pub(super) fn grid(&mut self, grid: &[(usize, Semantics)], views: &[Reg], windows: &mut [Window]) -> Step<()> {
+        let steps: usize = grid.iter().map(|&(size, _)| size).product();
+        let strides = tile::strides(&grid.iter().map(|&(size, _)| size).collect::<Vec<_>>());
+        let coordinates = |step: usize| -> Vec<usize> {
+            strides.iter().zip(grid).map(|(stride, &(n, _))| step / stride % n).collect()
+        };
+        // The position along the parallel dimensions alone.
+        let owner = |at: &[usize]| {
+            let parallel = at.iter().zip(grid).filter(|(_, (_, how))| *how == Semantics::Parallel);
+            parallel.fold(0, |owner, (&index, &(size, _))| owner * size + index) as u32
+        };
+        let mut next: Vec<Vec<i64>> = vec![];
+        for step in 0..steps {
+            if step as u64 >= self.machine.max_ops {
+                let detail = format!("a grid of {steps} steps (`Machine::max_ops` is {})", self.machine.max_ops);
+                return Err(self.fault(FaultKind::Runaway, &self.pipeline, detail));
+            }
+            let at = coordinates(step);
+            self.step.clone_from(&at);
+            self.observer.step(&at);
+            let before = std::mem::replace(&mut self.owner, owner(&at));
+            if step > 0 && before != self.owner {
+                self.enter_parallel_step(views)?;
+            }
+            let indices = match step {
+                0 => self.block_indices(&at, views, windows)?,
+                _ => std::mem::take(&mut next),
+            };
+            let following = (step + 1 < steps).then(|| coordinates(step + 1));
+            next = match &following {
+                None => vec![],
+                Some(following) => self.block_indices(following, views, windows)?,
+            };
+            let next_owner = following.map_or(self.owner, |following| owner(&following));
+            for (number, window) in windows.iter_mut().enumerate() {
+                let next = next.get(number).map(|index| (index.as_slice(), next_owner));
+                self.begin_step(window, &indices[number], next, step == 0)?;
+            }
+            let mut arguments: Vec<Reg> = at.iter().map(|&index| Reg::Scalar(Scalar::Int(index as i32))).collect();
+            arguments.extend_from_slice(views);
+            for window in windows.iter() {
+                let argument = &self.program.signature.arguments[window.argument];
+                let view = View::whole(window.buffer(), argument.element, &argument.dims);
+                arguments[at.len() + window.argument] = Reg::View(Arc::new(view));
+            }
+            self.call(&self.program.body, arguments)?;
+            for (number, window) in windows.iter_mut().enumerate() {
+                if window.output && (next.get(number) != Some(&indices[number]) || next_owner != self.owner) {
+                    self.write_back(window)?;
+                }
+            }
+            self.counters.grid_steps += 1;
+        }
+        Ok(())
+    }
+
+    /// Steps that may run on another core see nothing of what earlier ones left in scratch memory and semaphores.
+    fn enter_parallel_step(&mut self, views: &[Reg]) -> Step<()> {
+        self.check_settled("before a parallel grid step that may run on another core")?;
+        for (argument, view) in self.program.signature.arguments.iter().zip(views) {
+            if let (Role::Scratch, RefElement::Data(_), Reg::View(view)) = (argument.role, argument.element, view) {
+                self.buffers[view.buffer].poison();
+            }
+        }
+        Ok(())
+    }
+
+    fn block_indices(&mut self, at: &[usize], views: &[Reg], windows: &[Window]) -> Step<Vec<Vec<i64>>> {
+        let program = self.program;
+        let mut indices = Vec::with_capacity(windows.len());
+        for window in windows {
+            let code = program.transforms[window.argument].as_ref().expect("a window has a transform");
+            let mut arguments: Vec<Reg> = at.iter().map(|&index| Reg::Scalar(Scalar::Int(index as i32))).collect();
+            let prefetched = program.signature.arguments.iter().zip(views).filter(|(a, _)| a.role == Role::Prefetch);
+            arguments.extend(prefetched.map(|(_, view)| view.clone()));
+            let values = self.call(code, arguments)?;
+            indices.push(values.iter().map(|value| i64::from(int(value))).collect());
+        }
+        Ok(indices)
+    }
+
+    /// `next`: the block of the step that follows, and the parallel position of that step.
+    fn begin_step(&mut self, window: &mut Window, index: &[i64], next: Option<(&[i64], u32)>, first: bool) -> Step<()> {
+        let moved = first || window.index != index;
+        // An output's window of another core is not this one's, whatever its block is.
+        let crossed = window.output && window.owner != self.owner;
+        if !moved && crossed && !self.buffers[window.array].may_overlap {
+            let fault = self.fault(
+                FaultKind::ParallelOverlap,
+                &self.pipeline,
+                format!("block {index:?} belongs to this step and to the one before it, at another parallel position"),
+            );
+            return Err(self.in_buffer(fault, window.array, self.block_offset(window, index)));
+        }
+        window.owner = self.owner;
+        if moved || crossed {
+            if !first {
+                window.current = (window.current + 1) % window.buffers.len();
+            }
+            window.index = index.to_vec();
+            if window.output {
+                self.begin_output(window, index)?;
+            } else if !std::mem::take(&mut window.fetched_ahead) {
+                self.fetch(window, index, window.buffer(), self.owner)?;
+            }
+        }
+        // Double buffering: the next block's copy starts with this step, and is complete when the next one starts.
+        let ahead = next.filter(|(next, _)| *next != index && window.buffers.len() > 1 && !window.output);
+        if let Some((next, owner)) = ahead {
+            let early = match self.machine.dma {
+                DmaOrder::Early => true,
+                DmaOrder::Late => false,
+                DmaOrder::Random(_) => self.random.below(2) == 0,
+            };
+            if early {
+                self.fetch(window, next, window.other_buffer(), owner)?;
+                window.fetched_ahead = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// An output's window is unwritten at a new block; a block that is revisited holds what was written back.
+    fn begin_output(&mut self, window: &Window, index: &[i64]) -> Step<()> {
+        let buffer = window.buffer();
+        self.check_copies(&self.whole(buffer), true, None)?;
+        self.buffers[buffer].poison();
+        let block = self.block(window, index, buffer)?;
+        if window.visited.contains(index) {
+            self.check_copies(&block.array, false, None)?;
+            self.check_core(&block.array, self.owner, None)?;
+            let bytes = self.carry(&block.array, &block.window);
+            self.counters.hbm_bytes_read += bytes;
+            self.observe_block(window, index, bytes, false);
+        }
+        Ok(())
+    }
+
+    fn block_offset(&self, window: &Window, index: &[i64]) -> usize {
+        let array = &self.buffers[window.array].dims;
+        let block = &self.program.signature.arguments[window.argument].dims;
+        let strides = tile::strides(array);
+        (0..index.len()).map(|dim| index[dim].max(0) as usize * block[dim] * strides[dim]).sum()
+    }
+
+    /// The part of a block that is inside its array, to be in `buffer`.
+    fn block(&self, window: &Window, index: &[i64], buffer: usize) -> Step<Inside> {
+        let argument = &self.program.signature.arguments[window.argument];
+        let (array, block) = (&self.buffers[window.array].dims, &argument.dims);
+        let mut offset = 0;
+        let mut sizes = Vec::with_capacity(block.len());
+        let strides = tile::strides(array);
+        for dim in 0..block.len() {
+            let start = index[dim] * block[dim] as i64;
+            if start < 0 || start >= array[dim] as i64 {
+                let mut fault = self.fault(
+                    FaultKind::OutOfBounds,
+                    &self.pipeline,
+                    format!("block {index:?} of sizes {block:?} starts outside the array of sizes {array:?}"),
+                );
+                fault.buffer = Some(argument.name.clone());
+                fault.index = index.iter().zip(block).map(|(&index, &size)| index * size as i64).collect();
+                return Err(fault);
+            }
+            offset += start as usize * strides[dim];
+            sizes.push(block[dim].min(array[dim] - start as usize));
+        }
+        Ok(Inside {
+            array: Region::new(window.array, offset, &sizes, &strides),
+            window: Region::new(buffer, 0, &sizes, &tile::strides(block)),
+            whole: sizes == *block,
+        })
+    }
+
+    /// Copies a block into `buffer`, for a step at parallel position `owner`.
+    fn fetch(&mut self, window: &Window, index: &[i64], buffer: usize, owner: u32) -> Step<()> {
+        let block = self.block(window, index, buffer)?;
+        self.check_copies(&block.array, false, None)?;
+        self.check_copies(&self.whole(buffer), true, None)?;
+        self.check_core(&block.array, owner, None)?;
+        if !block.whole {
+            self.buffers[buffer].poison();
+        }
+        let bytes = self.buffers[window.array].copy_out(&block.array);
+        self.counters.hbm_bytes_read += bytes.len() as u64;
+        self.buffers[buffer].all_written();
+        self.buffers[buffer].copy_in(&block.window, &bytes);
+        self.observe_block(window, index, bytes.len() as u64, false);
+        Ok(())
+    }
+
+    fn write_back(&mut self, window: &mut Window) -> Step<()> {
+        let index = window.index.clone();
+        let Inside { array, window: made, .. } = self.block(window, &index, window.buffer())?;
+        self.check_copies(&array, true, None)?;
+        self.check_copies(&made, false, None)?;
+        if let Some((offset, other)) = self.buffers[window.array].claim(&array, self.owner) {
+            let fault = self.fault(
+                FaultKind::ParallelOverlap,
+                &self.pipeline,
+                format!("block {index:?} was already written at parallel position {other}, now at {}", self.owner),
+            );
+            return Err(self.in_buffer(fault, window.array, offset));
+        }
+        let bytes = self.carry(&made, &array);
+        self.counters.hbm_bytes_written += bytes;
+        self.buffers[window.array].contest(&array, self.owner);
+        self.observe_block(window, &index, bytes, true);
+        if window.revisits {
+            window.visited.insert(index);
+        }
+        Ok(())
+    }
+
+    fn observe_block(&mut self, window: &Window, index: &[i64], bytes: u64, written_back: bool) {
+        let array = &self.buffers[window.array].name;
+        self.observer.block(&BlockEvent { array, index, bytes, written_back });
+    }
+
+    /// Copies between an array and its window; what is unwritten in one is unwritten in the other. The number of bytes.
+    pub(super) fn carry(&mut self, from: &Region, to: &Region) -> u64 {
+        let bytes = self.buffers[from.buffer].copy_out(from);
+        self.buffers[to.buffer].copy_in(to, &bytes);
+        if self.buffers[from.buffer].unwritten_in(from).is_some() {
+            let garbage = self.buffers[from.buffer].garbage_in(from);
+            self.buffers[to.buffer].spoil(to, &garbage);
+        }
+        bytes.len() as u64
+    }
+
+    /// All of a buffer.
+    pub(super) fn whole(&self, buffer: usize) -> Region {
+        let dims = &self.buffers[buffer].dims;
+        Region::new(buffer, 0, dims, &tile::strides(dims))
+    }
+}
