@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
-use pagoda_engine::llama::DeviceModel;
-use pagoda_engine::llama::step::{self, KernelForm, Output, StepShape};
+use pagoda_engine::llama::step::{self, Output, StepShape};
+use pagoda_engine::llama::{DeviceModel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::reference::Reference;
 use pagoda_engine::model::weights::Weights;
