@@ -116,8 +116,7 @@ impl<'c> Graph<'_, 'c> {
         hidden: Tensor<'c, 'a>,
     ) -> Result<Tensor<'c, 'a>> {
         let head = self.normed(weights.norm, Projection { weight: weights.head(), bias: None });
-        let logits = self.lowering.linear(b, hidden, &Linear { result: Element::F32, ..head })?;
-        self.lowering.orientation().turn(b, logits)
+        self.lowering.by_row(b, hidden, &Linear { result: Element::F32, ..head })
     }
 
     /// The activations of some rows.

@@ -123,6 +123,14 @@ pub(super) trait Lowering<'c> {
     /// When an operand's type does not fit, or a kernel cannot be planned.
     fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>>;
 
+    /// As [`linear`](Self::linear), turned: `[rows, out]`, for logits.
+    ///
+    /// # Errors
+    /// As [`linear`](Self::linear).
+    fn by_row<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        self.orientation().turn(b, self.linear(b, x, linear)?)
+    }
+
     /// Rotates the queries and keys of `qkv` (features `(q_heads + 2 * kv_heads) * head_dim`), writes keys and values
     /// into the pages of layer `layer`, and attends over them: activations of `q_heads * head_dim` features, and the KV
     /// buffer.

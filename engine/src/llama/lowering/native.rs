@@ -22,6 +22,12 @@ impl Native {
     }
 }
 
+/// Whether the call takes a projection of `x`.
+fn takes(x: Tensor<'_, '_>, linear: &Linear<'_, '_>) -> bool {
+    let gated = linear.activation == Activation::SiluGate;
+    x.dims()[1] <= MAX_COLUMNS && !(gated && linear.bias.is_some())
+}
+
 impl<'c> Lowering<'c> for Native {
     fn orientation(&self) -> Orientation {
         Orientation::FeatureMajor
@@ -33,11 +39,10 @@ impl<'c> Lowering<'c> for Native {
     }
 
     fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        let rows = x.dims()[1];
-        let gated = linear.activation == Activation::SiluGate;
-        if rows > MAX_COLUMNS || gated && linear.bias.is_some() {
+        if !takes(x, linear) {
             return self.plain.linear(b, x, linear);
         }
+        let rows = x.dims()[1];
         // Biases go in as a residual, or with the one that there is.
         let residual = match (linear.bias, linear.residual) {
             (None, residual) => residual,
@@ -50,6 +55,13 @@ impl<'c> Lowering<'c> for Native {
         let norm = linear.norm.map(|norm| Norm { weight: norm.weight, epsilon: norm.epsilon });
         let around = Around { norm, activation: linear.activation, residual };
         matmul::native::emit(b, linear.weight, x, &around, linear.result)
+    }
+
+    fn by_row<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        match takes(x, linear) {
+            true => self.orientation().turn(b, self.linear(b, x, linear)?),
+            false => self.plain.by_row(b, x, linear),
+        }
     }
 
     fn attend<'a>(

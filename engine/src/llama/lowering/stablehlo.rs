@@ -73,9 +73,15 @@ impl<'c> Lowering<'c> for Stablehlo {
 
     fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let x = linear.norm.map_or(Ok(x), |norm| self.norm(b, x, &norm))?;
-        let problem = matmul_problem(self.orientation, x, linear)?;
-        let Linear { weight: w, bias, residual, .. } = *linear;
-        matmul::stablehlo::emit(b, &problem, &matmul::stablehlo::Operands { x, w, bias, residual })
+        product(b, self.orientation, x, linear)
+    }
+
+    /// Turns `x` in place of the result. Besides being smaller, it avoids a bug of XLA's CPU compiler: a transpose right
+    /// behind a product of bf16 in f32 is merged with it into one that fails when it runs ("Unsupported element type for
+    /// DotThunk::Execute").
+    fn by_row<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        let x = linear.norm.map_or(Ok(x), |norm| self.norm(b, x, &norm))?;
+        product(b, Orientation::RowMajor, self.orientation.turn(b, x)?, linear)
     }
 
     fn attend<'a>(
@@ -90,4 +96,16 @@ impl<'c> Lowering<'c> for Stablehlo {
         let attended = rpa::stablehlo::emit(b, &self.attention, &operands)?;
         Ok((self.join_heads(b, attended)?, operands.kv_pages))
     }
+}
+
+/// The projection of `x`, in either orientation, norm apart.
+fn product<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    orientation: Orientation,
+    x: Tensor<'c, 'a>,
+    linear: &Linear<'c, 'a>,
+) -> Result<Tensor<'c, 'a>> {
+    let problem = matmul_problem(orientation, x, linear)?;
+    let Linear { weight: w, bias, residual, .. } = *linear;
+    matmul::stablehlo::emit(b, &problem, &matmul::stablehlo::Operands { x, w, bias, residual })
 }
