@@ -1,5 +1,5 @@
-//! The Mosaic kernels on the tile machine against the f64 reference: random problems, random legal tiles, random ragged
-//! batches, every order of copies; one case in ten goes through the StableHLO form on the CPU plugin too.
+//! Every kernel of the registry on the tile machine against its f64 reference: random problems, random legal tiles, random
+//! inputs, every order of DMAs; one case in ten goes through the StableHLO form on the CPU plugin too.
 //!
 //! A failure shrinks and ends in the line that runs it again: `pagoda run ... --check-against reference`.
 
@@ -12,259 +12,58 @@ use pagoda_ir::{
     tile_machine::{Program, Run},
 };
 use pagoda_kernels::{
-    CheckError, MosaicCase, Runner,
+    Arrays, Case, CheckError, Choices, Kernel, Plan, Problem, Runner, check_mosaic,
     check::check_program,
-    check_mosaic,
     chips::Chip,
-    matmul::{self, Activation, Epilogue, Layout},
-    random::{self, Lengths},
-    rpa::{self, Kind},
-    vmem::Bytes,
+    matmul::{self, Activation, Epilogue, Layout, Matmul},
+    plan::Options,
+    random::{Lengths, batch_text},
+    rpa::{self, Kind, Precision, Rpa},
+    strategies,
 };
 use proptest::{
     prelude::*,
-    sample::select,
     strategy::ValueTree,
     test_runner::{Config, RngSeed, TestError, TestRunner},
 };
 
-/// A case as it is drawn, shrunk and printed.
-#[derive(Clone, Debug)]
-enum Case {
-    Matmul(Matmul),
-    Rpa(Rpa),
-}
-
-#[derive(Clone, Debug)]
-struct Matmul {
-    chip: Chip,
-    /// m, k, n.
-    sizes: [usize; 3],
-    tiles: matmul::plan::Tiles,
-    layout: usize,
-    bf16_in: bool,
-    bf16_out: bool,
-    bias: bool,
-    gate: bool,
-    residual: bool,
+/// A drawn case: what its numbers stand for.
+struct Drawn<K: Kernel> {
+    plan: Plan<K>,
+    inputs: Arrays,
+    batch: Option<Vec<Lengths>>,
     seed: u64,
 }
 
-#[derive(Clone, Debug)]
-struct Rpa {
-    chip: Chip,
-    bf16: bool,
-    decode: bool,
-    tokens: usize,
-    kv_heads: usize,
-    group: usize,
-    head_dim: usize,
-    page_size: usize,
-    pages_per_seq: usize,
-    layers: usize,
-    window: Option<usize>,
-    soft_cap: Option<f64>,
-    tiles: rpa::plan::Tiles,
-    /// Query rows and keys of each sequence, cut to what is left.
-    lengths: Vec<(usize, usize)>,
-    seed: u64,
-}
+impl<K: Kernel> Drawn<K> {
+    fn new(mut choices: Choices) -> Self {
+        let (seed, chip) = (choices.bits(), choices.one_of(&Chip::ALL));
+        let sample = K::sample(&mut choices);
+        let problem = Problem::new(sample.spec).expect("a valid problem");
+        // All of the chip's VMEM: whether tiles fit the default limit is not the question here.
+        let options = Options { tiles: Some(sample.tiles), vmem_limit: Some(chip.info().vmem_per_core) };
+        let inputs = K::draw(&problem, sample.batch.as_deref(), seed).expect("a batch of the problem");
+        let plan = Plan::new(problem, chip, options).expect("legal tiles");
+        Self { plan, inputs, batch: sample.batch, seed }
+    }
 
-impl Case {
-    /// Gives the case with its plan and inputs to `see`.
-    fn with<R>(&self, see: impl FnOnce(MosaicCase) -> R) -> R {
-        match self {
-            Self::Matmul(case) => {
-                let plan = case.plan();
-                see(MosaicCase::Matmul(&plan, &random::matmul_inputs(plan.problem(), case.seed)))
-            }
-            Self::Rpa(case) => {
-                let plan = case.plan();
-                let lengths: Vec<_> = case.lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
-                let layer = random::layer_of(plan.problem(), case.seed);
-                see(MosaicCase::Rpa(&plan, &random::rpa_inputs_of(plan.problem(), &lengths, layer, case.seed)))
-            }
-        }
+    fn case(&self) -> Case<'_, K> {
+        Case::new(&self.plan, &self.inputs)
     }
 
     fn check(&self, stablehlo: Option<&dyn Runner>) -> Result<Run, CheckError> {
-        self.with(|case| check_mosaic(case, self.seed(), stablehlo))
-    }
-
-    fn seed(&self) -> u64 {
-        match self {
-            Self::Matmul(case) => case.seed,
-            Self::Rpa(case) => case.seed,
-        }
+        check_mosaic(self.case(), self.seed, stablehlo)
     }
 
     /// What follows `pagoda` to check the case again.
     fn command(&self) -> String {
-        let dtype = |bf16| if bf16 { "bf16" } else { "f32" };
-        let optional =
-            |words: &str, value: Option<String>| value.map_or(String::new(), |value| format!(" {words} {value}"));
-        let (kernel, tiles, chip) = match self {
-            Self::Matmul(case) => {
-                let &Matmul { sizes: [m, k, n], bf16_in, bf16_out, .. } = case;
-                let layout = ["row-major", "weight-transposed", "feature-major"][case.layout];
-                let flags = [(" --bias", case.bias), (" --silu-gate", case.gate), (" --residual", case.residual)];
-                let flags: String = flags.into_iter().filter(|(_, set)| *set).map(|(flag, _)| flag).collect();
-                let types = format!("--dtype {} --out-dtype {}", dtype(bf16_in), dtype(bf16_out));
-                let kernel = format!("matmul --m {m} --n {n} --k {k} {types} --layout {layout}{flags}");
-                (kernel, case.tiles.to_string(), case.chip)
-            }
-            Self::Rpa(case) => {
-                let &Rpa { tokens, kv_heads, group, head_dim, page_size, pages_per_seq, layers, .. } = case;
-                let q = format!("--q {tokens}x{}x{head_dim} --kv-heads {kv_heads}", kv_heads * group);
-                let max_seqs = case.lengths.len().max(1);
-                let pages = format!("--page-size {page_size} --max-seq-len {}", page_size * pages_per_seq);
-                let window = optional("--sliding-window", case.window.map(|window| window.to_string()));
-                let cap = optional("--soft-cap", case.soft_cap.map(|cap| cap.to_string()));
-                let decode = if case.decode { " --decode" } else { "" };
-                // As they are once they are cut to what there is.
-                let lengths = self.with(|case| match case {
-                    MosaicCase::Rpa(_, inputs) => {
-                        let of = |sequence: rpa::Sequence| format!("{}/{}", sequence.q_len, sequence.kv_len);
-                        inputs.batch.sequences().map(of).collect::<Vec<_>>().join(",")
-                    }
-                    MosaicCase::Matmul(..) => String::new(),
-                });
-                let lengths = if lengths.is_empty() { "none" } else { &lengths };
-                let options = format!("--dtype {}{window}{cap}{decode} --lengths {lengths}", dtype(case.bf16));
-                let kernel = format!("rpa {q} {pages} --layers {layers} --max-seqs {max_seqs} {options}");
-                (kernel, case.tiles.to_string(), case.chip)
-            }
-        };
-        let limit = chip.info().vmem_per_core.as_mib();
-        let plan = format!("--tiles {tiles} --chip {chip} --vmem-limit {limit}MiB");
-        format!("run {kernel} {plan} --random {} --check-against reference", self.seed())
+        let (plan, kernel) = (&self.plan, K::NAME);
+        let spec = serde_json::to_string(plan.problem().spec()).expect("a specification is JSON");
+        let lengths = self.batch.as_ref().map_or(String::new(), |batch| format!(" --lengths {}", batch_text(batch)));
+        let (tiles, chip, limit) = (plan.tiles(), plan.chip(), plan.limit().0);
+        let plan = format!("--tiles {tiles} --chip {chip} --vmem-limit {limit}");
+        format!("run {kernel} --spec '{spec}' {plan}{lengths} --random {} --check-against reference", self.seed)
     }
-}
-
-/// All of the chip's VMEM: whether tiles fit the default limit is not the question here.
-fn whole_vmem(chip: Chip) -> Option<Bytes> {
-    Some(chip.info().vmem_per_core)
-}
-
-fn element(bf16: bool) -> Element {
-    if bf16 { Element::Bf16 } else { Element::F32 }
-}
-
-impl Matmul {
-    fn plan(&self) -> matmul::plan::Plan {
-        let &Self { sizes: [m, k, n], bias, residual, .. } = self;
-        let layout = [Layout::RowMajor, Layout::WeightTransposed, Layout::FeatureMajor][self.layout];
-        let activation = if self.gate { Activation::SiluGate } else { Activation::Identity };
-        let (input, output) = (element(self.bf16_in), element(self.bf16_out));
-        let epilogue = Epilogue { bias, activation, residual };
-        let problem = matmul::Problem::new(matmul::Spec { m, k, n, input, output, layout, epilogue });
-        let options = matmul::plan::Options { tiles: Some(self.tiles), vmem_limit: whole_vmem(self.chip) };
-        matmul::plan::Plan::new(problem.expect("a valid problem"), self.chip, options).expect("legal tiles")
-    }
-}
-
-impl Rpa {
-    fn plan(&self) -> rpa::plan::Plan {
-        let problem = rpa::Problem::new(rpa::Spec {
-            kind: if self.decode { Kind::Decode } else { Kind::Mixed },
-            element: element(self.bf16),
-            tokens: self.tokens,
-            q_heads: self.kv_heads * self.group,
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-            page_size: self.page_size,
-            pages: self.lengths.len().max(1) * self.pages_per_seq,
-            layers: self.layers,
-            max_seqs: self.lengths.len().max(1),
-            pages_per_seq: self.pages_per_seq,
-            scale: (self.head_dim as f64).powf(-0.5),
-            sliding_window: self.window,
-            soft_cap: self.soft_cap,
-        });
-        let options = rpa::plan::Options { tiles: Some(self.tiles), vmem_limit: whole_vmem(self.chip) };
-        rpa::plan::Plan::new(problem.expect("a valid problem"), self.chip, options).expect("legal tiles")
-    }
-}
-
-/// Edges along every dimension, whole dimensions, blocks that divide.
-fn matmuls() -> impl Strategy<Value = Case> {
-    let sizes = (1_usize..=72, 1_usize..=400, 1_usize..=300);
-    let units = (0_usize..=4, 0_usize..=3, 0_usize..=3);
-    let types = (0_usize..3, any::<bool>(), any::<bool>());
-    let fused = (any::<bool>(), any::<bool>(), any::<bool>());
-    (select(Chip::ALL.to_vec()), sizes, units, types, fused, any::<u64>()).prop_map(
-        |(chip, (m, k, n), units, (layout, bf16_in, bf16_out), (bias, gate, residual), seed)| {
-            let feature_major = layout == 2;
-            let (unit_m, unit_n) = if feature_major { (128, 8) } else { (8, 128) };
-            // A gated weight is cut where the ups begin: its blocks divide n.
-            let n = if gate { n.next_multiple_of(unit_n) } else { n };
-            // A few units of a dimension, or all of it.
-            let tile = |size: usize, unit: usize, units: usize| match units * unit {
-                tile if tile > 0 && tile < size => tile,
-                _ => size,
-            };
-            let mut tiles = matmul::plan::Tiles {
-                m: tile(m, unit_m, units.0),
-                n: tile(n, unit_n, units.1),
-                k: tile(k, 128, units.2),
-            };
-            if gate && !n.is_multiple_of(tiles.n) {
-                tiles.n = unit_n;
-            }
-            let sizes = [m, k, n];
-            Case::Matmul(Matmul { chip, sizes, tiles, layout, bf16_in, bf16_out, bias, gate, residual, seed })
-        },
-    )
-}
-
-/// Empty sequences, decode rows, chunks at the end of a longer context, whole prompts; full and partial pages.
-fn lengths() -> impl Strategy<Value = (usize, usize)> {
-    let most = 10_000; // cut to what the case has
-    let q_len = prop_oneof![1 => Just(0), 3 => Just(1), 4 => 2_usize..=40, 1 => Just(most)];
-    let kv_len = prop_oneof![1 => Just(0), 6 => 1_usize..=200, 1 => Just(most)];
-    // Keys beyond the whole pages.
-    (q_len, kv_len, prop_oneof![Just(None), Just(Some(0)), Just(Some(1))])
-        .prop_map(|(q_len, kv_len, beyond)| (q_len, kv_len * 4 + beyond.map_or(3, |beyond| 4 * beyond)))
-}
-
-fn attentions() -> impl Strategy<Value = Case> {
-    let heads = (select(vec![1_usize, 2, 3, 4, 8]), 1_usize..=8, select(vec![64_usize, 80, 128, 256]));
-    let pages = (select(vec![1_usize, 7, 8, 16, 32, 64, 128]), 1_usize..=4);
-    let options =
-        (any::<bool>(), any::<bool>(), 1_usize..=3, prop::option::of(1_usize..100), prop::option::of(1_u8..30));
-    let tiles = (0_usize..8, 0_usize..4);
-    let batch = (prop::collection::vec(lengths(), 0..=5), 1_usize..=40);
-    (select(Chip::ALL.to_vec()), heads, pages, options, tiles, batch, any::<u64>()).prop_map(
-        |(chip, (kv_heads, group, head_dim), (page_size, pages_per_seq), options, tiles, (lengths, tokens), seed)| {
-            let (bf16, decode, layers, window, soft_cap) = options;
-            // Wide heads of many are slow and show nothing that fewer do not.
-            let group = if kv_heads * group * head_dim > 4096 { 1 } else { group };
-            let most = page_size * pages_per_seq;
-            let lengths =
-                lengths.iter().map(|&(q_len, kv_len)| (q_len.min(if decode { 1 } else { tokens }), kv_len.min(most)));
-            let tiles = rpa::plan::Tiles {
-                queries: 8 * (1 + tiles.0 % tokens.div_ceil(8)),
-                kv_pages: 1 + tiles.1 % pages_per_seq,
-            };
-            Case::Rpa(Rpa {
-                chip,
-                bf16,
-                decode,
-                tokens,
-                kv_heads,
-                group,
-                head_dim,
-                page_size,
-                pages_per_seq,
-                layers,
-                window,
-                soft_cap: soft_cap.map(f64::from),
-                tiles,
-                lengths: lengths.collect(),
-                seed,
-            })
-        },
-    )
 }
 
 /// Compiles and runs every module once.
@@ -284,14 +83,10 @@ impl Runner for Cpu {
 }
 
 /// Tests `cases` cases, and shrinks the one that fails.
-fn drawn(
-    cases: u32,
-    rng_seed: RngSeed,
-    strategy: impl Strategy<Value = Case>,
-    test: impl Fn(Case) -> Result<(), TestCaseError>,
-) {
+fn drawn<K: Kernel>(cases: u32, rng_seed: RngSeed, test: impl Fn(&Drawn<K>) -> Result<(), String>) {
     let config = Config { cases, rng_seed, failure_persistence: None, ..Config::default() };
-    match TestRunner::new(config).run(&strategy, test) {
+    let test = |choices| test(&Drawn::new(choices)).map_err(TestCaseError::fail);
+    match TestRunner::new(config).run(&strategies::choices(), test) {
         Ok(()) => {}
         Err(TestError::Fail(reason, _)) => panic!("{reason}"),
         Err(TestError::Abort(reason)) => panic!("{reason}"),
@@ -299,13 +94,13 @@ fn drawn(
 }
 
 /// Checks `cases` cases.
-fn property(cases: u32, rng_seed: RngSeed, strategy: impl Strategy<Value = Case>) {
+fn property<K: Kernel>(cases: u32, rng_seed: RngSeed) {
     let cpu = Cpu::new();
-    drawn(cases, rng_seed, strategy, |case| {
-        let stablehlo = (case.seed() % 10 == 0).then_some(&cpu as &dyn Runner);
+    drawn::<K>(cases, rng_seed, |case| {
+        let stablehlo = case.seed.is_multiple_of(10).then_some(&cpu as &dyn Runner);
         case.check(stablehlo).map(drop).map_err(|error| {
             let on = if case.check(None).is_ok() { "--plugin cpu" } else { "--dma all" };
-            TestCaseError::fail(format!("{error}\nagain: pagoda {} {on}", case.command()))
+            format!("{error}\nagain: pagoda {} {on}", case.command())
         })
     });
 }
@@ -313,35 +108,79 @@ fn property(cases: u32, rng_seed: RngSeed, strategy: impl Strategy<Value = Case>
 /// The same cases every time.
 const ALWAYS: RngSeed = RngSeed::Fixed(1);
 
-#[test]
-fn matmuls_agree_with_the_reference() {
-    property(250, ALWAYS, matmuls());
+/// The line that a failure ends in runs the same kernel on the same inputs.
+fn a_line_runs_a_case_again<K: Kernel>() {
+    let mut runner = TestRunner::new(Config { rng_seed: ALWAYS, ..Config::default() });
+    for _ in 0..3 {
+        let case = Drawn::<K>::new(strategies::choices().new_tree(&mut runner).expect("a case").current());
+        let run = case.check(None).unwrap_or_else(|error| panic!("{error}"));
+        let output = run.outputs[0].to_f64();
+        for (on, counters) in [("--dma all", Some(run.counters)), ("--plugin cpu", None)] {
+            let line = format!("{} {on} --json", case.command());
+            let words = shlex::split(&line).expect("quotes are closed");
+            let output_of = process::Command::new(env!("CARGO_BIN_EXE_pagoda")).args(words).output().unwrap();
+            assert!(output_of.status.success(), "pagoda {line}\n{}", String::from_utf8_lossy(&output_of.stderr));
+            let report: serde_json::Value = serde_json::from_slice(&output_of.stdout).unwrap();
+            assert_eq!(report[0]["check"]["agrees"], true, "pagoda {line}\n{report}");
+            if let Some(counters) = counters {
+                let largest = output.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                assert_eq!(report[0]["counters"], serde_json::to_value(counters).unwrap(), "pagoda {line}");
+                // Outputs are f32 at most; JSON's readers round the last bit of f64.
+                let max = report[0]["outputs"][0]["max"].as_f64().map(|max| max as f32);
+                assert_eq!(max, Some(largest as f32), "pagoda {line}");
+            }
+        }
+    }
 }
 
-#[test]
-fn attentions_agree_with_the_reference() {
-    property(250, ALWAYS, attentions());
-}
+macro_rules! tests {
+    ($($name:ident: $kernel:ty,)*) => {
+        $(mod $name {
+            use super::*;
 
-#[test]
-#[ignore = "ten minutes of CPU, other cases every time: `make nightly`"]
-fn five_thousand_matmuls_agree_with_the_reference() {
-    property(5_000, RngSeed::Random, matmuls());
-}
+            #[test]
+            fn agrees_with_the_reference() {
+                property::<$kernel>(250, ALWAYS);
+            }
 
-#[test]
-#[ignore = "ten minutes of CPU, other cases every time: `make nightly`"]
-fn five_thousand_attentions_agree_with_the_reference() {
-    property(5_000, RngSeed::Random, attentions());
+            #[test]
+            #[ignore = "minutes of CPU, other cases every time: `make nightly`"]
+            fn agrees_with_the_reference_on_5000_other_cases() {
+                property::<$kernel>(5_000, RngSeed::Random);
+            }
+
+            #[test]
+            fn a_line_runs_a_case_again() {
+                super::a_line_runs_a_case_again::<$kernel>();
+            }
+
+            /// Planted faults are caught by name; unmutated, nothing is reported.
+            #[test]
+            fn mutants_are_caught() {
+                let sets = <$kernel>::mutants();
+                assert!(sets.iter().any(|set| !set.mutants.is_empty()), "no mutant is listed");
+                assert!(sets.iter().any(|set| set.nothing_superfluous), "no effect is dropped");
+                for set in sets {
+                    set.check().unwrap_or_else(|wrong| panic!("{wrong}"));
+                }
+            }
+        })*
+    };
 }
+pagoda_kernels::for_each_kernel!(tests);
 
 /// Sizes that random cases do not reach, in the tiles that the planner chooses: several chunks to a tile, long contexts.
 #[test]
 fn planned_tiles_agree_with_the_reference() {
+    fn agrees<K: Kernel>(spec: K::Spec, batch: Option<&[Lengths]>) {
+        let problem = Problem::new(spec).unwrap();
+        let inputs = K::draw(&problem, batch, 1).unwrap();
+        for chip in [Chip::V4, Chip::V6e] {
+            let plan = Plan::<K>::new(problem.clone(), chip, Options::default()).unwrap();
+            check_mosaic(Case::new(&plan, &inputs), 1, None).unwrap_or_else(|error| panic!("{chip}: {error}"));
+        }
+    }
     use Element::{Bf16, F32};
-    let agrees = |case: MosaicCase, chip: Chip| {
-        check_mosaic(case, 1, None).unwrap_or_else(|error| panic!("{chip}: {error}"));
-    };
     let gated = Epilogue { activation: Activation::SiluGate, ..Epilogue::NONE };
     for (sizes, input, output, layout, epilogue) in [
         ([700, 900, 650], Bf16, Bf16, Layout::RowMajor, Epilogue::NONE),
@@ -350,17 +189,13 @@ fn planned_tiles_agree_with_the_reference() {
         ([16, 1024, 768], Bf16, Bf16, Layout::FeatureMajor, gated),
     ] {
         let [m, k, n] = sizes;
-        let problem = matmul::Problem::new(matmul::Spec { m, k, n, input, output, layout, epilogue }).unwrap();
-        let inputs = random::matmul_inputs(&problem, 1);
-        for chip in [Chip::V4, Chip::V6e] {
-            let plan = matmul::plan::Plan::new(problem, chip, matmul::plan::Options::default()).unwrap();
-            agrees(MosaicCase::Matmul(&plan, &inputs), chip);
-        }
+        agrees::<Matmul>(matmul::Spec { m, k, n, input, output, layout, epilogue }, None);
     }
+    let lengths = [(1, 1280), (150, 700), (30, 30), (1, 129)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
     for (element, head_dim) in [(Bf16, 128), (F32, 64)] {
-        let problem = rpa::Problem::new(rpa::Spec {
+        let spec = rpa::Spec {
             kind: Kind::Mixed,
-            element,
+            precision: Precision::uniform(element),
             tokens: 200,
             q_heads: 8,
             kv_heads: 2,
@@ -373,57 +208,22 @@ fn planned_tiles_agree_with_the_reference() {
             scale: (head_dim as f64).powf(-0.5),
             sliding_window: None,
             soft_cap: None,
-        });
-        let problem = problem.unwrap();
-        let lengths = [(1, 1280), (150, 700), (30, 30), (1, 129)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
-        let inputs = random::rpa_inputs_of(&problem, &lengths, 0, 1);
-        for chip in [Chip::V4, Chip::V6e] {
-            let plan = rpa::plan::Plan::new(problem.clone(), chip, rpa::plan::Options::default()).unwrap();
-            agrees(MosaicCase::Rpa(&plan, &inputs), chip);
-        }
+        };
+        agrees::<Rpa>(spec, Some(&lengths));
     }
 }
 
 /// The compiler's cycles are those of kernels of one batch: they must do what the kernel of any batch does.
 #[test]
 fn a_kernel_of_one_batch_does_the_same() {
-    drawn(60, ALWAYS, attentions(), |case| {
-        let checked = case.with(|case| {
-            let MosaicCase::Rpa(plan, inputs) = case else { unreachable!("attentions are drawn") };
+    drawn::<Rpa>(60, ALWAYS, |case| {
+        let check = || {
             let context = Context::new();
-            let kernel = rpa::mosaic::kernel_of_batch(&context, plan, &inputs.batch)?;
-            check_program(case, &Program::decode(kernel.module())?, 1)
-        });
-        let failed =
-            |error| TestCaseError::fail(format!("{error}\nthe kernel of the batch of pagoda {}", case.command()));
-        checked.map(|_| ()).map_err(failed)
+            let batch = rpa::Batch::of(case.plan.problem(), &case.inputs).expect("a batch");
+            let kernel = rpa::mosaic::kernel_of_batch(&context, &case.plan, &batch)?;
+            check_program(case.case(), &Program::decode(kernel.module())?, 1)
+        };
+        let failed = |error: CheckError| format!("{error}\nthe kernel of the batch of pagoda {}", case.command());
+        check().map(drop).map_err(failed)
     });
-}
-
-/// The line that a failure ends in runs the same kernel on the same inputs.
-#[test]
-fn a_line_runs_a_case_again() {
-    let mut runner = TestRunner::new(Config { rng_seed: ALWAYS, ..Config::default() });
-    for strategy in [matmuls().boxed(), attentions().boxed()] {
-        for _ in 0..4 {
-            let case = strategy.new_tree(&mut runner).expect("a case").current();
-            let run = case.check(None).unwrap_or_else(|error| panic!("{error}"));
-            let output = run.outputs[0].to_f64();
-            for (on, counters) in [("--dma all", Some(run.counters)), ("--plugin cpu", None)] {
-                let line = format!("{} {on} --json", case.command());
-                let words = line.split_whitespace();
-                let told = process::Command::new(env!("CARGO_BIN_EXE_pagoda")).args(words).output().unwrap();
-                assert!(told.status.success(), "pagoda {line}\n{}", String::from_utf8_lossy(&told.stderr));
-                let told: serde_json::Value = serde_json::from_slice(&told.stdout).unwrap();
-                assert_eq!(told[0]["check"]["agrees"], true, "pagoda {line}\n{told}");
-                if let Some(counters) = counters {
-                    let largest = output.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                    assert_eq!(told[0]["counters"], serde_json::to_value(counters).unwrap(), "pagoda {line}");
-                    // Outputs are f32 at most; JSON's readers round the last bit of f64.
-                    let max = told[0]["outputs"][0]["max"].as_f64().map(|max| max as f32);
-                    assert_eq!(max, Some(largest as f32), "pagoda {line}");
-                }
-            }
-        }
-    }
 }

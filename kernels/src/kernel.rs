@@ -170,6 +170,19 @@ pub trait Kernel: Sized + Send + Sync + 'static {
     /// What follows from legal tiles: name, grid, every VMEM buffer.
     fn layout(problem: &ProblemOf<Self>, chip: Chip, tiles: Self::Tiles) -> Layout<Self::Details>;
 
+    /// Problems that serving meets: `make certify-all` has them compiled for every chip, at the planner's tiles, so that
+    /// their plans need no estimate.
+    fn common() -> Vec<Self::Spec> {
+        vec![]
+    }
+
+    /// A problem of the sizes that serving meets, drawn: what estimates are tried on (`make certify-sample`). `None` where
+    /// the kernel does not say.
+    fn workload(choices: &mut Choices) -> Option<Self::Spec> {
+        let _ = choices;
+        None
+    }
+
     /// What the compiler is on record to have said about kernels of this sort.
     fn records() -> Option<&'static Records<Self>> {
         None

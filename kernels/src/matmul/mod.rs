@@ -127,6 +127,26 @@ impl Kernel for Matmul {
         plan::layout(problem, chip, tiles)
     }
 
+    /// The products of Llama 3.1 8B, each for a decode step, a chunk and a long prompt; those of equal sizes (q and o, k and
+    /// v, gate and up) are one.
+    fn common() -> Vec<Spec> {
+        let sizes = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (4096, 128_256)];
+        let rows = [8, 512, 4096];
+        rows.iter().flat_map(|&m| sizes.map(|(k, n)| Spec::new([m, k, n], Element::Bf16))).collect()
+    }
+
+    /// The projections of decoders, of one device or a part of one: rows of decode steps and prefill chunks, hidden sizes
+    /// from 512 to 8192, either layout of the weight, gates, residuals.
+    fn workload(choices: &mut Choices) -> Option<Spec> {
+        let m = choices.one_of(&[1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]);
+        let (k, n) = (128 * choices.within(4, 64), 128 * choices.within(4, 112));
+        let element = choices.one_of(&[Element::Bf16, Element::Bf16, Element::F32]);
+        let layout = choices.one_of(&[Layout::RowMajor, Layout::WeightTransposed, Layout::FeatureMajor]);
+        let activation = choices.one_of(&[Activation::Identity, Activation::SiluGate]);
+        let epilogue = Epilogue { bias: choices.coin(), activation, residual: choices.coin() };
+        Some(Spec { layout, epilogue, ..Spec::new([m, k, n], element) })
+    }
+
     fn records() -> Option<&'static Records<Self>> {
         static RECORDS: LazyLock<Records<Matmul>> =
             LazyLock::new(|| Records::parse(include_str!("../../tuned/matmul.json")));

@@ -216,6 +216,81 @@ impl Kernel for Rpa {
         plan::layout(problem, chip, tiles)
     }
 
+    /// The incident that started the project first (Llama 3.1 8B, prompts of 1024 rows, 8 sequences of up to 4608 tokens).
+    /// Then query heads, KV heads and head dimension of Llama 3 (8B and 70B on 1 to 8 devices), Qwen 2.5 and 3, Gemma and
+    /// gpt-oss, each for prefill and for decode.
+    fn common() -> Vec<Spec> {
+        let heads = [
+            (32, 8, 128),
+            (16, 4, 128),
+            (8, 2, 128),
+            (4, 1, 128),
+            (64, 8, 128),
+            (8, 1, 128),
+            (40, 8, 128),
+            (28, 4, 128),
+            (24, 8, 128),
+            (16, 8, 128),
+            (16, 2, 128),
+            (32, 8, 64),
+            (64, 8, 64),
+            (16, 4, 64),
+            (8, 4, 256),
+            (16, 8, 256),
+        ];
+        let of = |(q_heads, kv_heads, head_dim): (usize, usize, usize)| {
+            let kinds = [(Kind::Mixed, 1024, 8, 36), (Kind::Decode, 8, 8, 36), (Kind::Decode, 64, 64, 16)];
+            kinds.map(|(kind, tokens, max_seqs, pages_per_seq)| Spec {
+                kind,
+                precision: Precision::uniform(Element::Bf16),
+                tokens,
+                q_heads,
+                kv_heads,
+                head_dim,
+                page_size: 128,
+                pages: max_seqs * pages_per_seq,
+                layers: 1,
+                max_seqs,
+                pages_per_seq,
+                scale: (head_dim as f64).powf(-0.5),
+                sliding_window: None,
+                soft_cap: None,
+            })
+        };
+        heads.into_iter().flat_map(of).collect()
+    }
+
+    /// Attention layers of decoders, of one device or a part of one; pages of 16 to 256 tokens, up to 128 sequences.
+    fn workload(choices: &mut Choices) -> Option<Spec> {
+        let kv_heads = choices.one_of(&[1, 2, 4, 8]);
+        let (group, head_dim) = (choices.within(1, 8), choices.one_of(&[128, 128, 128, 64, 256]));
+        let kind = choices.one_of(&[Kind::Mixed, Kind::Decode]);
+        let (page_size, max_seqs) = (choices.one_of(&[16, 32, 64, 128, 256]), choices.one_of(&[1, 4, 8, 32, 64, 128]));
+        let tokens = match kind {
+            Kind::Decode => max_seqs,
+            Kind::Mixed => choices.one_of(&[64, 128, 256, 512, 1024, 2048]),
+        };
+        let pages_per_seq = (512 * choices.within(1, 16)) / page_size;
+        let element = choices.one_of(&[Element::Bf16, Element::Bf16, Element::Bf16, Element::F32]);
+        let options = choices.within(0, 5);
+        Some(Spec {
+            kind,
+            precision: Precision::uniform(element),
+            tokens,
+            q_heads: kv_heads * group,
+            kv_heads,
+            head_dim,
+            page_size,
+            pages: max_seqs * pages_per_seq,
+            layers: 1,
+            max_seqs,
+            pages_per_seq,
+            scale: (head_dim as f64).powf(-0.5),
+            sliding_window: (options == 5).then_some(1024),
+            soft_cap: (options == 4).then_some(30.0),
+        })
+    }
+
     fn records() -> Option<&'static Records<Self>> {
         static RECORDS: LazyLock<Records<Rpa>> =
             LazyLock::new(|| Records::parse(include_str!("../../tuned/rpa.json")));

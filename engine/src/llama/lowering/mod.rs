@@ -17,7 +17,7 @@ use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::{Context, Element, Result};
 pub(super) use pagoda_kernels::matmul::Activation;
 pub(super) use pagoda_kernels::rpa::Kind;
-use pagoda_kernels::{Invalid, matmul, rpa};
+use pagoda_kernels::{Invalid, Named, matmul, rpa};
 
 use super::step::StepShape;
 use super::target::Target;
@@ -197,7 +197,7 @@ fn attention(
 ) -> std::result::Result<rpa::Problem, Invalid> {
     rpa::Problem::new(rpa::Spec {
         kind,
-        element: shape.compute,
+        precision: rpa::Precision::uniform(shape.compute),
         tokens: rows,
         q_heads: config.q_heads,
         kv_heads: config.kv_heads,
@@ -233,6 +233,13 @@ fn matmul_problem(orientation: Orientation, x: Tensor<'_, '_>, linear: &Linear<'
         },
     };
     matmul::Problem::new(spec).map_err(unplanned)
+}
+
+/// The arguments of the matmul kernel of a projection of `x`, by name.
+fn matmul_arguments<'c, 'a>(x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Named<Tensor<'c, 'a>> {
+    let optional = [("bias", linear.bias), ("residual", linear.residual)];
+    let optional = optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)));
+    [("x", x), ("w", linear.weight)].into_iter().chain(optional).collect()
 }
 
 /// A problem that is not valid, or has no plan.

@@ -9,10 +9,12 @@ use pagoda_ir::mosaic::Kernel;
 use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::{Context, Result};
 use pagoda_kernels::chips::Chip;
-use pagoda_kernels::{matmul, rpa};
+use pagoda_kernels::matmul::{self, Matmul};
+use pagoda_kernels::rpa::{self, Rpa};
+use pagoda_kernels::kernel;
 
 use super::stablehlo::Stablehlo;
-use super::{Batch, Kind, Linear, Lowering, Orientation, Rows, matmul_problem, unplanned};
+use super::{Batch, Kind, Linear, Lowering, Orientation, Rows, matmul_arguments, matmul_problem, unplanned};
 
 /// Who runs the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +50,7 @@ impl<'c> Mosaic<'c> {
     /// When it has no plan for `chip`.
     pub(super) fn new(context: &'c Context, plain: Stablehlo, chip: Chip, runner: Runner) -> Result<Self> {
         let plan = rpa::plan::Plan::new(plain.attention().clone(), chip, rpa::plan::Options::default());
-        let attention = runner.kernel(rpa::mosaic::kernel(context, &plan.map_err(unplanned)?)?);
+        let attention = runner.kernel(plan.map_err(unplanned)?.kernel(context)?);
         Ok(Self { context, plain, chip, runner, attention, matmuls: RefCell::default() })
     }
 
@@ -59,7 +61,7 @@ impl<'c> Mosaic<'c> {
             return Ok(Rc::clone(kernel));
         }
         let plan = matmul::plan::Plan::new(*problem, self.chip, matmul::plan::Options::default()).map_err(unplanned)?;
-        let kernel = Rc::new(self.runner.kernel(matmul::mosaic::kernel(self.context, &plan)?));
+        let kernel = Rc::new(self.runner.kernel(plan.kernel(self.context)?));
         known.push((*problem, Rc::clone(&kernel)));
         Ok(kernel)
     }
@@ -78,9 +80,8 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
     fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let x = linear.norm.map_or(Ok(x), |norm| self.norm(b, x, &norm))?;
         let problem = matmul_problem(self.orientation(), x, linear)?;
-        let operands: Vec<_> =
-            [Some(x), Some(linear.weight), linear.bias, linear.residual].into_iter().flatten().collect();
-        matmul::mosaic::call(b, &*self.matmul(&problem)?, &problem, &operands)
+        let results = kernel::call::<Matmul>(b, &*self.matmul(&problem)?, &problem, &matmul_arguments(x, linear))?;
+        Ok(results[0])
     }
 
     fn attend<'a>(
@@ -91,13 +92,9 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
         layer: usize,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
-        let operands = self.plain.write_kv(b, qkv, batch, layer, kv)?;
-        let rpa::stablehlo::Operands { q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page } = operands;
-        let mut arguments = vec![q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs];
-        // With one layer the kernel takes no first page.
-        arguments.extend(first_page.filter(|_| self.plain.attention().layers > 1));
-        let attended = rpa::mosaic::call(b, &self.attention, &arguments)?;
-        Ok((self.plain.join_heads(b, attended)?, kv_pages))
+        let args = self.plain.write_kv(b, qkv, batch, layer, kv)?;
+        let results = kernel::call::<Rpa>(b, &self.attention, self.plain.attention(), &args)?;
+        Ok((self.plain.join_heads(b, results[0])?, args["kv_pages"]))
     }
 }
 

@@ -2,9 +2,11 @@
 
 use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::{Element, Result};
-use pagoda_kernels::{matmul, rpa};
+use pagoda_kernels::matmul::Matmul;
+use pagoda_kernels::rpa::{self, Rpa};
+use pagoda_kernels::{Named, kernel};
 
-use super::{Batch, Linear, Lowering, Orientation, Rows, matmul_problem};
+use super::{Batch, Linear, Lowering, Orientation, Rows, matmul_arguments, matmul_problem};
 use crate::llama::rotary;
 
 /// The lowering.
@@ -36,7 +38,7 @@ impl Stablehlo {
         b.reshape(self.orientation.turn(b, part)?, &[self.attention.tokens, count, dim])
     }
 
-    /// Rotates queries and keys and writes keys and values into the layer's pages: what an attention kernel takes.
+    /// Rotates queries and keys and writes keys and values into the layer's pages: the arguments of an attention kernel.
     pub(super) fn write_kv<'c, 'a>(
         &self,
         b: &Builder<'c, 'a>,
@@ -44,15 +46,23 @@ impl Stablehlo {
         batch: &Batch<'c, 'a>,
         layer: usize,
         kv: Tensor<'c, 'a>,
-    ) -> Result<rpa::stablehlo::Operands<'c, 'a>> {
-        let rpa::Spec { q_heads, kv_heads, pages, .. } = **self.attention();
+    ) -> Result<Named<Tensor<'c, 'a>>> {
+        let rpa::Spec { q_heads, kv_heads, layers, .. } = **self.attention();
         let Rows { kv_slots, kv_lens, page_indices, cu_q_lens, num_seqs, .. } = batch.rows;
         let q = rotary::rotate(b, self.heads(b, qkv, 0, q_heads)?, batch.angles)?;
         let k = rotary::rotate(b, self.heads(b, qkv, q_heads, kv_heads)?, batch.angles)?;
         let v = self.heads(b, qkv, q_heads + kv_heads, kv_heads)?;
-        let first_page = Some(b.scalar(Element::I32, (layer * pages) as f64)?);
-        let kv_pages = rpa::kv_write::emit(b, &self.attention, kv, k, v, kv_slots, first_page)?;
-        Ok(rpa::stablehlo::Operands { q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page })
+        let first_page = self.attention.kv_layout().first_page(layer) as f64;
+        let first_page = if layers > 1 { Some(("first_page", b.scalar(Element::I32, first_page)?)) } else { None };
+        let write = [("kv_pages", kv), ("k", k), ("v", v), ("slots", kv_slots)].into_iter().chain(first_page);
+        let kv_pages = rpa::kv_write::emit(b, &self.attention, &write.collect())?;
+        let metadata = [
+            ("kv_lens", kv_lens),
+            ("page_indices", page_indices),
+            ("cu_q_lens", cu_q_lens),
+            ("num_seqs", num_seqs),
+        ];
+        Ok([("q", q), ("kv_pages", kv_pages)].into_iter().chain(metadata).chain(first_page).collect())
     }
 
     /// Activations of attention's output `[rows, q_heads, head_dim]`.
@@ -92,9 +102,9 @@ impl<'c> Lowering<'c> for Stablehlo {
         layer: usize,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
-        let operands = self.write_kv(b, qkv, batch, layer, kv)?;
-        let attended = rpa::stablehlo::emit(b, &self.attention, &operands)?;
-        Ok((self.join_heads(b, attended)?, operands.kv_pages))
+        let args = self.write_kv(b, qkv, batch, layer, kv)?;
+        let attended = kernel::stablehlo::<Rpa>(b, &self.attention, &args)?[0];
+        Ok((self.join_heads(b, attended)?, args["kv_pages"]))
     }
 }
 
@@ -106,6 +116,5 @@ fn product<'c, 'a>(
     linear: &Linear<'c, 'a>,
 ) -> Result<Tensor<'c, 'a>> {
     let problem = matmul_problem(orientation, x, linear)?;
-    let Linear { weight: w, bias, residual, .. } = *linear;
-    matmul::stablehlo::emit(b, &problem, &matmul::stablehlo::Operands { x, w, bias, residual })
+    Ok(kernel::stablehlo::<Matmul>(b, &problem, &matmul_arguments(x, linear))?[0])
 }
