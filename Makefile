@@ -1,5 +1,5 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools demo test nightly bench bench-peers certify-all tpu-static
+.PHONY: help setup tpu-tools demo test nightly bench bench-peers certify-all certify-sample tpu-static
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
@@ -10,6 +10,7 @@ help:
 	@echo "make bench-peers  tokens/s against plain JAX on this machine"
 	@echo "make tpu-tools    libtpu, the TPU compiler, for certification without a TPU"
 	@echo "make certify-all  every certification by the TPU compiler (a quarter of an hour; PAGODA_RECORD=1 renews the tables)"
+	@echo "make certify-sample N=200  problems that no table has, by the TPU compiler: how right the verdicts are"
 	@echo "make tpu-static   static cycles of the TPU kernels beside the peers'"
 
 setup:
@@ -28,7 +29,8 @@ test: tpu-tools
 	cargo test --workspace --quiet
 
 nightly: setup
-	cargo test --test mosaic_check -- --ignored
+	cargo test --test mosaic_check --test sampler --test native_attention -- --ignored
+	cargo test --test llama -- --ignored fresh
 	PAGODA_FUZZ_SECONDS=$${PAGODA_FUZZ_SECONDS:-60} cargo test --test fuzz
 
 bench: tpu-tools
@@ -38,7 +40,11 @@ bench-peers: setup
 	@scripts/bench-peers.sh
 
 certify-all: tpu-tools
-	cargo test --test certify -- --include-ignored
+	cargo test --test certify -- --include-ignored --skip a_sample_of_problems
+	cargo test --test llama -- --ignored libtpu
+
+certify-sample: tpu-tools
+	N=$(or $(N),200) SEED=$(or $(SEED),1) cargo test --test certify -- --ignored --nocapture a_sample_of_problems
 
 tpu-static: tpu-tools
 	cargo bench --bench tpu_static

@@ -3,7 +3,8 @@
 use criterion::{BenchmarkId, Criterion, Throughput};
 use pagoda_engine::pjrt::{Arg, Buffer, Plugin, PluginChoice};
 use pagoda_ir::{Context, Element, HostTensor};
-use pagoda_kernels::matmul::{self, Epilogue, Layout, Problem, Spec};
+use pagoda_kernels::kernel::stablehlo_module;
+use pagoda_kernels::matmul::{Layout, Matmul, Problem, Spec};
 
 fn main() {
     let plugin = Plugin::load(&PluginChoice::parse("cpu").expect("a name")).expect("the CPU plugin: run `make setup`");
@@ -15,13 +16,13 @@ fn main() {
         for m in [1, 8, 32] {
             group.throughput(Throughput::Elements(2 * (m * k * n) as u64));
             for layout in [Layout::RowMajor, Layout::WeightTransposed, Layout::FeatureMajor] {
-                let (input, output) = (Element::F32, Element::F32);
-                let problem = Problem::new(Spec { m, k, n, input, output, layout, epilogue: Epilogue::NONE });
+                let problem = Problem::new(Spec { layout, ..Spec::new([m, k, n], Element::F32) });
                 let problem = problem.expect("a valid problem");
-                let module = matmul::stablehlo::module(&context, &problem).expect("a module");
+                let module = stablehlo_module::<Matmul>(&context, &problem).expect("a module");
                 let program = client.compile(module.text(), 1).expect("compiles");
                 let arguments: Vec<Buffer> = problem
-                    .argument_types()
+                    .arguments()
+                    .types()
                     .iter()
                     .map(|ty| client.upload(&HostTensor::zeros(ty.element, &ty.dims), 0).expect("uploads"))
                     .collect();

@@ -10,8 +10,10 @@ use criterion::{BenchmarkId, Criterion};
 use pagoda_engine::pjrt::{Arg, Buffer, Client, Plugin, PluginChoice};
 use pagoda_ir::{Context, Element, HostTensor};
 use pagoda_kernels::{
-    rpa::{self, Kind},
-    strategies,
+    Kernel,
+    kernel::stablehlo_module,
+    random::Lengths,
+    rpa::{self, Kind, Precision, Rpa},
 };
 
 const CONTEXTS: [usize; 3] = [128, 1024, 4096];
@@ -19,7 +21,7 @@ const CONTEXTS: [usize; 3] = [128, 1024, 4096];
 fn problem(pages: usize, tokens: usize) -> rpa::Problem {
     rpa::Problem::new(rpa::Spec {
         kind: Kind::Decode,
-        element: Element::F32,
+        precision: Precision::uniform(Element::F32),
         tokens,
         q_heads: 4,
         kv_heads: 2,
@@ -45,12 +47,11 @@ fn measured(criterion: &mut Criterion, id: BenchmarkId, work: impl FnMut()) -> D
 
 fn attention(criterion: &mut Criterion, client: &Client) {
     let (context, problem) = (Context::new(), problem(288, 8));
-    let module = rpa::stablehlo::module(&context, &problem).expect("a module");
+    let module = stablehlo_module::<Rpa>(&context, &problem).expect("a module");
     let program = client.compile(module.text(), 1).expect("compiles");
     let times = CONTEXTS.map(|tokens| {
-        let inputs = strategies::rpa_inputs_of(&problem, &[(1, tokens); 8], 1);
-        let arguments = inputs.to_tensors(&problem);
-        let buffers: Vec<Buffer> = arguments.iter().map(|array| client.upload(array, 0).expect("uploads")).collect();
+        let inputs = Rpa::draw(&problem, Some(&[Lengths { q_len: 1, kv_len: tokens }; 8]), 1).expect("a batch");
+        let buffers: Vec<Buffer> = inputs.values().map(|array| client.upload(array, 0).expect("uploads")).collect();
         measured(criterion, BenchmarkId::new("decode, 8 rows, context", tokens), || {
             let results = program.run(buffers.iter().map(Arg::Keep).collect()).expect("runs");
             results[0].wait().expect("finishes");

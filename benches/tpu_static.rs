@@ -13,12 +13,15 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use pagoda_engine::certify::matmul::{Certified, Request, certify_matmul};
-use pagoda_engine::certify::{Certifier, rpa, run_if_asked};
+use pagoda_engine::certify::kernel::Certified;
+use pagoda_engine::certify::{Certifier, run_if_asked};
 use pagoda_ir::{Context, Element};
 use pagoda_kernels::chips::Chip;
-use pagoda_kernels::rpa::plan::Plan;
-use pagoda_kernels::rpa::{Batch, Kind, mosaic};
+use pagoda_kernels::matmul::{self, Matmul};
+use pagoda_kernels::plan::{Options, Plan};
+use pagoda_kernels::rpa::{self, Batch, Kind, KvLayout, Rpa, mosaic};
+use pagoda_kernels::vmem::Bytes;
+use pagoda_kernels::{Kernel, Problem};
 
 /// A product and the peers' static cycles for it, libtpu 0.0.52 on v5p, bf16: XLA's own dot, and JAX Pallas's matmul at
 /// the best tiles within 16 MiB and within any limit.
@@ -28,27 +31,27 @@ struct Product {
     pallas: Option<u64>,
     pallas_any: Option<u64>,
     /// The limit of our second line.
-    larger: &'static str,
+    larger: u64,
 }
 
 const PRODUCTS: [Product; 5] = [
-    Product { sizes: [1024, 1024, 1024], xla: 11193, pallas: Some(11367), pallas_any: None, larger: "32MiB" },
+    Product { sizes: [1024, 1024, 1024], xla: 11193, pallas: Some(11367), pallas_any: None, larger: 32 },
     Product {
         sizes: [4096, 4096, 4096],
         xla: 539_689,
         pallas: Some(561_141),
         pallas_any: Some(539_041),
-        larger: "32MiB",
+        larger: 32,
     },
-    Product { sizes: [8, 4096, 14336], xla: 38713, pallas: Some(38745), pallas_any: None, larger: "32MiB" },
+    Product { sizes: [8, 4096, 14336], xla: 38713, pallas: Some(38745), pallas_any: None, larger: 32 },
     Product {
         sizes: [512, 4096, 14336],
         xla: 239_329,
         pallas: Some(248_519),
         pallas_any: Some(238_359),
-        larger: "32MiB",
+        larger: 32,
     },
-    Product { sizes: [4096, 4096, 14336], xla: 1_883_057, pallas: None, pallas_any: Some(1_862_470), larger: "32MiB" },
+    Product { sizes: [4096, 4096, 14336], xla: 1_883_057, pallas: None, pallas_any: Some(1_862_470), larger: 32 },
 ];
 
 fn main() -> ExitCode {
@@ -133,7 +136,7 @@ const ATTENTIONS: [Attention; 4] = [
 
 impl Attention {
     /// Its metadata: pages in order, sequence after sequence.
-    fn batch(&self, plan: &Plan) -> Batch {
+    fn batch(&self, plan: &Plan<Rpa>) -> Batch {
         let problem = plan.problem();
         let (seqs, pages) = (problem.max_seqs, problem.pages_per_seq);
         let kv_lens: Vec<i32> =
@@ -145,7 +148,7 @@ impl Attention {
 
     /// What a core works on and what it fetches, in keys: each query block of a sequence as many of every KV block as the
     /// kernel has a form for, and the pages that there are.
-    fn keys(&self, plan: &Plan) -> [usize; 2] {
+    fn keys(&self, plan: &Plan<Rpa>) -> [usize; 2] {
         let (queries, keys, page) = (plan.tiles().queries, plan.keys(), plan.problem().page_size);
         let widths = plan.widths();
         let (mut worked, mut fetched) = (0, 0);
@@ -175,13 +178,11 @@ fn attentions(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<se
     {
         let Attention { name, v2, v3, v3_f32, .. } = attention;
         let (tokens, kernel) = if kind == Kind::Decode { (8, "decode") } else { (1024, "mixed") };
-        let request =
-            rpa::Request { q: format!("{tokens}x16x128"), kv_heads: 4, kind, ..rpa::Request::new(Chip::V5p.name()) };
-        let plan = request.plan()?;
+        let spec = rpa::Spec { tokens, q_heads: 16, kv_heads: 4, kind, ..Rpa::common().remove(0) };
+        let plan = plan::<Rpa>(spec, None);
         let context = Context::new();
-        let module =
-            mosaic::module_of(&context, &plan, &mosaic::kernel_of_batch(&context, &plan, &attention.batch(&plan))?)?;
-        let ours = rpa::Certified::of_module(&plan, &module.bytecode(), certifier)?;
+        let batch_kernel = mosaic::kernel_of_batch(&context, &plan, &attention.batch(&plan))?;
+        let ours = Certified::of_kernel(&plan, &batch_kernel, certifier)?;
         let cycles = ours.certificate.kernel_cycles();
         let around = ours.certificate.cycles.iter().map(|op| op.cycles).sum::<u64>() - cycles.unwrap_or(0);
         let (info, problem) = (Chip::V5p.info(), plan.problem());
@@ -191,8 +192,8 @@ fn attentions(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<se
         let flop = worked * rows * problem.head_dim * 4 * problem.kv_heads;
         let matrix_unit = flop as u64 / info.peak_flop_per_cycle_and_core;
         // Both cores: K and V of every page, q and the output once.
-        let row = problem.head_dim * problem.element.bytes();
-        let moved = 2 * (fetched * 2 * problem.kv_heads + 2 * tokens * problem.q_heads) * row;
+        let row = problem.head_dim * problem.precision.q.bytes();
+        let moved = 2 * (fetched * KvLayout::rows_of(problem.kv_heads) + 2 * tokens * problem.q_heads) * row;
         let floor = moved as f64 / info.hbm_bytes_per_cycle();
         if json {
             lines.push(serde_json::json!({ "batch": name, "kernel": kernel, "cycles_per_core": cycles,
@@ -213,6 +214,12 @@ fn attentions(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<se
     Ok(lines)
 }
 
+/// The planner's kernel on v5p.
+fn plan<K: Kernel>(spec: K::Spec, vmem_limit: Option<Bytes>) -> Plan<K> {
+    let problem = Problem::new(spec).expect("a valid problem");
+    Plan::new(problem, Chip::V5p, Options { tiles: None, vmem_limit }).expect("a plan")
+}
+
 fn matmuls(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {
     let mut lines = Vec::new();
     if !json {
@@ -221,28 +228,28 @@ fn matmuls(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde
         );
     }
     for Product { sizes: [m, k, n], xla, pallas, pallas_any, larger } in PRODUCTS {
-        let mut ours: Vec<Certified> = Vec::new();
-        for limit in [None, Some(larger.to_owned())] {
-            let request = Request { vmem_limit: limit, ..Request::new(m, k, n, Element::Bf16, Chip::V5p.name()) };
-            ours.push(certify_matmul(&request, certifier)?);
+        let mut ours: Vec<Certified<Matmul>> = Vec::new();
+        for limit in [None, Some(larger)] {
+            let spec = matmul::Spec::new([m, k, n], Element::Bf16);
+            ours.push(Certified::new(&plan(spec, limit.map(Bytes::mib)), certifier)?);
         }
         if json {
             lines.push(serde_json::json!({ "m": m, "k": k, "n": n, "ours": ours,
                 "xla": xla, "pallas_16mib": pallas, "pallas_any": pallas_any }));
             continue;
         }
-        let tell = |certified: &Certified| {
+        let line = |certified: &Certified<Matmul>| {
             let cycles = certified.certificate.kernel_cycles().map_or("none".into(), |cycles| cycles.to_string());
             let taken = certified.plan.total + certified.certificate.spills();
             format!("{cycles} @ {:.1} ({})", taken.as_mib(), certified.plan.tiles)
         };
         let peer = |cycles: Option<u64>| cycles.map_or("-".into(), |cycles| cycles.to_string());
-        let floor = ours[0].plan.particulars.estimate.bytes_moved as f64 / Chip::V5p.info().hbm_bytes_per_cycle();
+        let floor = ours[0].plan.details.estimate.bytes_moved as f64 / Chip::V5p.info().hbm_bytes_per_cycle();
         println!(
             "{:<18} | {:<32} | {:<32} | {xla:<7} | {:<15} | {:<11} | {floor:.0}",
             format!("{m} x {k} x {n}"),
-            tell(&ours[0]),
-            tell(&ours[1]),
+            line(&ours[0]),
+            line(&ours[1]),
             peer(pallas),
             peer(pallas_any),
         );

@@ -4,15 +4,17 @@
 use pagoda_ir::mosaic::wire;
 use pagoda_ir::tile_machine::{DmaOrder, FaultKind, Machine, Program};
 use pagoda_ir::{Context, Element, HostTensor};
-use pagoda_kernels::check::{compare, tolerance};
-use pagoda_kernels::rpa::{Kind, Problem, Spec, mosaic, reference};
-use pagoda_kernels::strategies::rpa_inputs_of;
+use pagoda_kernels::Kernel;
+use pagoda_kernels::check::{Expected, compare};
+use pagoda_kernels::kernel::host_operands;
+use pagoda_kernels::random::Lengths;
+use pagoda_kernels::rpa::{Kind, Precision, Problem, Rpa, Spec};
 
 /// The problem of `ragged_paged_attention.py`.
 fn problem() -> Problem {
     let spec = Spec {
         kind: Kind::Mixed,
-        element: Element::Bf16,
+        precision: Precision::uniform(Element::Bf16),
         tokens: 24,
         q_heads: 8,
         kv_heads: 2,
@@ -39,13 +41,13 @@ fn jax_attention_agrees_with_the_reference_under_every_order_of_copies() {
     let program = Program::decode(&opened.module).unwrap().with_aliases(&call.aliases);
     let (types, results) = call.types.clone().expect("text tells the types");
     for lengths in [&[(9, 48), (1, 55), (3, 20)][..], &[(24, 24)], &[(1, 64), (1, 1), (1, 17), (1, 33)]] {
-        let inputs = rpa_inputs_of(&problem, lengths, 3);
-        let mut operands = mosaic::operands(&problem, &inputs);
+        let lengths: Vec<_> = lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
+        let inputs = Rpa::draw(&problem, Some(&lengths), 3).unwrap();
+        let mut operands = host_operands::<Rpa>(&problem, &inputs);
         // Its own state: the buffer in use and the sequence that it is at.
         operands.insert(3, HostTensor::new(&[2], &[0_i32, 0]));
         assert!(operands.iter().zip(&types).all(|(array, ty)| array.dims() == ty.dims));
-        let expected = reference(&problem, &inputs);
-        let live = inputs.batch.rows() * problem.q_heads * problem.head_dim;
+        let Expected { values, magnitude, tolerance, live } = Rpa::reference(&problem, &inputs).remove(0);
         let outputs = [DmaOrder::Early, DmaOrder::Late, DmaOrder::Random(1)].map(|dma| {
             // It loads its accumulators before it has written them, and selects zeros.
             let machine = Machine { dma, allow_unwritten_reads: true, ..Machine::default() };
@@ -55,8 +57,8 @@ fn jax_attention_agrees_with_the_reference_under_every_order_of_copies() {
         });
         assert!(outputs[1] == outputs[0] && outputs[2] == outputs[0], "the order of copies shows");
         let output = HostTensor::from_f64(Element::Bf16, &[live], &outputs[0]);
-        let (expected, magnitude) = (&expected.output[..live], &expected.magnitude[..live]);
-        compare("JAX's kernel", &output, expected, magnitude, tolerance(Element::Bf16)).unwrap();
+        let expected = Expected::new(values[..live].to_vec(), magnitude[..live].to_vec(), tolerance);
+        compare("JAX's kernel", &output, &expected).unwrap();
 
         let strict = program.run(&Machine::default(), &operands, &results).unwrap_err();
         assert_eq!(strict.kind, FaultKind::UnwrittenRead, "{strict}");

@@ -5,10 +5,12 @@ use std::{cell::RefCell, collections::HashMap, error::Error};
 use pagoda_engine::pjrt::{Client, Executable, Plugin, PluginChoice};
 use pagoda_ir::{Element, HostTensor, stablehlo::Module};
 use pagoda_kernels::{
-    Case, Runner, check,
-    check::compare,
-    matmul::{self, Activation, Epilogue, Layout},
-    rpa::{self, Kind},
+    Arrays, Kernel, Runner, check,
+    check::{Expected, compare},
+    kernel::stablehlo_module,
+    matmul::{self, Activation, Epilogue, Layout, Matmul},
+    random::Lengths,
+    rpa::{self, Kind, Precision, Rpa, kv_write},
     strategies,
 };
 use proptest::{
@@ -58,7 +60,7 @@ fn failed(error: impl std::fmt::Display) -> TestCaseError {
 fn spec(kind: Kind, element: Element, q_heads: usize, kv_heads: usize, head_dim: usize) -> rpa::Spec {
     rpa::Spec {
         kind,
-        element,
+        precision: Precision::uniform(element),
         tokens: if kind == Kind::Decode { 6 } else { 77 },
         q_heads,
         kv_heads,
@@ -72,6 +74,12 @@ fn spec(kind: Kind, element: Element, q_heads: usize, kv_heads: usize, head_dim:
         sliding_window: None,
         soft_cap: None,
     }
+}
+
+/// Inputs over sequences of (query rows, KV tokens).
+fn batch_of(problem: &rpa::Problem, lengths: &[(usize, usize)], seed: u64) -> Arrays {
+    let lengths: Vec<_> = lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
+    Rpa::draw(problem, Some(&lengths), seed).unwrap()
 }
 
 /// Head dimensions 64, 80, 128, 256, groups of 1 to 8, page sizes below and above a KV block, windows within and across
@@ -97,8 +105,8 @@ fn problems() -> Vec<rpa::Problem> {
 fn attention_over_random_batches() {
     let cpu = Cpu::new();
     for problem in problems() {
-        property(24, strategies::rpa_inputs(problem.clone()), |inputs| {
-            check(Case::Rpa(&problem, &inputs), &cpu).map_err(failed)
+        property(24, strategies::inputs::<Rpa>(problem.clone()), |inputs| {
+            check::<Rpa>(&problem, &inputs, &cpu).map_err(failed)
         });
     }
 }
@@ -109,8 +117,8 @@ fn kv_write_over_random_batches() {
     let single = rpa::Problem::new(rpa::Spec { tokens: 1, ..spec(Kind::Decode, Element::F32, 4, 2, 64) }).unwrap();
     for problem in [&problems()[1], &problems()[3], &problems()[4], &single] {
         let new = || strategies::tensor(problem.new_kv_type());
-        property(24, (strategies::rpa_inputs(problem.clone()), new(), new()), |(inputs, k, v)| {
-            check(Case::KvWrite(problem, &inputs, &k, &v), &cpu).map_err(failed)
+        property(24, (strategies::inputs::<Rpa>(problem.clone()), new(), new()), |(inputs, k, v)| {
+            kv_write::check(problem, &inputs, [&k, &v], &cpu).map_err(failed)
         });
     }
 }
@@ -120,25 +128,28 @@ fn kv_write_over_random_batches() {
 fn a_row_does_not_depend_on_its_chunk() {
     let cpu = Cpu::new();
     let problem = rpa::Problem::new(spec(Kind::Mixed, Element::F32, 4, 2, 64)).unwrap();
-    let whole = strategies::rpa_inputs_of(&problem, &[(60, 60)], 1);
+    let whole = batch_of(&problem, &[(60, 60)], 1);
     let width = problem.q_heads * problem.head_dim;
-    let expected = rpa::reference(&problem, &whole);
+    let expected = Rpa::reference(&problem, &whole).remove(0);
     for chunk in [7, 1] {
         for end in (chunk..=60).step_by(chunk) {
-            let [_, page_indices, ..] = whole.batch.to_tensors();
             let mut kv_lens = vec![0; problem.max_seqs];
             kv_lens[0] = end as i32;
             let mut cu_q_lens = vec![chunk as i32; problem.max_seqs + 1];
             cu_q_lens[0] = 0;
-            let batch = rpa::Batch::new(&problem, &kv_lens, page_indices.as_slice(), &cu_q_lens, 1).unwrap();
-            let mut inputs = rpa::Inputs { batch, ..whole.clone() };
+            let ints = |values: &[i32]| HostTensor::new(&[values.len()], values);
             let rows = (end - chunk) * width..end * width;
-            inputs.q.as_mut_slice::<f32>()[..chunk * width].copy_from_slice(&whole.q.as_slice::<f32>()[rows.clone()]);
+            let mut q = whole["q"].clone();
+            q.as_mut_slice::<f32>()[..chunk * width].copy_from_slice(&whole["q"].as_slice::<f32>()[rows.clone()]);
+            let inputs = whole.clone().with("q", q).with("kv_lens", ints(&kv_lens)).with("cu_q_lens", ints(&cu_q_lens));
+            let inputs = inputs.with("num_seqs", ints(&[1]));
+            Rpa::check_inputs(&problem, &inputs).unwrap();
             let module_context = pagoda_ir::Context::new();
-            let module = rpa::stablehlo::module(&module_context, &problem).unwrap();
-            let result = cpu.run(&module, &inputs.to_tensors(&problem)).unwrap().remove(0);
+            let module = stablehlo_module::<Rpa>(&module_context, &problem).unwrap();
+            let result = cpu.run(&module, &inputs.values().cloned().collect::<Vec<_>>()).unwrap().remove(0);
             let chunk_rows = HostTensor::new(&[chunk, width], &result.as_slice::<f32>()[..chunk * width]);
-            compare("chunk", &chunk_rows, &expected.output[rows.clone()], &expected.magnitude[rows], 2e-5).unwrap();
+            let (values, magnitude) = (expected.values[rows.clone()].to_vec(), expected.magnitude[rows].to_vec());
+            compare("chunk", &chunk_rows, &Expected::new(values, magnitude, expected.tolerance)).unwrap();
         }
     }
 }
@@ -161,8 +172,8 @@ fn matmul_at_sizes_that_no_tile_divides() {
     }
     for spec in problems {
         let problem = matmul::Problem::new(spec).unwrap();
-        property(2, strategies::matmul_inputs(problem), |inputs| {
-            check(Case::Matmul(&problem, &inputs), &cpu).map_err(failed)
+        property(2, strategies::inputs::<Matmul>(problem), |inputs| {
+            check::<Matmul>(&problem, &inputs, &cpu).map_err(failed)
         });
     }
 }
@@ -179,12 +190,12 @@ fn a_wrong_kernel_is_caught() {
         }
     }
     let problem = &problems()[1];
-    let inputs = strategies::rpa_inputs_of(problem, &[(1, 30), (20, 50)], 7);
+    let inputs = batch_of(problem, &[(1, 30), (20, 50)], 7);
     let cpu = Cpu::new();
-    check(Case::Rpa(problem, &inputs), &cpu).unwrap();
+    check::<Rpa>(problem, &inputs, &cpu).unwrap();
     let padding = (problem.tokens - 1) * problem.q_heads * problem.head_dim;
     for index in [0, 700, padding] {
-        let error = check(Case::Rpa(problem, &inputs), &Wrong(Cpu::new(), index)).unwrap_err();
+        let error = check::<Rpa>(problem, &inputs, &Wrong(Cpu::new(), index)).unwrap_err();
         assert!(error.to_string().contains("1 of"), "{error}");
     }
 }
@@ -193,8 +204,12 @@ fn a_wrong_kernel_is_caught() {
 fn bad_problems_and_batches_are_refused_by_name() {
     let good = spec(Kind::Mixed, Element::F32, 4, 2, 64);
     let refusals = [
-        (rpa::Spec { q_heads: 3, ..good.clone() }, "q_heads = 3 is no multiple of kv_heads = 2"),
-        (rpa::Spec { element: Element::F16, ..good.clone() }, "element = f16 is neither f32 nor bf16"),
+        (rpa::Spec { q_heads: 3, ..good.clone() }, "q_heads = 3 is not a multiple of kv_heads = 2"),
+        (rpa::Spec { precision: Precision::uniform(Element::F16), ..good.clone() }, "precision.q = f16 is neither f32 nor bf16"),
+        (
+            rpa::Spec { precision: Precision { kv: Element::Bf16, ..good.precision }, ..good.clone() },
+            "precision.kv = bf16 is not the type of q, f32",
+        ),
         (rpa::Spec { head_dim: 0, ..good.clone() }, "head_dim = 0 is below 1"),
         (rpa::Spec { scale: f64::NAN, ..good.clone() }, "scale = NaN is not positive and finite"),
         (rpa::Spec { pages: usize::MAX, ..good.clone() }, "layers * pages * page_size"),

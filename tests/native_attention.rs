@@ -3,20 +3,22 @@
 
 use half::bf16;
 use pagoda_ir::{Element, HostTensor};
-use pagoda_kernels::check::{compare, tolerance};
+use pagoda_kernels::check::compare;
 use pagoda_kernels::float::Float;
 use pagoda_kernels::rpa::native::{Call, Layer, attend, step, write};
-use pagoda_kernels::rpa::reference::written;
-use pagoda_kernels::rpa::{Inputs, Kind, Problem, Spec, reference};
-use pagoda_kernels::strategies::{rpa_inputs, rpa_inputs_of, tensor};
+use pagoda_kernels::random::Lengths;
+use pagoda_kernels::rpa::reference::{reference, written};
+use pagoda_kernels::rpa::{Batch, Kind, Precision, Problem, Rpa, Spec};
+use pagoda_kernels::strategies::{inputs, tensor};
 use pagoda_kernels::threads::Scoped;
+use pagoda_kernels::{Arrays, Kernel};
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
+use proptest::test_runner::{Config, RngSeed, TestRunner};
 
 fn spec() -> Spec {
     Spec {
         kind: Kind::Mixed,
-        element: Element::F32,
+        precision: Precision::uniform(Element::F32),
         tokens: 24,
         q_heads: 4,
         kv_heads: 2,
@@ -32,56 +34,64 @@ fn spec() -> Spec {
     }
 }
 
-/// The call on `metadata`, as [`pagoda_kernels::rpa::Batch::to_tensors`] has it.
-fn call<'m>(problem: &Problem, layer: usize, metadata: &'m [HostTensor]) -> Call<'m> {
+/// The call on the metadata among `inputs`.
+fn call<'m>(problem: &Problem, inputs: &'m Arrays) -> Call<'m> {
     Call {
-        layer: self::layer(problem, layer),
+        layer: layer(problem, inputs.get("first_page").map_or(0, |page| page.as_slice::<i32>()[0] as usize)),
         q_heads: problem.q_heads,
         pages_per_seq: problem.pages_per_seq,
         scale: problem.scale as f32,
         sliding_window: problem.sliding_window,
         soft_cap: problem.soft_cap.map(|cap| cap as f32),
-        kv_lens: metadata[0].as_slice(),
-        page_indices: metadata[1].as_slice(),
-        cu_q_lens: metadata[2].as_slice(),
-        num_seqs: metadata[3].as_slice::<i32>()[0] as usize,
+        kv_lens: inputs["kv_lens"].as_slice(),
+        page_indices: inputs["page_indices"].as_slice(),
+        cu_q_lens: inputs["cu_q_lens"].as_slice(),
+        num_seqs: inputs["num_seqs"].as_slice::<i32>()[0] as usize,
     }
 }
 
-fn run<T: Float>(problem: &Problem, inputs: &Inputs) -> HostTensor {
-    let metadata = inputs.batch.to_tensors();
-    let call = call(problem, inputs.layer, &metadata);
-    let mut out =
-        HostTensor::from_f64(problem.element, &problem.q_type().dims, &vec![f64::NAN; problem.q_type().len()]);
-    attend(&call, inputs.q.as_slice::<T>(), inputs.kv_pages.as_slice(), out.as_mut_slice(), &Scoped(2));
+fn run<T: Float>(problem: &Problem, inputs: &Arrays) -> HostTensor {
+    let ty = problem.output_type();
+    let mut out = HostTensor::from_f64(ty.element, &ty.dims, &vec![f64::NAN; ty.len()]);
+    let (q, kv_pages) = (inputs["q"].as_slice::<T>(), inputs["kv_pages"].as_slice());
+    attend(&call(problem, inputs), q, kv_pages, out.as_mut_slice(), &Scoped(2));
     out
 }
 
-fn layer(problem: &Problem, layer: usize) -> Layer {
-    Layer {
-        first_page: layer * problem.pages,
-        pages: problem.pages,
-        page_size: problem.page_size,
-        kv_heads: problem.kv_heads,
-        head_dim: problem.head_dim,
-    }
+fn layer(problem: &Problem, first_page: usize) -> Layer {
+    Layer { first_page, kv: problem.kv_layout() }
 }
 
-fn check(problem: &Problem, inputs: &Inputs) -> Result<(), TestCaseError> {
-    let actual = match problem.element {
+fn check(problem: &Problem, inputs: &Arrays) -> Result<(), TestCaseError> {
+    let actual = match problem.precision.q {
         Element::F32 => run::<f32>(problem, inputs),
         _ => run::<bf16>(problem, inputs),
     };
-    let expected = reference(problem, inputs);
-    compare("native", &actual, &expected.output, &expected.magnitude, tolerance(problem.element))
-        .map_err(|error| TestCaseError::fail(error.to_string()))
+    compare("native", &actual, &reference(problem, inputs)).map_err(|error| TestCaseError::fail(error.to_string()))
+}
+
+/// Draws that are the same in every run.
+const ALWAYS: RngSeed = RngSeed::Fixed(1);
+
+fn runner(cases: u32, rng_seed: RngSeed) -> TestRunner {
+    TestRunner::new(Config { cases, rng_seed, failure_persistence: None, ..Config::default() })
 }
 
 #[test]
 fn random_ragged_batches_match_the_reference() {
+    check_ragged_batches(40, ALWAYS);
+}
+
+#[test]
+#[ignore = "many batches, others in every run: make nightly"]
+fn many_fresh_ragged_batches_match_the_reference() {
+    check_ragged_batches(500, RngSeed::Random);
+}
+
+fn check_ragged_batches(cases: u32, rng_seed: RngSeed) {
     let mut specs = Vec::new();
     for element in [Element::F32, Element::Bf16] {
-        let base = Spec { element, ..spec() };
+        let base = Spec { precision: Precision::uniform(element), ..spec() };
         specs.extend([64, 80, 128, 256].map(|head_dim| Spec { head_dim, ..base.clone() }));
         specs.extend([1, 2, 4, 8].map(|group| Spec { q_heads: 2 * group, ..base.clone() }));
         specs.push(Spec { sliding_window: Some(5), ..base.clone() });
@@ -90,8 +100,7 @@ fn random_ragged_batches_match_the_reference() {
     }
     for spec in specs {
         let problem = Problem::new(spec).unwrap();
-        let mut runner = TestRunner::new(Config { cases: 40, failure_persistence: None, ..Config::default() });
-        runner.run(&rpa_inputs(problem.clone()), |inputs| check(&problem, &inputs)).unwrap();
+        runner(cases, rng_seed).run(&inputs::<Rpa>(problem.clone()), |inputs| check(&problem, &inputs)).unwrap();
     }
 }
 
@@ -99,25 +108,16 @@ fn random_ragged_batches_match_the_reference() {
 fn work_for_several_threads_gives_the_same_bits_as_work_for_one() {
     let spec = Spec { tokens: 300, pages: 160, pages_per_seq: 160, q_heads: 16, head_dim: 128, ..spec() };
     let problem = Problem::new(spec.clone()).unwrap();
-    let inputs = rpa_inputs_of(&problem, &[(300, 1200)], 7);
+    let inputs = Rpa::draw(&problem, Some(&[Lengths { q_len: 300, kv_len: 1200 }]), 7).unwrap();
     check(&problem, &inputs).unwrap();
     let together = run::<f32>(&problem, &inputs);
     // The last row alone is too little work for a second thread.
     let alone = Problem::new(Spec { tokens: 1, ..spec }).unwrap();
     let width = problem.q_heads * problem.head_dim;
-    let last = &inputs.q.as_slice::<f32>()[299 * width..];
-    let single = Inputs {
-        q: HostTensor::new(&alone.q_type().dims, last),
-        batch: pagoda_kernels::rpa::Batch::new(
-            &alone,
-            &[1200, 0, 0, 0, 0],
-            inputs.batch.to_tensors()[1].as_slice::<i32>(),
-            &[0, 1, 1, 1, 1, 1],
-            1,
-        )
-        .unwrap(),
-        ..inputs
-    };
+    let last = &inputs["q"].as_slice::<f32>()[299 * width..];
+    let q = HostTensor::new(&alone.q_type().dims, last);
+    let single = inputs.with("q", q).with("cu_q_lens", HostTensor::new(&[6], &[0, 1, 1, 1, 1, 1]));
+    Rpa::check_inputs(&alone, &single).unwrap();
     assert_eq!(run::<f32>(&alone, &single).as_slice::<f32>(), &together.as_slice::<f32>()[299 * width..]);
 }
 
@@ -127,14 +127,13 @@ fn writes_land_in_their_slots_and_nowhere_else() {
     let strategy = (tensor(problem.kv_pages_type()), tensor(problem.new_kv_type()), tensor(problem.new_kv_type()));
     let size = (problem.pages * problem.page_size) as i32;
     let slots = Just((0..size).collect::<Vec<_>>()).prop_shuffle();
-    let mut runner = TestRunner::new(Config { cases: 30, failure_persistence: None, ..Config::default() });
-    runner
+    runner(30, ALWAYS)
         .run(&(strategy, slots, 0..problem.layers), |((before, k, v), mut slots, layer)| {
             slots.truncate(problem.tokens);
             // Padding, and slots that no layer has.
             slots[3..6].copy_from_slice(&[-1, size, i32::MAX]);
             let mut after = before.clone();
-            let place = self::layer(&problem, layer);
+            let place = self::layer(&problem, layer * problem.pages);
             write(after.as_mut_slice::<f32>(), k.as_slice(), v.as_slice(), &slots, &place);
             let vector = |tensor: &HostTensor, at: usize| tensor.as_slice::<f32>()[at * 64..][..64].to_vec();
             let heads = problem.kv_heads;
@@ -159,8 +158,7 @@ fn a_step_rotates_writes_and_attends() {
     let problem = Problem::new(spec()).unwrap();
     let (tokens, dim, half) = (problem.tokens, problem.head_dim, problem.head_dim / 2);
     let positions = problem.max_kv_len();
-    let strategy = (rpa_inputs(problem.clone()), tensor(problem.new_kv_type()), tensor(problem.new_kv_type()));
-    let mut runner = TestRunner::new(Config { cases: 30, failure_persistence: None, ..Config::default() });
+    let strategy = (inputs::<Rpa>(problem.clone()), tensor(problem.new_kv_type()), tensor(problem.new_kv_type()));
     let angle = |position: usize, at: usize| (position * (at + 1)) as f64 / 40.0;
     let rotary: Vec<f32> = (0..positions)
         .flat_map(|position| {
@@ -168,24 +166,23 @@ fn a_step_rotates_writes_and_attends() {
             angles.clone().map(f64::cos).chain(angles.map(f64::sin)).map(|x| x as f32)
         })
         .collect();
-    runner
+    runner(30, ALWAYS)
         .run(&strategy, |(inputs, k, v)| {
-            let metadata = inputs.batch.to_tensors();
-            let slots = inputs.batch.kv_slots(tokens);
+            let batch = Batch::of(&problem, &inputs).unwrap();
+            let slots = batch.kv_slots(tokens);
             // [heads of q, k, v * head_dim, tokens], as a projection gives them.
-            let stacked = [&inputs.q, &k, &v].map(|rows| {
+            let stacked = [&inputs["q"], &k, &v].map(|rows| {
                 let (rows, width) = (rows.as_slice::<f32>(), rows.len() / tokens);
                 (0..width).flat_map(|feature| (0..tokens).map(move |token| rows[token * width + feature])).collect()
             });
             let qkv: Vec<f32> = stacked.into_iter().flat_map(|rows: Vec<f32>| rows).collect();
-            let mut pages = inputs.kv_pages.clone();
+            let mut pages = inputs["kv_pages"].clone();
             let mut out = vec![f32::NAN; problem.q_type().len()];
-            let call = call(&problem, inputs.layer, &metadata);
-            step(&call, &qkv, &rotary, &slots, pages.as_mut_slice(), &mut out, &Scoped(2));
+            step(&call(&problem, &inputs), &qkv, &rotary, &slots, pages.as_mut_slice(), &mut out, &Scoped(2));
 
             // Position of each row, from the definition of the batch.
             let mut position = vec![None; tokens];
-            for sequence in inputs.batch.sequences() {
+            for sequence in batch.sequences() {
                 for index in 0..sequence.q_len {
                     position[sequence.first_row + index] = Some(sequence.kv_len - sequence.q_len + index);
                 }
@@ -203,14 +200,14 @@ fn a_step_rotates_writes_and_attends() {
                 }
                 HostTensor::from_f64(Element::F32, x.dims(), &values)
             };
-            let (q, k) = (rotated(&inputs.q), rotated(&k));
-            let written = written(&problem, &inputs, &k, &v);
-            let kv_pages = HostTensor::from_f64(Element::F32, inputs.kv_pages.dims(), &written);
-            let expected = reference(&problem, &Inputs { q, kv_pages, ..inputs.clone() });
+            let (q, k) = (rotated(&inputs["q"]), rotated(&k));
+            let written = written(&problem, &inputs, &k, &v).values;
+            let kv_pages = HostTensor::from_f64(Element::F32, inputs["kv_pages"].dims(), &written);
+            let expected = reference(&problem, &inputs.clone().with("q", q).with("kv_pages", kv_pages));
             let width = problem.q_heads * dim;
             let by_row: Vec<f32> = (0..out.len()).map(|at| out[at % width * tokens + at / width]).collect();
             let actual = HostTensor::new(&problem.q_type().dims, &by_row);
-            compare("step", &actual, &expected.output, &expected.magnitude, tolerance(Element::F32))
+            compare("step", &actual, &expected)
                 .map_err(|error| TestCaseError::fail(error.to_string()))?;
             // The pages: rotations differ in their rounding, everything else is the same bits.
             for (actual, expected) in pages.to_f64().iter().zip(&written) {
