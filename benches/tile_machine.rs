@@ -85,8 +85,7 @@ fn execution(criterion: &mut Criterion) {
     let inputs = Matmul::draw(plan.problem(), None, 1).expect("no batch");
     let module = stablehlo_module::<Matmul>(&context, plan.problem()).expect("a module");
     let dot = client.compile(module.text(), 1).expect("compiles");
-    let arguments: Vec<Buffer> =
-        inputs.values().map(|array| client.upload(array, 0).expect("uploads")).collect();
+    let arguments: Vec<Buffer> = inputs.values().map(|array| client.upload(array, 0).expect("uploads")).collect();
     let xla = measured(criterion, "matmul 1024^3 bf16, CPU plugin", || {
         let results = dot.run(arguments.iter().map(Arg::Keep).collect()).expect("runs");
         results[0].wait().expect("finishes");

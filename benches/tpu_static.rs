@@ -36,21 +36,9 @@ struct Product {
 
 const PRODUCTS: [Product; 5] = [
     Product { sizes: [1024, 1024, 1024], xla: 11193, pallas: Some(11367), pallas_any: None, larger: 32 },
-    Product {
-        sizes: [4096, 4096, 4096],
-        xla: 539_689,
-        pallas: Some(561_141),
-        pallas_any: Some(539_041),
-        larger: 32,
-    },
+    Product { sizes: [4096, 4096, 4096], xla: 539_689, pallas: Some(561_141), pallas_any: Some(539_041), larger: 32 },
     Product { sizes: [8, 4096, 14336], xla: 38713, pallas: Some(38745), pallas_any: None, larger: 32 },
-    Product {
-        sizes: [512, 4096, 14336],
-        xla: 239_329,
-        pallas: Some(248_519),
-        pallas_any: Some(238_359),
-        larger: 32,
-    },
+    Product { sizes: [512, 4096, 14336], xla: 239_329, pallas: Some(248_519), pallas_any: Some(238_359), larger: 32 },
     Product { sizes: [4096, 4096, 14336], xla: 1_883_057, pallas: None, pallas_any: Some(1_862_470), larger: 32 },
 ];
 

@@ -33,17 +33,19 @@ fn certifier() -> Certifier {
 }
 
 /// A bf16 matmul at given tiles, or at the planner's.
-fn matmul_plan(chip: Chip, sizes: [usize; 3], tiles: Option<matmul::plan::Tiles>, limit: Option<Bytes>) -> Plan<Matmul> {
+fn matmul_plan(
+    chip: Chip,
+    sizes: [usize; 3],
+    tiles: Option<matmul::plan::Tiles>,
+    limit: Option<Bytes>,
+) -> Plan<Matmul> {
     let problem = Problem::new(matmul::Spec::new(sizes, Element::Bf16)).unwrap();
     Plan::new(problem, chip, Options { tiles, vmem_limit: limit }).unwrap()
 }
 
 /// Certifies all of `plans`, as many at a time as there are processors, and hands each answer to `done` as it comes.
 /// Returns the answers in order.
-fn certify_all<K: Kernel>(
-    plans: &[Plan<K>],
-    done: impl Fn(&Certified<K>) + Sync,
-) -> Vec<Result<Certified<K>, String>> {
+fn certify_all<K: Kernel>(plans: &[Plan<K>], done: impl Fn(&Certified<K>) + Sync) -> Vec<Result<Certified<K>, String>> {
     let certifier = certifier();
     let next = AtomicUsize::new(0);
     let answers: Vec<OnceLock<Result<Certified<K>, String>>> = plans.iter().map(|_| OnceLock::new()).collect();
@@ -107,7 +109,8 @@ fn record<K: Kernel>(mut new: Record<K>) {
     new.cycles = new.cycles.or(same_body.and_then(|old| old.cycles));
     records.retain(|old| !old.same_kernel(&new));
     records.push(new);
-    let key = |record: &Record<K>| (record.chip, serde_json::to_string(&record.spec).unwrap(), record.tiles, record.limit);
+    let key =
+        |record: &Record<K>| (record.chip, serde_json::to_string(&record.spec).unwrap(), record.tiles, record.limit);
     records.sort_by_key(key);
     let lines: Vec<String> = records.iter().map(|record| serde_json::to_string(record).unwrap()).collect();
     std::fs::write(format!("{path}.partial"), format!("[\n{}\n]\n", lines.join(",\n"))).unwrap();
@@ -145,7 +148,11 @@ fn every_point<K: Kernel>() -> Vec<Plan<K>> {
 fn smallest<K: Kernel>(count: usize) -> Vec<Plan<K>> {
     let mut plans = recorded::<K>();
     plans.sort_by_key(|plan| plan.vmem().total());
-    Chip::ALL.into_iter().flat_map(|chip| plans.iter().filter(move |plan| plan.chip() == chip).take(count)).cloned().collect()
+    Chip::ALL
+        .into_iter()
+        .flat_map(|chip| plans.iter().filter(move |plan| plan.chip() == chip).take(count))
+        .cloned()
+        .collect()
 }
 
 /// What a sample of problems that no table has shows of the verdicts.
@@ -196,10 +203,15 @@ fn sample<K: Kernel>(count: usize, seed: u64) -> String {
     format!("{} of seed {seed}:\n{counts}{wrong}", K::NAME)
 }
 
+/// A number of the environment.
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |value| value.parse().expect("a number"))
+}
+
 macro_rules! tests {
     ($($name:ident: $kernel:ty,)*) => {
         $(mod $name {
-            use super::*;
+            use super::super::*;
 
             #[test]
             fn the_smallest_plans_are_exact_on_every_chip() {
@@ -217,14 +229,15 @@ macro_rules! tests {
         #[test]
         #[ignore = "minutes of CPU: make certify-sample"]
         fn a_sample_of_problems() {
-            let number = |name: &str, default| std::env::var(name).map_or(default, |value| value.parse().expect("a number"));
-            let (count, seed) = (number("N", 200), number("SEED", 1));
-            let kernels = [$(stringify!($name)),*].len() as u64;
-            $(println!("{}", sample::<$kernel>(count.div_ceil(kernels) as usize, seed << 32));)*
+            let (count, seed) = (super::number("N", 200), super::number("SEED", 1));
+            let share = count.div_ceil([$(stringify!($name)),*].len() as u64) as usize;
+            $(println!("{}", super::sample::<$kernel>(share, seed << 32));)*
         }
     };
 }
-pagoda_kernels::for_each_kernel!(tests);
+mod each {
+    pagoda_kernels::for_each_kernel!(tests);
+}
 
 /// q [1024, 32, 128], 8 KV heads, pages of 128 tokens, 8 sequences of up to 4608 tokens, bf16: what JAX's kernel asks
 /// 37.54 MiB for is planned within every chip's default limit (16 MiB on v5p), whole, and on record as certified.

@@ -205,7 +205,10 @@ fn bad_problems_and_batches_are_refused_by_name() {
     let good = spec(Kind::Mixed, Element::F32, 4, 2, 64);
     let refusals = [
         (rpa::Spec { q_heads: 3, ..good.clone() }, "q_heads = 3 is not a multiple of kv_heads = 2"),
-        (rpa::Spec { precision: Precision::uniform(Element::F16), ..good.clone() }, "precision.q = f16 is neither f32 nor bf16"),
+        (
+            rpa::Spec { precision: Precision::uniform(Element::F16), ..good.clone() },
+            "precision.q = f16 is neither f32 nor bf16",
+        ),
         (
             rpa::Spec { precision: Precision { kv: Element::Bf16, ..good.precision }, ..good.clone() },
             "precision.kv = bf16 is not the type of q, f32",

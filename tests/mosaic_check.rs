@@ -12,8 +12,9 @@ use pagoda_ir::{
     tile_machine::{Program, Run},
 };
 use pagoda_kernels::{
-    Arrays, Case, CheckError, Choices, Kernel, Plan, Problem, Runner, check_mosaic,
+    Arrays, Case, CheckError, Choices, Kernel, Plan, Problem, Runner,
     check::check_program,
+    check_mosaic,
     chips::Chip,
     matmul::{self, Activation, Epilogue, Layout, Matmul},
     plan::Options,
@@ -136,7 +137,7 @@ fn a_line_runs_a_case_again<K: Kernel>() {
 macro_rules! tests {
     ($($name:ident: $kernel:ty,)*) => {
         $(mod $name {
-            use super::*;
+            use super::super::*;
 
             #[test]
             fn agrees_with_the_reference() {
@@ -151,7 +152,7 @@ macro_rules! tests {
 
             #[test]
             fn a_line_runs_a_case_again() {
-                super::a_line_runs_a_case_again::<$kernel>();
+                super::super::a_line_runs_a_case_again::<$kernel>();
             }
 
             /// Planted faults are caught by name; unmutated, nothing is reported.
@@ -167,7 +168,9 @@ macro_rules! tests {
         })*
     };
 }
-pagoda_kernels::for_each_kernel!(tests);
+mod each {
+    pagoda_kernels::for_each_kernel!(tests);
+}
 
 /// Sizes that random cases do not reach, in the tiles that the planner chooses: several chunks to a tile, long contexts.
 #[test]

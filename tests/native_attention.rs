@@ -5,8 +5,8 @@ use half::bf16;
 use pagoda_ir::{Element, HostTensor};
 use pagoda_kernels::check::compare;
 use pagoda_kernels::float::Float;
-use pagoda_kernels::rpa::native::{Call, Layer, attend, step, write};
 use pagoda_kernels::random::Lengths;
+use pagoda_kernels::rpa::native::{Call, Layer, attend, step, write};
 use pagoda_kernels::rpa::reference::{reference, written};
 use pagoda_kernels::rpa::{Batch, Kind, Precision, Problem, Rpa, Spec};
 use pagoda_kernels::strategies::{inputs, tensor};
@@ -207,8 +207,7 @@ fn a_step_rotates_writes_and_attends() {
             let width = problem.q_heads * dim;
             let by_row: Vec<f32> = (0..out.len()).map(|at| out[at % width * tokens + at / width]).collect();
             let actual = HostTensor::new(&problem.q_type().dims, &by_row);
-            compare("step", &actual, &expected)
-                .map_err(|error| TestCaseError::fail(error.to_string()))?;
+            compare("step", &actual, &expected).map_err(|error| TestCaseError::fail(error.to_string()))?;
             // The pages: rotations differ in their rounding, everything else is the same bits.
             for (actual, expected) in pages.to_f64().iter().zip(&written) {
                 prop_assert!((actual - expected).abs() <= 1e-6 || (actual.is_nan() && expected.is_nan()));

@@ -80,11 +80,7 @@ pub trait Kernel: Sized + Send + Sync + 'static {
     ///
     /// # Errors
     /// When `batch` is not a batch of the problem, or given to a kernel that has none.
-    fn draw(
-        problem: &ProblemOf<Self>,
-        batch: Option<&[Lengths]>,
-        seed: u64,
-    ) -> std::result::Result<Arrays, Invalid> {
+    fn draw(problem: &ProblemOf<Self>, batch: Option<&[Lengths]>, seed: u64) -> std::result::Result<Arrays, Invalid> {
         random::without_batch(Self::NAME, batch)?;
         Ok(random::arrays(&Self::arguments(problem), seed))
     }

@@ -60,7 +60,8 @@ impl<K: Kernel> MutantSet<K> {
         let mut wrong = String::new();
         for (name, edit, expected) in &self.mutants {
             let mutant = edit(&emitted);
-            let caught = if mutant == emitted.text() { Err("the edit changes nothing".into()) } else { caught(case, &mutant) };
+            let caught =
+                if mutant == emitted.text() { Err("the edit changes nothing".into()) } else { caught(case, &mutant) };
             if caught != Ok(Some(*expected)) {
                 wrong += &format!("{name}: {caught:?}, expected {expected:?}\n");
             }

@@ -73,9 +73,7 @@ pub struct Lengths {
 pub fn batch_text(batch: &[Lengths]) -> String {
     match batch {
         [] => "none".to_owned(),
-        batch => {
-            batch.iter().map(|of| format!("{}/{}", of.q_len, of.kv_len)).collect::<Vec<_>>().join(",")
-        }
+        batch => batch.iter().map(|of| format!("{}/{}", of.q_len, of.kv_len)).collect::<Vec<_>>().join(","),
     }
 }
 

@@ -126,7 +126,9 @@ pub(super) fn plannable(problem: &Problem) -> Result<(), PlanError> {
         return Err(PlanError {
             key: "n",
             value: problem.n.to_string(),
-            limit: format!("is not a multiple of {unit}, so that no block of the gated weight can start at the first up"),
+            limit: format!(
+                "is not a multiple of {unit}, so that no block of the gated weight can start at the first up"
+            ),
             fix: format!("pad n to {}, or compute gates and ups by two products", problem.n.next_multiple_of(unit)),
         });
     }
@@ -642,7 +644,10 @@ mod tests {
             panic!("{suggestions:?}")
         };
         let smaller = plan(problem(4096, 4096, 4096), Chip::V5p, Some(tiles), None).unwrap();
-        assert!(matches!(smaller.verdict(evidence::spills(&smaller)), Verdict::Fits { .. } | Verdict::LikelyFits { .. }));
+        assert!(matches!(
+            smaller.verdict(evidence::spills(&smaller)),
+            Verdict::Fits { .. } | Verdict::LikelyFits { .. }
+        ));
         assert_eq!(*bytes, large.vmem().total());
     }
 

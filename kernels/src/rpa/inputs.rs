@@ -49,9 +49,8 @@ pub(super) fn draw(problem: &Problem, batch: Option<&[Lengths]>, seed: u64) -> R
 
 /// Refuses lengths that do not fit the problem.
 fn check_lengths(problem: &Problem, batch: &[Lengths]) -> Result<(), Invalid> {
-    let refuse = |holds, limit: String, fix: &str| {
-        ensure(holds, "rpa batch", "lengths", batch_text(batch), || limit, fix)
-    };
+    let refuse =
+        |holds, limit: String, fix: &str| ensure(holds, "rpa batch", "lengths", batch_text(batch), || limit, fix);
     let limit = format!("is more than max-seqs = {} sequences", problem.max_seqs);
     refuse(batch.len() <= problem.max_seqs, limit, "give fewer sequences")?;
     for (seq, &Lengths { q_len, kv_len }) in batch.iter().enumerate() {

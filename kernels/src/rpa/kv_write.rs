@@ -41,10 +41,8 @@ pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, args: &Named<Tensor<
     let by_token = b.reshape(kv_pages, &[buffer.dims[0] * problem.page_size, layout.rows(), problem.head_dim])?;
 
     let ints = |value: usize| b.splat(Element::I32, &[tokens], value as f64);
-    let in_layer = b.and(
-        b.compare(slots, Direction::Ge, ints(0)?)?,
-        b.compare(slots, Direction::Lt, ints(layout.slots())?)?,
-    )?;
+    let in_layer =
+        b.and(b.compare(slots, Direction::Ge, ints(0)?)?, b.compare(slots, Direction::Lt, ints(layout.slots())?)?)?;
     let shifted = match args.get("first_page") {
         Some(&page) => {
             let first_slot = b.multiply(page, b.scalar(Element::I32, problem.page_size as f64)?)?;

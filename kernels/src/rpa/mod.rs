@@ -292,8 +292,7 @@ impl Kernel for Rpa {
     }
 
     fn records() -> Option<&'static Records<Self>> {
-        static RECORDS: LazyLock<Records<Rpa>> =
-            LazyLock::new(|| Records::parse(include_str!("../../tuned/rpa.json")));
+        static RECORDS: LazyLock<Records<Rpa>> = LazyLock::new(|| Records::parse(include_str!("../../tuned/rpa.json")));
         Some(&RECORDS)
     }
 }

@@ -2,12 +2,7 @@
 
 use pagoda_ir::{Element, HostTensor};
 
-use super::{
-    batch::Batch,
-    kv_layout::Half,
-    layer_of,
-    problem::Problem,
-};
+use super::{batch::Batch, kv_layout::Half, layer_of, problem::Problem};
 use crate::{
     check::{Expected, Tolerance, unit_roundoff},
     named::Arrays,

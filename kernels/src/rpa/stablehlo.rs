@@ -35,7 +35,11 @@ const MULTIPLY_REDUCE_ROWS: usize = 8;
 ///
 /// # Errors
 /// None for operands of the problem's types, unless MLIR fails.
-pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, operands: &Named<Tensor<'c, 'a>>) -> Result<Tensor<'c, 'a>> {
+pub fn emit<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    problem: &Problem,
+    operands: &Named<Tensor<'c, 'a>>,
+) -> Result<Tensor<'c, 'a>> {
     let emitter = Emitter::new(b, problem, operands)?;
     let decoded = emitter.decode_pass()?;
     match problem.kind {

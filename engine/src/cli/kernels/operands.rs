@@ -82,7 +82,9 @@ pub(super) fn operands(given: &mut Given, operands: &[(String, TensorType)], see
         arrays.push(match (given.take(name, ty)?, drawn) {
             (Some(array), _) | (None, Some(array)) => array,
             // Of a stack of layers, the first one.
-            (None, None) if recognised.is_some() && ty.element == Element::I32 => HostTensor::zeros(ty.element, &ty.dims),
+            (None, None) if recognised.is_some() && ty.element == Element::I32 => {
+                HostTensor::zeros(ty.element, &ty.dims)
+            }
             (None, None) if matches!(ty.element, Element::F32 | Element::Bf16) => random.tensor(ty),
             (None, None) => {
                 let fix = format!("give it with --input {name}=FILE.npy");

@@ -210,7 +210,12 @@ pub(super) trait Planned {
     ///
     /// # Errors
     /// When the lengths are not a batch of the problem, or the given arrays not its inputs.
-    fn launch(&self, seed: u64, lengths: Option<&str>, given: Vec<(&'static str, HostTensor)>) -> Result<Box<dyn Launch>>;
+    fn launch(
+        &self,
+        seed: u64,
+        lengths: Option<&str>,
+        given: Vec<(&'static str, HostTensor)>,
+    ) -> Result<Box<dyn Launch>>;
 }
 
 impl<K: Kernel> Planned for Plan<K> {
@@ -248,7 +253,12 @@ impl<K: Kernel> Planned for Plan<K> {
         K::arguments(self.problem())
     }
 
-    fn launch(&self, seed: u64, lengths: Option<&str>, given: Vec<(&'static str, HostTensor)>) -> Result<Box<dyn Launch>> {
+    fn launch(
+        &self,
+        seed: u64,
+        lengths: Option<&str>,
+        given: Vec<(&'static str, HostTensor)>,
+    ) -> Result<Box<dyn Launch>> {
         let batch = lengths.map(parse_batch).transpose().map_err(invalid)?;
         let drawn = K::draw(self.problem(), batch.as_deref(), seed).map_err(invalid)?;
         let inputs = given.into_iter().fold(drawn, |inputs, (name, array)| inputs.with(name, array));

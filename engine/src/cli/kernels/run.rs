@@ -89,7 +89,12 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
             return Err(Error::setting("FILE", file.display(), "is a second thing to run", fix));
         }
         (None, None) => {
-            return Err(Error::setting("FILE", "none", "leaves nothing to run", format!("give a file, or {}", NAMES.join(" or "))));
+            return Err(Error::setting(
+                "FILE",
+                "none",
+                "leaves nothing to run",
+                format!("give a file, or {}", NAMES.join(" or ")),
+            ));
         }
         (None, Some(kernel)) => {
             let launch = launch(args, &*kernel.plan()?, &mut given)?;

@@ -9,9 +9,9 @@ use pagoda_ir::mosaic::Kernel;
 use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::{Context, Result};
 use pagoda_kernels::chips::Chip;
+use pagoda_kernels::kernel;
 use pagoda_kernels::matmul::{self, Matmul};
 use pagoda_kernels::rpa::{self, Rpa};
-use pagoda_kernels::kernel;
 
 use super::stablehlo::Stablehlo;
 use super::{Batch, Kind, Linear, Lowering, Orientation, Rows, matmul_arguments, matmul_problem, unplanned};

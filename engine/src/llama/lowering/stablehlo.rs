@@ -56,12 +56,8 @@ impl Stablehlo {
         let first_page = if layers > 1 { Some(("first_page", b.scalar(Element::I32, first_page)?)) } else { None };
         let write = [("kv_pages", kv), ("k", k), ("v", v), ("slots", kv_slots)].into_iter().chain(first_page);
         let kv_pages = rpa::kv_write::emit(b, &self.attention, &write.collect())?;
-        let metadata = [
-            ("kv_lens", kv_lens),
-            ("page_indices", page_indices),
-            ("cu_q_lens", cu_q_lens),
-            ("num_seqs", num_seqs),
-        ];
+        let metadata =
+            [("kv_lens", kv_lens), ("page_indices", page_indices), ("cu_q_lens", cu_q_lens), ("num_seqs", num_seqs)];
         Ok([("q", q), ("kv_pages", kv_pages)].into_iter().chain(metadata).chain(first_page).collect())
     }
 
