@@ -152,7 +152,7 @@ impl<K: Kernel> Debug for Request<K> {
 
 impl<K: KernelArgs> Request<K> {
     fn command() -> Command {
-        let command = Target::augment_args(K::Args::augment_args(Command::new(K::NAME).about(K::ABOUT)));
+        let command = Target::augment_args(K::Args::augment_args(Command::new(K::NAME))).about(K::ABOUT);
         command.mut_args(|arg| match arg {
             arg if arg.is_required_set() => arg.required(false).required_unless_present("spec"),
             arg if arg.get_id() == "tiles" => arg.value_name(K::Tiles::FORM),
