@@ -7,7 +7,7 @@
 //!
 //! Cases run in batches in a child process, within limits of time and memory. MLIR's own readers are not hardened and may
 //! die of a damaged module, which is why the command line opens files in a child too: a case that kills the worker is a
-//! finding unless MLIR's reader and verifier alone die of it as well.
+//! finding unless MLIR alone dies of reading, verifying or printing it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -80,7 +80,7 @@ impl Target {
         }
     }
 
-    /// Has MLIR alone read and verify what the target would give it: ours is only what comes before (of a text), none of
+    /// Has MLIR alone read, verify and print what the target would give it: ours is only what comes before (of a text), none of
     /// which is unsafe, nor recursive.
     fn read_by_mlir(self, context: &Context, input: &[u8]) {
         match self {
@@ -94,7 +94,9 @@ impl Target {
                 let read = || unsafe {
                     Module::from_option_raw(mlir_sys::mlirModuleCreateParse(context.melior().to_raw(), source))
                 };
-                let _ = context.diagnosed(|| read().map(|module| module.as_operation().verify()));
+                let verified = |module: &Module| module.as_operation().verify();
+                let (module, _) = context.diagnosed(|| read().filter(verified));
+                let _ = module.map(|module| text::print(&module));
             }
         }
     }
@@ -227,13 +229,35 @@ impl Draw {
     }
 
     fn damage_bytes(&mut self, bytes: &mut Vec<u8>, seeds: &[Vec<u8>]) {
-        let at = self.below(bytes.len());
-        match self.below(8) {
+        /// Words that the readers look for.
+        const WORDS: [&[u8]; 12] = [
+            b"custom_call_config",
+            b"tpu_custom_call",
+            b"{",
+            b"{\\22",
+            b"\"",
+            b"\\",
+            b"func.func ",
+            b"(%",
+            b"#tpu.memory_space<",
+            b"\n",
+            b"@main(",
+            b"output_operand_alias<",
+        ];
+        let at = if self.one_in(4) { 0 } else { self.below(bytes.len()) };
+        match self.below(10) {
             0 if !bytes.is_empty() => bytes[at] ^= 1 << self.below(8),
             1 if !bytes.is_empty() => {
                 bytes[at] = *self.of(&[0, 1, 0x7f, 0x80, 0xfe, 0xff, b'"', b'{', b'\n', b'%', b'<'])
             }
             2 => bytes.truncate(at),
+            7 => drop(bytes.drain(..at)),
+            8 => {
+                let words: Vec<&[u8]> = (0..1 + self.below(3)).map(|_| *self.of::<&[u8]>(&WORDS)).collect();
+                let piece = words.concat();
+                let most = if self.one_in(4) { LARGEST / piece.len() } else { 1 };
+                bytes.splice(at..at, piece.repeat(1 + self.below(most)));
+            }
             3 => drop(bytes.drain(self.range(bytes.len()))),
             4 => {
                 let piece = bytes[self.range(bytes.len())].to_vec();
@@ -329,7 +353,7 @@ struct Job {
     seed: u64,
     first: u64,
     count: u64,
-    /// MLIR's readers alone.
+    /// MLIR alone.
     by_mlir: bool,
 }
 
@@ -388,7 +412,7 @@ fn run(folder: &Path, job: &Job) -> Outcome {
 struct Report {
     cases: u64,
     accepted: u64,
-    /// Cases of which MLIR's readers die by themselves.
+    /// Cases of which MLIR alone dies.
     of_mlir: u64,
     /// What is to be mended, and the case that shows it.
     findings: BTreeMap<String, u64>,
@@ -415,7 +439,7 @@ fn fuzz(target: Target, seed: u64, plan: &Plan, folder: &Path) -> Report {
                 report.cases += case + 1 - next;
                 next = case + 1;
                 let alone = Job { first: case, count: 1, ..job };
-                // A panic is ours, and so is an allocation that fails; so is a death that MLIR's readers alone survive.
+                // A panic is ours, and so is an allocation that fails; so is a death that MLIR alone survives.
                 let ours = ["panicked at", "memory allocation of"].iter().any(|words| why.contains(words));
                 if !ours && matches!(run(folder, &Job { by_mlir: true, ..alone.clone() }), Outcome::Died { .. }) {
                     report.of_mlir += 1;
@@ -499,7 +523,7 @@ fn main() -> ExitCode {
         let started = Instant::now();
         let report = fuzz(target, plan.seed, &plan, folder.path());
         println!(
-            "fuzz {}: {} cases of seed {} in {:.0} s, {} accepted, {} that MLIR's reader dies of, {} findings",
+            "fuzz {}: {} cases of seed {} in {:.0} s, {} accepted, {} that MLIR alone dies of, {} findings",
             target.name(),
             report.cases,
             plan.seed,

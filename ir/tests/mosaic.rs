@@ -160,6 +160,14 @@ fn damaged_bodies_are_errors() {
         let error = wire::deserialize(&context, text.as_bytes()).expect_err("another version").to_string();
         assert!(error.contains(&format!("stable_mosaic.version {version}")) && error.contains("11 to 15"), "{error}");
     }
+    // The scanner: a key with nothing before it, and so many that none may be looked at more than a few times.
+    assert_eq!(wire::find_custom_calls(b"custom_call_config"), Ok(vec![]));
+    let many =
+        ["{", "{\\22", "{\"", "custom_call_config{"].map(|start| [start, "custom_call_config"].concat().repeat(20_000));
+    for module in many {
+        assert_eq!(wire::find_custom_calls(module.as_bytes()), Ok(vec![]));
+        assert!(wire::find_custom_calls((module + wire::TARGET).as_bytes()).is_err());
+    }
     for (config, expected) in cases {
         let error = wire::open(&context, &config).err().expect("damaged").to_string();
         assert!(error.contains(expected), "{error}");

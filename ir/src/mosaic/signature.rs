@@ -249,7 +249,8 @@ fn integers(operation: OperationRef, name: &str) -> Option<Vec<i64>> {
 }
 
 pub(crate) fn i64_array(attribute: Attribute) -> Option<Vec<i64>> {
-    let array = DenseI64ArrayAttribute::try_from(attribute).ok()?;
+    // Asked first: a failed conversion prints the attribute, and MLIR reads arrays from bytecode that it dies of printing.
+    let array = attribute.is_dense_i64_array().then(|| DenseI64ArrayAttribute::try_from(attribute).ok())??;
     (0..array.len()).map(|index| array.element(index).ok()).collect()
 }
 
