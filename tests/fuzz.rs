@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -103,33 +104,29 @@ impl Target {
 
     /// The `case`th damaged input of a seed.
     fn case(self, seeds: &Seeds, seed: u64, case: u64) -> Vec<u8> {
-        let mut draw = SplitMix64::new(seed ^ (case << 8 | self as u64).wrapping_mul(0x2545_f491_4f6c_dd1d));
-        let mut draw = Draw(SplitMix64::new(draw.bits()));
+        let mut mixed = SplitMix64::new(seed ^ (case << 8 | self as u64).wrapping_mul(0x2545_f491_4f6c_dd1d));
+        let mut draw = Draw(SplitMix64::new(mixed.bits()));
         let seeds = match self {
             Self::Scanner => &seeds.modules,
             Self::Open => &seeds.configs,
             Self::Text | Self::Decode => &seeds.texts,
         };
-        let mut input = draw.of(seeds).clone();
-        let inside_body = self == Self::Open && draw.one_in(2);
-        let body = if inside_body { body_of(&input) } else { None };
+        let input = draw.of(seeds);
+        // Half of the configurations are damaged inside of the body.
+        let inside = self == Self::Open && draw.one_in(2);
+        let body = inside.then(|| body_of(input)).flatten();
         let mut damaged = body.clone().unwrap_or_else(|| input.clone());
-        for _ in 0..1 + draw.below(4) {
-            let is_text = self == Self::Decode || body.is_none() && !damaged.starts_with(b"ML\xefR");
-            match is_text && (self == Self::Decode || draw.one_in(2)) {
+        for _ in 0..1 + draw.below(if self == Self::Decode { 2 } else { 4 }) {
+            let is_text = !inside && !damaged.starts_with(b"ML\xefR");
+            match self == Self::Decode || is_text && draw.one_in(2) {
                 true => draw.damage_text(&mut damaged),
                 false => draw.damage_bytes(&mut damaged, seeds),
             }
             damaged.truncate(LARGEST);
         }
-        match body {
-            Some(body) => {
-                let text = String::from_utf8_lossy(&input).replace(&BASE64.encode(&body), &BASE64.encode(&damaged));
-                input = text.into_bytes();
-                input
-            }
-            None => damaged,
-        }
+        let Some(body) = body else { return damaged };
+        let config = String::from_utf8_lossy(input);
+        config.replace(&BASE64.encode(&body), &BASE64.encode(&damaged)).into_bytes()
     }
 }
 
@@ -222,7 +219,7 @@ impl Draw {
     }
 
     /// A piece of something of this length, seldom a long one.
-    fn range(&mut self, length: usize) -> std::ops::Range<usize> {
+    fn range(&mut self, length: usize) -> Range<usize> {
         let start = self.below(length + 1);
         let most = if self.one_in(4) { length } else { 16 };
         start..start + self.below(most.min(length - start) + 1)
@@ -303,23 +300,12 @@ impl Draw {
         ];
         const TYPES: [&str; 9] = ["i1", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "index"];
         let text = String::from_utf8_lossy(bytes).into_owned();
-        let is_word = |c: char| c.is_ascii_alphanumeric() || "_.".contains(c);
-        let mut words = Vec::new();
-        let mut start = None;
-        for (at, c) in text.char_indices().chain([(text.len(), ' ')]) {
-            match (start, is_word(c)) {
-                (None, true) => start = Some(at),
-                (Some(from), false) => {
-                    words.push(from..at);
-                    start = None;
-                }
-                _ => {}
-            }
-        }
-        let is_number = |word: &str| word.bytes().all(|byte| byte.is_ascii_digit());
-        let (numbers, names): (Vec<_>, Vec<_>) = words.into_iter().partition(|word| is_number(&text[word.clone()]));
-        let with =
-            |range: std::ops::Range<usize>, word: &str| [&text[..range.start], word, &text[range.end..]].concat();
+        // Sizes and numbers, but not what ends a name or a type: in `8x128xf32` the first two.
+        let mut numbers = runs(&text, |c| c.is_ascii_digit());
+        numbers.retain(|run| !text[..run.start].ends_with(|c: char| c != 'x' && (c == '_' || c.is_ascii_alphabetic())));
+        let mut names = runs(&text, |c| c.is_ascii_alphanumeric() || "_.".contains(c));
+        names.retain(|run| !text[run.clone()].starts_with(|c: char| c.is_ascii_digit()));
+        let with = |range: Range<usize>, word: &str| [&text[..range.start], word, &text[range.end..]].concat();
         let result = match self.below(6) {
             0 | 1 if !numbers.is_empty() => with(self.of(&numbers).clone(), self.of::<&str>(&NUMBERS)),
             2 if !names.is_empty() => with(self.of(&names).clone(), &text[self.of(&names).clone()]),
@@ -344,6 +330,19 @@ impl Draw {
         };
         *bytes = result.into_bytes();
     }
+}
+
+/// Where a text has such characters in a row.
+fn runs(text: &str, is: impl Fn(char) -> bool) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (at, c) in text.char_indices().filter(|&(_, c)| is(c)) {
+        let end = at + c.len_utf8();
+        match runs.last_mut() {
+            Some(run) if run.end == at => run.end = end,
+            _ => runs.push(at..end),
+        }
+    }
+    runs
 }
 
 /// What a worker is to do, in `job.json` of its folder; the seeds' files are in `seeds`.
@@ -389,8 +388,9 @@ fn run(folder: &Path, job: &Job) -> Outcome {
         let bytes = fs::read(folder.join(name)).ok().and_then(|bytes| bytes.try_into().ok());
         bytes.map(u64::from_le_bytes)
     };
-    let _ = fs::remove_file(folder.join("accepted"));
-    fs::write(folder.join("progress"), job.first.to_le_bytes()).expect("the folder is writable");
+    for name in ["accepted", "progress"] {
+        let _ = fs::remove_file(folder.join(name));
+    }
     fs::write(folder.join("job.json"), serde_json::to_vec(job).expect("a job")).expect("the folder is writable");
     let stderr = fs::File::create(folder.join("stderr")).expect("the folder is writable");
     let mut command = Command::new(std::env::current_exe().expect("this program has a path"));
@@ -404,7 +404,9 @@ fn run(folder: &Path, job: &Job) -> Outcome {
     }
     let said = fs::read(folder.join("stderr")).unwrap_or_default();
     let said = String::from_utf8_lossy(&said).lines().take(6).collect::<Vec<_>>().join(" | ");
-    Outcome::Died { case: number("progress").unwrap_or(job.first), ended, why: format!("{ended:?}: {said}") }
+    let why = format!("{ended:?}: {said}");
+    let case = number("progress").unwrap_or_else(|| panic!("a worker ended before its first case: {why}"));
+    Outcome::Died { case, ended, why }
 }
 
 /// What came of a target.
