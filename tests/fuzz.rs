@@ -440,15 +440,24 @@ fn fuzz(target: Target, seed: u64, plan: &Plan, folder: &Path) -> Report {
             Outcome::Died { case, ended, why } => {
                 report.cases += case + 1 - next;
                 next = case + 1;
-                let alone = Job { first: case, count: 1, ..job };
+                let alone = Job { first: case, count: 1, ..job.clone() };
                 // A panic is ours, and so is an allocation that fails; so is a death that MLIR alone survives.
                 let ours = ["panicked at", "memory allocation of"].iter().any(|words| why.contains(words));
-                if !ours && matches!(run(folder, &Job { by_mlir: true, ..alone.clone() }), Outcome::Died { .. }) {
+                let mlir_dies =
+                    |of: &Job| matches!(run(folder, &Job { by_mlir: true, ..of.clone() }), Outcome::Died { .. });
+                if !ours && mlir_dies(&alone) {
+                    report.of_mlir += 1;
+                    continue;
+                }
+                let reproduced = ours || matches!(run(folder, &alone), Outcome::Died { .. });
+                // A case before it may have had MLIR write where it must not, which shows late, and not every time.
+                let batch = Job { count: case + 1 - job.first, ..job.clone() };
+                if !reproduced && ended != Ended::OutOfTime && (0..5).any(|_| mlir_dies(&batch)) {
                     report.of_mlir += 1;
                     continue;
                 }
                 // The batch, not the case, may have been too much.
-                if ended != Ended::OutOfTime || matches!(run(folder, &alone), Outcome::Died { .. }) {
+                if reproduced || ended != Ended::OutOfTime {
                     let seeds = Seeds::read(&folder.join("seeds"));
                     let path = findings().join(format!("{}-{seed}-{case}", target.name()));
                     fs::write(&path, target.case(&seeds, seed, case)).expect("the build folder is writable");
