@@ -23,8 +23,8 @@ use crate::{
     element::Element,
     error::{Error, Result},
     mosaic::{
-        MemorySpace, RefElement, Role, Signature, describe, functions, i64_array, kernel_function, op_name,
-        read_memref, scalar_element, symbol, vector_dims,
+        MemorySpace, RefElement, Role, Signature, describe, describe_function, functions, i64_array, kernel_function,
+        op_name, read_memref, scalar_element, symbol, vector_dims,
     },
 };
 
@@ -54,7 +54,7 @@ impl Program {
             if element.is_some_and(|element| !is_stored(element)) || argument.dims.contains(&0) {
                 let message =
                     format!("argument `{}` of {}{:?} is not supported", argument.name, argument.element, argument.dims);
-                return Err(Error::op("func.func", format!("{message} (at {})", describe(kernel.location()))));
+                return Err(Error::op("func.func", format!("{message} (at {})", describe_function(kernel))));
             }
             let transform = argument.window.as_ref().map(|window| {
                 let named = |function: &&OperationRef| symbol(**function).is_ok_and(|name| name == window.transform);
