@@ -203,3 +203,42 @@ impl<'b> Reader<'b> {
         Some(if more == 8 { little_endian(&bytes[1..]) } else { little_endian(bytes) >> (more + 1) })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+
+    use super::*;
+    use crate::{mosaic::wire, random::SplitMix64};
+
+    /// The body of the first kernel of the file: one with fp8 that JAX 0.10.2 wrote.
+    fn fp8() -> Vec<u8> {
+        let calls = wire::find_custom_calls(include_bytes!("../../tests/cases/jax.mlir")).unwrap();
+        let config: serde_json::Value = serde_json::from_str(&calls[0].backend_config).unwrap();
+        BASE64.decode(config["custom_call_config"]["body"].as_str().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn one_type_is_replaced() {
+        let body = fp8();
+        let found = StandIns::new(&body).unwrap();
+        assert_eq!(found.codes, [24]);
+        assert_eq!(body.iter().zip(&found.body).filter(|(a, b)| a != b).count(), 1);
+        assert!(StandIns::new(&found.body).is_none());
+    }
+
+    #[test]
+    fn damage_is_not_a_panic() {
+        let body = fp8();
+        (0..body.len()).for_each(|length| drop(StandIns::new(&body[..length])));
+        let mut random = SplitMix64::new(1);
+        for _ in 0..20_000 {
+            let mut damaged = body.clone();
+            for _ in 0..1 + random.below(4) {
+                let at = random.below(damaged.len());
+                damaged[at] = random.below(256) as u8;
+            }
+            drop(StandIns::new(&damaged));
+        }
+    }
+}

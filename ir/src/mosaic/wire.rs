@@ -512,3 +512,26 @@ impl Kernel<'_> {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_that_nothing_names_are_unused() {
+        let one = "    %0 = stablehlo.custom_call @tpu_custom_call(%arg0)";
+        let three = "    %cc:3 = stablehlo.custom_call @tpu_custom_call(%arg0)";
+        for (op, results, behind, expected) in [
+            (one, 1, "\n    return %0 : tensor<8xf32>\n  }", vec![]),
+            (one, 1, "\n    %1 = stablehlo.abs %01 : t\n    return %1 : t\n  }", vec![0]),
+            (three, 3, "\n    return %cc#1 : t\n  }", vec![0, 2]),
+            (three, 3, "\n    %c = stablehlo.abs %cc_0 : t\n    return %cc#10, %cc#2 : t\n  }", vec![0, 1]),
+            (three, 3, "\n    return %cc : t\n  }", vec![]),
+            // Another function's value of the same name.
+            (three, 3, "\n    return\n  }\n  func.func private @f(%cc: t) {\n    return %cc : t\n  }", vec![0, 1, 2]),
+            ("\"tpu_custom_call\"", 1, "", vec![]),
+        ] {
+            assert_eq!(unused_results(op, results, behind.as_bytes()), expected, "{op} {behind}");
+        }
+    }
+}

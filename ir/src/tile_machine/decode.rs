@@ -45,7 +45,8 @@ impl Program {
         // What a window's transform gets: the grid step and the prefetched arrays.
         let of_transform: Vec<Type> = of_kernel.iter().copied().take(rank).chain(prefetched).collect();
         if !of_kernel.iter().take(rank).all(is_i32) {
-            return Err(Error::op("func.func", format!("@{}: its grid indices are not all i32", signature.name)));
+            let message = format!("@{}: its grid indices are not all i32", signature.name);
+            return Err(Error::op("func.func", format!("{message} (at {})", describe_function(kernel))));
         }
         let functions = functions(module);
         let mut transforms = Vec::new();
@@ -109,7 +110,8 @@ impl Decoder {
     /// The function `name`, which maps `of_transform` to the `rank` indices of a block.
     fn transform(&mut self, function: OperationRef, name: &str, of_transform: &[Type], rank: usize) -> Result<Code> {
         let code = self.function(function)?;
-        let wrong = |what: String| Error::op("func.func", format!("@{name} {what}"));
+        let wrong =
+            |what: String| Error::op("func.func", format!("@{name} {what} (at {})", describe_function(function)));
         if parameters(function) != of_transform {
             let wanted = of_transform.iter().map(printed).collect::<Vec<_>>().join(", ");
             return Err(wrong(format!("does not take ({wanted})")));
