@@ -11,6 +11,8 @@
 //! // fault: ...                   what follows a `run` is what came of it, early, late and at random
 //! ```
 //!
+//! What stands before the first `// -----` is in front of every kernel of the file, when it is aliases alone.
+//!
 //! `PAGODA_BLESS=1 cargo test -p pagoda-ir --test cases` writes what came of each run in place: read the difference. A
 //! kernel in a StableHLO module (a `tpu_custom_call`) brings its outputs, aliases and unused results along.
 
@@ -173,11 +175,13 @@ fn regenerated(source: &str, file: &str) -> String {
         let current = write(&results);
         results.clear();
         let mut line = 0;
+        let aliases = current.split("// -----\n").next().filter(|first| !first.contains("@")).unwrap_or_default();
         for part in current.split("// -----\n") {
             let context = Context::new();
             let mut call = Call::default();
             // Each part keeps its line numbers.
-            let padded = "\n".repeat(line) + part;
+            let in_front = if line == 0 { "" } else { aliases };
+            let padded = in_front.to_owned() + &"\n".repeat(line - in_front.matches('\n').count()) + part;
             line += part.matches('\n').count() + 1;
             for directive in part.lines().filter_map(|line| line.strip_prefix("// ")) {
                 let (word, rest) = directive.split_once(' ').unwrap_or((directive, ""));

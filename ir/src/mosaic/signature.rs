@@ -14,7 +14,7 @@ use melior::ir::{
 
 use super::{
     builder::{Role, Semantics},
-    location::describe,
+    location::describe_function,
     memref::{MemorySpace, RefElement},
 };
 use crate::{
@@ -135,7 +135,7 @@ impl Signature {
                     };
                     Error::mosaic(format!(
                         "@{name}: grid dimension {dim} is {size} (at {})",
-                        describe(function.location())
+                        describe_function(function)
                     ))
                 })?;
                 Ok((size, if parallel { Semantics::Parallel } else { Semantics::Arbitrary }))
@@ -167,7 +167,7 @@ impl Signature {
             let position = grid.len() + index;
             let argument = entry.argument(position).map_err(|error| Error::mosaic(error.to_string()))?;
             let (element, dims, space) = read_memref(argument.r#type()).map_err(|message| {
-                let at = describe(function.location());
+                let at = describe_function(function);
                 Error::mosaic(format!("@{name}: argument {position}: {message} (at {at})"))
             })?;
             if !countable(dims.iter().copied()) {

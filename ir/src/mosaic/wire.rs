@@ -18,6 +18,7 @@ use serde_json::{Value as Json, json};
 
 use super::{
     builder::{Kernel, Role, Semantics},
+    bytecode::StandIns,
     signature::{Signature, kernel_function, op_name},
     text,
 };
@@ -36,7 +37,7 @@ pub const VERSION: i64 = 15;
 pub const OLDEST_VERSION: i64 = 11;
 /// The custom call that libtpu compiles as a Mosaic kernel.
 pub const TARGET: &str = "tpu_custom_call";
-const PREFIX: &str = "stable_mosaic.";
+pub(super) const PREFIX: &str = "stable_mosaic.";
 const VERSION_ATTRIBUTE: &str = "stable_mosaic.version";
 /// XLA's number of VMEM in `scoped_memory_configs`.
 const XLA_VMEM: u64 = 1;
@@ -63,7 +64,11 @@ pub fn serialize(module: &Module) -> Vec<u8> {
 /// When MLIR cannot read it, or its ops are of a version beyond [`OLDEST_VERSION`] to [`VERSION`].
 pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> {
     let module = match body.starts_with(b"ML\xefR") {
-        true => read_bytecode(context.melior(), body)?,
+        true => read_bytecode(context.melior(), body).map_err(|diagnostics| {
+            let newer = StandIns::new(body)
+                .and_then(|newer| newer.first_use(&read_bytecode(context.melior(), &newer.body).ok()?));
+            Error::mosaic(newer.unwrap_or_else(|| format!("the body is not an MLIR module: {diagnostics}")))
+        })?,
         false => text::parse(context, &String::from_utf8_lossy(body), "the body")?,
     };
     let context = context.melior();
@@ -80,7 +85,8 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
     if valid { Ok(module) } else { Err(Error::Verify { module: "the kernel".to_owned(), diagnostics }) }
 }
 
-fn read_bytecode<'c>(context: &'c melior::Context, body: &[u8]) -> Result<Module<'c>> {
+/// The module, or what MLIR says.
+fn read_bytecode<'c>(context: &'c melior::Context, body: &[u8]) -> std::result::Result<Module<'c>, String> {
     // Bytecode is read in place and wants alignment.
     let aligned = HostTensor::from_bytes(Element::U8, &[body.len()], body);
     let (module, diagnostics) = diagnosed(context, || {
@@ -88,7 +94,7 @@ fn read_bytecode<'c>(context: &'c melior::Context, body: &[u8]) -> Result<Module
         // SAFETY: the source outlives the call, and a null module becomes `None`.
         unsafe { Module::from_option_raw(mlir_sys::mlirModuleCreateParse(context.to_raw(), source)) }
     });
-    module.ok_or_else(|| Error::mosaic(format!("the body is not an MLIR module: {diagnostics}")))
+    module.ok_or(diagnostics)
 }
 
 /// A copy of a module with every op but the module itself renamed.
@@ -554,5 +560,28 @@ impl Kernel<'_> {
                 ..CustomCall::default()
             },
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_that_nothing_names_are_unused() {
+        let one = "    %0 = stablehlo.custom_call @tpu_custom_call(%arg0)";
+        let three = "    %cc:3 = stablehlo.custom_call @tpu_custom_call(%arg0)";
+        for (op, results, behind, expected) in [
+            (one, 1, "\n    return %0 : tensor<8xf32>\n  }", vec![]),
+            (one, 1, "\n    %1 = stablehlo.abs %01 : t\n    return %1 : t\n  }", vec![0]),
+            (three, 3, "\n    return %cc#1 : t\n  }", vec![0, 2]),
+            (three, 3, "\n    %c = stablehlo.abs %cc_0 : t\n    return %cc#10, %cc#2 : t\n  }", vec![0, 1]),
+            (three, 3, "\n    return %cc : t\n  }", vec![]),
+            // Another function's value of the same name.
+            (three, 3, "\n    return\n  }\n  func.func private @f(%cc: t) {\n    return %cc : t\n  }", vec![0, 1, 2]),
+            ("\"tpu_custom_call\"", 1, "", vec![]),
+        ] {
+            assert_eq!(unused_results(op, results, behind.as_bytes()), expected, "{op} {behind}");
+        }
     }
 }

@@ -25,6 +25,8 @@ impl Observer for () {}
 /// An op that is about to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpEvent<'e> {
+    /// Its number in the program: the same wherever it runs again.
+    pub number: u32,
     /// Its full name.
     pub op: &'e str,
     /// Its source line.
