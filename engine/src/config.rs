@@ -104,7 +104,7 @@ pub struct EngineSettings {
     #[arg(long, value_name = "S")]
     pub seed: u64,
     /// Type of weights, activations and KV.
-    #[arg(long = "compute", value_enum)]
+    #[arg(long = "compute", value_enum, value_name = "TYPE")]
     pub compute_dtype: Compute,
 }
 
@@ -282,7 +282,7 @@ impl Settings {
             ("n_rounds", self.n_rounds, SampleId::ROUNDS),
         ] {
             if size > limit {
-                let limit = format!("exceeds {limit}, the most that random keys tell apart");
+                let limit = format!("exceeds {limit}, the most that random keys can distinguish");
                 return Err(Error::setting(key, size, limit, "use less, or several runs with seeds of their own"));
             }
         }
@@ -688,7 +688,7 @@ mod tests {
             ("prompts: a\ntemperature: -0.5", "temperature = -0.5 is not a finite number"),
             ("prompts: a\ntop_p: 0", "top_p = 0 is not above 0 and at most 1"),
             ("prompts: a\nmax_new_tokens: 0", "max_new_tokens = 0 is below 1: use 1 or more"),
-            ("prompts: a\nn_rounds: 5000", "n_rounds = 5000 exceeds 4096, the most that random keys tell apart"),
+            ("prompts: a\nn_rounds: 5000", "n_rounds = 5000 exceeds 4096, the most that random keys can distinguish"),
             ("prompts: a\nengine: {page_size: 0}", "engine.page_size = 0 is below 1"),
             ("prompts: a\nengine: {max_pages: 3000000000}", "engine.max_pages = 3000000000 exceeds 2147483647"),
             ("prompts: a\ntokenizer: nowhere", "nowhere does not exist: give tokenizer.json"),
