@@ -27,7 +27,8 @@ test: tpu-tools
 	cargo test --workspace --quiet
 
 nightly: setup
-	cargo test --test mosaic_check -- --ignored
+	cargo test --test mosaic_check --test sampler --test native_attention -- --ignored
+	cargo test --test llama -- --ignored fresh
 
 bench: tpu-tools
 	cargo bench --workspace
@@ -37,6 +38,7 @@ bench-peers: setup
 
 certify-all: tpu-tools
 	cargo test --test certify -- --include-ignored
+	cargo test --test llama -- --ignored libtpu
 
 tpu-static: tpu-tools
 	cargo bench --bench tpu_static

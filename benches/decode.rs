@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion};
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions, Timing};
-use pagoda_engine::llama::DeviceModel;
-use pagoda_engine::llama::step::KernelForm;
+use pagoda_engine::llama::{DeviceModel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::weights::Weights;
 use pagoda_engine::pjrt::{Client, Plugin, PluginChoice};
@@ -20,7 +19,7 @@ use pagoda_ir::Element;
 /// New tokens of one run; the context goes from 1 to this.
 const NEW: usize = 256;
 
-fn engine(client: &Client, slots: usize, kernels: KernelForm, sampling: SamplingOptions) -> Engine {
+fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptions) -> Engine {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/tiny-llama-kjv");
     let config = LlamaConfig::open(&folder).expect("the model's config");
     let weights = Weights::open(&folder).expect("the model's weights");
@@ -35,7 +34,7 @@ fn engine(client: &Client, slots: usize, kernels: KernelForm, sampling: Sampling
         max_rounds: 64,
     };
     let model = DeviceModel::load(client, &config, &weights, Element::F32, limits.max_seq_len).expect("loads");
-    let options = EngineOptions { limits, compute: Element::F32, kernels, sampling, stop: StopRule::default() };
+    let options = EngineOptions { limits, compute: Element::F32, target, sampling, stop: StopRule::default() };
     Engine::new(client, model, options).expect("compiles")
 }
 
@@ -55,14 +54,14 @@ fn main() {
     let client = plugin.client(1).expect("a client");
     let sampled = SamplingOptions { temperature: 0.8, top_k: Some(40), top_p: Some(0.95), seed: 1 };
     let variants = [
-        ("native, greedy", KernelForm::Native, SamplingOptions::GREEDY),
-        ("native, top-k and top-p", KernelForm::Native, sampled),
-        ("stablehlo, greedy", KernelForm::Stablehlo, SamplingOptions::GREEDY),
+        ("native, greedy", Target::Host, SamplingOptions::GREEDY),
+        ("native, top-k and top-p", Target::Host, sampled),
+        ("stablehlo, greedy", Target::Portable, SamplingOptions::GREEDY),
     ];
     let mut report = Vec::new();
     for slots in [1, 8] {
-        for (name, kernels, sampling) in variants {
-            let mut engine = engine(&client, slots, kernels, sampling);
+        for (name, target, sampling) in variants {
+            let mut engine = engine(&client, slots, target, sampling);
             let (mut step, mut host) = (Duration::ZERO, 0.0);
             let mut group = criterion.benchmark_group("decode step");
             group.bench_function(BenchmarkId::new(name, slots), |bencher| {

@@ -9,8 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
-use pagoda_engine::llama::DeviceModel;
-use pagoda_engine::llama::step::KernelForm;
+use pagoda_engine::llama::{DeviceModel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::tokenizer::Tokenizer;
 use pagoda_engine::model::weights::Weights;
@@ -46,7 +45,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = EngineOptions {
         limits,
         compute: Element::F32,
-        kernels: KernelForm::Stablehlo,
+        target: Target::Portable,
         sampling: SamplingOptions { temperature: 0.8, top_k: None, top_p: Some(0.95), seed: 1 },
         stop: StopRule::new(config.eos_token_ids.clone(), vec![]),
     };

@@ -11,7 +11,7 @@ use pagoda_kernels::rpa::{Inputs, Kind, Problem, Spec, reference};
 use pagoda_kernels::strategies::{rpa_inputs, rpa_inputs_of, tensor};
 use pagoda_kernels::threads::Scoped;
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
+use proptest::test_runner::{Config, RngSeed, TestRunner};
 
 fn spec() -> Spec {
     Spec {
@@ -77,8 +77,25 @@ fn check(problem: &Problem, inputs: &Inputs) -> Result<(), TestCaseError> {
         .map_err(|error| TestCaseError::fail(error.to_string()))
 }
 
+/// Draws that are the same in every run.
+const ALWAYS: RngSeed = RngSeed::Fixed(1);
+
+fn runner(cases: u32, rng_seed: RngSeed) -> TestRunner {
+    TestRunner::new(Config { cases, rng_seed, failure_persistence: None, ..Config::default() })
+}
+
 #[test]
 fn random_ragged_batches_match_the_reference() {
+    check_ragged_batches(40, ALWAYS);
+}
+
+#[test]
+#[ignore = "many batches, others in every run: make nightly"]
+fn many_fresh_ragged_batches_match_the_reference() {
+    check_ragged_batches(500, RngSeed::Random);
+}
+
+fn check_ragged_batches(cases: u32, rng_seed: RngSeed) {
     let mut specs = Vec::new();
     for element in [Element::F32, Element::Bf16] {
         let base = Spec { element, ..spec() };
@@ -90,8 +107,7 @@ fn random_ragged_batches_match_the_reference() {
     }
     for spec in specs {
         let problem = Problem::new(spec).unwrap();
-        let mut runner = TestRunner::new(Config { cases: 40, failure_persistence: None, ..Config::default() });
-        runner.run(&rpa_inputs(problem.clone()), |inputs| check(&problem, &inputs)).unwrap();
+        runner(cases, rng_seed).run(&rpa_inputs(problem.clone()), |inputs| check(&problem, &inputs)).unwrap();
     }
 }
 
@@ -127,8 +143,7 @@ fn writes_land_in_their_slots_and_nowhere_else() {
     let strategy = (tensor(problem.kv_pages_type()), tensor(problem.new_kv_type()), tensor(problem.new_kv_type()));
     let size = (problem.pages * problem.page_size) as i32;
     let slots = Just((0..size).collect::<Vec<_>>()).prop_shuffle();
-    let mut runner = TestRunner::new(Config { cases: 30, failure_persistence: None, ..Config::default() });
-    runner
+    runner(30, ALWAYS)
         .run(&(strategy, slots, 0..problem.layers), |((before, k, v), mut slots, layer)| {
             slots.truncate(problem.tokens);
             // Padding, and slots that no layer has.
@@ -160,7 +175,6 @@ fn a_step_rotates_writes_and_attends() {
     let (tokens, dim, half) = (problem.tokens, problem.head_dim, problem.head_dim / 2);
     let positions = problem.max_kv_len();
     let strategy = (rpa_inputs(problem.clone()), tensor(problem.new_kv_type()), tensor(problem.new_kv_type()));
-    let mut runner = TestRunner::new(Config { cases: 30, failure_persistence: None, ..Config::default() });
     let angle = |position: usize, at: usize| (position * (at + 1)) as f64 / 40.0;
     let rotary: Vec<f32> = (0..positions)
         .flat_map(|position| {
@@ -168,7 +182,7 @@ fn a_step_rotates_writes_and_attends() {
             angles.clone().map(f64::cos).chain(angles.map(f64::sin)).map(|x| x as f32)
         })
         .collect();
-    runner
+    runner(30, ALWAYS)
         .run(&strategy, |(inputs, k, v)| {
             let metadata = inputs.batch.to_tensors();
             let slots = inputs.batch.kv_slots(tokens);

@@ -15,8 +15,8 @@ use pagoda_ir::tensor::HostTensor;
 use pagoda_ir::{Context, Element, TensorType};
 
 use crate::error::{Error, Result};
-use crate::llama::DeviceModel;
-use crate::llama::step::{self, KernelForm, Output, StepShape};
+use crate::llama::step::{self, Output, StepShape};
+use crate::llama::{DeviceModel, Target};
 use crate::memory::Room;
 use crate::model::config::LlamaConfig;
 use crate::pjrt::{Arg, Buffer, Client, Executable};
@@ -92,8 +92,8 @@ pub struct EngineOptions {
     pub limits: Limits,
     /// Type of weights, activations and KV: f32 or bf16.
     pub compute: Element,
-    /// Which form of the kernels the step programs carry.
-    pub kernels: KernelForm,
+    /// What the step programs are emitted for.
+    pub target: Target,
     /// How tokens are chosen.
     pub sampling: SamplingOptions,
     /// When a sample ends.
@@ -113,7 +113,7 @@ impl EngineOptions {
             max_positions: limits.max_seq_len,
             max_rounds: limits.max_rounds,
             compute: self.compute,
-            kernels: self.kernels,
+            target: self.target,
         }
     }
 
@@ -153,7 +153,7 @@ impl Engine {
     /// compile.
     pub fn new(client: &Client, model: DeviceModel, options: EngineOptions) -> Result<Self> {
         let (shape, config) = (options.shape(), model.config());
-        if shape.kernels != KernelForm::Stablehlo {
+        if shape.target.needs_handlers() {
             crate::native::register_all(client.plugin())?;
         }
         options.check_memory(client, config)?;

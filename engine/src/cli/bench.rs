@@ -9,8 +9,7 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
-use crate::llama::DeviceModel;
-use crate::llama::step::KernelForm;
+use crate::llama::{DeviceModel, Target};
 use crate::model::config::LlamaConfig;
 use crate::model::weights::Weights;
 use crate::pjrt::Client;
@@ -45,7 +44,7 @@ pub fn decode_rate(
     slots: usize,
     new: usize,
     compute: Element,
-    kernels: KernelForm,
+    target: Target,
 ) -> Result<DecodeRate> {
     const RUNS: usize = 3;
     const PAGE: PageSize = PageSize::new(16).expect("not zero");
@@ -62,7 +61,7 @@ pub fn decode_rate(
     };
     let model = DeviceModel::load(client, &config, &weights, compute, limits.max_seq_len)?;
     let options =
-        EngineOptions { limits, compute, kernels, sampling: SamplingOptions::GREEDY, stop: StopRule::default() };
+        EngineOptions { limits, compute, target, sampling: SamplingOptions::GREEDY, stop: StopRule::default() };
     let mut engine = Engine::new(client, model, options)?;
     let mut runs: Vec<(f64, Timing)> = Vec::new();
     for _ in 0..=RUNS {

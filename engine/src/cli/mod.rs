@@ -14,12 +14,13 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pagoda_ir::Element;
+use pagoda_kernels::chips::Chip;
 use serde::Serialize;
 
 use crate::config::Compute;
 use crate::error::{Error, Result};
 use crate::hosts::merge;
-use crate::llama::step::KernelForm;
+use crate::llama::Target;
 use crate::pjrt::{Client, Plugin, PluginChoice};
 
 pub use bench::{DecodeRate, decode_rate};
@@ -125,7 +126,7 @@ enum Kernels {
     Stablehlo,
     /// Rust inside the step program, for the CPU plugin.
     Native,
-    /// The TPU's Mosaic kernels on the tile machine, for the CPU plugin: slow, and checked access by access.
+    /// The TPU's Mosaic kernels: on the CPU plugin the tile machine runs them, slowly, and checks every access.
     Mosaic,
 }
 
@@ -134,20 +135,34 @@ struct PluginArgs {
     /// The form of the kernels [default: native on the CPU plugin, stablehlo elsewhere].
     #[arg(long, value_enum)]
     kernels: Option<Kernels>,
+    /// With --kernels mosaic: the chip that they are planned for, v4, v5e, v5p, v6e or tpu7x [default: v5p].
+    #[arg(long, value_name = "CHIP", value_parser = Chip::parse)]
+    chip: Option<Chip>,
     /// The PJRT plugin: cpu, cuda, tpu, or the path of a shared library.
     #[arg(long, default_value = "cpu", value_name = "P")]
     plugin: String,
 }
 
 impl PluginArgs {
-    /// The kernels that were asked for, or the ones that suit the client.
-    fn kernels(&self, client: &Client) -> KernelForm {
-        match self.kernels {
-            Some(Kernels::Stablehlo) => KernelForm::Stablehlo,
-            Some(Kernels::Native) => KernelForm::Native,
-            Some(Kernels::Mosaic) => KernelForm::Mosaic,
-            None if client.platform().eq_ignore_ascii_case("cpu") => KernelForm::Native,
-            None => KernelForm::Stablehlo,
+    /// What programs are emitted for: the kernels that were asked for, or the ones that suit the client.
+    fn target(&self, client: &Client) -> Result<Target> {
+        let runs_on = |platform| client.platform().eq_ignore_ascii_case(platform);
+        let target = match self.kernels {
+            Some(Kernels::Stablehlo) => Target::Portable,
+            Some(Kernels::Native) => Target::Host,
+            Some(Kernels::Mosaic) => {
+                let chip = self.chip.unwrap_or(Chip::V5p);
+                return Ok(if runs_on("tpu") { Target::Tpu(chip) } else { Target::TileMachine(chip) });
+            }
+            None if runs_on("cpu") => Target::Host,
+            None => Target::Portable,
+        };
+        match self.chip {
+            None => Ok(target),
+            Some(chip) => {
+                let limit = "says what Mosaic kernels are planned for, and there are none";
+                Err(Error::setting("--chip", chip.name(), limit, "add --kernels mosaic, or leave it out"))
+            }
         }
     }
 
@@ -214,8 +229,8 @@ pub fn main() -> ExitCode {
         Command::Bench { what: Bench::Decode { model, slots, new, compute, plugin, json } } => plugin
             .client()
             .and_then(|client| {
-                let kernels = plugin.kernels(&client);
-                slots.iter().try_for_each(|&slots| bench(&client, &model, slots, new, compute.element(), kernels, json))
+                let target = plugin.target(&client)?;
+                slots.iter().try_for_each(|&slots| bench(&client, &model, slots, new, compute.element(), target, json))
             })
             .map(|()| ExitCode::SUCCESS),
     };
@@ -231,14 +246,14 @@ fn bench(
     slots: usize,
     new: usize,
     compute: Element,
-    kernels: KernelForm,
+    target: Target,
     json: bool,
 ) -> Result<()> {
     if slots == 0 || new == 0 {
         let (key, fix) = if slots == 0 { ("--slots", "ask for at least 1") } else { ("--new", "ask for at least 1") };
         return Err(Error::setting(key, 0, "leaves nothing to measure", fix));
     }
-    let rate = decode_rate(client, model, slots, new, compute, kernels)?;
+    let rate = decode_rate(client, model, slots, new, compute, target)?;
     let text = match json {
         true => serde_json::to_string(&rate).map_err(Error::runtime("writing JSON"))?,
         false => format!(

@@ -16,8 +16,7 @@ use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
 use crate::hosts::Share;
-use crate::llama::DeviceModel;
-use crate::llama::step::KernelForm;
+use crate::llama::{DeviceModel, Target};
 use crate::model::config::LlamaConfig;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
 use crate::model::weights::Weights;
@@ -102,7 +101,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     let options = EngineOptions {
         limits: settings.limits(&lengths, config.max_position_embeddings)?,
         compute: settings.engine.compute_dtype.element(),
-        kernels: KernelForm::Stablehlo, // settled with the client
+        target: Target::Portable, // settled with the client
         sampling: SamplingOptions {
             temperature: settings.temperature,
             top_k: settings.top_k.map(|k| u32::try_from(k).unwrap_or(u32::MAX)),
@@ -159,8 +158,8 @@ impl StartUp {
     ) -> Result<Engine> {
         let started = Instant::now();
         let client = args.plugin.client()?;
-        options.kernels = args.plugin.kernels(&client);
-        eprintln!("# plugin {client:?}, kernels {:?}", options.kernels);
+        options.target = args.plugin.target(&client)?;
+        eprintln!("# plugin {client:?}, kernels {}", options.target);
         options.check_memory(&client, config)?;
         self.plugin = started.elapsed().as_secs_f64();
         let started = Instant::now();

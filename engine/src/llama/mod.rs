@@ -1,12 +1,23 @@
 //! Llama on a device: loading its weights, and the step programs that run it.
+//!
+//! [`step`] is the model's graph, [`lowering`] how its operations are emitted for a [`Target`]; [`arguments`],
+//! [`sampling`] and [`rotary`] are what the programs take.
 
+mod arguments;
+mod lowering;
+mod rotary;
+mod sampling;
 pub mod step;
+mod target;
+
+pub use arguments::weight_types;
+pub use target::Target;
 
 use pagoda_ir::{Element, HostTensor};
 
 use crate::error::Result;
 use crate::model::config::LlamaConfig;
-use crate::model::weights::{TensorSpec, Weights, expected_tensors};
+use crate::model::weights::{TensorSpec, Weights, tensor_groups};
 use crate::pjrt::{Buffer, Client};
 
 /// A model's weights on a device, as the step programs take them.
@@ -33,13 +44,13 @@ impl DeviceModel {
         positions: usize,
     ) -> Result<Self> {
         let mut buffers = Vec::new();
-        for group in stacks(config) {
+        for group in tensor_groups(config) {
             buffers.push(upload(client, weights, &group, compute)?);
             for spec in &group {
                 weights.release(spec);
             }
         }
-        buffers.push(client.upload(&step::rotary_table(config, positions), 0)?);
+        buffers.push(client.upload(&rotary::table(config, positions), 0)?);
         Ok(Self { config: config.clone(), compute, positions, buffers })
     }
 
@@ -58,34 +69,21 @@ impl DeviceModel {
         self.positions
     }
 
-    /// The leading arguments of every step program, in the order of [`step::weight_types`].
+    /// The leading arguments of every step program, in the order of [`weight_types`].
     pub fn weights(&self) -> &[Buffer] {
         &self.buffers
     }
 }
 
-/// The tensors behind each weight argument but the rotary table: one, or several that are stacked along their rows
-/// (query, key and value; gate and up).
-fn stacks(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
-    let stacked_on = |spec: &TensorSpec| ["k_proj", "v_proj", "up_proj"].iter().any(|name| spec.name.contains(name));
-    let mut groups: Vec<Vec<TensorSpec>> = Vec::new();
-    for spec in expected_tensors(config) {
-        match groups.last_mut() {
-            Some(group) if stacked_on(&spec) => group.push(spec),
-            _ => groups.push(vec![spec]),
-        }
-    }
-    groups
-}
-
-/// Uploads tensors of equal width, one below the other.
+/// Uploads tensors of equal width (or vectors), one below the other.
 fn upload(client: &Client, weights: &Weights, group: &[TensorSpec], compute: Element) -> Result<Buffer> {
     if let [spec] = group {
         let data = weights.load(spec, compute)?;
         return Ok(client.upload_bytes(compute, &spec.dims, data.bytes(), 0)?);
     }
-    let rows = group.iter().map(|spec| spec.dims[0]).sum();
-    let mut stacked = HostTensor::zeros(compute, &[rows, group[0].dims[1]]);
+    let mut dims = group[0].dims.clone();
+    dims[0] = group.iter().map(|spec| spec.dims[0]).sum();
+    let mut stacked = HostTensor::zeros(compute, &dims);
     let mut rest = stacked.bytes_mut();
     for spec in group {
         let data = weights.load(spec, compute)?;

@@ -6,7 +6,7 @@
 use std::f64::consts::TAU;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::read_json;
 use crate::error::{Error, Result};
@@ -32,8 +32,12 @@ pub struct LlamaConfig {
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// Llama 3's stretching of the rotary frequencies, if any.
-    pub rope_scaling: Option<Llama3Scaling>,
+    /// What stretches the rotary frequencies, if anything does.
+    pub rope_scaling: Option<RopeScaling>,
+    /// Whether the query, key, value and output projections have biases.
+    pub attention_bias: bool,
+    /// Whether the gate, up and down projections have biases.
+    pub mlp_bias: bool,
     /// Positions that the model was made for.
     pub max_position_embeddings: usize,
     /// Whether the output projection is the embedding table.
@@ -42,6 +46,18 @@ pub struct LlamaConfig {
     pub bos_token_id: Option<u32>,
     /// Tokens that end a text: those of `generation_config.json` if it names any, else those of `config.json`.
     pub eos_token_ids: Vec<u32>,
+}
+
+/// `rope_scaling`: a change of the rotary frequencies, for longer contexts than those of pre-training.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Type `linear`: all frequencies are divided by `factor`.
+    Linear {
+        /// The division.
+        factor: f64,
+    },
+    /// Type `llama3`.
+    Llama3(Llama3Scaling),
 }
 
 /// `rope_scaling` of type `llama3`: frequencies below `1 / low_freq_wavelength` are divided by `factor`, those above
@@ -59,11 +75,9 @@ pub struct Llama3Scaling {
 }
 
 /// Keys that must be absent, null, or have one of these values, because anything else changes the model.
-const FIXED: [(&str, &[&str]); 11] = [
+const FIXED: [(&str, &[&str]); 9] = [
     ("model_type", &["\"llama\""]),
     ("hidden_act", &["\"silu\""]),
-    ("attention_bias", &["false"]),
-    ("mlp_bias", &["false"]),
     ("quantization_config", &[]),
     ("sliding_window", &[]),
     ("use_sliding_window", &["false"]),
@@ -106,13 +120,15 @@ impl LlamaConfig {
     /// As [`open`](Self::open).
     pub fn parse(path: &Path, value: &Value) -> Result<Self> {
         let object = Object::new(path, value, "")?;
-        let architectures: Vec<_> = match object.get("architectures") {
-            Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
-            _ => Vec::new(),
-        };
-        if architectures != ["LlamaForCausalLM"] {
-            let found = object.get("architectures").unwrap_or(&Value::Null);
-            return Err(object.refuse("architectures", found, "is not supported", "use a LlamaForCausalLM model"));
+        let fix = "use a LlamaForCausalLM model";
+        match (object.get("architectures"), object.get("model_type")) {
+            (Some(names), _) if *names == json!(["LlamaForCausalLM"]) => {}
+            (Some(names), _) => return Err(object.refuse("architectures", names, "is not supported", fix)),
+            // What the model is, is then for `model_type` to say; FIXED has what it may be.
+            (None, Some(_)) => {}
+            (None, None) => {
+                return Err(Error::file(path, "architectures is missing, and so is model_type", fix));
+            }
         }
         for (key, allowed) in FIXED {
             if let Some(value) = object.get(key)
@@ -161,7 +177,9 @@ impl LlamaConfig {
             head_dim,
             rms_norm_eps: object.positive("rms_norm_eps", Some(1e-6))?,
             rope_theta: theta_home.positive("rope_theta", Some(10000.0))?,
-            rope_scaling: scaling.map_or(Ok(None), Llama3Scaling::parse)?,
+            rope_scaling: scaling.map_or(Ok(None), RopeScaling::parse)?,
+            attention_bias: object.boolean("attention_bias", false)?,
+            mlp_bias: object.boolean("mlp_bias", false)?,
             max_position_embeddings: object.size("max_position_embeddings", Some(2048))?,
             tie_word_embeddings: object.boolean("tie_word_embeddings", false)?,
             bos_token_id: object.token_ids("bos_token_id", vocab_size)?.and_then(|ids| ids.first().copied()),
@@ -170,7 +188,7 @@ impl LlamaConfig {
     }
 
     /// The rotary frequencies in radians per position, `head_dim / 2` of them: pair `i` turns by
-    /// `theta^(-2i / head_dim)`, after Llama 3's scaling (the formula of the Llama 3.1 release).
+    /// `theta^(-2i / head_dim)`, after the scaling.
     pub fn rope_frequencies(&self) -> Vec<f64> {
         (0..self.head_dim / 2)
             .map(|pair| {
@@ -181,17 +199,32 @@ impl LlamaConfig {
     }
 }
 
-impl Llama3Scaling {
+impl RopeScaling {
     fn parse(object: Object<'_>) -> Result<Option<Self>> {
         let kind = ["rope_type", "type"].into_iter().find_map(|key| Some((key, object.get(key)?)));
         let (key, kind) = kind.unwrap_or(("rope_type", &Value::Null));
         match kind.as_str() {
-            Some("default") => return Ok(None),
-            Some("llama3") => {}
+            Some("default") => Ok(None),
+            Some("linear") => Ok(Some(Self::Linear { factor: object.positive("factor", None)? })),
+            Some("llama3") => Llama3Scaling::parse(object).map(|scaling| Some(Self::Llama3(scaling))),
             _ => {
-                return Err(object.refuse(key, kind, "is not supported", "use a model with \"llama3\" or \"default\""));
+                let fix = "use a model with \"default\", \"linear\" or \"llama3\"";
+                Err(object.refuse(key, kind, "is not supported", fix))
             }
         }
+    }
+
+    fn apply(self, frequency: f64) -> f64 {
+        match self {
+            Self::Linear { factor } => frequency / factor,
+            Self::Llama3(scaling) => scaling.apply(frequency),
+        }
+    }
+}
+
+/// The formula of the Llama 3.1 release.
+impl Llama3Scaling {
+    fn parse(object: Object<'_>) -> Result<Self> {
         let scaling = Self {
             factor: object.positive("factor", None)?,
             low_freq_factor: object.positive("low_freq_factor", None)?,
@@ -203,7 +236,7 @@ impl Llama3Scaling {
             let (key, value) = ("high_freq_factor", scaling.high_freq_factor);
             return Err(object.refuse(key, value, limit, "repair config.json"));
         }
-        Ok(Some(scaling))
+        Ok(scaling)
     }
 
     fn apply(self, frequency: f64) -> f64 {
@@ -319,6 +352,22 @@ mod tests {
         assert_eq!((config.kv_heads, config.head_dim, config.tie_word_embeddings), (4, 16, false));
         assert_eq!((config.rms_norm_eps, config.rope_theta, config.max_position_embeddings), (1e-6, 1e4, 2048));
         assert_eq!((config.rope_scaling, config.eos_token_ids), (None, vec![]));
+        assert_eq!((config.attention_bias, config.mlp_bias), (false, false));
+        // Some checkpoints name no class; transformers then goes by `model_type`, which it wants.
+        assert_eq!(parse(json!({"architectures": null})).unwrap(), parse(json!({"model_type": null})).unwrap());
+    }
+
+    #[test]
+    fn linear_scaling_divides_the_frequencies() {
+        for scaling in [
+            json!({"rope_scaling": {"type": "linear", "factor": 4.0}}),
+            json!({"rope_parameters": {"rope_type": "linear", "factor": 4, "rope_theta": 1e4}}),
+        ] {
+            let (config, plain) = (parse(scaling).unwrap(), parse(json!({})).unwrap());
+            assert_eq!(config.rope_scaling, Some(RopeScaling::Linear { factor: 4.0 }));
+            let divided: Vec<f64> = plain.rope_frequencies().iter().map(|frequency| frequency / 4.0).collect();
+            assert_eq!(config.rope_frequencies(), divided);
+        }
     }
 
     #[test]
@@ -373,8 +422,9 @@ mod tests {
                 json!({"hidden_act": "gelu"}),
                 "hidden_act = \"gelu\" is not supported: use a model with hidden_act = \"silu",
             ),
-            (json!({"attention_bias": true}), "attention_bias = true is not supported"),
-            (json!({"mlp_bias": true}), "mlp_bias = true is not supported"),
+            (json!({"architectures": null, "model_type": null}), "architectures is missing, and so is model_type"),
+            (json!({"architectures": null, "model_type": "mistral"}), "model_type = \"mistral\" is not supported"),
+            (json!({"attention_bias": 1}), "attention_bias = 1 is not true or false"),
             (json!({"sliding_window": 4096}), "sliding_window = 4096 is not supported"),
             (json!({"quantization_config": {"bits": 4}}), "quantization_config = {\"bits\":4} is not supported"),
             (json!({"rope_scaling": {"type": "yarn"}}), "rope_scaling.type = \"yarn\" is not supported"),
@@ -383,6 +433,8 @@ mod tests {
                 "rope_scaling.high_freq_factor = 4 is not above low_freq_factor = 4",
             ),
             (json!({"rope_scaling": {"type": "llama3"}}), "rope_scaling.factor is missing"),
+            (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor is missing"),
+            (json!({"rope_scaling": {"type": "linear", "factor": 0}}), "rope_scaling.factor = 0 is not a positive"),
             (json!({"num_key_value_heads": 3}), "num_key_value_heads = 3 does not divide num_attention_heads = 4"),
             (json!({"num_attention_heads": 5}), "hidden_size = 64 is no multiple of num_attention_heads = 5"),
             (json!({"head_dim": 15}), "head_dim = 15 is odd"),

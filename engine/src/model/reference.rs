@@ -4,20 +4,26 @@
 //! numbers and the weights. It sees one whole sequence, without pages, batches or chunks. It must never be used to make
 //! text for users: a weight takes 8 bytes here, and nothing is blocked, fused or threaded.
 
-use super::config::LlamaConfig;
+use super::config::{Llama3Scaling, LlamaConfig, RopeScaling};
 use super::weights::{TensorSpec, Weights, expected_tensors};
 use crate::error::Result;
 
+/// A projection: its matrix `[out, in]` and, where the model has them, its biases `[out]`.
+struct Projection {
+    matrix: Vec<f64>,
+    bias: Option<Vec<f64>>,
+}
+
 struct Layer {
     input_norm: Vec<f64>,
-    q: Vec<f64>,
-    k: Vec<f64>,
-    v: Vec<f64>,
-    o: Vec<f64>,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    o: Projection,
     post_attention_norm: Vec<f64>,
-    gate: Vec<f64>,
-    up: Vec<f64>,
-    down: Vec<f64>,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
 }
 
 /// A Llama in float64.
@@ -52,17 +58,21 @@ impl Reference {
             Ok(weights.tensor(spec)?.to_f64())
         };
         let layer = |at: usize| -> Result<Layer> {
-            let load = |name: &str| load(&format!("model.layers.{at}.{name}.weight"));
+            let in_layer = |name: &str, part: &str| load(&format!("model.layers.{at}.{name}.{part}"));
+            let project = |name: &str, biased: bool| -> Result<Projection> {
+                let bias = if biased { Some(in_layer(name, "bias")?) } else { None };
+                Ok(Projection { matrix: in_layer(name, "weight")?, bias })
+            };
             Ok(Layer {
-                input_norm: load("input_layernorm")?,
-                q: load("self_attn.q_proj")?,
-                k: load("self_attn.k_proj")?,
-                v: load("self_attn.v_proj")?,
-                o: load("self_attn.o_proj")?,
-                post_attention_norm: load("post_attention_layernorm")?,
-                gate: load("mlp.gate_proj")?,
-                up: load("mlp.up_proj")?,
-                down: load("mlp.down_proj")?,
+                input_norm: in_layer("input_layernorm", "weight")?,
+                q: project("self_attn.q_proj", config.attention_bias)?,
+                k: project("self_attn.k_proj", config.attention_bias)?,
+                v: project("self_attn.v_proj", config.attention_bias)?,
+                o: project("self_attn.o_proj", config.attention_bias)?,
+                post_attention_norm: in_layer("post_attention_layernorm", "weight")?,
+                gate: project("mlp.gate_proj", config.mlp_bias)?,
+                up: project("mlp.up_proj", config.mlp_bias)?,
+                down: project("mlp.down_proj", config.mlp_bias)?,
             })
         };
         Ok(Self {
@@ -114,24 +124,24 @@ impl Session<'_> {
         let mut x = embedding[token as usize * hidden..][..hidden].to_vec();
         for (at, layer) in layers.iter().enumerate() {
             let normed = rms_norm(&x, &layer.input_norm, config.rms_norm_eps);
-            let mut q = project(&layer.q, &normed);
-            let mut k = project(&layer.k, &normed);
+            let mut q = layer.q.apply(&normed);
+            let mut k = layer.k.apply(&normed);
             for head in q.chunks_mut(config.head_dim).chain(k.chunks_mut(config.head_dim)) {
                 rotate(head, self.position as f64, config);
             }
             self.keys[at].extend(k);
-            self.values[at].extend(project(&layer.v, &normed));
+            self.values[at].extend(layer.v.apply(&normed));
             let attended = attend(&q, &self.keys[at], &self.values[at], config);
-            add(&mut x, &project(&layer.o, &attended));
+            add(&mut x, &layer.o.apply(&attended));
 
             let normed = rms_norm(&x, &layer.post_attention_norm, config.rms_norm_eps);
-            let gate = project(&layer.gate, &normed);
-            let up = project(&layer.up, &normed);
+            let gate = layer.gate.apply(&normed);
+            let up = layer.up.apply(&normed);
             let inner: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
-            add(&mut x, &project(&layer.down, &inner));
+            add(&mut x, &layer.down.apply(&inner));
         }
         self.position += 1;
-        project(head.as_ref().unwrap_or(embedding), &rms_norm(&x, final_norm, config.rms_norm_eps))
+        multiply(head.as_ref().unwrap_or(embedding), &rms_norm(&x, final_norm, config.rms_norm_eps))
     }
 }
 
@@ -142,8 +152,18 @@ fn rms_norm(x: &[f64], weight: &[f64], epsilon: f64) -> Vec<f64> {
     x.iter().zip(weight).map(|(v, w)| v / scale * w).collect()
 }
 
+impl Projection {
+    fn apply(&self, x: &[f64]) -> Vec<f64> {
+        let mut y = multiply(&self.matrix, x);
+        if let Some(bias) = &self.bias {
+            add(&mut y, bias);
+        }
+        y
+    }
+}
+
 /// `matrix [out, in] * x [in]`.
-fn project(matrix: &[f64], x: &[f64]) -> Vec<f64> {
+fn multiply(matrix: &[f64], x: &[f64]) -> Vec<f64> {
     matrix.chunks_exact(x.len()).map(|row| row.iter().zip(x).map(|(w, v)| w * v).sum()).collect()
 }
 
@@ -156,23 +176,33 @@ fn rotate(head: &mut [f64], position: f64, config: &LlamaConfig) {
     let half = head.len() / 2;
     for i in 0..half {
         let mut wavelength = std::f64::consts::TAU * config.rope_theta.powf(2.0 * i as f64 / head.len() as f64);
-        if let Some(scaling) = config.rope_scaling {
-            let context = scaling.original_max_position_embeddings;
-            let (longest, shortest) = (context / scaling.low_freq_factor, context / scaling.high_freq_factor);
-            if wavelength > longest {
-                wavelength *= scaling.factor;
-            } else if wavelength > shortest {
-                // Between the two bounds, frequencies are blended linearly in turns per original context.
-                let range = scaling.high_freq_factor - scaling.low_freq_factor;
-                let smooth = (context / wavelength - scaling.low_freq_factor) / range;
-                wavelength = 1.0 / ((1.0 - smooth) / (scaling.factor * wavelength) + smooth / wavelength);
-            }
+        match config.rope_scaling {
+            None => {}
+            // Positions are interpolated: `factor` of them take the place of one.
+            Some(RopeScaling::Linear { factor }) => wavelength *= factor,
+            Some(RopeScaling::Llama3(scaling)) => wavelength = llama3(wavelength, scaling),
         }
         let (sin, cos) = (position / wavelength * std::f64::consts::TAU).sin_cos();
         let (a, b) = (head[i], head[i + half]);
         head[i] = a * cos - b * sin;
         head[i + half] = b * cos + a * sin;
     }
+}
+
+/// Llama 3's scaling of a wavelength.
+fn llama3(wavelength: f64, scaling: Llama3Scaling) -> f64 {
+    let context = scaling.original_max_position_embeddings;
+    let (longest, shortest) = (context / scaling.low_freq_factor, context / scaling.high_freq_factor);
+    if wavelength > longest {
+        return wavelength * scaling.factor;
+    }
+    if wavelength <= shortest {
+        return wavelength;
+    }
+    // Between the two bounds, frequencies are blended linearly in turns per original context.
+    let range = scaling.high_freq_factor - scaling.low_freq_factor;
+    let smooth = (context / wavelength - scaling.low_freq_factor) / range;
+    1.0 / ((1.0 - smooth) / (scaling.factor * wavelength) + smooth / wavelength)
 }
 
 /// Attention of one token (the last) over all `keys` and `values [tokens, kv_heads, head_dim]`; `q [q_heads, head_dim]`.
@@ -202,7 +232,6 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::model::config::Llama3Scaling;
 
     fn tiny() -> (LlamaConfig, Weights, serde_json::Value) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny-llama-kjv");
@@ -246,7 +275,8 @@ mod tests {
             high_freq_factor: 4.0,
             original_max_position_embeddings: 512.0,
         };
-        for scaling in [None, Some(scaling)] {
+        let scalings = [None, Some(RopeScaling::Linear { factor: 4.0 }), Some(RopeScaling::Llama3(scaling))];
+        for scaling in scalings {
             config.rope_scaling = scaling;
             let mut head = vec![0.0; config.head_dim];
             head[..config.head_dim / 2].fill(1.0);

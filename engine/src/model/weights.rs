@@ -31,29 +31,47 @@ pub struct TensorSpec {
 
 /// Every tensor of a Llama, in the order of the forward pass.
 pub fn expected_tensors(config: &LlamaConfig) -> Vec<TensorSpec> {
+    tensor_groups(config).into_iter().flatten().collect()
+}
+
+/// As [`expected_tensors`], in groups that are applied together: tensors of one width (or vectors), which can be stacked
+/// along their rows. Query, key and value projections are such a group, their biases are, gate and up; all others stand
+/// alone.
+pub fn tensor_groups(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.q_heads * config.head_dim, config.kv_heads * config.head_dim);
-    let spec = |name: String, dims: &[usize]| TensorSpec { name, dims: dims.to_vec() };
-    let mut specs = vec![spec("model.embed_tokens.weight".into(), &[config.vocab_size, hidden])];
+    let alone = |name: &str, dims: &[usize]| vec![TensorSpec { name: name.into(), dims: dims.into() }];
+    let mut groups = vec![alone("model.embed_tokens.weight", &[config.vocab_size, hidden])];
     for layer in 0..config.layers {
-        let tensors: [(&str, &[usize]); 9] = [
-            ("input_layernorm", &[hidden]),
-            ("self_attn.q_proj", &[q, hidden]),
-            ("self_attn.k_proj", &[kv, hidden]),
-            ("self_attn.v_proj", &[kv, hidden]),
-            ("self_attn.o_proj", &[hidden, q]),
-            ("post_attention_layernorm", &[hidden]),
-            ("mlp.gate_proj", &[inner, hidden]),
-            ("mlp.up_proj", &[inner, hidden]),
-            ("mlp.down_proj", &[hidden, inner]),
+        // Names and rows; of matrices the columns, and whether biases come with them.
+        let parts: [(&[(&str, usize)], Option<(usize, bool)>); 6] = [
+            (&[("input_layernorm", hidden)], None),
+            (
+                &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
+                Some((hidden, config.attention_bias)),
+            ),
+            (&[("self_attn.o_proj", hidden)], Some((q, config.attention_bias))),
+            (&[("post_attention_layernorm", hidden)], None),
+            (&[("mlp.gate_proj", inner), ("mlp.up_proj", inner)], Some((hidden, config.mlp_bias))),
+            (&[("mlp.down_proj", hidden)], Some((inner, config.mlp_bias))),
         ];
-        specs.extend(tensors.map(|(name, dims)| spec(format!("model.layers.{layer}.{name}.weight"), dims)));
+        for (names, matrix) in parts {
+            let group = |part: &str, columns: Option<usize>| -> Vec<_> {
+                let tensors = names.iter().map(|&(name, rows)| TensorSpec {
+                    name: format!("model.layers.{layer}.{name}.{part}"),
+                    dims: [rows].into_iter().chain(columns).collect(),
+                });
+                tensors.collect()
+            };
+            groups.push(group("weight", matrix.map(|(columns, _)| columns)));
+            groups.extend(matrix.filter(|&(_, biased)| biased).map(|_| group("bias", None)));
+        }
     }
-    specs.push(spec("model.norm.weight".into(), &[hidden]));
+    groups.push(alone("model.norm.weight", &[hidden]));
     if !config.tie_word_embeddings {
-        specs.push(spec("lm_head.weight".into(), &[config.vocab_size, hidden]));
+        groups.push(alone("lm_head.weight", &[config.vocab_size, hidden]));
     }
-    specs
+    groups
 }
 
 struct Shard {

@@ -1,0 +1,106 @@
+//! The weights as arguments of the step programs: one list, from which the types, their order, and the arguments
+//! themselves are read.
+
+use pagoda_ir::stablehlo::Tensor;
+use pagoda_ir::{Element, TensorType};
+
+use super::step::StepShape;
+use crate::model::config::LlamaConfig;
+
+/// A weight `[out, in]` and, where the model has them, its biases `[out]`.
+#[derive(Clone, Copy)]
+pub(super) struct Projection<T> {
+    pub(super) weight: T,
+    pub(super) bias: Option<T>,
+}
+
+impl<T> Projection<T> {
+    fn each(dims: [usize; 2], bias: bool, mut next: impl FnMut(&[usize]) -> T) -> Self {
+        Self { weight: next(&dims), bias: bias.then(|| next(&dims[..1])) }
+    }
+}
+
+/// The weights of one layer, in the order of the arguments.
+pub(super) struct Layer<T> {
+    /// `[hidden]`
+    pub(super) input_norm: T,
+    /// `[(q_heads + 2 * kv_heads) * head_dim, hidden]`: query, key and value rows stacked.
+    pub(super) qkv: Projection<T>,
+    /// `[hidden, q_heads * head_dim]`
+    pub(super) output: Projection<T>,
+    /// `[hidden]`
+    pub(super) post_norm: T,
+    /// `[2 * intermediate, hidden]`: gate and up rows stacked.
+    pub(super) gate_up: Projection<T>,
+    /// `[hidden, intermediate]`
+    pub(super) down: Projection<T>,
+}
+
+/// The model's weights, in the order of the arguments.
+pub(super) struct Weights<T> {
+    /// `[vocab, hidden]`
+    pub(super) embedding: T,
+    pub(super) layers: Vec<Layer<T>>,
+    /// `[hidden]`
+    pub(super) norm: T,
+    /// `[vocab, hidden]`, unless it is the embedding.
+    head: Option<T>,
+    /// `f32[max_positions, head_dim]`: the table of [`rotary`](super::rotary).
+    pub(super) rotary: T,
+}
+
+impl<T> Weights<T> {
+    /// Asks `next` for one weight after another, in the order of the arguments.
+    fn each(config: &LlamaConfig, shape: &StepShape, mut next: impl FnMut(TensorType) -> T) -> Self {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let heads = config.q_heads * config.head_dim;
+        let stacked = heads + 2 * config.kv_heads * config.head_dim;
+        let mut weight = |dims: &[usize]| next(TensorType::new(shape.compute, dims));
+        let embedding = weight(&[config.vocab_size, hidden]);
+        let layers = (0..config.layers)
+            .map(|_| Layer {
+                input_norm: weight(&[hidden]),
+                qkv: Projection::each([stacked, hidden], config.attention_bias, &mut weight),
+                output: Projection::each([hidden, heads], config.attention_bias, &mut weight),
+                post_norm: weight(&[hidden]),
+                gate_up: Projection::each([2 * inner, hidden], config.mlp_bias, &mut weight),
+                down: Projection::each([hidden, inner], config.mlp_bias, &mut weight),
+            })
+            .collect();
+        let norm = weight(&[hidden]);
+        let head = (!config.tie_word_embeddings).then(|| weight(&[config.vocab_size, hidden]));
+        let rotary = next(TensorType::new(Element::F32, &[shape.max_positions, config.head_dim]));
+        Self { embedding, layers, norm, head, rotary }
+    }
+}
+
+impl<'c, 'a> Weights<Tensor<'c, 'a>> {
+    /// Takes the weights from the front of a function's arguments, which have [`weight_types`]; returns them and the rest.
+    pub(super) fn take<'s>(
+        config: &LlamaConfig,
+        shape: &StepShape,
+        args: &'s [Tensor<'c, 'a>],
+    ) -> (Self, &'s [Tensor<'c, 'a>]) {
+        let mut at = 0;
+        let weights = Self::each(config, shape, |_| {
+            at += 1;
+            args[at - 1]
+        });
+        (weights, &args[at..])
+    }
+
+    /// `[vocab, hidden]`: the output projection.
+    pub(super) fn head(&self) -> Tensor<'c, 'a> {
+        self.head.unwrap_or(self.embedding)
+    }
+}
+
+/// The types of the weight arguments, which come first in both programs: embedding; per layer the norm before
+/// attention, the stacked query, key and value projection, the output projection, the norm before the MLP, the stacked
+/// gate and up projection, the down projection (each followed by its biases, where the model has them); final norm;
+/// (untied only) head; rotary table.
+pub fn weight_types(config: &LlamaConfig, shape: &StepShape) -> Vec<TensorType> {
+    let mut types = Vec::new();
+    Weights::each(config, shape, |ty| types.push(ty));
+    types
+}

@@ -1,0 +1,241 @@
+//! Lowering: the operations of a decoder step, emitted for a [`Target`].
+//!
+//! The step program is the model's graph; this module is the only place of the engine that calls kernels. A
+//! [`Lowering`] decides how activations lie, which form of a kernel is emitted, and what the kernel wants of its
+//! arguments. Two lowerings of one graph compute the same function and differ in rounding only. None falls back in
+//! silence: what a target cannot take is an error.
+//!
+//! - [`stablehlo`]: plain StableHLO, for any plugin.
+//! - [`native`]: kernels in Rust, as custom calls of the CPU plugin.
+//! - [`mosaic`]: the TPU's kernels, for a TPU or for the tile machine.
+
+mod mosaic;
+mod native;
+mod stablehlo;
+
+use pagoda_ir::stablehlo::{Builder, Tensor};
+use pagoda_ir::{Context, Element, Result};
+pub(super) use pagoda_kernels::matmul::Activation;
+pub(super) use pagoda_kernels::rpa::Kind;
+use pagoda_kernels::{Invalid, matmul, rpa};
+
+use super::step::StepShape;
+use super::target::Target;
+use crate::model::config::LlamaConfig;
+
+/// How activations lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Orientation {
+    /// `[features, rows]`: every matmul is `W x` with the weight as Hugging Face stores it, XLA's fastest orientation for
+    /// a few rows on the CPU.
+    FeatureMajor,
+    /// `[rows, features]`: every matmul is `x W^T`, the weight as Hugging Face stores it. The TPU's: features fill the 128
+    /// lanes of a register, which a few rows would not.
+    RowMajor,
+}
+
+impl Orientation {
+    /// The axis of the features.
+    pub(super) fn features(self) -> usize {
+        match self {
+            Self::FeatureMajor => 0,
+            Self::RowMajor => 1,
+        }
+    }
+
+    /// The axis of the rows.
+    pub(super) fn rows(self) -> usize {
+        1 - self.features()
+    }
+
+    /// Turns activations into `[rows, features]`, or such rows into activations.
+    pub(super) fn turn<'c, 'a>(self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        match self {
+            Self::FeatureMajor => b.transpose(x, &[1, 0]),
+            Self::RowMajor => Ok(x),
+        }
+    }
+}
+
+/// Root-mean-square norm over the features: `x / sqrt(mean(x^2) + epsilon) * weight`, rounded before the weight is
+/// applied, as the model was trained.
+#[derive(Clone, Copy)]
+pub(super) struct Norm<'c, 'a> {
+    /// `[features]`
+    pub(super) weight: Tensor<'c, 'a>,
+    pub(super) epsilon: f64,
+}
+
+/// A projection with what is fused around it: `residual + activation(W norm(x) + bias)`, accumulated in f32.
+#[derive(Clone, Copy)]
+pub(super) struct Linear<'c, 'a> {
+    pub(super) norm: Option<Norm<'c, 'a>>,
+    /// `[out, in]`; with a SiLU gate the rows of the gate, then of what is gated.
+    pub(super) weight: Tensor<'c, 'a>,
+    /// `[out]`
+    pub(super) bias: Option<Tensor<'c, 'a>>,
+    pub(super) activation: Activation,
+    /// An activation of the result's type.
+    pub(super) residual: Option<Tensor<'c, 'a>>,
+    /// The result's type: the operands', or f32.
+    pub(super) result: Element,
+}
+
+/// Where the rows of a step stand, and which KV they see.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'c, 'a> {
+    /// `i32[rows]`: each row's position in its sequence.
+    pub(super) positions: Tensor<'c, 'a>,
+    /// `i32[rows]`: `page * page_size + offset` where the row's key and value go, within one layer; -1: nowhere.
+    pub(super) kv_slots: Tensor<'c, 'a>,
+    /// `i32[slots]`: length of each sequence, this step's rows included.
+    pub(super) kv_lens: Tensor<'c, 'a>,
+    /// `i32[slots, pages_per_seq]`
+    pub(super) page_indices: Tensor<'c, 'a>,
+    /// `i32[slots + 1]`: first row of each sequence.
+    pub(super) cu_q_lens: Tensor<'c, 'a>,
+    /// `i32[1]`
+    pub(super) num_seqs: Tensor<'c, 'a>,
+}
+
+/// What attention takes beside the projections, the same in every layer: made once a step.
+#[derive(Clone, Copy)]
+pub(super) struct Batch<'c, 'a> {
+    rows: Rows<'c, 'a>,
+    /// `f32[_, head_dim]`: the rotary table, or the entry of each row.
+    angles: Tensor<'c, 'a>,
+}
+
+/// The emissions behind a decoder's operations. Activations are 2-D, in the lowering's [`Orientation`].
+pub(super) trait Lowering<'c> {
+    /// How activations lie.
+    fn orientation(&self) -> Orientation;
+
+    /// Prepares attention over `rows`, with the table of [`rotary`](super::rotary).
+    ///
+    /// # Errors
+    /// When an operand's type does not fit.
+    fn batch<'a>(&self, b: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: Tensor<'c, 'a>) -> Result<Batch<'c, 'a>>;
+
+    /// A projection of activations `x`, with what is fused around it.
+    ///
+    /// # Errors
+    /// When an operand's type does not fit, or a kernel cannot be planned.
+    fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>>;
+
+    /// As [`linear`](Self::linear), turned: `[rows, out]`, for logits.
+    ///
+    /// # Errors
+    /// As [`linear`](Self::linear).
+    fn by_row<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        self.orientation().turn(b, self.linear(b, x, linear)?)
+    }
+
+    /// Rotates the queries and keys of `qkv` (features `(q_heads + 2 * kv_heads) * head_dim`), writes keys and values
+    /// into the pages of layer `layer`, and attends over them: activations of `q_heads * head_dim` features, and the KV
+    /// buffer.
+    ///
+    /// # Errors
+    /// As [`linear`](Self::linear).
+    fn attend<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        qkv: Tensor<'c, 'a>,
+        batch: &Batch<'c, 'a>,
+        layer: usize,
+        kv: Tensor<'c, 'a>,
+    ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)>;
+
+    /// A norm that stands before a projection and is not fused into it: sums in f32, the result in the type of `x`.
+    ///
+    /// # Errors
+    /// When an operand's type does not fit.
+    fn norm<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, norm: &Norm<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        let (element, dims, orientation) = (x.element(), x.dims(), self.orientation());
+        let (features, rows) = (orientation.features(), orientation.rows());
+        let wide = b.convert(x, Element::F32)?;
+        let sum = b.reduce_sum(b.multiply(wide, wide)?, &[features])?;
+        let per_row = [dims[rows]];
+        let mean = b.divide(sum, b.splat(Element::F32, &per_row, dims[features] as f64)?)?;
+        let scale = b.rsqrt(b.add(mean, b.splat(Element::F32, &per_row, norm.epsilon)?)?)?;
+        let normed = b.multiply(wide, b.broadcast_in_dim(scale, &dims, &[rows])?)?;
+        b.multiply(b.convert(normed, element)?, b.broadcast_in_dim(norm.weight, &dims, &[features])?)
+    }
+}
+
+/// The lowering for the target of `shape`, of a program with `rows` query rows per step.
+///
+/// # Errors
+/// When the sizes do not make a valid attention problem, or its kernel cannot be planned.
+pub(super) fn lowering<'c>(
+    context: &'c Context,
+    config: &LlamaConfig,
+    shape: &StepShape,
+    rows: usize,
+    kind: Kind,
+) -> crate::Result<Box<dyn Lowering<'c> + 'c>> {
+    let attention = attention(config, shape, rows, kind)?;
+    let plain = |orientation| stablehlo::Stablehlo::new(attention.clone(), orientation);
+    Ok(match shape.target {
+        Target::Portable => Box::new(plain(Orientation::FeatureMajor)),
+        Target::Host => Box::new(native::Native::new(plain(Orientation::FeatureMajor))),
+        Target::TileMachine(chip) => {
+            Box::new(mosaic::Mosaic::new(context, plain(Orientation::RowMajor), chip, mosaic::Runner::TileMachine)?)
+        }
+        Target::Tpu(chip) => {
+            Box::new(mosaic::Mosaic::new(context, plain(Orientation::RowMajor), chip, mosaic::Runner::Tpu)?)
+        }
+    })
+}
+
+/// The attention over `rows` query rows.
+fn attention(
+    config: &LlamaConfig,
+    shape: &StepShape,
+    rows: usize,
+    kind: Kind,
+) -> std::result::Result<rpa::Problem, Invalid> {
+    rpa::Problem::new(rpa::Spec {
+        kind,
+        element: shape.compute,
+        tokens: rows,
+        q_heads: config.q_heads,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        page_size: shape.page_size,
+        pages: shape.pages,
+        layers: config.layers,
+        max_seqs: shape.slots,
+        pages_per_seq: shape.pages_per_seq,
+        scale: (config.head_dim as f64).powf(-0.5),
+        sliding_window: None,
+        soft_cap: None,
+    })
+}
+
+/// The matmul of a projection of `x`, norm apart.
+fn matmul_problem(orientation: Orientation, x: Tensor<'_, '_>, linear: &Linear<'_, '_>) -> Result<matmul::Problem> {
+    let (x_dims, out) = (x.dims(), linear.weight.dims()[0]);
+    let spec = matmul::Spec {
+        m: x_dims[orientation.rows()],
+        k: x_dims[orientation.features()],
+        n: if linear.activation == Activation::SiluGate { out / 2 } else { out },
+        input: x.element(),
+        output: linear.result,
+        layout: match orientation {
+            Orientation::FeatureMajor => matmul::Layout::FeatureMajor,
+            Orientation::RowMajor => matmul::Layout::WeightTransposed,
+        },
+        epilogue: matmul::Epilogue {
+            bias: linear.bias.is_some(),
+            activation: linear.activation,
+            residual: linear.residual.is_some(),
+        },
+    };
+    matmul::Problem::new(spec).map_err(unplanned)
+}
+
+/// A problem that is not valid, or has no plan.
+fn unplanned(problem: impl std::fmt::Display) -> pagoda_ir::Error {
+    pagoda_ir::Error::op("a kernel's plan", problem.to_string())
+}

@@ -1,0 +1,97 @@
+//! What the step programs for a TPU hold, and that its compiler takes them.
+
+use std::collections::BTreeSet;
+
+use pagoda_engine::certify::{Certifier, Program};
+use pagoda_engine::llama::step::{self, Output, StepShape};
+use pagoda_engine::llama::{Target, weight_types};
+use pagoda_engine::sampler::Sampling;
+use pagoda_ir::{Context, Element};
+use pagoda_kernels::chips::Chip;
+
+use super::support::*;
+
+fn shape(target: Target) -> StepShape {
+    StepShape {
+        prefill_rows: 64,
+        slots: 8,
+        pages: 8 * 4,
+        page_size: 128,
+        pages_per_seq: 4,
+        max_positions: 512,
+        max_rounds: 16,
+        compute: Element::Bf16,
+        target,
+    }
+}
+
+/// Prefill and decode, as text.
+fn programs(target: Target) -> [String; 2] {
+    let (model, shape, context) = (Model::tiny(), shape(target), Context::new());
+    let sampling = Sampling::Random { top_k: true, top_p: true };
+    let prefill = step::prefill(&context, &model.config, &shape, Output::Tokens(sampling)).unwrap();
+    let decode = step::decode(&context, &model.config, &shape, sampling, &[1]).unwrap();
+    [prefill, decode].map(|module| {
+        module.verify().unwrap();
+        module.text()
+    })
+}
+
+/// What stands between `before` and `after`, wherever it does in `text`.
+fn between<'t>(text: &'t str, before: &str, after: &str) -> Vec<&'t str> {
+    text.split(before).skip(1).map(|rest| rest.split(after).next().unwrap()).collect()
+}
+
+/// The Mosaic kernels of a program, in the order of their calls.
+fn bodies(text: &str) -> Vec<&str> {
+    between(text, "body\\22:\\22", "\\22")
+}
+
+#[test]
+fn programs_for_a_tpu_carry_its_kernels() {
+    let config = Model::tiny().config;
+    for chip in [Chip::V5p, Chip::V6e] {
+        let target = Target::Tpu(chip);
+        let kv = weight_types(&config, &shape(target)).len();
+        for text in programs(target) {
+            // Four matmuls and attention a layer, and the head; nothing that only the CPU plugin knows.
+            let calls = between(&text, "call_target_name = \"", "\"");
+            assert_eq!(calls, vec!["tpu_custom_call"; 5 * config.layers + 1]);
+            let names = between(&text, "kernel_name = \"", "\"");
+            let count = |prefix| names.iter().filter(|name| name.starts_with(prefix)).count();
+            assert_eq!([count("matmul-"), count("rpa-")], [4 * config.layers + 1, config.layers], "{names:?}");
+            // All layers call the same five.
+            assert_eq!(bodies(&text).into_iter().collect::<BTreeSet<_>>().len(), 6);
+            // All matmuls are kernels: no precision is asked of a product of XLA's.
+            assert!(!text.contains("dot_general") && !text.contains("HIGHEST"));
+            // The KV buffer, which comes behind the weights, is given away for the first result, and nothing else is.
+            assert_eq!(between(&text, "tf.aliasing_output = ", " "), ["0"]);
+            let (before, _) = text.split_once("tf.aliasing_output").unwrap();
+            assert!(before[before.rfind("%arg").unwrap()..].starts_with(&format!("%arg{kv}:")));
+        }
+    }
+}
+
+#[test]
+fn the_tile_machine_runs_the_kernels_that_a_tpu_gets() {
+    let [tpu, machine] = [Target::Tpu(Chip::V5p), Target::TileMachine(Chip::V5p)].map(programs);
+    for (tpu, machine) in tpu.iter().zip(&machine) {
+        assert!(!machine.contains("tpu_custom_call"));
+        assert!(!bodies(tpu).is_empty());
+        assert_eq!(bodies(tpu), bodies(machine));
+    }
+}
+
+#[test]
+#[ignore = "takes libtpu: make certify-all"]
+fn libtpu_compiles_the_step_programs() {
+    let certifier = Certifier::find(env!("CARGO_BIN_EXE_pagoda")).expect("libtpu: run `make tpu-tools`").in_program();
+    let target = Target::Tpu(Chip::V5p);
+    let kv = shape(target).kv_type(&Model::tiny().config);
+    for text in programs(target) {
+        let certificate = certifier.certify("v5p:2x2x1", Program { module: text.as_bytes(), replicas: 1 }).unwrap();
+        assert!(certificate.compiles() && !certificate.kernels.is_empty(), "{certificate}");
+        let memory = certificate.memory.unwrap();
+        assert!(memory.aliased >= kv.bytes() as i64, "the KV buffer is updated in place: {memory:?}");
+    }
+}
