@@ -492,6 +492,10 @@ fn explain(text: &str, path: &str, error: &YamlError) -> (String, String) {
         YamlError::Unexpected { expected: "mapping start", .. } => {
             limit("is not a section of keys", "write its keys indented below it")
         }
+        YamlError::Unexpected { expected: "string scalar", .. }
+        | YamlError::ExternallyTaggedEnumExpectedScalarOrMapping { .. } => {
+            limit("is not a single value", "write one value, in quotes if it is text with `: ` in it")
+        }
         YamlError::SerdeUnknownVariant { expected, .. } => {
             limit(&format!("is not one of {}", expected.join(", ")), "choose one of them")
         }
@@ -664,7 +668,12 @@ mod tests {
             ("prompts: yes it is\nstop_sequence: 1.0", "line 2: stop_sequence = 1.0 is not text: put it in quotes"),
             ("prompts: a\nmax_new_tokens: -1", "line 2: max_new_tokens = -1 is not a whole number of at least 0"),
             ("prompts: a\nmax_new_tokens: 1.5", "line 2: max_new_tokens = 1.5 is not a whole number"),
-            ("prompts: a\nmax_new_tokens: [1, 2]", "line 2: max_new_tokens: expected string scalar at line 2"),
+            (
+                "prompts: a\nmax_new_tokens: [1, 2]",
+                "line 2: max_new_tokens = [1, 2] is not a single value: write one value",
+            ),
+            ("prompts:\n- a: b", "line 2: prompts[0] = a: b is not a single value: write one value, in quotes if"),
+            ("engine:\n  compute_dtype: [f32]", "line 2: engine.compute_dtype = [f32] is not a single value"),
             ("prompts: a\nmax_new_tokens: null", "line 2: max_new_tokens = null is not a whole number"),
             (
                 "engine:\n  seed: 99999999999999999999999",
