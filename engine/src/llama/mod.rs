@@ -1,7 +1,7 @@
 //! Llama on a device: loading its weights, and the step programs that run it.
 //!
-//! [`step`] is the model's graph, [`lowering`] how its operations are emitted for a [`Target`]; [`arguments`],
-//! [`sampling`] and [`rotary`] are what the programs take.
+//! [`step`] is the model's graph, `lowering` how its operations are emitted for a [`Target`]; `arguments`,
+//! `sampling` and `rotary` are what the programs take.
 
 mod arguments;
 mod lowering;
