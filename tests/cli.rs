@@ -268,6 +268,8 @@ fn bad_input_gets_one_clear_error_and_exit_code_2() {
         (sample(&model, &["--hosts", "2", "--host-id", "2"]), &["--host-id", "2"]),
         (sample(&model, &["--chat"]), &["chat"]),
         (sample(&model, &["--compute", "f8"]), &["f8"]),
+        (sample(&model, &["--kernels", "mosaic", "--chip", "v9"]), &["chip = v9", "tpu7x"]),
+        (sample(&model, &["--chip", "v4"]), &["--chip = v4", "add --kernels mosaic"]),
         (vec!["merge".into(), shares], &["host_0000_of_0002"]),
         (vec!["merge".into(), "/nowhere".into()], &["/nowhere"]),
         (
