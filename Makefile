@@ -4,7 +4,8 @@
 help:
 	@echo "make demo         set up, build, and sample the demo model"
 	@echo "make test         set up, libtpu too, then format check, clippy, docs and every test"
-	@echo "make nightly      10,000 random problems, tiles and batches through the Mosaic kernels (make test: 500)"
+	@echo "make nightly      10,000 random problems, tiles and batches through the Mosaic kernels (make test: 500);"
+	@echo "                  then each fuzz target for PAGODA_FUZZ_SECONDS (60) with a fresh seed"
 	@echo "make bench        criterion benches (CPU)"
 	@echo "make bench-peers  tokens/s against plain JAX on this machine"
 	@echo "make tpu-tools    libtpu, the TPU compiler, for certification without a TPU"
@@ -29,6 +30,7 @@ test: tpu-tools
 nightly: setup
 	cargo test --test mosaic_check --test sampler --test native_attention -- --ignored
 	cargo test --test llama -- --ignored fresh
+	PAGODA_FUZZ_SECONDS=$${PAGODA_FUZZ_SECONDS:-60} cargo test --test fuzz
 
 bench: tpu-tools
 	cargo bench --workspace

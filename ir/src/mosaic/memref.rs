@@ -583,7 +583,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Whether a range is inside a dimension, as far as the source tells.
+    /// Whether a range is inside a dimension, as far as the source says.
     #[track_caller]
     fn check_range(&self, op: &str, view: &Ref, axis: usize, start: Literal, size: usize, stride: usize) -> bool {
         let whole = view.axes[axis].size;

@@ -180,7 +180,7 @@ impl Signature {
         Ok(Self { name, grid, arguments })
     }
 
-    /// Marks the last `outputs` operands before the scratch as outputs. The module itself does not tell inputs from
+    /// Marks the last `outputs` operands before the scratch as outputs. The module itself does not say which operands are
     /// outputs; the custom call around it does.
     pub fn with_outputs(mut self, outputs: usize) -> Self {
         let operands = self.arguments.iter_mut().filter(|argument| matches!(argument.role, Role::Input | Role::Output));
@@ -249,7 +249,8 @@ fn integers(operation: OperationRef, name: &str) -> Option<Vec<i64>> {
 }
 
 pub(crate) fn i64_array(attribute: Attribute) -> Option<Vec<i64>> {
-    let array = DenseI64ArrayAttribute::try_from(attribute).ok()?;
+    // Asked first: a failed conversion prints the attribute, and MLIR reads arrays from bytecode that it dies of printing.
+    let array = attribute.is_dense_i64_array().then(|| DenseI64ArrayAttribute::try_from(attribute).ok())??;
     (0..array.len()).map(|index| array.element(index).ok()).collect()
 }
 
@@ -313,7 +314,7 @@ fn moves(transform: OperationRef, grid: &[(usize, Semantics)]) -> bool {
 
 /// Element, sizes and memory of a memref type.
 pub(crate) fn read_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<usize>, MemorySpace), String> {
-    let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is no memref", printed(&r#type)))?;
+    let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is not a memref", printed(&r#type)))?;
     let dims = (0..memref.rank())
         // SAFETY: the type is a ranked memref and the dimension is within its rank.
         .map(|dim| unsafe { mlir_sys::mlirShapedTypeGetDimSize(memref.to_raw(), dim as isize) })

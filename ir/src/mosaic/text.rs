@@ -60,7 +60,7 @@ pub fn parse<'c>(context: &'c Context, text: &str, file: &str) -> Result<Module<
         }
     });
     let module = operation.and_then(Module::from_operation);
-    module.ok_or_else(|| Error::mosaic(format!("{file} is no MLIR module: {diagnostics}")))
+    module.ok_or_else(|| Error::mosaic(format!("{file} is not an MLIR module: {diagnostics}")))
 }
 
 /// MLIR refuses foreign memory spaces and element types in the memrefs of a text (in bytecode it does not): spaces become

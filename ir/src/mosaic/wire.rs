@@ -88,7 +88,7 @@ fn read_bytecode<'c>(context: &'c melior::Context, body: &[u8]) -> Result<Module
         // SAFETY: the source outlives the call, and a null module becomes `None`.
         unsafe { Module::from_option_raw(mlir_sys::mlirModuleCreateParse(context.to_raw(), source)) }
     });
-    module.ok_or_else(|| Error::mosaic(format!("the body is no MLIR module: {diagnostics}")))
+    module.ok_or_else(|| Error::mosaic(format!("the body is not an MLIR module: {diagnostics}")))
 }
 
 /// A copy of a module with every op but the module itself renamed.
@@ -215,14 +215,14 @@ pub const ALIASES: &str = "aliases";
 /// Opens the `backend_config` of a `tpu_custom_call`.
 ///
 /// # Errors
-/// When it is no such configuration, or its body is damaged or holds no kernel.
+/// When it is not such a configuration, or its body is damaged or holds no kernel.
 pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>> {
     let config: Json = serde_json::from_str(backend_config)
-        .map_err(|error| Error::mosaic(format!("the backend_config is no JSON: {error}")))?;
+        .map_err(|error| Error::mosaic(format!("the backend_config is not JSON: {error}")))?;
     let body = config["custom_call_config"]["body"]
         .as_str()
         .ok_or_else(|| Error::mosaic("the backend_config has no `custom_call_config.body`"))?;
-    let body = BASE64.decode(body).map_err(|error| Error::mosaic(format!("the body is no base64: {error}")))?;
+    let body = BASE64.decode(body).map_err(|error| Error::mosaic(format!("the body is not base64: {error}")))?;
     let scopes = config["scoped_memory_configs"].as_array().map(Vec::as_slice).unwrap_or_default();
     let vmem = scopes.iter().find(|scope| scope["memory_space"].as_u64() == Some(XLA_VMEM));
     let vmem_limit = vmem.and_then(|scope| scope["size"].as_u64()).map(|size| size as usize);
@@ -420,7 +420,7 @@ pub fn op_counts(module: &Module) -> BTreeMap<String, usize> {
     counts
 }
 
-/// What `pagoda inspect` tells about a kernel.
+/// What `pagoda inspect` prints about a kernel.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Summary {
     /// The kernel's name.

@@ -318,3 +318,113 @@ fn element(dtype: c_int) -> Option<Element> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::c_void;
+    use std::ptr::{null, null_mut};
+
+    use super::super::ffi::RawAttributes;
+    use super::*;
+
+    /// A call whose buffers are `i32` arrays of one dimension in `memory`: where each begins, and how long it is.
+    fn with_frame<R>(
+        memory: &mut [i32],
+        operands: &[(usize, i64)],
+        results: &[(usize, i64)],
+        look: impl FnOnce(Result<Frame<'_>>) -> R,
+    ) -> R {
+        let base = memory.as_mut_ptr();
+        let sizes: Vec<i64> = operands.iter().chain(results).map(|&(_, size)| size).collect();
+        let buffer = |(index, &(start, _)): (usize, &(usize, i64))| RawBuffer {
+            struct_size: size_of::<RawBuffer>(),
+            extension_start: null_mut(),
+            dtype: 4,
+            data: base.wrapping_add(start).cast::<c_void>(),
+            rank: 1,
+            dims: &sizes[index],
+        };
+        let mut buffers: Vec<RawBuffer> = operands.iter().chain(results).enumerate().map(buffer).collect();
+        let items: Vec<*mut c_void> = buffers.iter_mut().map(|buffer| (&raw mut *buffer).cast()).collect();
+        let list = |items: &[*mut c_void]| RawList {
+            struct_size: size_of::<RawList>(),
+            extension_start: null_mut(),
+            size: items.len() as i64,
+            types: null(),
+            items: items.as_ptr(),
+        };
+        let (args, rets) = items.split_at(operands.len());
+        let raw = RawFrame {
+            struct_size: size_of::<RawFrame>(),
+            extension_start: null_mut(),
+            api: null(),
+            context: null_mut(),
+            stage: 3,
+            args: list(args),
+            rets: list(rets),
+            attrs: RawAttributes {
+                struct_size: size_of::<RawAttributes>(),
+                extension_start: null_mut(),
+                size: 0,
+                types: null(),
+                names: null(),
+                attrs: null(),
+            },
+        };
+        // SAFETY: the buffers lie in `memory`, which is borrowed alone; options and threads are not asked for.
+        look(unsafe { Frame::of(&raw) })
+    }
+
+    #[test]
+    fn operands_are_read_while_results_are_written() {
+        let mut memory = [1, 2, 3, 4, 0, 0, 0];
+        with_frame(&mut memory, &[(0, 2), (2, 2), (4, 0)], &[(4, 2), (6, 1)], |frame| {
+            let Frame { operands, results, options } = frame.unwrap();
+            let [a, b, empty] = [0, 1, 2].map(|index| operands.get(index).unwrap());
+            let (a, b) = (a.values::<i32>().unwrap(), b.values::<i32>().unwrap());
+            assert!(empty.is_empty() && empty.values::<i32>().unwrap().is_empty());
+            let [sums, count] = results.values::<i32, 2>().unwrap();
+            for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+                *sum = a + b;
+            }
+            count[0] = operands.len() as i32;
+            assert_eq!(options.string("mode"), None);
+            assert!(operands.get(3).is_err() && operands.get(0).unwrap().values::<f32>().is_err());
+        });
+        assert_eq!(memory, [1, 2, 3, 4, 4, 6, 3]);
+    }
+
+    #[test]
+    fn what_lies_in_a_result_has_no_values() {
+        // An operand's place beside the result at 2..4, and the result that is its memory.
+        for (operand, aliased, readable) in [
+            ((0, 2), None, true),
+            ((4, 2), None, true),
+            ((2, 0), None, true),
+            ((2, 2), Some(0), false),
+            ((1, 2), None, false),
+            ((3, 3), None, false),
+            ((0, 6), None, false),
+            ((2, 1), None, false),
+        ] {
+            with_frame(&mut [0; 6], &[operand], &[(2, 2)], |frame| {
+                let mut frame = frame.unwrap();
+                let view = frame.operands.get(0).unwrap();
+                assert_eq!((view.aliased(), view.dims), (aliased, &[operand.1][..]), "{operand:?}");
+                assert_eq!(view.values::<i32>().is_ok(), readable, "{operand:?}");
+                assert_eq!(view.bytes().is_ok(), readable, "{operand:?}");
+                assert_eq!(frame.results.bytes(0).unwrap().len(), 8);
+            });
+        }
+    }
+
+    #[test]
+    fn results_that_overlap_are_refused() {
+        for (second, refused) in [((2, 2), false), ((1, 0), false), ((1, 1), true), ((0, 2), true)] {
+            let error = with_frame(&mut [0; 4], &[], &[(0, 2), second], |frame| frame.err());
+            assert_eq!(error, refused.then(|| "results 0 and 1 overlap".to_owned()), "{second:?}");
+        }
+        let negative = with_frame(&mut [0; 4], &[(0, -1)], &[], |frame| frame.unwrap().operands.get(0).err());
+        assert_eq!(negative.unwrap(), "operand 0 has dimensions [-1]");
+    }
+}
