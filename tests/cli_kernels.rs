@@ -20,7 +20,12 @@ const MATMUL: &str = "--m 40 --n 200 --k 300 --dtype bf16";
 /// `pagoda` with the words of `line`.
 fn pagoda_in(folder: &Path, line: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pagoda"));
-    command.args(shlex::split(line).expect("quotes are closed")).current_dir(folder).stdin(Stdio::null()).output().unwrap()
+    command
+        .args(shlex::split(line).expect("quotes are closed"))
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
 }
 
 fn stdout(output: &Output) -> String {
@@ -439,7 +444,11 @@ fn bad_files_are_one_clear_error() {
 fn a_missing_libtpu_is_named_with_the_remedy() {
     for line in ["certify matmul --m 8 --n 8 --k 8", &format!("certify rpa {RPA}")] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pagoda"));
-        let output = command.args(shlex::split(line).expect("quotes are closed")).env("PAGODA_PLUGIN_TPU", "none.so").output().unwrap();
+        let output = command
+            .args(shlex::split(line).expect("quotes are closed"))
+            .env("PAGODA_PLUGIN_TPU", "none.so")
+            .output()
+            .unwrap();
         assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
         let said = stderr(&output);
         assert!(
@@ -449,7 +458,11 @@ fn a_missing_libtpu_is_named_with_the_remedy() {
         // A library that is no libtpu: the worker's complaint, not a crash of ours.
         let plugin = env!("CARGO_BIN_EXE_pagoda");
         let mut command = Command::new(plugin);
-        let output = command.args(shlex::split(line).expect("quotes are closed")).env("PAGODA_PLUGIN_TPU", plugin).output().unwrap();
+        let output = command
+            .args(shlex::split(line).expect("quotes are closed"))
+            .env("PAGODA_PLUGIN_TPU", plugin)
+            .output()
+            .unwrap();
         assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
         assert!(stderr(&output).contains("plugin tpu: ") && stderr(&output).contains("pagoda doctor"));
     }
