@@ -190,11 +190,11 @@ fn attentions(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<se
             continue;
         }
         let taken = ours.plan.total + ours.certificate.spills();
-        let told = cycles.map_or("none".into(), |cycles| cycles.to_string());
+        let cycles = cycles.map_or("none".into(), |cycles| cycles.to_string());
         println!(
             "{:<19} | {:<32} | {around:<6} | {matrix_unit:<11} | {floor:<6.0} | {:<19} | {:<19} | {v3_f32}",
             format!("{name} ({kernel})"),
-            format!("{told} @ {:.1} ({})", taken.as_mib(), ours.plan.tiles),
+            format!("{cycles} @ {:.1} ({})", taken.as_mib(), ours.plan.tiles),
             format!("{}, {}", v2[0], v2[1]),
             format!("{}, {}", v3[0], v3[1]),
         );

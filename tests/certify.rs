@@ -282,16 +282,16 @@ fn pagoda_certify(line: &str) -> (Option<i32>, String, String) {
 }
 
 #[test]
-fn the_command_line_tells_verdict_cycles_and_memory() {
+fn the_command_line_prints_verdict_cycles_and_memory() {
     let (code, stdout, stderr) = pagoda_certify("matmul --m 8 --n 256 --k 256 --chip v5e --json");
     assert_eq!(code, Some(0), "{stdout}{stderr}");
-    let told: serde_json::Value = serde_json::from_str(&stdout).unwrap();
-    assert_eq!(told["differences"].as_array().map(Vec::len), Some(0), "{told:#}");
-    let certificate = &told["certificate"];
-    assert!(certificate["cycles"][0]["cycles"].as_u64() > Some(100), "{told:#}");
+    let report: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(report["differences"].as_array().map(Vec::len), Some(0), "{report:#}");
+    let certificate = &report["certificate"];
+    assert!(certificate["cycles"][0]["cycles"].as_u64() > Some(100), "{report:#}");
     // x and w in bf16, and the result.
-    assert_eq!(certificate["memory"]["arguments"], 2 * (8 * 256 + 256 * 256), "{told:#}");
-    assert_eq!(certificate["kernels"][0]["total"], told["plan"]["total"], "{told:#}");
+    assert_eq!(certificate["memory"]["arguments"], 2 * (8 * 256 + 256 * 256), "{report:#}");
+    assert_eq!(certificate["kernels"][0]["total"], report["plan"]["total"], "{report:#}");
     // What does not fit is an answer, with both numbers and what to do.
     let cramped = "matmul --m 256 --n 512 --k 1024 --tiles 128,256,512 --vmem-limit 512KiB";
     let (code, stdout, stderr) = pagoda_certify(cramped);

@@ -99,8 +99,8 @@ fn every_form_that_is_emitted_runs_and_agrees() {
         }
         let report = |line: &str| json(&done(dir.path(), &format!("run {line} {inputs} --json"))).take();
         let on_plugin = kernel == format!("rpa {RPA}") || kernel.contains("--silu-gate");
-        let judge = if on_plugin { "stablehlo" } else { "reference" };
-        let emitted_here = report(&format!("{kernel} {tiles} --check-against {judge} --dma all"));
+        let against = if on_plugin { "stablehlo" } else { "reference" };
+        let emitted_here = report(&format!("{kernel} {tiles} --check-against {against} --dma all"));
         assert_eq!(emitted_here[0]["check"]["agrees"], true, "{emitted_here}");
         for line in ["readable.mlir --dma early", "wire.mlir --tile-machine --dma random:9"] {
             let from_file = report(&format!("{line} --check-against reference"));
@@ -182,7 +182,7 @@ fn arrays_come_from_numpy() {
         (&120.0.into(), &1912.0.into(), &"bf16[8,24]".into())
     );
 
-    // The ragged metadata of an attention, by name: one sequence, two rows, 20 keys on pages 3 and 0.
+    // Ragged metadata, by name: one sequence, two rows, 20 keys on pages 3 and 0.
     for (name, shape, values) in [
         ("kv_lens", "(4,)", vec![20, 9, 9, 9]),
         ("page_indices", "(4, 4)", [vec![3, 0], vec![-1; 14]].concat()),
@@ -241,9 +241,9 @@ fn kernels_of_others_are_inspected_and_run() {
     let report = json(&done(dir.path(), &format!("run {jax} --input arg1=rows.npy --json")));
     assert_eq!(report[0]["outputs"][0]["type"], "f32[8,128]", "{report}");
     refused(dir.path(), &format!("run {jax}"), 2, &["arg1 = i32[2] cannot be drawn at random", "--input arg1="]);
-    let judged = format!("run {jax} --check-against reference");
-    refused(dir.path(), &judged, 2, &["does not say which problem it solves", "pagoda emit"]);
-    // An attention without the line that says which: recognised by its operands, a batch is drawn.
+    let checked = format!("run {jax} --check-against reference");
+    refused(dir.path(), &checked, 2, &["does not say which problem it solves", "pagoda emit"]);
+    // RPA without the line that names it: recognised by its operands, a batch is drawn.
     let wire = done(dir.path(), &format!("emit rpa {RPA} --wire"));
     fs::write(dir.path().join("rpa.mlir"), wire.split_once('\n').unwrap().1).unwrap();
     let report = json(&done(dir.path(), "run rpa.mlir --random 1 --json"));
@@ -379,7 +379,7 @@ fn bad_files_are_one_clear_error() {
         "second.mlir",
         wire.replacen(call, &format!("{call}\n{}", call.replacen("TUzvUg", "\\22,,", 1)), 1).as_bytes(),
     );
-    // The word alone is no kernel; nor is a kernel's configuration one for what it holds beside.
+    // The word alone is not a kernel; nor is a kernel's configuration one for what it holds beside.
     write("word.mlir", format!("// custom_call_config\n{plain}").as_bytes());
     write("beside.mlir", wire.replacen("{\\22custom", "{\\22a\\22:{},\\22custom", 1).as_bytes());
     assert_eq!(json(&done(dir.path(), "inspect word.mlir --json")), Value::Array(vec![]));
@@ -455,7 +455,7 @@ fn a_missing_libtpu_is_named_with_the_remedy() {
             said.contains("PAGODA_PLUGIN_TPU = none.so: no such file") && said.contains("make tpu-tools"),
             "{said}"
         );
-        // A library that is no libtpu: the worker's complaint, not a crash of ours.
+        // A library that is not libtpu: the worker's complaint, not a crash of ours.
         let plugin = env!("CARGO_BIN_EXE_pagoda");
         let mut command = Command::new(plugin);
         let output = command

@@ -104,7 +104,7 @@ fn a_kernel_lowered_by_jax_opens_and_runs() {
     assert_eq!(calls.len(), 1);
     let opened = wire::open(&context, &calls[0].backend_config).expect("the body is readable");
     assert_eq!(opened.vmem_limit, Some(8 << 20));
-    let (operands, outputs) = calls[0].types.clone().expect("text tells the types");
+    let (operands, outputs) = calls[0].types.clone().expect("text has the types");
     assert_eq!(operands, [TensorType::new(Element::I32, &[2]), TensorType::new(Element::F32, &[64, 128])]);
     let text = opened.module.as_operation().to_string();
     for part in
@@ -228,7 +228,7 @@ fn buffers_are_padded_as_the_compiler_pads_them() {
     }
 }
 
-/// Every check of the builder names its op and tells the shapes.
+/// Every check of the builder names its op and prints the shapes.
 #[test]
 fn mistakes_name_the_op() {
     type Body = for<'a> fn(&'a Builder<'a>);
@@ -299,10 +299,10 @@ fn mistakes_name_the_op() {
     let context = Context::new();
     for (op, message, body) in cases {
         match mosaic::kernel(&context, "mistake", body) {
-            Err(Error::Op { op: named, message: told }) => {
-                assert_eq!(&named, op, "{told}");
-                assert!(told.contains(message), "{op}: {told}");
-                assert!(told.contains("kernel `mistake`, ir/tests/mosaic.rs:"), "{told}");
+            Err(Error::Op { op: named, message: printed }) => {
+                assert_eq!(&named, op, "{printed}");
+                assert!(printed.contains(message), "{op}: {printed}");
+                assert!(printed.contains("kernel `mistake`, ir/tests/mosaic.rs:"), "{printed}");
             }
             Err(other) => panic!("{op}: {other}"),
             Ok(_) => panic!("{op}: {message} went unnoticed"),

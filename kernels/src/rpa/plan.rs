@@ -54,7 +54,7 @@ impl fmt::Display for Tiles {
 /// What the user may fix; the planner chooses the rest.
 pub type Options = plan::Options<Tiles>;
 
-/// An attention kernel for a chip, every tile and every VMEM buffer named.
+/// A kernel for a chip, every tile and every VMEM buffer named.
 pub type Plan = plan::Plan<Rpa>;
 
 /// Rows of a tile along which copies are cut.
