@@ -31,8 +31,9 @@ impl Tokenizer {
     pub fn open(path: &Path, config: &LlamaConfig) -> Result<Self> {
         let path = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let mut inner = Inner::from_bytes(bytes)
-            .map_err(|error| Error::file(&path, format!("it is not a tokenizer: {error}"), "download the file again"))?;
+        let mut inner = Inner::from_bytes(bytes).map_err(|error| {
+            Error::file(&path, format!("it is not a tokenizer: {error}"), "download the file again")
+        })?;
         inner.with_padding(None);
         inner.with_truncation(None).expect("no truncation is always valid");
         let last = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);

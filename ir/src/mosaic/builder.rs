@@ -102,7 +102,7 @@ impl<'a, 'f> Window<'a, 'f> {
         Self { block: dims.to_vec(), transform: Box::new(move |_| vec![Literal::Int(0); rank]), double_buffered: true }
     }
 
-    /// One buffer instead of two: half the VMEM, and no overlap of copy and compute.
+    /// One buffer instead of two: half the VMEM, and no overlap of DMA and compute.
     pub fn single_buffered(self) -> Self {
         Self { double_buffered: false, ..self }
     }
@@ -494,7 +494,7 @@ impl<'a> Builder<'a> {
         self.declare(name, Role::Output, RefElement::Data(element), dims, MemorySpace::Vmem, Some(window))
     }
 
-    /// An output in HBM that the kernel writes by copies of its own.
+    /// An output in HBM that the kernel writes by DMAs of its own.
     #[track_caller]
     pub fn hbm_output(&'a self, name: &str, element: Element, dims: &[usize]) -> Ref<'a> {
         self.declare(name, Role::Output, RefElement::Data(element), dims, MemorySpace::Hbm, None)
@@ -647,7 +647,7 @@ fn unfit(element: RefElement, dims: &[usize], block: &[usize], space: MemorySpac
     if space == MemorySpace::Vmem && dims.is_empty() {
         return Some("VMEM holds no scalars: give it a dimension".into());
     }
-    // The pipeline's copies move whole tiles: Pallas's rule for block shapes.
+    // The pipeline's DMAs move whole tiles: Pallas's rule for block shapes.
     let tile = [8, 128];
     for (from_minor, (&size, &whole)) in block.iter().rev().zip(dims.iter().rev()).enumerate().take(2) {
         let multiple = tile[1 - from_minor];

@@ -50,7 +50,7 @@ pub mod wire;
 
 pub use builder::{Builder, Carry, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
 pub(crate) use location::{describe, describe_function};
-pub use memref::{Copy, IntoIndices, MemorySpace, Ref, RefElement};
+pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, Signature, WindowParams, tile_padded_bytes};
 pub(crate) use signature::{functions, i64_array, kernel_function, op_name, read_memref, symbol};
 pub use value::{DotDims, IntoOperand, Precision, Value};
