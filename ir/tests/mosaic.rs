@@ -141,7 +141,7 @@ fn damaged_bodies_are_errors() {
     let config = wire::backend_config(&matmul(&context));
     let body = |text: &str| format!("{{\"custom_call_config\": {{\"body\": \"{text}\"}}}}");
     let cases = [
-        ("not json".to_owned(), "is no JSON"),
+        ("not json".to_owned(), "is not JSON"),
         ("{\"custom_call_config\": {}}".into(), "no `custom_call_config.body`"),
         (body("%%%"), "is no base64"),
         (body("AAAA"), "the module has 0 functions"),

@@ -221,10 +221,10 @@ pub const ALIASES: &str = "aliases";
 /// Opens the `backend_config` of a `tpu_custom_call`.
 ///
 /// # Errors
-/// When it is no such configuration, or its body is damaged or holds no kernel.
+/// When it is not such a configuration, or its body is damaged or holds no kernel.
 pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>> {
     let config: Json = serde_json::from_str(backend_config)
-        .map_err(|error| Error::mosaic(format!("the backend_config is no JSON: {error}")))?;
+        .map_err(|error| Error::mosaic(format!("the backend_config is not JSON: {error}")))?;
     let body = config["custom_call_config"]["body"]
         .as_str()
         .ok_or_else(|| Error::mosaic("the backend_config has no `custom_call_config.body`"))?;
@@ -407,7 +407,7 @@ pub fn op_counts(module: &Module) -> BTreeMap<String, usize> {
     counts
 }
 
-/// What `pagoda inspect` tells about a kernel.
+/// What `pagoda inspect` prints about a kernel.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Summary {
     /// The kernel's name.
