@@ -119,28 +119,36 @@ impl<O: Observer> Executor<'_, '_, O> {
             let detail = format!("{:?} into {:?}", source.dims, destination.dims);
             return Err(self.fault_at(FaultKind::BadCall, origin, detail));
         }
-        self.buffers[from.buffer].in_flight += 1;
-        self.buffers[to.buffer].in_flight += 1;
-        let key = (semaphore.buffer, semaphore.offset);
-        self.semaphores.entry(key).or_default().origin = origin;
-        self.observer.dma_start(&DmaEvent {
-            id: self.next_dma,
-            from: &self.buffers[from.buffer].name,
-            to: &self.buffers[to.buffer].name,
-            bytes,
-            location: &self.program.origins[origin as usize].location,
-        });
-        self.dmas.push(Dma {
+        let dma = Dma {
             id: self.next_dma,
             source: from,
             destination: to,
-            semaphore: key,
+            semaphore: (semaphore.buffer, semaphore.offset),
             bytes,
             origin,
             started: self.step.clone(),
             owner: self.owner,
             landed: false,
+        };
+        let (from, to) = (dma.source.buffer, dma.destination.buffer);
+        if let Some(offset) = dma.destination.overlap(&dma.source) {
+            let detail = "its destination is its source".to_owned();
+            let mut fault = self.fault_at(FaultKind::OverwriteInFlight, origin, detail);
+            fault = self.in_buffer(fault, to, offset);
+            fault.dma = Some(self.describe_dma(&dma));
+            return Err(fault);
+        }
+        self.buffers[from].in_flight += 1;
+        self.buffers[to].in_flight += 1;
+        self.semaphores.entry(dma.semaphore).or_default().origin = origin;
+        self.observer.dma_start(&DmaEvent {
+            id: dma.id,
+            from: &self.buffers[from].name,
+            to: &self.buffers[to].name,
+            bytes,
+            location: &self.program.origins[origin as usize].location,
         });
+        self.dmas.push(dma);
         self.next_dma += 1;
         self.counters.copies += 1;
         match self.machine.dma {

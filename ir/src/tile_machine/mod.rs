@@ -32,7 +32,8 @@
 //! # The states of an element
 //! Every element of every buffer is in one of four states: *unwritten*; *written*; *held*, the source of a DMA in flight;
 //! *landing*, the destination of one. The table is the model: what an event makes of an element, or the fault that it is.
-//! An access to a region is that event on each of its elements, and the first that faults is reported.
+//! An access to a region is that event on each of its elements, and the first that faults is reported; a DMA from and to
+//! the same element is a DMA to a held one.
 //!
 //! | event | unwritten | written | held | landing |
 //! |---|---|---|---|---|
@@ -53,7 +54,8 @@
 //!
 //! ¹ Nothing with [`Machine::allow_unwritten_reads`]: the poison is read. ² Or as in the array, where the block is
 //! revisited. ³ Nothing with [`Machine::allow_unwritten_outputs`], or for [unused outputs](Program::with_unused_outputs).
-//! ⁴ Where a block hangs over the edge of its array, the window is written beyond it: a NaN, or an odd integer, that may be read.
+//! ⁴ Where a block hangs over the edge of its array, the window is written beyond it: a NaN, or an odd integer, that may
+//! be read.
 //!
 //! A *semaphore* holds a number, at first 0. A DMA of n bytes that lands adds n; a signal adds its amount; a wait for n takes
 //! n, after DMAs on it have landed that it needs.
@@ -101,7 +103,8 @@
 //! # Where things are
 //! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness`
 //! finishes. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data.
-//! `tile` computes. Only `decode` and `ops` see MLIR.
+//! `tile` computes. Only `decode` and `ops` see MLIR. `ir/tests/states.rs` holds the machine to the tables by random
+//! kernels, and `ir/tests/cases` has a kernel for every fault.
 
 mod allocate;
 mod decode;

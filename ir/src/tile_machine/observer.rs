@@ -1,4 +1,4 @@
-//! Who watches a run: told of every event as it happens, at no cost where nobody listens.
+//! Watching a run, event by event, at no cost where nobody does.
 
 /// Gets the events of a run, in their order. Every method does nothing unless it is overridden, and [`Program::run`]
 /// watches with `()`, so that not watching costs nothing.
