@@ -440,30 +440,62 @@ fn fuzz(target: Target, seed: u64, plan: &Plan, folder: &Path) -> Report {
             Outcome::Died { case, ended, why } => {
                 report.cases += case + 1 - next;
                 next = case + 1;
-                let alone = Job { first: case, count: 1, ..job };
-                // A panic is ours, and so is an allocation that fails; so is a death that MLIR alone survives.
-                let ours = ["panicked at", "memory allocation of"].iter().any(|words| why.contains(words));
-                if !ours && matches!(run(folder, &Job { by_mlir: true, ..alone.clone() }), Outcome::Died { .. }) {
-                    report.of_mlir += 1;
-                    continue;
-                }
-                // The batch, not the case, may have been too much.
-                if ended != Ended::OutOfTime || matches!(run(folder, &alone), Outcome::Died { .. }) {
-                    let seeds = Seeds::read(&folder.join("seeds"));
-                    let path = findings().join(format!("{}-{seed}-{case}", target.name()));
-                    fs::write(&path, target.case(&seeds, seed, case)).expect("the build folder is writable");
-                    // Without what differs from case to case.
-                    let kind: String = why.chars().filter(|c| !c.is_ascii_digit()).take(300).collect();
-                    report.findings.entry(kind).or_insert_with(|| {
-                        let again = format!("PAGODA_FUZZ_SEED={seed} PAGODA_FUZZ_CASE={case}");
-                        println!("fuzz {}: {why}\n  {}\n  {again}", target.name(), path.display());
-                        case
-                    });
+                match blame(folder, &job, case, ended, &why) {
+                    Blame::Nobody => {}
+                    Blame::Mlir => report.of_mlir += 1,
+                    Blame::Ours => report.find(&job, folder, case, &why),
                 }
             }
         }
     }
     report
+}
+
+/// Whose death it was.
+enum Blame {
+    Ours,
+    Mlir,
+    /// The batch, not the case, took too long.
+    Nobody,
+}
+
+fn blame(folder: &Path, job: &Job, case: u64, ended: Ended, why: &str) -> Blame {
+    // A panic is ours, and so is an allocation that fails.
+    if ["panicked at", "memory allocation of"].iter().any(|words| why.contains(words)) {
+        return Blame::Ours;
+    }
+    let dies = |job: &Job| matches!(run(folder, job), Outcome::Died { .. });
+    let alone = Job { first: case, count: 1, ..job.clone() };
+    // A case before it may have had MLIR write where it must not, which shows late, and not every time.
+    let batch = Job { count: case + 1 - job.first, by_mlir: true, ..job.clone() };
+    if dies(&Job { by_mlir: true, ..alone.clone() }) {
+        Blame::Mlir
+    } else if dies(&alone) {
+        Blame::Ours
+    } else if ended == Ended::OutOfTime {
+        Blame::Nobody
+    } else if (0..5).any(|_| dies(&batch)) {
+        Blame::Mlir
+    } else {
+        Blame::Ours
+    }
+}
+
+impl Report {
+    /// Keeps the input of a case that shows something, and says how to run it again.
+    fn find(&mut self, job: &Job, folder: &Path, case: u64, why: &str) {
+        let (target, seed) = (job.target, job.seed);
+        let input = target.case(&Seeds::read(&folder.join("seeds")), seed, case);
+        let path = findings().join(format!("{}-{seed}-{case}", target.name()));
+        fs::write(&path, input).expect("the build folder is writable");
+        // Without what differs from case to case.
+        let kind: String = why.chars().filter(|c| !c.is_ascii_digit()).take(300).collect();
+        self.findings.entry(kind).or_insert_with(|| {
+            let again = format!("PAGODA_FUZZ_SEED={seed} PAGODA_FUZZ_CASE={case}");
+            println!("fuzz {}: {why}\n  {}\n  {again}", target.name(), path.display());
+            case
+        });
+    }
 }
 
 /// Where damaged inputs are kept that show something.
