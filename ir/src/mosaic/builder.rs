@@ -152,6 +152,8 @@ pub struct Kernel<'c> {
     vmem_limit: Option<usize>,
     aliases: Vec<(usize, usize)>,
     on_tile_machine: bool,
+    /// The wire form, written with the first call: a program may call a kernel once a layer.
+    pub(super) wire: std::cell::OnceCell<String>,
 }
 
 impl<'c> Kernel<'c> {
@@ -337,6 +339,7 @@ pub fn kernel<'c>(context: &'c Context, name: &str, body: impl for<'a> FnOnce(&'
         vmem_limit: signature.vmem_limit,
         aliases: signature.aliases,
         on_tile_machine: false,
+        wire: std::cell::OnceCell::new(),
     })
 }
 

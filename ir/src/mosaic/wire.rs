@@ -538,9 +538,10 @@ impl Kernel<'_> {
             return Err(Error::op("stablehlo.custom_call", message));
         }
         let row_major = |types: &[TensorType]| types.iter().map(|ty| (0..ty.rank()).rev().collect()).collect();
+        let config = self.wire.get_or_init(|| backend_config(self)).clone();
         if self.is_for_tile_machine() {
             let aliases = self.aliases().iter().map(|(operand, result)| format!("{operand}:{result}"));
-            let options = [(KERNEL, backend_config(self)), (ALIASES, aliases.collect::<Vec<_>>().join(","))];
+            let options = [(KERNEL, config), (ALIASES, aliases.collect::<Vec<_>>().join(","))];
             let options = options.map(|(name, text)| (name.to_owned(), ConfigValue::Text(text)));
             let backend_config = BackendConfig::Dictionary(options.into());
             let call = CustomCall { backend_config, ..CustomCall::default() };
@@ -552,7 +553,7 @@ impl Kernel<'_> {
             operands,
             &self.outputs(),
             CustomCall {
-                backend_config: BackendConfig::Text { text: backend_config(self), api_version: 1 },
+                backend_config: BackendConfig::Text { text: config, api_version: 1 },
                 output_operand_aliases: aliases.collect(),
                 operand_layouts: Some(row_major(&expected)),
                 result_layouts: Some(row_major(&self.outputs())),
