@@ -9,10 +9,10 @@ use pagoda_engine::pjrt::{Client, Plugin, PluginChoice};
 use pagoda_ir::{
     Context, Element, HostTensor,
     stablehlo::Module,
-    tile_machine::{Program, Run},
+    tile_machine::Program,
 };
 use pagoda_kernels::{
-    Arrays, Case, CheckError, Choices, Kernel, Plan, Problem, Runner,
+    Case, CheckError, Drawn, Kernel, Plan, Problem, Runner,
     check::check_program,
     check_mosaic,
     chips::Chip,
@@ -28,43 +28,14 @@ use proptest::{
     test_runner::{Config, RngSeed, TestError, TestRunner},
 };
 
-/// A drawn case: what its numbers stand for.
-struct Drawn<K: Kernel> {
-    plan: Plan<K>,
-    inputs: Arrays,
-    batch: Option<Vec<Lengths>>,
-    seed: u64,
-}
-
-impl<K: Kernel> Drawn<K> {
-    fn new(mut choices: Choices) -> Self {
-        let (seed, chip) = (choices.bits(), choices.one_of(&Chip::ALL));
-        let sample = K::sample(&mut choices);
-        let problem = Problem::new(sample.spec).expect("a valid problem");
-        // All of the chip's VMEM: whether tiles fit the default limit is not the question here.
-        let options = Options { tiles: Some(sample.tiles), vmem_limit: Some(chip.info().vmem_per_core) };
-        let inputs = K::draw(&problem, sample.batch.as_deref(), seed).expect("a batch of the problem");
-        let plan = Plan::new(problem, chip, options).expect("legal tiles");
-        Self { plan, inputs, batch: sample.batch, seed }
-    }
-
-    fn case(&self) -> Case<'_, K> {
-        Case::new(&self.plan, &self.inputs)
-    }
-
-    fn check(&self, stablehlo: Option<&dyn Runner>) -> Result<Run, CheckError> {
-        check_mosaic(self.case(), self.seed, stablehlo)
-    }
-
-    /// What follows `pagoda` to check the case again.
-    fn command(&self) -> String {
-        let (plan, kernel) = (&self.plan, K::NAME);
-        let spec = serde_json::to_string(plan.problem().spec()).expect("a specification is JSON");
-        let lengths = self.batch.as_ref().map_or(String::new(), |batch| format!(" --lengths {}", batch_text(batch)));
-        let (tiles, chip, limit) = (plan.tiles(), plan.chip(), plan.limit().0);
-        let plan = format!("--tiles {tiles} --chip {chip} --vmem-limit {limit}");
-        format!("run {kernel} --spec '{spec}' {plan}{lengths} --random {} --check-against reference", self.seed)
-    }
+/// What follows `pagoda` to check the case again.
+fn command<K: Kernel>(case: &Drawn<K>) -> String {
+    let (plan, kernel) = (&case.plan, K::NAME);
+    let spec = serde_json::to_string(plan.problem().spec()).expect("a specification is JSON");
+    let lengths = case.batch.as_ref().map_or(String::new(), |batch| format!(" --lengths {}", batch_text(batch)));
+    let (tiles, chip, limit) = (plan.tiles(), plan.chip(), plan.limit().0);
+    let plan = format!("--tiles {tiles} --chip {chip} --vmem-limit {limit}");
+    format!("run {kernel} --spec '{spec}' {plan}{lengths} --random {} --check-against reference", case.seed)
 }
 
 /// Compiles and runs every module once.
@@ -101,7 +72,7 @@ fn property<K: Kernel>(cases: u32, rng_seed: RngSeed) {
         let stablehlo = case.seed.is_multiple_of(10).then_some(&cpu as &dyn Runner);
         case.check(stablehlo).map(drop).map_err(|error| {
             let on = if case.check(None).is_ok() { "--plugin cpu" } else { "--dma all" };
-            format!("{error}\nagain: pagoda {} {on}", case.command())
+            format!("{error}\nagain: pagoda {} {on}", command(case))
         })
     });
 }
@@ -117,7 +88,7 @@ fn a_line_runs_a_case_again<K: Kernel>() {
         let run = case.check(None).unwrap_or_else(|error| panic!("{error}"));
         let output = run.outputs[0].to_f64();
         for (on, counters) in [("--dma all", Some(run.counters)), ("--plugin cpu", None)] {
-            let line = format!("{} {on} --json", case.command());
+            let line = format!("{} {on} --json", command(&case));
             let words = shlex::split(&line).expect("quotes are closed");
             let output_of = process::Command::new(env!("CARGO_BIN_EXE_pagoda")).args(words).output().unwrap();
             assert!(output_of.status.success(), "pagoda {line}\n{}", String::from_utf8_lossy(&output_of.stderr));
@@ -226,7 +197,7 @@ fn a_kernel_of_one_batch_does_the_same() {
             let kernel = rpa::mosaic::kernel_of_batch(&context, &case.plan, &batch)?;
             check_program(case.case(), &Program::decode(kernel.module())?, 1)
         };
-        let failed = |error: CheckError| format!("{error}\nthe kernel of the batch of pagoda {}", case.command());
+        let failed = |error: CheckError| format!("{error}\nthe kernel of the batch of pagoda {}", command(case));
         check().map(drop).map_err(failed)
     });
 }

@@ -11,6 +11,7 @@ pub mod chips;
 pub mod choices;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod drawn;
 pub mod error;
 pub mod evidence;
 pub mod float;
@@ -22,6 +23,8 @@ pub mod plan;
 pub mod problem;
 pub mod random;
 pub mod registry;
+pub mod report;
+pub mod rms_norm;
 pub mod rpa;
 #[cfg(any(test, feature = "strategies"))]
 pub mod strategies;
@@ -30,8 +33,10 @@ pub mod vmem;
 
 pub use check::{Case, CheckError, Runner, check, check_mosaic};
 pub use choices::Choices;
+pub use drawn::Drawn;
 pub use error::Invalid;
 pub use kernel::Kernel;
 pub use named::{Argument, Arguments, Arrays, Named};
 pub use plan::{Options, Plan, PlanError};
 pub use problem::Problem;
+pub use report::Planned;

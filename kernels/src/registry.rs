@@ -7,6 +7,7 @@ macro_rules! for_each_kernel {
         $with! {
             matmul: $crate::matmul::Matmul,
             rpa: $crate::rpa::Rpa,
+            rms_norm: $crate::rms_norm::RmsNorm,
         }
     };
 }

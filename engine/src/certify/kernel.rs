@@ -1,92 +1,19 @@
-//! Planning and certifying a kernel, whichever it is: the plan in print, the compiler's answer, and where both differ.
+//! Certifying a kernel, whichever it is: its plan, the compiler's answer, and where both differ.
 
 use std::fmt;
 
 use pagoda_ir::Context;
 use pagoda_kernels::Kernel;
-use pagoda_kernels::chips::Chip;
-use pagoda_kernels::evidence::{self, Digest, Record};
+use pagoda_kernels::evidence::{Digest, Record};
 use pagoda_kernels::plan::Plan;
-use pagoda_kernels::vmem::{self, BufferKind, Bytes, Spills, VmemReport};
+use pagoda_kernels::vmem::{BufferKind, Bytes, Spills, VmemReport};
 use serde::Serialize;
+
+pub use pagoda_kernels::Planned;
 
 use super::report::KernelVmem;
 use super::{Certificate, Certifier, Program};
 use crate::error::Result;
-
-/// A plan, ready to print.
-#[derive(Clone, Debug, Serialize)]
-#[serde(bound = "")]
-pub struct Planned<K: Kernel> {
-    /// The kernel's name, tiles in it.
-    pub kernel: String,
-    /// The problem, in words.
-    pub problem: String,
-    /// The problem, as `--spec` takes it.
-    pub spec: K::Spec,
-    /// The chip.
-    pub chip: Chip,
-    /// The tiles.
-    pub tiles: K::Tiles,
-    /// Steps of each grid dimension.
-    pub grid: Vec<usize>,
-    /// The scoped VMEM limit that the kernel asks for.
-    pub limit: Bytes,
-    /// Every VMEM buffer.
-    pub vmem: VmemReport,
-    /// Their sum.
-    pub total: Bytes,
-    /// SMEM that the prefetched arrays take.
-    pub smem: Bytes,
-    /// What is known of its spills.
-    pub spills: Spills,
-    /// Whether it fits.
-    #[serde(flatten)]
-    pub verdict: vmem::Verdict,
-    /// Kernel-specific fields of the plan.
-    #[serde(flatten)]
-    pub details: K::Details,
-}
-
-impl<K: Kernel> Planned<K> {
-    /// `plan`, with the verdict that the recorded certifications allow.
-    pub fn new(plan: &Plan<K>) -> Self {
-        Self::with(plan, evidence::spills(plan))
-    }
-
-    fn with(plan: &Plan<K>, spills: Spills) -> Self {
-        Self {
-            kernel: plan.name().to_owned(),
-            problem: plan.describe(),
-            spec: plan.problem().spec().clone(),
-            chip: plan.chip(),
-            tiles: plan.tiles(),
-            grid: plan.grid().to_vec(),
-            limit: plan.limit(),
-            vmem: plan.vmem().clone(),
-            total: plan.vmem().total(),
-            smem: plan.smem(),
-            spills,
-            verdict: plan.verdict(spills),
-            details: plan.details().clone(),
-        }
-    }
-}
-
-impl<K: Kernel> fmt::Display for Planned<K> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kernel, problem, chip, grid, limit, vmem, verdict, details, spills, .. } = self;
-        let grid: Vec<String> = grid.iter().map(usize::to_string).collect();
-        writeln!(f, "{kernel} on {chip}: {problem}, grid {}", grid.join("x"))?;
-        writeln!(f, "{vmem}")?;
-        writeln!(f, "  {:<24} {spills}", "spills")?;
-        writeln!(f, "  {:<24} {limit}: {verdict}", "limit")?;
-        if self.smem > Bytes(0) {
-            writeln!(f, "  {:<24} {} of {}", "SMEM", self.smem, chip.info().smem_per_core)?;
-        }
-        write!(f, "  {details}")
-    }
-}
 
 /// A kind of VMEM where plan and compiler disagree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -152,7 +152,7 @@ impl<K: Kernel> Debug for Request<K> {
 
 impl<K: KernelArgs> Request<K> {
     fn command() -> Command {
-        let command = Target::augment_args(K::Args::augment_args(Command::new(K::NAME).about(K::ABOUT)));
+        let command = Target::augment_args(K::Args::augment_args(Command::new(K::NAME))).about(K::ABOUT);
         command.mut_args(|arg| match arg {
             // So that `--k -1` is a bad number, not an unknown flag.
             arg if arg.is_required_set() => {
