@@ -155,7 +155,8 @@ fn matmuls(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine::R
             "m x k x n          | ours @ 16 MiB                    | ours, larger limit               | XLA     | Pallas @ 16 MiB | Pallas, any | bytes"
         );
     }
-    for Case { shape: &Product { m, k, n }, figures, .. } in &peers.products {
+    for Case { shape, figures, .. } in &peers.products {
+        let Product { m, k, n } = *shape;
         let ProductFigures { xla: peers::Figure { cycles: xla }, pallas_16mib, pallas_any } = figures;
         let [pallas, pallas_any] = [pallas_16mib, pallas_any].map(|figure| figure.as_ref().map(|figure| figure.cycles));
         let mut ours: Vec<Certified<Matmul>> = Vec::new();

@@ -25,9 +25,10 @@ JAX = "0.10.2"
 LARGEST = 60
 SECONDS, GIB = 1800, 8  # that a child may take
 
-# What the bench prints: a figure's name, its peer, and the MiB of VMEM that its kernel may take.
+# What the bench prints: a figure's name, its peer, and the MiB of VMEM that its kernel may take; the least first, for a
+# search with more room starts at what was found with less, too.
 PRODUCT_FIGURES = [("xla", "xla", LARGEST), ("pallas_16mib", "pallas", 16), ("pallas_any", "pallas", LARGEST)]
-BATCH_FIGURES = [("v2_any", "v2", LARGEST), ("v2_16mib", "v2", 16), ("v3_any", "v3", LARGEST), ("v3_16mib", "v3", 16),
+BATCH_FIGURES = [("v2_16mib", "v2", 16), ("v2_any", "v2", LARGEST), ("v3_16mib", "v3", 16), ("v3_any", "v3", LARGEST),
                  ("v3_f32_16mib", "v3_f32", 16)]
 ONLY = {"matmul": {"xla", "pallas"}, "xla": {"xla"}, "v2": {"v2"}, "v3": {"v3", "v3_f32"}}
 
@@ -53,19 +54,18 @@ def ladders(peer, shape):
 
 
 def neighbours(tiles, peer, rungs):
-    """Tiles one rung away. What v3 computes at a time divides what it fetches."""
+    """Tiles one rung away."""
     found = []
     for at, ladder in enumerate(rungs):
         here = ladder.index(tiles[at])
         for rung in ladder[max(here - 1, 0):here] + ladder[here + 1:here + 2]:
             there = [*tiles[:at], rung, *tiles[at + 1:]]
-            if peer.startswith("v3"):
-                for fetched, computed in ((0, 2), (1, 3)):
-                    there[computed] = min(there[computed], there[fetched])
-                if there[0] % there[2] or there[1] % there[3]:
+            if peer.startswith("v3"):  # what it computes at a time divides what it fetches
+                there[2:] = [min(fetched, computed) for fetched, computed in zip(there, there[2:])]
+                if any(fetched % computed for fetched, computed in zip(there, there[2:])):
                     continue
-            found.append(there)
-    return [there for there in found if there != tiles]
+            found.append(tuple(there))
+    return dict.fromkeys(found)
 
 
 def kernel_name(peer, shape):
@@ -195,34 +195,30 @@ def wait(child):
     return None
 
 
-def search(peers, pool, peer, limit, case, shape, tiles, quick):
-    """The fastest tiles within `limit` MiB that climbing finds: (tiles, its point, points looked at), or None."""
+def search(peers, pool, peer, limit, case, shape, starts, quick):
+    """The fastest tiles within `limit` MiB that climbing finds, and how many it looked at; None if nothing fits."""
     rungs = ladders(peer, shape)
-    if quick and rungs and not tiles:
+    if not starts and rungs and quick:
         return None
-    tiles = tiles or [ladder[len(ladder) // 2] for ladder in rungs]
+    starts = starts or [tuple(ladder[len(ladder) // 2] for ladder in rungs)]
 
     def cost(tiles):
+        """What does not fit comes after what does, and the larger the later."""
         point = peers.point(peer, case, shape, tiles)
-        fits = "cycles" in point and (point["mib"] or 0) <= limit
-        return (point["cycles"] if fits else float("inf")), point
+        if "error" in point:
+            return float("inf"), float("inf")
+        return max(0, (point["mib"] or 0) - limit), point["cycles"]
 
-    seen = {tuple(tiles): cost(tiles)}
+    seen = {tiles: cost(tiles) for tiles in starts}
+    tiles = min(seen, key=seen.get)
     while not quick:
-        new = [there for there in neighbours(tiles, peer, rungs) if tuple(there) not in seen]
-        seen.update(zip(map(tuple, new), pool.map(cost, new)))
-        best = list(min(seen, key=lambda tiles: seen[tiles][0]))
-        # Where nothing fits yet, what takes less is nearer.
-        if seen[tuple(best)][0] == float("inf"):
-            small = [there for there in new if all(a <= b for a, b in zip(there, tiles))]
-            if not small:
-                return None
-            best = min(small, key=lambda there: seen[tuple(there)][1].get("mib") or float("inf"))
+        new = [there for there in neighbours(tiles, peer, rungs) if there not in seen]
+        seen.update(zip(new, pool.map(cost, new)))
+        best = min(seen, key=seen.get)
         if best == tiles:
             break
         tiles = best
-    cycles, point = seen[tuple(tiles)]
-    return None if cycles == float("inf") else (tiles, point, len(seen))
+    return None if seen[tiles][0] > 0 else (tiles, len(seen))
 
 
 def write(data):
@@ -265,19 +261,20 @@ def run(peers, pool, wanted, options):
                 continue
             old = case["figures"].get(figure)
             was = old["cycles"] if old else "none"
-            found = search(peers, pool, peer, limit, name, shape, old and old["tiles"], options.quick)
+            less = [case["figures"].get(other) for other, its, room in figures if its == peer and room <= limit]
+            starts = dict.fromkeys(tuple(known["tiles"]) for known in less if known and known["tiles"])
+            found = search(peers, pool, peer, limit, name, shape, starts, options.quick)
             if not found:
-                unknown = options.quick and not (old and old["tiles"])
-                why = "it names no tiles" if unknown else f"nothing was compiled within {limit} MiB"
-                say(f"{name} {figure}: {why}; it stays {was}")
+                say(f"{name} {figure}: {'nothing fits' if starts else 'no tiles are named'}; it stays {was}")
                 continue
-            tiles, point, points = found
-            # Whoever measured it had better tiles: a change of method moves a figure by less.
+            tiles, points = found
+            point = peers.point(peer, name, shape, tiles)
+            # It was measured at better tiles, that nobody wrote down; a change of method moves a figure by less.
             if old and tiles and not old["tiles"] and point["cycles"] > 1.001 * was:
                 say(f"{name} {figure}: {point['cycles']} at {tiles} is the best found; it stays {was}")
                 continue
             case["figures"][figure] = {
-                "cycles": point["cycles"], "mib": point["mib"], "tiles": tiles or None, "peer": peers.version(peer),
+                "cycles": point["cycles"], "mib": point["mib"], "tiles": list(tiles) or None, "peer": peers.version(peer),
                 "libtpu": peers.libtpu_version, "from": "scripts/peers.py", "points": points}
             say(f"{name} {figure}: {point['cycles']}, " + ("as before" if point["cycles"] == was else f"was {was}"))
             write(data)
