@@ -134,7 +134,7 @@ class Peers:
             return json.loads(kept.read_text())
         start = time.monotonic()
         result = self.measure(peer, shape, tiles)
-        # Out of time or memory: another machine, or a quieter one, may have more.
+        # Kept are what was compiled and what does not fit; a quieter machine, or a mended one, may do the rest.
         if not result.pop("again", False):
             kept.write_text(json.dumps(result))
         said = result.get("error") or f"{result['cycles']} cycles @ {result['mib']} MiB"
@@ -174,7 +174,8 @@ class Peers:
             # libtpu may die after it has written its reports.
             cycles, taken = read_reports(folder / "dumps", kernel_name(peer, shape))
             if cycles is None or (taken is None and peer != "xla"):
-                return {"error": (log.strip().splitlines() or [f"exit status {child.returncode}"])[-1][:300]}
+                said = log.strip().splitlines() or [f"exit status {child.returncode}"]
+                return {"error": said[-1][:300], "again": True}
             return {"cycles": cycles, "mib": taken and round(taken / 2**20, 2)}
 
 
@@ -201,6 +202,7 @@ def search(peers, pool, peer, limit, case, shape, starts, quick):
     if not starts and rungs and quick:
         return None
     starts = starts or [tuple(ladder[len(ladder) // 2] for ladder in rungs)]
+    rungs = [sorted({*ladder, *known}) for ladder, known in zip(rungs, zip(*starts))]
 
     def cost(tiles):
         """What does not fit comes after what does, and the larger the later."""
