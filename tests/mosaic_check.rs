@@ -6,11 +6,7 @@
 use std::{error::Error, process};
 
 use pagoda_engine::pjrt::{Client, Plugin, PluginChoice};
-use pagoda_ir::{
-    Context, Element, HostTensor,
-    stablehlo::Module,
-    tile_machine::Program,
-};
+use pagoda_ir::{Context, Element, HostTensor, stablehlo::Module, tile_machine::Program};
 use pagoda_kernels::{
     Case, CheckError, Drawn, Kernel, Plan, Problem, Runner,
     check::check_program,

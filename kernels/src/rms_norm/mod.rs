@@ -116,7 +116,8 @@ impl Kernel for RmsNorm {
     /// residual, as everywhere in a decoder but before its first block.
     fn common() -> Vec<Spec> {
         let hidden = [2048, 3584, 4096, 5120, 8192];
-        let of = |rows| hidden.map(|hidden| Spec { rows, hidden, element: Element::Bf16, epsilon: 1e-5, residual: true });
+        let of =
+            |rows| hidden.map(|hidden| Spec { rows, hidden, element: Element::Bf16, epsilon: 1e-5, residual: true });
         [8, 64, 512, 1024].into_iter().flat_map(of).collect()
     }
 
