@@ -44,7 +44,7 @@ func.func @k(%x: !hbm, %a: !vmem, %s: !dma) attributes {scratch_operands = 2 : i
 // run
 // fault: unwritten-read: kernel `k`: read of unwritten memory: vector.load at memory.mlir:52, buffer `a` at [7, 0], grid step []
 // run allow_unwritten_reads
-// out 0: f32[8, 128]: 0 0 0 0 0 0 0 0 ..., sum 0.00000, by place 0.000, 128 nan
+// result 0: f32[8, 128]: 0 0 0 0 0 0 0 0 ..., sum 0.00000, by place 0.000, 128 nan
 func.func @k(%out: !vmem, %a: !vmem) attributes {scratch_operands = 1 : i64} {
   %c = arith.constant 0 : index
   %seven = arith.constant dense<0.0> : vector<7x128xf32>
@@ -69,7 +69,7 @@ func.func @k(%out: !hbm, %a: !vmem, %s: !dma) attributes {scratch_operands = 2 :
 // run
 // fault: output-never-written: kernel `k`: output element never written: pipeline at the kernel's grid, buffer `out` at [0, 2], grid step []
 // run allow_unwritten_outputs
-// out 0: f32[8, 128]: 1 1 NaN NaN NaN NaN NaN NaN ..., sum 16.00000, by place 7176.000, 1008 nan
+// result 0: f32[8, 128]: 1 1 NaN NaN NaN NaN NaN NaN ..., sum 16.00000, by place 7176.000, 1008 nan
 func.func @k(%out: !vmem) {
   %c = arith.constant 0 : index
   %v = arith.constant dense<1.0> : !tile
@@ -86,7 +86,7 @@ func.func @k(%out: !vmem) {
 // run
 // fault: output-never-written: kernel `k`: output element never written: pipeline at the kernel's grid, buffer `out` at [7, 0], grid step []
 // run allow_unwritten_outputs
-// out 0: f32[8, 128]: 0.8217788 1.4984071 1.9103724 1.9849094 1.7088526 1.130962 0.35331 -0.48674703 ..., sum 8.76265, by place 3681.519, 128 nan
+// result 0: f32[8, 128]: 0.8217788 1.4984071 1.9103724 1.9849094 1.7088526 1.130962 0.35331 -0.48674703 ..., sum 8.76265, by place 3681.519, 128 nan
 func.func @k(%x: !vmem, %out: !vmem) {
   %c = arith.constant 0 : index
   %v = vector.load %x[%c, %c] : !vmem, vector<7x128xf32>
@@ -98,7 +98,7 @@ func.func @k(%x: !vmem, %out: !vmem) {
 // out f32[8,128]
 // alias 0:0
 // run
-// out 0: f32[8, 128]: 7 7 7 7 7 7 7 7 ..., sum 6263.29550, by place 2798259.797
+// result 0: f32[8, 128]: 7 7 7 7 7 7 7 7 ..., sum 6263.29550, by place 2798259.797
 func.func @k(%x: !vmem, %out: !vmem) {
   %c = arith.constant 0 : index
   %v = arith.constant dense<7.0> : vector<7x128xf32>

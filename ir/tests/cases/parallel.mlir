@@ -12,7 +12,7 @@
 // run
 // fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:21, buffer `out` at [0, 0], grid step [1], DMA from `a` to `out` started at parallel.mlir:21 in grid step [1]: it was already written at parallel position 0, now at 1
 // run allow_parallel_overlaps
-// out 0: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
+// result 0: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
 func.func @k(%i: i32, %out: !hbm, %a: !vmem, %s: !dma)
   attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#parallel], scratch_operands = 2 : i64} {
   %c = arith.constant 0 : index
@@ -26,7 +26,7 @@ func.func @k(%i: i32, %out: !hbm, %a: !vmem, %s: !dma)
 // A half each is right.
 // out f32[8,128]
 // run
-// out 0: f32[8, 128]: 0 0 0 0 0 0 0 0 ..., sum 512.00000, by place 377825.000
+// result 0: f32[8, 128]: 0 0 0 0 0 0 0 0 ..., sum 512.00000, by place 377825.000
 func.func @k(%i: i32, %out: !hbm, %a: !part, %s: !dma)
   attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#parallel], scratch_operands = 2 : i64} {
   %c = arith.constant 0 : index
@@ -170,7 +170,7 @@ func.func @t(%i: i32, %j: i32) -> (i32, i32) { %c = arith.constant 0 : i32 retur
 // out f32[16,128]
 // alias 0:0
 // run
-// out 0: f32[16, 128]: 3.287115 5.9936285 7.6414895 7.9396377 6.8354106 4.523848 1.41324 -1.9469881 ..., sum 0.51468, by place -38279.506
+// result 0: f32[16, 128]: 3.287115 5.9936285 7.6414895 7.9396377 6.8354106 4.523848 1.41324 -1.9469881 ..., sum 0.51468, by place -38279.506
 func.func @own(%i: i32, %j: i32, %x: !vmem, %out: !vmem) attributes {iteration_bounds = array<i64: 2, 2>,
     dimension_semantics = [#arbitrary, #parallel], window_params = [
       {transform_indices = @t, window_bounds = array<i64: 8, 128>}, {transform_indices = @t, window_bounds = array<i64: 8, 128>}]} {

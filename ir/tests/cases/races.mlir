@@ -7,7 +7,7 @@
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// out 0: f32[8, 128]: 1.6435575 2.9968143 3.8207448 3.9698188 3.4177053 2.261924 0.70662 -0.97349405 ..., sum 0.11629, by place -9557.367
+// result 0: f32[8, 128]: 1.6435575 2.9968143 3.8207448 3.9698188 3.4177053 2.261924 0.70662 -0.97349405 ..., sum 0.11629, by place -9557.367
 func.func @k(%x: !hbm, %out: !hbm, %a: !vmem, %b: !vmem, %s: !dma) attributes {scratch_operands = 3 : i64} {
   %c = arith.constant 0 : index
   "tpu.enqueue_dma"(%x, %a, %s) : (!hbm, !vmem, !dma) -> ()
@@ -66,7 +66,7 @@ func.func @k(%out: !hbm, %a: !vmem, %s: !dma) attributes {scratch_operands = 2 :
 // Reading a source in flight is right.
 // out f32[8,128]
 // run
-// out 0: f32[8, 128]: 1 1 1 1 1 1 1 1 ..., sum 1024.00000, by place 508641.000
+// result 0: f32[8, 128]: 1 1 1 1 1 1 1 1 ..., sum 1024.00000, by place 508641.000
 func.func @k(%out: !hbm, %a: !vmem, %s: !dma) attributes {scratch_operands = 2 : i64} {
   %c = arith.constant 0 : index
   %v = arith.constant dense<1.0> : !tile
@@ -95,7 +95,7 @@ func.func @k(%x: !hbm, %out: !hbm, %a: !vmem, %s: !dma, %t: !dma) attributes {sc
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// out 0 (early, late, random 1): f32[8, 128]: 0.8217788 1.4984071 1.9103724 1.9849094 1.7088526 1.130962 0.35331 -0.48674703 ..., sum 0.05815, by place -4778.684
+// result 0 (early, late, random 1): f32[8, 128]: 0.8217788 1.4984071 1.9103724 1.9849094 1.7088526 1.130962 0.35331 -0.48674703 ..., sum 0.05815, by place -4778.684
 // fault (random 0): read-in-flight: kernel `k`: read of a buffer whose DMA is in flight: vector.load at races.mlir:105, buffer `a` at [0, 0], grid step [], DMA from `x` to `a` started at races.mlir:102 in grid step []
 func.func @k(%x: !hbm, %out: !hbm, %a: !vmem, %b: !vmem, %s: !dma) attributes {scratch_operands = 3 : i64} {
   %c = arith.constant 0 : index
