@@ -1,5 +1,5 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools demo test nightly bench bench-peers certify-all certify-sample tpu-static
+.PHONY: help setup tpu-tools demo test nightly bench bench-peers certify-all certify-sample tpu-static peers
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
@@ -12,6 +12,7 @@ help:
 	@echo "make certify-all  every certification by the TPU compiler (a quarter of an hour; PAGODA_RECORD=1 renews the tables)"
 	@echo "make certify-sample N=200  problems that no table has, by the TPU compiler: how right the verdicts are"
 	@echo "make tpu-static   static cycles of the TPU kernels beside the peers'"
+	@echo "make peers        measures the peers' static cycles anew (hours; ARGS=\"--only v2 --quick\" and the like)"
 
 setup:
 	@scripts/setup.sh
@@ -49,3 +50,6 @@ certify-sample: tpu-tools
 
 tpu-static: tpu-tools
 	cargo bench --bench tpu_static
+
+peers: tpu-tools
+	@scripts/peers.py $(ARGS)

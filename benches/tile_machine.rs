@@ -1,4 +1,4 @@
-//! Our own parts of the Mosaic kernels: the tile machine at a matmul beside the CPU plugin's dot, and at an attention;
+//! Our own parts of the Mosaic kernels: the tile machine at a matmul beside the CPU plugin's dot, and at attention;
 //! planning; and emission, from the problem to the custom call that carries the kernel. Each figure stands beside its bound
 //! on stderr.
 

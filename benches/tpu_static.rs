@@ -23,24 +23,13 @@ use pagoda_kernels::rpa::{self, Batch, Kind, KvLayout, Rpa, mosaic};
 use pagoda_kernels::vmem::Bytes;
 use pagoda_kernels::{Kernel, Problem};
 
-/// A product and the peers' static cycles for it, libtpu 0.0.52 on v5p, bf16: XLA's own dot, and JAX Pallas's matmul at
-/// the best tiles within 16 MiB and within any limit.
-struct Product {
-    sizes: [usize; 3],
-    xla: u64,
-    pallas: Option<u64>,
-    pallas_any: Option<u64>,
-    /// The limit of our second line.
-    larger: u64,
-}
+#[path = "common/peers.rs"]
+mod peers;
 
-const PRODUCTS: [Product; 5] = [
-    Product { sizes: [1024, 1024, 1024], xla: 11193, pallas: Some(11367), pallas_any: None, larger: 32 },
-    Product { sizes: [4096, 4096, 4096], xla: 539_689, pallas: Some(561_141), pallas_any: Some(539_041), larger: 32 },
-    Product { sizes: [8, 4096, 14336], xla: 38713, pallas: Some(38745), pallas_any: None, larger: 32 },
-    Product { sizes: [512, 4096, 14336], xla: 239_329, pallas: Some(248_519), pallas_any: Some(238_359), larger: 32 },
-    Product { sizes: [4096, 4096, 14336], xla: 1_883_057, pallas: None, pallas_any: Some(1_862_470), larger: 32 },
-];
+use peers::{Case, Peers, Product, ProductFigures};
+
+/// MiB of VMEM that the second line of our products may take.
+const LARGER: u64 = 32;
 
 fn main() -> ExitCode {
     if let Some(code) = run_if_asked() {
@@ -62,67 +51,16 @@ fn measure(json: bool) -> pagoda_engine::Result<()> {
     // All, or those that are named.
     let named = |kernel: &str| std::env::args().any(|argument| argument == kernel);
     let wanted = |kernel| named(kernel) || !(named("matmul") || named("rpa"));
-    let matmul = if wanted("matmul") { matmuls(json, &certifier)? } else { vec![] };
-    let rpa = if wanted("rpa") { attentions(json, &certifier)? } else { vec![] };
+    let peers = Peers::read().expect("a file that tests/peers.rs holds complete");
+    let matmul = if wanted("matmul") { matmuls(&peers, json, &certifier)? } else { vec![] };
+    let rpa = if wanted("rpa") { attentions(&peers, json, &certifier)? } else { vec![] };
     if json {
         println!("{}", serde_json::json!({ "matmul": matmul, "rpa": rpa }));
     }
     Ok(())
 }
 
-/// A batch of equal sequences, and the peers' static cycles for it on one core (libtpu 0.0.52, v5p, bf16, 32 query and 8
-/// KV heads, head dimension 128, pages of 128): JAX's kernel (v2) and tpu-inference's (v3, which also writes K and V), at
-/// the best tiles of any size, and within 16 MiB; and v3 with f32 accumulators, as ours has them.
-struct Attention {
-    name: &'static str,
-    sequences: usize,
-    q_len: usize,
-    kv_len: usize,
-    v2: [u64; 2],
-    v3: [u64; 2],
-    v3_f32: u64,
-}
-
-const ATTENTIONS: [Attention; 4] = [
-    Attention {
-        name: "prefill1",
-        sequences: 1,
-        q_len: 1024,
-        kv_len: 1024,
-        v2: [271_541, 338_824],
-        v3: [159_253, 165_073],
-        v3_f32: 139_097,
-    },
-    Attention {
-        name: "prefill8",
-        sequences: 8,
-        q_len: 128,
-        kv_len: 128,
-        v2: [106_530, 106_530],
-        v3: [69_594, 69_594],
-        v3_f32: 63_952,
-    },
-    Attention {
-        name: "chunk4608",
-        sequences: 1,
-        q_len: 1024,
-        kv_len: 4608,
-        v2: [917_208, 1_467_816],
-        v3: [753_013, 795_185],
-        v3_f32: 700_665,
-    },
-    Attention {
-        name: "decode8",
-        sequences: 8,
-        q_len: 1,
-        kv_len: 4608,
-        v2: [260_464, 278_844],
-        v3: [110_111, 111_358],
-        v3_f32: 110_721,
-    },
-];
-
-impl Attention {
+impl peers::Batch {
     /// Its metadata: pages in order, sequence after sequence.
     fn batch(&self, plan: &Plan<Rpa>) -> Batch {
         let problem = plan.problem();
@@ -154,29 +92,31 @@ impl Attention {
     }
 }
 
-fn attentions(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {
+fn attentions(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {
     let mut lines = Vec::new();
     if !json {
         println!(
             "\nbatch (kernel)      | ours, per core @ MiB (tiles)     | around | matrix unit | bytes  | v2 best, <= 16 MiB  | v3 best, <= 16 MiB  | v3 f32"
         );
     }
-    for (attention, kind) in
-        ATTENTIONS.iter().map(|attention| (attention, Kind::Mixed)).chain([(&ATTENTIONS[3], Kind::Decode)])
-    {
-        let Attention { name, v2, v3, v3_f32, .. } = attention;
+    let mixed = peers.batches.iter().map(|case| (case, Kind::Mixed));
+    let decode = peers.batches.iter().filter(|case| case.shape.q_len == 1).map(|case| (case, Kind::Decode));
+    for (Case { name, shape: batch, figures }, kind) in mixed.chain(decode) {
+        let v2 = [figures.v2_any.cycles, figures.v2_16mib.cycles];
+        let v3 = [figures.v3_any.cycles, figures.v3_16mib.cycles];
+        let v3_f32 = figures.v3_f32_16mib.cycles;
         let (tokens, kernel) = if kind == Kind::Decode { (8, "decode") } else { (1024, "mixed") };
         let spec = rpa::Spec { tokens, q_heads: 16, kv_heads: 4, kind, ..Rpa::common().remove(0) };
         let plan = plan::<Rpa>(spec, None);
         let context = Context::new();
-        let batch_kernel = mosaic::kernel_of_batch(&context, &plan, &attention.batch(&plan))?;
+        let batch_kernel = mosaic::kernel_of_batch(&context, &plan, &batch.batch(&plan))?;
         let ours = Certified::of_kernel(&plan, &batch_kernel, certifier)?;
         let cycles = ours.certificate.kernel_cycles();
         let around = ours.certificate.cycles.iter().map(|op| op.cycles).sum::<u64>() - cycles.unwrap_or(0);
         let (info, problem) = (Chip::V5p.info(), plan.problem());
         // Two products of two flop each for every row, key and element; all heads of the core.
-        let rows = problem.group() * plan.tiles().queries.min(attention.q_len.next_multiple_of(8));
-        let [worked, fetched] = attention.keys(&plan);
+        let rows = problem.group() * plan.tiles().queries.min(batch.q_len.next_multiple_of(8));
+        let [worked, fetched] = batch.keys(&plan);
         let flop = worked * rows * problem.head_dim * 4 * problem.kv_heads;
         let matrix_unit = flop as u64 / info.peak_flop_per_cycle_and_core;
         // Both cores: K and V of every page, q and the output once.
@@ -190,11 +130,11 @@ fn attentions(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<se
             continue;
         }
         let taken = ours.plan.total + ours.certificate.spills();
-        let told = cycles.map_or("none".into(), |cycles| cycles.to_string());
+        let cycles = cycles.map_or("none".into(), |cycles| cycles.to_string());
         println!(
             "{:<19} | {:<32} | {around:<6} | {matrix_unit:<11} | {floor:<6.0} | {:<19} | {:<19} | {v3_f32}",
             format!("{name} ({kernel})"),
-            format!("{told} @ {:.1} ({})", taken.as_mib(), ours.plan.tiles),
+            format!("{cycles} @ {:.1} ({})", taken.as_mib(), ours.plan.tiles),
             format!("{}, {}", v2[0], v2[1]),
             format!("{}, {}", v3[0], v3[1]),
         );
@@ -208,16 +148,19 @@ fn plan<K: Kernel>(spec: K::Spec, vmem_limit: Option<Bytes>) -> Plan<K> {
     Plan::new(problem, Chip::V5p, Options { tiles: None, vmem_limit }).expect("a plan")
 }
 
-fn matmuls(json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {
+fn matmuls(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {
     let mut lines = Vec::new();
     if !json {
         println!(
             "m x k x n          | ours @ 16 MiB                    | ours, larger limit               | XLA     | Pallas @ 16 MiB | Pallas, any | bytes"
         );
     }
-    for Product { sizes: [m, k, n], xla, pallas, pallas_any, larger } in PRODUCTS {
+    for Case { shape, figures, .. } in &peers.products {
+        let Product { m, k, n } = *shape;
+        let ProductFigures { xla: peers::Figure { cycles: xla }, pallas_16mib, pallas_any } = figures;
+        let [pallas, pallas_any] = [pallas_16mib, pallas_any].map(|figure| figure.as_ref().map(|figure| figure.cycles));
         let mut ours: Vec<Certified<Matmul>> = Vec::new();
-        for limit in [None, Some(larger)] {
+        for limit in [None, Some(LARGER)] {
             let spec = matmul::Spec::new([m, k, n], Element::Bf16);
             ours.push(Certified::new(&plan(spec, limit.map(Bytes::mib)), certifier)?);
         }

@@ -94,6 +94,33 @@ fn json_is_one_object_per_sample_in_prompt_order_and_nothing_else() {
     assert_eq!(stablehlo, mosaic, "all forms of the kernels yield the same greedy text");
 }
 
+/// A byte-order mark is read, flags win over the file, and a round differs from the next in its random numbers only.
+#[test]
+fn rounds_have_random_numbers_of_their_own() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("config.yaml");
+    let rounds = |temperature: &str, rounds: &str| -> Vec<Value> {
+        let args = ["sample", "--config", path.to_str().unwrap(), "--json", "--temperature", temperature];
+        let output = run(&[&args[..], &["--n-rounds", rounds]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert!(stderr(&output).contains(&format!("temperature: {temperature}\n")), "{}", stderr(&output));
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["tokens"].clone()).collect()
+    };
+    let text = format!(
+        "\u{feff}hf_checkpoint: {}\nprompts: [In the beginning, Blessed are]\nn_generations: 2\nmax_new_tokens: 16\n\
+         temperature: 0.5\nengine: {{compute_dtype: float32}}\n",
+        model().display()
+    );
+    fs::write(&path, text).unwrap();
+    let (once, twice) = (rounds("1.0", "1"), rounds("1.0", "2"));
+    assert_eq!(once[..], twice[..4], "further rounds change nothing in the first");
+    let different: std::collections::BTreeSet<_> = twice.iter().map(Value::to_string).collect();
+    assert_eq!(different.len(), 8, "every sample is drawn by itself");
+    let greedy = rounds("0.0", "2");
+    assert_eq!(greedy[..4], greedy[4..]);
+}
+
 #[test]
 fn an_interrupted_run_keeps_what_is_finished_and_goes_on() {
     let dir = TempDir::new().unwrap();
@@ -175,6 +202,12 @@ fn bad_input_gets_one_clear_error_and_exit_code_2() {
     let activation = damaged(&folder("e"), |m| edit(&m.join("config.json"), "\"silu\"", "\"gelu\""));
     let vocabulary =
         damaged(&folder("f"), |m| edit(&m.join("config.json"), "\"vocab_size\": 2048", "\"vocab_size\": 1024"));
+    let nan_weight = damaged(&folder("h"), |m| {
+        let mut bytes = fs::read(m.join(weights)).unwrap();
+        let last = bytes.len() - 2; // the last value of the file, bf16
+        bytes[last..].copy_from_slice(&0x7fc0u16.to_le_bytes());
+        fs::write(m.join(weights), bytes).unwrap();
+    });
     let dtype = damaged(&folder("g"), |m| edit_header(&m.join(weights), "\"BF16\"", "\"I16\" "));
     let yaml = |name: &str, text: &str| {
         let path = dir.path().join(name);
@@ -183,6 +216,10 @@ fn bad_input_gets_one_clear_error_and_exit_code_2() {
     };
     let unknown = yaml("unknown.yaml", "prompts: [a]\nmax_new_token: 4\n");
     let empty = yaml("empty.yaml", "prompts: []\n");
+    let not_utf8 = dir.path().join("latin1.yaml");
+    fs::write(&not_utf8, b"prompts: caf\xe9\n").unwrap();
+    let not_utf8 = not_utf8.display().to_string();
+    let a_folder = folder("folder.yaml").display().to_string();
     let nan = yaml("nan.yaml", "prompts: [a]\ntemperature: .nan\n");
     let not_a_plugin = dir.path().join("plugin.so");
     fs::write(&not_a_plugin, "no library").unwrap();
@@ -210,6 +247,14 @@ fn bad_input_gets_one_clear_error_and_exit_code_2() {
         (config(&unknown), &["max_new_token", "max_new_tokens"]),
         (config(&empty), &["prompts"]),
         (config(&nan), &["temperature", "NaN"]),
+        (config(&not_utf8), &["latin1.yaml", "line 1", "save the file as UTF-8"]),
+        (config(&a_folder), &["folder.yaml", "it is a folder", "give the YAML file itself"]),
+        (sample(&nan_weight, &[]), &["model.safetensors", "tensor model.norm.weight[", "NaN is not finite"]),
+        (
+            sample(&model, &["--max-pages", "500000000", "--page-size", "4"]),
+            &["engine.max_pages = 500000000 takes", "KV cache", "left: lower it to"],
+        ),
+        (sample(&model, &["--n-rounds", "5000"]), &["n_rounds = 5000 exceeds 4096"]),
         (sample(&model, &["--temperature", "nan"]), &["temperature"]),
         (sample(&model, &["--temperature", "-1"]), &["temperature", "-1"]),
         (sample(&model, &["--top-p", "0"]), &["top_p"]),
@@ -223,6 +268,8 @@ fn bad_input_gets_one_clear_error_and_exit_code_2() {
         (sample(&model, &["--hosts", "2", "--host-id", "2"]), &["--host-id", "2"]),
         (sample(&model, &["--chat"]), &["chat"]),
         (sample(&model, &["--compute", "f8"]), &["f8"]),
+        (sample(&model, &["--kernels", "mosaic", "--chip", "v9"]), &["chip = v9", "tpu7x"]),
+        (sample(&model, &["--chip", "v4"]), &["--chip = v4", "add --kernels mosaic"]),
         (vec!["merge".into(), shares], &["host_0000_of_0002"]),
         (vec!["merge".into(), "/nowhere".into()], &["/nowhere"]),
         (
@@ -244,11 +291,12 @@ fn bad_input_gets_one_clear_error_and_exit_code_2() {
             files.filter(|f| f.as_ref().unwrap().path().extension().is_some_and(|e| e == "jsonl")).count()
         });
         assert_eq!(written, 0, "{args:?} left a file");
+        let _ = fs::remove_dir_all(&out); // with the manifest of a run that came as far as the weights
     }
 }
 
 #[test]
-fn doctor_tells_what_is_there() {
+fn doctor_lists_what_is_there() {
     let output = run(&["doctor", "--json"]);
     assert!(output.status.success(), "{}", stderr(&output));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();

@@ -2,8 +2,10 @@
 //! for every one of them when it is left out. No compiler is asked.
 
 use pagoda_kernels::{
-    Kernel,
-    evidence::{ENOUGH, stale},
+    Kernel, Options, Plan, Problem,
+    chips::Chip,
+    evidence::{ENOUGH, spills, stale},
+    vmem::Verdict,
 };
 
 fn every_record_is_of_the_body_that_is_emitted_today<K: Kernel>() {
@@ -28,12 +30,33 @@ fn the_estimate_holds_for_each_record_that_is_left_out<K: Kernel>() {
     assert!(estimated >= ENOUGH, "only {estimated} records can be estimated from the others");
 }
 
+/// What serving meets is on record for every chip, at the tiles that the planner chooses.
+fn common_problems_fit<K: Kernel>() {
+    let mut others = String::new();
+    for chip in Chip::ALL {
+        for spec in K::common() {
+            let problem = Problem::new(spec).expect("a common problem is valid");
+            let plan = Plan::<K>::new(problem, chip, Options::default()).expect("a common problem has a plan");
+            let verdict = plan.verdict(spills(&plan));
+            if !matches!(verdict, Verdict::Fits { .. }) {
+                others += &format!("{} on {chip}, {}: {verdict}\n", plan.name(), plan.describe());
+            }
+        }
+    }
+    assert!(others.is_empty(), "{others}");
+}
+
 macro_rules! tests {
     ($($name:ident: $kernel:ty,)*) => {
         $(mod $name {
             #[test]
             fn every_record_is_of_the_body_that_is_emitted_today() {
                 super::every_record_is_of_the_body_that_is_emitted_today::<$kernel>();
+            }
+
+            #[test]
+            fn common_problems_fit() {
+                super::common_problems_fit::<$kernel>();
             }
 
             #[test]

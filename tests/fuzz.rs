@@ -7,10 +7,11 @@
 //!
 //! Cases run in batches in a child process, within limits of time and memory. MLIR's own readers are not hardened and may
 //! die of a damaged module, which is why the command line opens files in a child too: a case that kills the worker is a
-//! finding unless MLIR's reader and verifier alone die of it as well.
+//! finding unless MLIR alone dies of reading, verifying or printing it.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -80,7 +81,7 @@ impl Target {
         }
     }
 
-    /// Has MLIR alone read and verify what the target would give it: ours is only what comes before (of a text), none of
+    /// Has MLIR alone read, verify and print what the target would give it: ours is only what comes before (of a text), none of
     /// which is unsafe, nor recursive.
     fn read_by_mlir(self, context: &Context, input: &[u8]) {
         match self {
@@ -94,40 +95,38 @@ impl Target {
                 let read = || unsafe {
                     Module::from_option_raw(mlir_sys::mlirModuleCreateParse(context.melior().to_raw(), source))
                 };
-                let _ = context.diagnosed(|| read().map(|module| module.as_operation().verify()));
+                let verified = |module: &Module| module.as_operation().verify();
+                let (module, _) = context.diagnosed(|| read().filter(verified));
+                let _ = module.map(|module| text::print(&module));
             }
         }
     }
 
     /// The `case`th damaged input of a seed.
     fn case(self, seeds: &Seeds, seed: u64, case: u64) -> Vec<u8> {
-        let mut draw = SplitMix64::new(seed ^ (case << 8 | self as u64).wrapping_mul(0x2545_f491_4f6c_dd1d));
-        let mut draw = Draw(SplitMix64::new(draw.bits()));
+        let mut mixed = SplitMix64::new(seed ^ (case << 8 | self as u64).wrapping_mul(0x2545_f491_4f6c_dd1d));
+        let mut draw = Draw(SplitMix64::new(mixed.bits()));
         let seeds = match self {
             Self::Scanner => &seeds.modules,
             Self::Open => &seeds.configs,
             Self::Text | Self::Decode => &seeds.texts,
         };
-        let mut input = draw.of(seeds).clone();
-        let inside_body = self == Self::Open && draw.one_in(2);
-        let body = if inside_body { body_of(&input) } else { None };
+        let input = draw.of(seeds);
+        // Half of the configurations are damaged inside of the body.
+        let inside = self == Self::Open && draw.one_in(2);
+        let body = inside.then(|| body_of(input)).flatten();
         let mut damaged = body.clone().unwrap_or_else(|| input.clone());
-        for _ in 0..1 + draw.below(4) {
-            let is_text = self == Self::Decode || body.is_none() && !damaged.starts_with(b"ML\xefR");
-            match is_text && (self == Self::Decode || draw.one_in(2)) {
+        for _ in 0..1 + draw.below(if self == Self::Decode { 2 } else { 4 }) {
+            let is_text = !inside && !damaged.starts_with(b"ML\xefR");
+            match self == Self::Decode || is_text && draw.one_in(2) {
                 true => draw.damage_text(&mut damaged),
                 false => draw.damage_bytes(&mut damaged, seeds),
             }
             damaged.truncate(LARGEST);
         }
-        match body {
-            Some(body) => {
-                let text = String::from_utf8_lossy(&input).replace(&BASE64.encode(&body), &BASE64.encode(&damaged));
-                input = text.into_bytes();
-                input
-            }
-            None => damaged,
-        }
+        let Some(body) = body else { return damaged };
+        let config = String::from_utf8_lossy(input);
+        config.replace(&BASE64.encode(&body), &BASE64.encode(&damaged)).into_bytes()
     }
 }
 
@@ -220,20 +219,42 @@ impl Draw {
     }
 
     /// A piece of something of this length, seldom a long one.
-    fn range(&mut self, length: usize) -> std::ops::Range<usize> {
+    fn range(&mut self, length: usize) -> Range<usize> {
         let start = self.below(length + 1);
         let most = if self.one_in(4) { length } else { 16 };
         start..start + self.below(most.min(length - start) + 1)
     }
 
     fn damage_bytes(&mut self, bytes: &mut Vec<u8>, seeds: &[Vec<u8>]) {
-        let at = self.below(bytes.len());
-        match self.below(8) {
+        /// Words that the readers look for.
+        const WORDS: [&[u8]; 12] = [
+            b"custom_call_config",
+            b"tpu_custom_call",
+            b"{",
+            b"{\\22",
+            b"\"",
+            b"\\",
+            b"func.func ",
+            b"(%",
+            b"#tpu.memory_space<",
+            b"\n",
+            b"@main(",
+            b"output_operand_alias<",
+        ];
+        let at = if self.one_in(4) { 0 } else { self.below(bytes.len()) };
+        match self.below(10) {
             0 if !bytes.is_empty() => bytes[at] ^= 1 << self.below(8),
             1 if !bytes.is_empty() => {
                 bytes[at] = *self.of(&[0, 1, 0x7f, 0x80, 0xfe, 0xff, b'"', b'{', b'\n', b'%', b'<'])
             }
             2 => bytes.truncate(at),
+            7 => drop(bytes.drain(..at)),
+            8 => {
+                let words: Vec<&[u8]> = (0..1 + self.below(3)).map(|_| *self.of::<&[u8]>(&WORDS)).collect();
+                let piece = words.concat();
+                let most = if self.one_in(4) { LARGEST / piece.len() } else { 1 };
+                bytes.splice(at..at, piece.repeat(1 + self.below(most)));
+            }
             3 => drop(bytes.drain(self.range(bytes.len()))),
             4 => {
                 let piece = bytes[self.range(bytes.len())].to_vec();
@@ -279,23 +300,12 @@ impl Draw {
         ];
         const TYPES: [&str; 9] = ["i1", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "index"];
         let text = String::from_utf8_lossy(bytes).into_owned();
-        let is_word = |c: char| c.is_ascii_alphanumeric() || "_.".contains(c);
-        let mut words = Vec::new();
-        let mut start = None;
-        for (at, c) in text.char_indices().chain([(text.len(), ' ')]) {
-            match (start, is_word(c)) {
-                (None, true) => start = Some(at),
-                (Some(from), false) => {
-                    words.push(from..at);
-                    start = None;
-                }
-                _ => {}
-            }
-        }
-        let is_number = |word: &str| word.bytes().all(|byte| byte.is_ascii_digit());
-        let (numbers, names): (Vec<_>, Vec<_>) = words.into_iter().partition(|word| is_number(&text[word.clone()]));
-        let with =
-            |range: std::ops::Range<usize>, word: &str| [&text[..range.start], word, &text[range.end..]].concat();
+        // Sizes and numbers, but not what ends a name or a type: in `8x128xf32` the first two.
+        let mut numbers = runs(&text, |c| c.is_ascii_digit());
+        numbers.retain(|run| !text[..run.start].ends_with(|c: char| c != 'x' && (c == '_' || c.is_ascii_alphabetic())));
+        let mut names = runs(&text, |c| c.is_ascii_alphanumeric() || "_.".contains(c));
+        names.retain(|run| !text[run.clone()].starts_with(|c: char| c.is_ascii_digit()));
+        let with = |range: Range<usize>, word: &str| [&text[..range.start], word, &text[range.end..]].concat();
         let result = match self.below(6) {
             0 | 1 if !numbers.is_empty() => with(self.of(&numbers).clone(), self.of::<&str>(&NUMBERS)),
             2 if !names.is_empty() => with(self.of(&names).clone(), &text[self.of(&names).clone()]),
@@ -322,6 +332,19 @@ impl Draw {
     }
 }
 
+/// Where a text has such characters in a row.
+fn runs(text: &str, is: impl Fn(char) -> bool) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (at, c) in text.char_indices().filter(|&(_, c)| is(c)) {
+        let end = at + c.len_utf8();
+        match runs.last_mut() {
+            Some(run) if run.end == at => run.end = end,
+            _ => runs.push(at..end),
+        }
+    }
+    runs
+}
+
 /// What a worker is to do, in `job.json` of its folder; the seeds' files are in `seeds`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Job {
@@ -329,7 +352,7 @@ struct Job {
     seed: u64,
     first: u64,
     count: u64,
-    /// MLIR's readers alone.
+    /// MLIR alone.
     by_mlir: bool,
 }
 
@@ -365,8 +388,9 @@ fn run(folder: &Path, job: &Job) -> Outcome {
         let bytes = fs::read(folder.join(name)).ok().and_then(|bytes| bytes.try_into().ok());
         bytes.map(u64::from_le_bytes)
     };
-    let _ = fs::remove_file(folder.join("accepted"));
-    fs::write(folder.join("progress"), job.first.to_le_bytes()).expect("the folder is writable");
+    for name in ["accepted", "progress"] {
+        let _ = fs::remove_file(folder.join(name));
+    }
     fs::write(folder.join("job.json"), serde_json::to_vec(job).expect("a job")).expect("the folder is writable");
     let stderr = fs::File::create(folder.join("stderr")).expect("the folder is writable");
     let mut command = Command::new(std::env::current_exe().expect("this program has a path"));
@@ -380,7 +404,9 @@ fn run(folder: &Path, job: &Job) -> Outcome {
     }
     let said = fs::read(folder.join("stderr")).unwrap_or_default();
     let said = String::from_utf8_lossy(&said).lines().take(6).collect::<Vec<_>>().join(" | ");
-    Outcome::Died { case: number("progress").unwrap_or(job.first), ended, why: format!("{ended:?}: {said}") }
+    let why = format!("{ended:?}: {said}");
+    let case = number("progress").unwrap_or_else(|| panic!("a worker ended before its first case: {why}"));
+    Outcome::Died { case, ended, why }
 }
 
 /// What came of a target.
@@ -388,7 +414,7 @@ fn run(folder: &Path, job: &Job) -> Outcome {
 struct Report {
     cases: u64,
     accepted: u64,
-    /// Cases of which MLIR's readers die by themselves.
+    /// Cases of which MLIR alone dies.
     of_mlir: u64,
     /// What is to be mended, and the case that shows it.
     findings: BTreeMap<String, u64>,
@@ -414,30 +440,62 @@ fn fuzz(target: Target, seed: u64, plan: &Plan, folder: &Path) -> Report {
             Outcome::Died { case, ended, why } => {
                 report.cases += case + 1 - next;
                 next = case + 1;
-                let alone = Job { first: case, count: 1, ..job };
-                // A panic is ours, and so is an allocation that fails; so is a death that MLIR's readers alone survive.
-                let ours = ["panicked at", "memory allocation of"].iter().any(|words| why.contains(words));
-                if !ours && matches!(run(folder, &Job { by_mlir: true, ..alone.clone() }), Outcome::Died { .. }) {
-                    report.of_mlir += 1;
-                    continue;
-                }
-                // The batch, not the case, may have been too much.
-                if ended != Ended::OutOfTime || matches!(run(folder, &alone), Outcome::Died { .. }) {
-                    let seeds = Seeds::read(&folder.join("seeds"));
-                    let path = findings().join(format!("{}-{seed}-{case}", target.name()));
-                    fs::write(&path, target.case(&seeds, seed, case)).expect("the build folder is writable");
-                    // Without what differs from case to case.
-                    let kind: String = why.chars().filter(|c| !c.is_ascii_digit()).take(300).collect();
-                    report.findings.entry(kind).or_insert_with(|| {
-                        let again = format!("PAGODA_FUZZ_SEED={seed} PAGODA_FUZZ_CASE={case}");
-                        println!("fuzz {}: {why}\n  {}\n  {again}", target.name(), path.display());
-                        case
-                    });
+                match blame(folder, &job, case, ended, &why) {
+                    Blame::Nobody => {}
+                    Blame::Mlir => report.of_mlir += 1,
+                    Blame::Ours => report.find(&job, folder, case, &why),
                 }
             }
         }
     }
     report
+}
+
+/// Whose death it was.
+enum Blame {
+    Ours,
+    Mlir,
+    /// The batch, not the case, took too long.
+    Nobody,
+}
+
+fn blame(folder: &Path, job: &Job, case: u64, ended: Ended, why: &str) -> Blame {
+    // A panic is ours, and so is an allocation that fails.
+    if ["panicked at", "memory allocation of"].iter().any(|words| why.contains(words)) {
+        return Blame::Ours;
+    }
+    let dies = |job: &Job| matches!(run(folder, job), Outcome::Died { .. });
+    let alone = Job { first: case, count: 1, ..job.clone() };
+    // A case before it may have had MLIR write where it must not, which shows late, and not every time.
+    let batch = Job { count: case + 1 - job.first, by_mlir: true, ..job.clone() };
+    if dies(&Job { by_mlir: true, ..alone.clone() }) {
+        Blame::Mlir
+    } else if dies(&alone) {
+        Blame::Ours
+    } else if ended == Ended::OutOfTime {
+        Blame::Nobody
+    } else if (0..5).any(|_| dies(&batch)) {
+        Blame::Mlir
+    } else {
+        Blame::Ours
+    }
+}
+
+impl Report {
+    /// Keeps the input of a case that shows something, and says how to run it again.
+    fn find(&mut self, job: &Job, folder: &Path, case: u64, why: &str) {
+        let (target, seed) = (job.target, job.seed);
+        let input = target.case(&Seeds::read(&folder.join("seeds")), seed, case);
+        let path = findings().join(format!("{}-{seed}-{case}", target.name()));
+        fs::write(&path, input).expect("the build folder is writable");
+        // Without what differs from case to case.
+        let kind: String = why.chars().filter(|c| !c.is_ascii_digit()).take(300).collect();
+        self.findings.entry(kind).or_insert_with(|| {
+            let again = format!("PAGODA_FUZZ_SEED={seed} PAGODA_FUZZ_CASE={case}");
+            println!("fuzz {}: {why}\n  {}\n  {again}", target.name(), path.display());
+            case
+        });
+    }
 }
 
 /// Where damaged inputs are kept that show something.
@@ -499,7 +557,7 @@ fn main() -> ExitCode {
         let started = Instant::now();
         let report = fuzz(target, plan.seed, &plan, folder.path());
         println!(
-            "fuzz {}: {} cases of seed {} in {:.0} s, {} accepted, {} that MLIR's reader dies of, {} findings",
+            "fuzz {}: {} cases of seed {} in {:.0} s, {} accepted, {} that MLIR alone dies of, {} findings",
             target.name(),
             report.cases,
             plan.seed,

@@ -39,7 +39,7 @@ fn jax_attention_agrees_with_the_reference_under_every_order_of_copies() {
     let [call] = &calls[..] else { panic!("{} calls", calls.len()) };
     let opened = wire::open(&context, &call.backend_config).unwrap();
     let program = Program::decode(&opened.module).unwrap().with_aliases(&call.aliases);
-    let (types, results) = call.types.clone().expect("text tells the types");
+    let (types, results) = call.types.clone().expect("text has the types");
     for lengths in [&[(9, 48), (1, 55), (3, 20)][..], &[(24, 24)], &[(1, 64), (1, 1), (1, 17), (1, 33)]] {
         let lengths: Vec<_> = lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
         let inputs = Rpa::draw(&problem, Some(&lengths), 3).unwrap();

@@ -951,12 +951,11 @@ struct AddLength;
 impl Handler for AddLength {
     const TARGET: &'static str = "stablehlo_ops.add_length";
 
-    fn call(frame: Frame<'_>) -> std::result::Result<(), String> {
-        let Frame { operands, mut results, options } = frame;
-        let length = options.string("text").ok_or("no attribute `text`")?.len() as i32;
-        let values: Vec<i32> = operands.get(0)?.values::<i32>()?.iter().map(|value| value + length).collect();
+    fn call(mut frame: Frame<'_>) -> std::result::Result<(), String> {
+        let length = frame.options.string("text").ok_or("no attribute `text`")?.len() as i32;
+        let values: Vec<i32> = frame.operands.get(0)?.values::<i32>()?.iter().map(|value| value + length).collect();
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        results.bytes(0)?.copy_from_slice(&bytes);
+        frame.results.bytes(0)?.copy_from_slice(&bytes);
         Ok(())
     }
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use criterion::Bencher;
 
-/// A routine for criterion that does `work`, and leaves in `mean` the mean time of what ran last: to be told beside a
+/// A routine for criterion that does `work`, and leaves in `mean` the mean time of what ran last: to be printed beside a
 /// bound or another measurement.
 pub fn timed<'m>(mean: &'m mut Duration, mut work: impl FnMut() + 'm) -> impl FnMut(&mut Bencher) + 'm {
     move |bencher| {

@@ -104,7 +104,7 @@ pub struct EngineSettings {
     #[arg(long, value_name = "S")]
     pub seed: u64,
     /// Type of weights, activations and KV.
-    #[arg(long = "compute", value_enum)]
+    #[arg(long = "compute", value_enum, value_name = "TYPE")]
     pub compute_dtype: Compute,
 }
 
@@ -282,7 +282,7 @@ impl Settings {
             ("n_rounds", self.n_rounds, SampleId::ROUNDS),
         ] {
             if size > limit {
-                let limit = format!("exceeds {limit}, the most that random keys tell apart");
+                let limit = format!("exceeds {limit}, the most that random keys can distinguish");
                 return Err(Error::setting(key, size, limit, "use less, or several runs with seeds of their own"));
             }
         }
@@ -492,6 +492,10 @@ fn explain(text: &str, path: &str, error: &YamlError) -> (String, String) {
         YamlError::Unexpected { expected: "mapping start", .. } => {
             limit("is not a section of keys", "write its keys indented below it")
         }
+        YamlError::Unexpected { expected: "string scalar", .. }
+        | YamlError::ExternallyTaggedEnumExpectedScalarOrMapping { .. } => {
+            limit("is not a single value", "write one value, in quotes if it is text with `: ` in it")
+        }
         YamlError::SerdeUnknownVariant { expected, .. } => {
             limit(&format!("is not one of {}", expected.join(", ")), "choose one of them")
         }
@@ -664,7 +668,12 @@ mod tests {
             ("prompts: yes it is\nstop_sequence: 1.0", "line 2: stop_sequence = 1.0 is not text: put it in quotes"),
             ("prompts: a\nmax_new_tokens: -1", "line 2: max_new_tokens = -1 is not a whole number of at least 0"),
             ("prompts: a\nmax_new_tokens: 1.5", "line 2: max_new_tokens = 1.5 is not a whole number"),
-            ("prompts: a\nmax_new_tokens: [1, 2]", "line 2: max_new_tokens: expected string scalar at line 2"),
+            (
+                "prompts: a\nmax_new_tokens: [1, 2]",
+                "line 2: max_new_tokens = [1, 2] is not a single value: write one value",
+            ),
+            ("prompts:\n- a: b", "line 2: prompts[0] = a: b is not a single value: write one value, in quotes if"),
+            ("engine:\n  compute_dtype: [f32]", "line 2: engine.compute_dtype = [f32] is not a single value"),
             ("prompts: a\nmax_new_tokens: null", "line 2: max_new_tokens = null is not a whole number"),
             (
                 "engine:\n  seed: 99999999999999999999999",
@@ -688,7 +697,7 @@ mod tests {
             ("prompts: a\ntemperature: -0.5", "temperature = -0.5 is not a finite number"),
             ("prompts: a\ntop_p: 0", "top_p = 0 is not above 0 and at most 1"),
             ("prompts: a\nmax_new_tokens: 0", "max_new_tokens = 0 is below 1: use 1 or more"),
-            ("prompts: a\nn_rounds: 5000", "n_rounds = 5000 exceeds 4096, the most that random keys tell apart"),
+            ("prompts: a\nn_rounds: 5000", "n_rounds = 5000 exceeds 4096, the most that random keys can distinguish"),
             ("prompts: a\nengine: {page_size: 0}", "engine.page_size = 0 is below 1"),
             ("prompts: a\nengine: {max_pages: 3000000000}", "engine.max_pages = 3000000000 exceeds 2147483647"),
             ("prompts: a\ntokenizer: nowhere", "nowhere does not exist: give tokenizer.json"),

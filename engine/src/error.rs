@@ -1,4 +1,4 @@
-//! The engine's error type. Every message tells the key, its value, the limit and the fix.
+//! The engine's error type. Every message names the key, its value, the limit and the fix.
 //!
 //! Errors are sorted by what the caller does next, not by the module they come from: bad input (exit code 2: change
 //! what was given), and everything else (exit code 1: the machine, a file system or a plugin failed).

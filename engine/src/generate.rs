@@ -116,6 +116,16 @@ impl EngineOptions {
             target: self.target,
         }
     }
+
+    /// Whether the KV cache fits in the memory that is left. [`Engine::new`] asks again: a caller who asks before the
+    /// weights are loaded spares the user the wait.
+    ///
+    /// # Errors
+    /// Names `engine.max_pages`, what it takes, what is left, and how many pages would fit.
+    pub fn check_memory(&self, client: &Client, config: &LlamaConfig) -> Result<()> {
+        let shape = self.shape();
+        Room::of(client)?.map_or(Ok(()), |room| room.check(shape.pages, &shape.kv_type(config)))
+    }
 }
 
 /// A model on a device, with its compiled step programs and its KV cache.
@@ -146,10 +156,7 @@ impl Engine {
         if shape.target.needs_handlers() {
             crate::native::register_all(client.plugin())?;
         }
-        let cache = shape.kv_type(config);
-        if let Some(room) = Room::of(client)? {
-            room.check(shape.pages, &cache)?;
-        }
+        options.check_memory(client, config)?;
         let started = Instant::now();
         let context = Context::new();
         let kind = options.sampling.kind();
@@ -158,7 +165,7 @@ impl Engine {
         let decode = step::decode(&context, config, &shape, kind, &end_of_text)?;
         let prefill = client.compile(prefill.bytecode(), 1)?;
         let decode = client.compile(decode.bytecode(), 1)?;
-        let empty_cache = client.compile(zeros(&context, &cache)?.bytecode(), 1)?;
+        let empty_cache = client.compile(zeros(&context, &shape.kv_type(config))?.bytecode(), 1)?;
         let compile = started.elapsed();
 
         let kv = allocate(&empty_cache)?;

@@ -113,7 +113,7 @@ impl Run {
 
 /// A short name for what `parts` hold: 64-bit FNV-1a over each part and its length, the same in every release.
 ///
-/// It tells apart runs that a user confused; it is not a defence against forgery.
+/// It catches runs that a user confused; it is not a defence against forgery.
 pub fn fingerprint<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for part in parts {

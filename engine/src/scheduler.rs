@@ -233,7 +233,7 @@ impl Scheduler {
     ///
     /// # Panics
     /// When tokens of the step before were not recorded.
-    // Not an `Iterator`: each step depends on what `record` was told about the one before.
+    // Not an `Iterator`: each step depends on what `record` heard of the one before.
     #[allow(clippy::should_implement_trait)]
     pub fn next(&mut self) -> Step {
         let unrecorded = self.running().find(|(_, running)| running.awaiting).map(|(slot, _)| slot);

@@ -47,7 +47,7 @@ impl StopRule {
 
     /// The first end within `sampled` (all new tokens of one sample), looking at tokens from `from` on.
     ///
-    /// Tokens after the end are what the device sampled before the host looked; they are no part of the sample.
+    /// Tokens after the end are what the device sampled before the host looked; they are not part of the sample.
     pub fn end(&self, sampled: &[u32], from: usize, max_new_tokens: usize) -> Option<End> {
         (from..sampled.len()).find_map(|last| {
             let kept = &sampled[..=last];

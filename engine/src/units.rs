@@ -51,9 +51,9 @@ pub struct SampleId {
 }
 
 impl SampleId {
-    /// The most generations of a prompt: what 20 bits of a random key tell apart.
+    /// The most generations of a prompt: what 20 bits of a random key can number.
     pub const GENERATIONS: usize = 1 << 20;
-    /// The most rounds of a run: what the other 12 bits tell apart.
+    /// The most rounds of a run: what the other 12 bits can number.
     pub const ROUNDS: usize = 1 << 12;
 
     /// The two words of the random key: the prompt, and which of its samples. In round 0 the second is the generation.

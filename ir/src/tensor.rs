@@ -58,14 +58,14 @@ impl HostTensor {
     /// A float array of type `element`, each value rounded to nearest even.
     ///
     /// # Panics
-    /// When `element` is no float type, or `values` does not hold exactly `dims.product()` elements.
+    /// When `element` is not a float type, or `values` does not hold exactly `dims.product()` elements.
     pub fn from_f64(element: Element, dims: &[usize], values: &[f64]) -> Self {
         match element {
             Element::F64 => Self::new(dims, values),
             Element::F32 => Self::new(dims, &values.iter().map(|&v| v as f32).collect::<Vec<_>>()),
             Element::Bf16 => Self::new(dims, &values.iter().map(|&v| bf16::from_f64(v)).collect::<Vec<_>>()),
             Element::F16 => Self::new(dims, &values.iter().map(|&v| f16::from_f64(v)).collect::<Vec<_>>()),
-            other => panic!("{other} is no float type"),
+            other => panic!("{other} is not a float type"),
         }
     }
 

@@ -8,8 +8,10 @@
 //! // alias 0:0                    input 0 and output 0 share memory
 //! // unused 1                     nobody reads output 1
 //! // run vmem_bytes=8191          fields of `Machine`
-//! // fault: ...                   what follows a `run` is what came of it, early, late and at random
+//! // fault: ...                   what follows a `run` is what came of it, with early, late and random DMAs
 //! ```
+//!
+//! What stands before the first `// -----` is in front of every kernel of the file, when it is aliases alone.
 //!
 //! `PAGODA_BLESS=1 cargo test -p pagoda-ir --test cases` writes what came of each run in place: read the difference. A
 //! kernel in a StableHLO module (a `tpu_custom_call`) brings its outputs, aliases and unused results along.
@@ -109,14 +111,14 @@ fn summary(array: &HostTensor) -> String {
     line
 }
 
-/// What a call gives under every order of copies: lines of expectations.
+/// What a call gives under every order of DMAs: lines of expectations.
 fn outcome(program: &Program, machine: Machine, call: &Call) -> Vec<String> {
     let mut seen: Vec<(Vec<&str>, Vec<String>)> = vec![];
     for (name, dma) in ORDERS {
         let lines = match program.run(&Machine { dma, ..machine }, &call.inputs, &call.outputs) {
             Err(fault) => vec![format!("fault{{}}: {}: {fault}", kebab(&format!("{:?}", fault.kind)))],
             Ok(run) => (run.outputs.iter().enumerate())
-                .map(|(at, output)| format!("out {at}{{}}: {}", summary(output)))
+                .map(|(at, output)| format!("result {at}{{}}: {}", summary(output)))
                 .chain((run.outputs.is_empty()).then(|| "ok{}".to_owned()))
                 .collect(),
         };
@@ -151,10 +153,8 @@ fn open(context: &Context, source: &str, file: &str, call: &mut Call) -> pagoda_
 
 /// The file with what came of its runs.
 fn regenerated(source: &str, file: &str) -> String {
-    const RESULTS: [&str; 4] = ["// fault", "// out 0", "// error", "// ok"];
-    let is_result = |line: &str| {
-        RESULTS.iter().any(|result| line.starts_with(result)) || line.starts_with("// out ") && line.contains(": ")
-    };
+    const RESULTS: [&str; 4] = ["// result", "// fault", "// error", "// ok"];
+    let is_result = |line: &str| RESULTS.iter().any(|result| line.starts_with(result));
     let kept: Vec<&str> = source.lines().filter(|line| !is_result(line)).collect();
     // What a fault says depends on the lines of the file, and they depend on how many results there are: two rounds.
     let mut results: Vec<Vec<String>> = vec![];
@@ -173,18 +173,20 @@ fn regenerated(source: &str, file: &str) -> String {
         let current = write(&results);
         results.clear();
         let mut line = 0;
+        let aliases = current.split("// -----\n").next().filter(|first| !first.contains("@")).unwrap_or_default();
         for part in current.split("// -----\n") {
             let context = Context::new();
             let mut call = Call::default();
             // Each part keeps its line numbers.
-            let padded = "\n".repeat(line) + part;
+            let in_front = if line == 0 { "" } else { aliases };
+            let padded = in_front.to_owned() + &"\n".repeat(line - in_front.matches('\n').count()) + part;
             line += part.matches('\n').count() + 1;
             for directive in part.lines().filter_map(|line| line.strip_prefix("// ")) {
                 let (word, rest) = directive.split_once(' ').unwrap_or((directive, ""));
                 let pair = |text: &str| text.split_once(':').map(|(a, b)| (number(a), number(b))).expect("a pair");
                 match word {
                     "in" => call.inputs.push(array(rest)),
-                    "out" if !is_result(&format!("// {directive}")) => call.outputs.push(array_type(rest)),
+                    "out" => call.outputs.push(array_type(rest)),
                     "alias" => call.aliases.push(pair(rest)),
                     "unused" => call.unused.push(number(rest)),
                     "run" => results.push(match open(&context, &padded, file, &mut call) {
@@ -204,6 +206,7 @@ fn cases() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
     let mut files: Vec<_> = fs::read_dir(&folder).expect("a folder").map(|entry| entry.unwrap().path()).collect();
     files.sort();
+    assert!(!files.is_empty(), "no cases in {}", folder.display());
     let mut stale = vec![];
     for path in &files {
         let (source, file) = (fs::read_to_string(path).unwrap(), path.file_name().unwrap().to_string_lossy());

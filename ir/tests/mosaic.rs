@@ -104,7 +104,7 @@ fn a_kernel_lowered_by_jax_opens_and_runs() {
     assert_eq!(calls.len(), 1);
     let opened = wire::open(&context, &calls[0].backend_config).expect("the body is readable");
     assert_eq!(opened.vmem_limit, Some(8 << 20));
-    let (operands, outputs) = calls[0].types.clone().expect("text tells the types");
+    let (operands, outputs) = calls[0].types.clone().expect("text has the types");
     assert_eq!(operands, [TensorType::new(Element::I32, &[2]), TensorType::new(Element::F32, &[64, 128])]);
     let text = opened.module.as_operation().to_string();
     for part in
@@ -141,11 +141,11 @@ fn damaged_bodies_are_errors() {
     let config = wire::backend_config(&matmul(&context));
     let body = |text: &str| format!("{{\"custom_call_config\": {{\"body\": \"{text}\"}}}}");
     let cases = [
-        ("not json".to_owned(), "is no JSON"),
+        ("not json".to_owned(), "is not JSON"),
         ("{\"custom_call_config\": {}}".into(), "no `custom_call_config.body`"),
-        (body("%%%"), "is no base64"),
+        (body("%%%"), "is not base64"),
         (body("AAAA"), "the module has 0 functions"),
-        (config.replacen("TUzvUg", "TUzvUgAAAAAAAA", 1), "is no MLIR module"),
+        (config.replacen("TUzvUg", "TUzvUgAAAAAAAA", 1), "is not an MLIR module"),
     ];
     let body = wire::serialize(matmul(&context).module());
     for length in (4..2000).step_by(101) {
@@ -159,6 +159,14 @@ fn damaged_bodies_are_errors() {
         let text = format!("module attributes {{stable_mosaic.version = {version} : i64}} {{}}");
         let error = wire::deserialize(&context, text.as_bytes()).expect_err("another version").to_string();
         assert!(error.contains(&format!("stable_mosaic.version {version}")) && error.contains("11 to 15"), "{error}");
+    }
+    // The scanner: a key with nothing before it, and so many that none may be looked at more than a few times.
+    assert_eq!(wire::find_custom_calls(b"custom_call_config"), Ok(vec![]));
+    let many =
+        ["{", "{\\22", "{\"", "custom_call_config{"].map(|start| [start, "custom_call_config"].concat().repeat(20_000));
+    for module in many {
+        assert_eq!(wire::find_custom_calls(module.as_bytes()), Ok(vec![]));
+        assert!(wire::find_custom_calls((module + wire::TARGET).as_bytes()).is_err());
     }
     for (config, expected) in cases {
         let error = wire::open(&context, &config).err().expect("damaged").to_string();
@@ -220,7 +228,7 @@ fn buffers_are_padded_as_the_compiler_pads_them() {
     }
 }
 
-/// Every check of the builder names its op and tells the shapes.
+/// Every check of the builder names its op and prints the shapes.
 #[test]
 fn mistakes_name_the_op() {
     type Body = for<'a> fn(&'a Builder<'a>);
@@ -291,10 +299,10 @@ fn mistakes_name_the_op() {
     let context = Context::new();
     for (op, message, body) in cases {
         match mosaic::kernel(&context, "mistake", body) {
-            Err(Error::Op { op: named, message: told }) => {
-                assert_eq!(&named, op, "{told}");
-                assert!(told.contains(message), "{op}: {told}");
-                assert!(told.contains("kernel `mistake`, ir/tests/mosaic.rs:"), "{told}");
+            Err(Error::Op { op: named, message: printed }) => {
+                assert_eq!(&named, op, "{printed}");
+                assert!(printed.contains(message), "{op}: {printed}");
+                assert!(printed.contains("kernel `mistake`, ir/tests/mosaic.rs:"), "{printed}");
             }
             Err(other) => panic!("{op}: {other}"),
             Ok(_) => panic!("{op}: {message} went unnoticed"),

@@ -32,8 +32,6 @@ pub const ENOUGH: usize = 5;
 pub const MARGIN: f64 = 2.0;
 /// The least that is estimated: what kernels spill that hold hardly anything at once.
 pub const LEAST: Bytes = Bytes::kib(256);
-/// What a planner keeps free for spills where nothing is known of the family.
-const UNKNOWN_MARGIN: Bytes = Bytes::mib(2);
 
 /// A digest of a kernel's body: SHA-256 of its readable text, which has no locations, cut to 128 bits.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -200,10 +198,10 @@ pub fn spills<K: Kernel>(plan: &Plan<K>) -> Spills {
     }
 }
 
-/// What a planner keeps free for the spills of a kernel of `K`.
-pub fn margin<K: Kernel>(chip: Chip, spilling: &Spilling) -> Bytes {
-    let estimate = K::records().and_then(|records| records.estimator().estimate(chip, spilling));
-    estimate.unwrap_or(UNKNOWN_MARGIN)
+/// What a planner keeps free for spills: twice what the body holds at once, [`LEAST`] at least. It does not depend on the
+/// records: a new record must not change which tiles are chosen.
+pub fn margin(spilling: &Spilling) -> Bytes {
+    (spilling.live * 2).max(LEAST)
 }
 
 /// The records whose kernel is emitted otherwise today, each with the reason: they certify nothing.

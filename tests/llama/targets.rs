@@ -73,6 +73,18 @@ fn programs_for_a_tpu_carry_its_kernels() {
 }
 
 #[test]
+fn programs_for_the_host_call_five_kernels_a_layer() {
+    let layers = Model::tiny().config.layers;
+    let [_, decode] = programs(Target::Host);
+    let calls = between(&decode, "call_target_name = \"", "\"");
+    let count = |name| calls.iter().filter(|call| **call == name).count();
+    assert_eq!([count("pagoda_matmul"), count("pagoda_rpa"), calls.len()], [4 * layers + 1, layers, 5 * layers + 1]);
+    // Nothing is emitted for any other place.
+    let portable = programs(Target::Portable);
+    assert!(portable.iter().all(|text| !text.contains("custom_call")));
+}
+
+#[test]
 fn the_tile_machine_runs_the_kernels_that_a_tpu_gets() {
     let [tpu, machine] = [Target::Tpu(Chip::V5p), Target::TileMachine(Chip::V5p)].map(programs);
     for (tpu, machine) in tpu.iter().zip(&machine) {

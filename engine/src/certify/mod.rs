@@ -10,7 +10,7 @@
 //! Parsing is in [`report`], what runs in the worker in [`worker`].
 //!
 //! Invariants: nothing of a worker outlives the call (process and folder are gone); a program that does not compile is
-//! never reported as certified; what the compiler did not tell is absent, not zero.
+//! never reported as certified; what the compiler did not report is absent, not zero.
 
 pub mod kernel;
 pub mod report;
@@ -306,7 +306,7 @@ impl Certifier {
         })
     }
 
-    /// Runs one worker. The inner result tells whether it lived to answer; the dumps are there in either case.
+    /// Runs one worker. The inner result is its answer, if it lived to give one; the dumps are there in either case.
     fn attempt(
         &self,
         topology: &str,

@@ -99,7 +99,7 @@ impl fmt::Display for KernelVmem {
 pub fn vmem(html: &str) -> Result<Vec<KernelVmem>, Error> {
     let bad = |message: &str| Error::Report { report: "VMEM report", message: message.to_owned() };
     let data = html.split_once("const DATA").ok_or_else(|| bad("it has no `const DATA`"))?.1;
-    let data = &data[data.find('{').ok_or_else(|| bad("`const DATA` is no object"))?..];
+    let data = &data[data.find('{').ok_or_else(|| bad("`const DATA` is not an object"))?..];
     let data = serde_json::Deserializer::from_str(data).into_iter::<Json>().next();
     let data = data.and_then(Result::ok).ok_or_else(|| bad("`const DATA` is no JSON"))?;
     let ops = data["hlo_breakdowns"].as_object().ok_or_else(|| bad("it has no `hlo_breakdowns`"))?;

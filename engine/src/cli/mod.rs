@@ -56,15 +56,15 @@ enum Command {
         #[arg(long, global = true)]
         json: bool,
     },
-    /// Have libtpu, the TPU's own compiler, judge a planned kernel; no TPU needed.
+    /// Compile a planned kernel with libtpu, the TPU's own compiler, and compare what it took; no TPU needed.
     Certify {
         #[command(subcommand)]
         kernel: kernels::KernelCommand,
         /// Seconds for one compilation.
         #[arg(long, global = true, value_name = "SECONDS", default_value_t = 180)]
         timeout: u64,
-        /// Seconds for a first compilation, with the compiler's static profile; when they are over, the kernel is compiled
-        /// without it, and no cycles are told.
+        /// Seconds for a first compilation, with the compiler's static profile; after that the kernel is compiled again
+        /// without the profile, and no cycle count is reported.
         #[arg(long, global = true, value_name = "SECONDS", default_value_t = 60)]
         profile_timeout: u64,
         /// Print JSON.

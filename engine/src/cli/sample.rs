@@ -160,6 +160,7 @@ impl StartUp {
         let client = args.plugin.client()?;
         options.target = args.plugin.target(&client)?;
         eprintln!("# plugin {client:?}, kernels {}", options.target);
+        options.check_memory(&client, config)?;
         self.plugin = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let model = DeviceModel::load(&client, config, weights, options.compute, options.limits.max_seq_len)?;

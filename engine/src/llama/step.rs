@@ -1,5 +1,5 @@
 //! The step program: one ragged step of a Llama model over paged KV. Here is the model's graph, and nothing else: how each
-//! operation is emitted is the target's [`lowering`], which also decides how activations lie.
+//! operation is emitted is the target's `lowering`, which also decides how activations lie.
 //!
 //! One emission serves both programs that the engine compiles:
 //! - [`prefill`]: a packed chunk of prompt rows of several sequences; the rows that end a prompt are sampled, or all

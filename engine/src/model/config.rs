@@ -97,7 +97,7 @@ impl LlamaConfig {
             return Err(Error::setting(
                 "hf_checkpoint",
                 folder.display(),
-                "is no folder",
+                "is not a folder",
                 "give the folder that holds config.json, tokenizer.json and the safetensors files",
             ));
         }
@@ -149,7 +149,7 @@ impl LlamaConfig {
             return Err(object.refuse("num_key_value_heads", kv_heads, limit, "repair config.json"));
         }
         if object.get("head_dim").is_none() && !hidden_size.is_multiple_of(q_heads) {
-            let limit = format!("is no multiple of num_attention_heads = {q_heads}, and head_dim is not given");
+            let limit = format!("is not a multiple of num_attention_heads = {q_heads}, and head_dim is not given");
             return Err(object.refuse("hidden_size", hidden_size, limit, "repair config.json"));
         }
         let head_dim = object.size("head_dim", Some(hidden_size / q_heads))?;
@@ -436,7 +436,7 @@ mod tests {
             (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor is missing"),
             (json!({"rope_scaling": {"type": "linear", "factor": 0}}), "rope_scaling.factor = 0 is not a positive"),
             (json!({"num_key_value_heads": 3}), "num_key_value_heads = 3 does not divide num_attention_heads = 4"),
-            (json!({"num_attention_heads": 5}), "hidden_size = 64 is no multiple of num_attention_heads = 5"),
+            (json!({"num_attention_heads": 5}), "hidden_size = 64 is not a multiple of num_attention_heads = 5"),
             (json!({"head_dim": 15}), "head_dim = 15 is odd"),
             (json!({"vocab_size": null}), "vocab_size is missing"),
             (json!({"vocab_size": 1.5}), "vocab_size = 1.5 is not a positive 32-bit integer"),

@@ -31,8 +31,9 @@ impl Tokenizer {
     pub fn open(path: &Path, config: &LlamaConfig) -> Result<Self> {
         let path = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let mut inner = Inner::from_bytes(bytes)
-            .map_err(|error| Error::file(&path, format!("it is no tokenizer: {error}"), "download the file again"))?;
+        let mut inner = Inner::from_bytes(bytes).map_err(|error| {
+            Error::file(&path, format!("it is not a tokenizer: {error}"), "download the file again")
+        })?;
         inner.with_padding(None);
         inner.with_truncation(None).expect("no truncation is always valid");
         let last = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);
@@ -277,7 +278,7 @@ mod tests {
         let error = Tokenizer::open(&folder, &config).map(|_| ()).unwrap_err();
         assert!(error.to_string().contains("has id 2047, but the model's vocab_size is 2000"), "{error}");
         let error = Tokenizer::open(&folder.join("README.md"), &config).map(|_| ()).unwrap_err();
-        assert!(error.to_string().contains("README.md: it is no tokenizer"), "{error}");
+        assert!(error.to_string().contains("README.md: it is not a tokenizer"), "{error}");
     }
 
     #[test]

@@ -29,6 +29,16 @@ pub struct TensorSpec {
     pub dims: Vec<usize>,
 }
 
+/// Tensors of a layer that are applied together.
+struct Part<'n> {
+    /// Names and rows.
+    tensors: &'n [(&'n str, usize)],
+    /// Of matrices.
+    columns: Option<usize>,
+    /// Whether each comes with a bias per row.
+    bias: bool,
+}
+
 /// Every tensor of a Llama, in the order of the forward pass.
 pub fn expected_tensors(config: &LlamaConfig) -> Vec<TensorSpec> {
     tensor_groups(config).into_iter().flatten().collect()
@@ -43,28 +53,25 @@ pub fn tensor_groups(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
     let alone = |name: &str, dims: &[usize]| vec![TensorSpec { name: name.into(), dims: dims.into() }];
     let mut groups = vec![alone("model.embed_tokens.weight", &[config.vocab_size, hidden])];
     for layer in 0..config.layers {
-        // Names and rows; of matrices the columns, and whether biases come with them.
-        let parts: [(&[(&str, usize)], Option<(usize, bool)>); 6] = [
-            (&[("input_layernorm", hidden)], None),
-            (
-                &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
-                Some((hidden, config.attention_bias)),
-            ),
-            (&[("self_attn.o_proj", hidden)], Some((q, config.attention_bias))),
-            (&[("post_attention_layernorm", hidden)], None),
-            (&[("mlp.gate_proj", inner), ("mlp.up_proj", inner)], Some((hidden, config.mlp_bias))),
-            (&[("mlp.down_proj", hidden)], Some((inner, config.mlp_bias))),
-        ];
-        for (names, matrix) in parts {
-            let group = |part: &str, columns: Option<usize>| -> Vec<_> {
-                let tensors = names.iter().map(|&(name, rows)| TensorSpec {
-                    name: format!("model.layers.{layer}.{name}.{part}"),
+        let (attention, mlp) = (config.attention_bias, config.mlp_bias);
+        let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
+        for part in [
+            Part { tensors: &[("input_layernorm", hidden)], columns: None, bias: false },
+            Part { tensors: &qkv, columns: Some(hidden), bias: attention },
+            Part { tensors: &[("self_attn.o_proj", hidden)], columns: Some(q), bias: attention },
+            Part { tensors: &[("post_attention_layernorm", hidden)], columns: None, bias: false },
+            Part { tensors: &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)], columns: Some(hidden), bias: mlp },
+            Part { tensors: &[("mlp.down_proj", hidden)], columns: Some(inner), bias: mlp },
+        ] {
+            let group = |kind: &str, columns: Option<usize>| -> Vec<TensorSpec> {
+                let specs = part.tensors.iter().map(|&(name, rows)| TensorSpec {
+                    name: format!("model.layers.{layer}.{name}.{kind}"),
                     dims: [rows].into_iter().chain(columns).collect(),
                 });
-                tensors.collect()
+                specs.collect()
             };
-            groups.push(group("weight", matrix.map(|(columns, _)| columns)));
-            groups.extend(matrix.filter(|&(_, biased)| biased).map(|_| group("bias", None)));
+            groups.push(group("weight", part.columns));
+            groups.extend(part.bias.then(|| group("bias", None)));
         }
     }
     groups.push(alone("model.norm.weight", &[hidden]));

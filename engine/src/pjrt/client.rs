@@ -270,7 +270,7 @@ impl Executable {
     /// What the program takes of device memory.
     ///
     /// # Errors
-    /// When the plugin does not tell.
+    /// When the plugin does not report it.
     pub fn memory_stats(&self) -> Result<MemoryStats> {
         let stats = self.raw.executable()?.compiled_memory_stats()?;
         Ok(MemoryStats {
@@ -285,7 +285,7 @@ impl Executable {
     /// The compiler's own cost estimate.
     ///
     /// # Errors
-    /// When the plugin does not tell.
+    /// When the plugin does not report it.
     pub fn cost_analysis(&self) -> Result<CostAnalysis> {
         let properties = self.raw.executable()?.cost_analysis()?;
         let number = |name: &str| properties.iter().find(|(key, _)| key == name).map(|&(_, value)| f64::from(value));
@@ -315,7 +315,7 @@ pub struct MemoryStats {
     pub temporaries: i64,
 }
 
-/// The compiler's cost estimate; what the plugin does not tell is `None`.
+/// The compiler's cost estimate; what the plugin does not report is `None`.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct CostAnalysis {
     /// Floating-point operations of one run.

@@ -18,8 +18,8 @@ pub enum Error {
         /// What to do.
         remedy: &'static str,
     },
-    /// A file is no usable plugin.
-    #[error("{} is no PJRT plugin that can be used: {why}", path.display())]
+    /// A file is not a usable plugin.
+    #[error("{} is not a PJRT plugin that can be used: {why}", path.display())]
     NoPlugin {
         /// The file.
         path: PathBuf,

@@ -218,7 +218,7 @@ impl Plugin {
     /// Finds and loads a plugin; a second load of the same file gives the same plugin.
     ///
     /// # Errors
-    /// When it is not found, is no shared library, exports no `GetPjrtApi`, or speaks an incompatible version.
+    /// When it is not found, is not a shared library, exports no `GetPjrtApi`, or speaks an incompatible version.
     pub fn load(choice: &PluginChoice) -> Result<Self> {
         static LOADED: OnceLock<Mutex<HashMap<PathBuf, Plugin>>> = OnceLock::new();
         let found = choice.locate()?;

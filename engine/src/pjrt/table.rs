@@ -1,6 +1,7 @@
 //! The PJRT table: one safe function for each entry that is called beside crate `pjrt`, and the handles that they take.
 //!
-//! Invariants: this is the only file that calls the table's entries (those of the FFI extension: `custom_call/ffi.rs`).
+//! Invariants: this is the only file that calls the table's entries (those of the FFI extension: `custom_call/ffi.rs`; behind
+//! them all: `abi`).
 //! A handle is a live object of the plugin: it owns the object, and keeps alive what the object belongs to. What an entry
 //! demands beyond that (lengths of lists, buffers of one client, memory that must not be freed while it works) its
 //! function checks or waits for, so that no safe code can call an entry wrongly.

@@ -102,7 +102,7 @@ impl<'a, 'f> Window<'a, 'f> {
         Self { block: dims.to_vec(), transform: Box::new(move |_| vec![Literal::Int(0); rank]), double_buffered: true }
     }
 
-    /// One buffer instead of two: half the VMEM, and no overlap of copy and compute.
+    /// One buffer instead of two: half the VMEM, and no overlap of DMA and compute.
     pub fn single_buffered(self) -> Self {
         Self { double_buffered: false, ..self }
     }
@@ -152,6 +152,8 @@ pub struct Kernel<'c> {
     vmem_limit: Option<usize>,
     aliases: Vec<(usize, usize)>,
     on_tile_machine: bool,
+    /// The wire form, written with the first call: a program may call a kernel once a layer.
+    pub(super) wire: std::cell::OnceCell<String>,
 }
 
 impl<'c> Kernel<'c> {
@@ -337,6 +339,7 @@ pub fn kernel<'c>(context: &'c Context, name: &str, body: impl for<'a> FnOnce(&'
         vmem_limit: signature.vmem_limit,
         aliases: signature.aliases,
         on_tile_machine: false,
+        wire: std::cell::OnceCell::new(),
     })
 }
 
@@ -494,7 +497,7 @@ impl<'a> Builder<'a> {
         self.declare(name, Role::Output, RefElement::Data(element), dims, MemorySpace::Vmem, Some(window))
     }
 
-    /// An output in HBM that the kernel writes by copies of its own.
+    /// An output in HBM that the kernel writes by DMAs of its own.
     #[track_caller]
     pub fn hbm_output(&'a self, name: &str, element: Element, dims: &[usize]) -> Ref<'a> {
         self.declare(name, Role::Output, RefElement::Data(element), dims, MemorySpace::Hbm, None)
@@ -647,7 +650,7 @@ fn unfit(element: RefElement, dims: &[usize], block: &[usize], space: MemorySpac
     if space == MemorySpace::Vmem && dims.is_empty() {
         return Some("VMEM holds no scalars: give it a dimension".into());
     }
-    // The pipeline's copies move whole tiles: Pallas's rule for block shapes.
+    // The pipeline's DMAs move whole tiles: Pallas's rule for block shapes.
     let tile = [8, 128];
     for (from_minor, (&size, &whole)) in block.iter().rev().zip(dims.iter().rev()).enumerate().take(2) {
         let multiple = tile[1 - from_minor];

@@ -1,4 +1,4 @@
-//! References to memory: views of HBM, VMEM, SMEM and semaphores, the loads and stores on them, and the copies between
+//! References to memory: views of HBM, VMEM, SMEM and semaphores, the loads and stores on them, and the DMAs between
 //! them.
 
 use std::fmt;
@@ -21,9 +21,9 @@ use crate::{
 /// A memory of the TPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MemorySpace {
-    /// Wherever the compiler put the array (for an operand: HBM); reached by copies only.
+    /// Wherever the compiler put the array (for an operand: HBM); reached by DMAs only.
     Any,
-    /// High-bandwidth memory; reached by copies only.
+    /// High-bandwidth memory; reached by DMAs only.
     Hbm,
     /// Vector memory: tiles are loaded from and stored to it.
     Vmem,
@@ -462,24 +462,24 @@ impl<'a> Ref<'a> {
     }
 }
 
-/// A copy between memories: started and waited for separately (Pallas: `pltpu.make_async_copy`).
+/// A DMA: a copy between memories, started and waited for separately (Pallas: `pltpu.make_async_copy`).
 ///
-/// Dropping it does nothing: a copy of the same source, destination and semaphore may be described again, in another
+/// Dropping it does nothing: a DMA of the same source, destination and semaphore may be described again, in another
 /// iteration, to wait for it.
 #[derive(Clone)]
-pub struct Copy<'a> {
+pub struct Dma<'a> {
     source: Ref<'a>,
     destination: Ref<'a>,
     semaphore: Ref<'a>,
 }
 
-impl<'a> Copy<'a> {
+impl<'a> Dma<'a> {
     #[track_caller]
     fn operands(&self, op: &str) -> [mlir_sys::MlirValue; 3] {
         [self.source.materialise(op), self.destination.materialise(op), self.semaphore.materialise(op)]
     }
 
-    /// Starts the copy. Until it is waited for, the destination may be neither read nor written and the source not
+    /// Starts it. Until it is waited for, the destination may be neither read nor written and the source not
     /// written.
     #[track_caller]
     pub fn start(&self) {
@@ -510,9 +510,9 @@ impl<'a> Copy<'a> {
 
 /// Copies and semaphores.
 impl<'a> Builder<'a> {
-    /// Describes a copy; nothing moves before [`Copy::start`].
+    /// Describes a DMA; nothing moves before [`Dma::start`].
     #[track_caller]
-    pub fn make_async_copy(&'a self, source: Ref<'a>, destination: Ref<'a>, semaphore: Ref<'a>) -> Copy<'a> {
+    pub fn make_async_copy(&'a self, source: Ref<'a>, destination: Ref<'a>, semaphore: Ref<'a>) -> Dma<'a> {
         let op = "tpu.enqueue_dma";
         if source.element != destination.element || source.dims() != destination.dims() {
             self.fail(op, format!("from {} to {}", source.describe(), destination.describe()));
@@ -527,15 +527,15 @@ impl<'a> Builder<'a> {
         for view in [&source, &destination] {
             self.check_tiling(op, view);
         }
-        Copy { source, destination, semaphore }
+        Dma { source, destination, semaphore }
     }
 
-    /// Describes a copy and starts it.
+    /// Describes a DMA and starts it.
     #[track_caller]
-    pub fn async_copy(&'a self, source: Ref<'a>, destination: Ref<'a>, semaphore: Ref<'a>) -> Copy<'a> {
-        let copy = self.make_async_copy(source, destination, semaphore);
-        copy.start();
-        copy
+    pub fn async_copy(&'a self, source: Ref<'a>, destination: Ref<'a>, semaphore: Ref<'a>) -> Dma<'a> {
+        let dma = self.make_async_copy(source, destination, semaphore);
+        dma.start();
+        dma
     }
 
     /// Adds `amount` to a counting semaphore.
@@ -583,7 +583,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Whether a range is inside a dimension, as far as the source tells.
+    /// Whether a range is inside a dimension, as far as the source says.
     #[track_caller]
     fn check_range(&self, op: &str, view: &Ref, axis: usize, start: Literal, size: usize, stride: usize) -> bool {
         let whole = view.axes[axis].size;
@@ -615,7 +615,7 @@ impl<'a> Builder<'a> {
         let aligned = |value: usize| value.is_multiple_of(128);
         let start = matches!(axis.start, Literal::Int(start) if !aligned(start as usize));
         if axis.size != whole && (start || !aligned(axis.size)) {
-            let message = format!("{}: a copy takes whole tiles of 128 lanes of the minor dimension", view.describe());
+            let message = format!("{}: a DMA takes whole tiles of 128 lanes of the minor dimension", view.describe());
             self.fail(op, message);
         }
     }

@@ -40,6 +40,7 @@
 //! Source of op names, operands and attributes: the `tpu` dialect of `jaxlib/mosaic` and modules lowered by JAX 0.10.2.
 
 mod builder;
+mod bytecode;
 mod location;
 mod memref;
 mod signature;
@@ -48,8 +49,8 @@ mod value;
 pub mod wire;
 
 pub use builder::{Builder, Carry, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
-pub(crate) use location::describe;
-pub use memref::{Copy, IntoIndices, MemorySpace, Ref, RefElement};
+pub(crate) use location::{describe, describe_function};
+pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, Signature, WindowParams, tile_padded_bytes};
 pub(crate) use signature::{functions, i64_array, kernel_function, op_name, read_memref, symbol};
 pub use value::{DotDims, IntoOperand, Precision, Value};

@@ -14,7 +14,7 @@ use melior::ir::{
 
 use super::{
     builder::{Role, Semantics},
-    location::describe,
+    location::describe_function,
     memref::{MemorySpace, RefElement},
 };
 use crate::{
@@ -135,7 +135,7 @@ impl Signature {
                     };
                     Error::mosaic(format!(
                         "@{name}: grid dimension {dim} is {size} (at {})",
-                        describe(function.location())
+                        describe_function(function)
                     ))
                 })?;
                 Ok((size, if parallel { Semantics::Parallel } else { Semantics::Arbitrary }))
@@ -167,7 +167,7 @@ impl Signature {
             let position = grid.len() + index;
             let argument = entry.argument(position).map_err(|error| Error::mosaic(error.to_string()))?;
             let (element, dims, space) = read_memref(argument.r#type()).map_err(|message| {
-                let at = describe(function.location());
+                let at = describe_function(function);
                 Error::mosaic(format!("@{name}: argument {position}: {message} (at {at})"))
             })?;
             if !countable(dims.iter().copied()) {
@@ -197,7 +197,7 @@ impl Signature {
         Ok(Self { name, grid, arguments })
     }
 
-    /// Marks the last `outputs` operands before the scratch as outputs. The module itself does not tell inputs from
+    /// Marks the last `outputs` operands before the scratch as outputs. The module itself does not say which operands are
     /// outputs; the custom call around it does.
     pub fn with_outputs(mut self, outputs: usize) -> Self {
         let operands = self.arguments.iter_mut().filter(|argument| matches!(argument.role, Role::Input | Role::Output));
@@ -266,7 +266,8 @@ fn integers(operation: OperationRef, name: &str) -> Option<Vec<i64>> {
 }
 
 pub(crate) fn i64_array(attribute: Attribute) -> Option<Vec<i64>> {
-    let array = DenseI64ArrayAttribute::try_from(attribute).ok()?;
+    // Asked first: a failed conversion prints the attribute, and MLIR reads arrays from bytecode that it dies of printing.
+    let array = attribute.is_dense_i64_array().then(|| DenseI64ArrayAttribute::try_from(attribute).ok())??;
     (0..array.len()).map(|index| array.element(index).ok()).collect()
 }
 

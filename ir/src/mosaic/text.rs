@@ -44,11 +44,16 @@ pub fn parse<'c>(context: &'c Context, text: &str, file: &str) -> Result<Module<
     let context = context.melior();
     let source = named_arguments(&without_foreign_memrefs(text));
     let string = |text: &str| mlir_sys::MlirStringRef { data: text.as_ptr().cast(), length: text.len() };
-    // Functions alone are a module too. Lines keep their numbers.
+    // Functions alone are a module too, with aliases in front of it. Lines keep their numbers.
     let is_module = |line: &str| ["module", "builtin.module", "\"builtin.module"].iter().any(|op| line.starts_with(op));
     let source = match source.lines().any(|line| is_module(line.trim_start())) {
         true => source,
-        false => format!("module {{ {source}\n}}"),
+        false => {
+            let in_front = |line: &&str| line.trim().is_empty() || line.trim_start().starts_with(['!', '#', '/']);
+            let (aliases, functions) =
+                source.split_at(source.split_inclusive('\n').take_while(in_front).map(str::len).sum());
+            format!("{aliases}module {{ {functions}\n}}")
+        }
     };
     // The reader looks at the byte behind the text, which must be zero.
     let source = source + "\0";
@@ -60,7 +65,7 @@ pub fn parse<'c>(context: &'c Context, text: &str, file: &str) -> Result<Module<
         }
     });
     let module = operation.and_then(Module::from_operation);
-    module.ok_or_else(|| Error::mosaic(format!("{file} is no MLIR module: {diagnostics}")))
+    module.ok_or_else(|| Error::mosaic(format!("{file} is not an MLIR module: {diagnostics}")))
 }
 
 /// MLIR refuses foreign memory spaces and element types in the memrefs of a text (in bytecode it does not): spaces become

@@ -271,7 +271,7 @@ impl<'a> Value<'a> {
     #[track_caller]
     fn unary(self, op: &str) -> Value<'a> {
         if !self.element().is_float() {
-            self.k.fail(op, format!("{} is no float", self.ty()));
+            self.k.fail(op, format!("{} is not a float", self.ty()));
             return self;
         }
         self.k.emit_one(op, &[self.raw], &[], self.mlir_type(), self.k.here())
@@ -446,7 +446,7 @@ impl<'a> Value<'a> {
     #[track_caller]
     pub fn reciprocal(self, approximate: bool) -> Value<'a> {
         if self.dims().is_empty() || !self.element().is_float() {
-            self.k.fail("tpu.reciprocal", format!("{} is no float tile", self.ty()));
+            self.k.fail("tpu.reciprocal", format!("{} is not a float tile", self.ty()));
             return self;
         }
         let flags = [("approx", approximate), ("full_range", true)]
@@ -840,7 +840,7 @@ impl<'a> Builder<'a> {
         let scalar = element_type(self.context, element);
         let exact = element.is_float() || number.fract() == 0.0;
         if !exact {
-            self.fail(op, format!("{number} is no {element}"));
+            self.fail(op, format!("{number} is not {element}"));
         }
         let attribute: Attribute<'a> = match (element.is_float(), literal) {
             (true, _) => FloatAttribute::new(self.context, scalar, number).into(),

@@ -18,6 +18,7 @@ use serde_json::{Value as Json, json};
 
 use super::{
     builder::{Kernel, Role, Semantics},
+    bytecode::StandIns,
     signature::{Signature, kernel_function, op_name},
     text,
 };
@@ -36,7 +37,7 @@ pub const VERSION: i64 = 15;
 pub const OLDEST_VERSION: i64 = 11;
 /// The custom call that libtpu compiles as a Mosaic kernel.
 pub const TARGET: &str = "tpu_custom_call";
-const PREFIX: &str = "stable_mosaic.";
+pub(super) const PREFIX: &str = "stable_mosaic.";
 const VERSION_ATTRIBUTE: &str = "stable_mosaic.version";
 /// XLA's number of VMEM in `scoped_memory_configs`.
 const XLA_VMEM: u64 = 1;
@@ -63,7 +64,11 @@ pub fn serialize(module: &Module) -> Vec<u8> {
 /// When MLIR cannot read it, or its ops are of a version beyond [`OLDEST_VERSION`] to [`VERSION`].
 pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> {
     let module = match body.starts_with(b"ML\xefR") {
-        true => read_bytecode(context.melior(), body)?,
+        true => read_bytecode(context.melior(), body).map_err(|diagnostics| {
+            let newer = StandIns::new(body)
+                .and_then(|newer| newer.first_use(&read_bytecode(context.melior(), &newer.body).ok()?));
+            Error::mosaic(newer.unwrap_or_else(|| format!("the body is not an MLIR module: {diagnostics}")))
+        })?,
         false => text::parse(context, &String::from_utf8_lossy(body), "the body")?,
     };
     let context = context.melior();
@@ -80,7 +85,8 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
     if valid { Ok(module) } else { Err(Error::Verify { module: "the kernel".to_owned(), diagnostics }) }
 }
 
-fn read_bytecode<'c>(context: &'c melior::Context, body: &[u8]) -> Result<Module<'c>> {
+/// The module, or what MLIR says.
+fn read_bytecode<'c>(context: &'c melior::Context, body: &[u8]) -> std::result::Result<Module<'c>, String> {
     // Bytecode is read in place and wants alignment.
     let aligned = HostTensor::from_bytes(Element::U8, &[body.len()], body);
     let (module, diagnostics) = diagnosed(context, || {
@@ -88,7 +94,7 @@ fn read_bytecode<'c>(context: &'c melior::Context, body: &[u8]) -> Result<Module
         // SAFETY: the source outlives the call, and a null module becomes `None`.
         unsafe { Module::from_option_raw(mlir_sys::mlirModuleCreateParse(context.to_raw(), source)) }
     });
-    module.ok_or_else(|| Error::mosaic(format!("the body is no MLIR module: {diagnostics}")))
+    module.ok_or(diagnostics)
 }
 
 /// A copy of a module with every op but the module itself renamed.
@@ -215,14 +221,14 @@ pub const ALIASES: &str = "aliases";
 /// Opens the `backend_config` of a `tpu_custom_call`.
 ///
 /// # Errors
-/// When it is no such configuration, or its body is damaged or holds no kernel.
+/// When it is not such a configuration, or its body is damaged or holds no kernel.
 pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>> {
     let config: Json = serde_json::from_str(backend_config)
-        .map_err(|error| Error::mosaic(format!("the backend_config is no JSON: {error}")))?;
+        .map_err(|error| Error::mosaic(format!("the backend_config is not JSON: {error}")))?;
     let body = config["custom_call_config"]["body"]
         .as_str()
         .ok_or_else(|| Error::mosaic("the backend_config has no `custom_call_config.body`"))?;
-    let body = BASE64.decode(body).map_err(|error| Error::mosaic(format!("the body is no base64: {error}")))?;
+    let body = BASE64.decode(body).map_err(|error| Error::mosaic(format!("the body is not base64: {error}")))?;
     let scopes = config["scoped_memory_configs"].as_array().map(Vec::as_slice).unwrap_or_default();
     let vmem = scopes.iter().find(|scope| scope["memory_space"].as_u64() == Some(XLA_VMEM));
     let vmem_limit = vmem.and_then(|scope| scope["size"].as_u64()).map(|size| size as usize);
@@ -451,7 +457,7 @@ pub fn op_counts(module: &Module) -> BTreeMap<String, usize> {
     counts
 }
 
-/// What `pagoda inspect` tells about a kernel.
+/// What `pagoda inspect` prints about a kernel.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Summary {
     /// The kernel's name.
@@ -532,9 +538,10 @@ impl Kernel<'_> {
             return Err(Error::op("stablehlo.custom_call", message));
         }
         let row_major = |types: &[TensorType]| types.iter().map(|ty| (0..ty.rank()).rev().collect()).collect();
+        let config = self.wire.get_or_init(|| backend_config(self)).clone();
         if self.is_for_tile_machine() {
             let aliases = self.aliases().iter().map(|(operand, result)| format!("{operand}:{result}"));
-            let options = [(KERNEL, backend_config(self)), (ALIASES, aliases.collect::<Vec<_>>().join(","))];
+            let options = [(KERNEL, config), (ALIASES, aliases.collect::<Vec<_>>().join(","))];
             let options = options.map(|(name, text)| (name.to_owned(), ConfigValue::Text(text)));
             let backend_config = BackendConfig::Dictionary(options.into());
             let call = CustomCall { backend_config, ..CustomCall::default() };
@@ -546,7 +553,7 @@ impl Kernel<'_> {
             operands,
             &self.outputs(),
             CustomCall {
-                backend_config: BackendConfig::Text { text: backend_config(self), api_version: 1 },
+                backend_config: BackendConfig::Text { text: config, api_version: 1 },
                 output_operand_aliases: aliases.collect(),
                 operand_layouts: Some(row_major(&expected)),
                 result_layouts: Some(row_major(&self.outputs())),
@@ -554,5 +561,28 @@ impl Kernel<'_> {
                 ..CustomCall::default()
             },
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_that_nothing_names_are_unused() {
+        let one = "    %0 = stablehlo.custom_call @tpu_custom_call(%arg0)";
+        let three = "    %cc:3 = stablehlo.custom_call @tpu_custom_call(%arg0)";
+        for (op, results, behind, expected) in [
+            (one, 1, "\n    return %0 : tensor<8xf32>\n  }", vec![]),
+            (one, 1, "\n    %1 = stablehlo.abs %01 : t\n    return %1 : t\n  }", vec![0]),
+            (three, 3, "\n    return %cc#1 : t\n  }", vec![0, 2]),
+            (three, 3, "\n    %c = stablehlo.abs %cc_0 : t\n    return %cc#10, %cc#2 : t\n  }", vec![0, 1]),
+            (three, 3, "\n    return %cc : t\n  }", vec![]),
+            // Another function's value of the same name.
+            (three, 3, "\n    return\n  }\n  func.func private @f(%cc: t) {\n    return %cc : t\n  }", vec![0, 1, 2]),
+            ("\"tpu_custom_call\"", 1, "", vec![]),
+        ] {
+            assert_eq!(unused_results(op, results, behind.as_bytes()), expected, "{op} {behind}");
+        }
     }
 }

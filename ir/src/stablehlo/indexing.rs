@@ -133,7 +133,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         };
         let batch = indexing.check(&ty, &index)?;
         let fits = slice_sizes.len() == ty.rank() && slice_sizes.iter().zip(&ty.dims).all(|(size, all)| size <= all);
-        ensure(fits, op, || format!("slice_sizes {slice_sizes:?} are no part of {ty}"))?;
+        ensure(fits, op, || format!("slice_sizes {slice_sizes:?} are not a part of {ty}"))?;
         for dim in indexing.without_window() {
             ensure(slice_sizes[dim] <= 1, op, || {
                 format!("slice_sizes {slice_sizes:?}: dim {dim} is collapsed or batching and must be 1")

@@ -38,7 +38,7 @@ impl<'c> Module<'c> {
     }
 
     /// A module that runs as `replicas` copies, each with its own arguments; collectives and [`Builder::replica_id`]
-    /// tell them apart.
+    /// distinguish them.
     pub fn replicated(context: &'c Context, name: &str, replicas: usize) -> Self {
         let context = context.melior();
         let module = Self {

@@ -66,7 +66,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         for dim in 0..ty.rank() {
             let (from, to, by) = (start[dim], limit[dim], stride[dim]);
             ensure(from <= to && to <= ty.dims[dim] && by > 0, op, || {
-                format!("dim {dim}: {from} to {to} by {by} is no part of {ty}")
+                format!("dim {dim}: {from} to {to} by {by} is not a part of {ty}")
             })?;
             dims.push((to - from).div_ceil(by));
         }
@@ -165,7 +165,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         let ty = x.ty();
         ensure_starts(op, &ty, starts)?;
         let fits = sizes.len() == ty.rank() && sizes.iter().zip(&ty.dims).all(|(size, whole)| size <= whole);
-        ensure(fits, op, || format!("sizes {sizes:?} are no part of {ty}"))?;
+        ensure(fits, op, || format!("sizes {sizes:?} are not a part of {ty}"))?;
         let operands: Vec<_> = std::iter::once(x).chain(starts.iter().copied()).collect();
         let attributes = [("slice_sizes", self.i64_array(sizes))];
         self.emit(op, &operands, &attributes, TensorType::new(ty.element, sizes))
@@ -184,7 +184,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         let fits = part.element == ty.element
             && part.rank() == ty.rank()
             && part.dims.iter().zip(&ty.dims).all(|(size, whole)| size <= whole);
-        ensure(fits, op, || format!("the update {part} is no part of {ty}"))?;
+        ensure(fits, op, || format!("the update {part} is not a part of {ty}"))?;
         let operands: Vec<_> = [x, update].into_iter().chain(starts.iter().copied()).collect();
         self.emit(op, &operands, &[], ty)
     }

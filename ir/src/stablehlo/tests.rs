@@ -346,12 +346,12 @@ fn every_misfit_names_the_op_and_the_shapes() {
     stablehlo.broadcast_in_dim: map = [2]: dimension 2 is not below the rank 1
     stablehlo.reshape: f32[8,128] has 1024 elements, f32[8,64] has 512
     stablehlo.transpose: permutation = [0, 0]: dimension 0 is named twice
-    stablehlo.slice: dim 1: 100 to 129 by 1 is no part of f32[8,128]
+    stablehlo.slice: dim 1: 100 to 129 by 1 is not a part of f32[8,128]
     stablehlo.pad: i32[8] cannot be padded with pred[]
     stablehlo.concatenate: operands differ beyond dim 0: f32[8,128], f32[64,256]
     stablehlo.iota: dim = [1]: dimension 1 is not below the rank 1
     stablehlo.dynamic_slice: needs one scalar start of the same integer type per dimension of f32[8,128], got i32[]
-    stablehlo.dynamic_update_slice: the update f32[64,256] is no part of f32[8,128]
+    stablehlo.dynamic_update_slice: the update f32[64,256] is not a part of f32[8,128]
     stablehlo.gather: indices f32[8,128] must be integers
     stablehlo.gather: index vectors of i32[8] have 8 entries, [] maps 0
     stablehlo.scatter: updates f32[64,256] with update_window_dims [1] fit neither f32[8,128] nor the indices i32[8]

@@ -23,8 +23,8 @@ use crate::{
     element::Element,
     error::{Error, Result},
     mosaic::{
-        MemorySpace, RefElement, Role, Signature, describe, functions, i64_array, kernel_function, op_name,
-        read_memref, scalar_element, symbol, vector_dims,
+        MemorySpace, RefElement, Role, Signature, describe, describe_function, functions, i64_array, kernel_function,
+        op_name, read_memref, scalar_element, symbol, vector_dims,
     },
 };
 
@@ -45,7 +45,8 @@ impl Program {
         // What a window's transform gets: the grid step and the prefetched arrays.
         let of_transform: Vec<Type> = of_kernel.iter().copied().take(rank).chain(prefetched).collect();
         if !of_kernel.iter().take(rank).all(is_i32) {
-            return Err(Error::op("func.func", format!("@{}: its grid indices are not all i32", signature.name)));
+            let message = format!("@{}: its grid indices are not all i32", signature.name);
+            return Err(Error::op("func.func", format!("{message} (at {})", describe_function(kernel))));
         }
         let functions = functions(module);
         let mut transforms = Vec::new();
@@ -54,7 +55,7 @@ impl Program {
             if element.is_some_and(|element| !is_stored(element)) || argument.dims.contains(&0) {
                 let message =
                     format!("argument `{}` of {}{:?} is not supported", argument.name, argument.element, argument.dims);
-                return Err(Error::op("func.func", format!("{message} (at {})", describe(kernel.location()))));
+                return Err(Error::op("func.func", format!("{message} (at {})", describe_function(kernel))));
             }
             let transform = argument.window.as_ref().map(|window| {
                 let named = |function: &&OperationRef| symbol(**function).is_ok_and(|name| name == window.transform);
@@ -109,7 +110,8 @@ impl Decoder {
     /// The function `name`, which maps `of_transform` to the `rank` indices of a block.
     fn transform(&mut self, function: OperationRef, name: &str, of_transform: &[Type], rank: usize) -> Result<Code> {
         let code = self.function(function)?;
-        let wrong = |what: String| Error::op("func.func", format!("@{name} {what}"));
+        let wrong =
+            |what: String| Error::op("func.func", format!("@{name} {what} (at {})", describe_function(function)));
         if parameters(function) != of_transform {
             let wanted = of_transform.iter().map(printed).collect::<Vec<_>>().join(", ");
             return Err(wrong(format!("does not take ({wanted})")));

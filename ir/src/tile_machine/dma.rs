@@ -11,9 +11,9 @@ use super::{
 };
 use crate::mosaic::MemorySpace;
 
-/// A copy that was started and not waited for.
+/// A DMA that was started and not waited for.
 #[derive(Debug)]
-pub(super) struct Copy {
+pub(super) struct Dma {
     id: usize,
     source: Region,
     destination: Region,
@@ -29,27 +29,27 @@ pub(super) struct Copy {
 pub(super) struct Semaphore {
     /// Bytes that arrived and were not waited for; for counting semaphores, the count.
     value: i64,
-    /// Bytes waited for that do not yet make up the copy that landed first.
+    /// Bytes waited for that do not yet make up the DMA that landed first.
     credit: usize,
-    /// Copies in the order in which they landed.
+    /// DMAs in the order in which they landed.
     landed: VecDeque<usize>,
     /// Who touched it last.
     origin: u32,
 }
 
 impl<O: Observer> Executor<'_, '_, O> {
-    fn describe_copy(&self, copy: &Copy) -> String {
-        let (from, to) = (&self.buffers[copy.source.buffer].name, &self.buffers[copy.destination.buffer].name);
-        format!("from `{from}` to `{to}` started at {} in grid step {:?}", self.location(copy.origin), copy.started)
+    fn describe_dma(&self, dma: &Dma) -> String {
+        let (from, to) = (&self.buffers[dma.source.buffer].name, &self.buffers[dma.destination.buffer].name);
+        format!("from `{from}` to `{to}` started at {} in grid step {:?}", self.location(dma.origin), dma.started)
     }
 
-    /// Faults unless every copy was waited for and every semaphore is zero at `when`.
+    /// Faults unless every DMA was waited for and every semaphore is zero at `when`.
     pub(super) fn check_settled(&self, when: &str) -> Step<()> {
-        if let Some(copy) = self.copies.first() {
-            let detail = format!("a copy was not waited for {when}");
-            let mut fault = self.fault_at(FaultKind::SemaphoreUnbalanced, copy.origin, detail);
-            fault = self.in_buffer(fault, copy.semaphore.0, copy.semaphore.1);
-            fault.dma = Some(self.describe_copy(copy));
+        if let Some(dma) = self.dmas.first() {
+            let detail = format!("a DMA was not waited for {when}");
+            let mut fault = self.fault_at(FaultKind::SemaphoreUnbalanced, dma.origin, detail);
+            fault = self.in_buffer(fault, dma.semaphore.0, dma.semaphore.1);
+            fault.dma = Some(self.describe_dma(dma));
             return Err(fault);
         }
         for (&(buffer, cell), semaphore) in &self.semaphores {
@@ -62,14 +62,14 @@ impl<O: Observer> Executor<'_, '_, O> {
         Ok(())
     }
 
-    /// Faults when an access to `region` meets a copy in flight.
-    pub(super) fn check_copies(&self, region: &Region, writes: bool, origin: Option<u32>) -> Step<()> {
+    /// Faults when an access to `region` meets a DMA in flight.
+    pub(super) fn check_in_flight(&self, region: &Region, writes: bool, origin: Option<u32>) -> Step<()> {
         if self.buffers[region.buffer].in_flight == 0 {
             return Ok(());
         }
-        for copy in &self.copies {
+        for dma in &self.dmas {
             let hit =
-                copy.destination.overlap(region).or_else(|| if writes { copy.source.overlap(region) } else { None });
+                dma.destination.overlap(region).or_else(|| if writes { dma.source.overlap(region) } else { None });
             if let Some(offset) = hit {
                 let kind = if writes { FaultKind::OverwriteInFlight } else { FaultKind::ReadInFlight };
                 let mut fault = match origin {
@@ -77,7 +77,7 @@ impl<O: Observer> Executor<'_, '_, O> {
                     None => self.fault(kind, &self.pipeline, String::new()),
                 };
                 fault = self.in_buffer(fault, region.buffer, offset);
-                fault.dma = Some(self.describe_copy(copy));
+                fault.dma = Some(self.describe_dma(dma));
                 return Err(fault);
             }
         }
@@ -108,48 +108,56 @@ impl<O: Observer> Executor<'_, '_, O> {
         Err(self.in_buffer(fault, region.buffer, offset))
     }
 
-    pub(super) fn start_copy(&mut self, source: &View, destination: &View, semaphore: &View, origin: u32) -> Step<()> {
+    pub(super) fn start_dma(&mut self, source: &View, destination: &View, semaphore: &View, origin: u32) -> Step<()> {
         let (from, to) = (source.all(), destination.all());
-        self.check_copies(&from, false, Some(origin))?;
+        self.check_in_flight(&from, false, Some(origin))?;
         self.check_core(&from, self.owner, Some(origin))?;
-        self.check_copies(&to, true, Some(origin))?;
+        self.check_in_flight(&to, true, Some(origin))?;
         self.check_written(&from, origin)?;
         let bytes = from.len() * self.buffers[from.buffer].data.element().bytes();
         if bytes != to.len() * self.buffers[to.buffer].data.element().bytes() {
             let detail = format!("{:?} into {:?}", source.dims, destination.dims);
             return Err(self.fault_at(FaultKind::BadCall, origin, detail));
         }
-        self.buffers[from.buffer].in_flight += 1;
-        self.buffers[to.buffer].in_flight += 1;
-        let key = (semaphore.buffer, semaphore.offset);
-        self.semaphores.entry(key).or_default().origin = origin;
-        self.observer.dma_start(&DmaEvent {
-            id: self.next_copy,
-            from: &self.buffers[from.buffer].name,
-            to: &self.buffers[to.buffer].name,
-            bytes,
-            location: &self.program.origins[origin as usize].location,
-        });
-        self.copies.push(Copy {
-            id: self.next_copy,
+        let dma = Dma {
+            id: self.next_dma,
             source: from,
             destination: to,
-            semaphore: key,
+            semaphore: (semaphore.buffer, semaphore.offset),
             bytes,
             origin,
             started: self.step.clone(),
             owner: self.owner,
             landed: false,
+        };
+        let (from, to) = (dma.source.buffer, dma.destination.buffer);
+        if let Some(offset) = dma.destination.overlap(&dma.source) {
+            let detail = "its destination is its source".to_owned();
+            let mut fault = self.fault_at(FaultKind::OverwriteInFlight, origin, detail);
+            fault = self.in_buffer(fault, to, offset);
+            fault.dma = Some(self.describe_dma(&dma));
+            return Err(fault);
+        }
+        self.buffers[from].in_flight += 1;
+        self.buffers[to].in_flight += 1;
+        self.semaphores.entry(dma.semaphore).or_default().origin = origin;
+        self.observer.dma_start(&DmaEvent {
+            id: dma.id,
+            from: &self.buffers[from].name,
+            to: &self.buffers[to].name,
+            bytes,
+            location: &self.program.origins[origin as usize].location,
         });
-        self.next_copy += 1;
+        self.dmas.push(dma);
+        self.next_dma += 1;
         self.counters.copies += 1;
         match self.machine.dma {
-            DmaOrder::Early => self.land(self.copies.len() - 1)?,
+            DmaOrder::Early => self.land(self.dmas.len() - 1)?,
             DmaOrder::Late => {}
             DmaOrder::Random(_) => {
                 if self.random.below(2) == 0 {
-                    let any = self.random.below(self.copies.len());
-                    if !self.copies[any].landed {
+                    let any = self.random.below(self.dmas.len());
+                    if !self.dmas[any].landed {
                         self.land(any)?;
                     }
                 }
@@ -190,16 +198,16 @@ impl<O: Observer> Executor<'_, '_, O> {
     }
 
     fn land(&mut self, index: usize) -> Step<()> {
-        let copy = &mut self.copies[index];
-        copy.landed = true;
-        let (id, key, bytes, owner, origin) = (copy.id, copy.semaphore, copy.bytes, copy.owner, copy.origin);
-        let (source, destination) = (copy.source.clone(), copy.destination.clone());
+        let dma = &mut self.dmas[index];
+        dma.landed = true;
+        let (id, key, bytes, owner, origin) = (dma.id, dma.semaphore, dma.bytes, dma.owner, dma.origin);
+        let (source, destination) = (dma.source.clone(), dma.destination.clone());
         let data = self.buffers[source.buffer].copy_out(&source);
         if let Some((offset, other)) = self.buffers[destination.buffer].claim(&destination, owner) {
             let detail = format!("it was already written at parallel position {other}, now at {owner}");
             let mut fault = self.fault_at(FaultKind::ParallelOverlap, origin, detail);
             fault = self.in_buffer(fault, destination.buffer, offset);
-            fault.dma = Some(self.describe_copy(&self.copies[index]));
+            fault.dma = Some(self.describe_dma(&self.dmas[index]));
             return Err(fault);
         }
         self.buffers[destination.buffer].copy_in(&destination, &data);
@@ -217,18 +225,18 @@ impl<O: Observer> Executor<'_, '_, O> {
         Ok(())
     }
 
-    pub(super) fn wait_copy(&mut self, semaphore: &View, destination: &View, origin: u32) -> Step<()> {
+    pub(super) fn wait_dma(&mut self, semaphore: &View, destination: &View, origin: u32) -> Step<()> {
         let key = (semaphore.buffer, semaphore.offset);
         let to = destination.all();
         let bytes = to.len() * self.buffers[to.buffer].data.element().bytes();
         while self.semaphores.entry(key).or_default().value < bytes as i64 {
-            let flying = |copy: &Copy| !copy.landed && copy.semaphore == key;
-            let candidates: Vec<usize> = (0..self.copies.len()).filter(|&index| flying(&self.copies[index])).collect();
+            let flying = |dma: &Dma| !dma.landed && dma.semaphore == key;
+            let candidates: Vec<usize> = (0..self.dmas.len()).filter(|&index| flying(&self.dmas[index])).collect();
             let chosen = match (candidates.as_slice(), self.machine.dma) {
                 ([], _) => {
                     let has = self.semaphores[&key].value;
                     let detail =
-                        format!("{bytes} bytes are waited for, {has} arrived and no other copy was started on it");
+                        format!("{bytes} bytes are waited for, {has} arrived and no other DMA was started on it");
                     let fault = self.fault_at(FaultKind::Deadlock, origin, detail);
                     return Err(self.in_buffer(fault, key.0, key.1));
                 }
@@ -242,16 +250,15 @@ impl<O: Observer> Executor<'_, '_, O> {
         semaphore.credit += bytes;
         semaphore.origin = origin;
         while let Some(&id) = semaphore.landed.front() {
-            let index =
-                self.copies.iter().position(|copy| copy.id == id).expect("a landed copy stays until waited for");
-            if self.copies[index].bytes > semaphore.credit {
+            let index = self.dmas.iter().position(|dma| dma.id == id).expect("a landed DMA stays until waited for");
+            if self.dmas[index].bytes > semaphore.credit {
                 break;
             }
-            semaphore.credit -= self.copies[index].bytes;
+            semaphore.credit -= self.dmas[index].bytes;
             semaphore.landed.pop_front();
-            let copy = self.copies.remove(index);
-            self.buffers[copy.source.buffer].in_flight -= 1;
-            self.buffers[copy.destination.buffer].in_flight -= 1;
+            let dma = self.dmas.remove(index);
+            self.buffers[dma.source.buffer].in_flight -= 1;
+            self.buffers[dma.destination.buffer].in_flight -= 1;
             self.observer.dma_wait(id);
         }
         Ok(())

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
     Counters, DmaOrder, Machine, Run,
-    dma::{Copy, Semaphore},
+    dma::{Dma, Semaphore},
     fault::{Fault, FaultKind},
     memory::{Buffer, Region, View},
     observer::{Observer, OpEvent},
@@ -34,8 +34,8 @@ pub(super) struct Executor<'p, 'i, O> {
     /// Outputs without windows: the buffer that the kernel sees, and the array.
     pub(super) whole_outputs: Vec<(usize, usize)>,
     registers: Vec<Reg>,
-    pub(super) copies: Vec<Copy>,
-    pub(super) next_copy: usize,
+    pub(super) dmas: Vec<Dma>,
+    pub(super) next_dma: usize,
     pub(super) semaphores: BTreeMap<(usize, usize), Semaphore>,
     pub(super) random: SplitMix64,
     /// The grid step.
@@ -75,8 +75,8 @@ impl Program {
             buffers: vec![],
             whole_outputs: vec![],
             registers: vec![Reg::Empty; self.slots],
-            copies: vec![],
-            next_copy: 0,
+            dmas: vec![],
+            next_dma: 0,
             semaphores: BTreeMap::new(),
             random: SplitMix64::new(match machine.dma {
                 DmaOrder::Random(seed) => seed,
@@ -176,8 +176,8 @@ impl<O: Observer> Executor<'_, '_, O> {
             let detail = format!("more than {} (`Machine::max_ops`): a loop that never ends?", self.machine.max_ops);
             return Err(self.fault_at(FaultKind::Runaway, origin, detail));
         }
-        let origin = &self.program.origins[origin as usize];
-        self.observer.op(&OpEvent { op: &origin.op, location: &origin.location });
+        let Origin { op, location } = &self.program.origins[origin as usize];
+        self.observer.op(&OpEvent { number: origin, op, location });
         Ok(())
     }
 
@@ -268,7 +268,7 @@ impl<O: Observer> Executor<'_, '_, O> {
                 let Reg::Scalar(value) = self.take(&operands[0]) else { unreachable!("decoding gives a scalar") };
                 let (view, start) = self.place(&operands[1..]);
                 let region = self.region(&view, &start, extent, origin)?;
-                self.check_copies(&region, true, Some(origin))?;
+                self.check_in_flight(&region, true, Some(origin))?;
                 self.buffers[region.buffer].write_scalar(region.start(), value);
                 Reg::Empty
             }
@@ -291,15 +291,15 @@ impl<O: Observer> Executor<'_, '_, O> {
                 let view = self.view(&operands[0]);
                 self.recast(&view, view.bitcast(*to, *ratio), origin)?
             }
-            Op::StartCopy => {
+            Op::StartDma => {
                 let (source, destination) = (self.view(&operands[0]), self.view(&operands[1]));
                 let semaphore = self.view(&operands[2]);
-                self.start_copy(&source, &destination, &semaphore, origin)?;
+                self.start_dma(&source, &destination, &semaphore, origin)?;
                 Reg::Empty
             }
-            Op::WaitCopy { destination } => {
+            Op::WaitDma { destination } => {
                 let (semaphore, destination) = (self.view(&operands[0]), self.view(&operands[*destination]));
-                self.wait_copy(&semaphore, &destination, origin)?;
+                self.wait_dma(&semaphore, &destination, origin)?;
                 Reg::Empty
             }
             Op::Signal => {
@@ -419,7 +419,7 @@ impl<O: Observer> Executor<'_, '_, O> {
     fn readable(&mut self, operands: &[Use], extent: &Extent, origin: u32) -> Step<Region> {
         let (view, start) = self.place(operands);
         let region = self.region(&view, &start, extent, origin)?;
-        self.check_copies(&region, false, Some(origin))?;
+        self.check_in_flight(&region, false, Some(origin))?;
         self.check_written(&region, origin)?;
         Ok(region)
     }
@@ -452,7 +452,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         let (view, start) = self.place(indices);
         let mask = mask.first().map(|mask| self.tile(mask));
         let region = self.region(&view, &start, extent, origin)?;
-        self.check_copies(&region, true, Some(origin))?;
+        self.check_in_flight(&region, true, Some(origin))?;
         let RefElement::Data(element) = view.element else { unreachable!("decoding gives memory of numbers") };
         let stored = self.buffers[region.buffer].data.element();
         if add {

@@ -1,4 +1,4 @@
-//! What the machine reports when a kernel does what hardware would not forgive.
+//! What the machine reports when a kernel does what would be undefined behaviour on a TPU.
 
 use std::fmt;
 
@@ -10,11 +10,12 @@ pub enum FaultKind {
     OutOfBounds,
     /// A read of memory that nobody wrote.
     UnwrittenRead,
-    /// A read of a destination whose copy was not waited for.
+    /// A read of a destination whose DMA was not waited for.
     ReadInFlight,
-    /// A write to the source or destination of a copy that was not waited for.
+    /// A write to the source or destination of a DMA that was not waited for.
     OverwriteInFlight,
-    /// A semaphore, or a copy, left over at the end of the kernel or before a step that may run on another core.
+    /// A semaphore, or a DMA, left over at the end of the kernel or before a step that may run on another core; a wait for
+    /// a negative amount.
     SemaphoreUnbalanced,
     /// A wait that nothing will ever satisfy.
     Deadlock,
@@ -62,7 +63,7 @@ pub struct Fault {
     pub kind: FaultKind,
     /// The kernel's name.
     pub kernel: String,
-    /// The op, by its full name; `pipeline` for the copies of windows.
+    /// The op, by its full name; `pipeline` where blocks are copied.
     pub op: String,
     /// The op's source line, `file:line`.
     pub location: String,
@@ -72,7 +73,7 @@ pub struct Fault {
     pub index: Vec<i64>,
     /// The grid step.
     pub grid_step: Vec<usize>,
-    /// The copy that is involved: where it was started.
+    /// The DMA that is involved: where it was started.
     pub dma: Option<String>,
     /// Sizes and numbers.
     pub detail: String,

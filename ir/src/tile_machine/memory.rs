@@ -1,4 +1,4 @@
-//! The memories: buffers with written-ness, views of them, and the copies in flight between them.
+//! The memories: buffers with written-ness, views of them, and regions of them.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -33,7 +33,7 @@ pub(super) struct Buffer<'i> {
     owners: Vec<u32>,
     /// Whether several parallel positions may write one element; what it holds then is unwritten.
     pub(super) may_overlap: bool,
-    /// Copies in flight that touch this buffer.
+    /// DMAs in flight that touch this buffer.
     pub(super) in_flight: usize,
 }
 

@@ -1,10 +1,10 @@
-//! The tile machine: runs Mosaic kernels on the CPU, tile by tile, and reports what hardware would not forgive.
+//! The tile machine: runs Mosaic kernels on the CPU, tile by tile, and reports what would be undefined behaviour on a TPU.
 //!
 //! [`Program::decode`] turns a Mosaic module (built by [`mosaic`](crate::mosaic) or opened from the wire format, lowered
 //! by JAX Pallas for instance) into instructions; an op that the machine does not know is an error that names it, before
 //! anything runs. [`Program::run`] executes them: elementwise loops over whole tiles, matrix products through `gemm`
 //! with the TPU's rounding, loops and branches as written. A run yields the outputs and [`Counters`], or the first
-//! [`Fault`].
+//! [`Fault`]; an [`Observer`] may watch it, [`Trace`] for instance.
 //!
 //! # The memory model
 //! - **HBM** holds the arrays of the call. Outputs start unwritten. An output that shares an input's memory
@@ -15,39 +15,96 @@
 //!   its content from grid step to grid step, except across steps that differ in a `parallel` dimension: they may run on
 //!   different cores, so scratch is unwritten again there.
 //! - *Whole arrays* in VMEM or SMEM come before the first step and, as outputs, go after the last; such outputs are
-//!   nothing for steps of a `parallel` dimension.
+//!   not allowed when the grid has a `parallel` dimension.
 //! - *Windows*: before a step, the blocks of its inputs are in VMEM. A double-buffered block is copied while the step
 //!   before runs: from HBM as it is at that step's start ([`DmaOrder::Early`]) or end ([`DmaOrder::Late`]). Where a block
 //!   hangs over the edge of its array the window holds NaN that may be read (a kernel masks it) and what is written there
 //!   is dropped. An output window starts unwritten at every new block and is written back when the block changes;
-//!   elements that the kernel did not write become unwritten in HBM, whatever was there.
-//! - *Copies* (DMAs) land at their start, at the wait that needs them, or in a random order between, per
-//!   [`DmaOrder`]. A wait takes as many bytes from its semaphore as its destination has; copies are over in the order in
-//!   which they landed. Between start and that moment a copy is *in flight*: its destination must not be touched, and its
-//!   source must not be written.
-//! - *Rounding*: bf16 and narrow integers are rounded or wrapped after every op. The MXU multiplies bf16 and accumulates
-//!   f32; f32 operands are rounded to bf16 first unless the product asks for `fp32` precision.
+//!   elements that the kernel did not write become unwritten in HBM, whatever was there. A window that may revisit blocks
+//!   (`revisit_mode` `any`) starts with what was written back of the block before, if anything was.
+//! - *DMAs* land at their start, at the wait that needs them, or in a random order between, per [`DmaOrder`]. A wait takes
+//!   as many bytes from its semaphore as its destination has; DMAs are over in the order in which they landed. Between
+//!   start and that moment a DMA is *in flight*: its destination must not be touched, and its source must not be written.
+//! - *Rounding*: bf16 and narrow integers are rounded or wrapped after every op; floats that become integers saturate. The
+//!   MXU multiplies bf16 and accumulates f32; f32 operands are rounded to bf16 first unless the product asks for `fp32`
+//!   precision. Arrays of unsigned integers are bits: ops have a sign, memory has none.
+//!
+//! # The states of an element
+//! Every element of every buffer is in one of four states: *unwritten*; *written*; *held*, the source of a DMA in flight;
+//! *landing*, the destination of one. The table is the model: what an event makes of an element, or the fault that it is.
+//! An access to a region is that event on each of its elements, and the first that faults is reported; a DMA from and to
+//! the same element is a DMA to a held one.
+//!
+//! | event | unwritten | written | held | landing |
+//! |---|---|---|---|---|
+//! | the kernel loads it | `UnwrittenRead` ¹ | written | held | `ReadInFlight` |
+//! | the kernel stores to it | written | written | `OverwriteInFlight` | `OverwriteInFlight` |
+//! | a masked store leaves it out | unwritten | written | `OverwriteInFlight` | `OverwriteInFlight` |
+//! | a DMA from it starts | `UnwrittenRead` ¹ | held | held | `ReadInFlight` |
+//! | a DMA to it starts | landing | landing | `OverwriteInFlight` | `OverwriteInFlight` |
+//! | the DMA lands | | | held; its value is read now | landing; its value is there now |
+//! | the DMA is waited for | | | written, or held by another | written |
+//! | window: a block comes in ⁴ | as in the array | as in the array | `OverwriteInFlight` | `OverwriteInFlight` |
+//! | window: a new output block | unwritten ² | unwritten ² | `OverwriteInFlight` | `OverwriteInFlight` |
+//! | window: its block is written back | unwritten | written | held | `ReadInFlight` |
+//! | array: a block is fetched from it ⁴ | unwritten | written | held | `ReadInFlight` |
+//! | array: a block is written back to it | as in the window | as in the window | `OverwriteInFlight` | `OverwriteInFlight` |
+//! | scratch: the parallel position changes | unwritten | unwritten | `SemaphoreUnbalanced` | `SemaphoreUnbalanced` |
+//! | output: the kernel ends | `OutputNeverWritten` ³ | its value is returned | `SemaphoreUnbalanced` | `SemaphoreUnbalanced` |
+//!
+//! ¹ Nothing with [`Machine::allow_unwritten_reads`]: the poison is read. ² Or as in the array, where the block is
+//! revisited. ³ Nothing with [`Machine::allow_unwritten_outputs`], or for [unused outputs](Program::with_unused_outputs).
+//! ⁴ Where a block hangs over the edge of its array, the window is written beyond it: a NaN, or an odd integer, that may
+//! be read.
+//!
+//! A *semaphore* holds a number, at first 0. A DMA of n bytes that lands adds n; a signal adds its amount; a wait for n takes
+//! n, after DMAs on it have landed that it needs.
+//!
+//! | event | it has n | it has less | n < 0 |
+//! |---|---|---|---|
+//! | a wait for n | n less | `Deadlock`, when no DMA on it is left to land | `SemaphoreUnbalanced` |
+//! | the kernel ends, or the parallel position changes | `SemaphoreUnbalanced` unless n = 0 | | `SemaphoreUnbalanced` |
+//!
+//! An element of an *output* has an *owner*, too, when the grid has a `parallel` dimension: the parallel position that wrote
+//! it. p and q are different positions.
+//!
+//! | event | nobody's | p's | contested |
+//! |---|---|---|---|
+//! | p writes it | p's | p's | contested |
+//! | q writes it | q's | `ParallelOverlap`; where overlaps are allowed ⁵ contested, and unwritten | contested, and unwritten |
+//! | p reads it | nobody's | p's | `ParallelOverlap` |
+//! | q reads it | nobody's | `ParallelOverlap` | `ParallelOverlap` |
+//!
+//! ⁵ On an [unused output](Program::with_unused_outputs), and with [`Machine::allow_parallel_overlaps`]: an output that
+//! serves as scratch memory is not a race until somebody reads what another position left there.
 //!
 //! # Faults
-//! Each names the op, its source line, the buffer, the index, the grid step and, where there is one, the copy.
+//! Each names the op, its source line, the buffer, the index, the grid step and, where there is one, the DMA.
 //! - [`FaultKind::OutOfBounds`]: an index outside a view, a view outside a buffer, a block that starts outside its array.
-//! - [`FaultKind::UnwrittenRead`]: a load, or the source of a copy, that nobody wrote
+//! - [`FaultKind::UnwrittenRead`]: a load, or the source of a DMA, that nobody wrote
 //!   ([`Machine::allow_unwritten_reads`]).
-//! - [`FaultKind::ReadInFlight`], [`FaultKind::OverwriteInFlight`]: a race with a copy in flight; of the kernel's own
+//! - [`FaultKind::ReadInFlight`], [`FaultKind::OverwriteInFlight`]: a race with a DMA in flight; of the kernel's own
 //!   ops, or of the pipeline, whose op is `pipeline`.
-//! - [`FaultKind::SemaphoreUnbalanced`]: a copy was not waited for or a semaphore is not zero at the end of the kernel, or
-//!   between steps that differ in a `parallel` dimension.
+//! - [`FaultKind::SemaphoreUnbalanced`]: a DMA was not waited for or a semaphore is not zero at the end of the kernel, or
+//!   between steps that differ in a `parallel` dimension; a wait for a negative amount.
 //! - [`FaultKind::Deadlock`]: a wait for more bytes or signals than were ever started.
 //! - [`FaultKind::ParallelOverlap`]: two steps that differ in a `parallel` dimension write the same output element, or
-//!   one reads what the other, earlier in the grid, wrote.
+//!   one reads what the other, earlier in the grid, wrote ([`Machine::allow_parallel_overlaps`],
+//!   [`Program::with_unused_outputs`]).
 //! - [`FaultKind::MemoryExceeded`]: more VMEM, SMEM, HBM or semaphores than there are.
 //! - [`FaultKind::OutputNeverWritten`]: an output element that no step wrote ([`Machine::allow_unwritten_outputs`]).
-//! - [`FaultKind::BrokenAssumption`]: `tpu.assume_multiple` of something that is none.
+//! - [`FaultKind::BrokenAssumption`]: `tpu.assume_multiple` of something that is not a multiple.
 //! - [`FaultKind::DivisionByZero`]: an integer divided by zero.
 //! - [`FaultKind::Runaway`]: more than [`Machine::max_ops`] ops or grid steps.
 //! - [`FaultKind::BadCall`]: arguments that do not fit the kernel.
 //!
 //! What it does not model: time, registers and their spills, several devices, and layouts inside a tile.
+//!
+//! # Where things are
+//! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness`
+//! finishes. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data.
+//! `tile` computes. Only `decode` and `ops` see MLIR. `ir/tests/states.rs` holds the machine to the tables by random
+//! kernels, and `ir/tests/cases` has a kernel for every fault.
 
 mod allocate;
 mod decode;
@@ -61,14 +118,16 @@ mod ops;
 mod pipeline;
 mod program;
 mod tile;
+mod trace;
 
 pub use fault::{Fault, FaultKind};
 pub use observer::{BlockEvent, DmaEvent, Observer, OpEvent};
 pub use program::Program;
+pub use trace::Trace;
 
 use crate::tensor::HostTensor;
 
-/// When copies land.
+/// When DMAs land.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DmaOrder {
     /// At once.
@@ -90,7 +149,7 @@ pub struct Machine {
     pub hbm_bytes: usize,
     /// Bytes of semaphore memory, 4 for each.
     pub semaphore_bytes: usize,
-    /// When copies land.
+    /// When DMAs land.
     pub dma: DmaOrder,
     /// Whether outputs may keep elements that no step wrote (for kernels that leave padding unspecified); they are NaN.
     pub allow_unwritten_outputs: bool,
@@ -106,7 +165,7 @@ pub struct Machine {
 }
 
 impl Default for Machine {
-    /// A v5p core at its default VMEM limit: 16 MiB of scoped VMEM, 1 MiB of SMEM, 95 GiB of HBM, late copies.
+    /// A v5p core at its default VMEM limit: 16 MiB of scoped VMEM, 1 MiB of SMEM, 95 GiB of HBM, late DMAs.
     fn default() -> Self {
         Self {
             vmem_bytes: 16 << 20,
@@ -133,7 +192,7 @@ pub struct Counters {
     pub hbm_bytes_read: u64,
     /// Bytes copied into HBM.
     pub hbm_bytes_written: u64,
-    /// Copies that the kernel started.
+    /// DMAs that the kernel started.
     pub copies: u64,
     /// Multiplications and additions on the MXU.
     pub mxu_flops: u64,

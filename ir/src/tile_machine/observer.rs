@@ -1,4 +1,4 @@
-//! Who watches a run: told of every event as it happens, at no cost where nobody listens.
+//! Watching a run, event by event, at no cost where nobody does.
 
 /// Gets the events of a run, in their order. Every method does nothing unless it is overridden, and [`Program::run`]
 /// watches with `()`, so that not watching costs nothing.
@@ -25,6 +25,8 @@ impl Observer for () {}
 /// An op that is about to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpEvent<'e> {
+    /// Its number in the program: the same wherever it runs again.
+    pub number: u32,
     /// Its full name.
     pub op: &'e str,
     /// Its source line.

@@ -166,9 +166,9 @@ static ROWS: &[Row] = &[
     pure("tpu.memref_reshape", 1..=1, reshape_memref),
     pure("tpu.memref_bitcast", 1..=1, bitcast_memref),
     // DMAs and semaphores.
-    effect("tpu.enqueue_dma", 3..=usize::MAX, start_copy),
-    effect("tpu.wait_dma2", 3..=usize::MAX, |op| wait_copy(op, 2)),
-    effect("tpu.wait_dma", 2..=usize::MAX, |op| wait_copy(op, 1)),
+    effect("tpu.enqueue_dma", 3..=usize::MAX, start_dma),
+    effect("tpu.wait_dma2", 3..=usize::MAX, |op| wait_dma(op, 2)),
+    effect("tpu.wait_dma", 2..=usize::MAX, |op| wait_dma(op, 1)),
     effect("tpu.sem_signal", 2..=usize::MAX, signal),
     effect("tpu.sem_wait", 2..=2, wait_semaphore),
     pure("tpu.sem_read", 1..=1, read_semaphore),
@@ -570,7 +570,7 @@ fn bitcast_memref(op: &Site) -> Decoded<Op> {
 // ---- DMAs and semaphores ----
 
 /// Operands: source, destination, semaphore.
-fn start_copy(op: &Site) -> Decoded<Op> {
+fn start_dma(op: &Site) -> Decoded<Op> {
     if op.operands.len() != 3 {
         return unsupported("a DMA to another device or core is not supported");
     }
@@ -578,14 +578,14 @@ fn start_copy(op: &Site) -> Decoded<Op> {
     fits(source.element == destination.element && source.element.data().is_some())?;
     fits(source.dims == destination.dims)?;
     op.semaphore(2)?;
-    Ok(Op::StartCopy)
+    Ok(Op::StartDma)
 }
 
 /// Operands: semaphore, ..., and the destination.
-fn wait_copy(op: &Site, destination: usize) -> Decoded<Op> {
+fn wait_dma(op: &Site, destination: usize) -> Decoded<Op> {
     op.semaphore(0)?;
     fits(op.memref(destination)?.element.data().is_some())?;
-    Ok(Op::WaitCopy { destination })
+    Ok(Op::WaitDma { destination })
 }
 
 /// Operands: semaphore, amount.

@@ -191,11 +191,11 @@ impl<O: Observer> Executor<'_, '_, O> {
     /// An output's window is unwritten at a new block; a block that is revisited holds what was written back.
     fn begin_output(&mut self, window: &Window, index: &[i64]) -> Step<()> {
         let buffer = window.buffer();
-        self.check_copies(&self.whole(buffer), true, None)?;
+        self.check_in_flight(&self.whole(buffer), true, None)?;
         self.buffers[buffer].poison();
         let block = self.block(window, index, buffer)?;
         if window.visited.contains(index) {
-            self.check_copies(&block.array, false, None)?;
+            self.check_in_flight(&block.array, false, None)?;
             self.check_core(&block.array, self.owner, None)?;
             let bytes = self.carry(&block.array, &block.window);
             self.counters.hbm_bytes_read += bytes;
@@ -243,25 +243,24 @@ impl<O: Observer> Executor<'_, '_, O> {
     /// Copies a block into `buffer`, for a step at parallel position `owner`.
     fn fetch(&mut self, window: &Window, index: &[i64], buffer: usize, owner: u32) -> Step<()> {
         let block = self.block(window, index, buffer)?;
-        self.check_copies(&block.array, false, None)?;
-        self.check_copies(&self.whole(buffer), true, None)?;
+        self.check_in_flight(&block.array, false, None)?;
+        self.check_in_flight(&self.whole(buffer), true, None)?;
         self.check_core(&block.array, owner, None)?;
         if !block.whole {
             self.buffers[buffer].poison();
         }
-        let bytes = self.buffers[window.array].copy_out(&block.array);
-        self.counters.hbm_bytes_read += bytes.len() as u64;
         self.buffers[buffer].all_written();
-        self.buffers[buffer].copy_in(&block.window, &bytes);
-        self.observe_block(window, index, bytes.len() as u64, false);
+        let bytes = self.carry(&block.array, &block.window);
+        self.counters.hbm_bytes_read += bytes;
+        self.observe_block(window, index, bytes, false);
         Ok(())
     }
 
     fn write_back(&mut self, window: &mut Window) -> Step<()> {
         let index = window.index.clone();
         let Inside { array, window: made, .. } = self.block(window, &index, window.buffer())?;
-        self.check_copies(&array, true, None)?;
-        self.check_copies(&made, false, None)?;
+        self.check_in_flight(&array, true, None)?;
+        self.check_in_flight(&made, false, None)?;
         if let Some((offset, other)) = self.buffers[window.array].claim(&array, self.owner) {
             let fault = self.fault(
                 FaultKind::ParallelOverlap,

@@ -142,9 +142,9 @@ pub(super) enum Op {
         to: Element,
         ratio: usize,
     },
-    StartCopy,
+    StartDma,
     /// A wait for as many bytes as operand `destination` has.
-    WaitCopy {
+    WaitDma {
         destination: usize,
     },
     Signal,

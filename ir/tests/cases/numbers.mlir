@@ -2,7 +2,7 @@
 // in f32[8,128] = 1 nan 2
 // out i32[8,128]
 // run
-// out 0: i32[8, 128]: 0 1 0 0 1 0 0 1 ..., sum 341.00000, by place 169206.000
+// result 0: i32[8, 128]: 0 1 0 0 1 0 0 1 ..., sum 341.00000, by place 169206.000
 func.func @isnan(%x: memref<8x128xf32, "vmem">, %o: memref<8x128xi32, "vmem">) {
   %c = arith.constant 0 : index
   %x0 = vector.load %x[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
@@ -17,8 +17,8 @@ func.func @isnan(%x: memref<8x128xf32, "vmem">, %o: memref<8x128xi32, "vmem">) {
 // out i8[32,128]
 // out i8[32,128]
 // run
-// out 0: i8[32, 128]: 127 -128 127 -128 0 127 0 127 ..., sum 129024.00000, by place 64262314.000
-// out 1: i8[32, 128]: 44 -44 127 -128 0 -1 0 -1 ..., sum -1536.00000, by place -678010.000
+// result 0: i8[32, 128]: 127 -128 127 -128 0 127 0 127 ..., sum 129024.00000, by place 64262314.000
+// result 1: i8[32, 128]: 44 -44 127 -128 0 -1 0 -1 ..., sum -1536.00000, by place -678010.000
 func.func @narrow(%x: memref<32x128xf32, "vmem">, %o: memref<32x128xi8, "vmem">, %w: memref<32x128xi8, "vmem">) {
   %c = arith.constant 0 : index
   %x0 = vector.load %x[%c, %c] : memref<32x128xf32, "vmem">, vector<32x128xf32>
@@ -34,7 +34,7 @@ func.func @narrow(%x: memref<32x128xf32, "vmem">, %o: memref<32x128xi8, "vmem">,
 // in ui32[8,128] = 4294967295 7 2147483648
 // out ui32[8,128]
 // run
-// out 0: u32[8, 128]: 2147483600 3 1073741800 2147483600 3 1073741800 2147483600 3 ..., sum 1100585370281.00000, by place 546881407362882.000
+// result 0: u32[8, 128]: 2147483600 3 1073741800 2147483600 3 1073741800 2147483600 3 ..., sum 1100585370281.00000, by place 546881407362882.000
 func.func @unsigned(%x: memref<8x128xi32, "vmem">, %o: memref<8x128xi32, "vmem">) {
   %c = arith.constant 0 : index
   %x0 = vector.load %x[%c, %c] : memref<8x128xi32, "vmem">, vector<8x128xi32>
@@ -47,7 +47,7 @@ func.func @unsigned(%x: memref<8x128xi32, "vmem">, %o: memref<8x128xi32, "vmem">
 // in ui8[32,128] = 255 1 128
 // out ui8[32,128]
 // run
-// out 0: u8[32, 128]: 127 0 64 127 0 64 127 0 ..., sum 260842.00000, by place 129665070.000
+// result 0: u8[32, 128]: 127 0 64 127 0 64 127 0 ..., sum 260842.00000, by place 129665070.000
 func.func @unsigned_bytes(%x: memref<32x128xi8, "vmem">, %o: memref<32x128xi8, "vmem">) {
   %c = arith.constant 0 : index
   %x0 = vector.load %x[%c, %c] : memref<32x128xi8, "vmem">, vector<32x128xi8>
@@ -67,10 +67,10 @@ func.func @unsigned_bytes(%x: memref<32x128xi8, "vmem">, %o: memref<32x128xi8, "
 // out f32[8,128]
 // out f32[8,128]
 // run
-// out 0: f32[8, 128]: 5 1 NaN 4 5 1 NaN 4 ..., sum 2560.00000, by place 1273613.000, 256 nan
-// out 1: f32[8, 128]: 5 1 NaN -3 5 1 NaN -3 ..., sum 768.00000, by place 382569.000, 256 nan
-// out 2: f32[8, 128]: NaN NaN NaN 4 NaN NaN NaN 4 ..., sum 1024.00000, by place 509168.000, 768 nan
-// out 3: f32[8, 128]: NaN NaN NaN -3 NaN NaN NaN -3 ..., sum -768.00000, by place -381876.000, 768 nan
+// result 0: f32[8, 128]: 5 1 NaN 4 5 1 NaN 4 ..., sum 2560.00000, by place 1273613.000, 256 nan
+// result 1: f32[8, 128]: 5 1 NaN -3 5 1 NaN -3 ..., sum 768.00000, by place 382569.000, 256 nan
+// result 2: f32[8, 128]: NaN NaN NaN 4 NaN NaN NaN 4 ..., sum 1024.00000, by place 509168.000, 768 nan
+// result 3: f32[8, 128]: NaN NaN NaN -3 NaN NaN NaN -3 ..., sum -768.00000, by place -381876.000, 768 nan
 func.func @larger(%x: memref<8x128xf32, "vmem">, %y: memref<8x128xf32, "vmem">, %a: memref<8x128xf32, "vmem">,
     %b: memref<8x128xf32, "vmem">, %d: memref<8x128xf32, "vmem">, %e: memref<8x128xf32, "vmem">) {
   %c = arith.constant 0 : index
@@ -92,8 +92,8 @@ func.func @larger(%x: memref<8x128xf32, "vmem">, %y: memref<8x128xf32, "vmem">, 
 // out f32[8,1]
 // out f32[8,1]
 // run
-// out 0: f32[8, 1]: 7 7 7 7 7 7 7 7, sum 56.00000, by place 196.000
-// out 1: f32[8, 1]: NaN NaN NaN NaN NaN NaN NaN NaN, sum 0.00000, by place 0.000, 8 nan
+// result 0: f32[8, 1]: 7 7 7 7 7 7 7 7, sum 56.00000, by place 196.000
+// result 1: f32[8, 1]: NaN NaN NaN NaN NaN NaN NaN NaN, sum 0.00000, by place 0.000, 8 nan
 func.func @largest(%x: memref<8x128xf32, "vmem">, %a: memref<8x1xf32, "vmem">, %b: memref<8x1xf32, "vmem">) {
   %c = arith.constant 0 : index
   %low = arith.constant dense<0xFF800000> : vector<8xf32>
@@ -111,7 +111,7 @@ func.func @largest(%x: memref<8x128xf32, "vmem">, %a: memref<8x1xf32, "vmem">, %
 // in f32[8,128] = 1e-30 -1e-7 0.001 0.5 1 4 -0 nan
 // out f32[8,128]
 // run
-// out 0: f32[8, 128]: 0.0000000000000000000000000000011283792 -0.00000011283792 0.0011283788 0.5204999 0.8427008 1 -0 NaN ..., sum 302.63410, by place 150238.532, 128 nan
+// result 0: f32[8, 128]: 0.0000000000000000000000000000011283792 -0.00000011283792 0.0011283788 0.5204999 0.8427008 1 -0 NaN ..., sum 302.63410, by place 150238.532, 128 nan
 func.func @erf(%x: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">) {
   %c = arith.constant 0 : index
   %x0 = vector.load %x[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>

@@ -2,7 +2,7 @@
 // in f32[16,256] = wave 0
 // out f32[8,256]
 // run
-// out 0: f32[8, 256]: 1.8280768 3.1260152 3.8718066 3.9337225 3.3008265 2.084907 0.5007313 -1.1718885 ..., sum 0.30605, by place -18898.516
+// result 0: f32[8, 256]: 1.8280768 3.1260152 3.8718066 3.9337225 3.3008265 2.084907 0.5007313 -1.1718885 ..., sum 0.30605, by place -18898.516
 func.func @kr(%j: i32, %i: i32, %x: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">)
   attributes {iteration_bounds = array<i64: 2, 2>, window_params = [
     {transform_indices = @of_x, window_bounds = array<i64: 8, 128>},

@@ -5,8 +5,8 @@
 // run
 // fault: parallel-overlap: kernel `ks`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `sum` at [0, 0], grid step [1, 0]: block [0, 0] belongs to this step and to the one before it, at another parallel position
 // run allow_parallel_overlaps
-// out 0: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
-// out 1: f32[16, 128]: -1.0531799 -0.49697757 0.14700544 0.7650231 1.2479149 1.5103881 1.5060822 1.2357574 ..., sum 0.30604, by place -9750.084
+// result 0: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
+// result 1: f32[16, 128]: -1.0531799 -0.49697757 0.14700544 0.7650231 1.2479149 1.5103881 1.5060822 1.2357574 ..., sum 0.30604, by place -9750.084
 func.func @ks(%h: i32, %j: i32, %x: memref<8x128xf32, "vmem">, %sum: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">)
   attributes {iteration_bounds = array<i64: 2, 2>,
     dimension_semantics = [#tpu.dimension_semantics<parallel>, #tpu.dimension_semantics<arbitrary>], window_params = [
@@ -41,8 +41,8 @@ func.func @of_o(%h: i32, %j: i32) -> (i32, i32) { %c = arith.constant 0 : i32 re
 // out f32[16,128]
 // unused 0
 // run
-// out 0: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
-// out 1: f32[16, 128]: -1.0531799 -0.49697757 0.14700544 0.7650231 1.2479149 1.5103881 1.5060822 1.2357574 ..., sum 0.30604, by place -9750.084
+// result 0: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
+// result 1: f32[16, 128]: -1.0531799 -0.49697757 0.14700544 0.7650231 1.2479149 1.5103881 1.5060822 1.2357574 ..., sum 0.30604, by place -9750.084
 func.func @ks(%h: i32, %j: i32, %x: memref<8x128xf32, "vmem">, %sum: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">)
   attributes {iteration_bounds = array<i64: 2, 2>,
     dimension_semantics = [#tpu.dimension_semantics<parallel>, #tpu.dimension_semantics<arbitrary>], window_params = [

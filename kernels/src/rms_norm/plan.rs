@@ -105,7 +105,7 @@ pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tile
     let fitting = candidates.filter_map(|rows| {
         let tiles = Tiles { rows };
         let taken = report(problem, chip, tiles).total();
-        let roomy = taken + evidence::margin::<RmsNorm>(chip, &spilling(problem, tiles)) <= limit;
+        let roomy = taken + evidence::margin(&spilling(problem, tiles)) <= limit;
         (taken <= limit).then(|| (!roomy, cycles(problem, chip, tiles), tiles))
     });
     fitting.min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))).map(|(_, _, tiles)| tiles)

@@ -9,7 +9,7 @@ use crate::{
     error::{Invalid, ensure},
 };
 
-/// Flags of an attention problem.
+/// Flags of an RPA problem.
 #[derive(Clone, Debug, Args)]
 pub struct RpaArgs {
     /// Query rows, query heads and head dimension of q, such as 1024x32x128.

@@ -47,7 +47,7 @@ impl Batch {
     /// # Errors
     /// The first entry that breaks a limit: array sizes, `num_seqs`, `cu_q_lens` not from 0 upwards, more rows than
     /// `tokens`, more than one row per sequence in a decode problem, `q_len > kv_len`, `kv_len` beyond the page table,
-    /// a live page id that is no page.
+    /// a live page id that is not a page.
     pub fn new(
         problem: &Problem,
         kv_lens: &[i32],

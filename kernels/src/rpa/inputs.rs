@@ -1,4 +1,4 @@
-//! Inputs of an attention launch, drawn from a seed: ragged batches, page tables out of order, padding rows. Everything
+//! Inputs of a launch, drawn from a seed: ragged batches, page tables out of order, padding rows. Everything
 //! outside the live sequences is NaN, and page ids there are wild.
 
 use pagoda_ir::HostTensor;

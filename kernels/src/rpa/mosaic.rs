@@ -1,7 +1,7 @@
 //! Ragged paged attention as a Mosaic kernel.
 //!
 //! Grid: blocks of KV heads (`parallel`) by blocks of query rows. A step goes through the sequences that have rows in its
-//! block, and through the KV blocks that those rows see; pages come in by copies of the kernel's own, double-buffered, as
+//! block, and through the KV blocks that those rows see; pages come in by DMAs of the kernel's own, double-buffered, as
 //! many as the sequence has. Where the rows see no more than a half or a quarter of a block, no more is worked on
 //! ([`Plan::widths`]). Rows of other sequences are masked: they add nothing to their running sums.
 //!
@@ -18,7 +18,7 @@ use std::f64::consts::LOG2_E;
 
 use pagoda_ir::{
     Context, Element, Result,
-    mosaic::{self, Builder, DotDims, Kernel, MemorySpace, Precision, Ref, Semantics, Value, Window},
+    mosaic::{Builder, Dma, DotDims, Kernel, MemorySpace, Precision, Ref, Semantics, Value, Window},
 };
 
 use super::{
@@ -31,8 +31,9 @@ use super::{
 const NONE: f64 = -1e30;
 /// A logit that must not count: so far below [`NONE`] that its weight is zero even where nothing else was seen.
 const MASKED: f64 = 2.0 * NONE;
-/// Queries that are worked on where a sequence has no more in a block: the rows of a tile of bf16 on the newest chips.
-const NARROW: usize = 16;
+/// Query rows that are worked on where a sequence has no more in a block, as in decode: the rows of a tile of bf16 on the
+/// newest chips.
+const DECODE_ROWS: usize = 16;
 
 /// Writes the kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several layers
 /// `first_page [1]`, then `q` and `kv_pages`.
@@ -234,15 +235,15 @@ impl<'a, 'p> Body<'a, 'p> {
             None => k.int(0),
             Some(window) => (rows.origin + rows.first - (window as i64 - 1)).maximum(0) / keys,
         };
-        self.pages(&rows, begin, k.int(0), |copy| copy.start());
+        self.pages(&rows, begin, k.int(0), |dma| dma.start());
         // The sequence that holds the block's first row is its first one; its keys are on their way.
         k.when(rows.first.equals(0), || self.begin());
         self.limit(&rows);
         let blocks = |parts: &[Part<'a>], widths: &[usize]| {
             k.for_range(begin, end, |block| {
                 let slot = (block - begin) % 2;
-                k.when((block + 1).less(end), || self.pages(&rows, block + 1, 1 - slot, |copy| copy.start()));
-                self.pages(&rows, block, slot, |copy| copy.wait());
+                k.when((block + 1).less(end), || self.pages(&rows, block + 1, 1 - slot, |dma| dma.start()));
+                self.pages(&rows, block, slot, |dma| dma.wait());
                 let (first_key, kv) = (block * keys, Block::new(&self.kv.at(slot), self.plan.problem().precision.kv));
                 let of = |keys: usize| {
                     let live = rows.kv_len - first_key;
@@ -263,14 +264,14 @@ impl<'a, 'p> Body<'a, 'p> {
         let all =
             starts.map(|start| Part { starts: vec![k.int(start as i64)], rows: CHUNK.min(self.plan.rows() - start) });
         let all: Vec<_> = all.collect();
-        if queries <= NARROW || !queries.is_multiple_of(NARROW) {
+        if queries <= DECODE_ROWS || !queries.is_multiple_of(DECODE_ROWS) {
             return blocks(&all, &widths);
         }
-        // A decode row must not cost what a whole block costs. Few rows have one width: their products are small anyway.
-        let narrow = rows.first / NARROW;
-        let members = (0..self.plan.problem().group()).map(|member| narrow * NARROW + member * queries);
-        let few = Part { starts: members.map(|start| start.multiple_of(NARROW)).collect(), rows: NARROW };
-        k.if_else(narrow.equals((rows.end - 1) / NARROW), || blocks(&[few], &[keys]), || blocks(&all, &widths));
+        // One decode row must not cost as much as a whole block of rows. Few rows have one width: their products are small.
+        let narrow = rows.first / DECODE_ROWS;
+        let members = (0..self.plan.problem().group()).map(|member| narrow * DECODE_ROWS + member * queries);
+        let few = Part { starts: members.map(|start| start.multiple_of(DECODE_ROWS)).collect(), rows: DECODE_ROWS };
+        k.if_else(narrow.equals((rows.end - 1) / DECODE_ROWS), || blocks(&[few], &[keys]), || blocks(&all, &widths));
     }
 
     /// Goes on with the first of `widths` that holds the `seen` keys.
@@ -295,9 +296,9 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// The copies of KV block `block` into buffer `slot`: those of the pages that the sequence has. It has the first one
-    /// of every block that is asked for.
-    fn pages(&self, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>, act: impl Fn(mosaic::Copy<'a>)) {
+    /// The DMAs of KV block `block` into buffer `slot`: only the pages that the sequence owns are fetched. Callers guarantee
+    /// that the block's first page exists.
+    fn pages(&self, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>, act: impl Fn(Dma<'a>)) {
         let pages = self.plan.tiles().kv_pages;
         self.page(rows, block * pages, slot, 0, &act);
         for page in 1..pages {
@@ -307,8 +308,8 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// The copies of a sequence's page `number` to place `page` of buffer `slot`.
-    fn page(&self, rows: &Rows<'a>, number: Value<'a>, slot: Value<'a>, page: usize, act: &dyn Fn(mosaic::Copy<'a>)) {
+    /// The DMAs of a sequence's page `number` to place `page` of buffer `slot`.
+    fn page(&self, rows: &Rows<'a>, number: Value<'a>, slot: Value<'a>, page: usize, act: &dyn Fn(Dma<'a>)) {
         let (problem, heads) = (self.plan.problem(), self.plan.head_block());
         let kv_rows = KvLayout::rows_of(heads);
         let [_, pieces, _, _, lanes] = self.plan.kv_dims();
@@ -352,20 +353,20 @@ impl<'a, 'p> Body<'a, 'p> {
         };
         let last = part.load(k, &self.last) - first_key;
         let index = k.iota(&dims, 1);
-        let mut seen = index.less_equal(spread(k, last, keys));
+        let mut seen = index.less_equal(broadcast_lanes(k, last, keys));
         if let Some(window) = problem.sliding_window {
-            seen = seen & index.greater(spread(k, last - window as i64, keys));
+            seen = seen & index.greater(broadcast_lanes(k, last - window as i64, keys));
         }
         let logits = seen.select(logits, MASKED);
 
         let old = part.load(k, &max);
         let new = old.maximum(logits.max(1));
-        let fade = (old - new).exp2();
-        let weights = (logits - spread(k, new, keys)).exp2();
+        let rescale = (old - new).exp2();
+        let weights = (logits - broadcast_lanes(k, new, keys)).exp2();
         part.store(&max, new);
-        part.store(&sum, fade * part.load(k, &sum) + by_lane(weights));
-        let faded = part.load(k, &acc) * spread(k, fade, problem.head_dim);
-        part.store(&acc, k.dot_general(weights.cast(problem.precision.kv), value, faded, &DotDims::nn(), precision));
+        part.store(&sum, rescale * part.load(k, &sum) + by_lane(weights));
+        let rescaled = part.load(k, &acc) * broadcast_lanes(k, rescale, problem.head_dim);
+        part.store(&acc, k.dot_general(weights.cast(problem.precision.kv), value, rescaled, &DotDims::nn(), precision));
     }
 }
 
@@ -419,7 +420,7 @@ fn joined<'a>(k: &'a Builder<'a>, tiles: &[Value<'a>], dim: usize) -> Value<'a> 
 }
 
 /// A tile of equal columns, made `width` columns wide.
-fn spread<'a>(k: &'a Builder<'a>, tile: Value<'a>, width: usize) -> Value<'a> {
+fn broadcast_lanes<'a>(k: &'a Builder<'a>, tile: Value<'a>, width: usize) -> Value<'a> {
     let rows = tile.dims()[0];
     let pieces = (0..width).step_by(LANES).map(|lane| LANES.min(width - lane));
     let pieces: Vec<_> =

@@ -184,7 +184,7 @@ const MUTANTS: &[Mutant] = {
             Mismatch,
         ),
         (
-            "heads that are no multiple of what is promised",
+            "heads that are not a multiple of what is promised",
             |t| t.replaced(t.above(start(t, FIRST), "arith.constant 8 : i32"), "constant 8", "constant 4"),
             Fault(BrokenAssumption),
         ),

@@ -54,7 +54,7 @@ impl fmt::Display for Tiles {
 /// What the user may fix; the planner chooses the rest.
 pub type Options = plan::Options<Tiles>;
 
-/// An attention kernel for a chip, every tile and every VMEM buffer named.
+/// A kernel for a chip, every tile and every VMEM buffer named.
 pub type Plan = plan::Plan<Rpa>;
 
 /// Rows of a tile along which copies are cut.
@@ -112,7 +112,7 @@ pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layou
         grid: grid(problem, tiles, head_block).to_vec(),
         vmem: report(problem, tiles, head_block),
         smem: smem(problem),
-        spilling: spilling(problem, tiles),
+        spilling: spilling(problem, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: kv_pages * problem.page_size },
     }
 }
@@ -173,11 +173,16 @@ impl fmt::Display for Details {
     }
 }
 
-/// Types and options; the logits that a chunk of rows holds at once.
-fn spilling(problem: &Problem, tiles: Tiles) -> Spilling {
+/// Types and options. A chunk of rows holds its logits (true f32 products split them into three bf16 parts, for which the
+/// compiler keeps four times as much), and the keys and values that are loaded for the heads of a block.
+fn spilling(problem: &Problem, tiles: Tiles, head_block: usize) -> Spilling {
     let rows = (tiles.queries * problem.group()).min(CHUNK);
-    let live = Bytes((rows * tiles.kv_pages * problem.page_size * 4) as u64);
-    Spilling { family: format!("{} x{}{}", problem.precision.q, problem.head_dim, options(problem)), live }
+    let keys = tiles.kv_pages * problem.page_size;
+    let copies = if problem.precision.q == Element::F32 { 4 } else { 1 };
+    let live = 4 * keys * (copies * rows + head_block * problem.head_dim.next_multiple_of(LANES));
+    let wide = if problem.head_dim > LANES { " wide" } else { "" };
+    let family = format!("{}{wide}", problem.precision.q);
+    Spilling { family, live: Bytes(live as u64) }
 }
 
 /// Lengths and page indices in SMEM: tiles of 128 lanes and up to 8 rows, as in VMEM (seen with libtpu 0.0.52, which takes
@@ -282,7 +287,7 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
     let head_block = head_block(problem, chip);
     let most_logits = if problem.precision.q == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
-    let margin = |tiles| evidence::margin::<Rpa>(chip, &spilling(problem, tiles));
+    let margin = |tiles| evidence::margin(&spilling(problem, tiles, head_block));
     let mut best: Option<((bool, usize, bool, usize), Tiles)> = None;
     for queries in [8, 16, 32, 64, 128, 256] {
         let rows = queries * problem.group();

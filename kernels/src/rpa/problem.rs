@@ -1,4 +1,4 @@
-//! What an attention kernel is asked to do: validated shapes, types and options.
+//! What the kernel is asked to do: validated shapes, types and options.
 
 use pagoda_ir::{Element, TensorType};
 use serde::{Deserialize, Serialize};

@@ -77,7 +77,7 @@ impl FromArgMatches for KernelCommand {
 
 impl Subcommand for KernelCommand {
     fn augment_subcommands(command: Command) -> Command {
-        with_subcommands(command).subcommand_required(true).arg_required_else_help(true)
+        with_subcommands(command)
     }
 
     fn augment_subcommands_for_update(command: Command) -> Command {
@@ -110,7 +110,7 @@ impl KernelCommand {
             Error::file(path, format!("line 1 names no kernel: {problem}"), "emit the kernel again, or delete the line")
         };
         let words = shlex::split(words).ok_or_else(|| bad("a quote is not closed"))?;
-        let command = Self::augment_subcommands(Command::new("emit").no_binary_name(true));
+        let command = Self::augment_subcommands(Command::new("emit").no_binary_name(true).subcommand_required(true));
         let matches = command.try_get_matches_from(words);
         matches.and_then(|matches| Self::from_arg_matches(&matches)).map(Some).map_err(|error| {
             let message = error.to_string();
@@ -154,7 +154,10 @@ impl<K: KernelArgs> Request<K> {
     fn command() -> Command {
         let command = Target::augment_args(K::Args::augment_args(Command::new(K::NAME))).about(K::ABOUT);
         command.mut_args(|arg| match arg {
-            arg if arg.is_required_set() => arg.required(false).required_unless_present("spec"),
+            // So that `--k -1` is a bad number, not an unknown flag.
+            arg if arg.is_required_set() => {
+                arg.required(false).required_unless_present("spec").allow_negative_numbers(true)
+            }
             arg if arg.get_id() == "tiles" => arg.value_name(K::Tiles::FORM),
             arg => arg,
         })

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use pagoda_ir::mosaic::{Role, wire};
-use pagoda_ir::tile_machine::{DmaOrder, Machine, Program};
+use pagoda_ir::tile_machine::{DmaOrder, Machine, Program, Trace};
 use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
 use pagoda_kernels::check::Expected;
 
@@ -15,6 +15,7 @@ use super::operands::{Given, ensure_fits, operands};
 use super::problem::{KernelCommand, Launch, NAMES, Planned};
 use super::report::{Against, Check, Output, Report, print_reports};
 use crate::error::{Error, Result};
+use crate::output::write_atomically;
 use crate::pjrt::{self, Client, Executable};
 
 /// What `pagoda run` takes.
@@ -60,6 +61,12 @@ pub(in crate::cli) struct RunArgs {
     /// Let kernels leave elements of their outputs unwritten (NaN here), such as rows of padding.
     #[arg(long, global = true)]
     allow_unwritten_outputs: bool,
+    /// Let positions of a parallel grid dimension write the same elements of an output, which are then NaN.
+    #[arg(long, global = true)]
+    allow_parallel_overlaps: bool,
+    /// Write the run's timeline, for Perfetto (ui.perfetto.dev): with several orders of DMAs or kernels, that of the last one.
+    #[arg(long, global = true, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -78,6 +85,8 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
         ("--dma", args.dma.as_deref()),
         ("--allow-unwritten-reads", args.allow_unwritten_reads.then_some("true")),
         ("--allow-unwritten-outputs", args.allow_unwritten_outputs.then_some("true")),
+        ("--allow-parallel-overlaps", args.allow_parallel_overlaps.then_some("true")),
+        ("--trace", args.trace.as_ref().and_then(|path| path.to_str())),
     ];
     if !on_machine && let Some((key, value)) = of_machine.iter().find_map(|&(key, value)| Some((key, value?))) {
         let limit = "is of use on the tile machine only";
@@ -195,6 +204,7 @@ fn run_launch(
         operands: &launch.operands(),
         results: &kernel.outputs(),
         aliases: kernel.aliases(),
+        unused: &[],
         inputs: inputs_line(args, launch.batch()),
     };
     // What the plan counted belongs to what is checked.
@@ -248,6 +258,7 @@ fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file
             operands: &operands(given, &named, args.random)?,
             results,
             aliases: &call.aliases,
+            unused: &call.unused,
             inputs: inputs_line(args, None),
         };
         reports.push(execute(args, program, machine, dma, call)?.report);
@@ -260,6 +271,8 @@ struct Call<'c> {
     operands: &'c [HostTensor],
     results: &'c [TensorType],
     aliases: &'c [(usize, usize)],
+    /// Results that the module around the call does not use.
+    unused: &'c [usize],
     inputs: String,
 }
 
@@ -271,7 +284,7 @@ struct Executed {
 
 /// Runs the call once under each of `orders`, until one faults or gives another result than the first.
 fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
-    let program = program.with_aliases(call.aliases);
+    let program = program.with_aliases(call.aliases).with_unused_outputs(call.unused);
     let signature = program.signature().clone().with_outputs(call.results.len());
     let mut report = Report {
         kernel: signature.name.clone(),
@@ -293,9 +306,21 @@ fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrde
             dma,
             allow_unwritten_reads: args.allow_unwritten_reads,
             allow_unwritten_outputs: args.allow_unwritten_outputs,
+            allow_parallel_overlaps: args.allow_parallel_overlaps,
             ..machine
         };
-        match program.run(&machine, call.operands, call.results) {
+        let run = match &args.trace {
+            None => program.run(&machine, call.operands, call.results),
+            Some(path) => {
+                let mut trace = Trace::new(&signature.name);
+                let run = program.run_observed(&machine, call.operands, call.results, &mut trace);
+                let mut text = Vec::new();
+                trace.write(&mut text).map_err(Error::io("write", path))?;
+                write_atomically(path, &text)?;
+                run
+            }
+        };
+        match run {
             Err(fault) => {
                 // Which order found it.
                 (report.dma, report.fault) = (done.pop(), Some(fault));

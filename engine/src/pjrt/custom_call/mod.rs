@@ -2,15 +2,15 @@
 //!
 //! A plugin with the FFI extension (type 5 in its extension chain; the CPU plugin has it) calls a registered handler
 //! in the middle of a program, with typed views of the operands and results: `stablehlo.custom_call @name` with
-//! `api_version = 4` and a dictionary as `backend_config`. [`frame`] is what a handler sees, [`pool`] the threads that it
-//! is lent, `ffi` what XLA sees.
+//! `api_version = 4` and a dictionary as `backend_config`. `frame` is what a handler sees, `pool` the threads that it is
+//! lent, `ffi` what XLA sees.
 //!
 //! Invariants: a handler never unwinds into the plugin (a panic becomes an FFI error with its message); operand and
 //! result memory is only borrowed for the duration of the call; the handler may run on any thread of the plugin.
 
 mod ffi;
-pub mod frame;
-pub mod pool;
+mod frame;
+mod pool;
 
 use std::ffi::{CString, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,0 +1,137 @@
+!hbm = memref<8x128xf32, "hbm">
+!vmem = memref<8x128xf32, "vmem">
+!dma = memref<!tpu.dma_semaphore, "semaphore_mem">
+!tile = vector<8x128xf32>
+!row = vector<1x128xf32>
+// -----
+// A load beyond the view.
+// in f32[8,128] = wave 0
+// run
+// fault: out-of-bounds: kernel `k`: access out of bounds: vector.load at memory.mlir:14, buffer `x` at [4, 0], grid step []: element 11 of dimension 0 in a view of sizes [8, 128] (from [4, 0], sizes [8, 128])
+func.func @k(%x: !vmem) {
+  %c = arith.constant 0 : index
+  %four = arith.constant 4 : index
+  %v = vector.load %x[%four, %c] : !vmem, !tile
+  vector.store %v, %x[%c, %c] : !vmem, !tile
+  return
+}
+// -----
+// A store at a negative index.
+// run
+// fault: out-of-bounds: kernel `k`: access out of bounds: vector.store at memory.mlir:26, buffer `a` at [-1, 0], grid step []: element -1 of dimension 0 in a view of sizes [8, 128] (from [-1, 0], sizes [1, 128])
+func.func @k(%a: !vmem) attributes {scratch_operands = 1 : i64} {
+  %c = arith.constant 0 : index
+  %minus = arith.constant -1 : index
+  %v = arith.constant dense<0.0> : !row
+  vector.store %v, %a[%minus, %c] : !vmem, !row
+  return
+}
+// -----
+// A DMA from beyond the array.
+// in f32[8,128] = wave 0
+// run
+// fault: out-of-bounds: kernel `k`: access out of bounds: tpu.memref_slice at memory.mlir:37, buffer `x` at [1, 0], grid step []: element 8 of dimension 0 in a view of sizes [8, 128] (from [1, 0], sizes [8, 128])
+func.func @k(%x: !hbm, %a: !vmem, %s: !dma) attributes {scratch_operands = 2 : i64} {
+  %c = arith.constant 0 : i32
+  %one = arith.constant 1 : i32
+  %beyond = "tpu.memref_slice"(%x, %one, %c) : (!hbm, i32, i32) -> !hbm
+  "tpu.enqueue_dma"(%beyond, %a, %s) : (!hbm, !vmem, !dma) -> ()
+  return
+}
+// -----
+// One row of scratch is read before it is written. Poison comes out where that is allowed.
+// out f32[8,128]
+// run
+// fault: unwritten-read: kernel `k`: read of unwritten memory: vector.load at memory.mlir:52, buffer `a` at [7, 0], grid step []
+// run allow_unwritten_reads
+// result 0: f32[8, 128]: 0 0 0 0 0 0 0 0 ..., sum 0.00000, by place 0.000, 128 nan
+func.func @k(%out: !vmem, %a: !vmem) attributes {scratch_operands = 1 : i64} {
+  %c = arith.constant 0 : index
+  %seven = arith.constant dense<0.0> : vector<7x128xf32>
+  vector.store %seven, %a[%c, %c] : !vmem, vector<7x128xf32>
+  %v = vector.load %a[%c, %c] : !vmem, !tile
+  vector.store %v, %out[%c, %c] : !vmem, !tile
+  return
+}
+// -----
+// Unwritten scratch is sent out.
+// out f32[8,128]
+// run
+// fault: unwritten-read: kernel `k`: read of unwritten memory: tpu.enqueue_dma at memory.mlir:62, buffer `a` at [0, 0], grid step []
+func.func @k(%out: !hbm, %a: !vmem, %s: !dma) attributes {scratch_operands = 2 : i64} {
+  "tpu.enqueue_dma"(%a, %out, %s) : (!vmem, !hbm, !dma) -> ()
+  "tpu.wait_dma2"(%s, %a, %out) : (!dma, !vmem, !hbm) -> ()
+  return
+}
+// -----
+// A masked store writes what its mask holds, and nothing else.
+// out f32[8,128]
+// run
+// fault: output-never-written: kernel `k`: output element never written: pipeline at the kernel's grid, buffer `out` at [0, 2], grid step []
+// run allow_unwritten_outputs
+// result 0: f32[8, 128]: 1 1 NaN NaN NaN NaN NaN NaN ..., sum 16.00000, by place 7176.000, 1008 nan
+func.func @k(%out: !vmem) {
+  %c = arith.constant 0 : index
+  %v = arith.constant dense<1.0> : !tile
+  %lane = "tpu.iota"() {dimensions = array<i32: 1>} : () -> vector<8x128xi32>
+  %two = arith.constant dense<2> : vector<8x128xi32>
+  %mask = arith.cmpi slt, %lane, %two : vector<8x128xi32>
+  "tpu.vector_store"(%v, %out, %c, %c, %mask) : (!tile, !vmem, index, index, vector<8x128xi1>) -> ()
+  return
+}
+// -----
+// The last row of an output is not written. In the memory of the input it stays what it was.
+// in f32[8,128] = wave 0
+// out f32[8,128]
+// run
+// fault: output-never-written: kernel `k`: output element never written: pipeline at the kernel's grid, buffer `out` at [7, 0], grid step []
+// run allow_unwritten_outputs
+// result 0: f32[8, 128]: 0.8217788 1.4984071 1.9103724 1.9849094 1.7088526 1.130962 0.35331 -0.48674703 ..., sum 8.76265, by place 3681.519, 128 nan
+func.func @k(%x: !vmem, %out: !vmem) {
+  %c = arith.constant 0 : index
+  %v = vector.load %x[%c, %c] : !vmem, vector<7x128xf32>
+  vector.store %v, %out[%c, %c] : !vmem, vector<7x128xf32>
+  return
+}
+// -----
+// in f32[8,128] = wave 0
+// out f32[8,128]
+// alias 0:0
+// run
+// result 0: f32[8, 128]: 7 7 7 7 7 7 7 7 ..., sum 6263.29550, by place 2798259.797
+func.func @k(%x: !vmem, %out: !vmem) {
+  %c = arith.constant 0 : index
+  %v = arith.constant dense<7.0> : vector<7x128xf32>
+  vector.store %v, %out[%c, %c] : !vmem, vector<7x128xf32>
+  return
+}
+// -----
+// Memories have limits: each is exceeded by one byte, and by none.
+// in f32[8,128] = wave 0
+// run vmem_bytes=4096 hbm_bytes=4096 semaphore_bytes=4
+// ok
+// run vmem_bytes=4095
+// fault: memory-exceeded: kernel `k`: memory exceeded: pipeline at the kernel's grid, buffer `a`, grid step []: the kernel declares 4096 bytes of VMEM; the limit is 4095
+// run hbm_bytes=4095
+// fault: memory-exceeded: kernel `k`: memory exceeded: pipeline at the kernel's grid, buffer `x`, grid step []: the kernel declares 4096 bytes of HBM; the limit is 4095
+// run semaphore_bytes=3
+// fault: memory-exceeded: kernel `k`: memory exceeded: pipeline at the kernel's grid, buffer `s`, grid step []: the kernel declares 4 bytes of semaphore memory; the limit is 3
+func.func @k(%x: !hbm, %a: !vmem, %s: !dma) attributes {scratch_operands = 2 : i64} { return }
+// -----
+// Nothing is allocated before: 4 TiB.
+// run
+// fault: memory-exceeded: kernel `k`: memory exceeded: pipeline at the kernel's grid, buffer `huge`, grid step []: the kernel declares 4398046515200 bytes of VMEM; the limit is 16777216
+func.func @k(%small: !vmem, %huge: memref<1048576x1048576xf32, "vmem">) attributes {scratch_operands = 2 : i64} { return }
+// -----
+// run
+// fault: memory-exceeded: kernel `k`: memory exceeded: pipeline at the kernel's grid, buffer `huge`, grid step []: the kernel declares 4294967296 bytes of SMEM; the limit is 1048576
+func.func @k(%huge: memref<1073741824xi32, "smem">) attributes {scratch_operands = 1 : i64} { return }
+// -----
+// run
+// fault: memory-exceeded: kernel `k`: memory exceeded: pipeline at the kernel's grid, buffer `huge`, grid step []: the kernel declares 4398046515200 bytes of HBM; the limit is 102005473280
+func.func @k(%small: !hbm, %huge: memref<1048576x1048576xf32, "hbm">) attributes {scratch_operands = 2 : i64} { return }
+// -----
+// No sum of bytes holds it.
+// run
+// error: Mosaic kernel: @k: argument 0 of [4294967296, 4294967296] has more than 2^40 elements
+func.func @k(%huge: memref<4294967296x4294967296xf32, "vmem">) attributes {scratch_operands = 1 : i64} { return }
