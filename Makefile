@@ -3,7 +3,7 @@
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
-	@echo "make test         set up, libtpu too, then format check, clippy, docs and every test"
+	@echo "make test         set up, libtpu too, then format check, clippy, docs, every test, examples/my_kernel"
 	@echo "make nightly      10,000 random problems, tiles and batches through the Mosaic kernels (make test: 500);"
 	@echo "                  then each fuzz target for PAGODA_FUZZ_SECONDS (60) with a fresh seed"
 	@echo "make bench        criterion benches (CPU)"
@@ -28,6 +28,7 @@ test: tpu-tools
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
 	cargo test --workspace --quiet
+	cargo run --manifest-path examples/my_kernel/Cargo.toml --target-dir target --quiet > /dev/null
 
 nightly: setup
 	cargo test --test mosaic_check --test sampler --test native_attention -- --ignored

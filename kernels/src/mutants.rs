@@ -198,6 +198,15 @@ impl Emitted {
         self.with(line, &format!("{result} = {op} {operand}, {operand} : {ty}"))
     }
 
+    /// The f32 tile that `line` makes is rounded to bf16.
+    pub fn rounded(&self, line: usize) -> String {
+        let (result, rest) = self.lines[line].trim().split_once(" = ").expect("a result");
+        let ty = rest.rsplit(" : ").next().expect("a type");
+        let narrow = ty.replace("f32", "bf16");
+        let narrowed = format!("%narrow = arith.truncf %wide : {ty} to {narrow}");
+        self.with(line, &format!("%wide = {rest}\n{narrowed}\n{result} = arith.extf %narrow : {narrow} to {ty}"))
+    }
+
     /// `op` of the i32 result of `line` and `by` in its place.
     pub fn changed(&self, line: usize, op: &str, by: i32) -> String {
         let (result, rest) = self.lines[line].trim().split_once(" = ").expect("a result");

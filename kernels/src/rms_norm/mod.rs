@@ -96,10 +96,6 @@ impl Kernel for RmsNorm {
         mutants::sets()
     }
 
-    fn plannable(problem: &Problem, _: Chip) -> std::result::Result<(), PlanError> {
-        plan::plannable(problem)
-    }
-
     fn legal(problem: &Problem, _: Chip, tiles: plan::Tiles) -> std::result::Result<(), PlanError> {
         plan::legal(problem, tiles)
     }
