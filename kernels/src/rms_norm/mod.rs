@@ -108,13 +108,17 @@ impl Kernel for RmsNorm {
         plan::layout(problem, chip, tiles)
     }
 
-    /// Hidden sizes of Llama, Qwen and Gemma from 1B to 70B; the rows of decode steps and of prefill chunks. With a
-    /// residual, as everywhere in a decoder but before its first block.
+    /// Hidden sizes of Llama, Qwen and Gemma from 1B to 70B, with a residual; the rows of decode steps and of prefill chunks.
+    /// Then what has no residual (before the first block) or is f32.
     fn common() -> Vec<Spec> {
         let hidden = [2048, 3584, 4096, 5120, 8192];
-        let of =
-            |rows| hidden.map(|hidden| Spec { rows, hidden, element: Element::Bf16, epsilon: 1e-5, residual: true });
-        [8, 64, 512, 1024].into_iter().flat_map(of).collect()
+        let (bf16, f32) = (Element::Bf16, Element::F32);
+        let of = |rows, hidden, element, residual| Spec { rows, hidden, element, epsilon: 1e-5, residual };
+        let blocks = [8, 64, 512, 1024].into_iter().flat_map(|rows| hidden.map(|hidden| of(rows, hidden, bf16, true)));
+        let others = [8, 512].into_iter().flat_map(|rows| {
+            [(bf16, false), (f32, true), (f32, false)].map(|(element, residual)| of(rows, 4096, element, residual))
+        });
+        blocks.chain(others).collect()
     }
 
     /// The norms of decoders: rows of decode steps and prefill chunks, hidden sizes from 512 to 16384.
