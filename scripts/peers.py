@@ -138,7 +138,7 @@ class Peers:
         if not result.pop("again", False):
             kept.write_text(json.dumps(result))
         said = result.get("error") or f"{result['cycles']} cycles @ {result['mib']} MiB"
-        say(f"  {case} {peer} {tiles or ''}: {said} ({time.monotonic() - start:.0f} s)")
+        say(f"  {' '.join(map(str, [case, peer, *tiles]))}: {said} ({time.monotonic() - start:.0f} s)")
         return result
 
     def measure(self, peer, shape, tiles):

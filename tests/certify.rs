@@ -28,7 +28,7 @@ fn recording() -> bool {
 fn certifier() -> Certifier {
     Certifier::find(env!("CARGO_BIN_EXE_pagoda"))
         .expect("libtpu: run `make tpu-tools`")
-        .profile_timeout(Duration::from_secs(60))
+        .profile_timeout(Duration::from_secs(number("PAGODA_PROFILE_SECONDS", 60)))
         .timeout(Duration::from_secs(1800)) // the largest take minutes, and share the machine
 }
 

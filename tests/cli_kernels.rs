@@ -293,7 +293,7 @@ fn bad_problems_are_one_clear_error() {
         ("matmul --m 256 --n 256 --k 256 --tiles 8,128", &["tiles = 8,128 is not three positive numbers"]),
         ("matmul --m 8 --n 8 --k 8 --chip v9", &["chip = v9 is not known", "v4, v5e, v5p, v6e or tpu7x"]),
         ("matmul --m 8 --n 8 --k 8 --vmem-limit 65MiB", &["vmem-limit = 65.00 MiB", "64.00 MiB", "v5p"]),
-        ("matmul --m 8 --n 8 --k 8 --vmem-limit much", &["vmem-limit = much is no size"]),
+        ("matmul --m 8 --n 8 --k 8 --vmem-limit much", &["--vmem-limit", "`much` is not a size"]),
         ("matmul --m 8 --n 8 --k 8 --vmem-limit 0", &["vmem-limit = 0 B"]),
         (&rpa("24x8x128", "24x8"), &["q = 24x8 is not TOKENSxHEADSxHEAD_DIM"]),
         (&rpa("24x8x128", "0x8x128"), &["tokens = 0 is below 1"]),

@@ -1,5 +1,5 @@
 //! The attention in Rust against the f64 reference, on the batches that the StableHLO form is checked on: ragged, with
-//! poison wherever a kernel must not look. (That the CPU plugin calls it rightly is what `tests/llama.rs` shows.)
+//! poison wherever a kernel must not look. (That the CPU plugin calls it rightly is what `tests/llama` shows.)
 
 use half::bf16;
 use pagoda_ir::{Element, HostTensor};

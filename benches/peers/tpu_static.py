@@ -8,7 +8,8 @@ its own module, and what is changed in one is said beside the change.
 
 What the cycles of attention depend on (lengths, rows, sequences) is stored into the prefetched scalars at the kernel's
 first step, so that the compiler resolves every loop and estimates that batch. Page indices stay run-time values: no loop
-depends on them.
+depends on them. A launch has as many query rows as the batch: v2 would take a step for each block of rows that nobody has
+(decode8 in a launch of 1024 rows: 278844 cycles where 239687 do).
 """
 import functools, importlib, json, os, resource, sys, types
 

@@ -330,9 +330,14 @@ fn halves_align(problem: &Problem, tile: usize) -> bool {
     problem.n.is_multiple_of(tile) && tile.is_multiple_of(up_unit(problem))
 }
 
-/// What the first up's index in a gated weight must be a multiple of: features are lanes there, or rows.
+/// What the first up's index in a gated weight must be a multiple of: features are lanes of the weight, or its rows; those
+/// of a bias beside rows of activations are lanes in any case.
 fn up_unit(problem: &Problem) -> usize {
-    if problem.layout == Layout::RowMajor { LANES } else { SUBLANES }
+    match problem.layout {
+        Layout::RowMajor => LANES,
+        Layout::WeightTransposed if problem.epilogue.bias => LANES,
+        Layout::WeightTransposed | Layout::FeatureMajor => SUBLANES,
+    }
 }
 
 const LANES: usize = 128;
@@ -617,6 +622,12 @@ mod tests {
             ..*problem(64, 256, 384)
         };
         let halves = plan(Problem::new(gated).unwrap(), Chip::V5p, Some("64,256,256"), None).unwrap_err().to_string();
+        let biased = Spec {
+            layout: Layout::WeightTransposed,
+            epilogue: Epilogue { bias: true, activation: Activation::SiluGate, residual: false },
+            ..*problem(64, 256, 160)
+        };
+        let biased = plan(Problem::new(biased).unwrap(), Chip::V5p, None, None).unwrap_err().to_string();
         let lines = [
             refusal(Some("10,128,128"), None),
             refusal(Some("100,100,128"), None),
@@ -626,6 +637,7 @@ mod tests {
             refusal(None, Some(65)),
             refusal(None, Some(0)),
             halves,
+            biased,
         ];
         insta::assert_snapshot!(lines.join("\n"));
     }

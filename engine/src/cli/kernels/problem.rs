@@ -112,10 +112,14 @@ impl KernelCommand {
         let words = shlex::split(words).ok_or_else(|| bad("a quote is not closed"))?;
         let command = Self::augment_subcommands(Command::new("emit").no_binary_name(true).subcommand_required(true));
         let matches = command.try_get_matches_from(words);
-        matches.and_then(|matches| Self::from_arg_matches(&matches)).map(Some).map_err(|error| {
+        let kernel = matches.and_then(|matches| Self::from_arg_matches(&matches)).map_err(|error| {
             let message = error.to_string();
             bad(message.lines().next().unwrap_or_default().trim_start_matches("error: "))
-        })
+        })?;
+        match kernel.0.invalid() {
+            Some(invalid) => Err(bad(&format!("{} = {} {}", invalid.key, invalid.value, invalid.limit))),
+            None => Ok(Some(kernel)),
+        }
     }
 }
 
@@ -181,10 +185,16 @@ impl<K: KernelArgs> Request<K> {
 
 /// A request of any kernel.
 trait Asked: Debug + Send + Sync {
+    /// Why its flags do not describe a problem, if they do not.
+    fn invalid(&self) -> Option<&Invalid>;
     fn plan(&self) -> Result<Box<dyn Planned>>;
 }
 
 impl<K: Kernel> Asked for Request<K> {
+    fn invalid(&self) -> Option<&Invalid> {
+        self.spec.as_ref().err()
+    }
+
     fn plan(&self) -> Result<Box<dyn Planned>> {
         let tiles = self.tiles.as_deref().map(K::Tiles::parse).transpose().map_err(refused)?;
         let problem = self.spec.clone().and_then(Problem::new).map_err(invalid)?;
