@@ -30,7 +30,7 @@ fn the_estimate_holds_for_each_record_that_is_left_out<K: Kernel>() {
     assert!(estimated >= ENOUGH, "only {estimated} records can be estimated from the others");
 }
 
-/// What serving meets is on record for every chip, at the tiles that the planner chooses.
+/// What serving meets is on record for every chip at the tiles that the planner chooses, or its like is.
 fn common_problems_fit<K: Kernel>() {
     let mut others = String::new();
     for chip in Chip::ALL {
@@ -38,7 +38,7 @@ fn common_problems_fit<K: Kernel>() {
             let problem = Problem::new(spec).expect("a common problem is valid");
             let plan = Plan::<K>::new(problem, chip, Options::default()).expect("a common problem has a plan");
             let verdict = plan.verdict(spills(&plan));
-            if !matches!(verdict, Verdict::Fits { .. }) {
+            if !matches!(verdict, Verdict::Fits { .. } | Verdict::LikelyFits { .. }) {
                 others += &format!("{} on {chip}, {}: {verdict}\n", plan.name(), plan.describe());
             }
         }

@@ -953,9 +953,15 @@ impl Handler for AddLength {
 
     fn call(mut frame: Frame<'_>) -> std::result::Result<(), String> {
         let length = frame.options.string("text").ok_or("no attribute `text`")?.len() as i32;
-        let values: Vec<i32> = frame.operands.get(0)?.values::<i32>()?.iter().map(|value| value + length).collect();
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        frame.results.bytes(0)?.copy_from_slice(&bytes);
+        let operand = frame.operands.get(0)?;
+        // In its operand's buffer the result holds the operand.
+        let before = match operand.aliased() {
+            Some(result) => frame.results.bytes(result)?.to_vec(),
+            None => operand.bytes()?.to_vec(),
+        };
+        let values = before.chunks_exact(4).map(|value| i32::from_le_bytes(value.try_into().expect("four bytes")));
+        let after: Vec<u8> = values.flat_map(|value| (value + length).to_le_bytes()).collect();
+        frame.results.bytes(0)?.copy_from_slice(&after);
         Ok(())
     }
 }
