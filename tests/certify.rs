@@ -17,7 +17,7 @@ use pagoda_kernels::evidence::{self, Record};
 use pagoda_kernels::matmul::{self, Matmul};
 use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::rpa::Rpa;
-use pagoda_kernels::vmem::{Bytes, Verdict as Fit};
+use pagoda_kernels::vmem::{Bytes, Spills, Verdict as Fit};
 use pagoda_kernels::{Choices, Kernel, Problem};
 
 /// Whether the tables are renewed: then cycles are worth the time that they take.
@@ -81,7 +81,13 @@ fn assert_exact<K: Kernel>(plans: &[Plan<K>]) {
     for (plan, answer) in plans.iter().zip(&answers) {
         match answer {
             Err(error) => wrong += error,
-            Ok(certified) if exact(certified) => {}
+            Ok(certified) if exact(certified) => {
+                // The same body and limit: what is on record must come again, unless it is being renewed.
+                let (known, found) = (evidence::spills(plan), certified.certificate.spills());
+                if matches!(known, Spills::Certified { bytes } if bytes != found) && !recording() {
+                    wrong += &format!("{} on {}: on record {known}, now {found}\n", plan.name(), plan.chip());
+                }
+            }
             Ok(certified) => {
                 let out_of_memory = matches!(certified.certificate.verdict, Verdict::OutOfMemory(_));
                 if !out_of_memory || !matches!(plan.verdict(evidence::spills(plan)), Fit::Unknown { .. }) {
