@@ -295,7 +295,7 @@ fn bad_problems_are_one_clear_error() {
         ("matmul --m 8 --n 8 --k 8 --vmem-limit 65MiB", &["vmem-limit = 65.00 MiB", "64.00 MiB", "v5p"]),
         ("matmul --m 8 --n 8 --k 8 --vmem-limit much", &["--vmem-limit", "`much` is not a size"]),
         ("matmul --m 8 --n 8 --k 8 --vmem-limit 0", &["vmem-limit = 0 B"]),
-        (&rpa("24x8x128", "24x8"), &["q = 24x8 is not TOKENSxHEADSxHEAD_DIM"]),
+        (&rpa("24x8x128", "24x8"), &["q = 24x8 is not ROWSxHEADSxDIM"]),
         (&rpa("24x8x128", "0x8x128"), &["tokens = 0 is below 1"]),
         (&rpa("24x8x128", "99999999999x8x128"), &["tokens", "is beyond"]),
         (&rpa("24x8x128", &format!("24x8x{huge}")), &["tokens * q_heads * head_dim = [24, 8, ", "is beyond"]),
@@ -365,7 +365,7 @@ fn bad_files_are_one_clear_error() {
     write("broken.mlir", readable.replacen("arith.constant", "arith.konstant 1 +", 1).as_bytes());
     write("cut.mlir", &readable.as_bytes()[..readable.len() / 2]);
     write("header.mlir", readable.replacen("\"m\":40", "\"m\":\"forty\"", 1).as_bytes());
-    write("other.mlir", readable.replacen("--m 40", "--m 4096", 1).as_bytes());
+    write("other.mlir", readable.replacen("\"m\":40", "\"m\":4096", 1).as_bytes());
     write("headless.mlir", readable.split_once('\n').unwrap().1.as_bytes());
     let plain = done(dir.path(), &format!("emit matmul {MATMUL} --stablehlo"));
     write("plain.mlir", plain.as_bytes());

@@ -380,9 +380,15 @@ impl<'p> Blocks<'p> {
         let Chunk { rows, columns, depth } = chunk(info, self);
         let [left, right] = self.sides();
         let products = left.max(right);
+        // Registers are whole: columns are lanes of the sums, and of the right side unless that is a transposed weight.
+        let (rows, lanes) = (rows.next_multiple_of(SUBLANES), columns.next_multiple_of(LANES));
+        let columns = match self.problem.layout {
+            Layout::WeightTransposed => columns.next_multiple_of(SUBLANES),
+            Layout::RowMajor | Layout::FeatureMajor => lanes,
+        };
         let live = match self.problem.input {
             Element::F32 => self.block[2] * (left * rows + right * columns) * 6,
-            _ => products * rows * columns * 4 + (depth * columns * 2).min(HELD_OF_WEIGHT),
+            _ => products * rows * lanes * 4 + (depth * columns * 2).min(HELD_OF_WEIGHT),
         };
         let gated = if gated(self.problem) { " gated" } else { "" };
         Spilling { family: format!("{}{gated}", self.problem.input), live: Bytes(live as u64) }
