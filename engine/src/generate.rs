@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use pagoda_ir::stablehlo::Module;
 use pagoda_ir::tensor::HostTensor;
 use pagoda_ir::{Context, Element, TensorType};
+use pagoda_kernels::rpa::kv_layout::{NO_SLOT, slot};
 
 use crate::error::{Error, Result};
 use crate::llama::step::{self, Output, StepShape};
@@ -272,7 +273,7 @@ impl Engine {
         let page_size = shape.page_size;
         let mut tokens = vec![0i32; shape.prefill_rows];
         let mut positions = vec![0i32; shape.prefill_rows];
-        let mut kv_slots = vec![-1i32; shape.prefill_rows];
+        let mut kv_slots = vec![NO_SLOT; shape.prefill_rows];
         let mut first_rows = vec![0i32; shape.slots + 1];
         let mut kv_lens = vec![0i32; shape.slots];
         let mut sample_rows = vec![0i32; shape.slots];
@@ -286,7 +287,7 @@ impl Engine {
                 let position = row.position + offset;
                 tokens[at] = token as i32;
                 positions[at] = position as i32;
-                kv_slots[at] = (pages[position / page_size].0 as usize * page_size + position % page_size) as i32;
+                kv_slots[at] = slot(pages[position / page_size].0 as i32, page_size, position) as i32;
                 at += 1;
             }
             first_rows[sequence + 1] = at as i32;

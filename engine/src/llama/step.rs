@@ -10,8 +10,8 @@
 //! *Weights* are taken as Hugging Face stores them, `[out, in]`: no transposed copy is ever made. Query, key and value
 //! projections are one matmul, gate and up another.
 //!
-//! *KV cache.* All layers share one buffer `[layers * pages, page_size, 2 * kv_heads, head_dim]`; layer `l` owns the
-//! pages from `l * pages` on. Rows of idle slots and padding have the KV slot -1 and write nothing.
+//! *KV cache.* All layers share one buffer ([`KvLayout`]). Rows of idle slots and padding have the KV slot -1 and write
+//! nothing.
 //!
 //! *Layers are unrolled*: a `stablehlo.while` over stacked weights would slice a copy of each layer's weights on every
 //! step (measured, see ARCHITECTURE.md).
@@ -20,6 +20,7 @@
 
 use pagoda_ir::stablehlo::{Builder, Direction, Module, Tensor};
 use pagoda_ir::{Context, Element, Result, TensorType};
+use pagoda_kernels::rpa::KvLayout;
 
 use super::arguments::{Projection, Weights, weight_types};
 use super::lowering::{Activation, Kind, Linear, Lowering, Norm, Rows, lowering};
@@ -52,10 +53,21 @@ pub struct StepShape {
 }
 
 impl StepShape {
-    /// The type of the KV buffer: `[layers * pages, page_size, 2 * kv_heads, head_dim]`.
+    /// How keys and values lie in the KV buffer.
+    pub fn kv_layout(&self, config: &LlamaConfig) -> KvLayout {
+        KvLayout {
+            element: self.compute,
+            layers: config.layers,
+            pages: self.pages,
+            page_size: self.page_size,
+            heads: config.kv_heads,
+            head_dim: config.head_dim,
+        }
+    }
+
+    /// The type of the KV buffer.
     pub fn kv_type(&self, config: &LlamaConfig) -> TensorType {
-        let pages = config.layers * self.pages;
-        TensorType::new(self.compute, &[pages, self.page_size, 2 * config.kv_heads, config.head_dim])
+        self.kv_layout(config).buffer_type()
     }
 }
 
@@ -124,24 +136,6 @@ impl<'c> Graph<'_, 'c> {
         let orientation = self.lowering.orientation();
         orientation.turn(b, b.take(orientation.turn(b, x)?, rows, 0)?)
     }
-
-    /// Where each slot's row goes, `page * page_size + offset`; -1 for idle slots.
-    fn kv_slots<'a>(
-        &self,
-        b: &Builder<'c, 'a>,
-        positions: Tensor<'c, 'a>,
-        page_indices: Tensor<'c, 'a>,
-        active: Tensor<'c, 'a>,
-    ) -> Result<Tensor<'c, 'a>> {
-        let dims = page_indices.dims(); // [slots, pages_per_seq]
-        let size = b.splat(Element::I32, &dims[..1], self.shape.page_size as f64)?;
-        let ordinal = b.divide(positions, size)?;
-        let columns = b.iota(Element::I32, &dims, 1)?;
-        let here = b.compare(columns, Direction::Eq, b.broadcast_in_dim(ordinal, &dims, &[0])?)?;
-        let page = b.reduce_sum(b.select(here, page_indices, b.splat(Element::I32, &dims, 0.0)?)?, &[1])?;
-        let slot = b.add(b.multiply(page, size)?, b.remainder(positions, size)?)?;
-        b.select(active, slot, b.splat(Element::I32, &dims[..1], -1.0)?)
-    }
 }
 
 /// What a prefill program returns beside the KV buffer.
@@ -160,7 +154,7 @@ pub enum Output {
 /// | KV buffer | [`StepShape::kv_type`] | donated |
 /// | token ids | `i32[rows]` | padding: 0 |
 /// | positions | `i32[rows]` | padding: 0 |
-/// | KV slots | `i32[rows]` | `page * page_size + offset`; padding: -1 |
+/// | KV slots | `i32[rows]` | as [`KvLayout`] counts them; padding: -1 |
 /// | KV lengths | `i32[slots]` | this chunk included |
 /// | page table | `i32[slots, pages_per_seq]` | |
 /// | first rows | `i32[slots + 1]` | `cu_q_lens` |
@@ -301,7 +295,7 @@ pub fn decode<'c>(
                 let next_positions = b.add(positions, b.convert(active, Element::I32)?)?;
                 let rows = Rows {
                     positions,
-                    kv_slots: graph.kv_slots(b, positions, page_indices, active)?,
+                    kv_slots: KvLayout::slots_of(b, shape.page_size, positions, page_indices, active)?,
                     kv_lens: b.select(active, next_positions, ints(0.0)?)?,
                     page_indices,
                     cu_q_lens: first_rows,

@@ -178,7 +178,8 @@ impl Batch {
         for sequence in self.sequences() {
             for row in 0..sequence.q_len {
                 let position = sequence.kv_len - sequence.q_len + row;
-                slots[sequence.first_row + row] = slot(sequence.pages, self.page_size, position) as i32;
+                slots[sequence.first_row + row] =
+                    slot(sequence.pages[position / self.page_size], self.page_size, position) as i32;
             }
         }
         slots

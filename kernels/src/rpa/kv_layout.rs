@@ -10,7 +10,7 @@ use std::ops::Range;
 use pagoda_ir::{
     Element, TensorType,
     mosaic::{Builder, Ref, Value},
-    stablehlo::{self, Tensor},
+    stablehlo::{self, Direction, Tensor},
 };
 
 /// The slot of a row whose key and value are not written.
@@ -93,7 +93,7 @@ impl KvLayout {
 
     /// The slot of `position` of a sequence that owns `pages`, in order.
     pub fn slot(&self, pages: &[i32], position: usize) -> usize {
-        slot(pages, self.page_size, position)
+        slot(pages[position / self.page_size], self.page_size, position)
     }
 
     /// The elements of a token of the buffer: that of `slot` in a layer that begins at `first_page`.
@@ -123,6 +123,29 @@ impl KvLayout {
         b.reshape(both, &[tokens, self.rows(), self.head_dim])
     }
 
+    /// The slot of each sequence's token at `positions` (`i32[seqs]`), by its row of the page table `page_indices`
+    /// (`i32[seqs, pages_per_seq]`); [`NO_SLOT`] where `active` (`pred[seqs]`) is false. A gather by compare and sum: rows are
+    /// short, and out-of-range positions of idle sequences read nothing.
+    ///
+    /// # Errors
+    /// When an operand does not have these types.
+    pub fn slots_of<'c, 'a>(
+        b: &stablehlo::Builder<'c, 'a>,
+        page_size: usize,
+        positions: Tensor<'c, 'a>,
+        page_indices: Tensor<'c, 'a>,
+        active: Tensor<'c, 'a>,
+    ) -> pagoda_ir::Result<Tensor<'c, 'a>> {
+        let dims = page_indices.dims(); // [seqs, pages_per_seq]
+        let size = b.splat(Element::I32, &dims[..1], page_size as f64)?;
+        let ordinal = b.divide(positions, size)?;
+        let columns = b.iota(Element::I32, &dims, 1)?;
+        let here = b.compare(columns, Direction::Eq, b.broadcast_in_dim(ordinal, &dims, &[0])?)?;
+        let page = b.reduce_sum(b.select(here, page_indices, b.splat(Element::I32, &dims, 0.0)?)?, &[1])?;
+        let slot = b.add(b.multiply(page, size)?, b.remainder(positions, size)?)?;
+        b.select(active, slot, b.splat(Element::I32, &dims[..1], f64::from(NO_SLOT))?)
+    }
+
     /// A token's row of one half of each head in `heads`, an i32 array.
     ///
     /// # Errors
@@ -137,9 +160,9 @@ impl KvLayout {
     }
 }
 
-/// The slot of `position` of a sequence that owns `pages`, in order, each of `page_size` tokens.
-pub fn slot(pages: &[i32], page_size: usize, position: usize) -> usize {
-    pages[position / page_size] as usize * page_size + position % page_size
+/// The slot of `position` of a sequence, the page of that position being `page`, of `page_size` tokens.
+pub const fn slot(page: i32, page_size: usize, position: usize) -> usize {
+    page as usize * page_size + position % page_size
 }
 
 /// A block of tokens in VMEM, as a kernel's DMAs bring it, and the recipe that loads a head from it.
