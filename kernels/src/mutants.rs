@@ -1,9 +1,9 @@
 //! Planted faults: a kernel with one thing wrong, and what must catch it.
 //!
-//! A mutant is an edit of the emitted module's text, read back as any module is and given to
-//! [`check_program`](crate::check::check_program): what no fault of the tile machine and no dependence on the order of DMAs
-//! gives away, the f64 reference must. Each kernel lists its own mutants ([`Kernel::mutants`]); [`superfluous`] makes more of
-//! any kernel, by dropping every effect and negating every comparison in turn.
+//! A mutant is an edit of the emitted module's text, read back as any module is and given to [`check_program`]: what no fault
+//! of the tile machine and no dependence on the order of DMAs gives away, the f64 reference must. Each kernel lists its own
+//! mutants ([`Kernel::mutants`]); [`MutantSet::nothing_superfluous`] makes more of any kernel, by dropping every effect and
+//! negating every comparison in turn.
 
 use pagoda_ir::{
     Context, mosaic,
