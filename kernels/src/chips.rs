@@ -10,7 +10,6 @@
 
 use std::fmt;
 
-use pagoda_ir::element::Element;
 use serde::{Deserialize, Serialize};
 
 use crate::vmem::Bytes;
@@ -213,12 +212,6 @@ impl ChipInfo {
     pub fn hbm_bytes_per_cycle(&self) -> f64 {
         self.hbm_bandwidth.0 / self.clock.0
     }
-}
-
-/// Rows and lanes of a VMEM tile of `element`: 8 x 128 words of 32 bits, narrower elements packed along the rows.
-pub const fn tile(element: Element) -> [usize; 2] {
-    let bytes = element.bytes();
-    [if bytes < 4 { 8 * (4 / bytes) } else { 8 }, 128]
 }
 
 impl fmt::Display for Chip {

@@ -19,6 +19,7 @@ use melior::ir::{
 
 use super::{
     memref::{MemorySpace, Ref, RefElement, describe, memref_type},
+    tiling::{LANES, SUBLANES},
     value::{Literal, Value, vector_type},
 };
 use crate::{
@@ -651,7 +652,7 @@ fn unfit(element: RefElement, dims: &[usize], block: &[usize], space: MemorySpac
         return Some("VMEM holds no scalars: give it a dimension".into());
     }
     // The pipeline's DMAs move whole tiles: Pallas's rule for block shapes.
-    let tile = [8, 128];
+    let tile = [SUBLANES, LANES];
     for (from_minor, (&size, &whole)) in block.iter().rev().zip(dims.iter().rev()).enumerate().take(2) {
         let multiple = tile[1 - from_minor];
         if windowed && size != whole && size % multiple != 0 {

@@ -11,6 +11,7 @@ use melior::ir::{
 
 use super::{
     builder::Builder,
+    tiling::LANES,
     value::{IntoOperand, Literal, Value, vector_type},
 };
 use crate::{
@@ -608,14 +609,15 @@ impl<'a> Builder<'a> {
         fits
     }
 
-    /// Copies move whole tiles of the minor dimension: 128 lanes, or all there are.
+    /// DMAs move whole tiles of the minor dimension: 128 lanes, or all there are.
     #[track_caller]
     fn check_tiling(&self, op: &str, view: &Ref) {
         let (Some(axis), Some(&whole)) = (view.axes.last(), view.whole.last()) else { return };
-        let aligned = |value: usize| value.is_multiple_of(128);
+        let aligned = |value: usize| value.is_multiple_of(LANES);
         let start = matches!(axis.start, Literal::Int(start) if !aligned(start as usize));
         if axis.size != whole && (start || !aligned(axis.size)) {
-            let message = format!("{}: a DMA takes whole tiles of 128 lanes of the minor dimension", view.describe());
+            let message =
+                format!("{}: a DMA takes whole tiles of {LANES} lanes of the minor dimension", view.describe());
             self.fail(op, message);
         }
     }

@@ -45,13 +45,15 @@ mod location;
 mod memref;
 mod signature;
 pub mod text;
+pub mod tiling;
 mod value;
 pub mod wire;
 
 pub use builder::{Builder, Carry, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
 pub(crate) use location::{describe, describe_function};
 pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
-pub use signature::{Argument, Signature, WindowParams, tile_padded_bytes};
+pub use signature::{Argument, Signature, WindowParams};
 pub(crate) use signature::{functions, i64_array, kernel_function, op_name, read_memref, symbol};
-pub use value::{DotDims, IntoOperand, Precision, Value};
+pub use tiling::tile_padded_bytes;
+pub use value::{DotDims, IntoOperand, Literal, Precision, Value};
 pub(crate) use value::{scalar_element, vector_dims};

@@ -16,10 +16,10 @@ use super::{
     builder::{Role, Semantics},
     location::describe_function,
     memref::{MemorySpace, RefElement},
+    tiling::tile_padded_bytes,
 };
 use crate::{
     context::printed,
-    element::Element,
     error::{Error, Result},
     shape::element_of,
 };
@@ -94,22 +94,6 @@ impl Argument {
             _ => 4 * cells,
         }
     }
-}
-
-/// Bytes of a buffer in VMEM or SMEM: the two minor dimensions are padded to tiles of 128 lanes and of as many rows as the
-/// array has, up to 8 (at least one 32-bit word of rows); an array of one dimension to 128 words.
-///
-/// Source: `infer_memref_layout` of `jaxlib/mosaic`; compared with the compiler's own report for 27 shapes (libtpu
-/// 0.0.52, v5p).
-pub fn tile_padded_bytes(element: Element, dims: &[usize]) -> usize {
-    let packing = (4 / element.bytes()).max(1);
-    let (major, rows, lanes) = match dims {
-        [] => (1, 1, 1),
-        [lanes] => return lanes.next_multiple_of(128 * packing) * element.bytes(),
-        [major @ .., rows, lanes] => (major.iter().product(), *rows, *lanes),
-    };
-    let tile_rows = rows.next_power_of_two().clamp(packing, 8);
-    major * rows.next_multiple_of(tile_rows) * lanes.next_multiple_of(128) * element.bytes()
 }
 
 impl Signature {

@@ -9,7 +9,10 @@
 
 use std::fmt;
 
-use pagoda_ir::element::Element;
+use pagoda_ir::{
+    element::Element,
+    mosaic::tiling::{LANES, SUBLANES},
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -339,9 +342,6 @@ fn up_unit(problem: &Problem) -> usize {
         Layout::WeightTransposed | Layout::FeatureMajor => SUBLANES,
     }
 }
-
-const LANES: usize = 128;
-const SUBLANES: usize = 8;
 
 /// A problem cut into blocks.
 struct Blocks<'p> {

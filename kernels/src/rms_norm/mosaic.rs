@@ -13,13 +13,10 @@
 
 use pagoda_ir::{
     Element,
-    mosaic::{Builder, IntoOperand, Ref, Semantics, Value, Window},
+    mosaic::{Builder, IntoOperand, Ref, Semantics, Value, Window, tiling::LANES},
 };
 
-use super::{
-    plan::Plan,
-    problem::{LANES, Problem},
-};
+use super::{plan::Plan, problem::Problem};
 use crate::kernel::Operand;
 
 /// x, the residual if there is one, and the weight as a row of f32.

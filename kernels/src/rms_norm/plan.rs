@@ -5,13 +5,13 @@
 
 use std::fmt;
 
-use pagoda_ir::Element;
+use pagoda_ir::{
+    Element,
+    mosaic::tiling::{LANES, SUBLANES},
+};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    RmsNorm,
-    problem::{LANES, Problem},
-};
+use super::{RmsNorm, problem::Problem};
 use crate::{
     chips::Chip,
     evidence,
@@ -186,7 +186,6 @@ fn cycles(problem: &Problem, chip: Chip, tiles: Tiles) -> f64 {
     2.0 * DMA_LATENCY + copies + arithmetic + between
 }
 
-const SUBLANES: usize = 8;
 const GROUP: usize = 16;
 const MAX_ROWS: usize = 4096;
 /// Cycles of a grid step besides its work: index arithmetic, semaphores, pipeline fill.

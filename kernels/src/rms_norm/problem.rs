@@ -1,6 +1,6 @@
 //! What an RMSNorm kernel is asked to do: validated sizes, type, epsilon, and whether a residual is added first.
 
-use pagoda_ir::{Element, TensorType};
+use pagoda_ir::{Element, TensorType, mosaic::tiling::LANES};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -10,9 +10,6 @@ use crate::{
 };
 
 const SUBJECT: &str = "rms_norm problem";
-
-/// What `hidden` must be a multiple of: whole registers, so that no lane needs a mask.
-pub const LANES: usize = 128;
 
 /// The description of a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -43,6 +40,7 @@ impl Specification for Spec {
             let limit = || format!("is beyond {}", i32::MAX / 2);
             ensure(size <= i32::MAX as usize / 2, SUBJECT, key, size, limit, "split the rows")?;
         }
+        // Whole registers, so that no lane needs a mask.
         let whole = self.hidden.is_multiple_of(LANES);
         let limit = || format!("is not a multiple of {LANES}");
         ensure(whole, SUBJECT, "hidden", self.hidden, limit, "pad x and the weight with zeros, and scale the weight")?;

@@ -18,13 +18,13 @@ use std::f64::consts::LOG2_E;
 
 use pagoda_ir::{
     Context, Element, Result,
-    mosaic::{Builder, Dma, DotDims, Kernel, MemorySpace, Precision, Ref, Semantics, Value, Window},
+    mosaic::{Builder, Dma, DotDims, Kernel, MemorySpace, Precision, Ref, Semantics, Value, Window, tiling::LANES},
 };
 
 use super::{
     batch::Batch,
     kv_layout::{Block, KvLayout},
-    plan::{CHUNK, LANES, Plan},
+    plan::{CHUNK, Plan},
 };
 
 /// The maximum of no logits: stands for minus infinity where two of them may be subtracted.

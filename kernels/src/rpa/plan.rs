@@ -13,7 +13,10 @@
 
 use std::fmt;
 
-use pagoda_ir::{element::Element, mosaic::tile_padded_bytes};
+use pagoda_ir::{
+    element::Element,
+    mosaic::tiling::{LANES, SUBLANES, tile_padded_bytes},
+};
 use serde::{Deserialize, Serialize};
 
 use super::{Rpa, kv_layout::KvLayout, problem::Problem};
@@ -57,9 +60,6 @@ pub type Options = plan::Options<Tiles>;
 /// A kernel for a chip, every tile and every VMEM buffer named.
 pub type Plan = plan::Plan<Rpa>;
 
-/// Rows of a tile along which copies are cut.
-const SUBLANES: usize = 8;
-pub(super) const LANES: usize = 128;
 /// Rows whose logits are worked on at a time: the more, the more of them are spilled.
 pub(super) const CHUNK: usize = 256;
 /// Most rows of a head's products that the planner chooses: more gain nothing on any chip.
