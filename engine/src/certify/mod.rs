@@ -196,7 +196,7 @@ impl fmt::Display for Certificate {
         if self.compiles() && self.kernel_cycles().is_none() {
             let why = match self.profile {
                 Profile::Stopped => "the compiler's profile took more memory, or time (--profile-timeout), than it may",
-                _ => "the compiler has no estimate of this chip, or of the kernel's copies",
+                _ => "the compiler has no estimate of this chip, or of the kernel's DMAs",
             };
             writeln!(f, "  no static cycles: {why}")?;
         }
