@@ -107,6 +107,12 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         None
     }
 
+    /// Leading elements of each result that are results; those behind them are padding. Cheap: no result is computed.
+    fn live(problem: &ProblemOf<Self>, inputs: &Arrays) -> Vec<usize> {
+        let _ = inputs;
+        Self::results(problem).values().map(TensorType::len).collect()
+    }
+
     // Forms, and what they are compared with.
 
     /// The results in f64, from the definition, and how far a form may be from them.

@@ -153,6 +153,10 @@ impl Kernel for Rpa {
         Some(batch.sequences().map(|Sequence { q_len, kv_len, .. }| Lengths { q_len, kv_len }).collect())
     }
 
+    fn live(problem: &Problem, inputs: &Arrays) -> Vec<usize> {
+        vec![reference::live(problem, &Batch::of(problem, inputs).expect("a batch of the problem"))]
+    }
+
     fn recognise(operands: &[(String, TensorType)]) -> Option<Problem> {
         let ty = |name: &str| operands.iter().find(|(known, _)| known == name).map(|(_, ty)| ty);
         let [table, q, kv] = [ty("page_indices")?, ty("q")?, ty("kv_pages")?];

@@ -67,8 +67,13 @@ pub fn reference(problem: &Problem, inputs: &Arrays) -> Expected {
             }
         }
     }
-    let live = batch.rows() * problem.q_heads * dim;
+    let live = live(problem, &batch);
     Expected { values: output, magnitude, tolerance: tolerance(problem), live }
+}
+
+/// Elements of the output that belong to rows of sequences: the leading ones.
+pub(super) fn live(problem: &Problem, batch: &Batch) -> usize {
+    batch.rows() * problem.q_heads * problem.head_dim
 }
 
 /// The KV buffer after the batch's rows of `k` and `v` (`[tokens, kv_heads, head_dim]`) were written: moved, not computed.

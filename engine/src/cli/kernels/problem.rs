@@ -299,7 +299,9 @@ pub(super) trait Launch {
     /// # Errors
     /// Both lists, where they differ.
     fn check_vmem(&self, program: &Program) -> Result<(), CheckError>;
-    /// What the results must be.
+    /// Leading elements of each result that are not padding.
+    fn live(&self) -> Vec<usize>;
+    /// What the results must be: computes the reference.
     fn expected(&self) -> Vec<Expected>;
     /// The ragged batch, where there is one.
     fn batch(&self) -> Option<String>;
@@ -344,6 +346,10 @@ impl<K: Kernel> Launch for Launched<K> {
 
     fn check_vmem(&self, program: &Program) -> Result<(), CheckError> {
         Case::new(&self.plan, &self.inputs).check_vmem(program)
+    }
+
+    fn live(&self) -> Vec<usize> {
+        K::live(self.plan.problem(), &self.inputs)
     }
 
     fn expected(&self) -> Vec<Expected> {
