@@ -33,8 +33,8 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
         max_prefill_size: slots,
         max_rounds: 64,
     };
-    let model = DeviceModel::load(client, &config, &weights, Element::F32, limits.max_seq_len).expect("loads");
     let options = EngineOptions { limits, compute: Element::F32, target, sampling, stop: StopRule::default() };
+    let model = DeviceModel::load(client, &config, &weights, &options.shape()).expect("loads");
     Engine::new(client, model, options).expect("compiles")
 }
 

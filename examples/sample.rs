@@ -41,7 +41,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         max_rounds: 16,
     };
     let client = Plugin::load(&PluginChoice::parse("cpu")?)?.client(1)?;
-    let model = DeviceModel::load(&client, &config, &weights, Element::F32, limits.max_seq_len)?;
     let options = EngineOptions {
         limits,
         compute: Element::F32,
@@ -49,6 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         sampling: SamplingOptions { temperature: 0.8, top_k: None, top_p: Some(0.95), seed: 1 },
         stop: StopRule::new(config.eos_token_ids.clone(), vec![]),
     };
+    let model = DeviceModel::load(&client, &config, &weights, &options.shape())?;
     let mut engine = Engine::new(&client, model, options)?;
 
     let requests = prompts

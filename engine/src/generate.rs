@@ -17,7 +17,7 @@ use pagoda_kernels::rpa::kv_layout::{NO_SLOT, slot};
 
 use crate::error::{Error, Result};
 use crate::llama::step::{self, Output, StepShape};
-use crate::llama::{DeviceModel, Target};
+use crate::llama::{DeviceModel, Target, zeros};
 use crate::memory::Room;
 use crate::model::config::LlamaConfig;
 use crate::pjrt::{Arg, Buffer, Client, Executable};
@@ -380,13 +380,6 @@ fn launch(program: &Executable, model: &DeviceModel, kv: Buffer, args: Vec<Arg<'
     <[Buffer; 2]>::try_from(results)
         .map(|[kv, tokens]| (kv, tokens))
         .map_err(|_| Error::runtime("running a step program")(format!("it returned {found} results instead of 2")))
-}
-
-/// A program of no arguments that makes an array of zeros where it runs: the host never holds it.
-fn zeros<'c>(context: &'c Context, array: &TensorType) -> Result<Module<'c>> {
-    let module = Module::new(context, "zeros");
-    module.function("main", &[], |b, _| Ok(vec![b.broadcast_to(b.scalar(array.element, 0.0)?, &array.dims)?]))?;
-    Ok(module)
 }
 
 /// Runs the program of [`zeros`] to its end.

@@ -59,8 +59,8 @@ impl Model {
         Reference::new(&self.config, &self.weights).unwrap()
     }
 
-    pub fn on_device(&self, client: &Client, compute: Element, positions: usize) -> DeviceModel {
-        DeviceModel::load(client, &self.config, &self.weights, compute, positions).unwrap()
+    pub fn on_device(&self, client: &Client, shape: &StepShape) -> DeviceModel {
+        DeviceModel::load(client, &self.config, &self.weights, shape).unwrap()
     }
 
     pub fn engine(
@@ -72,8 +72,9 @@ impl Model {
         stop: StopRule,
     ) -> Engine {
         let client = client();
-        let model = self.on_device(&client, compute, limits.max_seq_len);
-        Engine::new(&client, model, EngineOptions { limits, compute, target, sampling, stop }).unwrap()
+        let options = EngineOptions { limits, compute, target, sampling, stop };
+        let model = self.on_device(&client, &options.shape());
+        Engine::new(&client, model, options).unwrap()
     }
 }
 
@@ -127,7 +128,7 @@ pub fn logits_in_chunks(
         compute,
         target,
     };
-    let model = model.on_device(client, shape.compute, shape.max_positions);
+    let model = model.on_device(client, &shape);
     let module = step::prefill(&Context::new(), config, &shape, Output::Logits).unwrap().bytecode();
     let program = client.compile(module, 1).unwrap();
     let logits = |tokens: &[u32]| {

@@ -249,7 +249,8 @@ impl Certifier {
     }
 
     /// Lets XLA move operands of kernels into VMEM beforehand, as it does when it compiles a whole program for real.
-    /// Otherwise they stay in HBM, and what a kernel takes depends on the kernel alone.
+    /// Otherwise they stay in HBM, and what a kernel takes depends on the kernel alone. Such a program has no static
+    /// profile: the profiler aborts at the first op that it cannot model (scatters, copies between layouts).
     #[must_use]
     pub fn in_program(self) -> Self {
         Self { in_program: true, ..self }
@@ -263,7 +264,7 @@ impl Certifier {
     pub fn certify(&self, topology: &str, program: Program) -> Result<Certificate, Error> {
         let chip = Chip::of_topology(topology).ok_or_else(|| Error::Topology(topology.to_owned()))?;
         let start = Instant::now();
-        let profiled = chip.has_static_profile();
+        let profiled = chip.has_static_profile() && !self.in_program;
         let (answer, kernels, cycles, profile) = match self.attempt(topology, program, profiled)? {
             (Ok(answer), dumps) => {
                 let profile = if dumps.cycles.is_empty() { Profile::None } else { Profile::Complete };

@@ -59,9 +59,9 @@ pub fn decode_rate(
         max_prefill_size: 64.max(slots),
         max_rounds: 64,
     };
-    let model = DeviceModel::load(client, &config, &weights, compute, limits.max_seq_len)?;
     let options =
         EngineOptions { limits, compute, target, sampling: SamplingOptions::GREEDY, stop: StopRule::default() };
+    let model = DeviceModel::load(client, &config, &weights, &options.shape())?;
     let mut engine = Engine::new(client, model, options)?;
     let mut runs: Vec<(f64, Timing)> = Vec::new();
     for _ in 0..=RUNS {

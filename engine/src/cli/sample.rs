@@ -163,7 +163,7 @@ impl StartUp {
         options.check_memory(&client, config)?;
         self.plugin = started.elapsed().as_secs_f64();
         let started = Instant::now();
-        let model = DeviceModel::load(&client, config, weights, options.compute, options.limits.max_seq_len)?;
+        let model = DeviceModel::load(&client, config, weights, &options.shape())?;
         self.load = started.elapsed().as_secs_f64();
         let engine = Engine::new(&client, model, options)?;
         self.compile = engine.compile_time().as_secs_f64();

@@ -13,45 +13,46 @@ mod target;
 pub use arguments::weight_types;
 pub use target::Target;
 
-use pagoda_ir::{Element, HostTensor};
+use pagoda_ir::stablehlo::Module;
+use pagoda_ir::{Context, Element, HostTensor, TensorType};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
-use crate::model::weights::{TensorSpec, Weights, tensor_groups};
-use crate::pjrt::{Buffer, Client};
+use crate::model::weights::{Group, Groups, TensorSpec, Weights, tensor_groups};
+use crate::pjrt::{Arg, Buffer, Client};
+use step::StepShape;
 
 /// A model's weights on a device, as the step programs take them.
 pub struct DeviceModel {
     config: LlamaConfig,
-    compute: Element,
-    positions: usize,
     buffers: Vec<Buffer>,
 }
 
 impl DeviceModel {
-    /// Uploads all weights in the type `compute`, and a rotary table for `positions` positions.
+    /// Uploads the weights that the step programs of `shape` take: in its type, layers apart or stacked, and a rotary table
+    /// for its positions.
     ///
-    /// Host memory holds one argument of the program at a time beyond the device's own copy: each is converted (and
-    /// where the program wants several projections as one matrix, stacked), uploaded, and dropped.
+    /// Host memory holds one layer's part of an argument at a time beyond the device's own copy: each is converted (and
+    /// where the program wants several projections as one matrix, put together), uploaded, and dropped. Stacks of layers
+    /// are made on the device.
     ///
     /// # Errors
     /// When a tensor is missing or malformed, or the device is out of memory.
-    pub fn load(
-        client: &Client,
-        config: &LlamaConfig,
-        weights: &Weights,
-        compute: Element,
-        positions: usize,
-    ) -> Result<Self> {
+    pub fn load(client: &Client, config: &LlamaConfig, weights: &Weights, shape: &StepShape) -> Result<Self> {
+        let load = |group: &Group| {
+            let buffer = upload(client, weights, group, shape.compute)?;
+            group.iter().for_each(|spec| weights.release(spec));
+            Ok(buffer)
+        };
         let mut buffers = Vec::new();
-        for group in tensor_groups(config) {
-            buffers.push(upload(client, weights, &group, compute)?);
-            for spec in &group {
-                weights.release(spec);
-            }
+        for argument in arguments_of(&tensor_groups(config), shape.stacks_layers(config)) {
+            buffers.push(match argument[..] {
+                [group] => load(group)?,
+                _ => stack(client, shape.compute, &argument, load)?,
+            });
         }
-        buffers.push(client.upload(&rotary::table(config, positions), 0)?);
-        Ok(Self { config: config.clone(), compute, positions, buffers })
+        buffers.push(client.upload(&rotary::table(config, shape.max_positions), 0)?);
+        Ok(Self { config: config.clone(), buffers })
     }
 
     /// The model's configuration.
@@ -59,20 +60,71 @@ impl DeviceModel {
         &self.config
     }
 
-    /// The type that the weights were uploaded in.
-    pub fn compute(&self) -> Element {
-        self.compute
-    }
-
-    /// Positions that the rotary table covers: the longest sequence.
-    pub fn positions(&self) -> usize {
-        self.positions
-    }
-
     /// The leading arguments of every step program, in the order of [`weight_types`].
     pub fn weights(&self) -> &[Buffer] {
         &self.buffers
     }
+}
+
+/// The groups of tensors of which each weight argument is made, the rotary table apart: one, or with stacked layers one of
+/// each layer.
+fn arguments_of(groups: &Groups, stacked: bool) -> Vec<Vec<&Group>> {
+    let layers = &groups.layers;
+    let layers: Vec<Vec<&Group>> = match stacked {
+        false => layers.iter().flatten().map(|group| vec![group]).collect(),
+        true => (0..layers[0].len()).map(|at| layers.iter().map(|layer| &layer[at]).collect()).collect(),
+    };
+    let alone = |group| vec![group];
+    std::iter::once(alone(&groups.embedding)).chain(layers).chain(groups.last.iter().map(alone)).collect()
+}
+
+/// Loads groups of equal sizes into one array `[groups, ...]` on the device, part by part: the host never holds the stack.
+fn stack(
+    client: &Client,
+    compute: Element,
+    groups: &[&Group],
+    mut load: impl FnMut(&Group) -> Result<Buffer>,
+) -> Result<Buffer> {
+    let part = TensorType::new(compute, &stacked_dims(groups[0]));
+    let whole = TensorType::new(compute, &[&[groups.len()], &part.dims[..]].concat());
+    let context = Context::new();
+    let empty = client.compile(zeros(&context, &whole)?.bytecode(), 1)?;
+    let put = client.compile(put(&context, &whole, &part)?.bytecode(), 1)?;
+    let only = |results: Vec<Buffer>| {
+        let found = results.len();
+        <[Buffer; 1]>::try_from(results)
+            .map(|[buffer]| buffer)
+            .map_err(|_| Error::runtime("stacking weights")(format!("a program returned {found} results instead of 1")))
+    };
+    let mut stack = only(empty.run(vec![])?)?;
+    for (index, group) in groups.iter().enumerate() {
+        let (part, index) = (load(group)?, client.upload(&HostTensor::scalar(index as i32), 0)?);
+        stack = only(put.run(vec![Arg::Donate(stack), Arg::Donate(part), Arg::Donate(index)])?)?;
+        // Uploads must not run ahead of the copies: each holds a part.
+        stack.wait()?;
+    }
+    Ok(stack)
+}
+
+/// A program of no arguments that makes an array of zeros where it runs: the host never holds it.
+pub(crate) fn zeros<'c>(context: &'c Context, array: &TensorType) -> pagoda_ir::Result<Module<'c>> {
+    let module = Module::new(context, "zeros");
+    module.function("main", &[], |b, _| Ok(vec![b.broadcast_to(b.scalar(array.element, 0.0)?, &array.dims)?]))?;
+    Ok(module)
+}
+
+/// A program that puts a part into a stack, in place: stack (donated), part, index.
+fn put<'c>(context: &'c Context, stack: &TensorType, part: &TensorType) -> pagoda_ir::Result<Module<'c>> {
+    let module = Module::new(context, "put");
+    let types = [stack.clone(), part.clone(), TensorType::scalar(Element::I32)];
+    module.function("main", &types, |b, args| {
+        let part = b.reshape(args[1], &[&[1], &part.dims[..]].concat())?;
+        let zero = b.scalar(Element::I32, 0.0)?;
+        let starts: Vec<_> = std::iter::once(args[2]).chain(stack.dims[1..].iter().map(|_| zero)).collect();
+        Ok(vec![b.dynamic_update_slice(args[0], part, &starts)?])
+    })?;
+    module.donate("main", 0, 0)?;
+    Ok(module)
 }
 
 /// The shape of tensors of equal width (or vectors), one below the other.
@@ -103,8 +155,9 @@ fn upload(client: &Client, weights: &Weights, group: &[TensorSpec], compute: Ele
 mod tests {
     use std::path::Path;
 
+    use pagoda_kernels::chips::Chip;
+
     use super::*;
-    use crate::llama::step::StepShape;
 
     /// What is uploaded is what the programs take, in their order.
     #[test]
@@ -122,13 +175,20 @@ mod tests {
             compute: Element::Bf16,
             target: Target::Portable,
         };
-        for bits in 0..8 {
-            let [attention_bias, mlp_bias, tie_word_embeddings] = [1, 2, 4].map(|bit| bits & bit != 0);
+        for bits in 0..16 {
+            let [attention_bias, mlp_bias, tie_word_embeddings, stacked] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
             let config = LlamaConfig { attention_bias, mlp_bias, tie_word_embeddings, ..tiny.clone() };
-            let mut uploads: Vec<Vec<usize>> = tensor_groups(&config).iter().map(|group| stacked_dims(group)).collect();
-            uploads.push(rotary::table(&config, shape.max_positions).dims().to_vec());
+            let shape = StepShape { target: if stacked { Target::Tpu(Chip::V5p) } else { shape.target }, ..shape.clone() };
+            let groups = tensor_groups(&config);
+            let uploads = arguments_of(&groups, stacked).into_iter().map(|argument| {
+                let part = stacked_dims(argument[0]);
+                assert!(argument.iter().all(|group| stacked_dims(group) == part));
+                if argument.len() > 1 { [vec![argument.len()], part].concat() } else { part }
+            });
+            let table = rotary::table(&config, shape.max_positions).dims().to_vec();
+            let uploads: Vec<_> = uploads.chain([table]).collect();
             let arguments: Vec<_> = weight_types(&config, &shape).into_iter().map(|ty| ty.dims).collect();
-            assert_eq!(uploads, arguments, "attention_bias {attention_bias}, mlp_bias {mlp_bias}");
+            assert_eq!(uploads, arguments, "attention_bias {attention_bias}, mlp_bias {mlp_bias}, stacked {stacked}");
         }
     }
 }

@@ -13,8 +13,13 @@
 //! *KV cache.* All layers share one buffer ([`KvLayout`]). Rows of idle slots and padding have the KV slot -1 and write
 //! nothing.
 //!
-//! *Layers are unrolled*: a `stablehlo.while` over stacked weights would slice a copy of each layer's weights on every
-//! step (measured, see ARCHITECTURE.md).
+//! *Layers are unrolled*, where a `stablehlo.while` over stacked weights would slice a copy of each layer's weights on every
+//! step (measured, see ARCHITECTURE.md). For a TPU, whose kernels find a layer's part of a stack themselves, they are a
+//! loop: the code does not grow with their number.
+//!
+//! *Names.* Every operation is called by what it belongs to: `layer.qkv` of a loop (`layer3.qkv` unrolled), `layer.attention`,
+//! `layer.output`, `layer.gate_up`, `layer.down`, `embedding`, `rotary`, `head`, `sampler`. Compilers' reports and profiles go
+//! by these.
 //!
 //! Numerics: weights, activations and KV in the compute type; normalisation, softmax, logits and sampling in f32.
 
@@ -22,8 +27,8 @@ use pagoda_ir::stablehlo::{Builder, Direction, Module, Tensor};
 use pagoda_ir::{Context, Element, Result, TensorType};
 use pagoda_kernels::rpa::KvLayout;
 
-use super::arguments::{Projection, Weights, weight_types};
-use super::lowering::{Activation, Kind, Linear, Lowering, Norm, Rows, lowering};
+use super::arguments::{Layer, Layers, Projection, Weights, weight_types};
+use super::lowering::{Activation, Batch, Kind, Linear, Lowering, Norm, Rows, lowering};
 use super::sampling::{key_types, parameter_types, parameters};
 use super::target::Target;
 use crate::model::config::LlamaConfig;
@@ -53,6 +58,11 @@ pub struct StepShape {
 }
 
 impl StepShape {
+    /// Whether the program loops over the model's layers, and takes their weights as stacks.
+    pub fn stacks_layers(&self, config: &LlamaConfig) -> bool {
+        self.target.stacks_layers() && config.layers > 1
+    }
+
     /// How keys and values lie in the KV buffer.
     pub fn kv_layout(&self, config: &LlamaConfig) -> KvLayout {
         KvLayout {
@@ -69,6 +79,15 @@ impl StepShape {
     pub fn kv_type(&self, config: &LlamaConfig) -> TensorType {
         self.kv_layout(config).buffer_type()
     }
+}
+
+/// Which layer runs.
+#[derive(Clone, Copy)]
+struct Place<'c, 'a> {
+    /// `i32[]`: where its pages begin in the KV buffer.
+    first_page: Tensor<'c, 'a>,
+    /// `i32[]`: its part of stacked weights.
+    of_stack: Option<Tensor<'c, 'a>>,
 }
 
 /// Emits the model's graph over the rows of a step.
@@ -90,34 +109,80 @@ impl<'c> Graph<'_, 'c> {
         mut kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
         let lowering = self.lowering;
-        let batch = lowering.batch(b, rows, weights.rotary)?;
-        let mut x = lowering.orientation().turn(b, b.take(weights.embedding, tokens, 0)?)?;
-        for (index, layer) in weights.layers.iter().enumerate() {
-            let qkv = self.normed(layer.input_norm, layer.qkv);
-            let qkv = lowering.linear(b, x, &qkv)?;
-            let attended;
-            (attended, kv) = lowering.attend(b, qkv, &batch, index, kv)?;
-            let output = Linear { residual: Some(x), ..self.projection(layer.output) };
-            x = lowering.linear(b, attended, &output)?;
-            let gate_up = Linear { activation: Activation::SiluGate, ..self.normed(layer.post_norm, layer.gate_up) };
-            let inner = lowering.linear(b, x, &gate_up)?;
-            let down = Linear { residual: Some(x), ..self.projection(layer.down) };
-            x = lowering.linear(b, inner, &down)?;
+        let batch = lowering.batch(&b.named("rotary"), rows, weights.rotary)?;
+        let mut x = {
+            let b = &b.named("embedding");
+            lowering.orientation().turn(b, b.take(weights.embedding, tokens, 0)?)?
+        };
+        match &weights.layers {
+            Layers::Apart(layers) => {
+                for (index, layer) in layers.iter().enumerate() {
+                    let b = &b.named(&format!("layer{index}"));
+                    let first_page = b.scalar(Element::I32, self.shape.kv_layout(self.config).first_page(index) as f64)?;
+                    (x, kv) = self.layer(b, layer, Place { first_page, of_stack: None }, &batch, x, kv)?;
+                }
+                Ok((x, kv))
+            }
+            Layers::Stacked(layers) => {
+                let b = &b.named("layer");
+                let int = |b: &Builder<'c, 'a>, value: usize| b.scalar(Element::I32, value as f64);
+                let results = b.while_(
+                    &[int(b, 0)?, x, kv],
+                    |b, state| b.compare(state[0], Direction::Lt, int(b, self.config.layers)?),
+                    |b, state| {
+                        let [index, x, kv] = *state else { unreachable!() };
+                        let first_page = b.multiply(index, int(b, self.shape.pages)?)?;
+                        let place = Place { first_page, of_stack: Some(index) };
+                        let (x, kv) = self.layer(b, layers, place, &batch, x, kv)?;
+                        Ok(vec![b.add(index, int(b, 1)?)?, x, kv])
+                    },
+                )?;
+                Ok((results[1], results[2]))
+            }
         }
-        Ok((x, kv))
+    }
+
+    /// Runs one layer on activations `x`: activations, and the KV buffer.
+    fn layer<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        layer: &Layer<Tensor<'c, 'a>>,
+        place: Place<'c, 'a>,
+        batch: &Batch<'c, 'a>,
+        x: Tensor<'c, 'a>,
+        kv: Tensor<'c, 'a>,
+    ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
+        let lowering = self.lowering;
+        let norm = |b: &Builder<'c, 'a>, weight| place.of_stack.map_or(Ok(weight), |index| b.part(weight, index));
+        let projection = |part| Linear { layer: place.of_stack, ..self.projection(part) };
+        let normed = |b: &Builder<'c, 'a>, weight, part| {
+            Ok(Linear { norm: Some(self.norm(norm(b, weight)?)), ..projection(part) })
+        };
+        let qkv = {
+            let b = &b.named("qkv");
+            lowering.linear(b, x, &normed(b, layer.input_norm, layer.qkv)?)?
+        };
+        let (attended, kv) = lowering.attend(&b.named("attention"), qkv, batch, place.first_page, kv)?;
+        let output = Linear { residual: Some(x), ..projection(layer.output) };
+        let x = lowering.linear(&b.named("output"), attended, &output)?;
+        let inner = {
+            let b = &b.named("gate_up");
+            let gate_up = normed(b, layer.post_norm, layer.gate_up)?;
+            lowering.linear(b, x, &Linear { activation: Activation::SiluGate, ..gate_up })?
+        };
+        let down = Linear { residual: Some(x), ..projection(layer.down) };
+        Ok((lowering.linear(&b.named("down"), inner, &down)?, kv))
     }
 
     /// The bare projection, in the compute type.
     fn projection<'a>(&self, projection: Projection<Tensor<'c, 'a>>) -> Linear<'c, 'a> {
         let Projection { weight, bias } = projection;
         let result = self.shape.compute;
-        Linear { norm: None, weight, bias, activation: Activation::Identity, residual: None, result }
+        Linear { norm: None, weight, bias, layer: None, activation: Activation::Identity, residual: None, result }
     }
 
-    /// A projection behind a norm.
-    fn normed<'a>(&self, weight: Tensor<'c, 'a>, projection: Projection<Tensor<'c, 'a>>) -> Linear<'c, 'a> {
-        let norm = Norm { weight, epsilon: self.config.rms_norm_eps };
-        Linear { norm: Some(norm), ..self.projection(projection) }
+    fn norm<'a>(&self, weight: Tensor<'c, 'a>) -> Norm<'c, 'a> {
+        Norm { weight, epsilon: self.config.rms_norm_eps }
     }
 
     /// `f32[rows, vocab]` logits of activations before the final norm.
@@ -127,8 +192,9 @@ impl<'c> Graph<'_, 'c> {
         weights: &Weights<Tensor<'c, 'a>>,
         hidden: Tensor<'c, 'a>,
     ) -> Result<Tensor<'c, 'a>> {
-        let head = self.normed(weights.norm, Projection { weight: weights.head(), bias: None });
-        self.lowering.by_row(b, hidden, &Linear { result: Element::F32, ..head })
+        let head = self.projection(Projection { weight: weights.head(), bias: None });
+        let head = Linear { norm: Some(self.norm(weights.norm)), result: Element::F32, ..head };
+        self.lowering.by_row(&b.named("head"), hidden, &head)
     }
 
     /// The activations of some rows.
@@ -217,7 +283,7 @@ pub fn prefill<'c>(
             Output::Logits => graph.logits(b, &weights, hidden)?,
             Output::Tokens(sampling) => {
                 let logits = graph.logits(b, &weights, graph.select(b, hidden, sample_rows)?)?;
-                sampler::emit(b, sampling, logits, &parameters(rest), &Keys { index, generation, position })?
+                sampler::emit(&b.named("sampler"), sampling, logits, &parameters(rest), &Keys { index, generation, position })?
             }
         };
         Ok(vec![kv, result])
@@ -304,7 +370,8 @@ pub fn decode<'c>(
                 let (hidden, kv) = graph.forward(b, &weights, tokens, rows, kv)?;
                 let logits = graph.logits(b, &weights, hidden)?;
                 let position = b.convert(next_positions, Element::U32)?;
-                let chosen = sampler::emit(b, sampling, logits, &parameters, &Keys { index, generation, position })?;
+                let keys = Keys { index, generation, position };
+                let chosen = sampler::emit(&b.named("sampler"), sampling, logits, &parameters, &keys)?;
                 let mut left = b.subtract(remaining, ints(1.0)?)?;
                 for &token in end_of_text {
                     let ends = b.compare(chosen, Direction::Eq, ints(f64::from(token))?)?;

@@ -41,18 +41,31 @@ struct Part<'n> {
 
 /// Every tensor of a Llama, in the order of the forward pass.
 pub fn expected_tensors(config: &LlamaConfig) -> Vec<TensorSpec> {
-    tensor_groups(config).into_iter().flatten().collect()
+    let Groups { embedding, layers, last } = tensor_groups(config);
+    std::iter::once(embedding).chain(layers.into_iter().flatten()).chain(last).flatten().collect()
 }
 
-/// As [`expected_tensors`], in groups that are applied together: tensors of one width (or vectors), which can be stacked
-/// along their rows. Query, key and value projections are such a group, their biases are, gate and up; all others stand
-/// alone.
-pub fn tensor_groups(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
+/// Tensors of one width (or vectors) that are applied together, and can be stacked along their rows.
+pub type Group = Vec<TensorSpec>;
+
+/// The tensors of a Llama in groups, in the order of the forward pass.
+pub struct Groups {
+    /// The embedding.
+    pub embedding: Group,
+    /// Those of each layer, as many of the same sizes in every one.
+    pub layers: Vec<Vec<Group>>,
+    /// The final norm, and the head if it is not the embedding.
+    pub last: Vec<Group>,
+}
+
+/// As [`expected_tensors`], in groups. Query, key and value projections are a group, their biases are, gate and up; all
+/// others stand alone.
+pub fn tensor_groups(config: &LlamaConfig) -> Groups {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.q_heads * config.head_dim, config.kv_heads * config.head_dim);
     let alone = |name: &str, dims: &[usize]| vec![TensorSpec { name: name.into(), dims: dims.into() }];
-    let mut groups = vec![alone("model.embed_tokens.weight", &[config.vocab_size, hidden])];
-    for layer in 0..config.layers {
+    let of_layer = |layer: usize| {
+        let mut groups = vec![];
         let (attention, mlp) = (config.attention_bias, config.mlp_bias);
         let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
         for part in [
@@ -73,12 +86,14 @@ pub fn tensor_groups(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
             groups.push(group("weight", part.columns));
             groups.extend(part.bias.then(|| group("bias", None)));
         }
+        groups
+    };
+    let head = (!config.tie_word_embeddings).then(|| alone("lm_head.weight", &[config.vocab_size, hidden]));
+    Groups {
+        embedding: alone("model.embed_tokens.weight", &[config.vocab_size, hidden]),
+        layers: (0..config.layers).map(of_layer).collect(),
+        last: std::iter::once(alone("model.norm.weight", &[hidden])).chain(head).collect(),
     }
-    groups.push(alone("model.norm.weight", &[hidden]));
-    if !config.tie_word_embeddings {
-        groups.push(alone("lm_head.weight", &[config.vocab_size, hidden]));
-    }
-    groups
 }
 
 struct Shard {
