@@ -10,9 +10,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pagoda_ir::stablehlo::Module;
 use pagoda_ir::tensor::HostTensor;
-use pagoda_ir::{Context, Element, TensorType};
+use pagoda_ir::{Context, Element};
 use pagoda_kernels::rpa::kv_layout::{NO_SLOT, slot};
 
 use crate::error::{Error, Result};

@@ -12,8 +12,8 @@
 
 use std::fmt;
 
-use pagoda_ir::stablehlo::{self, Module, Tensor};
 use pagoda_ir::mosaic::{self, Cost};
+use pagoda_ir::stablehlo::{self, Module, Tensor};
 use pagoda_ir::{Context, Element, HostTensor, Result, TensorType};
 use serde::{Serialize, de::DeserializeOwned};
 

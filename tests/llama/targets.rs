@@ -137,12 +137,24 @@ fn models() -> [(&'static str, serde_json::Value); 4] {
     };
     [
         ("Llama 3.1 8B", of([4096, 14336, 32, 32, 8, 128, 128_256], json!({"rope_scaling": llama3}))),
-        ("Llama 3.2 1B: small heads, tied", of([2048, 8192, 16, 32, 8, 64, 128_256], json!({
-            "rope_scaling": llama3, "tie_word_embeddings": true}))),
+        (
+            "Llama 3.2 1B: small heads, tied",
+            of(
+                [2048, 8192, 16, 32, 8, 64, 128_256],
+                json!({
+            "rope_scaling": llama3, "tie_word_embeddings": true}),
+            ),
+        ),
         ("Llama 3.1 70B, 2 layers", of([8192, 28672, 2, 64, 8, 128, 128_256], json!({"rope_scaling": llama3}))),
         // Qwen 2.5 7B's sizes, with biases on more projections than it has, and a vocabulary of no whole tiles.
-        ("28 heads, biases, an odd vocabulary", of([3584, 18944, 2, 28, 4, 128, 151_669], json!({
-            "attention_bias": true, "mlp_bias": true}))),
+        (
+            "28 heads, biases, an odd vocabulary",
+            of(
+                [3584, 18944, 2, 28, 4, 128, 151_669],
+                json!({
+            "attention_bias": true, "mlp_bias": true}),
+            ),
+        ),
     ]
 }
 

@@ -178,7 +178,8 @@ mod tests {
         for bits in 0..16 {
             let [attention_bias, mlp_bias, tie_word_embeddings, stacked] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
             let config = LlamaConfig { attention_bias, mlp_bias, tie_word_embeddings, ..tiny.clone() };
-            let shape = StepShape { target: if stacked { Target::Tpu(Chip::V5p) } else { shape.target }, ..shape.clone() };
+            let shape =
+                StepShape { target: if stacked { Target::Tpu(Chip::V5p) } else { shape.target }, ..shape.clone() };
             let groups = tensor_groups(&config);
             let uploads = arguments_of(&groups, stacked).into_iter().map(|argument| {
                 let part = stacked_dims(argument[0]);

@@ -118,7 +118,8 @@ impl<'c> Graph<'_, 'c> {
             Layers::Apart(layers) => {
                 for (index, layer) in layers.iter().enumerate() {
                     let b = &b.named(&format!("layer{index}"));
-                    let first_page = b.scalar(Element::I32, self.shape.kv_layout(self.config).first_page(index) as f64)?;
+                    let first_page =
+                        b.scalar(Element::I32, self.shape.kv_layout(self.config).first_page(index) as f64)?;
                     (x, kv) = self.layer(b, layer, Place { first_page, of_stack: None }, &batch, x, kv)?;
                 }
                 Ok((x, kv))
@@ -283,7 +284,13 @@ pub fn prefill<'c>(
             Output::Logits => graph.logits(b, &weights, hidden)?,
             Output::Tokens(sampling) => {
                 let logits = graph.logits(b, &weights, graph.select(b, hidden, sample_rows)?)?;
-                sampler::emit(&b.named("sampler"), sampling, logits, &parameters(rest), &Keys { index, generation, position })?
+                sampler::emit(
+                    &b.named("sampler"),
+                    sampling,
+                    logits,
+                    &parameters(rest),
+                    &Keys { index, generation, position },
+                )?
             }
         };
         Ok(vec![kv, result])

@@ -472,9 +472,10 @@ fn ops_are_named() {
         definition.unwrap_or(alias).to_owned()
     };
     let names = ["add", "compare", "negate", "sqrt", "tanh"].map(name);
-    let expected = ["layer.double", "layer", "layer.choose.negate", "layer.choose"].map(|name| format!("loc(\"{name}\")"));
+    let expected =
+        ["layer.double", "layer", "layer.choose.negate", "layer.choose"].map(|name| format!("loc(\"{name}\")"));
     assert_eq!(names[..4], expected);
-    assert_eq!(names[4], "unknown");
+    assert_eq!(names[4], "loc(unknown)");
     assert!(!module.text().contains("loc("));
     let bytecode = module.bytecode();
     assert!(bytecode.windows(19).any(|bytes| bytes == b"layer.choose.negate"));

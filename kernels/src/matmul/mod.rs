@@ -120,7 +120,14 @@ impl Kernel for Matmul {
         let layer = layer_of(inputs);
         let limit = || format!("is none of {} layers", problem.layers);
         let fix = "give an index from 0 on, below layers";
-        ensure(usize::try_from(layer).is_ok_and(|layer| layer < problem.layers), "matmul inputs", "layer", layer, limit, fix)
+        ensure(
+            usize::try_from(layer).is_ok_and(|layer| layer < problem.layers),
+            "matmul inputs",
+            "layer",
+            layer,
+            limit,
+            fix,
+        )
     }
 
     /// Every array passes once, of a stack one layer.
@@ -131,7 +138,11 @@ impl Kernel for Matmul {
         let others = (layers - 1) * (k * columns + bias) * problem.input.bytes();
         Cost {
             flops: 2 * (m * k * columns) as u64,
-            transcendentals: if problem.epilogue.activation == Activation::SiluGate { (m * problem.n) as u64 } else { 0 },
+            transcendentals: if problem.epilogue.activation == Activation::SiluGate {
+                (m * problem.n) as u64
+            } else {
+                0
+            },
             bytes_accessed: kernel::passes_once::<Self>(problem) - others as u64,
         }
     }

@@ -258,9 +258,8 @@ pub(super) fn windows(problem: &Problem) -> Vec<ArrayWindow> {
         Layout::WeightTransposed => ([Rows, Depth], [Columns, Depth], [One, Columns]),
         Layout::FeatureMajor => ([Depth, Columns], [Rows, Depth], [Rows, One]),
     };
-    let whole = |name, side, element, axes| {
-        vec![ArrayWindow { name, side, element, axes, half: 0, halves: 1, stacked: false }]
-    };
+    let whole =
+        |name, side, element, axes| vec![ArrayWindow { name, side, element, axes, half: 0, halves: 1, stacked: false }];
     let split = |names: Vec<&'static str>, side, element, axes| -> Vec<ArrayWindow> {
         let halves = names.len();
         let stacked = problem.layers > 1;

@@ -3,8 +3,8 @@
 //! A matmul of more rows than the call takes (prefill) is XLA's own, and so is the gated one of a model with biases in
 //! its MLP, which the call does not know.
 
-use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::Result;
+use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_kernels::matmul::native::{Around, MAX_COLUMNS, Norm};
 use pagoda_kernels::{matmul, rpa};
 

@@ -1,7 +1,7 @@
 //! Plain StableHLO: what any plugin compiles, and what the other lowerings emit around their kernels.
 
-use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::Result;
+use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_kernels::matmul::Matmul;
 use pagoda_kernels::rpa::{self, Rpa};
 use pagoda_kernels::{Named, kernel};
