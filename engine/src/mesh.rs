@@ -112,7 +112,7 @@ mod tests {
                 assert_eq!(held, (0..units).collect::<Vec<_>>(), "{units} units over {of}");
                 assert!(parts.iter().all(|part| part.len() <= Shard::width(units, of)));
                 assert_eq!(parts[0].len(), Shard::width(units, of));
-            } else if of.get() % units == 0 {
+            } else if of.get().is_multiple_of(units) {
                 let each = of.get() / units;
                 let expected: Vec<usize> = (0..units).flat_map(|unit| vec![unit; each]).collect();
                 assert_eq!(held, expected, "{units} units over {of}");
