@@ -1,14 +1,16 @@
 //! What the step programs for a TPU hold, and that its compiler takes them.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pagoda_engine::certify::report::KernelVmem;
 use pagoda_engine::certify::{Certifier, Program};
 use pagoda_engine::llama::step::{self, Output, StepShape};
-use pagoda_engine::llama::{Target, weight_types};
+use pagoda_engine::llama::{Parallel, Target, weight_types};
 use pagoda_engine::model::config::LlamaConfig;
+use pagoda_engine::mpi;
 use pagoda_engine::sampler::Sampling;
 use pagoda_ir::stablehlo::Module;
 use pagoda_ir::{Context, Element};
@@ -28,19 +30,28 @@ fn shape(target: Target) -> StepShape {
         max_rounds: 16,
         compute: Element::Bf16,
         target,
+        parallel: Parallel::ONE,
     }
 }
 
 /// Prefill and decode.
-fn modules<'c>(context: &'c Context, config: &LlamaConfig, shape: &StepShape) -> [Module<'c>; 2] {
-    let sampling = Sampling::Random { top_k: true, top_p: true };
+fn modules<'c>(
+    context: &'c Context,
+    config: &LlamaConfig,
+    shape: &StepShape,
+    sampling: Sampling,
+) -> [Module<'c>; 2] {
     let prefill = step::prefill(context, config, shape, Output::Tokens(sampling)).unwrap();
     [prefill, step::decode(context, config, shape, sampling, &[1]).unwrap()]
 }
 
 /// Prefill and decode, as text.
 fn programs(target: Target) -> [String; 2] {
-    modules(&Context::new(), &Model::tiny().config, &shape(target)).map(|module| {
+    programs_of(&shape(target), Sampling::Random { top_k: true, top_p: true })
+}
+
+fn programs_of(shape: &StepShape, sampling: Sampling) -> [String; 2] {
+    modules(&Context::new(), &Model::tiny().config, shape, sampling).map(|module| {
         module.verify().unwrap();
         module.text()
     })
@@ -103,13 +114,63 @@ fn the_tile_machine_runs_the_kernels_that_a_tpu_gets() {
     }
 }
 
+/// A program of two shards has two sums a layer and one for the embeddings, and gathers maxima or logits once; it has the
+/// kernels of half the model.
+#[test]
+fn shards_exchange_two_sums_a_layer() {
+    let config = Model::tiny().config;
+    let two = NonZeroUsize::new(2).unwrap();
+    let greedy_and_random = [Sampling::Greedy, Sampling::Random { top_k: false, top_p: false }];
+    for (target, sampling) in [Target::Portable, Target::Host, Target::TileMachine(Chip::V5p), Target::Tpu(Chip::V5p)]
+        .into_iter()
+        .flat_map(|target| greedy_and_random.map(|sampling| (target, sampling)))
+    {
+        let shape = StepShape { parallel: Parallel::group(two), ..shape(target) };
+        // A loop's body has those of one layer.
+        let sums = if shape.stacks_layers(&config) { 2 } else { 2 * config.layers };
+        for text in programs_of(&shape, sampling) {
+            assert!(text.contains("mhlo.num_replicas = 2"));
+            let count = |op: &str| text.matches(&format!("\"stablehlo.{op}\"")).count();
+            assert_eq!([count("all_reduce"), count("all_gather")], [sums + 1, 1], "{target}, {sampling:?}");
+            assert!(!text.contains(mpi::ALL_REDUCE));
+        }
+        let shape = StepShape { parallel: Parallel::processes(two), ..shape };
+        for text in programs_of(&shape, sampling) {
+            assert!(!text.contains("num_replicas") && !text.contains("stablehlo.all_"));
+            let waits = match shape.stacks_layers(&config) {
+                // What a loop carries depends on the sums before it, and what comes behind it on its own.
+                true => vec![None, None, Some(1), Some(0)],
+                false => (0..sums + 2).map(|call: usize| call.checked_sub(1)).collect(),
+            };
+            assert_chained(&text, &waits);
+        }
+    }
+}
+
+/// Each call of MPI takes the result of the one that it waits for, so that they run in order.
+fn assert_chained(text: &str, waits: &[Option<usize>]) {
+    let calls: Vec<[&str; 3]> = text
+        .lines()
+        .filter(|line| line.contains(&format!("call_target_name = \"{}\"", mpi::ALL_REDUCE)))
+        .map(|line| {
+            let (result, rest) = line.trim().split_once(" = ").unwrap();
+            let (x, last) = between(rest, "(", ")")[0].split_once(", ").unwrap();
+            [result, x, last]
+        })
+        .collect();
+    assert_eq!(calls.len(), waits.len());
+    for ([_, x, last], wait) in calls.iter().zip(waits) {
+        assert_eq!(*last, wait.map_or(*x, |earlier| calls[earlier][0]));
+    }
+}
+
 /// What the operations of a step are called, in reports of compilers.
 #[test]
 fn operations_are_called_by_what_they_belong_to() {
     let parts = ["qkv", "attention", "output", "gate_up", "down"];
     let config = Model::tiny().config;
     for (target, layer) in [(Target::Tpu(Chip::V5p), "layer"), (Target::Host, "layer3")] {
-        for module in modules(&Context::new(), &config, &shape(target)) {
+        for module in modules(&Context::new(), &config, &shape(target), Sampling::Greedy) {
             let text = module.text_with_names();
             let names: BTreeSet<_> = between(&text, "loc(\"", "\")").into_iter().collect();
             let of_layer = parts.map(|part| format!("{layer}.{part}"));

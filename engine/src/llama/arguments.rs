@@ -71,11 +71,14 @@ pub(super) struct Weights<T> {
     head: Option<T>,
     /// `f32[max_positions, head_dim]`: the table of [`rotary`](super::rotary).
     pub(super) rotary: T,
+    /// `i32[]`: which shard of the model these weights are, where it is split.
+    pub(super) shard: Option<T>,
 }
 
 impl<T> Weights<T> {
-    /// Asks `next` for one weight after another, in the order of the arguments.
+    /// Asks `next` for one weight after another, in the order of the arguments. Sizes are those of one shard.
     fn each(config: &LlamaConfig, shape: &StepShape, mut next: impl FnMut(TensorType) -> T) -> Self {
+        let config = &shape.parallel.shard_of(config);
         let hidden = config.hidden_size;
         let mut weight = |dims: &[usize]| next(TensorType::new(shape.compute, dims));
         let embedding = weight(&[config.vocab_size, hidden]);
@@ -86,7 +89,8 @@ impl<T> Weights<T> {
         let norm = weight(&[hidden]);
         let head = (!config.tie_word_embeddings).then(|| weight(&[config.vocab_size, hidden]));
         let rotary = next(TensorType::new(Element::F32, &[shape.max_positions, config.head_dim]));
-        Self { embedding, layers, norm, head, rotary }
+        let shard = (shape.parallel.model().get() > 1).then(|| next(TensorType::scalar(Element::I32)));
+        Self { embedding, layers, norm, head, rotary, shard }
     }
 }
 
@@ -114,8 +118,9 @@ impl<'c, 'a> Weights<Tensor<'c, 'a>> {
 /// The types of the weight arguments, which come first in both programs: embedding; per layer the norm before
 /// attention, the stacked query, key and value projection, the output projection, the norm before the MLP, the stacked
 /// gate and up projection, the down projection (each followed by its biases, where the model has them); final norm;
-/// (untied only) head; rotary table. Where the program [loops](StepShape::stacks_layers), not per layer: each of these is a
-/// stack of all layers', `[layers, ...]`.
+/// (untied only) head; rotary table; (split models only) the number of the shard. Each weight is the shard's part of it.
+/// Where the program [loops](StepShape::stacks_layers), there is one of each of a layer's for all layers, a stack
+/// `[layers, ...]`.
 pub fn weight_types(config: &LlamaConfig, shape: &StepShape) -> Vec<TensorType> {
     let mut types = Vec::new();
     Weights::each(config, shape, |ty| types.push(ty));

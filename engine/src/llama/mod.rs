@@ -5,54 +5,89 @@
 
 mod arguments;
 mod lowering;
+pub mod parallel;
 mod rotary;
 mod sampling;
 pub mod step;
 mod target;
 
 pub use arguments::weight_types;
+pub use parallel::{Group, Member, Parallel, Reduce};
 pub use target::Target;
 
 use pagoda_ir::stablehlo::Module;
 use pagoda_ir::{Context, Element, HostTensor, TensorType};
 
 use crate::error::{Error, Result};
+use crate::mesh::Shard;
 use crate::model::config::LlamaConfig;
-use crate::model::weights::{Group, Groups, TensorSpec, Weights, tensor_groups};
-use crate::pjrt::{Arg, Buffer, Client};
+use crate::model::weights::{TensorGroups, TensorSpec, Tensors, Weights, tensor_groups};
+use crate::pjrt::{Arg, Buffer, Client, Executable};
 use step::StepShape;
 
-/// A model's weights on a device, as the step programs take them.
+/// A model's weights on the devices of a group, as the step programs take them.
 pub struct DeviceModel {
     config: LlamaConfig,
-    buffers: Vec<Buffer>,
+    group: Group,
+    /// Per member of the group.
+    buffers: Vec<Vec<Buffer>>,
 }
 
 impl DeviceModel {
-    /// Uploads the weights that the step programs of `shape` take: in its type, layers apart or stacked, and a rotary table
-    /// for its positions.
-    ///
-    /// Host memory holds one layer's part of an argument at a time beyond the device's own copy: each is converted (and
-    /// where the program wants several projections as one matrix, put together), uploaded, and dropped. Stacks of layers
-    /// are made on the device.
+    /// As [`load_group`](Self::load_group), of one device that holds the whole model.
     ///
     /// # Errors
-    /// When a tensor is missing or malformed, or the device is out of memory.
+    /// As there.
     pub fn load(client: &Client, config: &LlamaConfig, weights: &Weights, shape: &StepShape) -> Result<Self> {
-        let load = |group: &Group| {
-            let buffer = upload(client, weights, group, shape.compute)?;
-            group.iter().for_each(|spec| weights.release(spec));
-            Ok(buffer)
-        };
-        let mut buffers = Vec::new();
+        Self::load_group(client, config, weights, shape, Group::one())
+    }
+
+    /// Uploads to each member of `group` its shard of the weights that the step programs of `shape` take: in its type,
+    /// layers apart or stacked, and a rotary table for its positions.
+    ///
+    /// Host memory holds one layer's part of an argument of one shard at a time beyond the devices' own copies: each is
+    /// converted (and where the program wants several projections as one matrix, put together), uploaded, and dropped.
+    /// Stacks of layers are made on the device.
+    ///
+    /// # Errors
+    /// When the model cannot be split like this, a tensor is missing or malformed, or a device is out of memory.
+    pub fn load_group(
+        client: &Client,
+        config: &LlamaConfig,
+        weights: &Weights,
+        shape: &StepShape,
+        group: Group,
+    ) -> Result<Self> {
+        group.parallel().check(config)?;
+        let mut buffers: Vec<Vec<Buffer>> = group.members().iter().map(|_| Vec::new()).collect();
         for argument in arguments_of(&tensor_groups(config), shape.stacks_layers(config)) {
-            buffers.push(match argument[..] {
-                [group] => load(group)?,
-                _ => stack(client, shape.compute, &argument, load)?,
+            let stacks = group.members().iter().map(|&Member { shard, device }| match argument[..] {
+                [_] => Ok(None),
+                _ => Stack::new(client, shape.compute, argument.len(), &stacked_dims(argument[0], shard), device).map(Some),
             });
+            let mut stacks = stacks.collect::<Result<Vec<_>>>()?;
+            for (layer, tensors) in argument.iter().enumerate() {
+                for ((member, stack), buffers) in group.members().iter().zip(&mut stacks).zip(&mut buffers) {
+                    let part = upload(client, weights, tensors, *member, shape.compute)?;
+                    match stack {
+                        None => buffers.push(part),
+                        Some(stack) => stack.put(client, part, layer)?,
+                    }
+                }
+                tensors.iter().for_each(|spec| weights.release(spec));
+            }
+            for (stack, buffers) in stacks.into_iter().zip(&mut buffers) {
+                buffers.extend(stack.and_then(|stack| stack.whole));
+            }
         }
-        buffers.push(client.upload(&rotary::table(config, shape.max_positions), 0)?);
-        Ok(Self { config: config.clone(), buffers })
+        let rotary = rotary::table(config, shape.max_positions);
+        for (Member { shard, device }, buffers) in group.members().iter().zip(&mut buffers) {
+            buffers.push(client.upload(&rotary, *device)?);
+            if shard.of.get() > 1 {
+                buffers.push(client.upload(&HostTensor::scalar(shard.index as i32), *device)?);
+            }
+        }
+        Ok(Self { config: config.clone(), group, buffers })
     }
 
     /// The model's configuration.
@@ -60,50 +95,57 @@ impl DeviceModel {
         &self.config
     }
 
-    /// The leading arguments of every step program, in the order of [`weight_types`].
-    pub fn weights(&self) -> &[Buffer] {
+    /// The devices that hold it.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// The leading arguments of every step program on each member of the group, in the order of [`weight_types`].
+    pub fn weights(&self) -> &[Vec<Buffer>] {
         &self.buffers
     }
 }
 
-/// The groups of tensors of which each weight argument is made, the rotary table apart: one, or with stacked layers one of
-/// each layer.
-fn arguments_of(groups: &Groups, stacked: bool) -> Vec<Vec<&Group>> {
+/// The tensors of which each weight argument is made, the rotary table apart: those of one layer, or with stacked layers of
+/// each.
+fn arguments_of(groups: &TensorGroups, stacked: bool) -> Vec<Vec<&Tensors>> {
     let layers = &groups.layers;
-    let layers: Vec<Vec<&Group>> = match stacked {
-        false => layers.iter().flatten().map(|group| vec![group]).collect(),
+    let layers: Vec<Vec<&Tensors>> = match stacked {
+        false => layers.iter().flatten().map(|tensors| vec![tensors]).collect(),
         true => (0..layers[0].len()).map(|at| layers.iter().map(|layer| &layer[at]).collect()).collect(),
     };
-    let alone = |group| vec![group];
+    let alone = |tensors| vec![tensors];
     std::iter::once(alone(&groups.embedding)).chain(layers).chain(groups.last.iter().map(alone)).collect()
 }
 
-/// Loads groups of equal sizes into one array `[groups, ...]` on the device, part by part: the host never holds the stack.
-fn stack(
-    client: &Client,
-    compute: Element,
-    groups: &[&Group],
-    mut load: impl FnMut(&Group) -> Result<Buffer>,
-) -> Result<Buffer> {
-    let part = TensorType::new(compute, &stacked_dims(groups[0]));
-    let whole = TensorType::new(compute, &[&[groups.len()], &part.dims[..]].concat());
-    let context = Context::new();
-    let empty = client.compile(zeros(&context, &whole)?.bytecode(), 1)?;
-    let put = client.compile(put(&context, &whole, &part)?.bytecode(), 1)?;
-    let only = |results: Vec<Buffer>| {
-        let found = results.len();
-        <[Buffer; 1]>::try_from(results)
-            .map(|[buffer]| buffer)
-            .map_err(|_| Error::runtime("stacking weights")(format!("a program returned {found} results instead of 1")))
-    };
-    let mut stack = only(empty.run(vec![])?)?;
-    for (index, group) in groups.iter().enumerate() {
-        let (part, index) = (load(group)?, client.upload(&HostTensor::scalar(index as i32), 0)?);
-        stack = only(put.run(vec![Arg::Donate(stack), Arg::Donate(part), Arg::Donate(index)])?)?;
-        // Uploads must not run ahead of the copies: each holds a part.
-        stack.wait()?;
+/// An array `[layers, ...]` on a device, filled part by part: the host never holds it.
+struct Stack {
+    /// `None` only while a part is put in.
+    whole: Option<Buffer>,
+    put: Executable,
+    device: usize,
+}
+
+impl Stack {
+    fn new(client: &Client, compute: Element, layers: usize, part: &[usize], device: usize) -> Result<Self> {
+        let part = TensorType::new(compute, part);
+        let whole = TensorType::new(compute, &[&[layers], &part.dims[..]].concat());
+        let context = Context::new();
+        let empty = client.compile_on(zeros(&context, &whole)?.bytecode(), &[device])?;
+        let put = client.compile_on(put(&context, &whole, &part)?.bytecode(), &[device])?;
+        Ok(Self { whole: empty.run(vec![])?.pop(), put, device })
     }
-    Ok(stack)
+
+    /// Puts in the part of a layer.
+    fn put(&mut self, client: &Client, part: Buffer, layer: usize) -> Result<()> {
+        let layer = client.upload(&HostTensor::scalar(layer as i32), self.device)?;
+        let whole = self.whole.take().ok_or_else(|| Error::runtime("stacking weights")("the stack is gone".into()))?;
+        let whole = self.put.run(vec![Arg::Donate(whole), Arg::Donate(part), Arg::Donate(layer)])?.pop();
+        // Uploads must not run ahead of the copies: each holds a part.
+        whole.iter().try_for_each(Buffer::wait)?;
+        self.whole = whole;
+        Ok(())
+    }
 }
 
 /// A program of no arguments that makes an array of zeros where it runs: the host never holds it.
@@ -127,32 +169,40 @@ fn put<'c>(context: &'c Context, stack: &TensorType, part: &TensorType) -> pagod
     Ok(module)
 }
 
-/// The shape of tensors of equal width (or vectors), one below the other.
-fn stacked_dims(group: &[TensorSpec]) -> Vec<usize> {
-    let mut dims = group[0].dims.clone();
-    dims[0] = group.iter().map(|spec| spec.dims[0]).sum();
+/// The shape of a shard's parts of tensors of equal width (or vectors), one below the other.
+fn stacked_dims(tensors: &[TensorSpec], shard: Shard) -> Vec<usize> {
+    let mut dims = tensors[0].dims_of(shard);
+    dims[0] = tensors.iter().map(|spec| spec.dims_of(shard)[0]).sum();
     dims
 }
 
-/// Uploads a group of tensors as one.
-fn upload(client: &Client, weights: &Weights, group: &[TensorSpec], compute: Element) -> Result<Buffer> {
-    if let [spec] = group {
-        let data = weights.load(spec, compute)?;
-        return Ok(client.upload_bytes(compute, &spec.dims, data.bytes(), 0)?);
+/// Uploads a member's parts of tensors as one.
+fn upload(
+    client: &Client,
+    weights: &Weights,
+    tensors: &[TensorSpec],
+    Member { shard, device }: Member,
+    compute: Element,
+) -> Result<Buffer> {
+    let dims = stacked_dims(tensors, shard);
+    if let [spec] = tensors {
+        let data = weights.load(spec, shard, compute)?;
+        return Ok(client.upload_bytes(compute, &dims, data.bytes(), device)?);
     }
-    let mut stacked = HostTensor::zeros(compute, &stacked_dims(group));
+    let mut stacked = HostTensor::zeros(compute, &dims);
     let mut rest = stacked.bytes_mut();
-    for spec in group {
-        let data = weights.load(spec, compute)?;
+    for spec in tensors {
+        let data = weights.load(spec, shard, compute)?;
         let (part, after) = rest.split_at_mut(data.bytes().len());
         part.copy_from_slice(data.bytes());
         rest = after;
     }
-    Ok(client.upload(&stacked, 0)?)
+    Ok(client.upload(&stacked, device)?)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroUsize;
     use std::path::Path;
 
     use pagoda_kernels::chips::Chip;
@@ -164,7 +214,7 @@ mod tests {
     fn uploads_have_the_types_of_the_arguments() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny-llama-kjv");
         let tiny = LlamaConfig::open(&folder).unwrap();
-        let shape = StepShape {
+        let shape = |model| StepShape {
             prefill_rows: 8,
             slots: 2,
             pages: 4,
@@ -174,22 +224,25 @@ mod tests {
             max_rounds: 1,
             compute: Element::Bf16,
             target: Target::Portable,
+            parallel: Parallel::group(model),
         };
-        for bits in 0..16 {
+        for (bits, model) in (0..16).flat_map(|bits| [1, 2, 4].map(|model| (bits, model))) {
             let [attention_bias, mlp_bias, tie_word_embeddings, stacked] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
             let config = LlamaConfig { attention_bias, mlp_bias, tie_word_embeddings, ..tiny.clone() };
-            let shape =
-                StepShape { target: if stacked { Target::Tpu(Chip::V5p) } else { shape.target }, ..shape.clone() };
-            let groups = tensor_groups(&config);
-            let uploads = arguments_of(&groups, stacked).into_iter().map(|argument| {
-                let part = stacked_dims(argument[0]);
-                assert!(argument.iter().all(|group| stacked_dims(group) == part));
-                if argument.len() > 1 { [vec![argument.len()], part].concat() } else { part }
-            });
-            let table = rotary::table(&config, shape.max_positions).dims().to_vec();
-            let uploads: Vec<_> = uploads.chain([table]).collect();
+            let target = if stacked { Target::Tpu(Chip::V5p) } else { Target::Portable };
+            let shape = StepShape { target, ..shape(NonZeroUsize::new(model).unwrap()) };
             let arguments: Vec<_> = weight_types(&config, &shape).into_iter().map(|ty| ty.dims).collect();
-            assert_eq!(uploads, arguments, "attention_bias {attention_bias}, mlp_bias {mlp_bias}, stacked {stacked}");
+            for shard in Shard::all(shape.parallel.model()) {
+                let groups = tensor_groups(&config);
+                let uploads = arguments_of(&groups, stacked).into_iter().map(|argument| {
+                    let part = stacked_dims(argument[0], shard);
+                    assert!(argument.iter().all(|tensors| stacked_dims(tensors, shard) == part));
+                    if argument.len() > 1 { [vec![argument.len()], part].concat() } else { part }
+                });
+                let table = rotary::table(&config, shape.max_positions).dims().to_vec();
+                let uploads: Vec<_> = uploads.chain([table]).chain((model > 1).then(Vec::new)).collect();
+                assert_eq!(uploads, arguments, "biases {attention_bias} {mlp_bias}, stacked {stacked}, {shard:?}");
+            }
         }
     }
 }

@@ -21,6 +21,9 @@
 //! `layer.output`, `layer.gate_up`, `layer.down`, `embedding`, `rotary`, `head`, `sampler`. Compilers' reports and profiles go
 //! by these.
 //!
+//! *Split over devices* ([`Parallel`]), a program is one device's: its weights are a shard, and it exchanges sums where
+//! features that are split are summed over.
+//!
 //! Numerics: weights, activations and KV in the compute type; normalisation, softmax, logits and sampling in f32.
 
 use pagoda_ir::stablehlo::{Builder, Direction, Module, Tensor};
@@ -29,10 +32,11 @@ use pagoda_kernels::rpa::KvLayout;
 
 use super::arguments::{Layer, Layers, Projection, Weights, weight_types};
 use super::lowering::{Activation, Batch, Kind, Linear, Lowering, Norm, Rows, lowering};
+use super::parallel::{Exchange, Parallel};
 use super::sampling::{key_types, parameter_types, parameters};
 use super::target::Target;
 use crate::model::config::LlamaConfig;
-use crate::sampler::{self, Keys, Sampling};
+use crate::sampler::{self, Keys, Parameters, Sampling};
 
 /// The static sizes of a step program, and what it is for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -55,6 +59,8 @@ pub struct StepShape {
     pub compute: Element,
     /// What the program is emitted for.
     pub target: Target,
+    /// Over how many devices the model is split.
+    pub parallel: Parallel,
 }
 
 impl StepShape {
@@ -63,14 +69,14 @@ impl StepShape {
         self.target.stacks_layers() && config.layers > 1
     }
 
-    /// How keys and values lie in the KV buffer.
+    /// How keys and values lie in the KV buffer of one device.
     pub fn kv_layout(&self, config: &LlamaConfig) -> KvLayout {
         KvLayout {
             element: self.compute,
             layers: config.layers,
             pages: self.pages,
             page_size: self.page_size,
-            heads: config.kv_heads,
+            heads: self.parallel.shard_of(config).kv_heads,
             head_dim: config.head_dim,
         }
     }
@@ -90,6 +96,13 @@ struct Place<'c, 'a> {
     of_stack: Option<Tensor<'c, 'a>>,
 }
 
+impl<'c, 'a> Place<'c, 'a> {
+    /// The layer's part of a weight, sliced.
+    fn part(self, b: &Builder<'c, 'a>, weight: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        self.of_stack.map_or(Ok(weight), |index| b.part(weight, index))
+    }
+}
+
 /// Emits the model's graph over the rows of a step.
 #[derive(Clone, Copy)]
 struct Graph<'e, 'c> {
@@ -104,6 +117,7 @@ impl<'c> Graph<'_, 'c> {
         &self,
         b: &Builder<'c, 'a>,
         weights: &Weights<Tensor<'c, 'a>>,
+        exchange: &Exchange<'_, 'c, 'a>,
         tokens: Tensor<'c, 'a>,
         rows: Rows<'c, 'a>,
         mut kv: Tensor<'c, 'a>,
@@ -112,15 +126,16 @@ impl<'c> Graph<'_, 'c> {
         let batch = lowering.batch(&b.named("rotary"), rows, weights.rotary)?;
         let mut x = {
             let b = &b.named("embedding");
-            lowering.orientation().turn(b, b.take(weights.embedding, tokens, 0)?)?
+            lowering.orientation().turn(b, exchange.take(b, weights.embedding, tokens)?)?
         };
         match &weights.layers {
             Layers::Apart(layers) => {
                 for (index, layer) in layers.iter().enumerate() {
                     let b = &b.named(&format!("layer{index}"));
-                    let first_page =
-                        b.scalar(Element::I32, self.shape.kv_layout(self.config).first_page(index) as f64)?;
-                    (x, kv) = self.layer(b, layer, Place { first_page, of_stack: None }, &batch, x, kv)?;
+                    let first_page = self.shape.kv_layout(self.config).first_page(index);
+                    let first_page = b.scalar(Element::I32, first_page as f64)?;
+                    let layer = (layer, Place { first_page, of_stack: None });
+                    (x, kv) = self.layer(b, layer, exchange, &batch, x, kv)?;
                 }
                 Ok((x, kv))
             }
@@ -133,8 +148,8 @@ impl<'c> Graph<'_, 'c> {
                     |b, state| {
                         let [index, x, kv] = *state else { unreachable!() };
                         let first_page = b.multiply(index, int(b, self.shape.pages)?)?;
-                        let place = Place { first_page, of_stack: Some(index) };
-                        let (x, kv) = self.layer(b, layers, place, &batch, x, kv)?;
+                        let layer = (layers, Place { first_page, of_stack: Some(index) });
+                        let (x, kv) = self.layer(b, layer, &exchange.of_body(), &batch, x, kv)?;
                         Ok(vec![b.add(index, int(b, 1)?)?, x, kv])
                     },
                 )?;
@@ -147,32 +162,52 @@ impl<'c> Graph<'_, 'c> {
     fn layer<'a>(
         &self,
         b: &Builder<'c, 'a>,
-        layer: &Layer<Tensor<'c, 'a>>,
-        place: Place<'c, 'a>,
+        (layer, place): (&Layer<Tensor<'c, 'a>>, Place<'c, 'a>),
+        exchange: &Exchange<'_, 'c, 'a>,
         batch: &Batch<'c, 'a>,
         x: Tensor<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
         let lowering = self.lowering;
-        let norm = |b: &Builder<'c, 'a>, weight| place.of_stack.map_or(Ok(weight), |index| b.part(weight, index));
-        let projection = |part| Linear { layer: place.of_stack, ..self.projection(part) };
-        let normed = |b: &Builder<'c, 'a>, weight, part| {
-            Ok(Linear { norm: Some(self.norm(norm(b, weight)?)), ..projection(part) })
+        let normed = |b: &Builder<'c, 'a>, norm, projection| {
+            let norm = Some(self.norm(place.part(b, norm)?));
+            Ok(Linear { norm, layer: place.of_stack, ..self.projection(projection) })
         };
         let qkv = {
             let b = &b.named("qkv");
             lowering.linear(b, x, &normed(b, layer.input_norm, layer.qkv)?)?
         };
         let (attended, kv) = lowering.attend(&b.named("attention"), qkv, batch, place.first_page, kv)?;
-        let output = Linear { residual: Some(x), ..projection(layer.output) };
-        let x = lowering.linear(&b.named("output"), attended, &output)?;
+        let x = self.add_projection(&b.named("output"), exchange, x, attended, (layer.output, place))?;
         let inner = {
             let b = &b.named("gate_up");
             let gate_up = normed(b, layer.post_norm, layer.gate_up)?;
             lowering.linear(b, x, &Linear { activation: Activation::SiluGate, ..gate_up })?
         };
-        let down = Linear { residual: Some(x), ..projection(layer.down) };
-        Ok((lowering.linear(&b.named("down"), inner, &down)?, kv))
+        Ok((self.add_projection(&b.named("down"), exchange, x, inner, (layer.down, place))?, kv))
+    }
+
+    /// `x` plus a projection of `inner`, whose features are split: each shard's product is a part of the sum.
+    fn add_projection<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        exchange: &Exchange<'_, 'c, 'a>,
+        x: Tensor<'c, 'a>,
+        inner: Tensor<'c, 'a>,
+        (projection, place): (Projection<Tensor<'c, 'a>>, Place<'c, 'a>),
+    ) -> Result<Tensor<'c, 'a>> {
+        let lowering = self.lowering;
+        let whole = Linear { residual: Some(x), layer: place.of_stack, ..self.projection(projection) };
+        if !exchange.is_split() {
+            return lowering.linear(b, inner, &whole);
+        }
+        let part = Linear { bias: None, residual: None, result: Element::F32, ..whole };
+        let mut sum = exchange.sum(b, lowering.linear(b, inner, &part)?)?;
+        if let Some(bias) = projection.bias {
+            let bias = b.convert(place.part(b, bias)?, Element::F32)?;
+            sum = b.add(sum, b.broadcast_in_dim(bias, &sum.dims(), &[lowering.orientation().features()])?)?;
+        }
+        b.convert(b.add(b.convert(x, Element::F32)?, sum)?, x.element())
     }
 
     /// The bare projection, in the compute type.
@@ -186,7 +221,7 @@ impl<'c> Graph<'_, 'c> {
         Norm { weight, epsilon: self.config.rms_norm_eps }
     }
 
-    /// `f32[rows, vocab]` logits of activations before the final norm.
+    /// `f32[rows, vocab]` logits of activations before the final norm, of this shard's part of the vocabulary.
     fn logits<'a>(
         &self,
         b: &Builder<'c, 'a>,
@@ -196,6 +231,26 @@ impl<'c> Graph<'_, 'c> {
         let head = self.projection(Projection { weight: weights.head(), bias: None });
         let head = Linear { norm: Some(self.norm(weights.norm)), result: Element::F32, ..head };
         self.lowering.by_row(&b.named("head"), hidden, &head)
+    }
+
+    /// `i32[rows]`: a token per row of activations before the final norm.
+    fn choose<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        weights: &Weights<Tensor<'c, 'a>>,
+        exchange: &Exchange<'_, 'c, 'a>,
+        hidden: Tensor<'c, 'a>,
+        (sampling, parameters, keys): (Sampling, &Parameters<'c, 'a>, &Keys<'c, 'a>),
+    ) -> Result<Tensor<'c, 'a>> {
+        let logits = self.logits(b, weights, hidden)?;
+        let b = &b.named("sampler");
+        match sampling {
+            Sampling::Greedy => exchange.argmax(b, logits, self.config.vocab_size),
+            Sampling::Random { .. } => {
+                let logits = exchange.all_logits(b, logits, self.config.vocab_size)?;
+                sampler::emit(b, sampling, logits, parameters, keys)
+            }
+        }
     }
 
     /// The activations of some rows.
@@ -231,7 +286,8 @@ pub enum Output {
 /// | parameters | `f32[]`, `i32[]`, `f32[]`, `u32[2]` | temperature, top-k, top-p, seed |
 ///
 /// # Errors
-/// When the sizes do not make a valid problem of a kernel, or a kernel has no plan for the target's chip.
+/// When the model cannot be split like this, the sizes do not make a valid problem of a kernel, or a kernel has no plan for
+/// the target's chip.
 pub fn prefill<'c>(
     context: &'c Context,
     config: &LlamaConfig,
@@ -239,6 +295,7 @@ pub fn prefill<'c>(
     output: Output,
 ) -> crate::Result<Module<'c>> {
     let (rows, slots) = (shape.prefill_rows, shape.slots);
+    shape.parallel.check(config)?;
     let lowering = lowering(context, config, shape, rows, Kind::Mixed)?;
     let graph = Graph { config, shape, lowering: &*lowering };
     let i32s = |dims: &[usize]| TensorType::new(Element::I32, dims);
@@ -257,7 +314,7 @@ pub fn prefill<'c>(
     ]);
     types.extend(key_types(3, slots));
     types.extend(parameter_types());
-    let module = Module::new(context, "prefill");
+    let module = Module::replicated(context, "prefill", shape.parallel.replica_count());
     module.function("main", &types, |b, args| {
         let (weights, rest) = Weights::take(config, shape, args);
         let &[
@@ -279,18 +336,14 @@ pub fn prefill<'c>(
             unreachable!("the types above")
         };
         let rows = Rows { positions, kv_slots, kv_lens, page_indices, cu_q_lens, num_seqs };
-        let (hidden, kv) = graph.forward(b, &weights, tokens, rows, kv)?;
+        let exchange = Exchange::new(&shape.parallel, weights.shard);
+        let (hidden, kv) = graph.forward(b, &weights, &exchange, tokens, rows, kv)?;
         let result = match output {
-            Output::Logits => graph.logits(b, &weights, hidden)?,
+            Output::Logits => exchange.all_logits(b, graph.logits(b, &weights, hidden)?, config.vocab_size)?,
             Output::Tokens(sampling) => {
-                let logits = graph.logits(b, &weights, graph.select(b, hidden, sample_rows)?)?;
-                sampler::emit(
-                    &b.named("sampler"),
-                    sampling,
-                    logits,
-                    &parameters(rest),
-                    &Keys { index, generation, position },
-                )?
+                let hidden = graph.select(b, hidden, sample_rows)?;
+                let how = (sampling, &parameters(rest), &Keys { index, generation, position });
+                graph.choose(b, &weights, &exchange, hidden, how)?
             }
         };
         Ok(vec![kv, result])
@@ -326,6 +379,7 @@ pub fn decode<'c>(
     end_of_text: &[i32],
 ) -> crate::Result<Module<'c>> {
     let slots = shape.slots;
+    shape.parallel.check(config)?;
     let lowering = lowering(context, config, shape, slots, Kind::Decode)?;
     let graph = Graph { config, shape, lowering: &*lowering };
     let i32s = |dims: &[usize]| TensorType::new(Element::I32, dims);
@@ -341,7 +395,7 @@ pub fn decode<'c>(
     types.extend(key_types(2, slots)); // The position is the loop's own.
     types.extend(parameter_types());
     types.push(i32s(&[]));
-    let module = Module::new(context, "decode");
+    let module = Module::replicated(context, "decode", shape.parallel.replica_count());
     module.function("main", &types, |b, args| {
         let (weights, rest) = Weights::take(config, shape, args);
         let &[kv, tokens, positions, remaining, page_indices, index, generation, ref sampling_arguments @ .., limit] =
@@ -374,11 +428,11 @@ pub fn decode<'c>(
                     cu_q_lens: first_rows,
                     num_seqs: all,
                 };
-                let (hidden, kv) = graph.forward(b, &weights, tokens, rows, kv)?;
-                let logits = graph.logits(b, &weights, hidden)?;
+                let exchange = Exchange::new(&shape.parallel, weights.shard);
+                let (hidden, kv) = graph.forward(b, &weights, &exchange, tokens, rows, kv)?;
                 let position = b.convert(next_positions, Element::U32)?;
-                let keys = Keys { index, generation, position };
-                let chosen = sampler::emit(&b.named("sampler"), sampling, logits, &parameters, &keys)?;
+                let how = (sampling, &parameters, &Keys { index, generation, position });
+                let chosen = graph.choose(b, &weights, &exchange, hidden, how)?;
                 let mut left = b.subtract(remaining, ints(1.0)?)?;
                 for &token in end_of_text {
                     let ends = b.compare(chosen, Direction::Eq, ints(f64::from(token))?)?;
