@@ -35,12 +35,7 @@ fn shape(target: Target) -> StepShape {
 }
 
 /// Prefill and decode.
-fn modules<'c>(
-    context: &'c Context,
-    config: &LlamaConfig,
-    shape: &StepShape,
-    sampling: Sampling,
-) -> [Module<'c>; 2] {
+fn modules<'c>(context: &'c Context, config: &LlamaConfig, shape: &StepShape, sampling: Sampling) -> [Module<'c>; 2] {
     let prefill = step::prefill(context, config, shape, Output::Tokens(sampling)).unwrap();
     [prefill, step::decode(context, config, shape, sampling, &[1]).unwrap()]
 }
@@ -174,7 +169,7 @@ fn operations_are_called_by_what_they_belong_to() {
             let text = module.text_with_names();
             let names: BTreeSet<_> = between(&text, "loc(\"", "\")").into_iter().collect();
             let of_layer = parts.map(|part| format!("{layer}.{part}"));
-            for name in of_layer.iter().map(String::as_str).chain(["embedding", "rotary", "head", "sampler"]) {
+            for name in of_layer.iter().map(String::as_str).chain(["embedding", "head", "sampler"]) {
                 assert!(names.contains(name), "{target} lacks {name}: {names:?}");
             }
         }

@@ -63,21 +63,22 @@ impl DeviceModel {
         for argument in arguments_of(&tensor_groups(config), shape.stacks_layers(config)) {
             let stacks = group.members().iter().map(|&Member { shard, device }| match argument[..] {
                 [_] => Ok(None),
-                _ => Stack::new(client, shape.compute, argument.len(), &stacked_dims(argument[0], shard), device).map(Some),
+                _ => Stack::new(client, shape.compute, argument.len(), &stacked_dims(argument[0], shard), device)
+                    .map(Some),
             });
             let mut stacks = stacks.collect::<Result<Vec<_>>>()?;
             for (layer, tensors) in argument.iter().enumerate() {
                 for ((member, stack), buffers) in group.members().iter().zip(&mut stacks).zip(&mut buffers) {
                     let part = upload(client, weights, tensors, *member, shape.compute)?;
-                    match stack {
+                    match stack.take() {
                         None => buffers.push(part),
-                        Some(stack) => stack.put(client, part, layer)?,
+                        Some(filled) => *stack = Some(filled.put(client, part, layer)?),
                     }
                 }
                 tensors.iter().for_each(|spec| weights.release(spec));
             }
             for (stack, buffers) in stacks.into_iter().zip(&mut buffers) {
-                buffers.extend(stack.and_then(|stack| stack.whole));
+                buffers.extend(stack.map(|stack| stack.whole));
             }
         }
         let rotary = rotary::table(config, shape.max_positions);
@@ -120,8 +121,7 @@ fn arguments_of(groups: &TensorGroups, stacked: bool) -> Vec<Vec<&Tensors>> {
 
 /// An array `[layers, ...]` on a device, filled part by part: the host never holds it.
 struct Stack {
-    /// `None` only while a part is put in.
-    whole: Option<Buffer>,
+    whole: Buffer,
     put: Executable,
     device: usize,
 }
@@ -133,19 +133,22 @@ impl Stack {
         let context = Context::new();
         let empty = client.compile_on(zeros(&context, &whole)?.bytecode(), &[device])?;
         let put = client.compile_on(put(&context, &whole, &part)?.bytecode(), &[device])?;
-        Ok(Self { whole: empty.run(vec![])?.pop(), put, device })
+        Ok(Self { whole: only(empty.run(vec![])?)?, put, device })
     }
 
-    /// Puts in the part of a layer.
-    fn put(&mut self, client: &Client, part: Buffer, layer: usize) -> Result<()> {
+    /// With the part of a layer put in.
+    fn put(self, client: &Client, part: Buffer, layer: usize) -> Result<Self> {
         let layer = client.upload(&HostTensor::scalar(layer as i32), self.device)?;
-        let whole = self.whole.take().ok_or_else(|| Error::runtime("stacking weights")("the stack is gone".into()))?;
-        let whole = self.put.run(vec![Arg::Donate(whole), Arg::Donate(part), Arg::Donate(layer)])?.pop();
+        let whole = only(self.put.run(vec![Arg::Donate(self.whole), Arg::Donate(part), Arg::Donate(layer)])?)?;
         // Uploads must not run ahead of the copies: each holds a part.
-        whole.iter().try_for_each(Buffer::wait)?;
-        self.whole = whole;
-        Ok(())
+        whole.wait()?;
+        Ok(Self { whole, ..self })
     }
+}
+
+/// The only result of a program.
+fn only(mut results: Vec<Buffer>) -> Result<Buffer> {
+    results.pop().ok_or_else(|| Error::runtime("stacking weights")("a program returned nothing"))
 }
 
 /// A program of no arguments that makes an array of zeros where it runs: the host never holds it.
