@@ -140,6 +140,11 @@ impl From<Mesh> for MeshRequest {
 }
 
 impl MeshRequest {
+    /// A model axis of this size; the rest is data.
+    pub fn of_model(model: Axis) -> Self {
+        Self { data: if model == Axis::Rest { Axis::ONE } else { Axis::Rest }, model }
+    }
+
     /// The replicas asked for.
     pub fn data(self) -> Axis {
         self.data

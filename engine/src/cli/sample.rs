@@ -18,6 +18,7 @@ use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
 use crate::hosts::Share;
 use crate::llama::{DeviceModel, Target};
 use crate::model::config::LlamaConfig;
+use crate::model::source::Files;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
 use crate::model::weights::Weights;
 use crate::output::{InOrder, Journal, Record, Run};
@@ -68,7 +69,7 @@ struct Prompts {
 
 impl Prompts {
     fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
-        let template = settings.chat.then(|| settings.model().and_then(ChatTemplate::open)).transpose()?;
+        let template = settings.chat.then(|| ChatTemplate::open(&settings.model(Files::Tokenizer)?)).transpose()?;
         let encode = |prompt: &String| match &template {
             None => tokenizer.encode(prompt),
             Some(template) => {
@@ -89,18 +90,19 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         let fix = "name the folder that all hosts write into, and join it with `pagoda merge`";
         return Err(Error::setting("--out", "none", format!("leaves {} hosts nowhere to write", args.hosts), fix));
     }
-    let folder = settings.model()?;
+    let folder = &settings.model(Files::Model)?;
     let config = LlamaConfig::open(folder)?;
-    let tokenizer = Tokenizer::open(settings.tokenizer()?, &config)?;
+    let tokenizer = Tokenizer::open(&settings.tokenizer()?, &config)?;
     let weights = Weights::open(folder)?;
     for name in weights.check(&config)? {
         log::warn!("{}: tensor {name} is not used", folder.display());
     }
     let prompts = Prompts::encode(&settings, &tokenizer)?;
     let lengths: Vec<usize> = prompts.tokens.iter().map(Vec::len).collect();
+    let limits = settings.limits(&lengths, config.max_position_embeddings)?;
     let options = EngineOptions {
-        limits: settings.limits(&lengths, config.max_position_embeddings)?,
-        compute: settings.engine.compute_dtype.element(),
+        limits,
+        compute: settings.compute().element(),
         target: Target::Portable, // settled with the client
         sampling: SamplingOptions {
             temperature: settings.temperature,
@@ -111,7 +113,10 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         stop: stop_rule(&settings, &config, &tokenizer)?,
     };
     eprint!("{settings}");
-    let limits = &options.limits;
+    let departures = if args.config.is_some() { settings.departures(&lengths, &limits) } else { Vec::new() };
+    for note in settings.notes().iter().chain(&departures) {
+        eprintln!("# {note}");
+    }
     eprintln!(
         "# {} of weights; {} slots, {} KV pages of {} tokens, {} prompt tokens per prefill",
         weights.size(),
@@ -191,6 +196,7 @@ impl StartUp {
 
 fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
     let sequence = settings.stop_sequence.as_deref().map(|text| tokenizer.encode_plain(text)).transpose()?;
+    settings.check_stop(sequence.as_ref().map_or(0, Vec::len))?;
     Ok(StopRule::new(config.eos_token_ids.clone(), sequence.into_iter().collect()))
 }
 
