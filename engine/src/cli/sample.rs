@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +16,7 @@ use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
 use crate::hosts::Share;
+use crate::launcher::Launched;
 use crate::llama::{DeviceModel, Target};
 use crate::model::config::LlamaConfig;
 use crate::model::source::Files;
@@ -42,12 +43,12 @@ pub(super) struct SampleArgs {
     /// Write samples to JSONL files in this folder; a rerun continues where the last one ended.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Hosts that share the prompts, each running this command with its own --host-id.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    hosts: usize,
-    /// This host, counted from 0.
-    #[arg(long, value_name = "I", default_value_t = 0)]
-    host_id: usize,
+    /// Hosts that share the prompts, each running this command with its own --host-id [default: as the launcher says].
+    #[arg(long, value_name = "N")]
+    hosts: Option<usize>,
+    /// This host, counted from 0 [default: as the launcher says].
+    #[arg(long, value_name = "I")]
+    host_id: Option<usize>,
     /// Print one JSON object per finished sample on stdout, in prompt order, and nothing else there.
     #[arg(long)]
     json: bool,
@@ -85,10 +86,12 @@ impl Prompts {
 /// Runs the command.
 pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     let settings = Settings::resolve(args.config.as_deref(), &args.settings)?;
-    let share = Share::new(args.host_id, args.hosts)?;
-    if args.hosts > 1 && args.out.is_none() {
+    let launched = Launched::here(args.host_id, args.hosts)?;
+    let share = launched.share;
+    let out = args.out.clone().or_else(|| settings.output_folder());
+    if share.hosts() > 1 && out.is_none() {
         let fix = "name the folder that all hosts write into, and join it with `pagoda merge`";
-        return Err(Error::setting("--out", "none", format!("leaves {} hosts nowhere to write", args.hosts), fix));
+        return Err(Error::setting("--out", "none", format!("leaves {} hosts nowhere to write", share.hosts()), fix));
     }
     let folder = &settings.model(Files::Model)?;
     let config = LlamaConfig::open(folder)?;
@@ -113,6 +116,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         stop: stop_rule(&settings, &config, &tokenizer)?,
     };
     eprint!("{settings}");
+    eprintln!("# {launched}");
     let departures = if args.config.is_some() { settings.departures(&lengths, &limits) } else { Vec::new() };
     for note in settings.notes().iter().chain(&departures) {
         eprintln!("# {note}");
@@ -127,7 +131,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     );
 
     let run = Run::new(&settings, &weights.identity());
-    let output = Output::new(args, &run, share, &prompts, &tokenizer)?;
+    let output = Output::new(args.json, out.as_deref(), &run, share, &prompts, &tokenizer)?;
     let cancel = interrupt_flag();
     let missing = output.missing();
     if !missing.is_empty() {
@@ -235,13 +239,14 @@ struct State {
 impl<'r> Output<'r> {
     /// Opens the journal, if there is one, and prints what earlier runs have finished already.
     fn new(
-        args: &SampleArgs,
+        json: bool,
+        out: Option<&Path>,
         run: &'r Run,
         share: Share,
         prompts: &'r Prompts,
         tokenizer: &'r Tokenizer,
     ) -> Result<Self> {
-        let journal = args.out.as_ref().map(|dir| Journal::open(dir, share, run.clone())).transpose()?;
+        let journal = out.map(|dir| Journal::open(dir, share, run.clone())).transpose()?;
         let samples = run.samples(share);
         let missing = journal.as_ref().map_or_else(|| samples.clone(), Journal::missing);
         // indicatif draws on stderr, and only where that is a terminal.
@@ -253,7 +258,7 @@ impl<'r> Output<'r> {
             eprintln!("# {} of {} samples were finished by an earlier run", done.len(), samples.len());
         }
         let state = RefCell::new(State { journal, in_order: InOrder::new(samples), missing });
-        let output = Self { run, prompts, tokenizer, json: args.json, bar, state };
+        let output = Self { run, prompts, tokenizer, json, bar, state };
         for record in done {
             output.emit(record)?;
         }

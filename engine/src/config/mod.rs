@@ -261,6 +261,12 @@ impl Settings {
         self.trainer.mesh.axes.unwrap_or_default()
     }
 
+    /// The folder that the config asks samples to be written into: under `host_data_parallel`, if it is asked for.
+    pub fn output_folder(&self) -> Option<PathBuf> {
+        let asked = self.inference_mode == Some(InferenceMode::HostDataParallel);
+        asked.then(|| self.host_data_parallel_output_dir.clone().unwrap_or("host_data_parallel_outputs".into()))
+    }
+
     /// What the user should know of the file: older spellings, keys that were ignored, what flags replaced.
     pub fn notes(&self) -> &[String] {
         &self.notes
