@@ -6,6 +6,7 @@ pub mod config;
 pub mod error;
 pub mod generate;
 pub mod hosts;
+pub mod launcher;
 pub mod llama;
 pub mod memory;
 pub mod mesh;
