@@ -22,7 +22,7 @@ use pagoda_kernels::rpa::kv_layout::{NO_SLOT, slot};
 
 use crate::error::{Error, Result};
 use crate::llama::step::{self, Output, StepShape};
-use crate::llama::{DeviceModel, Target};
+use crate::llama::{DeviceModel, Parallel, Target};
 use crate::memory::Room;
 use crate::model::config::LlamaConfig;
 use crate::pjrt::{Arg, Buffer, Client, Executable};
@@ -180,6 +180,7 @@ impl EngineOptions {
             max_rounds: limits.max_rounds,
             compute: self.compute,
             target: self.target,
+            parallel: Parallel::ONE,
         }
     }
 
@@ -567,7 +568,7 @@ fn idle_scheduler(options: &EngineOptions) -> Scheduler {
 
 /// Runs a step program on the weights, the KV buffer and the rest of its arguments: the KV buffer and the tokens.
 fn launch(program: &Executable, model: &DeviceModel, kv: Buffer, args: Vec<Arg<'_>>) -> Result<(Buffer, Buffer)> {
-    let all = model.weights().iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(args).collect();
+    let all = model.weights()[0].iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(args).collect();
     let results = program.run(all)?;
     let found = results.len();
     <[Buffer; 2]>::try_from(results)

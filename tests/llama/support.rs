@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
 use pagoda_engine::llama::step::{self, Output, StepShape};
-use pagoda_engine::llama::{DeviceModel, Target};
+use pagoda_engine::llama::{DeviceModel, Parallel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::reference::Reference;
 use pagoda_engine::model::weights::Weights;
@@ -127,6 +127,7 @@ pub fn logits_in_chunks(
         max_rounds: 1,
         compute,
         target,
+        parallel: Parallel::ONE,
     };
     let model = model.on_device(client, shape.compute, shape.max_positions);
     let module = step::prefill(&Context::new(), config, &shape, Output::Logits).unwrap().bytecode();
@@ -165,7 +166,7 @@ pub fn logits_in_chunks(
                 HostTensor::zeros(Element::U32, &[2]),
             ];
             let arguments = arguments.iter().map(|tensor| Arg::Donate(client.upload(tensor, 0).unwrap()));
-            let all = model.weights().iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(arguments).collect();
+            let all = model.weights()[0].iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(arguments).collect();
             let mut results = program.run(all).unwrap();
             let values = results.pop().unwrap().values::<f32>().unwrap();
             kv = results.pop().unwrap();
