@@ -33,7 +33,8 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
         max_prefill_size: slots,
         max_rounds: 64,
     };
-    let options = EngineOptions { limits, compute: Element::F32, target, sampling, stop: StopRule::default() };
+    let options =
+        EngineOptions { limits, compute: Element::F32, target, sampling, stop: StopRule::default(), mixed_steps: true };
     let model = DeviceModel::load(client, &config, &weights, &options.shape()).expect("loads");
     Engine::new(client, model, options).expect("compiles")
 }
@@ -41,7 +42,7 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
 fn run(engine: &mut Engine, slots: usize) -> Timing {
     let requests = (0..slots).map(|index| Request {
         id: SampleId { round: 0, index, generation: 0 },
-        prompt: vec![300 + index as u32],
+        prompt: [300 + index as u32].into(),
         max_new_tokens: NEW,
     });
     engine.run(requests, &AtomicBool::new(false), |_| Ok(()), |_| ()).expect("runs")

@@ -72,14 +72,14 @@ impl Model {
         stop: StopRule,
     ) -> Engine {
         let client = client();
-        let options = EngineOptions { limits, compute, target, sampling, stop };
+        let options = EngineOptions { limits, compute, target, sampling, stop, mixed_steps: true };
         let model = self.on_device(&client, &options.shape());
         Engine::new(&client, model, options).unwrap()
     }
 }
 
 pub fn request(index: usize, prompt: &[u32], max_new_tokens: usize) -> Request {
-    Request { id: SampleId { round: 0, index, generation: 0 }, prompt: prompt.to_vec(), max_new_tokens }
+    Request { id: SampleId { round: 0, index, generation: 0 }, prompt: prompt.into(), max_new_tokens }
 }
 
 pub fn run(engine: &mut Engine, requests: Vec<Request>) -> BTreeMap<usize, Finished> {
