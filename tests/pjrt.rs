@@ -71,6 +71,40 @@ fn replicas_take_their_own_arguments_and_reduce() {
     assert!(matches!(program.run(vec![]), Err(Error::Misuse(_))), "one replica's arguments to a program of four");
 }
 
+/// Two programs of two replicas each, on devices of their own, run by two threads of one client at the same time.
+#[test]
+fn threads_run_programs_on_devices_of_their_own() {
+    let client = client(4);
+    let text = "module @r attributes {mhlo.num_replicas = 2 : i32} {
+      func.func @main(%a: tensor<i32>) -> tensor<i32> {
+        %0 = \"stablehlo.all_reduce\"(%a) ({
+          ^bb0(%x: tensor<i32>, %y: tensor<i32>):
+            %s = stablehlo.add %x, %y : tensor<i32>
+            stablehlo.return %s : tensor<i32>
+        }) {replica_groups = dense<[[0, 1]]> : tensor<1x2xi64>} : (tensor<i32>) -> tensor<i32>
+        return %0 : tensor<i32> } }";
+    std::thread::scope(|scope| {
+        for devices in [[0, 1], [3, 2]] {
+            let client = client.clone();
+            scope.spawn(move || {
+                let program = client.compile_on(text, &devices).unwrap();
+                for round in 0..100 {
+                    let inputs = devices.map(|device| {
+                        let value = HostTensor::scalar(10 * device as i32 + round);
+                        vec![Arg::Donate(client.upload(&value, device).unwrap())]
+                    });
+                    let outputs = program.run_replicated(inputs.into()).unwrap();
+                    let expected = 10 * (devices[0] + devices[1]) as i32 + 2 * round;
+                    for output in outputs {
+                        assert_eq!(output[0].values::<i32>().unwrap(), [expected]);
+                    }
+                }
+            });
+        }
+    });
+    assert!(matches!(client.compile_on(text, &[3, 4]), Err(Error::Misuse(_))));
+}
+
 #[test]
 fn errors_carry_call_code_and_message() {
     let client = client(1);

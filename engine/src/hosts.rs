@@ -39,6 +39,16 @@ impl Share {
         Ok(Self { host, hosts })
     }
 
+    /// This host, from 0.
+    pub fn host(self) -> usize {
+        self.host
+    }
+
+    /// How many there are.
+    pub fn hosts(self) -> usize {
+        self.hosts
+    }
+
     /// This host's part of `prompts` prompts: contiguous, and at most one prompt larger than another's.
     pub fn prompts(self, prompts: usize) -> Range<usize> {
         let start = |host| prompts * host / self.hosts;

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 
 use crate::error::{Error, Result};
 
@@ -56,5 +57,68 @@ impl Mesh {
 impl fmt::Display for Mesh {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "data={},model={}", self.data, self.model)
+    }
+}
+
+/// One part of a model that `of` devices hold between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shard {
+    /// Which part, below `of`.
+    pub index: usize,
+    /// Into how many the model is split.
+    pub of: NonZeroUsize,
+}
+
+impl Shard {
+    /// A model that is not split.
+    pub const WHOLE: Self = Self { index: 0, of: NonZeroUsize::MIN };
+
+    /// All parts of a model.
+    pub fn all(of: NonZeroUsize) -> impl Iterator<Item = Self> {
+        (0..of.get()).map(move |index| Self { index, of })
+    }
+
+    /// Its part of `units` equal units (heads, rows of a vocabulary): the next [`width`](Self::width) of them, fewer or
+    /// none at the end. Where there are fewer units than shards, neighbours have the same one.
+    pub fn range(self, units: usize) -> Range<usize> {
+        let of = self.of.get();
+        if units < of {
+            let unit = self.index * units / of;
+            return unit..unit + 1;
+        }
+        let width = Self::width(units, self.of);
+        let start = (self.index * width).min(units);
+        start..(start + width).min(units)
+    }
+
+    /// Units of the largest of `of` parts.
+    pub fn width(units: usize, of: NonZeroUsize) -> usize {
+        units.div_ceil(of.get())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Parts tile the units in order, none wider than the first; or every unit is had equally often.
+    #[test]
+    fn shards_tile_the_units() {
+        for (units, of) in (1..40).flat_map(|units| (1..12).map(move |of| (units, of))) {
+            let of = NonZeroUsize::new(of).unwrap();
+            let parts: Vec<_> = Shard::all(of).map(|shard| shard.range(units)).collect();
+            let held: Vec<usize> = parts.iter().cloned().flatten().collect();
+            if units >= of.get() {
+                assert_eq!(held, (0..units).collect::<Vec<_>>(), "{units} units over {of}");
+                assert!(parts.iter().all(|part| part.len() <= Shard::width(units, of)));
+                assert_eq!(parts[0].len(), Shard::width(units, of));
+            } else if of.get().is_multiple_of(units) {
+                let each = of.get() / units;
+                let expected: Vec<usize> = (0..units).flat_map(|unit| vec![unit; each]).collect();
+                assert_eq!(held, expected, "{units} units over {of}");
+            }
+        }
+        let quarter = |index| Shard { index, of: NonZeroUsize::new(4).unwrap() }.range(10);
+        assert_eq!([0, 1, 2, 3].map(quarter), [0..3, 3..6, 6..9, 9..10]);
     }
 }

@@ -67,10 +67,9 @@ pub fn emit<'c, 'a>(
     parameters: &Parameters<'c, 'a>,
     keys: &Keys<'c, 'a>,
 ) -> Result<Tensor<'c, 'a>> {
-    let greedy = argmax(b, logits)?;
+    let (max, greedy) = largest(b, logits)?;
     let Sampling::Random { top_k, top_p } = sampling else { return Ok(greedy) };
     let dims = logits.dims(); // [rows, vocab]
-    let max = b.reduce_max(logits, &[1])?;
     let shifted = b.subtract(logits, b.broadcast_in_dim(max, &dims, &[0])?)?;
     let mut weights = b.exponential(b.divide(shifted, b.broadcast_to(parameters.temperature, &dims)?)?)?;
     if top_k {
@@ -100,15 +99,18 @@ pub fn emit<'c, 'a>(
     b.select(valid, chosen, greedy)
 }
 
-/// The first index of each row's maximum: `f32[rows, n]` to `i32[rows]`.
-fn argmax<'c, 'a>(b: &Builder<'c, 'a>, x: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+/// Each row's maximum and its first index: `f32[rows, n]` to `f32[rows]`, `i32[rows]`.
+///
+/// # Errors
+/// When `x` has no such type.
+pub(crate) fn largest<'c, 'a>(b: &Builder<'c, 'a>, x: Tensor<'c, 'a>) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
     let dims = x.dims();
     let max = b.reduce_max(x, &[1])?;
     let is_max = b.compare(x, Direction::Eq, b.broadcast_in_dim(max, &dims, &[0])?)?;
     let ids = b.iota(Element::I32, &dims, 1)?;
     let none = b.splat(Element::I32, &dims, (dims[1] - 1) as f64)?;
     // Two plain reductions vectorise; one variadic reduction over (value, index) pairs does not.
-    b.reduce_min(b.select(is_max, ids, none)?, &[1])
+    Ok((max, b.reduce_min(b.select(is_max, ids, none)?, &[1])?))
 }
 
 /// Zeroes all weights below the largest threshold that is `enough`, per row.

@@ -43,7 +43,9 @@ impl Topology {
     pub fn parse(name: &str) -> Result<Self> {
         let lower = name.trim().to_ascii_lowercase();
         let split = lower.split_once([':', '-']);
-        let Some((prefix, size)) = split else { return Err(unknown_chip(name, &lower)) };
+        let Some((prefix, size)) = split else {
+            return Err(generation(&lower).map_or_else(|| unknown_chip(name, &lower), |chip| no_slice(name, chip, 32)));
+        };
         let Some(chip) = generation(prefix) else { return Err(unknown_chip(name, prefix)) };
         if size.contains('x') {
             let dims: Option<Vec<usize>> = size.split('x').map(|edge| edge.parse().ok()).collect();
@@ -356,10 +358,8 @@ mod tests {
             ("v5p-", "is not a slice"),
             ("v5p:99999999999999999999x1x1", "is not a slice"),
             ("v5p:4x4x100000", "is not a slice"),
-            (
-                "v5p",
-                "names no TPU generation: name a slice of v4, v5e, v5p, v6e or tpu7x, e.g. v5p-32 (2x2x4), v5p-64 (2x4x4)",
-            ),
+            ("v5p", "is not a slice of v5p: the number counts TensorCores"),
+            ("v5q-64", "names no TPU generation: name a slice of v4, v5e, v5p, v6e or tpu7x, e.g. "),
             ("h100-8", "names no TPU generation"),
             ("", "names no TPU generation"),
         ] {

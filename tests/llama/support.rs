@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
 use pagoda_engine::llama::step::{self, Output, StepShape};
-use pagoda_engine::llama::{DeviceModel, Target};
+use pagoda_engine::llama::{DeviceModel, Parallel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::reference::Reference;
 use pagoda_engine::model::weights::Weights;
@@ -73,12 +73,13 @@ impl Model {
     ) -> Engine {
         let client = client();
         let model = self.on_device(&client, compute, limits.max_seq_len);
-        Engine::new(&client, model, EngineOptions { limits, compute, target, sampling, stop }).unwrap()
+        Engine::new(&client, model, EngineOptions { limits, compute, target, sampling, stop, mixed_steps: true })
+            .unwrap()
     }
 }
 
 pub fn request(index: usize, prompt: &[u32], max_new_tokens: usize) -> Request {
-    Request { id: SampleId { round: 0, index, generation: 0 }, prompt: prompt.to_vec(), max_new_tokens }
+    Request { id: SampleId { round: 0, index, generation: 0 }, prompt: prompt.into(), max_new_tokens }
 }
 
 pub fn run(engine: &mut Engine, requests: Vec<Request>) -> BTreeMap<usize, Finished> {
@@ -126,6 +127,7 @@ pub fn logits_in_chunks(
         max_rounds: 1,
         compute,
         target,
+        parallel: Parallel::ONE,
     };
     let model = model.on_device(client, shape.compute, shape.max_positions);
     let module = step::prefill(&Context::new(), config, &shape, Output::Logits).unwrap().bytecode();
@@ -164,7 +166,7 @@ pub fn logits_in_chunks(
                 HostTensor::zeros(Element::U32, &[2]),
             ];
             let arguments = arguments.iter().map(|tensor| Arg::Donate(client.upload(tensor, 0).unwrap()));
-            let all = model.weights().iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(arguments).collect();
+            let all = model.weights()[0].iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(arguments).collect();
             let mut results = program.run(all).unwrap();
             let values = results.pop().unwrap().values::<f32>().unwrap();
             kv = results.pop().unwrap();

@@ -1,10 +1,12 @@
 //! What the step programs for a TPU hold, and that its compiler takes them.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroUsize;
 
 use pagoda_engine::certify::{Certifier, Program};
 use pagoda_engine::llama::step::{self, Output, StepShape};
-use pagoda_engine::llama::{Target, weight_types};
+use pagoda_engine::llama::{Parallel, Target, weight_types};
+use pagoda_engine::mpi;
 use pagoda_engine::sampler::Sampling;
 use pagoda_ir::{Context, Element};
 use pagoda_kernels::chips::Chip;
@@ -22,15 +24,19 @@ fn shape(target: Target) -> StepShape {
         max_rounds: 16,
         compute: Element::Bf16,
         target,
+        parallel: Parallel::ONE,
     }
 }
 
 /// Prefill and decode, as text.
 fn programs(target: Target) -> [String; 2] {
-    let (model, shape, context) = (Model::tiny(), shape(target), Context::new());
-    let sampling = Sampling::Random { top_k: true, top_p: true };
-    let prefill = step::prefill(&context, &model.config, &shape, Output::Tokens(sampling)).unwrap();
-    let decode = step::decode(&context, &model.config, &shape, sampling, &[1]).unwrap();
+    programs_of(&shape(target), Sampling::Random { top_k: true, top_p: true })
+}
+
+fn programs_of(shape: &StepShape, sampling: Sampling) -> [String; 2] {
+    let (model, context) = (Model::tiny(), Context::new());
+    let prefill = step::prefill(&context, &model.config, shape, Output::Tokens(sampling)).unwrap();
+    let decode = step::decode(&context, &model.config, shape, sampling, &[1]).unwrap();
     [prefill, decode].map(|module| {
         module.verify().unwrap();
         module.text()
@@ -91,6 +97,50 @@ fn the_tile_machine_runs_the_kernels_that_a_tpu_gets() {
         assert!(!machine.contains("tpu_custom_call"));
         assert!(!bodies(tpu).is_empty());
         assert_eq!(bodies(tpu), bodies(machine));
+    }
+}
+
+/// A program of two shards has two sums a layer and one for the embeddings, and gathers maxima or logits once; it has the
+/// kernels of half the model.
+#[test]
+fn shards_exchange_two_sums_a_layer() {
+    let layers = Model::tiny().config.layers;
+    let two = NonZeroUsize::new(2).unwrap();
+    let greedy_and_random = [Sampling::Greedy, Sampling::Random { top_k: false, top_p: false }];
+    for (target, sampling) in [Target::Portable, Target::Host, Target::TileMachine(Chip::V5p), Target::Tpu(Chip::V5p)]
+        .into_iter()
+        .flat_map(|target| greedy_and_random.map(|sampling| (target, sampling)))
+    {
+        let shape = StepShape { parallel: Parallel::group(two), ..shape(target) };
+        for text in programs_of(&shape, sampling) {
+            assert!(text.contains("mhlo.num_replicas = 2"));
+            let count = |op: &str| text.matches(&format!("\"stablehlo.{op}\"")).count();
+            assert_eq!([count("all_reduce"), count("all_gather")], [2 * layers + 1, 1], "{target}, {sampling:?}");
+            assert!(!text.contains(mpi::ALL_REDUCE));
+        }
+        let shape = StepShape { parallel: Parallel::processes(two), ..shape };
+        for text in programs_of(&shape, sampling) {
+            assert!(!text.contains("num_replicas") && !text.contains("stablehlo.all_"));
+            assert_chained(&text, 2 * layers + 2);
+        }
+    }
+}
+
+/// Each of `count` calls of MPI takes the result of the last one, so that they run in order.
+fn assert_chained(text: &str, count: usize) {
+    let calls: Vec<[&str; 3]> = text
+        .lines()
+        .filter(|line| line.contains(&format!("call_target_name = \"{}\"", mpi::ALL_REDUCE)))
+        .map(|line| {
+            let (result, rest) = line.trim().split_once(" = ").unwrap();
+            let (x, last) = between(rest, "(", ")")[0].split_once(", ").unwrap();
+            [result, x, last]
+        })
+        .collect();
+    assert_eq!(calls.len(), count);
+    assert_eq!(calls[0][1], calls[0][2], "the first has nothing to wait for");
+    for pair in calls.windows(2) {
+        assert_eq!(pair[1][2], pair[0][0]);
     }
 }
 

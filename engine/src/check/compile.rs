@@ -243,7 +243,7 @@ pub fn memory_probe(topology: &str) -> Result<Unit> {
     let module = Module::new(&context, "memory");
     // 1 TiB each.
     let array = TensorType::new(Element::F32, &[1 << 19, 1 << 19]);
-    module.function("main", &[array.clone()], |b, args| {
+    module.function("main", std::slice::from_ref(&array), |b, args| {
         Ok(vec![b.add(args[0], b.splat(Element::F32, &array.dims, 1.0)?)?])
     })?;
     let module = module.bytecode().to_vec();

@@ -11,11 +11,11 @@ use pagoda_kernels::random::Lengths;
 use serde::{Deserialize, Serialize};
 
 use super::launches::{Launch, Planned, Work, keys_worked};
-use super::plan::{Plan, Program};
+use super::plan::{Plan, Program, Sample};
 use crate::error::Result;
+use crate::generate::EngineOptions;
 use crate::scheduler::{Request, Scheduler, Step};
 use crate::stop::StopRule;
-use crate::units::SampleId;
 
 /// Where a figure comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -226,14 +226,16 @@ pub struct Simulation {
 ///
 /// # Errors
 /// When a prompt can never run under the limits.
-pub fn simulate(plan: &Plan, costs: &Costs, prompts: &[usize]) -> Result<Simulation> {
+pub fn simulate(plan: &Plan, costs: &Costs, samples: &[Sample]) -> Result<Simulation> {
     /// Decode rounds between which lengths are taken as constant.
     const STRIDE: usize = 64;
     let job = &plan.job;
-    let mut scheduler = Scheduler::new(job.limits, StopRule::new([], vec![]));
-    for (index, &length) in prompts.iter().enumerate() {
-        let id = SampleId { round: 0, index, generation: 0 };
-        scheduler.push(Request { id, prompt: vec![0; length], max_new_tokens: job.max_new_tokens })?;
+    let mut scheduler =
+        Scheduler::new(job.limits, StopRule::new([], vec![])).with_mixed_steps(EngineOptions::mixes(job.compute));
+    for &Sample { id, prompt } in samples {
+        // Only samples of one prompt have tokens in common.
+        let prompt = vec![id.index as u32; prompt].into();
+        scheduler.push(Request { id, prompt, max_new_tokens: job.max_new_tokens })?;
     }
     let mut done = Simulation::default();
     loop {
@@ -298,14 +300,17 @@ impl JobTime {
 /// # Errors
 /// As [`simulate`].
 pub fn job_time(plan: &Plan, costs: &Costs) -> Result<JobTime> {
-    let mut known: Vec<(&[usize], Simulation)> = Vec::new();
+    /// What decides the time of a share: rounds and generations as they come, lengths.
+    type Lengths = Vec<(u32, u32, usize)>;
+    let mut known: Vec<(Lengths, Simulation)> = Vec::new();
     let mut job = JobTime::default();
     for share in plan.shares() {
-        let simulation = match known.iter().find(|(prompts, _)| *prompts == share) {
+        let lengths: Lengths = share.iter().map(|of| (of.id.round, of.id.generation, of.prompt)).collect();
+        let simulation = match known.iter().find(|(known, _)| *known == lengths) {
             Some((_, simulation)) => *simulation,
             None => {
-                let simulation = simulate(plan, costs, share)?;
-                known.push((share, simulation));
+                let simulation = simulate(plan, costs, &share)?;
+                known.push((lengths, simulation));
                 simulation
             }
         };
@@ -322,7 +327,7 @@ pub fn job_time(plan: &Plan, costs: &Costs) -> Result<JobTime> {
 /// The batches that attention is profiled with, for its line: every slot with one key, and what this job comes to at most.
 pub fn profiled_batches(plan: &Plan, program: Program) -> [Vec<Lengths>; 2] {
     let job = &plan.job;
-    let longest = job.prompts.iter().copied().max().unwrap_or(1).max(1);
+    let longest = job.longest_prompt();
     let slots = plan.shape.slots;
     match program {
         Program::Decode => {

@@ -14,6 +14,8 @@ pub mod launches;
 pub mod plan;
 mod present;
 pub mod suggest;
+#[cfg(test)]
+mod tests;
 
 use std::num::NonZeroUsize;
 
@@ -308,7 +310,7 @@ fn one_core(plan: &pagoda_kernels::plan::Plan<Rpa>) -> Result<pagoda_kernels::pl
 /// A step program of one replica.
 fn emit(plan: &Plan, question: &Question, program: Program) -> Result<Unit> {
     let context = Context::new();
-    let (config, shape) = (&plan.shard, &plan.shape);
+    let (config, shape) = (&plan.job.config, &plan.shape);
     let module = match program {
         Program::Prefill => step::prefill(&context, config, shape, Output::Tokens(question.sampling))?,
         Program::Decode => {

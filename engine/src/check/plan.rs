@@ -9,13 +9,14 @@ use pagoda_kernels::chips::Chip;
 use pagoda_kernels::vmem::Bytes;
 
 use super::launches::{Launch, launches};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::llama::step::StepShape;
-use crate::llama::{Target, weight_types};
+use crate::llama::{Parallel, Target, weight_types};
 use crate::mesh::Mesh;
 use crate::model::config::LlamaConfig;
 use crate::scheduler::Limits;
 use crate::topology::Topology;
+use crate::units::SampleId;
 
 /// What is asked.
 #[derive(Clone, Debug)]
@@ -28,12 +29,28 @@ pub struct Job {
     pub compute: Element,
     /// New tokens of a sample.
     pub max_new_tokens: usize,
-    /// Tokens of each prompt, one entry per sample.
-    pub prompts: Vec<usize>,
+    /// The samples, in the run's order.
+    pub samples: Vec<Sample>,
     /// The slice.
     pub topology: Topology,
     /// HBM of a device, as the compiler counts it.
     pub hbm: Bytes,
+}
+
+/// A sample to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Which of the run.
+    pub id: SampleId,
+    /// Tokens of its prompt.
+    pub prompt: usize,
+}
+
+impl Job {
+    /// Tokens of the longest prompt.
+    pub fn longest_prompt(&self) -> usize {
+        self.samples.iter().map(|sample| sample.prompt).max().unwrap_or(1).max(1)
+    }
 }
 
 /// One of the two programs of an engine.
@@ -110,9 +127,9 @@ pub struct Memory {
 }
 
 impl Memory {
-    fn of(shard: &LlamaConfig, shape: &StepShape) -> Self {
-        let weights = weight_types(shard, shape).iter().map(padded).sum();
-        let kv = padded(&shape.kv_type(shard));
+    fn of(config: &LlamaConfig, shape: &StepShape) -> Self {
+        let weights = weight_types(config, shape).iter().map(padded).sum();
+        let kv = padded(&shape.kv_type(config));
         Self { weights, kv, page: Bytes(kv.0 / shape.pages as u64) }
     }
 
@@ -156,15 +173,9 @@ impl Plan {
     pub fn on(job: &Job, model: NonZeroUsize, chosen: Chosen) -> Result<Self> {
         let devices = NonZeroUsize::new(job.topology.devices()).expect("a slice has a chip");
         let mesh = Mesh::over(devices, model)?;
-        let possible = model_axes(&job.config, devices.get());
-        if !possible.contains(&model.get()) {
-            let words: Vec<_> = possible.iter().map(ToString::to_string).collect();
-            let LlamaConfig { q_heads, kv_heads, .. } = job.config;
-            let limit = format!("does not split {q_heads} query and {kv_heads} KV heads");
-            return Err(Error::setting("mesh model", model, limit, format!("use one of {}", words.join(", "))));
-        }
-        let shard = shard(&job.config, model);
         let shape = shape(job, model);
+        shape.parallel.check(&job.config)?;
+        let shard = shape.parallel.shard_of(&job.config);
         let chip = job.topology.chip();
         let of = |program| launches(&shard, &shape, chip, program, model.get() > 1);
         Ok(Self {
@@ -173,7 +184,7 @@ impl Plan {
             group: job.topology.group(model.get()),
             prefill: of(Program::Prefill)?,
             decode: of(Program::Decode)?,
-            memory: Memory::of(&shard, &shape),
+            memory: Memory::of(&job.config, &shape),
             job: job.clone(),
             shard,
             shape,
@@ -193,15 +204,17 @@ impl Plan {
         self.mesh.model.get() <= self.job.topology.devices_per_host()
     }
 
-    /// Prompts of each replica, those with none left out.
-    pub fn shares(&self) -> Vec<&[usize]> {
+    /// Samples of each replica: contiguous prompts, as hosts share them; those with none left out.
+    pub fn shares(&self) -> Vec<Vec<Sample>> {
         let replicas = self.mesh.data.get();
-        let prompts = &self.job.prompts;
-        let shares = (0..replicas).map(|replica| {
-            let start = |replica| prompts.len() * replica / replicas;
-            &prompts[start(replica)..start(replica + 1)]
-        });
-        shares.filter(|share| !share.is_empty()).collect()
+        let samples = &self.job.samples;
+        let prompts = samples.iter().map(|sample| sample.id.index + 1).max().unwrap_or(0);
+        // The replica whose range of prompts, `prompts * r / replicas` and on, holds this one.
+        let replica_of = |prompt: usize| ((prompt + 1) * replicas - 1) / prompts.max(1);
+        let mut shares = vec![Vec::new(); replicas];
+        samples.iter().for_each(|&sample| shares[replica_of(sample.id.index)].push(sample));
+        shares.retain(|share| !share.is_empty());
+        shares
     }
 
     /// The largest number of pages that fits beside weights, `taken` (temporaries, code) and nothing else.
@@ -213,7 +226,6 @@ impl Plan {
 
 /// Sizes of the step programs.
 fn shape(job: &Job, model: NonZeroUsize) -> StepShape {
-    let _ = model;
     let limits = &job.limits;
     StepShape {
         prefill_rows: limits.max_prefill_size,
@@ -225,36 +237,18 @@ fn shape(job: &Job, model: NonZeroUsize) -> StepShape {
         max_rounds: limits.max_rounds,
         compute: job.compute,
         target: Target::Tpu(job.topology.chip()),
-    }
-}
-
-/// One device's share of the model.
-fn shard(config: &LlamaConfig, model: NonZeroUsize) -> LlamaConfig {
-    let share = |size: usize| size.div_ceil(model.get());
-    let intermediate_size = match model.get() {
-        1 => config.intermediate_size,
-        _ => share(config.intermediate_size).next_multiple_of(128),
-    };
-    LlamaConfig {
-        q_heads: share(config.q_heads),
-        kv_heads: share(config.kv_heads),
-        intermediate_size,
-        vocab_size: share(config.vocab_size),
-        ..config.clone()
+        parallel: Parallel::group(model),
     }
 }
 
 /// The model axes that a model can have on so many devices: they divide the devices and the query heads, and divide the KV
 /// heads or repeat them.
 pub fn model_axes(config: &LlamaConfig, devices: usize) -> Vec<usize> {
-    let LlamaConfig { q_heads, kv_heads, intermediate_size, vocab_size, .. } = *config;
-    let fits = |model: usize| {
-        q_heads.is_multiple_of(model)
-            && (kv_heads.is_multiple_of(model) || model.is_multiple_of(kv_heads))
-            && devices.is_multiple_of(model)
-            && model <= intermediate_size.min(vocab_size)
+    let splits = |model: &usize| {
+        devices.is_multiple_of(*model)
+            && NonZeroUsize::new(*model).is_some_and(|model| Parallel::group(model).check(config).is_ok())
     };
-    (1..=q_heads.min(devices)).filter(|&model| fits(model)).collect()
+    (1..=config.q_heads.min(devices)).filter(splits).collect()
 }
 
 /// The smallest model axis whose share of the weights and all pages fit a device; the largest if none does, for the report
@@ -263,8 +257,7 @@ fn propose(job: &Job) -> Result<NonZeroUsize> {
     let axes = model_axes(&job.config, job.topology.devices());
     let room = Bytes((job.hbm.0 as f64 * (1.0 - RESERVE)) as u64);
     let fits = |&&model: &&usize| {
-        NonZeroUsize::new(model)
-            .is_some_and(|model| Memory::of(&shard(&job.config, model), &shape(job, model)).total() <= room)
+        NonZeroUsize::new(model).is_some_and(|model| Memory::of(&job.config, &shape(job, model)).total() <= room)
     };
     let model = axes.iter().find(fits).or(axes.last()).copied().and_then(NonZeroUsize::new);
     Ok(model.expect("one device divides everything"))

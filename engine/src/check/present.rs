@@ -41,7 +41,7 @@ fn subtitle(plan: &Plan, compiler: &str) -> String {
         Chosen::Given => "as given",
         Chosen::Proposed => "proposed",
     };
-    let samples = Value::Count(job.prompts.len() as u64);
+    let samples = Value::Count(job.samples.len() as u64);
     let new = Value::Count(job.max_new_tokens as u64);
     let compiler = if compiler.is_empty() { String::new() } else { format!(" by {}", short(compiler)) };
     format!(
@@ -223,8 +223,8 @@ fn one_engine(findings: &Findings) -> Option<OneEngine> {
     if let (Some([_, decode]), Some(wide)) = (&mut costs.reduce, wide) {
         *decode = wide;
     }
-    let all = estimate::simulate(plan, &costs, &plan.job.prompts).ok()?;
-    let waves = plan.job.prompts.len().div_ceil(plan.job.limits.max_seqs.max(1));
+    let all = estimate::simulate(plan, &costs, &plan.job.samples).ok()?;
+    let waves = plan.job.samples.len().div_ceil(plan.job.limits.max_seqs.max(1));
     Some(OneEngine { seconds: all.seconds, calls: all.prefill_calls + all.decode_calls, waves, reduce })
 }
 
@@ -237,13 +237,13 @@ impl OneEngine {
         let plan = &findings.plan;
         let slots = plan.job.limits.max_seqs;
         let (data, factor) = (plan.mesh.data.get(), self.factor(findings));
-        let own = findings.plan.shares().iter().map(|share| share.len()).max().unwrap_or(0).div_ceil(slots.max(1));
+        let own = findings.plan.shares().iter().map(Vec::len).max().unwrap_or(0).div_ceil(slots.max(1));
         let mut words = format!(
             "Data parallelism: {data} engines with {slots} slots each are {} as fast as one engine with {slots} slots over the \
              slice ({}), because {} sequences run at once and the prompts take {own} {} instead of {}",
             Value::Times(factor),
             Value::Seconds(self.seconds),
-            (data * slots).min(plan.job.prompts.len()),
+            (data * slots).min(plan.job.samples.len()),
             if own == 1 { "wave" } else { "waves" },
             self.waves
         );
@@ -612,7 +612,7 @@ fn simulated(findings: &Findings, one_engine: Option<&OneEngine>) -> Section {
     let slowest = time.slowest;
     let mut table = Table::new(&["", "engine that ends last"]);
     let mut row = |what: &str, value: Value| table.row(vec![what.into(), Value::Text(value.to_string())]);
-    row("samples", plan.shares().iter().map(|share| share.len()).max().unwrap_or(0).into());
+    row("samples", plan.shares().iter().map(Vec::len).max().unwrap_or(0).into());
     row("prefill calls", slowest.prefill_calls.into());
     row("decode calls", slowest.decode_calls.into());
     row("decode steps", slowest.decode_steps.into());

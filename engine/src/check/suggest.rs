@@ -86,8 +86,8 @@ fn other_mesh(plan: &Plan, now_fits: bool) -> Option<Alternative> {
 /// As many sequences at once as a replica has prompts, or as its memory has pages for.
 fn more_sequences(plan: &Plan) -> Option<Alternative> {
     let job = &plan.job;
-    let share = plan.shares().iter().map(|share| share.len()).max()?;
-    let longest = job.prompts.iter().copied().max()? + job.max_new_tokens;
+    let share = plan.shares().iter().map(Vec::len).max()?;
+    let longest = job.longest_prompt() + job.max_new_tokens;
     let pages_each = job.limits.page_size.pages_for(longest);
     let most_pages = room(plan).saturating_sub(plan.memory.weights).0 / plan.memory.page.0.max(1);
     let slots = share.min(most_pages as usize / pages_each.max(1));
@@ -125,7 +125,7 @@ fn fewer_pages(plan: &Plan) -> Option<Alternative> {
     }
     let mut job = plan.job.clone();
     let most = room(plan).saturating_sub(plan.memory.weights).0 / plan.memory.page.0.max(1);
-    let longest = job.prompts.iter().copied().max()? + job.max_new_tokens;
+    let longest = job.longest_prompt() + job.max_new_tokens;
     let pages = most as usize;
     if pages < job.limits.page_size.pages_for(longest) {
         return None;

@@ -9,7 +9,7 @@ use clap::Args;
 
 use crate::certify::Certifier;
 use crate::check::compile::{Answer, Cached, Compiler, Unit, user_cache};
-use crate::check::plan::{Job, Plan};
+use crate::check::plan::{Job, Plan, Sample};
 use crate::check::{self, Counted, Findings, Layout, Question, jax_v2};
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
@@ -20,6 +20,7 @@ use crate::output::write_atomically;
 use crate::pjrt::{Kind, PluginChoice};
 use crate::report::Report;
 use crate::topology::Topology;
+use crate::units::SampleId;
 
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("source").required(true).multiple(true).args(["config", "hf_checkpoint"]))]
@@ -70,7 +71,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         limits,
         compute: settings.engine.compute_dtype.element(),
         max_new_tokens: settings.max_new_tokens,
-        prompts: samples(&lengths, &settings),
+        samples: samples(&lengths, &settings),
         hbm: check::plan::data_sheet_hbm(topology.chip()),
         topology,
         config,
@@ -143,11 +144,16 @@ fn lengths(settings: &Settings, config: &LlamaConfig) -> Result<(Vec<usize>, Cou
     Ok((settings.prompts.iter().map(count).collect::<Result<_>>()?, Counted::Tokenizer))
 }
 
-/// The prompt's tokens of each sample of the run.
-fn samples(lengths: &[usize], settings: &Settings) -> Vec<usize> {
-    let round = lengths.iter().flat_map(|&length| std::iter::repeat_n(length, settings.n_generations));
-    let round: Vec<usize> = round.collect();
-    std::iter::repeat_n(round, settings.n_rounds).flatten().collect()
+/// The samples of the run, in the order in which they are made.
+fn samples(lengths: &[usize], settings: &Settings) -> Vec<Sample> {
+    let rounds = 0..settings.n_rounds as u32;
+    let samples = rounds.flat_map(|round| {
+        lengths.iter().enumerate().flat_map(move |(index, &prompt)| {
+            let generations = 0..settings.n_generations as u32;
+            generations.map(move |generation| Sample { id: SampleId { round, index, generation }, prompt })
+        })
+    });
+    samples.collect()
 }
 
 /// The model axis that was asked for.

@@ -16,6 +16,7 @@ use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
 use crate::hosts::Share;
+use crate::launcher::Launched;
 use crate::llama::{DeviceModel, Target};
 use crate::model::config::LlamaConfig;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
@@ -41,12 +42,12 @@ pub(super) struct SampleArgs {
     /// Write samples to JSONL files in this folder; a rerun continues where the last one ended.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Hosts that share the prompts, each running this command with its own --host-id.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    hosts: usize,
-    /// This host, counted from 0.
-    #[arg(long, value_name = "I", default_value_t = 0)]
-    host_id: usize,
+    /// Hosts that share the prompts, each running this command with its own --host-id [default: as the launcher says].
+    #[arg(long, value_name = "N")]
+    hosts: Option<usize>,
+    /// This host, counted from 0 [default: as the launcher says].
+    #[arg(long, value_name = "I")]
+    host_id: Option<usize>,
     /// Print one JSON object per finished sample on stdout, in prompt order, and nothing else there.
     #[arg(long)]
     json: bool,
@@ -84,10 +85,11 @@ impl Prompts {
 /// Runs the command.
 pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     let settings = Settings::resolve(args.config.as_deref(), &args.settings)?;
-    let share = Share::new(args.host_id, args.hosts)?;
-    if args.hosts > 1 && args.out.is_none() {
+    let launched = Launched::here(args.host_id, args.hosts)?;
+    let share = launched.share;
+    if share.hosts() > 1 && args.out.is_none() {
         let fix = "name the folder that all hosts write into, and join it with `pagoda merge`";
-        return Err(Error::setting("--out", "none", format!("leaves {} hosts nowhere to write", args.hosts), fix));
+        return Err(Error::setting("--out", "none", format!("leaves {} hosts nowhere to write", share.hosts()), fix));
     }
     let folder = settings.model()?;
     let config = LlamaConfig::open(folder)?;
@@ -109,8 +111,10 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
             seed: settings.engine.seed,
         },
         stop: stop_rule(&settings, &config, &tokenizer)?,
+        mixed_steps: EngineOptions::mixes(settings.engine.compute_dtype.element()),
     };
     eprint!("{settings}");
+    eprintln!("# {launched}");
     let limits = &options.limits;
     eprintln!(
         "# {} of weights; {} slots, {} KV pages of {} tokens, {} prompt tokens per prefill",
@@ -130,7 +134,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         let mut engine = start.engine(args, &config, &weights, options)?;
         let requests = missing.iter().map(|id| Request {
             id: *id,
-            prompt: prompts.tokens[id.index].clone(),
+            prompt: prompts.tokens[id.index].as_slice().into(),
             max_new_tokens: settings.max_new_tokens,
         });
         let timing = engine.run(

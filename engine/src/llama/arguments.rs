@@ -47,11 +47,14 @@ pub(super) struct Weights<T> {
     head: Option<T>,
     /// `f32[max_positions, head_dim]`: the table of [`rotary`](super::rotary).
     pub(super) rotary: T,
+    /// `i32[]`: which shard of the model these weights are, where it is split.
+    pub(super) shard: Option<T>,
 }
 
 impl<T> Weights<T> {
-    /// Asks `next` for one weight after another, in the order of the arguments.
+    /// Asks `next` for one weight after another, in the order of the arguments. Sizes are those of one shard.
     fn each(config: &LlamaConfig, shape: &StepShape, mut next: impl FnMut(TensorType) -> T) -> Self {
+        let config = &shape.parallel.shard_of(config);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let heads = config.q_heads * config.head_dim;
         let stacked = heads + 2 * config.kv_heads * config.head_dim;
@@ -70,7 +73,8 @@ impl<T> Weights<T> {
         let norm = weight(&[hidden]);
         let head = (!config.tie_word_embeddings).then(|| weight(&[config.vocab_size, hidden]));
         let rotary = next(TensorType::new(Element::F32, &[shape.max_positions, config.head_dim]));
-        Self { embedding, layers, norm, head, rotary }
+        let shard = (shape.parallel.model().get() > 1).then(|| next(TensorType::scalar(Element::I32)));
+        Self { embedding, layers, norm, head, rotary, shard }
     }
 }
 
@@ -98,7 +102,7 @@ impl<'c, 'a> Weights<Tensor<'c, 'a>> {
 /// The types of the weight arguments, which come first in both programs: embedding; per layer the norm before
 /// attention, the stacked query, key and value projection, the output projection, the norm before the MLP, the stacked
 /// gate and up projection, the down projection (each followed by its biases, where the model has them); final norm;
-/// (untied only) head; rotary table.
+/// (untied only) head; rotary table; (split models only) the number of the shard. Each weight is the shard's part of it.
 pub fn weight_types(config: &LlamaConfig, shape: &StepShape) -> Vec<TensorType> {
     let mut types = Vec::new();
     Weights::each(config, shape, |ty| types.push(ty));

@@ -16,6 +16,9 @@
 //! *Layers are unrolled*: a `stablehlo.while` over stacked weights would slice a copy of each layer's weights on every
 //! step (measured, see ARCHITECTURE.md).
 //!
+//! *Split over devices* ([`Parallel`]), a program is one device's: its weights are a shard, and it exchanges sums where
+//! features that are split are summed over.
+//!
 //! Numerics: weights, activations and KV in the compute type; normalisation, softmax, logits and sampling in f32.
 
 use pagoda_ir::stablehlo::{Builder, Direction, Module, Tensor};
@@ -24,10 +27,11 @@ use pagoda_kernels::rpa::KvLayout;
 
 use super::arguments::{Projection, Weights, weight_types};
 use super::lowering::{Activation, Kind, Linear, Lowering, Norm, Rows, lowering};
+use super::parallel::{Exchange, Parallel};
 use super::sampling::{key_types, parameter_types, parameters};
 use super::target::Target;
 use crate::model::config::LlamaConfig;
-use crate::sampler::{self, Keys, Sampling};
+use crate::sampler::{self, Keys, Parameters, Sampling};
 
 /// The static sizes of a step program, and what it is for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -50,17 +54,19 @@ pub struct StepShape {
     pub compute: Element,
     /// What the program is emitted for.
     pub target: Target,
+    /// Over how many devices the model is split.
+    pub parallel: Parallel,
 }
 
 impl StepShape {
-    /// How keys and values lie in the KV buffer.
+    /// How keys and values lie in the KV buffer of one device.
     pub fn kv_layout(&self, config: &LlamaConfig) -> KvLayout {
         KvLayout {
             element: self.compute,
             layers: config.layers,
             pages: self.pages,
             page_size: self.page_size,
-            heads: config.kv_heads,
+            heads: self.parallel.shard_of(config).kv_heads,
             head_dim: config.head_dim,
         }
     }
@@ -85,26 +91,48 @@ impl<'c> Graph<'_, 'c> {
         &self,
         b: &Builder<'c, 'a>,
         weights: &Weights<Tensor<'c, 'a>>,
+        exchange: &Exchange<'_, 'c, 'a>,
         tokens: Tensor<'c, 'a>,
         rows: Rows<'c, 'a>,
         mut kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
         let lowering = self.lowering;
         let batch = lowering.batch(b, rows, weights.rotary)?;
-        let mut x = lowering.orientation().turn(b, b.take(weights.embedding, tokens, 0)?)?;
+        let mut x = lowering.orientation().turn(b, exchange.take(b, weights.embedding, tokens)?)?;
         for (index, layer) in weights.layers.iter().enumerate() {
             let qkv = self.normed(layer.input_norm, layer.qkv);
             let qkv = lowering.linear(b, x, &qkv)?;
             let attended;
             (attended, kv) = lowering.attend(b, qkv, &batch, index, kv)?;
-            let output = Linear { residual: Some(x), ..self.projection(layer.output) };
-            x = lowering.linear(b, attended, &output)?;
+            x = self.add_projection(b, exchange, x, attended, layer.output)?;
             let gate_up = Linear { activation: Activation::SiluGate, ..self.normed(layer.post_norm, layer.gate_up) };
             let inner = lowering.linear(b, x, &gate_up)?;
-            let down = Linear { residual: Some(x), ..self.projection(layer.down) };
-            x = lowering.linear(b, inner, &down)?;
+            x = self.add_projection(b, exchange, x, inner, layer.down)?;
         }
         Ok((x, kv))
+    }
+
+    /// `x` plus a projection of `inner`, whose features are split: each shard's product is a part of the sum.
+    fn add_projection<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        exchange: &Exchange<'_, 'c, 'a>,
+        x: Tensor<'c, 'a>,
+        inner: Tensor<'c, 'a>,
+        projection: Projection<Tensor<'c, 'a>>,
+    ) -> Result<Tensor<'c, 'a>> {
+        let lowering = self.lowering;
+        let whole = Linear { residual: Some(x), ..self.projection(projection) };
+        if !exchange.is_split() {
+            return lowering.linear(b, inner, &whole);
+        }
+        let part = Linear { bias: None, residual: None, result: Element::F32, ..whole };
+        let mut sum = exchange.sum(b, lowering.linear(b, inner, &part)?)?;
+        if let Some(bias) = projection.bias {
+            let bias = b.convert(bias, Element::F32)?;
+            sum = b.add(sum, b.broadcast_in_dim(bias, &sum.dims(), &[lowering.orientation().features()])?)?;
+        }
+        b.convert(b.add(b.convert(x, Element::F32)?, sum)?, x.element())
     }
 
     /// The bare projection, in the compute type.
@@ -120,7 +148,7 @@ impl<'c> Graph<'_, 'c> {
         Linear { norm: Some(norm), ..self.projection(projection) }
     }
 
-    /// `f32[rows, vocab]` logits of activations before the final norm.
+    /// `f32[rows, vocab]` logits of activations before the final norm, of this shard's part of the vocabulary.
     fn logits<'a>(
         &self,
         b: &Builder<'c, 'a>,
@@ -129,6 +157,25 @@ impl<'c> Graph<'_, 'c> {
     ) -> Result<Tensor<'c, 'a>> {
         let head = self.normed(weights.norm, Projection { weight: weights.head(), bias: None });
         self.lowering.by_row(b, hidden, &Linear { result: Element::F32, ..head })
+    }
+
+    /// `i32[rows]`: a token per row of activations before the final norm.
+    fn choose<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        weights: &Weights<Tensor<'c, 'a>>,
+        exchange: &Exchange<'_, 'c, 'a>,
+        hidden: Tensor<'c, 'a>,
+        (sampling, parameters, keys): (Sampling, &Parameters<'c, 'a>, &Keys<'c, 'a>),
+    ) -> Result<Tensor<'c, 'a>> {
+        let logits = self.logits(b, weights, hidden)?;
+        match sampling {
+            Sampling::Greedy => exchange.argmax(b, logits, self.config.vocab_size),
+            Sampling::Random { .. } => {
+                let logits = exchange.all_logits(b, logits, self.config.vocab_size)?;
+                sampler::emit(b, sampling, logits, parameters, keys)
+            }
+        }
     }
 
     /// The activations of some rows.
@@ -164,7 +211,8 @@ pub enum Output {
 /// | parameters | `f32[]`, `i32[]`, `f32[]`, `u32[2]` | temperature, top-k, top-p, seed |
 ///
 /// # Errors
-/// When the sizes do not make a valid problem of a kernel, or a kernel has no plan for the target's chip.
+/// When the model cannot be split like this, the sizes do not make a valid problem of a kernel, or a kernel has no plan for
+/// the target's chip.
 pub fn prefill<'c>(
     context: &'c Context,
     config: &LlamaConfig,
@@ -172,6 +220,7 @@ pub fn prefill<'c>(
     output: Output,
 ) -> crate::Result<Module<'c>> {
     let (rows, slots) = (shape.prefill_rows, shape.slots);
+    shape.parallel.check(config)?;
     let lowering = lowering(context, config, shape, rows, Kind::Mixed)?;
     let graph = Graph { config, shape, lowering: &*lowering };
     let i32s = |dims: &[usize]| TensorType::new(Element::I32, dims);
@@ -190,7 +239,7 @@ pub fn prefill<'c>(
     ]);
     types.extend(key_types(3, slots));
     types.extend(parameter_types());
-    let module = Module::new(context, "prefill");
+    let module = Module::replicated(context, "prefill", shape.parallel.replica_count());
     module.function("main", &types, |b, args| {
         let (weights, rest) = Weights::take(config, shape, args);
         let &[
@@ -212,12 +261,14 @@ pub fn prefill<'c>(
             unreachable!("the types above")
         };
         let rows = Rows { positions, kv_slots, kv_lens, page_indices, cu_q_lens, num_seqs };
-        let (hidden, kv) = graph.forward(b, &weights, tokens, rows, kv)?;
+        let exchange = Exchange::new(&shape.parallel, weights.shard);
+        let (hidden, kv) = graph.forward(b, &weights, &exchange, tokens, rows, kv)?;
         let result = match output {
-            Output::Logits => graph.logits(b, &weights, hidden)?,
+            Output::Logits => exchange.all_logits(b, graph.logits(b, &weights, hidden)?, config.vocab_size)?,
             Output::Tokens(sampling) => {
-                let logits = graph.logits(b, &weights, graph.select(b, hidden, sample_rows)?)?;
-                sampler::emit(b, sampling, logits, &parameters(rest), &Keys { index, generation, position })?
+                let hidden = graph.select(b, hidden, sample_rows)?;
+                let how = (sampling, &parameters(rest), &Keys { index, generation, position });
+                graph.choose(b, &weights, &exchange, hidden, how)?
             }
         };
         Ok(vec![kv, result])
@@ -253,6 +304,7 @@ pub fn decode<'c>(
     end_of_text: &[i32],
 ) -> crate::Result<Module<'c>> {
     let slots = shape.slots;
+    shape.parallel.check(config)?;
     let lowering = lowering(context, config, shape, slots, Kind::Decode)?;
     let graph = Graph { config, shape, lowering: &*lowering };
     let i32s = |dims: &[usize]| TensorType::new(Element::I32, dims);
@@ -268,7 +320,7 @@ pub fn decode<'c>(
     types.extend(key_types(2, slots)); // The position is the loop's own.
     types.extend(parameter_types());
     types.push(i32s(&[]));
-    let module = Module::new(context, "decode");
+    let module = Module::replicated(context, "decode", shape.parallel.replica_count());
     module.function("main", &types, |b, args| {
         let (weights, rest) = Weights::take(config, shape, args);
         let &[kv, tokens, positions, remaining, page_indices, index, generation, ref sampling_arguments @ .., limit] =
@@ -301,10 +353,11 @@ pub fn decode<'c>(
                     cu_q_lens: first_rows,
                     num_seqs: all,
                 };
-                let (hidden, kv) = graph.forward(b, &weights, tokens, rows, kv)?;
-                let logits = graph.logits(b, &weights, hidden)?;
+                let exchange = Exchange::new(&shape.parallel, weights.shard);
+                let (hidden, kv) = graph.forward(b, &weights, &exchange, tokens, rows, kv)?;
                 let position = b.convert(next_positions, Element::U32)?;
-                let chosen = sampler::emit(b, sampling, logits, &parameters, &Keys { index, generation, position })?;
+                let how = (sampling, &parameters, &Keys { index, generation, position });
+                let chosen = graph.choose(b, &weights, &exchange, hidden, how)?;
                 let mut left = b.subtract(remaining, ints(1.0)?)?;
                 for &token in end_of_text {
                     let ends = b.compare(chosen, Direction::Eq, ints(f64::from(token))?)?;

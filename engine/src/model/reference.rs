@@ -53,7 +53,7 @@ impl Reference {
     pub fn new(config: &LlamaConfig, weights: &Weights) -> Result<Self> {
         let specs = expected_tensors(config);
         let load = |name: &str| -> Result<Vec<f64>> {
-            let missing = TensorSpec { name: name.into(), dims: vec![] };
+            let missing = TensorSpec::whole(name, &[]);
             let spec = specs.iter().find(|spec| spec.name == name).unwrap_or(&missing);
             Ok(weights.tensor(spec)?.to_f64())
         };

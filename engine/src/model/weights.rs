@@ -6,18 +6,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
 use pagoda_ir::Bytes;
 use pagoda_ir::element::Element;
+use pagoda_ir::mosaic::tiling::LANES;
 use pagoda_ir::tensor::HostTensor;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 
 use super::config::LlamaConfig;
 use super::read_json;
 use crate::error::{Error, Result};
+use crate::mesh;
 use crate::output::fingerprint;
 
 /// A tensor that a model needs.
@@ -27,14 +30,81 @@ pub struct TensorSpec {
     pub name: String,
     /// Its shape, row-major. Projections are `[out, in]`.
     pub dims: Vec<usize>,
+    /// The dimension along which it is split over shards, and into what; without one, every shard has all of it.
+    split: Option<(usize, Units)>,
+}
+
+/// What a dimension is split into: equal units that stay whole (heads, rows of the vocabulary, values between the MLP's
+/// projections).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Units {
+    count: usize,
+    /// A shard's units are filled up to a multiple of this many with zeros.
+    multiple: usize,
+}
+
+/// A dimension of a tensor.
+#[derive(Clone, Copy)]
+struct Axis {
+    size: usize,
+    units: Option<Units>,
+}
+
+impl Axis {
+    const fn whole(size: usize) -> Self {
+        Self { size, units: None }
+    }
+
+    /// `count` units of `width` values.
+    const fn split(count: usize, width: usize, multiple: usize) -> Self {
+        Self { size: count * width, units: Some(Units { count, multiple }) }
+    }
+}
+
+impl TensorSpec {
+    fn new(name: String, axes: impl IntoIterator<Item = Axis>) -> Self {
+        let axes = Vec::from_iter(axes);
+        let split = axes.iter().enumerate().find_map(|(at, axis)| Some((at, axis.units?)));
+        Self { name, dims: axes.iter().map(|axis| axis.size).collect(), split }
+    }
+
+    /// A tensor that every shard has all of.
+    pub fn whole(name: &str, dims: &[usize]) -> Self {
+        Self::new(name.into(), dims.iter().map(|&dim| Axis::whole(dim)))
+    }
+
+    /// The shape of a shard's part: of the largest, to which the others are filled up with zeros.
+    pub fn dims_of(&self, shard: mesh::Shard) -> Vec<usize> {
+        self.part(shard).dims
+    }
+
+    fn part(&self, shard: mesh::Shard) -> Part {
+        let whole = Part { dims: self.dims.clone(), axis: 0, range: 0..self.dims[0] };
+        let Some((axis, units)) = self.split else { return whole };
+        let width = self.dims[axis] / units.count;
+        let mut dims = self.dims.clone();
+        dims[axis] = mesh::Shard::width(units.count, shard.of).next_multiple_of(units.multiple) * width;
+        if dims == self.dims {
+            return whole;
+        }
+        let range = shard.range(units.count);
+        Part { dims, axis, range: range.start * width..range.end * width }
+    }
+}
+
+/// What a shard has of a tensor: `range` of dimension `axis`, and zeros behind it up to the size in `dims`.
+struct Part {
+    dims: Vec<usize>,
+    axis: usize,
+    range: Range<usize>,
 }
 
 /// Tensors of a layer that are applied together.
-struct Part<'n> {
+struct Together<'n> {
     /// Names and rows.
-    tensors: &'n [(&'n str, usize)],
+    tensors: &'n [(&'n str, Axis)],
     /// Of matrices.
-    columns: Option<usize>,
+    columns: Option<Axis>,
     /// Whether each comes with a bias per row.
     bias: bool,
 }
@@ -46,27 +116,28 @@ pub fn expected_tensors(config: &LlamaConfig) -> Vec<TensorSpec> {
 
 /// As [`expected_tensors`], in groups that are applied together: tensors of one width (or vectors), which can be stacked
 /// along their rows. Query, key and value projections are such a group, their biases are, gate and up; all others stand
-/// alone.
+/// alone. A shard's part of a group is its part of each tensor.
 pub fn tensor_groups(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let (q, kv) = (config.q_heads * config.head_dim, config.kv_heads * config.head_dim);
-    let alone = |name: &str, dims: &[usize]| vec![TensorSpec { name: name.into(), dims: dims.into() }];
-    let mut groups = vec![alone("model.embed_tokens.weight", &[config.vocab_size, hidden])];
+    let hidden = Axis::whole(config.hidden_size);
+    let inner = Axis::split(config.intermediate_size, 1, LANES);
+    let vocab = Axis::split(config.vocab_size, 1, 1);
+    let [q, kv] = [config.q_heads, config.kv_heads].map(|heads| Axis::split(heads, config.head_dim, 1));
+    let alone = |name: &str, axes: &[Axis]| vec![TensorSpec::new(name.into(), axes.iter().copied())];
+    let mut groups = vec![alone("model.embed_tokens.weight", &[vocab, hidden])];
     for layer in 0..config.layers {
         let (attention, mlp) = (config.attention_bias, config.mlp_bias);
         let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
         for part in [
-            Part { tensors: &[("input_layernorm", hidden)], columns: None, bias: false },
-            Part { tensors: &qkv, columns: Some(hidden), bias: attention },
-            Part { tensors: &[("self_attn.o_proj", hidden)], columns: Some(q), bias: attention },
-            Part { tensors: &[("post_attention_layernorm", hidden)], columns: None, bias: false },
-            Part { tensors: &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)], columns: Some(hidden), bias: mlp },
-            Part { tensors: &[("mlp.down_proj", hidden)], columns: Some(inner), bias: mlp },
+            Together { tensors: &[("input_layernorm", hidden)], columns: None, bias: false },
+            Together { tensors: &qkv, columns: Some(hidden), bias: attention },
+            Together { tensors: &[("self_attn.o_proj", hidden)], columns: Some(q), bias: attention },
+            Together { tensors: &[("post_attention_layernorm", hidden)], columns: None, bias: false },
+            Together { tensors: &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)], columns: Some(hidden), bias: mlp },
+            Together { tensors: &[("mlp.down_proj", hidden)], columns: Some(inner), bias: mlp },
         ] {
-            let group = |kind: &str, columns: Option<usize>| -> Vec<TensorSpec> {
-                let specs = part.tensors.iter().map(|&(name, rows)| TensorSpec {
-                    name: format!("model.layers.{layer}.{name}.{kind}"),
-                    dims: [rows].into_iter().chain(columns).collect(),
+            let group = |kind: &str, columns: Option<Axis>| -> Vec<TensorSpec> {
+                let specs = part.tensors.iter().map(|&(name, rows)| {
+                    TensorSpec::new(format!("model.layers.{layer}.{name}.{kind}"), [rows].into_iter().chain(columns))
                 });
                 specs.collect()
             };
@@ -76,7 +147,7 @@ pub fn tensor_groups(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
     }
     groups.push(alone("model.norm.weight", &[hidden]));
     if !config.tie_word_embeddings {
-        groups.push(alone("lm_head.weight", &[config.vocab_size, hidden]));
+        groups.push(alone("lm_head.weight", &[vocab, hidden]));
     }
     groups
 }
@@ -132,24 +203,53 @@ impl<'a> TensorView<'a> {
     /// # Panics
     /// When `element` is not a float type of at most 32 bits.
     pub fn to_element(&self, element: Element) -> TensorData<'a> {
-        if element == self.element {
-            return TensorData::Mapped(self.bytes);
+        self.part(&Part { dims: self.dims.to_vec(), axis: 0, range: 0..self.dims[0] }, element)
+    }
+
+    /// As [`to_element`](Self::to_element), of a part: borrowed when it is one piece of the file, else only the part is
+    /// copied.
+    fn part(&self, part: &Part, element: Element) -> TensorData<'a> {
+        let inner: usize = self.dims[part.axis + 1..].iter().product();
+        let [from, to] = [self.dims[part.axis], part.dims[part.axis]].map(|size| size * inner);
+        let runs = Runs {
+            count: self.dims[..part.axis].iter().product(),
+            length: part.range.len() * inner,
+            first: part.range.start * inner,
+            from,
+            to,
+        };
+        let size = self.element.bytes();
+        if element == self.element && runs.count == 1 && runs.length == runs.to {
+            return TensorData::Mapped(&self.bytes[runs.first * size..][..runs.length * size]);
         }
-        let mut tensor = HostTensor::zeros(element, self.dims);
+        let mut tensor = HostTensor::zeros(element, &part.dims);
         match element {
-            Element::F32 => self.fill(tensor.as_mut_slice::<f32>(), |value| value),
-            Element::Bf16 => self.fill(tensor.as_mut_slice::<bf16>(), bf16::from_f32),
-            Element::F16 => self.fill(tensor.as_mut_slice::<f16>(), f16::from_f32),
+            same if same == self.element => {
+                let bytes = tensor.bytes_mut();
+                runs.each(|from, to| bytes[to.start * size..to.end * size].copy_from_slice(self.run(from).bytes));
+            }
+            Element::F32 => self.fill_runs(&runs, tensor.as_mut_slice::<f32>(), |value| value),
+            Element::Bf16 => self.fill_runs(&runs, tensor.as_mut_slice::<bf16>(), bf16::from_f32),
+            Element::F16 => self.fill_runs(&runs, tensor.as_mut_slice::<f16>(), f16::from_f32),
             other => panic!("weights cannot be converted to {other}"),
         }
         TensorData::Converted(tensor)
     }
 
+    fn fill_runs<T>(&self, runs: &Runs, out: &mut [T], convert: impl Fn(f32) -> T) {
+        runs.each(|from, to| self.run(from).fill(&mut out[to], &convert));
+    }
+
+    /// Consecutive values, by their places in row-major order; the shape is the whole tensor's.
+    fn run(&self, places: Range<usize>) -> Self {
+        let size = self.element.bytes();
+        Self { bytes: &self.bytes[places.start * size..places.end * size], ..*self }
+    }
+
     /// One value, by its place in row-major order.
     fn value(&self, at: usize) -> f32 {
         let mut value = [0.0];
-        let size = self.element.bytes();
-        Self { bytes: &self.bytes[at * size..][..size], ..*self }.fill(&mut value, |value| value);
+        self.run(at..at + 1).fill(&mut value, |value| value);
         value[0]
     }
 
@@ -172,6 +272,26 @@ impl<'a> TensorView<'a> {
                 out.iter_mut().zip(quads).for_each(|(o, &b)| *o = convert(f32::from_le_bytes(b)));
             }
             other => unreachable!("a view is never made of {other}"),
+        }
+    }
+}
+
+/// Equally long runs of values, at equal distances in a tensor and in a part of it.
+struct Runs {
+    count: usize,
+    length: usize,
+    /// Where the first begins in the tensor.
+    first: usize,
+    /// From the beginning of one to that of the next, in the tensor and in the part.
+    from: usize,
+    to: usize,
+}
+
+impl Runs {
+    fn each(&self, mut copy: impl FnMut(Range<usize>, Range<usize>)) {
+        for run in 0..self.count {
+            let (from, to) = (self.first + run * self.from, run * self.to);
+            copy(from..from + self.length, to..to + self.length);
         }
     }
 }
@@ -265,19 +385,22 @@ impl Weights {
         Ok(TensorView { element, dims: &info.shape, bytes: &shard.map[shard.data + start..shard.data + end] })
     }
 
-    /// A tensor as `element`, each value of it finite: one NaN or infinity would make all logits NaN, and text of them.
+    /// A shard's part of a tensor as `element`, each value of it finite: one NaN or infinity would make all logits NaN, and
+    /// text of them. Only the part is read and held.
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor), and for the first value that is not finite, in the file or in `element`.
     ///
     /// # Panics
     /// As [`TensorView::to_element`].
-    pub fn load(&self, spec: &TensorSpec, element: Element) -> Result<TensorData<'_>> {
-        let view = self.tensor(spec)?;
-        let data = view.to_element(element);
+    pub fn load(&self, spec: &TensorSpec, shard: mesh::Shard, element: Element) -> Result<TensorData<'_>> {
+        let (view, part) = (self.tensor(spec)?, spec.part(shard));
+        let data = view.part(&part, element);
         let Some(at) = first_not_finite(element, data.bytes()) else { return Ok(data) };
-        let value = view.value(at);
-        let place = format!("tensor {}{:?} = {value:e}", spec.name, index_of(at, view.dims));
+        let mut index = index_of(at, &part.dims);
+        index[part.axis] += part.range.start;
+        let value = view.value(index.iter().zip(view.dims).fold(0, |at, (index, dim)| at * dim + index));
+        let place = format!("tensor {}{index:?} = {value:e}", spec.name);
         if value.is_finite() {
             let limit = format!("cannot hold {place}");
             return Err(Error::setting("engine.compute_dtype", element, limit, "use f32"));
@@ -422,7 +545,7 @@ mod tests {
     }
 
     fn spec(name: &str, dims: &[usize]) -> TensorSpec {
-        TensorSpec { name: name.into(), dims: dims.into() }
+        TensorSpec::whole(name, dims)
     }
 
     #[test]
@@ -494,6 +617,56 @@ mod tests {
         assert!(error.contains("tensor d is I32, but config.json asks for BF16, F16 or F32"), "{error}");
     }
 
+    /// Parts of rows and of columns, cut where units end, repeated where there are too few, and filled up with zeros: each
+    /// against the definition, value by value.
+    #[test]
+    fn shards_read_their_parts() {
+        let folder = tempfile::tempdir().unwrap();
+        let (rows, columns) = (12, 10);
+        let values: Vec<f32> = (0..rows * columns).map(|at| at as f32 + 0.5).collect();
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        write(&folder.path().join("model.safetensors"), &[("w", Dtype::F32, &[rows, columns], &bytes)]);
+        let weights = Weights::open(folder.path()).unwrap();
+        // Axis, units, multiple of, shards: the units of each.
+        let cases: [(usize, usize, usize, &[&[usize]]); 7] = [
+            (0, 6, 1, &[&[0, 1, 2], &[3, 4, 5]]),
+            (0, 2, 1, &[&[0], &[0], &[1], &[1]]),
+            (0, 12, 4, &[&[0, 1, 2, 3, 4, 5], &[6, 7, 8, 9, 10, 11]]),
+            (1, 5, 1, &[&[0, 1], &[2, 3], &[4]]),
+            (1, 10, 8, &[&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]),
+            (1, 10, 4, &[&[0, 1, 2], &[3, 4, 5], &[6, 7, 8], &[9]]),
+            (0, 12, 1, &[&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]),
+        ];
+        for (axis, units, multiple, shards) in cases {
+            let mut axes = [Axis::whole(rows), Axis::whole(columns)];
+            axes[axis] = Axis::split(units, axes[axis].size / units, multiple);
+            let spec = TensorSpec::new("w".into(), axes);
+            let width = spec.dims[axis] / units;
+            let of = std::num::NonZeroUsize::new(shards.len()).unwrap();
+            for (shard, held) in mesh::Shard::all(of).zip(shards) {
+                let size = shards[0].len().next_multiple_of(multiple) * width;
+                let mut dims = [rows, columns];
+                dims[axis] = size;
+                assert_eq!(spec.dims_of(shard), dims);
+                let expected: Vec<f64> = (0..dims[0] * dims[1])
+                    .map(|at| {
+                        let mut index = [at / dims[1], at % dims[1]];
+                        let Some(unit) = held.get(index[axis] / width) else { return 0.0 };
+                        index[axis] = unit * width + index[axis] % width;
+                        f64::from(values[index[0] * columns + index[1]])
+                    })
+                    .collect();
+                for element in [Element::F32, Element::Bf16] {
+                    let data = weights.load(&spec, shard, element).unwrap();
+                    let read = HostTensor::from_bytes(element, &dims, data.bytes()).to_f64();
+                    assert_eq!(read, expected, "axis {axis} of {units}, {shard:?}, {element}");
+                    let one_piece = axis == 0 && size == held.len() * width || dims == [rows, columns];
+                    assert_eq!(matches!(data, TensorData::Mapped(_)), element == Element::F32 && one_piece);
+                }
+            }
+        }
+    }
+
     #[test]
     fn values_that_are_not_finite_are_named() {
         let folder = tempfile::tempdir().unwrap();
@@ -526,13 +699,18 @@ mod tests {
             };
             write(&path, &[("w", dtype, &dims, &bytes)]);
             let weights = Weights::open(folder.path()).unwrap();
-            let loaded = weights.load(&spec("w", &dims), element).map(|_| ());
-            match message {
-                None => loaded.unwrap(),
-                Some(message) => {
-                    let error = loaded.unwrap_err();
-                    assert_eq!(error.exit_code(), 2);
-                    assert!(error.to_string().contains(message), "{dtype:?} {value} as {element}: {error}");
+            // Whole, and as the second of three parts of its columns.
+            let columns = TensorSpec::new("w".into(), [Axis::whole(dims[0]), Axis::split(dims[1], 1, 1)]);
+            let second = mesh::Shard { index: 1, of: std::num::NonZeroUsize::new(3).unwrap() };
+            for (spec, shard) in [(&spec("w", &dims), mesh::Shard::WHOLE), (&columns, second)] {
+                let loaded = weights.load(spec, shard, element).map(|_| ());
+                match message {
+                    None => loaded.unwrap(),
+                    Some(message) => {
+                        let error = loaded.unwrap_err();
+                        assert_eq!(error.exit_code(), 2);
+                        assert!(error.to_string().contains(message), "{dtype:?} {value} as {element}: {error}");
+                    }
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Clients, buffers and executables.
 
 use std::fmt;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use pagoda_ir::Bytes;
 use pagoda_ir::element::{Element, Native};
@@ -13,11 +13,11 @@ use super::error::{Error, Result};
 use super::plugin::Plugin;
 use super::table::{self, HostElement};
 
-/// A client of one plugin with its addressable devices. Cheap to clone, bound to one thread.
+/// A client of one plugin with its addressable devices. Cheap to clone; threads may share it.
 #[derive(Clone)]
 pub struct Client {
     plugin: Plugin,
-    raw: Rc<table::Client>,
+    raw: Arc<table::Client>,
 }
 
 impl Plugin {
@@ -39,7 +39,7 @@ impl Plugin {
     }
 
     fn client_with(&self, options: &[NamedValue]) -> Result<Client> {
-        let raw = self.table().client_create(self.api(), options)?;
+        let raw = self.table().client_create(options)?;
         Ok(Client { plugin: self.clone(), raw })
     }
 }
@@ -52,12 +52,12 @@ impl Client {
 
     /// The platform's name, e.g. `cpu`.
     pub fn platform(&self) -> String {
-        self.raw.wrapped().platform_name().into_owned()
+        self.raw.platform_name().unwrap_or_default()
     }
 
     /// The platform's version string.
     pub fn platform_version(&self) -> String {
-        self.raw.wrapped().platform_version().into_owned()
+        self.raw.platform_version().unwrap_or_default()
     }
 
     /// The number of addressable devices.
@@ -67,11 +67,8 @@ impl Client {
 
     /// One line per addressable device.
     pub fn describe_devices(&self) -> Vec<String> {
-        if self.devices() == 0 {
-            return Vec::new(); // the crate would make a slice of a null pointer
-        }
-        let devices = self.raw.wrapped().addressable_devices();
-        devices.iter().map(|device| device.description().to_string().into_owned()).collect()
+        let describe = |device| self.raw.describe_device(device).unwrap_or_else(|error| error.to_string());
+        (0..self.devices()).map(describe).collect()
     }
 
     /// What buffers can still take of a device's memory; `None` where the plugin does not report it.
@@ -94,7 +91,16 @@ impl Client {
     /// # Errors
     /// What the compiler says; or more replicas than devices.
     pub fn compile(&self, module: impl AsRef<[u8]>, replicas: usize) -> Result<Executable> {
-        let raw = self.raw.compile(module.as_ref(), replicas)?;
+        self.compile_on(module, &Vec::from_iter(0..replicas))
+    }
+
+    /// As [`compile`](Self::compile), for these devices, by their numbers among the client's: replica `i` runs on
+    /// `devices[i]`.
+    ///
+    /// # Errors
+    /// What the compiler says; or a device that there is not.
+    pub fn compile_on(&self, module: impl AsRef<[u8]>, devices: &[usize]) -> Result<Executable> {
+        let raw = self.raw.compile(module.as_ref(), devices)?;
         Ok(Executable { client: self.clone(), raw })
     }
 
@@ -295,8 +301,8 @@ impl Executable {
 
 impl fmt::Debug for Executable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = self.raw.wrapped().executable();
-        write!(f, "{} ({} replicas, {} results)", name.name(), self.replicas(), self.outputs())
+        let name = self.raw.executable().and_then(|program| program.name()).unwrap_or_default();
+        write!(f, "{name} ({} replicas, {} results)", self.replicas(), self.outputs())
     }
 }
 

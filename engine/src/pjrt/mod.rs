@@ -1,10 +1,10 @@
 //! PJRT, small and safe: plugins, clients of N devices, buffers, executables, custom calls written in Rust.
 //!
-//! Crate `pjrt` does what it does soundly (the API handle, compile options, names, the lifetime of clients and programs,
-//! topologies); `abi` lets it drive plugins newer than itself. Execution and host transfers are our own calls on
-//! the same table, because the crate's multi-device argument lists do not have the layout that PJRT reads, because it
-//! knows no bf16, and because a weight must reach the device without a second copy in host memory. Each such call is
-//! one safe function in `table`. No type of the crate is part of this module's interface.
+//! Crate `pjrt` does what it does soundly (the API handle, compile options, topologies); `abi` lets it drive plugins newer
+//! than itself. Clients, programs, execution and host transfers are our own calls on the same table, because the crate's
+//! handles are bound to one thread, because its multi-device argument lists do not have the layout that PJRT reads,
+//! because it knows no bf16, and because a weight must reach the device without a second copy in host memory. Each such
+//! call is one safe function in `table`. No type of the crate is part of this module's interface.
 //!
 //! Invariants: a buffer given away with [`Arg::Donate`] cannot be named again; one given with [`Arg::Keep`] is never
 //! donated, whatever the program says; a program takes buffers of its own client only; every error carries the plugin's

@@ -6,14 +6,17 @@
 //! demands beyond that (lengths of lists, buffers of one client, memory that must not be freed while it works) its
 //! function checks or waits for, so that no safe code can call an entry wrongly.
 //!
+//! Handles may be used by any thread, by several at the same time: PJRT locks what it changes.
+//!
 //! It must never hand out a pointer, or take one that it did not make.
 
 use std::ffi::c_void;
 use std::ptr::{NonNull, null_mut};
-use std::rc::Rc;
+use std::sync::Arc;
 
 use pjrt::{CompileOptions, NamedValue};
 use pjrt_sys as sys;
+use pjrt_sys::protos::xla::{DeviceAssignmentProto, device_assignment_proto::ComputationDevice};
 
 use super::error::{Error, Result, code_name};
 
@@ -72,7 +75,7 @@ impl Table {
             if let Some(function) = self.0.PJRT_Error_Message {
                 function(&mut text);
             }
-            let message = String::from_utf8_lossy(slice(text.message.cast::<u8>(), text.message_size)).into_owned();
+            let message = self::text(text.message, text.message_size);
             if let Some(function) = self.0.PJRT_Error_GetCode {
                 function(&mut code);
             }
@@ -85,7 +88,7 @@ impl Table {
     }
 
     /// `PJRT_Client_Create`, and the client's devices.
-    pub(super) fn client_create(self, api: &pjrt::Api, options: &[NamedValue]) -> Result<Rc<Client>> {
+    pub(super) fn client_create(self, options: &[NamedValue]) -> Result<Arc<Client>> {
         let name = "PJRT_Client_Create";
         let options: Vec<sys::PJRT_NamedValue> = options.iter().map(Into::into).collect();
         let mut args = sys::PJRT_Client_Create_Args::new();
@@ -94,10 +97,19 @@ impl Table {
         // SAFETY: the options, and the values that they were made of, outlive the call, which copies them.
         unsafe { self.call(name, self.0.PJRT_Client_Create, &mut args)? };
         let raw = non_null(name, args.client)?;
-        let mut client = Client { table: self, wrapped: pjrt::Client::wrap(api, raw.as_ptr()), raw, devices: vec![] };
+        let mut client = Client { table: self, raw, devices: vec![] };
         client.devices = client.addressable_devices()?;
-        Ok(Rc::new(client))
+        Ok(Arc::new(client))
     }
+}
+
+/// A plugin's text, copied.
+///
+/// # Safety
+/// `data` is null, or valid for `size` bytes.
+unsafe fn text(data: *const std::ffi::c_char, size: usize) -> String {
+    // SAFETY: by contract.
+    String::from_utf8_lossy(unsafe { slice(data.cast::<u8>(), size) }).into_owned()
 }
 
 /// The elements behind a pointer that may be null where there are none.
@@ -118,16 +130,84 @@ fn non_null<T>(call: &'static str, pointer: *mut T) -> Result<NonNull<T>> {
 /// A client and its addressable devices.
 pub(super) struct Client {
     table: Table,
-    /// Owns the client: destroys it when it goes.
-    wrapped: pjrt::Client,
     raw: NonNull<sys::PJRT_Client>,
     devices: Vec<NonNull<sys::PJRT_Device>>,
 }
 
+// SAFETY: PJRT's functions may be called from any thread, by several at once; the fields are never changed.
+unsafe impl Send for Client {}
+// SAFETY: as above.
+unsafe impl Sync for Client {}
+
+impl Drop for Client {
+    /// `PJRT_Client_Destroy`.
+    fn drop(&mut self) {
+        let mut args = sys::PJRT_Client_Destroy_Args::new();
+        args.client = self.raw.as_ptr();
+        // SAFETY: the client is live and not used again: what belongs to it keeps it alive.
+        if let Err(error) =
+            unsafe { self.table.call("PJRT_Client_Destroy", self.table.0.PJRT_Client_Destroy, &mut args) }
+        {
+            log::warn!("a client was not freed: {error}");
+        }
+    }
+}
+
 impl Client {
-    /// Crate `pjrt`'s view of it.
-    pub(super) fn wrapped(&self) -> &pjrt::Client {
-        &self.wrapped
+    /// `PJRT_Client_PlatformName`.
+    pub(super) fn platform_name(&self) -> Result<String> {
+        let mut args = sys::PJRT_Client_PlatformName_Args::new();
+        args.client = self.raw.as_ptr();
+        // SAFETY: the client is live, and owns the text for as long as it lives.
+        unsafe {
+            self.table.call("PJRT_Client_PlatformName", self.table.0.PJRT_Client_PlatformName, &mut args)?;
+            Ok(text(args.platform_name, args.platform_name_size))
+        }
+    }
+
+    /// `PJRT_Client_PlatformVersion`.
+    pub(super) fn platform_version(&self) -> Result<String> {
+        let mut args = sys::PJRT_Client_PlatformVersion_Args::new();
+        args.client = self.raw.as_ptr();
+        // SAFETY: as above.
+        unsafe {
+            self.table.call("PJRT_Client_PlatformVersion", self.table.0.PJRT_Client_PlatformVersion, &mut args)?;
+            Ok(text(args.platform_version, args.platform_version_size))
+        }
+    }
+
+    /// `PJRT_Device_GetDescription` of the `device`th device.
+    fn description(&self, device: usize) -> Result<NonNull<sys::PJRT_DeviceDescription>> {
+        let name = "PJRT_Device_GetDescription";
+        let Some(device) = self.devices.get(device) else {
+            return Err(Error::Misuse(format!("device {device} of {}", self.devices())));
+        };
+        let mut args = sys::PJRT_Device_GetDescription_Args::new();
+        args.device = device.as_ptr();
+        // SAFETY: the device is live for as long as its client, and so is its description.
+        unsafe { self.table.call(name, self.table.0.PJRT_Device_GetDescription, &mut args)? };
+        non_null(name, args.device_description)
+    }
+
+    /// `PJRT_DeviceDescription_Id` of the `device`th device: its number among the devices of all processes.
+    fn device_id(&self, device: usize) -> Result<i64> {
+        let mut args = sys::PJRT_DeviceDescription_Id_Args::new();
+        args.device_description = self.description(device)?.as_ptr();
+        // SAFETY: the description is live.
+        unsafe { self.table.call("PJRT_DeviceDescription_Id", self.table.0.PJRT_DeviceDescription_Id, &mut args)? };
+        Ok(args.id.into())
+    }
+
+    /// `PJRT_DeviceDescription_ToString` of the `device`th device.
+    pub(super) fn describe_device(&self, device: usize) -> Result<String> {
+        let name = "PJRT_DeviceDescription_ToString";
+        let mut args = sys::PJRT_DeviceDescription_ToString_Args::new();
+        args.device_description = self.description(device)?.as_ptr();
+        // SAFETY: the description is live, and owns the text for as long as it lives.
+        unsafe {
+            self.table.call(name, self.table.0.PJRT_DeviceDescription_ToString, &mut args)?;
+            Ok(text(args.to_string, args.to_string_size))
+        }
     }
 
     /// The number of addressable devices.
@@ -161,16 +241,22 @@ impl Client {
         Ok(args)
     }
 
-    /// `PJRT_Client_Compile` of an MLIR module (text or bytecode) for the first `replicas` devices.
-    pub(super) fn compile(self: &Rc<Self>, module: &[u8], replicas: usize) -> Result<LoadedExecutable> {
+    /// `PJRT_Client_Compile` of an MLIR module (text or bytecode), one replica per device, by its number among the client's.
+    pub(super) fn compile(self: &Arc<Self>, module: &[u8], devices: &[usize]) -> Result<LoadedExecutable> {
         let name = "PJRT_Client_Compile";
-        if replicas == 0 || replicas > self.devices() {
-            let devices = self.devices();
-            return Err(Error::Misuse(format!("a program of {replicas} replicas on a client of {devices} devices")));
+        let (replicas, all) = (devices.len(), self.devices());
+        if replicas == 0 || devices.iter().any(|&device| device >= all) {
+            return Err(Error::Misuse(format!("a program for the devices {devices:?} of a client of {all}")));
         }
+        let ids = devices.iter().map(|&device| self.device_id(device)).collect::<Result<Vec<_>>>()?;
         let mut options = CompileOptions::new();
         if let Some(build) = options.proto_mut().executable_build_options.as_mut() {
             build.num_replicas = replicas as i64;
+            build.device_assignment = Some(DeviceAssignmentProto {
+                replica_count: replicas as i32,
+                computation_count: 1,
+                computation_devices: vec![ComputationDevice { replica_device_ids: ids }],
+            });
         }
         let options = options.encode();
         let format = b"mlir";
@@ -187,14 +273,14 @@ impl Client {
         // SAFETY: the client is live; program and options outlive the call, which only reads them.
         unsafe { self.table.call(name, self.table.0.PJRT_Client_Compile, &mut args)? };
         let raw = non_null(name, args.executable)?;
-        let wrapped = pjrt::LoadedExecutable::wrap(&self.wrapped, raw.as_ptr());
-        let outputs = wrapped.executable().num_outputs();
-        Ok(LoadedExecutable { client: Rc::clone(self), wrapped, raw, replicas, outputs })
+        let mut loaded = LoadedExecutable { client: Arc::clone(self), raw, replicas, outputs: 0 };
+        loaded.outputs = loaded.executable()?.outputs()?;
+        Ok(loaded)
     }
 
     /// `PJRT_Client_BufferFromHostBuffer` of a row-major array on the `device`th device; returns when `bytes` were read.
     pub(super) fn buffer_from_host_buffer(
-        self: &Rc<Self>,
+        self: &Arc<Self>,
         bytes: &[u8],
         element: HostElement,
         dims: &[usize],
@@ -222,7 +308,7 @@ impl Client {
         // the event says that they were read.
         unsafe { self.table.call(name, self.table.0.PJRT_Client_BufferFromHostBuffer, &mut args)? };
         let done = Event::of(self, args.done_with_host_buffer);
-        let buffer = non_null(name, args.buffer).map(|raw| Buffer { client: Rc::clone(self), raw });
+        let buffer = non_null(name, args.buffer).map(|raw| Buffer { client: Arc::clone(self), raw });
         done.wait()?;
         buffer
     }
@@ -237,14 +323,14 @@ pub(super) struct HostElement {
 
 /// Something that happens later, or nothing to wait for.
 struct Event {
-    client: Rc<Client>,
+    client: Arc<Client>,
     raw: Option<NonNull<sys::PJRT_Event>>,
 }
 
 impl Event {
     /// Takes over an event that the plugin returned; null is one that has happened.
-    fn of(client: &Rc<Client>, raw: *mut sys::PJRT_Event) -> Self {
-        Self { client: Rc::clone(client), raw: NonNull::new(raw) }
+    fn of(client: &Arc<Client>, raw: *mut sys::PJRT_Event) -> Self {
+        Self { client: Arc::clone(client), raw: NonNull::new(raw) }
     }
 
     /// `PJRT_Event_Await`: returns when it has happened, with its error if it has one.
@@ -274,14 +360,19 @@ impl Drop for Event {
 
 /// An array on a device.
 pub(super) struct Buffer {
-    client: Rc<Client>,
+    client: Arc<Client>,
     raw: NonNull<sys::PJRT_Buffer>,
 }
 
+// SAFETY: as for `Client`.
+unsafe impl Send for Buffer {}
+// SAFETY: as above.
+unsafe impl Sync for Buffer {}
+
 impl Buffer {
     /// Whether it is on a device of this client.
-    pub(super) fn is_of(&self, client: &Rc<Client>) -> bool {
-        Rc::ptr_eq(&self.client, client)
+    pub(super) fn is_of(&self, client: &Arc<Client>) -> bool {
+        Arc::ptr_eq(&self.client, client)
     }
 
     /// `PJRT_Buffer_ElementType`.
@@ -359,20 +450,31 @@ impl Drop for Buffer {
 
 /// A compiled program on devices of one client.
 pub(super) struct LoadedExecutable {
-    client: Rc<Client>,
-    /// Owns the program: destroys it when it goes.
-    wrapped: pjrt::LoadedExecutable,
+    client: Arc<Client>,
     raw: NonNull<sys::PJRT_LoadedExecutable>,
     replicas: usize,
     outputs: usize,
 }
 
-impl LoadedExecutable {
-    /// Crate `pjrt`'s view of it.
-    pub(super) fn wrapped(&self) -> &pjrt::LoadedExecutable {
-        &self.wrapped
-    }
+// SAFETY: as for `Client`.
+unsafe impl Send for LoadedExecutable {}
+// SAFETY: as above.
+unsafe impl Sync for LoadedExecutable {}
 
+impl Drop for LoadedExecutable {
+    /// `PJRT_LoadedExecutable_Destroy`.
+    fn drop(&mut self) {
+        let (name, table) = ("PJRT_LoadedExecutable_Destroy", self.client.table);
+        let mut args = sys::PJRT_LoadedExecutable_Destroy_Args::new();
+        args.executable = self.raw.as_ptr();
+        // SAFETY: the program is live and not used again.
+        if let Err(error) = unsafe { table.call(name, table.0.PJRT_LoadedExecutable_Destroy, &mut args) } {
+            log::warn!("a program was not freed: {error}");
+        }
+    }
+}
+
+impl LoadedExecutable {
     /// The number of results.
     pub(super) fn outputs(&self) -> usize {
         self.outputs
@@ -419,7 +521,7 @@ impl LoadedExecutable {
         // says (the plugin compares with the program's) and with room for the program's results; all outlive the call.
         unsafe { table.call(name, table.0.PJRT_LoadedExecutable_Execute, &mut args)? };
         // All are taken over before the first error returns, so that none leaks.
-        let buffer = |raw| non_null(name, raw).map(|raw| Buffer { client: Rc::clone(&self.client), raw });
+        let buffer = |raw| non_null(name, raw).map(|raw| Buffer { client: Arc::clone(&self.client), raw });
         let results: Vec<Vec<Result<Buffer>>> =
             results.into_iter().map(|list| list.into_iter().map(buffer).collect()).collect();
         results.into_iter().map(|list| list.into_iter().collect()).collect()
@@ -433,21 +535,50 @@ impl LoadedExecutable {
         args.loaded_executable = self.raw.as_ptr();
         // SAFETY: the program is live.
         unsafe { table.call(name, table.0.PJRT_LoadedExecutable_GetExecutable, &mut args)? };
-        let raw = non_null(name, args.executable)?;
-        let wrapped = pjrt::Executable::wrap(self.client.wrapped.api(), raw.as_ptr());
-        Ok(Executable { table, _wrapped: wrapped, raw })
+        Ok(Executable { table, raw: non_null(name, args.executable)? })
     }
 }
 
 /// A compiled program without devices.
 pub(super) struct Executable {
     table: Table,
-    /// Owns the program: destroys it when it goes.
-    _wrapped: pjrt::Executable,
     raw: NonNull<sys::PJRT_Executable>,
 }
 
+impl Drop for Executable {
+    /// `PJRT_Executable_Destroy`.
+    fn drop(&mut self) {
+        let (name, table) = ("PJRT_Executable_Destroy", self.table);
+        let mut args = sys::PJRT_Executable_Destroy_Args::new();
+        args.executable = self.raw.as_ptr();
+        // SAFETY: the program is live and not used again.
+        if let Err(error) = unsafe { table.call(name, table.0.PJRT_Executable_Destroy, &mut args) } {
+            log::warn!("a program was not freed: {error}");
+        }
+    }
+}
+
 impl Executable {
+    /// `PJRT_Executable_NumOutputs`.
+    fn outputs(&self) -> Result<usize> {
+        let mut args = sys::PJRT_Executable_NumOutputs_Args::new();
+        args.executable = self.raw.as_ptr();
+        // SAFETY: the program is live.
+        unsafe { self.table.call("PJRT_Executable_NumOutputs", self.table.0.PJRT_Executable_NumOutputs, &mut args)? };
+        Ok(args.num_outputs)
+    }
+
+    /// `PJRT_Executable_Name`.
+    pub(super) fn name(&self) -> Result<String> {
+        let mut args = sys::PJRT_Executable_Name_Args::new();
+        args.executable = self.raw.as_ptr();
+        // SAFETY: the program is live, and owns the text for as long as it lives.
+        unsafe {
+            self.table.call("PJRT_Executable_Name", self.table.0.PJRT_Executable_Name, &mut args)?;
+            Ok(text(args.executable_name, args.executable_name_size))
+        }
+    }
+
     /// `PJRT_Executable_GetCompiledMemoryStats`.
     pub(super) fn compiled_memory_stats(&self) -> Result<sys::PJRT_Executable_GetCompiledMemoryStats_Args> {
         let name = "PJRT_Executable_GetCompiledMemoryStats";

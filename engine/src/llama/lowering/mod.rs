@@ -188,13 +188,14 @@ pub(super) fn lowering<'c>(
     })
 }
 
-/// The attention over `rows` query rows.
+/// The attention of one shard over `rows` query rows.
 fn attention(
     config: &LlamaConfig,
     shape: &StepShape,
     rows: usize,
     kind: Kind,
 ) -> std::result::Result<rpa::Problem, Invalid> {
+    let config = shape.parallel.shard_of(config);
     rpa::Problem::new(rpa::Spec {
         kind,
         precision: rpa::Precision::uniform(shape.compute),
