@@ -6,6 +6,8 @@
 //! of DMAs, launch gaps between programs, the host) makes an estimate a bound from below rather than a promise: nothing of
 //! it was run on a TPU.
 
+use std::collections::BTreeMap;
+
 use pagoda_kernels::chips::ChipInfo;
 use pagoda_kernels::random::Lengths;
 use serde::{Deserialize, Serialize};
@@ -14,8 +16,9 @@ use super::launches::{Launch, Planned, Work, keys_worked};
 use super::plan::{Plan, Program, Sample};
 use crate::error::Result;
 use crate::generate::EngineOptions;
-use crate::scheduler::{Request, Scheduler, Step};
+use crate::scheduler::{Request, Scheduler, Step, batches};
 use crate::stop::StopRule;
+use crate::units::SampleId;
 
 /// Where a figure comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -227,20 +230,30 @@ pub struct Simulation {
 /// # Errors
 /// When a prompt can never run under the limits.
 pub fn simulate(plan: &Plan, costs: &Costs, samples: &[Sample]) -> Result<Simulation> {
-    /// Decode rounds between which lengths are taken as constant.
-    const STRIDE: usize = 64;
     let job = &plan.job;
     let mut scheduler =
         Scheduler::new(job.limits, StopRule::new([], vec![])).with_mixed_steps(EngineOptions::mixes(job.compute));
-    for &Sample { id, prompt } in samples {
-        // Only samples of one prompt have tokens in common.
-        let prompt = vec![id.index as u32; prompt].into();
-        scheduler.push(Request { id, prompt, max_new_tokens: job.max_new_tokens })?;
-    }
+    let prompt_of: BTreeMap<SampleId, usize> = samples.iter().map(|sample| (sample.id, sample.prompt)).collect();
+    let ids: Vec<SampleId> = samples.iter().map(|sample| sample.id).collect();
     let mut done = Simulation::default();
+    for batch in batches(&ids, job.prompts_per_batch) {
+        for &id in batch {
+            // Only samples of one prompt have tokens in common.
+            let prompt = vec![id.index as u32; prompt_of[&id]].into();
+            scheduler.push(Request { id, prompt, max_new_tokens: job.max_new_tokens })?;
+        }
+        run(plan, costs, &mut scheduler, &mut done);
+    }
+    Ok(done)
+}
+
+/// Runs all that is queued.
+fn run(plan: &Plan, costs: &Costs, scheduler: &mut Scheduler, done: &mut Simulation) {
+    /// Decode rounds between which lengths are taken as constant.
+    const STRIDE: usize = 64;
     loop {
         let sampled: Vec<_> = match scheduler.next() {
-            Step::Done => break,
+            Step::Done => return,
             Step::Prefill(rows) => {
                 let batch: Vec<_> =
                     rows.iter().map(|row| Lengths { q_len: row.tokens.len(), kv_len: row.kv_len() }).collect();
@@ -272,7 +285,6 @@ pub fn simulate(plan: &Plan, costs: &Costs, samples: &[Sample]) -> Result<Simula
             scheduler.record(slot, &vec![0; count]);
         }
     }
-    Ok(done)
 }
 
 /// What the whole slice does.

@@ -17,8 +17,6 @@ pub mod suggest;
 #[cfg(test)]
 mod tests;
 
-use std::num::NonZeroUsize;
-
 use pagoda_ir::Context;
 use pagoda_kernels::random::Lengths;
 use pagoda_kernels::rpa::{self, Rpa};
@@ -60,8 +58,6 @@ pub enum Layout {
 pub struct Question {
     /// The model's name, for the title.
     pub model_name: String,
-    /// The model axis; `None` to have one proposed.
-    pub model: Option<NonZeroUsize>,
     /// How the prompts' lengths are known.
     pub counted: Counted,
     /// How tokens are chosen.

@@ -9,7 +9,7 @@ use pagoda_kernels::chips::Chip;
 use pagoda_kernels::vmem::Bytes;
 
 use super::launches::{Launch, launches};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::llama::step::StepShape;
 use crate::llama::{Parallel, Target, weight_types};
 use crate::mesh::Mesh;
@@ -31,6 +31,8 @@ pub struct Job {
     pub max_new_tokens: usize,
     /// The samples, in the run's order.
     pub samples: Vec<Sample>,
+    /// Prompts that an engine is given at once; `None` for all.
+    pub prompts_per_batch: Option<usize>,
     /// The slice.
     pub topology: Topology,
     /// HBM of a device, as the compiler counts it.
@@ -155,24 +157,36 @@ fn padded(ty: &TensorType) -> Bytes {
 pub const RESERVE: f64 = 0.03;
 
 impl Plan {
-    /// Plans `job` on a mesh whose model axis is `model`, or on a proposed one.
+    /// Plans `job` on `mesh`, or on a proposed one.
     ///
     /// # Errors
-    /// When the model axis divides neither the devices nor the heads, or a kernel cannot be planned.
-    pub fn new(job: &Job, model: Option<NonZeroUsize>) -> Result<Self> {
-        match model {
-            Some(model) => Self::on(job, model, Chosen::Given),
-            None => Self::on(job, propose(job)?, Chosen::Proposed),
+    /// When the mesh has more devices than the slice, the model axis does not split the model, or a kernel cannot be
+    /// planned.
+    pub fn new(job: &Job, mesh: Option<Mesh>) -> Result<Self> {
+        match mesh {
+            Some(mesh) => Self::on(job, mesh, Chosen::Given),
+            None => Self::on(job, Mesh::over(devices(job), propose(job))?, Chosen::Proposed),
         }
     }
 
-    /// Plans `job` with this model axis.
+    /// Plans `job` with this model axis, over all devices of the slice.
+    ///
+    /// # Errors
+    /// As [`Plan::new`], and when the axis does not divide the devices.
+    pub fn with_model_axis(job: &Job, model: NonZeroUsize) -> Result<Self> {
+        Self::on(job, Mesh::over(devices(job), model)?, Chosen::Proposed)
+    }
+
+    /// Plans `job` on `mesh`.
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn on(job: &Job, model: NonZeroUsize, chosen: Chosen) -> Result<Self> {
-        let devices = NonZeroUsize::new(job.topology.devices()).expect("a slice has a chip");
-        let mesh = Mesh::over(devices, model)?;
+    pub fn on(job: &Job, mesh: Mesh, chosen: Chosen) -> Result<Self> {
+        if mesh.devices() > job.topology.devices() {
+            let limit = format!("is more than the {} devices of {}", job.topology.devices(), job.topology.name());
+            return Err(Error::setting("mesh", mesh, limit, "lower an axis, or use a larger slice"));
+        }
+        let model = mesh.model;
         let shape = shape(job, model);
         shape.parallel.check(&job.config)?;
         let shard = shape.parallel.shard_of(&job.config);
@@ -224,6 +238,10 @@ impl Plan {
     }
 }
 
+fn devices(job: &Job) -> NonZeroUsize {
+    NonZeroUsize::new(job.topology.devices()).expect("a slice has a chip")
+}
+
 /// Sizes of the step programs.
 fn shape(job: &Job, model: NonZeroUsize) -> StepShape {
     let limits = &job.limits;
@@ -253,14 +271,14 @@ pub fn model_axes(config: &LlamaConfig, devices: usize) -> Vec<usize> {
 
 /// The smallest model axis whose share of the weights and all pages fit a device; the largest if none does, for the report
 /// to say by how much it fails.
-fn propose(job: &Job) -> Result<NonZeroUsize> {
+fn propose(job: &Job) -> NonZeroUsize {
     let axes = model_axes(&job.config, job.topology.devices());
     let room = Bytes((job.hbm.0 as f64 * (1.0 - RESERVE)) as u64);
     let fits = |&&model: &&usize| {
         NonZeroUsize::new(model).is_some_and(|model| Memory::of(&job.config, &shape(job, model)).total() <= room)
     };
     let model = axes.iter().find(fits).or(axes.last()).copied().and_then(NonZeroUsize::new);
-    Ok(model.expect("one device divides everything"))
+    model.expect("one device divides everything")
 }
 
 /// The chip's name for HBM: what the compiler has of it is asked once, and this stands in where it cannot be.

@@ -316,7 +316,7 @@ fn suggestions(findings: &Findings, question: &Question, one_engine: Option<&One
     if let Some(one) = one_engine.filter(|one| question.one_engine && one.factor(findings) > 1.0) {
         suggestions.push(Suggestion {
             kind: "data parallelism",
-            change: "inference_mode: host_data_parallel (this check assumes it)".into(),
+            change: "inference_mode: host_data_parallel (the default here, and what is estimated; Levanter's is global_mesh)".into(),
             effect: format!(
                 "{} instead of {} ({}): {} calls of one engine become {} engines side by side",
                 Value::Seconds(findings.time.seconds),

@@ -9,7 +9,7 @@ use std::num::NonZeroUsize;
 use pagoda_kernels::vmem::Bytes;
 
 use super::estimate::{Costs, JobTime, job_time};
-use super::plan::{Chosen, Plan, RESERVE, model_axes};
+use super::plan::{Plan, RESERVE, model_axes};
 
 /// A change of one setting.
 #[derive(Clone, Debug)]
@@ -64,7 +64,7 @@ fn other_mesh(plan: &Plan, now_fits: bool) -> Option<Alternative> {
     let axes = model_axes(&job.config, job.topology.devices()).into_iter();
     // Across hosts only where nothing within one fits.
     let axes = axes.filter(|&axis| axis != model && (axis <= per_host || !now_fits));
-    let plans = axes.filter_map(|axis| Plan::on(job, NonZeroUsize::new(axis)?, Chosen::Proposed).ok());
+    let plans = axes.filter_map(|axis| Plan::with_model_axis(job, NonZeroUsize::new(axis)?).ok());
     let timed = plans.filter(fits).filter_map(|other| Some((modelled_time(&other)?, other)));
     let (time, other) = timed.min_by(|(a, _), (b, _)| a.seconds.total_cmp(&b.seconds))?;
     let (before, after) = (plan.mesh, other.mesh);
@@ -99,7 +99,10 @@ fn more_sequences(plan: &Plan) -> Option<Alternative> {
     let slots = slots.max(slots_now);
     let mut job = job.clone();
     (job.limits.max_seqs, job.limits.max_pages) = (slots, pages);
-    let other = Plan::on(&job, plan.mesh.model, plan.chosen).ok()?;
+    // Batches of fewer prompts would leave slots idle.
+    let batch = job.prompts_per_batch.filter(|&prompts| prompts < slots).map(|_| slots);
+    job.prompts_per_batch = batch.or(job.prompts_per_batch);
+    let other = Plan::on(&job, plan.mesh, plan.chosen).ok()?;
     let time = modelled_time(&other)?;
     let mut change = Vec::new();
     if slots > slots_now {
@@ -108,6 +111,7 @@ fn more_sequences(plan: &Plan) -> Option<Alternative> {
     if pages > pages_now {
         change.push(format!("engine.max_pages: {pages}"));
     }
+    change.extend(batch.map(|prompts| format!("max_prompts_per_batch: {prompts}")));
     let why = format!(
         "a step reads the weights once for {slots} sequences instead of {}; the pages take {} of HBM instead of {}",
         slots_now.min(pages_now / pages_each.max(1)),
@@ -131,7 +135,7 @@ fn fewer_pages(plan: &Plan) -> Option<Alternative> {
         return None;
     }
     job.limits.max_pages = pages;
-    let other = Plan::on(&job, plan.mesh.model, plan.chosen).ok()?;
+    let other = Plan::on(&job, plan.mesh, plan.chosen).ok()?;
     let time = modelled_time(&other)?;
     let why =
         format!("the pages take {} instead of {}, and the device has {}", other.memory.kv, plan.memory.kv, job.hbm);

@@ -1,5 +1,6 @@
 //! The pure parts on drawn jobs, and the report on canned answers of the compiler.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use pagoda_ir::Element;
@@ -30,6 +31,10 @@ fn llama(q_heads: usize, kv_heads: usize, head_dim: usize, inner: usize, layers:
     LlamaConfig::parse(Path::new("config.json"), &value).unwrap()
 }
 
+fn on(job: &Job, model: usize) -> Result<Plan> {
+    Plan::with_model_axis(job, NonZeroUsize::new(model).unwrap())
+}
+
 fn samples(lengths: &[usize]) -> Vec<Sample> {
     let sample = |(index, &prompt)| Sample { id: SampleId { round: 0, index, generation: 0 }, prompt };
     lengths.iter().enumerate().map(sample).collect()
@@ -51,6 +56,7 @@ fn incident(topology: &str) -> Job {
         compute: Element::Bf16,
         max_new_tokens: 4096,
         samples: samples(&[25; 100]),
+        prompts_per_batch: Some(8),
         topology: Topology::parse(topology).unwrap(),
         hbm: Bytes(102_789_304_484),
     }
@@ -59,7 +65,6 @@ fn incident(topology: &str) -> Job {
 fn question() -> Question {
     Question {
         model_name: "llama-3.1-8b".into(),
-        model: None,
         counted: Counted::Characters,
         sampling: Sampling::Greedy,
         may_stop: false,
@@ -141,8 +146,8 @@ impl Compiler for Canned {
     }
 }
 
-fn found(job: &Job, model: Option<usize>, hbm_asked: Option<Bytes>) -> Findings {
-    let plan = Plan::new(job, model.and_then(NonZeroUsize::new)).unwrap();
+fn found(job: &Job, model: usize, hbm_asked: Option<Bytes>) -> Findings {
+    let plan = on(job, model).unwrap();
     let canned = Canned { plan: plan.clone(), hbm_asked };
     find_out(plan, &question(), &canned, &|_, _| {}).unwrap()
 }
@@ -152,7 +157,7 @@ fn the_incident_answered() {
     // Whole steps are emitted: few layers are as good as 32.
     let mut job = incident("v5p-64");
     job.config = llama(32, 8, 128, 14_336, 2, 128_256);
-    let findings = found(&job, Some(4), None);
+    let findings = found(&job, 4, None);
     assert!(findings.fits());
     let report = report(&findings, &question());
     assert_eq!(report.verdict.status, Status::Good);
@@ -170,7 +175,7 @@ fn the_incident_answered() {
 fn what_is_too_large_is_said_with_both_numbers() {
     let mut job = incident("v5p-8");
     job.config = llama(64, 8, 128, 28_672, 2, 128_256);
-    let findings = found(&job, Some(1), Some(Bytes::gib(144)));
+    let findings = found(&job, 1, Some(Bytes::gib(144)));
     assert!(!findings.fits());
     let report = report(&findings, &question());
     assert_eq!(report.verdict.status, Status::Bad);
@@ -181,7 +186,7 @@ fn what_is_too_large_is_said_with_both_numbers() {
 
 #[test]
 fn jaxs_kernel_is_refused_with_ways_out() {
-    let plan = Plan::new(&incident("v5p-64"), NonZeroUsize::new(4)).unwrap();
+    let plan = on(&incident("v5p-64"), 4).unwrap();
     insta::assert_snapshot!(jax_report(&plan, &question()).text());
 }
 
@@ -189,7 +194,7 @@ fn jaxs_kernel_is_refused_with_ways_out() {
 fn meshes_that_do_not_divide_are_refused() {
     let job = incident("v5p-64");
     for (model, words) in [(3, "mesh model = 3 does not divide 32 devices"), (64, "mesh model = 64 does not divide")] {
-        let error = Plan::new(&job, NonZeroUsize::new(model)).unwrap_err();
+        let error = on(&job, model).unwrap_err();
         assert!(error.to_string().contains(words) && error.exit_code() == 2, "{error}");
     }
 }
@@ -214,7 +219,7 @@ fn meshes_are_proposed_by_memory() {
 fn samples_are_shared_out_as_hosts_share_prompts() {
     let mut job = incident("v5p-64");
     job.samples = samples(&[9; 13]);
-    let plan = Plan::new(&job, NonZeroUsize::new(4)).unwrap();
+    let plan = on(&job, 4).unwrap();
     let shares: Vec<_> =
         plan.shares().iter().map(|share| share.first().unwrap().id.index..share.last().unwrap().id.index + 1).collect();
     let hosts = (0..8).map(|host| crate::hosts::Share::new(host, 8).unwrap().prompts(13));
@@ -254,6 +259,7 @@ fn any_job() -> impl Strategy<Value = (Job, Option<usize>)> {
                 compute: Element::Bf16,
                 max_new_tokens: new,
                 samples: samples(&prompts),
+                prompts_per_batch: (seqs % 3 == 0).then_some(seqs),
                 topology: at.get(&slices[..slices.len().min(20)]).clone(),
                 hbm: chip.info().hbm,
             };
@@ -268,7 +274,7 @@ proptest! {
     /// leaves prompts and lengths alone, and is what planning and simulating it anew gives.
     #[test]
     fn plans_add_up_and_suggestions_do_what_they_say((job, model) in any_job()) {
-        let plan = match Plan::new(&job, model.and_then(NonZeroUsize::new)) {
+        let plan = match model.map_or_else(|| Plan::new(&job, None), |model| on(&job, model)) {
             Ok(plan) => plan,
             Err(error) => {
                 prop_assert_eq!(error.exit_code(), 2, "{}", error);
@@ -295,7 +301,7 @@ proptest! {
             prop_assert!(suggest::fits(&alternative.plan));
             prop_assert_eq!((&changed.samples, changed.max_new_tokens), (&job.samples, job.max_new_tokens));
             prop_assert_eq!(changed.limits.max_seq_len, job.limits.max_seq_len);
-            let again = Plan::new(changed, Some(alternative.plan.mesh.model)).unwrap();
+            let again = Plan::new(changed, Some(alternative.plan.mesh)).unwrap();
             prop_assert_eq!(suggest::modelled_time(&again), Some(alternative.time));
             prop_assert!(!suggest::fits(&plan) || alternative.time.seconds < time.seconds);
         }

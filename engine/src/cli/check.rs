@@ -7,14 +7,16 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use super::sample::Prompts;
 use crate::certify::Certifier;
 use crate::check::compile::{Answer, Cached, Compiler, Unit, user_cache};
 use crate::check::plan::{Job, Plan, Sample};
 use crate::check::{self, Counted, Findings, Layout, Question, jax_v2};
-use crate::config::{Flags, Settings};
+use crate::config::{Flags, InferenceMode, Settings};
 use crate::error::{Error, Result};
 use crate::generate::SamplingOptions;
 use crate::model::config::LlamaConfig;
+use crate::model::source::Files;
 use crate::model::tokenizer::Tokenizer;
 use crate::output::write_atomically;
 use crate::pjrt::{Kind, PluginChoice};
@@ -33,9 +35,6 @@ pub(super) struct CheckArgs {
     /// The slice: v5p-64, v5litepod-16, v6e-8, tpu7x-8, or libtpu's own name, v5p:2x4x4.
     #[arg(long, value_name = "SLICE")]
     topology: String,
-    /// The mesh, data=8,model=4 or model=4 [default: the config's, or the smallest model axis that fits].
-    #[arg(long, value_name = "AXES")]
-    mesh: Option<String>,
     /// Whose attention kernel.
     #[arg(long, value_enum, default_value_t)]
     layout: Layout,
@@ -61,17 +60,19 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let started = Instant::now();
     let topology = Topology::parse(&args.topology)?;
     let settings = Settings::resolve(args.config.as_deref(), &args.settings)?;
-    let folder = settings.model()?;
-    let config = LlamaConfig::open(folder)?;
+    let folder = settings.model(Files::Config)?;
+    let config = LlamaConfig::open(&folder)?;
     let (lengths, counted) = lengths(&settings, &config)?;
     let limits = settings.limits(&lengths, config.max_position_embeddings)?;
-    let model = model_axis(args, &topology)?;
+    let devices = NonZeroUsize::new(topology.devices()).expect("a slice has a chip");
+    let mesh = settings.trainer.mesh.axes.map(|axes| axes.resolve(devices)).transpose()?;
     let library = PluginChoice::Named(Kind::Tpu).locate();
     let mut job = Job {
         limits,
-        compute: settings.engine.compute_dtype.element(),
+        compute: settings.compute().element(),
         max_new_tokens: settings.max_new_tokens,
         samples: samples(&lengths, &settings),
+        prompts_per_batch: settings.max_prompts_per_batch,
         hbm: check::plan::data_sheet_hbm(topology.chip()),
         topology,
         config,
@@ -84,15 +85,14 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     };
     let question = Question {
         model_name: folder.file_name().map_or_else(|| "the model".into(), |name| name.to_string_lossy().into_owned()),
-        model,
         counted,
         sampling: sampling.kind(),
         may_stop: settings.stop_sequence.is_some() || !job.config.eos_token_ids.is_empty(),
-        jax_tiles: None::<jax_v2::Tiles>,
-        one_engine: false,
+        jax_tiles: jax_tiles(&settings),
+        one_engine: settings.inference_mode != Some(InferenceMode::HostDataParallel),
     };
     if args.layout == Layout::JaxV2 {
-        let plan = Plan::new(&job, model)?;
+        let plan = Plan::new(&job, mesh)?;
         let report = check::jax_report(&plan, &question);
         return show(args, &report);
     }
@@ -100,7 +100,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let cache = args.cache.clone().map_or_else(user_cache, Ok)?;
     let compiler = Cached::new(certifier, &library?.path, &cache)?;
     job.hbm = check::device_memory(&compiler, &job.topology)?;
-    let plan = Plan::new(&job, model)?;
+    let plan = Plan::new(&job, mesh)?;
     eprintln!("# {}, mesh {}: compiling for {}", job.topology, plan.mesh, plan.group.libtpu_name());
     let done = |unit: &Unit, answer: &Answer| {
         let said = match answer {
@@ -133,15 +133,21 @@ fn show(args: &CheckArgs, report: &Report) -> Result<ExitCode> {
 
 /// Tokens of each prompt.
 fn lengths(settings: &Settings, config: &LlamaConfig) -> Result<(Vec<usize>, Counted)> {
-    let path = settings.tokenizer()?;
-    let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
-    if !file.is_file() {
+    let found = settings.tokenizer().ok().map(|path| if path.is_dir() { path.join("tokenizer.json") } else { path });
+    let Some(file) = found.filter(|file| file.is_file()) else {
         let estimate = |prompt: &String| 1 + prompt.chars().count().div_ceil(4);
         return Ok((settings.prompts.iter().map(estimate).collect(), Counted::Characters));
-    }
-    let tokenizer = Tokenizer::open(path, config)?;
-    let count = |prompt: &String| tokenizer.encode(prompt).map(|tokens| tokens.len());
-    Ok((settings.prompts.iter().map(count).collect::<Result<_>>()?, Counted::Tokenizer))
+    };
+    let prompts = Prompts::encode(settings, &Tokenizer::open(&file, config)?)?;
+    Ok((prompts.tokens.iter().map(Vec::len).collect(), Counted::Tokenizer))
+}
+
+/// Tiles that the config gives JAX's kernel; what it leaves open beside one of them is Levanter's default.
+fn jax_tiles(settings: &Settings) -> Option<jax_v2::Tiles> {
+    const LEVANTER: usize = 16;
+    let given = [settings.model.ragged_paged_q_block_size, settings.model.ragged_paged_kv_block_pages];
+    let [queries, kv_pages] = given.map(|size| size.unwrap_or(LEVANTER));
+    given.iter().any(Option::is_some).then_some(jax_v2::Tiles { queries, kv_pages })
 }
 
 /// The samples of the run, in the order in which they are made.
@@ -154,33 +160,6 @@ fn samples(lengths: &[usize], settings: &Settings) -> Vec<Sample> {
         })
     });
     samples.collect()
-}
-
-/// The model axis that was asked for.
-fn model_axis(args: &CheckArgs, topology: &Topology) -> Result<Option<NonZeroUsize>> {
-    let Some(text) = &args.mesh else { return Ok(None) };
-    let bad = |limit: &str| Error::setting("--mesh", text, limit, "write data=8,model=4, or model=4");
-    let mut axes = [None, None];
-    for axis in text.split(',') {
-        let (name, size) = axis.split_once('=').ok_or_else(|| bad("is not a list of axes"))?;
-        let at = ["data", "model"].iter().position(|known| *known == name.trim());
-        let at = at.ok_or_else(|| bad("has an axis that is neither data nor model"))?;
-        let size: NonZeroUsize = size.trim().parse().map_err(|_| bad("has a size that is not a number above 0"))?;
-        axes[at] = Some(size);
-    }
-    let [data, model] = axes;
-    let devices = topology.devices();
-    match (data, model) {
-        (Some(data), model) => {
-            let model = model.map_or_else(|| devices / data, NonZeroUsize::get);
-            if data.get() * model != devices {
-                let limit = format!("has {} devices, and {} has {devices}", data.get() * model, topology.name());
-                return Err(bad(&limit));
-            }
-            Ok(NonZeroUsize::new(model))
-        }
-        (None, model) => Ok(model),
-    }
 }
 
 /// Copies the executables into `folder`, under the names of their programs' keys.

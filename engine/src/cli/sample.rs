@@ -63,13 +63,13 @@ struct StartUp {
 }
 
 /// The prompts of a run, as text and as tokens.
-struct Prompts {
+pub(super) struct Prompts {
     texts: Vec<String>,
-    tokens: Vec<Vec<u32>>,
+    pub(super) tokens: Vec<Vec<u32>>,
 }
 
 impl Prompts {
-    fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
+    pub(super) fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
         let template = settings.chat.then(|| ChatTemplate::open(&settings.model(Files::Tokenizer)?)).transpose()?;
         let encode = |prompt: &String| match &template {
             None => tokenizer.encode(prompt),
