@@ -216,8 +216,8 @@ fn models() -> [(&'static str, serde_json::Value); 4] {
 
 /// Compiles prefill and decode of `config` for `chip`; in place, and named.
 fn assert_compiles(name: &str, config: &serde_json::Value, chip: Chip) {
-    let certifier = Certifier::find(env!("CARGO_BIN_EXE_pagoda")).expect("libtpu: run `make tpu-tools`").in_program();
-    let certifier = certifier.timeout(Duration::from_secs(600));
+    let certifier = Certifier::find(env!("CARGO_BIN_EXE_pagoda")).expect("libtpu: run `make tpu-tools`");
+    let certifier = certifier.in_program().without_profile().timeout(Duration::from_secs(600));
     let config = LlamaConfig::parse(Path::new("config.json"), config).unwrap();
     let pages_per_seq = 36;
     let shape = StepShape {

@@ -19,6 +19,7 @@ use crate::hosts::Share;
 use crate::launcher::Launched;
 use crate::llama::{DeviceModel, Target};
 use crate::model::config::LlamaConfig;
+use crate::model::identity::identity;
 use crate::model::source::Files;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
 use crate::model::weights::Weights;
@@ -63,13 +64,13 @@ struct StartUp {
 }
 
 /// The prompts of a run, as text and as tokens.
-struct Prompts {
+pub(super) struct Prompts {
     texts: Vec<String>,
-    tokens: Vec<Vec<u32>>,
+    pub(super) tokens: Vec<Vec<u32>>,
 }
 
 impl Prompts {
-    fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
+    pub(super) fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
         let template = settings.chat.then(|| ChatTemplate::open(&settings.model(Files::Tokenizer)?)).transpose()?;
         let encode = |prompt: &String| match &template {
             None => tokenizer.encode(prompt),
@@ -95,7 +96,8 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     }
     let folder = &settings.model(Files::Model)?;
     let config = LlamaConfig::open(folder)?;
-    let tokenizer = Tokenizer::open(&settings.tokenizer()?, &config)?;
+    let tokenizer_path = settings.tokenizer()?;
+    let tokenizer = Tokenizer::open(&tokenizer_path, &config)?;
     let weights = Weights::open(folder)?;
     for name in weights.check(&config)? {
         log::warn!("{}: tensor {name} is not used", folder.display());
@@ -131,7 +133,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         limits.max_prefill_size,
     );
 
-    let run = Run::new(&settings, &weights.identity());
+    let run = Run::new(&settings, &identity(folder, &tokenizer_path, &weights, settings.chat)?);
     let output = Output::new(args.json, out.as_deref(), &run, share, &prompts, &tokenizer)?;
     let cancel = interrupt_flag();
     let missing = output.missing();
