@@ -1,11 +1,16 @@
 //! The generation loop: drives the step programs by the scheduler's plan and hands out finished samples.
 //!
-//! Per host call the device prefills one packed chunk, or decodes up to `max_rounds` steps by itself; the host only
-//! moves a few kilobytes of integers in between. The KV buffer stays on the device and is donated from call to call.
+//! [`Engine::submit`] queues a request, at any time; [`Engine::poll`] runs one host call and answers what finished;
+//! [`Engine::cancel`] ends a request early. [`Engine::run`] is a loop over these.
+//!
+//! Per host call the device prefills one packed chunk (with the sequences that decode carried along, where
+//! [`EngineOptions::mixed_steps`] says so), or decodes up to `max_rounds` steps by itself; the host only moves a few
+//! kilobytes of integers in between. The KV buffer stays on the device and is donated from call to call.
 //!
 //! Invariants: every request that was accepted ends in exactly one [`Finished`], handed out as soon as it is done; a
-//! cancelled run has handed out all that was finished. The text of a sample depends on its own prompt, index, round
-//! and generation only, whatever ran beside it.
+//! cancelled run has handed out all that was finished; after an error nothing is queued or runs. The text of a sample
+//! depends on its own prompt, index, round and generation only, whatever ran beside it (with mixed steps: up to the
+//! rounding of one program against the other, see [`EngineOptions::mixed_steps`]).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -24,7 +29,7 @@ use crate::pjrt::{Arg, Buffer, Client, Executable};
 use crate::sampler::Sampling;
 use crate::scheduler::{DecodeRow, Finished, Limits, PrefillRow, Request, Scheduler, Step};
 use crate::stop::StopRule;
-use crate::units::Slot;
+use crate::units::{SampleId, Slot};
 
 /// How tokens are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -52,6 +57,44 @@ impl SamplingOptions {
     }
 }
 
+/// What a host call did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StepKind {
+    /// Chunks of prompts.
+    #[default]
+    Prefill,
+    /// Chunks of prompts, and one row of each sequence that decodes.
+    Mixed,
+    /// Up to `max_rounds` decode steps.
+    Decode,
+}
+
+/// One host call. Times are in seconds; the four parts follow each other from `start_s` on.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct StepReport {
+    /// What it did.
+    pub kind: StepKind,
+    /// Sequences in the step.
+    pub sequences: usize,
+    /// Rows of a prefill step that are not padding; sequences of a decode step.
+    pub rows: usize,
+    /// Steps of a decode call; 1 for the others.
+    pub rounds: usize,
+    /// Tokens sampled.
+    pub tokens: usize,
+    /// When it began, counted from the first [`Engine::submit`] of the run.
+    pub start_s: f64,
+    /// Planning: the scheduler.
+    pub plan_s: f64,
+    /// Packing and uploading the arguments.
+    pub submit_s: f64,
+    /// The program, and reading its tokens.
+    pub device_s: f64,
+    /// Taking the tokens to their sequences.
+    pub extract_s: f64,
+}
+
 /// Where the run stands, reported after every host call.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Progress {
@@ -59,17 +102,25 @@ pub struct Progress {
     pub finished: usize,
     /// Tokens sampled so far.
     pub tokens: usize,
+    /// Requests that wait for a slot.
+    pub waiting: usize,
     /// Sequences in slots.
     pub active: usize,
     /// Pages reserved by them.
     pub pages_used: usize,
+    /// The host call.
+    pub step: StepReport,
 }
 
 /// What a run took.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct Timing {
-    /// Prefill calls.
+    /// Prefill calls, mixed ones too.
     pub prefill_calls: usize,
+    /// Prefill calls that carried decoding sequences along.
+    pub mixed_calls: usize,
+    /// Tokens sampled for these.
+    pub mixed_tokens: usize,
     /// Decode calls (each of up to `max_rounds` steps).
     pub decode_calls: usize,
     /// Decode steps run on the device.
@@ -99,9 +150,23 @@ pub struct EngineOptions {
     pub sampling: SamplingOptions,
     /// When a sample ends.
     pub stop: StopRule,
+    /// Whether prefill calls carry decoding sequences along, as [`crate::scheduler`] says: rows that were padding sample
+    /// a token each.
+    ///
+    /// Those tokens come from the prefill program, whose sums are rounded in another order than the decode program's.
+    /// So a text may differ from that of a run where other samples ran beside it, where two tokens are as likely to
+    /// within rounding: practically never in f32, but now and then in bf16. [`Self::mixes`] is the choice that keeps
+    /// texts.
+    pub mixed_steps: bool,
 }
 
 impl EngineOptions {
+    /// Whether steps are mixed in this compute type unless the user asks otherwise: in f32 only, so that the text of a
+    /// sample depends on itself alone.
+    pub fn mixes(compute: Element) -> bool {
+        compute == Element::F32
+    }
+
     /// The step programs' static sizes.
     pub fn shape(&self) -> StepShape {
         let limits = &self.limits;
@@ -145,6 +210,16 @@ pub struct Engine {
     /// Temperature, top-k, top-p, seed.
     parameters: [Buffer; 4],
     compile: Duration,
+    scheduler: Scheduler,
+    session: Session,
+}
+
+/// What was measured since the first request of a run.
+#[derive(Default)]
+struct Session {
+    started: Option<Instant>,
+    progress: Progress,
+    timing: Timing,
 }
 
 impl Engine {
@@ -180,7 +255,23 @@ impl Engine {
             scalar(HostTensor::new(&[2], &[(sampling.seed >> 32) as u32, sampling.seed as u32]))?,
         ];
         let client = client.clone();
-        Ok(Self { client, options, shape, model, prefill, decode, empty_cache, kv: Some(kv), parameters, compile })
+        let scheduler = idle_scheduler(&options);
+        let session = Session::default();
+        let kv = Some(kv);
+        Ok(Self {
+            client,
+            options,
+            shape,
+            model,
+            prefill,
+            decode,
+            empty_cache,
+            kv,
+            parameters,
+            compile,
+            scheduler,
+            session,
+        })
     }
 
     /// Time spent emitting and compiling the step programs.
@@ -198,78 +289,176 @@ impl Engine {
         self.model.config()
     }
 
-    /// Runs all requests to their end. `finished` gets each sample as it is done, `progress` a report per host call;
-    /// once `cancel` is set the run ends after the current call.
+    /// Queues a request behind all others.
     ///
     /// # Errors
-    /// When a request can never run, or the device fails, or `finished` does.
+    /// Why it is refused: it can never run under the limits, or one with its id has not ended.
+    pub fn submit(&mut self, request: Request) -> Result<()> {
+        self.scheduler.push(request)?;
+        self.session.started.get_or_insert_with(Instant::now);
+        Ok(())
+    }
+
+    /// Ends a request, queued or running, with the tokens that it has; `None` when none of this id is there.
+    pub fn cancel(&mut self, id: SampleId) -> Option<Finished> {
+        self.scheduler.cancel(id)
+    }
+
+    /// Drops all requests, queued and running, without a word.
+    pub fn clear(&mut self) {
+        self.scheduler = idle_scheduler(&self.options);
+    }
+
+    /// Requests that could be submitted now and find a slot: who shares a queue with other engines takes so many.
+    pub fn free_slots(&self) -> usize {
+        (self.options.limits.max_seqs - self.scheduler.active()).saturating_sub(self.scheduler.waiting())
+    }
+
+    /// Where the run stands: what was submitted since the last [`Self::take_timing`].
+    pub fn progress(&self) -> &Progress {
+        &self.session.progress
+    }
+
+    /// What was measured since the last call; the next run begins with the next request.
+    pub fn take_timing(&mut self) -> Timing {
+        std::mem::take(&mut self.session).timing
+    }
+
+    /// Runs one host call: the samples that it finished, or `None` when every request has ended.
+    ///
+    /// # Errors
+    /// When the device fails. The KV cache is lost then, and with it all requests, queued ones too.
+    pub fn poll(&mut self) -> Result<Option<Vec<Finished>>> {
+        let outcome = self.step();
+        if outcome.is_err() {
+            self.clear();
+        }
+        outcome
+    }
+
+    fn step(&mut self) -> Result<Option<Vec<Finished>>> {
+        let started = Instant::now();
+        let run_started = *self.session.started.get_or_insert(started);
+        let step = self.scheduler.next();
+        let planned = Instant::now();
+        let mut report = StepReport {
+            start_s: (started - run_started).as_secs_f64(),
+            plan_s: (planned - started).as_secs_f64(),
+            ..StepReport::default()
+        };
+        let timing = &mut self.session.timing;
+        let (sampled, submitted, executed) = match step {
+            Step::Done => return Ok(None),
+            Step::Prefill(rows) => {
+                timing.prefill_calls += 1;
+                report.sequences = rows.len();
+                (report.rows, report.rounds) = (rows.iter().map(|row| row.tokens.len()).sum(), 1);
+                let carried = rows.iter().filter(|row| row.decodes).count();
+                if carried > 0 {
+                    report.kind = StepKind::Mixed;
+                    timing.mixed_calls += 1;
+                    timing.mixed_tokens += carried;
+                }
+                let call = self.prefill_call(&rows)?;
+                let submitted = Instant::now();
+                let tokens = self.launch_prefill(call)?;
+                let executed = Instant::now();
+                self.session.timing.prefill_device_s += (executed - submitted).as_secs_f64();
+                let sampled = rows.iter().zip(tokens).filter(|(row, _)| row.samples);
+                let sampled = sampled.map(|(row, token)| (row.slot, vec![token as u32])).collect::<Vec<_>>();
+                (sampled, submitted, executed)
+            }
+            Step::Decode { rows, rounds } => {
+                report.kind = StepKind::Decode;
+                (report.sequences, report.rows) = (rows.len(), rows.len());
+                let call = self.decode_call(&rows, rounds)?;
+                let submitted = Instant::now();
+                let tokens = self.launch_decode(call)?;
+                let executed = Instant::now();
+                let sampled: Vec<(Slot, Vec<u32>)> = rows
+                    .iter()
+                    .map(|row| {
+                        let line = &tokens[row.slot.0 * self.shape.max_rounds..][..rounds];
+                        (row.slot, line.iter().take_while(|&&id| id >= 0).map(|&id| id as u32).collect())
+                    })
+                    .collect();
+                report.rounds = sampled.iter().map(|(_, line)| line.len()).max().unwrap_or(0);
+                let timing = &mut self.session.timing;
+                timing.decode_device_s += (executed - submitted).as_secs_f64();
+                timing.decode_calls += 1;
+                timing.decode_steps += report.rounds;
+                timing.decode_tokens += sampled.iter().map(|(_, line)| line.len()).sum::<usize>();
+                (sampled, submitted, executed)
+            }
+        };
+        report.tokens = sampled.iter().map(|(_, tokens)| tokens.len()).sum();
+        let finished: Vec<Finished> =
+            sampled.into_iter().filter_map(|(slot, tokens)| self.scheduler.record(slot, &tokens)).collect();
+
+        let Session { progress, timing, .. } = &mut self.session;
+        if progress.tokens == 0 && report.tokens > 0 {
+            timing.first_token_s = (executed - run_started).as_secs_f64();
+        }
+        report.submit_s = (submitted - planned).as_secs_f64();
+        report.device_s = (executed - submitted).as_secs_f64();
+        report.extract_s = executed.elapsed().as_secs_f64();
+        timing.host_s += report.plan_s + report.submit_s + report.extract_s;
+        *progress = Progress {
+            finished: progress.finished + finished.len(),
+            tokens: progress.tokens + report.tokens,
+            waiting: self.scheduler.waiting(),
+            active: self.scheduler.active(),
+            pages_used: self.scheduler.pages_used(),
+            step: report,
+        };
+        Ok(Some(finished))
+    }
+
+    /// Runs all requests to their end, those submitted before too. `finished` gets each sample as it is done, `progress`
+    /// a report per host call; once `cancel` is set the run ends after the current call, and what is not done is dropped.
+    ///
+    /// # Errors
+    /// When a request can never run (then none does), or the device fails, or `finished` does.
     pub fn run(
         &mut self,
         requests: impl IntoIterator<Item = Request>,
         cancel: &AtomicBool,
+        finished: impl FnMut(Finished) -> Result<()>,
+        progress: impl FnMut(&Progress),
+    ) -> Result<Timing> {
+        self.run_batches([requests], cancel, finished, progress)
+    }
+
+    /// As [`Self::run`], batch by batch: the requests of a batch are submitted when the last one is done. It takes longer
+    /// than one run of all, as slots stay idle at the end of each batch, and yields the same samples.
+    ///
+    /// # Errors
+    /// As [`Self::run`]; a request that can never run ends the run when its batch begins.
+    pub fn run_batches(
+        &mut self,
+        batches: impl IntoIterator<Item = impl IntoIterator<Item = Request>>,
+        cancel: &AtomicBool,
         mut finished: impl FnMut(Finished) -> Result<()>,
         mut progress: impl FnMut(&Progress),
     ) -> Result<Timing> {
-        let mut scheduler = Scheduler::new(self.options.limits, self.options.stop.clone());
-        for request in requests {
-            scheduler.push(request)?;
-        }
-        let started = Instant::now();
-        let (mut timing, mut state) = (Timing::default(), Progress::default());
-        while !cancel.load(Ordering::Relaxed) {
-            let sampled = match scheduler.next() {
-                Step::Done => break,
-                Step::Prefill(rows) => {
-                    let call = self.prefill_call(&scheduler, &rows)?;
-                    let tokens = self.timed(&mut timing.prefill_device_s, |engine| engine.launch_prefill(call))?;
-                    timing.prefill_calls += 1;
-                    let sampled = rows.iter().zip(tokens).filter(|(row, _)| row.samples);
-                    sampled.map(|(row, token)| (row.slot, vec![token as u32])).collect::<Vec<_>>()
-                }
-                Step::Decode { rows, rounds } => {
-                    let call = self.decode_call(&scheduler, &rows, rounds)?;
-                    let tokens = self.timed(&mut timing.decode_device_s, |engine| engine.launch_decode(call))?;
-                    timing.decode_calls += 1;
-                    let sampled: Vec<(Slot, Vec<u32>)> = rows
-                        .iter()
-                        .map(|row| {
-                            let line = &tokens[row.slot.0 * self.shape.max_rounds..][..rounds];
-                            (row.slot, line.iter().take_while(|&&id| id >= 0).map(|&id| id as u32).collect())
-                        })
-                        .collect();
-                    timing.decode_steps += sampled.iter().map(|(_, line)| line.len()).max().unwrap_or(0);
-                    timing.decode_tokens += sampled.iter().map(|(_, line)| line.len()).sum::<usize>();
-                    sampled
-                }
-            };
-            if state.tokens == 0 && !sampled.is_empty() {
-                timing.first_token_s = started.elapsed().as_secs_f64();
+        let mut batches = batches.into_iter().take_while(|_| !cancel.load(Ordering::Relaxed));
+        let outcome = batches.try_for_each(|batch| {
+            batch.into_iter().try_for_each(|request| self.submit(request))?;
+            while !cancel.load(Ordering::Relaxed)
+                && let Some(samples) = self.poll()?
+            {
+                samples.into_iter().try_for_each(&mut finished)?;
+                progress(self.progress());
             }
-            for (slot, tokens) in sampled {
-                state.tokens += tokens.len();
-                if let Some(sample) = scheduler.record(slot, &tokens) {
-                    state.finished += 1;
-                    finished(sample)?;
-                }
-            }
-            state.active = scheduler.active();
-            state.pages_used = scheduler.pages_used();
-            progress(&state);
-        }
-        timing.host_s = started.elapsed().as_secs_f64() - timing.prefill_device_s - timing.decode_device_s;
-        Ok(timing)
-    }
-
-    /// Runs `work` and adds what it took to `seconds`.
-    fn timed<T>(&mut self, seconds: &mut f64, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        let started = Instant::now();
-        let outcome = work(self);
-        *seconds += started.elapsed().as_secs_f64();
-        outcome
+            Ok(())
+        });
+        self.clear();
+        let timing = self.take_timing();
+        outcome.map(|()| timing)
     }
 
     /// Packs a prefill step: sequences in the order of `rows`, their tokens back to back.
-    fn prefill_call(&self, scheduler: &Scheduler, rows: &[PrefillRow]) -> Result<Vec<Buffer>> {
+    fn prefill_call(&self, rows: &[PrefillRow]) -> Result<Vec<Buffer>> {
         let shape = &self.shape;
         let page_size = shape.page_size;
         let mut tokens = vec![0i32; shape.prefill_rows];
@@ -282,7 +471,7 @@ impl Engine {
         let mut keys = [vec![0u32; shape.slots], vec![0u32; shape.slots], vec![0u32; shape.slots]];
         let mut at = 0;
         for (sequence, row) in rows.iter().enumerate() {
-            let pages = scheduler.pages(row.slot);
+            let pages = self.scheduler.pages(row.slot);
             table.set(sequence, pages);
             for (offset, &token) in row.tokens.iter().enumerate() {
                 let position = row.position + offset;
@@ -315,7 +504,7 @@ impl Engine {
     }
 
     /// Packs a decode step: sequences by slot.
-    fn decode_call(&self, scheduler: &Scheduler, rows: &[DecodeRow], rounds: usize) -> Result<Vec<Buffer>> {
+    fn decode_call(&self, rows: &[DecodeRow], rounds: usize) -> Result<Vec<Buffer>> {
         let slots = self.shape.slots;
         let mut tokens = vec![0i32; slots];
         let mut positions = vec![0i32; slots];
@@ -327,7 +516,7 @@ impl Engine {
             tokens[slot] = row.token as i32;
             positions[slot] = row.position as i32;
             remaining[slot] = rounds as i32;
-            table.set(slot, scheduler.pages(row.slot));
+            table.set(slot, self.scheduler.pages(row.slot));
             [keys[0][slot], keys[1][slot]] = row.id.key();
         }
         let [index, generation] = keys;
@@ -371,6 +560,10 @@ impl Engine {
     fn cache(&mut self) -> Result<Buffer> {
         self.kv.take().map_or_else(|| allocate(&self.empty_cache), Ok)
     }
+}
+
+fn idle_scheduler(options: &EngineOptions) -> Scheduler {
+    Scheduler::new(options.limits, options.stop.clone()).with_mixed_steps(options.mixed_steps)
 }
 
 /// Runs a step program on the weights, the KV buffer and the rest of its arguments: the KV buffer and the tokens.

@@ -16,6 +16,7 @@ pub mod native;
 pub mod output;
 pub mod pages;
 pub mod pjrt;
+mod prefix;
 pub mod sampler;
 pub mod scheduler;
 pub mod stop;

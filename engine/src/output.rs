@@ -49,8 +49,9 @@ pub struct Record {
 impl Record {
     /// The record of a sample that the scheduler finished; `text` is that of its first `text_tokens` tokens.
     pub fn new(run: &Run, finished: Finished, prompt: String, text: String) -> Self {
-        let Finished { id, prompt: prompt_tokens, tokens, reason: finish_reason, .. } = finished;
+        let Finished { id, prompt: tokens_of_prompt, tokens, reason: finish_reason, .. } = finished;
         let (round, generation) = run.labels(id);
+        let prompt_tokens = tokens_of_prompt.to_vec();
         Self { index: id.index, round, generation, prompt, prompt_tokens, tokens, text, finish_reason }
     }
 
@@ -322,7 +323,7 @@ pub(crate) mod tests {
     pub(crate) fn record(run: &Run, id: SampleId) -> Record {
         let finished = Finished {
             id,
-            prompt: vec![0, id.index as u32],
+            prompt: [0, id.index as u32].into(),
             tokens: vec![5, 1],
             text_tokens: 1,
             reason: FinishReason::Stop,

@@ -73,12 +73,13 @@ impl Model {
     ) -> Engine {
         let client = client();
         let model = self.on_device(&client, compute, limits.max_seq_len);
-        Engine::new(&client, model, EngineOptions { limits, compute, target, sampling, stop }).unwrap()
+        Engine::new(&client, model, EngineOptions { limits, compute, target, sampling, stop, mixed_steps: true })
+            .unwrap()
     }
 }
 
 pub fn request(index: usize, prompt: &[u32], max_new_tokens: usize) -> Request {
-    Request { id: SampleId { round: 0, index, generation: 0 }, prompt: prompt.to_vec(), max_new_tokens }
+    Request { id: SampleId { round: 0, index, generation: 0 }, prompt: prompt.into(), max_new_tokens }
 }
 
 pub fn run(engine: &mut Engine, requests: Vec<Request>) -> BTreeMap<usize, Finished> {

@@ -111,6 +111,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
             seed: settings.engine.seed,
         },
         stop: stop_rule(&settings, &config, &tokenizer)?,
+        mixed_steps: EngineOptions::mixes(settings.engine.compute_dtype.element()),
     };
     eprint!("{settings}");
     eprintln!("# {launched}");
@@ -133,7 +134,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         let mut engine = start.engine(args, &config, &weights, options)?;
         let requests = missing.iter().map(|id| Request {
             id: *id,
-            prompt: prompts.tokens[id.index].clone(),
+            prompt: prompts.tokens[id.index].as_slice().into(),
             max_new_tokens: settings.max_new_tokens,
         });
         let timing = engine.run(
