@@ -17,6 +17,7 @@ pub mod output;
 pub mod pages;
 pub mod pjrt;
 mod prefix;
+pub mod replicas;
 pub mod sampler;
 pub mod scheduler;
 pub mod stop;
