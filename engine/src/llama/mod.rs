@@ -4,6 +4,7 @@
 //! `sampling` and `rotary` are what the programs take.
 
 mod arguments;
+mod executor;
 mod lowering;
 pub mod parallel;
 mod rotary;
@@ -12,6 +13,7 @@ pub mod step;
 mod target;
 
 pub use arguments::weight_types;
+pub use executor::{Call, Executor};
 pub use parallel::{Group, Member, Parallel, Reduce};
 pub use target::Target;
 
@@ -23,6 +25,7 @@ use crate::mesh::Shard;
 use crate::model::config::LlamaConfig;
 use crate::model::weights::{TensorGroups, TensorSpec, Tensors, Weights, tensor_groups};
 use crate::pjrt::{Arg, Buffer, Client, Executable};
+use executor::zeros;
 use step::StepShape;
 
 /// A model's weights on the devices of a group, as the step programs take them.
@@ -131,7 +134,7 @@ impl Stack {
         let part = TensorType::new(compute, part);
         let whole = TensorType::new(compute, &[&[layers], &part.dims[..]].concat());
         let context = Context::new();
-        let empty = client.compile_on(zeros(&context, &whole)?.bytecode(), &[device])?;
+        let empty = client.compile_on(zeros(&context, &whole, 1)?.bytecode(), &[device])?;
         let put = client.compile_on(put(&context, &whole, &part)?.bytecode(), &[device])?;
         Ok(Self { whole: only(empty.run(vec![])?)?, put, device })
     }
@@ -149,13 +152,6 @@ impl Stack {
 /// The only result of a program.
 fn only(mut results: Vec<Buffer>) -> Result<Buffer> {
     results.pop().ok_or_else(|| Error::runtime("stacking weights")("a program returned nothing"))
-}
-
-/// A program of no arguments that makes an array of zeros where it runs: the host never holds it.
-pub(crate) fn zeros<'c>(context: &'c Context, array: &TensorType) -> pagoda_ir::Result<Module<'c>> {
-    let module = Module::new(context, "zeros");
-    module.function("main", &[], |b, _| Ok(vec![b.broadcast_to(b.scalar(array.element, 0.0)?, &array.dims)?]))?;
-    Ok(module)
 }
 
 /// A program that puts a part into a stack, in place: stack (donated), part, index.
