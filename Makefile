@@ -37,6 +37,7 @@ test: tpu-tools
 nightly: setup
 	cargo test --test mosaic_check --test sampler --test native_attention -- --ignored
 	cargo test --test llama -- --ignored fresh
+	cargo test -p pagoda-engine --lib -- --ignored a_million_requests --nocapture
 	PAGODA_FUZZ_SECONDS=$${PAGODA_FUZZ_SECONDS:-60} cargo test --test fuzz
 
 multihost: mpi-tools

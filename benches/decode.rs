@@ -34,14 +34,15 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
         max_rounds: 64,
     };
     let model = DeviceModel::load(client, &config, &weights, Element::F32, limits.max_seq_len).expect("loads");
-    let options = EngineOptions { limits, compute: Element::F32, target, sampling, stop: StopRule::default() };
+    let options =
+        EngineOptions { limits, compute: Element::F32, target, sampling, stop: StopRule::default(), mixed_steps: true };
     Engine::new(client, model, options).expect("compiles")
 }
 
 fn run(engine: &mut Engine, slots: usize) -> Timing {
     let requests = (0..slots).map(|index| Request {
         id: SampleId { round: 0, index, generation: 0 },
-        prompt: vec![300 + index as u32],
+        prompt: [300 + index as u32].into(),
         max_new_tokens: NEW,
     });
     engine.run(requests, &AtomicBool::new(false), |_| Ok(()), |_| ()).expect("runs")

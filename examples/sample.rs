@@ -48,6 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         target: Target::Portable,
         sampling: SamplingOptions { temperature: 0.8, top_k: None, top_p: Some(0.95), seed: 1 },
         stop: StopRule::new(config.eos_token_ids.clone(), vec![]),
+        mixed_steps: EngineOptions::mixes(Element::F32),
     };
     let mut engine = Engine::new(&client, model, options)?;
 
@@ -56,7 +57,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .enumerate()
         .map(|(index, prompt)| {
             let id = SampleId { round: 0, index, generation: 0 };
-            Ok(Request { id, prompt: tokenizer.encode(prompt)?, max_new_tokens: 48 })
+            Ok(Request { id, prompt: tokenizer.encode(prompt)?.into(), max_new_tokens: 48 })
         })
         .collect::<pagoda_engine::Result<Vec<_>>>()?;
     let show = |sample: pagoda_engine::scheduler::Finished| {

@@ -1,30 +1,34 @@
 //! The generation loop: drives the step programs by the scheduler's plan and hands out finished samples.
 //!
-//! Per host call the device prefills one packed chunk, or decodes up to `max_rounds` steps by itself; the host only
-//! moves a few kilobytes of integers in between. The KV buffer stays on the device and is donated from call to call.
+//! [`Engine::submit`] queues a request, at any time; [`Engine::poll`] runs one host call and answers what finished;
+//! [`Engine::cancel`] ends a request early. [`Engine::run`] is a loop over these.
+//!
+//! Per host call the device prefills one packed chunk (with the sequences that decode carried along, where
+//! [`EngineOptions::mixed_steps`] says so), or decodes up to `max_rounds` steps by itself; the host only moves a few
+//! kilobytes of integers in between. The KV buffer stays on the device and is donated from call to call.
 //!
 //! Invariants: every request that was accepted ends in exactly one [`Finished`], handed out as soon as it is done; a
-//! cancelled run has handed out all that was finished. The text of a sample depends on its own prompt, index, round
-//! and generation only, whatever ran beside it.
+//! cancelled run has handed out all that was finished; after an error nothing is queued or runs. The text of a sample
+//! depends on its own prompt, index, round and generation only, whatever ran beside it (with mixed steps: up to the
+//! rounding of one program against the other, see [`EngineOptions::mixed_steps`]).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pagoda_ir::stablehlo::Module;
+use pagoda_ir::Element;
 use pagoda_ir::tensor::HostTensor;
-use pagoda_ir::{Context, Element, TensorType};
 use pagoda_kernels::rpa::kv_layout::{NO_SLOT, slot};
 
-use crate::error::{Error, Result};
-use crate::llama::step::{self, Output, StepShape};
-use crate::llama::{DeviceModel, Parallel, Target};
+use crate::error::Result;
+use crate::llama::step::StepShape;
+use crate::llama::{Call, DeviceModel, Executor, Parallel, Target};
 use crate::memory::Room;
 use crate::model::config::LlamaConfig;
-use crate::pjrt::{Arg, Buffer, Client, Executable};
+use crate::pjrt::{Client, Executable};
 use crate::sampler::Sampling;
 use crate::scheduler::{DecodeRow, Finished, Limits, PrefillRow, Request, Scheduler, Step};
 use crate::stop::StopRule;
-use crate::units::Slot;
+use crate::units::{SampleId, Slot};
 
 /// How tokens are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -52,6 +56,44 @@ impl SamplingOptions {
     }
 }
 
+/// What a host call did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StepKind {
+    /// Chunks of prompts.
+    #[default]
+    Prefill,
+    /// Chunks of prompts, and one row of each sequence that decodes.
+    Mixed,
+    /// Up to `max_rounds` decode steps.
+    Decode,
+}
+
+/// One host call. Times are in seconds; the four parts follow each other from `start_s` on.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct StepReport {
+    /// What it did.
+    pub kind: StepKind,
+    /// Sequences in the step.
+    pub sequences: usize,
+    /// Rows of a prefill step that are not padding; sequences of a decode step.
+    pub rows: usize,
+    /// Steps of a decode call; 1 for the others.
+    pub rounds: usize,
+    /// Tokens sampled.
+    pub tokens: usize,
+    /// When it began, counted from the first [`Engine::submit`] of the run.
+    pub start_s: f64,
+    /// Planning: the scheduler.
+    pub plan_s: f64,
+    /// Packing and uploading the arguments.
+    pub submit_s: f64,
+    /// The program, and reading its tokens.
+    pub device_s: f64,
+    /// Taking the tokens to their sequences.
+    pub extract_s: f64,
+}
+
 /// Where the run stands, reported after every host call.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Progress {
@@ -59,17 +101,40 @@ pub struct Progress {
     pub finished: usize,
     /// Tokens sampled so far.
     pub tokens: usize,
+    /// Requests that wait for a slot.
+    pub waiting: usize,
     /// Sequences in slots.
     pub active: usize,
     /// Pages reserved by them.
     pub pages_used: usize,
+    /// The host call.
+    pub step: StepReport,
 }
 
-/// What a run took.
+impl Progress {
+    /// Of engines that run side by side, the last of which made `step`.
+    pub fn beside(engines: &[Self], step: StepReport) -> Self {
+        let sum = |count: fn(&Self) -> usize| engines.iter().map(count).sum();
+        Self {
+            finished: sum(|engine| engine.finished),
+            tokens: sum(|engine| engine.tokens),
+            waiting: sum(|engine| engine.waiting),
+            active: sum(|engine| engine.active),
+            pages_used: sum(|engine| engine.pages_used),
+            step,
+        }
+    }
+}
+
+/// What a run took. Where engines ran side by side: calls and tokens of all, steps and seconds of the longest.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct Timing {
-    /// Prefill calls.
+    /// Prefill calls, mixed ones too.
     pub prefill_calls: usize,
+    /// Prefill calls that carried decoding sequences along.
+    pub mixed_calls: usize,
+    /// Tokens sampled for these.
+    pub mixed_tokens: usize,
     /// Decode calls (each of up to `max_rounds` steps).
     pub decode_calls: usize,
     /// Decode steps run on the device.
@@ -86,6 +151,27 @@ pub struct Timing {
     pub first_token_s: f64,
 }
 
+impl Timing {
+    /// Of two engines that ran side by side.
+    pub fn beside(self, other: Self) -> Self {
+        Self {
+            prefill_calls: self.prefill_calls + other.prefill_calls,
+            mixed_calls: self.mixed_calls + other.mixed_calls,
+            mixed_tokens: self.mixed_tokens + other.mixed_tokens,
+            decode_calls: self.decode_calls + other.decode_calls,
+            decode_steps: self.decode_steps.max(other.decode_steps),
+            decode_tokens: self.decode_tokens + other.decode_tokens,
+            prefill_device_s: self.prefill_device_s.max(other.prefill_device_s),
+            decode_device_s: self.decode_device_s.max(other.decode_device_s),
+            host_s: self.host_s.max(other.host_s),
+            first_token_s: match (self.first_token_s, other.first_token_s) {
+                (0.0, first) | (first, 0.0) => first, // an engine that had nothing to do
+                (one, other) => one.min(other),
+            },
+        }
+    }
+}
+
 /// The sizes and choices that an engine is built for.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
@@ -99,11 +185,25 @@ pub struct EngineOptions {
     pub sampling: SamplingOptions,
     /// When a sample ends.
     pub stop: StopRule,
+    /// Whether prefill calls carry decoding sequences along, as [`crate::scheduler`] says: rows that were padding sample
+    /// a token each.
+    ///
+    /// Those tokens come from the prefill program, whose sums are rounded in another order than the decode program's.
+    /// So a text may differ from that of a run where other samples ran beside it, where two tokens are as likely to
+    /// within rounding: practically never in f32, but now and then in bf16. [`Self::mixes`] is the choice that keeps
+    /// texts.
+    pub mixed_steps: bool,
 }
 
 impl EngineOptions {
-    /// The step programs' static sizes.
-    pub fn shape(&self) -> StepShape {
+    /// Whether steps are mixed in this compute type unless the user asks otherwise: in f32 only, so that the text of a
+    /// sample depends on itself alone.
+    pub fn mixes(compute: Element) -> bool {
+        compute == Element::F32
+    }
+
+    /// The step programs' static sizes, for a model that is split like this.
+    pub fn shape(&self, parallel: &Parallel) -> StepShape {
         let limits = &self.limits;
         StepShape {
             prefill_rows: limits.max_prefill_size,
@@ -115,36 +215,42 @@ impl EngineOptions {
             max_rounds: limits.max_rounds,
             compute: self.compute,
             target: self.target,
-            parallel: Parallel::ONE,
+            parallel: parallel.clone(),
         }
     }
 
-    /// Whether the KV cache fits in the memory that is left. [`Engine::new`] asks again: a caller who asks before the
-    /// weights are loaded spares the user the wait.
+    /// Whether the KV caches of some devices fit in the memory that is left. [`Engine::new`] asks again: a caller who asks before
+    /// the weights are loaded spares the user the wait.
     ///
     /// # Errors
     /// Names `engine.max_pages`, what it takes, what is left, and how many pages would fit.
-    pub fn check_memory(&self, client: &Client, config: &LlamaConfig) -> Result<()> {
-        let shape = self.shape();
-        Room::of(client)?.map_or(Ok(()), |room| room.check(shape.pages, &shape.kv_type(config)))
+    pub fn check_memory(
+        &self,
+        client: &Client,
+        config: &LlamaConfig,
+        parallel: &Parallel,
+        devices: &[usize],
+    ) -> Result<()> {
+        let shape = self.shape(parallel);
+        Room::of(client, devices)?.map_or(Ok(()), |room| room.check(shape.pages, &shape.kv_type(config)))
     }
 }
 
-/// A model on a device, with its compiled step programs and its KV cache.
+/// A model on the devices of a group, and the requests that it runs.
 pub struct Engine {
-    client: Client,
     options: EngineOptions,
     shape: StepShape,
-    model: DeviceModel,
-    prefill: Executable,
-    decode: Executable,
-    /// Makes a KV cache of zeros.
-    empty_cache: Executable,
-    /// Taken while a call has it.
-    kv: Option<Buffer>,
-    /// Temperature, top-k, top-p, seed.
-    parameters: [Buffer; 4],
-    compile: Duration,
+    executor: Executor,
+    scheduler: Scheduler,
+    session: Session,
+}
+
+/// What was measured since the first request of a run.
+#[derive(Default)]
+struct Session {
+    started: Option<Instant>,
+    progress: Progress,
+    timing: Timing,
 }
 
 impl Engine {
@@ -154,122 +260,211 @@ impl Engine {
     /// When the cache does not fit in the memory that is left (asked before anything is compiled), or the programs do not
     /// compile.
     pub fn new(client: &Client, model: DeviceModel, options: EngineOptions) -> Result<Self> {
-        let (shape, config) = (options.shape(), model.config());
-        if shape.target.needs_handlers() {
-            crate::native::register_all(client.plugin())?;
-        }
-        options.check_memory(client, config)?;
-        let started = Instant::now();
-        let context = Context::new();
-        let kind = options.sampling.kind();
-        let end_of_text: Vec<i32> = options.stop.eos().iter().map(|&id| id as i32).collect();
-        let prefill = step::prefill(&context, config, &shape, Output::Tokens(kind))?;
-        let decode = step::decode(&context, config, &shape, kind, &end_of_text)?;
-        let prefill = client.compile(prefill.bytecode(), 1)?;
-        let decode = client.compile(decode.bytecode(), 1)?;
-        let empty_cache = client.compile(zeros(&context, &shape.kv_type(config))?.bytecode(), 1)?;
-        let compile = started.elapsed();
-
-        let kv = allocate(&empty_cache)?;
-        let sampling = options.sampling;
-        let scalar = |tensor: HostTensor| client.upload(&tensor, 0);
-        let parameters = [
-            scalar(HostTensor::scalar(sampling.temperature))?,
-            scalar(HostTensor::scalar(sampling.top_k.map_or(i32::MAX, |k| k.min(i32::MAX as u32) as i32)))?,
-            scalar(HostTensor::scalar(sampling.top_p.unwrap_or(1.0)))?,
-            scalar(HostTensor::new(&[2], &[(sampling.seed >> 32) as u32, sampling.seed as u32]))?,
-        ];
-        let client = client.clone();
-        Ok(Self { client, options, shape, model, prefill, decode, empty_cache, kv: Some(kv), parameters, compile })
+        options.check_memory(client, model.config(), model.group().parallel(), &model.group().devices())?;
+        let shape = options.shape(model.group().parallel());
+        let executor = Executor::new(client, model, &shape, &options.sampling, options.stop.eos())?;
+        let scheduler = idle_scheduler(&options);
+        Ok(Self { options, shape, executor, scheduler, session: Session::default() })
     }
 
     /// Time spent emitting and compiling the step programs.
     pub fn compile_time(&self) -> Duration {
-        self.compile
+        self.executor.compile_time()
     }
 
     /// The decode program, for its statistics.
     pub fn decode_program(&self) -> &Executable {
-        &self.decode
+        self.executor.decode_program()
     }
 
     /// The model's configuration.
     pub fn config(&self) -> &LlamaConfig {
-        self.model.config()
+        self.executor.model().config()
     }
 
-    /// Runs all requests to their end. `finished` gets each sample as it is done, `progress` a report per host call;
-    /// once `cancel` is set the run ends after the current call.
+    /// Queues a request behind all others.
     ///
     /// # Errors
-    /// When a request can never run, or the device fails, or `finished` does.
+    /// Why it is refused: it can never run under the limits, or one with its id has not ended.
+    pub fn submit(&mut self, request: Request) -> Result<()> {
+        self.scheduler.push(request)?;
+        self.session.started.get_or_insert_with(Instant::now);
+        Ok(())
+    }
+
+    /// Ends a request, queued or running, with the tokens that it has; `None` when none of this id is there.
+    pub fn cancel(&mut self, id: SampleId) -> Option<Finished> {
+        self.scheduler.cancel(id)
+    }
+
+    /// What [`submit`](Self::submit) would say to a request.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&self, request: &Request) -> Result<()> {
+        self.scheduler.check(request)
+    }
+
+    /// Requests that were submitted and have not ended.
+    pub fn unfinished(&self) -> usize {
+        self.scheduler.active() + self.scheduler.waiting()
+    }
+
+    /// Drops all requests, queued and running, without a word.
+    pub fn clear(&mut self) {
+        self.scheduler = idle_scheduler(&self.options);
+    }
+
+    /// Requests that could be submitted now and find a slot: who shares a queue with other engines takes so many.
+    pub fn free_slots(&self) -> usize {
+        self.options.limits.max_seqs.saturating_sub(self.unfinished())
+    }
+
+    /// Where the run stands: what was submitted since the last [`Self::take_timing`].
+    pub fn progress(&self) -> &Progress {
+        &self.session.progress
+    }
+
+    /// What was measured since the last call; the next run begins with the next request.
+    pub fn take_timing(&mut self) -> Timing {
+        std::mem::take(&mut self.session).timing
+    }
+
+    /// Runs one host call: the samples that it finished, or `None` when every request has ended.
+    ///
+    /// # Errors
+    /// When the device fails. The KV cache is lost then, and with it all requests, queued ones too.
+    pub fn poll(&mut self) -> Result<Option<Vec<Finished>>> {
+        let outcome = self.step();
+        if outcome.is_err() {
+            self.clear();
+        }
+        outcome
+    }
+
+    fn step(&mut self) -> Result<Option<Vec<Finished>>> {
+        let started = Instant::now();
+        let run_started = *self.session.started.get_or_insert(started);
+        let step = self.scheduler.next();
+        let planned = Instant::now();
+        let mut report = StepReport {
+            start_s: (started - run_started).as_secs_f64(),
+            plan_s: (planned - started).as_secs_f64(),
+            ..StepReport::default()
+        };
+        let timing = &mut self.session.timing;
+        let (sampled, submitted, executed) = match step {
+            Step::Done => return Ok(None),
+            Step::Prefill(rows) => {
+                timing.prefill_calls += 1;
+                report.sequences = rows.len();
+                (report.rows, report.rounds) = (rows.iter().map(|row| row.tokens.len()).sum(), 1);
+                let carried = rows.iter().filter(|row| row.decodes).count();
+                if carried > 0 {
+                    report.kind = StepKind::Mixed;
+                    timing.mixed_calls += 1;
+                    timing.mixed_tokens += carried;
+                }
+                let call = self.prefill_call(&rows)?;
+                let submitted = Instant::now();
+                let tokens = self.executor.prefill(call)?;
+                let executed = Instant::now();
+                self.session.timing.prefill_device_s += (executed - submitted).as_secs_f64();
+                let sampled = rows.iter().zip(tokens).filter(|(row, _)| row.samples);
+                let sampled = sampled.map(|(row, token)| (row.slot, vec![token as u32])).collect::<Vec<_>>();
+                (sampled, submitted, executed)
+            }
+            Step::Decode { rows, rounds } => {
+                report.kind = StepKind::Decode;
+                (report.sequences, report.rows) = (rows.len(), rows.len());
+                let call = self.decode_call(&rows, rounds)?;
+                let submitted = Instant::now();
+                let tokens = self.executor.decode(call)?;
+                let executed = Instant::now();
+                let sampled: Vec<(Slot, Vec<u32>)> = rows
+                    .iter()
+                    .map(|row| {
+                        let line = &tokens[row.slot.0 * self.shape.max_rounds..][..rounds];
+                        (row.slot, line.iter().take_while(|&&id| id >= 0).map(|&id| id as u32).collect())
+                    })
+                    .collect();
+                report.rounds = sampled.iter().map(|(_, line)| line.len()).max().unwrap_or(0);
+                let timing = &mut self.session.timing;
+                timing.decode_device_s += (executed - submitted).as_secs_f64();
+                timing.decode_calls += 1;
+                timing.decode_steps += report.rounds;
+                timing.decode_tokens += sampled.iter().map(|(_, line)| line.len()).sum::<usize>();
+                (sampled, submitted, executed)
+            }
+        };
+        report.tokens = sampled.iter().map(|(_, tokens)| tokens.len()).sum();
+        let finished: Vec<Finished> =
+            sampled.into_iter().filter_map(|(slot, tokens)| self.scheduler.record(slot, &tokens)).collect();
+
+        let Session { progress, timing, .. } = &mut self.session;
+        if progress.tokens == 0 && report.tokens > 0 {
+            timing.first_token_s = (executed - run_started).as_secs_f64();
+        }
+        report.submit_s = (submitted - planned).as_secs_f64();
+        report.device_s = (executed - submitted).as_secs_f64();
+        report.extract_s = executed.elapsed().as_secs_f64();
+        timing.host_s += report.plan_s + report.submit_s + report.extract_s;
+        *progress = Progress {
+            finished: progress.finished + finished.len(),
+            tokens: progress.tokens + report.tokens,
+            waiting: self.scheduler.waiting(),
+            active: self.scheduler.active(),
+            pages_used: self.scheduler.pages_used(),
+            step: report,
+        };
+        Ok(Some(finished))
+    }
+
+    /// Runs all requests to their end, those submitted before too. `finished` gets each sample as it is done, `progress`
+    /// a report per host call; once `cancel` is set the run ends after the current call, and what is not done is dropped.
+    ///
+    /// # Errors
+    /// When a request can never run (then none does), or the device fails, or `finished` does.
     pub fn run(
         &mut self,
         requests: impl IntoIterator<Item = Request>,
         cancel: &AtomicBool,
+        finished: impl FnMut(Finished) -> Result<()>,
+        progress: impl FnMut(&Progress),
+    ) -> Result<Timing> {
+        self.run_batches([requests], cancel, finished, progress)
+    }
+
+    /// As [`Self::run`], batch by batch: the requests of a batch are submitted when the last one is done. It takes longer
+    /// than one run of all, as slots stay idle at the end of each batch, and yields the same samples.
+    ///
+    /// # Errors
+    /// As [`Self::run`]; a request that can never run ends the run when its batch begins.
+    pub fn run_batches(
+        &mut self,
+        batches: impl IntoIterator<Item = impl IntoIterator<Item = Request>>,
+        cancel: &AtomicBool,
         mut finished: impl FnMut(Finished) -> Result<()>,
         mut progress: impl FnMut(&Progress),
     ) -> Result<Timing> {
-        let mut scheduler = Scheduler::new(self.options.limits, self.options.stop.clone());
-        for request in requests {
-            scheduler.push(request)?;
-        }
-        let started = Instant::now();
-        let (mut timing, mut state) = (Timing::default(), Progress::default());
-        while !cancel.load(Ordering::Relaxed) {
-            let sampled = match scheduler.next() {
-                Step::Done => break,
-                Step::Prefill(rows) => {
-                    let call = self.prefill_call(&scheduler, &rows)?;
-                    let tokens = self.timed(&mut timing.prefill_device_s, |engine| engine.launch_prefill(call))?;
-                    timing.prefill_calls += 1;
-                    let sampled = rows.iter().zip(tokens).filter(|(row, _)| row.samples);
-                    sampled.map(|(row, token)| (row.slot, vec![token as u32])).collect::<Vec<_>>()
-                }
-                Step::Decode { rows, rounds } => {
-                    let call = self.decode_call(&scheduler, &rows, rounds)?;
-                    let tokens = self.timed(&mut timing.decode_device_s, |engine| engine.launch_decode(call))?;
-                    timing.decode_calls += 1;
-                    let sampled: Vec<(Slot, Vec<u32>)> = rows
-                        .iter()
-                        .map(|row| {
-                            let line = &tokens[row.slot.0 * self.shape.max_rounds..][..rounds];
-                            (row.slot, line.iter().take_while(|&&id| id >= 0).map(|&id| id as u32).collect())
-                        })
-                        .collect();
-                    timing.decode_steps += sampled.iter().map(|(_, line)| line.len()).max().unwrap_or(0);
-                    timing.decode_tokens += sampled.iter().map(|(_, line)| line.len()).sum::<usize>();
-                    sampled
-                }
-            };
-            if state.tokens == 0 && !sampled.is_empty() {
-                timing.first_token_s = started.elapsed().as_secs_f64();
+        let mut batches = batches.into_iter().take_while(|_| !cancel.load(Ordering::Relaxed));
+        let outcome = batches.try_for_each(|batch| {
+            batch.into_iter().try_for_each(|request| self.submit(request))?;
+            while !cancel.load(Ordering::Relaxed)
+                && let Some(samples) = self.poll()?
+            {
+                samples.into_iter().try_for_each(&mut finished)?;
+                progress(self.progress());
             }
-            for (slot, tokens) in sampled {
-                state.tokens += tokens.len();
-                if let Some(sample) = scheduler.record(slot, &tokens) {
-                    state.finished += 1;
-                    finished(sample)?;
-                }
-            }
-            state.active = scheduler.active();
-            state.pages_used = scheduler.pages_used();
-            progress(&state);
-        }
-        timing.host_s = started.elapsed().as_secs_f64() - timing.prefill_device_s - timing.decode_device_s;
-        Ok(timing)
-    }
-
-    /// Runs `work` and adds what it took to `seconds`.
-    fn timed<T>(&mut self, seconds: &mut f64, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        let started = Instant::now();
-        let outcome = work(self);
-        *seconds += started.elapsed().as_secs_f64();
-        outcome
+            Ok(())
+        });
+        self.clear();
+        let timing = self.take_timing();
+        outcome.map(|()| timing)
     }
 
     /// Packs a prefill step: sequences in the order of `rows`, their tokens back to back.
-    fn prefill_call(&self, scheduler: &Scheduler, rows: &[PrefillRow]) -> Result<Vec<Buffer>> {
+    fn prefill_call(&self, rows: &[PrefillRow]) -> Result<Call> {
         let shape = &self.shape;
         let page_size = shape.page_size;
         let mut tokens = vec![0i32; shape.prefill_rows];
@@ -282,7 +477,7 @@ impl Engine {
         let mut keys = [vec![0u32; shape.slots], vec![0u32; shape.slots], vec![0u32; shape.slots]];
         let mut at = 0;
         for (sequence, row) in rows.iter().enumerate() {
-            let pages = scheduler.pages(row.slot);
+            let pages = self.scheduler.pages(row.slot);
             table.set(sequence, pages);
             for (offset, &token) in row.tokens.iter().enumerate() {
                 let position = row.position + offset;
@@ -299,7 +494,7 @@ impl Engine {
         }
         first_rows[rows.len() + 1..].fill(at as i32);
         let [index, generation, position] = keys;
-        self.upload([
+        self.executor.upload(&[
             ints(tokens),
             ints(positions),
             ints(kv_slots),
@@ -315,7 +510,7 @@ impl Engine {
     }
 
     /// Packs a decode step: sequences by slot.
-    fn decode_call(&self, scheduler: &Scheduler, rows: &[DecodeRow], rounds: usize) -> Result<Vec<Buffer>> {
+    fn decode_call(&self, rows: &[DecodeRow], rounds: usize) -> Result<Call> {
         let slots = self.shape.slots;
         let mut tokens = vec![0i32; slots];
         let mut positions = vec![0i32; slots];
@@ -327,11 +522,11 @@ impl Engine {
             tokens[slot] = row.token as i32;
             positions[slot] = row.position as i32;
             remaining[slot] = rounds as i32;
-            table.set(slot, scheduler.pages(row.slot));
+            table.set(slot, self.scheduler.pages(row.slot));
             [keys[0][slot], keys[1][slot]] = row.id.key();
         }
         let [index, generation] = keys;
-        self.upload([
+        self.executor.upload(&[
             ints(tokens),
             ints(positions),
             ints(remaining),
@@ -341,62 +536,10 @@ impl Engine {
             HostTensor::scalar(rounds as i32),
         ])
     }
-
-    fn upload<const N: usize>(&self, tensors: [HostTensor; N]) -> Result<Vec<Buffer>> {
-        tensors.iter().map(|tensor| Ok(self.client.upload(tensor, 0)?)).collect()
-    }
-
-    /// Runs the prefill program: one token per sequence.
-    fn launch_prefill(&mut self, call: Vec<Buffer>) -> Result<Vec<i32>> {
-        let cache = self.cache()?;
-        let parameters = self.parameters.iter().map(Arg::Keep);
-        let args = call.into_iter().map(Arg::Donate).chain(parameters).collect();
-        let (kv, tokens) = launch(&self.prefill, &self.model, cache, args)?;
-        self.kv = Some(kv);
-        Ok(tokens.values()?)
-    }
-
-    /// Runs the decode program: `[slots, max_rounds]` tokens.
-    fn launch_decode(&mut self, mut call: Vec<Buffer>) -> Result<Vec<i32>> {
-        let rounds = call.pop();
-        let cache = self.cache()?;
-        let parameters = self.parameters.iter().map(Arg::Keep);
-        let args = call.into_iter().map(Arg::Donate).chain(parameters).chain(rounds.map(Arg::Donate)).collect();
-        let (kv, tokens) = launch(&self.decode, &self.model, cache, args)?;
-        self.kv = Some(kv);
-        Ok(tokens.values()?)
-    }
-
-    /// The KV buffer; a new one when a failed call took the last with it.
-    fn cache(&mut self) -> Result<Buffer> {
-        self.kv.take().map_or_else(|| allocate(&self.empty_cache), Ok)
-    }
 }
 
-/// Runs a step program on the weights, the KV buffer and the rest of its arguments: the KV buffer and the tokens.
-fn launch(program: &Executable, model: &DeviceModel, kv: Buffer, args: Vec<Arg<'_>>) -> Result<(Buffer, Buffer)> {
-    let all = model.weights()[0].iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(args).collect();
-    let results = program.run(all)?;
-    let found = results.len();
-    <[Buffer; 2]>::try_from(results)
-        .map(|[kv, tokens]| (kv, tokens))
-        .map_err(|_| Error::runtime("running a step program")(format!("it returned {found} results instead of 2")))
-}
-
-/// A program of no arguments that makes an array of zeros where it runs: the host never holds it.
-fn zeros<'c>(context: &'c Context, array: &TensorType) -> Result<Module<'c>> {
-    let module = Module::new(context, "zeros");
-    module.function("main", &[], |b, _| Ok(vec![b.broadcast_to(b.scalar(array.element, 0.0)?, &array.dims)?]))?;
-    Ok(module)
-}
-
-/// Runs the program of [`zeros`] to its end.
-fn allocate(zeros: &Executable) -> Result<Buffer> {
-    let mut results = zeros.run(Vec::new())?;
-    let cache =
-        results.pop().ok_or_else(|| Error::runtime("allocating the KV cache")("the program returned nothing"))?;
-    cache.wait()?;
-    Ok(cache)
+fn idle_scheduler(options: &EngineOptions) -> Scheduler {
+    Scheduler::new(options.limits, options.stop.clone()).with_mixed_steps(options.mixed_steps)
 }
 
 /// A page table `i32[slots, pages_per_seq]`; entries that no sequence uses are page 0.

@@ -5,17 +5,39 @@
 //! front means that an admitted sequence always finishes: nothing is preempted, recomputed or dead-locked. The price is
 //! that a sequence which stops early has held pages that it did not fill.
 //!
-//! Invariants: a page belongs to one running sequence at most; every request that [`Scheduler::push`] accepted ends in
-//! exactly one [`Finished`], with at most its budget of tokens; limits of [`Limits`] hold in every step; a decode step
-//! runs no sequence beyond its budget, so the device needs no mask for length.
+//! **Prefill, decode, and both in one step.** While an admitted prompt is incomplete, the next step is a prefill step:
+//! chunks of prompts, in the order of admission, up to `max_prefill_size` rows. It is a program of so many rows whether
+//! they are used or not, and streams all weights, as a decode step does; so with [`Scheduler::with_mixed_steps`] it
+//! carries the decoding sequences along, one row each, all of them or none: all when they fit in half of the rows (then
+//! prompts have the rest) or in the rows that prompts leave. A row that was padding costs nothing; a row that a prompt
+//! would have had costs a share of one prefill step and saves a decode step of all weights. Nothing decodes behind an
+//! endless stream of prompts: when `max_seqs` sequences were admitted without a step for those that decode, no more is
+//! admitted until they had one.
 //!
-//! Use: `push` all requests, then repeat [`Scheduler::next`], run the step, and [`Scheduler::record`] the sampled tokens
-//! of every row that samples, until `next` answers [`Step::Done`].
+//! **Shared pages.** Sequences whose prompts begin with the same full pages, and have as many of them, hold these pages
+//! together (see [`crate::prefix`]); the last page of a prompt is its own. So the samples of one prompt compute it once.
+//!
+//! Invariants:
+//! - a page that is written belongs to one running sequence, and pages that are shared hold what each of their
+//!   sequences would have written there, before any of them reads it: one of them writes, and the others start in a
+//!   later step, because within a step a lowering may write the KV of a sequence when it attends;
+//! - every request that [`Scheduler::push`] accepted ends in exactly one [`Finished`], with at most its budget of tokens,
+//!   and one that is refused has a reason; no page outlives its sequences;
+//! - limits of [`Limits`] hold in every step; a decode step runs no sequence beyond its budget, so the device needs no
+//!   mask for length;
+//! - a step takes time in proportion to the sequences that run and their rows, whatever is queued.
+//!
+//! Use: `push` requests at any time, repeat [`Scheduler::next`], run the step, and [`Scheduler::record`] the sampled
+//! tokens of every row that samples; `next` answers [`Step::Done`] when nothing is left. [`Scheduler::cancel`] between
+//! steps.
 
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::pages::PageAllocator;
+use crate::prefix::Prefixes;
 use crate::stop::{FinishReason, StopRule};
 use crate::units::{PageId, PageSize, SampleId, Slot};
 
@@ -90,10 +112,10 @@ impl Limits {
 /// A sample to be made.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// Which sample of the run.
+    /// Which sample of the run; no two that are queued or run have the same.
     pub id: SampleId,
     /// The prompt's tokens.
-    pub prompt: Vec<u32>,
+    pub prompt: Arc<[u32]>,
     /// The budget of new tokens, at least one.
     pub max_new_tokens: usize,
 }
@@ -104,7 +126,7 @@ pub struct Finished {
     /// Which sample of the run.
     pub id: SampleId,
     /// The prompt's tokens.
-    pub prompt: Vec<u32>,
+    pub prompt: Arc<[u32]>,
     /// The new tokens, the stopping one included.
     pub tokens: Vec<u32>,
     /// How many of `tokens` belong to the text (see [`crate::stop`]).
@@ -113,19 +135,21 @@ pub struct Finished {
     pub reason: FinishReason,
 }
 
-/// A row of a prefill step: consecutive prompt tokens of one sequence.
+/// A row of a prefill step: consecutive tokens of one sequence, of its prompt, or the last one that it sampled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PrefillRow {
     /// Where the sequence runs.
     pub slot: Slot,
     /// Which sample it is.
     pub id: SampleId,
-    /// The chunk's tokens, at least one.
+    /// The tokens, at least one.
     pub tokens: Vec<u32>,
     /// Position of the first of them; `position + tokens.len()` is the KV length after the step.
     pub position: usize,
-    /// Whether the chunk ends the prompt, so that the step samples this row's first new token.
+    /// Whether the step samples this row's next token: the chunk ends the prompt, or the sequence decodes.
     pub samples: bool,
+    /// Whether the sequence decodes, carried along by a step of other sequences' prompts.
+    pub decodes: bool,
 }
 
 impl PrefillRow {
@@ -151,7 +175,7 @@ pub struct DecodeRow {
 /// What to run next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Write the rows' chunks to the cache; sample one token for each row that `samples`, and `record` it.
+    /// Write the rows' tokens to the cache; sample one token for each row that `samples`, and `record` it.
     Prefill(Vec<PrefillRow>),
     /// Run `rounds` decode steps on the device, then `record` each row's sampled tokens (fewer when it met EOS).
     Decode {
@@ -168,7 +192,9 @@ pub enum Step {
 struct Running {
     request: Request,
     pages: Vec<PageId>,
-    /// Prompt tokens given to the device.
+    /// Tokens at the beginning of the prompt that lie in pages which equal prompts share.
+    shared: usize,
+    /// Prompt tokens that this sequence itself has got as far as. Of the shared ones, others may have written more.
     prefilled: usize,
     sampled: Vec<u32>,
     /// A planned step samples this row, and `record` was not called yet.
@@ -179,54 +205,176 @@ impl Running {
     fn remaining(&self) -> usize {
         self.request.max_new_tokens - self.sampled.len()
     }
+
+    fn decodes(&self) -> bool {
+        self.prefilled == self.request.prompt.len()
+    }
+
+    /// The last sampled token of a sequence that decodes, as the row of a step that samples the next one.
+    fn decode_row(&mut self, slot: Slot) -> DecodeRow {
+        self.awaiting = true;
+        let token = *self.sampled.last().expect("a complete prefill has sampled a token");
+        let position = self.request.prompt.len() + self.sampled.len() - 1;
+        DecodeRow { slot, id: self.request.id, token, position }
+    }
+
+    fn finished(self, text_tokens: usize, reason: FinishReason) -> Finished {
+        let Request { id, prompt, .. } = self.request;
+        Finished { id, prompt, tokens: self.sampled, text_tokens, reason }
+    }
+}
+
+/// Where a request is that has not ended.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// In the queue, under this number.
+    Queued(u64),
+    Running(Slot),
 }
 
 /// The scheduler of one engine.
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
+    mixed: bool,
     stop: StopRule,
-    queue: VecDeque<Request>,
-    /// Slot of each sequence in the order of admission, in which prompts are prefilled.
-    order: Vec<Slot>,
+    /// By a number that grows: the order of arrival, from which any can be taken.
+    queue: BTreeMap<u64, Request>,
+    arrivals: u64,
+    places: HashMap<SampleId, Place>,
     slots: Vec<Option<Running>>,
+    /// The lowest first.
+    free_slots: BinaryHeap<Reverse<usize>>,
+    /// Sequences whose prompts are incomplete, in the order of admission.
+    prefilling: Vec<Slot>,
+    /// Sequences admitted since those that decode had a step.
+    admitted: usize,
+    prefixes: Prefixes,
     pages: PageAllocator,
 }
 
 impl Scheduler {
-    /// A scheduler with no requests.
+    /// A scheduler with no requests, whose steps are prefill or decode.
     pub fn new(limits: Limits, stop: StopRule) -> Self {
-        let slots = (0..limits.max_seqs).map(|_| None).collect();
-        let pages = PageAllocator::new(limits.max_pages);
-        Self { limits, stop, queue: VecDeque::new(), order: Vec::new(), slots, pages }
+        Self {
+            limits,
+            mixed: false,
+            stop,
+            queue: BTreeMap::new(),
+            arrivals: 0,
+            places: HashMap::new(),
+            slots: (0..limits.max_seqs).map(|_| None).collect(),
+            free_slots: (0..limits.max_seqs).map(Reverse).collect(),
+            prefilling: Vec::new(),
+            admitted: 0,
+            prefixes: Prefixes::default(),
+            pages: PageAllocator::new(limits.max_pages),
+        }
+    }
+
+    /// Whether prefill steps carry decoding sequences along, where they fit.
+    #[must_use]
+    pub fn with_mixed_steps(self, mixed: bool) -> Self {
+        Self { mixed, ..self }
     }
 
     /// Queues a request behind all others.
     ///
     /// # Errors
-    /// When it could never run under the limits.
+    /// When it could never run under the limits, or one with its id has not ended.
     pub fn push(&mut self, request: Request) -> Result<()> {
-        self.limits.check(&format!("prompts[{}]", request.id.index), request.prompt.len(), request.max_new_tokens)?;
+        self.check(&request)?;
+        self.places.insert(request.id, Place::Queued(self.arrivals));
+        self.queue.insert(self.arrivals, request);
+        self.arrivals += 1;
+        Ok(())
+    }
+
+    /// What [`push`](Self::push) would say to a request.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&self, request: &Request) -> Result<()> {
+        let prompt = format!("prompts[{}]", request.id.index);
+        self.limits.check(&prompt, request.prompt.len(), request.max_new_tokens)?;
         if request.max_new_tokens == 0 {
             return Err(Error::setting("max_new_tokens", 0, "asks for no token", "ask for at least 1"));
         }
-        self.queue.push_back(request);
+        if self.places.contains_key(&request.id) {
+            let SampleId { round, generation, .. } = request.id;
+            let sample = format!("round {round}, generation {generation}");
+            let fix = "wait for it, cancel it, or use another id";
+            return Err(Error::setting(prompt, sample, "was submitted before and has not ended", fix));
+        }
         Ok(())
+    }
+
+    /// Ends a request, queued or running, with the tokens that it has: `None` when there is none of this id, because it
+    /// has ended or was never pushed.
+    ///
+    /// # Panics
+    /// When tokens of the last step were not recorded.
+    pub fn cancel(&mut self, id: SampleId) -> Option<Finished> {
+        self.assert_recorded();
+        match self.places.remove(&id)? {
+            Place::Queued(number) => {
+                let Request { id, prompt, .. } = self.queue.remove(&number).expect("`places` says where it is");
+                Some(Finished { id, prompt, tokens: Vec::new(), text_tokens: 0, reason: FinishReason::Cancelled })
+            }
+            Place::Running(slot) => {
+                let running = self.vacate(slot);
+                let text_tokens = running.sampled.len();
+                Some(running.finished(text_tokens, FinishReason::Cancelled))
+            }
+        }
+    }
+
+    /// Frees the slot of a running sequence and lets go of its pages.
+    fn vacate(&mut self, slot: Slot) -> Running {
+        let mut running = self.slots[slot.0].take().expect("only running sequences are vacated");
+        self.free_slots.push(Reverse(slot.0));
+        self.prefilling.retain(|&other| other != slot);
+        self.places.remove(&running.request.id);
+        let first = running.pages.first().copied();
+        self.pages.release(std::mem::take(&mut running.pages));
+        if let Some(first) = first.filter(|&page| running.shared > 0 && self.pages.holders(page) == 0) {
+            self.prefixes.remove(first);
+        }
+        running
     }
 
     /// Gives queued requests a slot and their pages, strictly in order, while both are free.
     ///
     /// In order means that a large request is not overtaken for ever by small ones behind it.
     fn admit(&mut self) {
-        while let Some(request) = self.queue.front()
-            && let Some(slot) = self.slots.iter().position(Option::is_none)
-            && let tokens = request.prompt.len() + request.max_new_tokens
-            && let Some(pages) = self.pages.allocate(self.limits.page_size.pages_for(tokens))
+        let page_size = self.limits.page_size;
+        while let Some((_, Request { prompt, max_new_tokens, .. })) = self.queue.first_key_value()
+            && let Some(&Reverse(slot)) = self.free_slots.peek()
+            && (self.admitted < self.limits.max_seqs || self.active() == self.prefilling.len())
         {
-            let request = self.queue.pop_front().expect("its front was just seen");
-            self.slots[slot] = Some(Running { request, pages, prefilled: 0, sampled: Vec::new(), awaiting: false });
-            self.order.push(Slot(slot));
+            // The last token of a prompt is computed by every sequence: what comes after it is sampled from its row.
+            let shared = (prompt.len() - 1) / page_size.tokens() * page_size.tokens();
+            let prefix = self.prefixes.pages(&prompt[..shared]);
+            let needed = page_size.pages_for(prompt.len() + max_new_tokens);
+            let Some(own) = self.pages.allocate(needed - prefix.len()) else { break };
+            self.pages.share(prefix);
+            let (pages, is_new) = ([prefix, &own].concat(), prefix.is_empty());
+            if shared > 0 && is_new {
+                self.prefixes.insert(&prompt[..shared], &pages[..page_size.pages_for(shared)]);
+            }
+            let (_, request) = self.queue.pop_first().expect("its front was just seen");
+            self.free_slots.pop();
+            self.places.insert(request.id, Place::Running(Slot(slot)));
+            self.slots[slot] =
+                Some(Running { request, pages, shared, prefilled: 0, sampled: Vec::new(), awaiting: false });
+            self.prefilling.push(Slot(slot));
+            self.admitted += 1;
         }
+    }
+
+    fn assert_recorded(&self) {
+        let unrecorded = self.running().find(|(_, running)| running.awaiting).map(|(slot, _)| slot);
+        assert!(unrecorded.is_none(), "{unrecorded:?} has sampled tokens that were not recorded");
     }
 
     /// Admits what fits and plans the next step: prefill while any admitted prompt is incomplete, else decode.
@@ -236,51 +384,70 @@ impl Scheduler {
     // Not an `Iterator`: each step depends on what `record` heard of the one before.
     #[allow(clippy::should_implement_trait)]
     pub fn next(&mut self) -> Step {
-        let unrecorded = self.running().find(|(_, running)| running.awaiting).map(|(slot, _)| slot);
-        assert!(unrecorded.is_none(), "{unrecorded:?} has sampled tokens that were not recorded");
+        self.assert_recorded();
         self.admit();
-        if self.order.is_empty() {
+        if self.active() == 0 {
             debug_assert!(self.queue.is_empty(), "an empty engine holds any request that `push` accepted");
             return Step::Done;
         }
-        let prefill = self.plan_prefill();
-        if prefill.is_empty() { self.plan_decode() } else { Step::Prefill(prefill) }
+        if self.prefilling.is_empty() { self.plan_decode() } else { Step::Prefill(self.plan_prefill()) }
     }
 
     fn plan_prefill(&mut self) -> Vec<PrefillRow> {
-        let mut room = self.limits.max_prefill_size;
-        let mut rows = Vec::new();
-        for &slot in &self.order {
-            if room == 0 || rows.len() == self.limits.max_seqs_in_prefill {
-                break;
-            }
-            let running = self.slots[slot.0].as_mut().expect("`order` lists running slots");
-            let prompt = &running.request.prompt;
-            let position = running.prefilled;
-            let end = prompt.len().min(position + room);
-            if position == end {
-                continue;
-            }
-            room -= end - position;
-            running.prefilled = end;
-            running.awaiting = end == prompt.len();
-            let (tokens, samples) = (prompt[position..end].to_vec(), running.awaiting);
-            rows.push(PrefillRow { slot, id: running.request.id, tokens, position, samples });
+        let size = self.limits.max_prefill_size;
+        let decoding = if self.mixed { self.active() - self.prefilling.len() } else { 0 };
+        let reserved = if decoding <= size / 2 { decoding } else { 0 };
+        let (mut rows, left) = self.plan_prompts(size - reserved);
+        if decoding > 0 && decoding <= left + reserved {
+            self.admitted = 0;
+            let decoding =
+                self.slots.iter_mut().enumerate().filter_map(|(slot, running)| Some((slot, running.as_mut()?)));
+            // A prompt that this step completes has no token to feed back yet.
+            let decoding = decoding.filter(|(_, running)| !running.sampled.is_empty());
+            rows.extend(decoding.map(|(slot, running)| {
+                let DecodeRow { slot, id, token, position } = running.decode_row(Slot(slot));
+                PrefillRow { slot, id, tokens: vec![token], position, samples: true, decodes: true }
+            }));
         }
         rows
     }
 
-    fn plan_decode(&mut self) -> Step {
-        let mut rounds = self.limits.max_rounds;
-        let mut rows = Vec::with_capacity(self.order.len());
-        for (slot, running) in self.slots.iter_mut().enumerate() {
-            let Some(running) = running else { continue };
-            running.awaiting = true;
-            rounds = rounds.min(running.remaining());
-            let token = *running.sampled.last().expect("a complete prefill has sampled a token");
-            let position = running.request.prompt.len() + running.sampled.len() - 1;
-            rows.push(DecodeRow { slot: Slot(slot), id: running.request.id, token, position });
+    /// Chunks of incomplete prompts, of `room` tokens together, and the room that they leave.
+    fn plan_prompts(&mut self, mut room: usize) -> (Vec<PrefillRow>, usize) {
+        let mut rows = Vec::new();
+        // What this step writes of shared pages: others see it from the next step on.
+        let mut written: HashMap<PageId, usize> = HashMap::new();
+        for &slot in &self.prefilling {
+            if room == 0 || rows.len() == self.limits.max_seqs_in_prefill {
+                break;
+            }
+            let running = self.slots[slot.0].as_mut().expect("`prefilling` lists running slots");
+            let (prompt, shared, first) = (&running.request.prompt, running.shared, running.pages[0]);
+            let position = if running.prefilled < shared { self.prefixes.written(first) } else { running.prefilled };
+            if position < shared && written.contains_key(&first) {
+                continue;
+            }
+            let end = prompt.len().min(position + room);
+            if position < shared {
+                written.insert(first, end.min(shared));
+            }
+            room -= end - position;
+            let samples = end == prompt.len();
+            let (id, tokens) = (running.request.id, prompt[position..end].to_vec());
+            (running.prefilled, running.awaiting) = (end, samples);
+            rows.push(PrefillRow { slot, id, tokens, position, samples, decodes: false });
         }
+        written.into_iter().for_each(|(first, tokens)| self.prefixes.write(first, tokens));
+        self.prefilling.retain(|slot| self.slots[slot.0].as_ref().is_some_and(|running| !running.decodes()));
+        (rows, room)
+    }
+
+    fn plan_decode(&mut self) -> Step {
+        self.admitted = 0;
+        let running = self.slots.iter_mut().enumerate().filter_map(|(slot, running)| Some((slot, running.as_mut()?)));
+        let (rows, left): (Vec<_>, Vec<_>) =
+            running.map(|(slot, running)| (running.decode_row(Slot(slot)), running.remaining())).unzip();
+        let rounds = left.into_iter().fold(self.limits.max_rounds, usize::min);
         Step::Decode { rows, rounds }
     }
 
@@ -296,13 +463,9 @@ impl Scheduler {
         let from = running.sampled.len();
         running.sampled.extend_from_slice(tokens);
         let end = self.stop.end(&running.sampled, from, running.request.max_new_tokens)?;
-
-        let mut running = self.slots[slot.0].take().expect("it was just seen");
-        self.order.retain(|&other| other != slot);
-        self.pages.release(running.pages);
+        let mut running = self.vacate(slot);
         running.sampled.truncate(end.tokens);
-        let Request { id, prompt, .. } = running.request;
-        Some(Finished { id, prompt, tokens: running.sampled, text_tokens: end.text_tokens, reason: end.reason })
+        Some(running.finished(end.text_tokens, end.reason))
     }
 
     fn running(&self) -> impl Iterator<Item = (Slot, &Running)> {
@@ -326,22 +489,49 @@ impl Scheduler {
 
     /// Sequences in slots.
     pub fn active(&self) -> usize {
-        self.order.len()
+        self.slots.len() - self.free_slots.len()
     }
 
-    /// Pages reserved by running sequences.
+    /// Pages reserved by running sequences; a page that several share counts once.
     pub fn pages_used(&self) -> usize {
         self.pages.used()
     }
 }
 
+/// Splits the samples of a run, in their order, into batches of at most `prompts` prompts of one round with all their
+/// samples, as Levanter's `max_prompts_per_batch` does; one batch of all when it is not set.
+///
+/// # Panics
+/// When `prompts` is 0.
+pub fn batches(ids: &[SampleId], prompts: Option<usize>) -> impl Iterator<Item = &[SampleId]> {
+    let mut rest = ids;
+    std::iter::from_fn(move || {
+        let first = rest.first()?;
+        let end = match prompts {
+            None => rest.len(),
+            Some(prompts) => {
+                let in_round = rest.partition_point(|id| id.round == first.round);
+                rest[..in_round].chunk_by(|a, b| a.index == b.index).take(prompts).map(<[SampleId]>::len).sum()
+            }
+        };
+        assert!(end > 0, "a batch holds a prompt");
+        let (batch, after) = rest.split_at(end);
+        rest = after;
+        Some(batch)
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::cell::RefCell;
+    use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
     use proptest::prelude::*;
+    use proptest::test_runner::TestRunner;
 
     use super::*;
+
+    const EOS: u32 = 1;
 
     fn limits(max_seqs: usize, max_pages: usize, page_size: usize) -> Limits {
         Limits {
@@ -355,116 +545,410 @@ mod tests {
         }
     }
 
+    fn id(index: usize) -> SampleId {
+        SampleId { round: 0, index, generation: 0 }
+    }
+
     fn request(index: usize, prompt: usize, max_new_tokens: usize) -> Request {
-        let id = SampleId { round: 0, index, generation: 0 };
-        Request { id, prompt: (0..prompt).map(|at| (index * 100 + at) as u32).collect(), max_new_tokens }
+        Request { id: id(index), prompt: (0..prompt).map(|at| (index * 100 + at) as u32).collect(), max_new_tokens }
     }
 
-    /// The fake model: the token after `position` of sample `index`; 1 (EOS) ends some samples early.
-    fn model(index: usize, position: usize) -> u32 {
-        if (index * 31 + position * 17).is_multiple_of(23) { 1 } else { (1000 + index * 64 + position) as u32 }
+    /// The fake model: the token at `position` of a sample; [`EOS`] ends some samples early.
+    fn model(id: SampleId, position: usize) -> u32 {
+        let number = (id.index * 31 + id.generation as usize * 7 + id.round as usize * 3 + position) * 2_654_435_761;
+        let number = (number >> 7) as u32;
+        if number.is_multiple_of(29) { EOS } else { 2 + number % 1000 }
     }
 
-    /// Runs all requests on a fake device that holds a KV cache page by page and checks every read and write.
-    fn simulate(limits: Limits, requests: &[Request]) -> Result<BTreeMap<usize, Finished>, TestCaseError> {
-        let mut scheduler = Scheduler::new(limits, StopRule::new([1], vec![]));
-        for request in requests {
-            scheduler.push(request.clone()).unwrap();
-        }
-        let mut cache: BTreeMap<(PageId, usize), u32> = BTreeMap::new();
-        let mut finished = BTreeMap::new();
-        loop {
-            let step = scheduler.next();
-            let mut owned = BTreeSet::new();
-            for slot in 0..limits.max_seqs {
-                for &page in scheduler.pages(Slot(slot)) {
-                    prop_assert!(owned.insert(page), "a page is shared");
-                }
-                prop_assert!(scheduler.pages(Slot(slot)).len() <= limits.pages_per_seq());
+    /// What a request yields when it runs alone.
+    fn alone(request: &Request, stop: &StopRule) -> Finished {
+        let Request { id, prompt, max_new_tokens } = request.clone();
+        let mut tokens: Vec<u32> = (0..max_new_tokens).map(|at| model(id, prompt.len() + at)).collect();
+        let end = stop.end(&tokens, 0, max_new_tokens).expect("the budget ends it");
+        tokens.truncate(end.tokens);
+        Finished { id, prompt, tokens, text_tokens: end.text_tokens, reason: end.reason }
+    }
+
+    /// A token's key and value in the cache: they depend on all tokens up to here, as in a model.
+    #[derive(Clone, Copy, Debug)]
+    struct Entry {
+        history: u64,
+        step: usize,
+        writer: SampleId,
+    }
+
+    /// The history of a text of one more token.
+    fn extend(history: u64, token: u32) -> u64 {
+        (history ^ u64::from(token)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23)
+    }
+
+    /// A fake device, which holds a KV cache page by page and checks every read and write.
+    struct Device {
+        limits: Limits,
+        stop: StopRule,
+        mixed: bool,
+        scheduler: Scheduler,
+        cache: BTreeMap<(PageId, usize), Entry>,
+        /// Prompt and sampled tokens of what runs.
+        texts: BTreeMap<SampleId, Vec<u32>>,
+        /// Steps since each sequence that decodes had one.
+        stalled: BTreeMap<SampleId, usize>,
+        /// Longest of these.
+        longest_stall: usize,
+        step: usize,
+        seen: Seen,
+    }
+
+    /// How much of what is tested came up.
+    #[derive(Clone, Copy, Debug, Default)]
+    struct Seen {
+        /// Pages that running sequences did not have to take, at most.
+        shared: usize,
+        /// Rows of sequences that decode, in prefill steps.
+        carried: usize,
+        cancelled_running: usize,
+        refused: usize,
+        stopped: usize,
+    }
+
+    impl Device {
+        fn new(limits: Limits, stop: StopRule, mixed: bool) -> Self {
+            let scheduler = Scheduler::new(limits, stop.clone()).with_mixed_steps(mixed);
+            Self {
+                limits,
+                stop,
+                mixed,
+                scheduler,
+                cache: BTreeMap::new(),
+                texts: BTreeMap::new(),
+                stalled: BTreeMap::new(),
+                longest_stall: 0,
+                step: 0,
+                seen: Seen::default(),
             }
-            prop_assert_eq!(owned.len(), scheduler.pages_used());
-            prop_assert!(owned.len() <= limits.max_pages && scheduler.active() <= limits.max_seqs);
-            let address = |scheduler: &Scheduler, slot, at: usize| {
-                (scheduler.pages(slot)[at / limits.page_size.tokens()], at % limits.page_size.tokens())
-            };
+        }
+
+        /// Pages have the holders that they should have, and the scheduler's counts are right.
+        fn check_pages(&mut self) -> Result<(), TestCaseError> {
+            let page_size = self.limits.page_size.tokens();
+            let running: Vec<(Vec<u32>, Vec<PageId>)> = self
+                .scheduler
+                .running()
+                .map(|(slot, running)| (running.request.prompt.to_vec(), self.scheduler.pages(slot).to_vec()))
+                .collect();
+            prop_assert_eq!(running.len(), self.scheduler.active());
+            prop_assert!(running.len() <= self.limits.max_seqs);
+            let mut holders: BTreeMap<PageId, usize> = BTreeMap::new();
+            for (_, pages) in &running {
+                prop_assert!(pages.len() <= self.limits.pages_per_seq());
+                prop_assert_eq!(pages.iter().collect::<BTreeSet<_>>().len(), pages.len());
+                pages.iter().for_each(|page| *holders.entry(*page).or_default() += 1);
+            }
+            prop_assert_eq!(holders.len(), self.scheduler.pages_used());
+            prop_assert!(holders.len() <= self.limits.max_pages);
+            // The pages that a sequence writes alone begin with that of its prompt's last token.
+            let shareable = |prompt: &[u32]| (prompt.len() - 1) / page_size;
+            for (prompt, pages) in &running {
+                prop_assert!(pages[shareable(prompt)..].iter().all(|page| holders[page] == 1), "two write one page");
+                for (other, others_pages) in &running {
+                    let full = shareable(prompt);
+                    if full == shareable(other) && prompt[..full * page_size] == other[..full * page_size] {
+                        prop_assert_eq!(&pages[..full], &others_pages[..full], "equal prompts share");
+                    }
+                }
+            }
+            // What nobody holds is lost.
+            self.cache.retain(|(page, _), _| holders.contains_key(page));
+            self.seen.shared = self.seen.shared.max(holders.values().sum::<usize>() - holders.len());
+            Ok(())
+        }
+
+        /// The device's work for one row: writes a token at `position`, and reads all that the row sees.
+        fn write(&mut self, slot: Slot, id: SampleId, position: usize, token: u32) -> Result<(), TestCaseError> {
+            let page_size = self.limits.page_size.tokens();
+            let pages = self.scheduler.pages(slot).to_vec();
+            let address = |at: usize| (pages[at / page_size], at % page_size);
+            let text = &self.texts[&id];
+            prop_assert_eq!(text[position], token, "the token fed at {}", position);
+            let mut history = 0;
+            for (at, &token) in text[..position].iter().enumerate() {
+                history = extend(history, token);
+                let entry = self.cache.get(&address(at));
+                prop_assert!(
+                    entry.is_some_and(|entry| entry.history == history
+                        && (entry.step < self.step || entry.writer == id)),
+                    "{id:?} at {position} reads {entry:?} at {at} in step {}",
+                    self.step
+                );
+            }
+            let entry = Entry { history: extend(history, token), step: self.step, writer: id };
+            prop_assert!(self.cache.insert(address(position), entry).is_none(), "written twice");
+            Ok(())
+        }
+
+        /// Runs one step: what finished, or `None` when nothing is left.
+        fn poll(&mut self) -> Result<Option<Vec<Finished>>, TestCaseError> {
+            let step = self.scheduler.next();
+            self.step += 1;
+            self.check_pages()?;
+            let complete = |device: &Self, id: &SampleId, prompt: usize| device.texts[id].len() > prompt;
+            let mut decoding: BTreeMap<SampleId, usize> = BTreeMap::new();
+            for (_, running) in self.scheduler.running() {
+                let Request { id, prompt, .. } = &running.request;
+                self.texts.entry(*id).or_insert_with(|| prompt.to_vec());
+                if complete(self, id, prompt.len()) {
+                    decoding.insert(*id, self.stalled.get(id).copied().unwrap_or(0) + 1);
+                }
+            }
             let mut results: Vec<(Slot, SampleId, Vec<u32>)> = Vec::new();
             match step {
-                Step::Done => break,
+                Step::Done => {
+                    prop_assert_eq!((self.scheduler.waiting(), self.scheduler.active()), (0, 0));
+                    return Ok(None);
+                }
                 Step::Prefill(rows) => {
-                    prop_assert!(!rows.is_empty() && rows.len() <= limits.max_seqs_in_prefill);
+                    let prompts = rows.iter().filter(|row| !row.decodes).count();
+                    prop_assert!(prompts > 0 && prompts <= self.limits.max_seqs_in_prefill);
+                    prop_assert!(rows.len() == prompts || self.mixed);
+                    prop_assert!(rows.len() == prompts || rows.len() - prompts == decoding.len(), "all or none");
+                    prop_assert_eq!(rows.iter().map(|row| row.slot).collect::<BTreeSet<_>>().len(), rows.len());
                     let tokens: usize = rows.iter().map(|row| row.tokens.len()).sum();
-                    prop_assert!(tokens <= limits.max_prefill_size);
+                    prop_assert!(tokens <= self.limits.max_prefill_size);
+                    let spare = self.limits.max_prefill_size - tokens;
+                    let rides = rows.len() > prompts || decoding.is_empty() || !self.mixed;
+                    prop_assert!(rides || decoding.len() > spare, "padding that a token could have had");
                     for row in rows {
-                        let prompt = &requests[row.id.index].prompt;
+                        let known = self.texts[&row.id].len();
                         for (offset, &token) in row.tokens.iter().enumerate() {
-                            cache.insert(address(&scheduler, row.slot, row.position + offset), token);
+                            self.write(row.slot, row.id, row.position + offset, token)?;
                         }
-                        // Every prompt token up to here is in this sequence's own pages.
-                        for (at, token) in prompt[..row.kv_len()].iter().enumerate() {
-                            prop_assert_eq!(cache.get(&address(&scheduler, row.slot, at)), Some(token));
+                        prop_assert_eq!(row.samples, row.kv_len() == known);
+                        prop_assert_eq!(row.decodes, decoding.contains_key(&row.id));
+                        if row.decodes {
+                            self.seen.carried += 1;
+                            decoding.insert(row.id, 0);
                         }
-                        prop_assert_eq!(row.samples, row.kv_len() == prompt.len());
                         if row.samples {
-                            results.push((row.slot, row.id, vec![model(row.id.index, prompt.len())]));
+                            results.push((row.slot, row.id, vec![model(row.id, known)]));
                         }
                     }
                 }
                 Step::Decode { rows, rounds } => {
-                    prop_assert_eq!(rows.len(), scheduler.active());
-                    prop_assert!(rounds >= 1 && rounds <= limits.max_rounds);
+                    prop_assert_eq!(rows.len(), self.scheduler.active());
+                    prop_assert!(rounds >= 1 && rounds <= self.limits.max_rounds);
                     for row in rows {
-                        let mut token = row.token;
                         let mut sampled = Vec::new();
-                        for round in 0..rounds {
-                            let position = row.position + round;
-                            prop_assert_eq!(token, model(row.id.index, position), "the fed-back token");
-                            cache.insert(address(&scheduler, row.slot, position), token);
-                            token = model(row.id.index, position + 1);
-                            sampled.push(token);
+                        // The device stops at EOS by itself, and the host at a stop sequence.
+                        for position in row.position..row.position + rounds {
+                            let token = self.texts[&row.id][position];
+                            prop_assert!(position > row.position || token == row.token);
+                            self.write(row.slot, row.id, position, token)?;
+                            let next = model(row.id, position + 1);
+                            sampled.push(next);
+                            self.texts.get_mut(&row.id).expect("it runs").push(next);
+                            if self.stop.eos().contains(&next) {
+                                break;
+                            }
                         }
+                        let known = self.texts[&row.id].len() - sampled.len();
+                        self.texts.get_mut(&row.id).expect("it runs").truncate(known);
+                        decoding.insert(row.id, 0);
                         results.push((row.slot, row.id, sampled));
                     }
                 }
             }
+            self.longest_stall = decoding.values().copied().fold(self.longest_stall, usize::max);
+            self.stalled = decoding;
+            let mut finished = Vec::new();
             for (slot, id, tokens) in results {
-                if let Some(done) = scheduler.record(slot, &tokens) {
+                self.texts.get_mut(&id).expect("it runs").extend(&tokens);
+                if let Some(done) = self.scheduler.record(slot, &tokens) {
                     prop_assert_eq!(done.id, id);
-                    prop_assert!(finished.insert(id.index, done).is_none(), "finished twice");
+                    self.forget(id);
+                    finished.push(done);
                 }
             }
+            self.check_pages()?;
+            Ok(Some(finished))
         }
-        prop_assert_eq!((scheduler.pages_used(), scheduler.active(), scheduler.waiting()), (0, 0, 0));
-        Ok(finished)
+
+        fn forget(&mut self, id: SampleId) {
+            self.texts.remove(&id);
+            self.stalled.remove(&id);
+        }
     }
 
-    proptest! {
-        /// Whatever the limits and requests, each request finishes with exactly the tokens that it yields alone.
-        #[test]
-        fn every_request_finishes_with_its_own_tokens(
-            (max_seqs, extra_pages, page_size) in (1usize..5, 0usize..20, 1usize..9),
-            (max_seqs_in_prefill, max_prefill_size, max_rounds) in (1usize..4, 1usize..20, 1usize..9),
-            sizes in prop::collection::vec((1usize..30, 1usize..30), 0..20),
-        ) {
-            let page_size = PageSize::new(page_size).unwrap();
-            let most = sizes.iter().map(|(prompt, new)| page_size.pages_for(prompt + new)).max().unwrap_or(1);
-            let max_pages = most + extra_pages;
-            let limits = Limits {
-                max_seq_len: 64, max_seqs, max_pages, page_size, max_seqs_in_prefill, max_prefill_size, max_rounds,
+    /// A run as a user may make one.
+    #[derive(Clone, Debug)]
+    struct Case {
+        limits: Limits,
+        mixed: bool,
+        stop: bool,
+        /// What each prompt is made of (prompts of one kind begin alike), its tokens, and its budget.
+        prompts: Vec<(u32, usize, usize)>,
+        generations: u32,
+        rounds: u32,
+        /// Prompts of a batch.
+        batch: Option<usize>,
+        /// After how many steps of its batch each request arrives, in turn.
+        arrivals: Vec<usize>,
+        /// In which steps which of the requests is cancelled.
+        cancels: Vec<(usize, usize)>,
+    }
+
+    fn cases() -> impl Strategy<Value = Case> {
+        let limits = (1usize..6, 8usize..80, 1usize..9, 1usize..5, 1usize..24, 1usize..9).prop_map(
+            |(max_seqs, max_pages, page_size, max_seqs_in_prefill, max_prefill_size, max_rounds)| Limits {
+                max_seqs_in_prefill,
+                max_prefill_size,
+                max_rounds,
+                ..limits(max_seqs, max_pages, page_size)
+            },
+        );
+        // Some have no prompt, no budget, or are too long.
+        let prompts = prop::collection::vec((0u32..3, 0usize..36, 0usize..36), 0..8);
+        let samples = (1u32..5, 1u32..3, prop::option::of(1usize..4));
+        let events = (prop::collection::vec(0usize..20, 1..9), prop::collection::vec((1usize..60, 0usize..40), 0..8));
+        (limits, any::<bool>(), any::<bool>(), prompts, samples, events).prop_map(
+            |(limits, mixed, stop, prompts, (generations, rounds, batch), (arrivals, cancels))| Case {
+                limits,
+                mixed,
+                stop,
+                prompts,
+                generations,
+                rounds,
+                batch,
+                arrivals,
+                cancels,
+            },
+        )
+    }
+
+    impl Case {
+        fn requests(&self) -> Vec<Request> {
+            let of_round = |round| {
+                self.prompts.iter().enumerate().flat_map(move |(index, &(kind, length, max_new_tokens))| {
+                    (0..self.generations).map(move |generation| Request {
+                        id: SampleId { round, index, generation },
+                        prompt: (0..length as u32).map(|at| 10_000 * (kind + 1) + at).collect(),
+                        max_new_tokens,
+                    })
+                })
             };
-            let requests: Vec<_> =
-                sizes.iter().enumerate().map(|(index, &(prompt, new))| request(index, prompt, new)).collect();
-            let finished = simulate(limits, &requests)?;
-            prop_assert_eq!(finished.len(), requests.len());
-            for (request, done) in requests.iter().zip(finished.values()) {
-                let mut alone: Vec<u32> = (0..request.max_new_tokens)
-                    .map(|at| model(request.id.index, request.prompt.len() + at)).collect();
-                let eos = alone.iter().position(|&token| token == 1);
-                alone.truncate(eos.map_or(alone.len(), |at| at + 1));
-                prop_assert_eq!(&done.tokens, &alone);
-                prop_assert_eq!(done.text_tokens, eos.unwrap_or(alone.len()));
-                prop_assert_eq!(done.reason == FinishReason::Stop, eos.is_some());
-            }
+            (0..self.rounds).flat_map(of_round).collect()
         }
+
+        fn can_run(&self, request: &Request) -> bool {
+            let (prompt, tokens) = (request.prompt.len(), request.prompt.len() + request.max_new_tokens);
+            let pages = tokens.div_ceil(self.limits.page_size.tokens());
+            prompt > 0 && request.max_new_tokens > 0 && tokens <= 64 && pages <= self.limits.max_pages
+        }
+
+        /// Runs the case on the fake device: every request ends once, with its own tokens, or is refused.
+        fn check(&self) -> Result<Seen, TestCaseError> {
+            let stop = match self.stop {
+                true => StopRule::new([EOS], vec![vec![model(id(0), 12), model(id(0), 13)]]),
+                false => StopRule::default(),
+            };
+            let mut device = Device::new(self.limits, stop.clone(), self.mixed);
+            let requests = self.requests();
+            let mut ended: BTreeMap<SampleId, Finished> = BTreeMap::new();
+            let mut refused = BTreeSet::new();
+            let mut cancelled = BTreeSet::new();
+            let ids: Vec<SampleId> = requests.iter().map(|request| request.id).collect();
+            let batches = batches(&ids, self.batch).map(<[SampleId]>::len).collect::<Vec<_>>();
+            prop_assert_eq!(batches.iter().sum::<usize>(), ids.len());
+            let mut rest = requests.iter();
+            for batch in batches {
+                let waits = |number: usize| self.arrivals[number % self.arrivals.len()];
+                let mut coming: VecDeque<(usize, &Request)> =
+                    rest.by_ref().take(batch).enumerate().map(|(number, request)| (waits(number), request)).collect();
+                loop {
+                    // A request that is late holds up those behind it.
+                    while let Some((wait, request)) = coming.front_mut() {
+                        if *wait > 0 {
+                            *wait -= 1;
+                            break;
+                        }
+                        let outcome = device.scheduler.push(request.clone());
+                        prop_assert_eq!(outcome.is_ok(), self.can_run(request), "{:?}", outcome);
+                        match outcome {
+                            Err(_) => _ = refused.insert(request.id),
+                            Ok(()) => {
+                                let again = device.scheduler.push(request.clone()).unwrap_err().to_string();
+                                prop_assert!(again.contains("was submitted before and has not ended"), "{again}");
+                            }
+                        }
+                        coming.pop_front();
+                    }
+                    let now = device.step;
+                    for &(_, which) in self.cancels.iter().filter(|(step, _)| *step == now) {
+                        let Some(&id) = ids.get(which % ids.len().max(1)) else { continue };
+                        let running = device.texts.get(&id).cloned();
+                        if let Some(done) = device.scheduler.cancel(id) {
+                            prop_assert_eq!(done.reason, FinishReason::Cancelled);
+                            device.seen.cancelled_running += usize::from(running.is_some());
+                            let text = running.unwrap_or(done.prompt.to_vec());
+                            prop_assert_eq!([&done.prompt[..], &done.tokens].concat(), text, "what it had");
+                            prop_assert!(ended.insert(id, done).is_none() && cancelled.insert(id), "ended twice");
+                            device.forget(id);
+                            device.check_pages()?;
+                        }
+                        prop_assert!(device.scheduler.cancel(id).is_none());
+                    }
+                    match device.poll()? {
+                        None if coming.is_empty() => break,
+                        None => {}
+                        Some(finished) => {
+                            for done in finished {
+                                prop_assert!(ended.insert(done.id, done).is_none(), "ended twice");
+                            }
+                        }
+                    }
+                }
+                // A batch begins when all of the last one has ended.
+                prop_assert_eq!((device.scheduler.pages_used(), device.scheduler.active()), (0, 0));
+            }
+            for request in &requests {
+                let Some(done) = ended.get(&request.id) else {
+                    prop_assert!(refused.contains(&request.id), "{:?} was skipped", request.id);
+                    continue;
+                };
+                let alone = alone(request, &stop);
+                if cancelled.contains(&request.id) {
+                    prop_assert!(alone.tokens.starts_with(&done.tokens));
+                } else {
+                    prop_assert_eq!(done, &alone);
+                }
+            }
+            prop_assert_eq!(ended.len() + refused.len(), requests.len());
+            device.seen.refused = refused.len();
+            device.seen.stopped = ended.values().filter(|done| done.reason == FinishReason::Stop).count();
+            // Prompts admitted while one waits: twice the slots, as those that were being prefilled count too.
+            prop_assert!(device.longest_stall <= 2 * self.limits.max_seqs * 36, "{}", device.longest_stall);
+            Ok(device.seen)
+        }
+    }
+
+    /// Whatever the limits, requests and their arrivals: each request finishes with exactly the tokens that it yields
+    /// alone, is cancelled with what it had, or is refused; every read and write of the cache is right.
+    #[test]
+    fn every_request_ends_once_with_its_own_tokens() {
+        let seen = RefCell::new(Vec::new());
+        let mut runner =
+            TestRunner::new(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() });
+        let outcome = runner.run(&cases(), |case| case.check().map(|of_case| seen.borrow_mut().push(of_case)));
+        outcome.unwrap_or_else(|failure| panic!("{failure}"));
+        let seen = seen.take();
+        let cases = |came_up: fn(&Seen) -> usize| seen.iter().filter(|seen| came_up(seen) > 0).count();
+        let counts = [
+            cases(|seen| seen.shared),
+            cases(|seen| seen.carried),
+            cases(|seen| seen.cancelled_running),
+            cases(|seen| seen.refused),
+            cases(|seen| seen.stopped),
+        ];
+        assert!(counts.iter().all(|&count| count > 100), "cases that share, carry, cancel, refuse, stop: {counts:?}");
     }
 
     #[test]
@@ -474,15 +958,9 @@ mod tests {
         for request in [request(0, 7, 3), request(1, 2, 6), request(2, 1, 1)] {
             scheduler.push(request).unwrap();
         }
-        let row = |step: &Step| match step {
-            Step::Prefill(rows) => rows.iter().map(|r| (r.slot.0, r.position, r.tokens.len(), r.samples)).collect(),
-            other => panic!("{other:?}"),
-        };
-        let step: Vec<_> = row(&scheduler.next());
-        assert_eq!(step, [(0, 0, 5, false)]);
+        assert_eq!(prefill(&scheduler.next()), [(0, 0, 5, false)]);
         assert_eq!(scheduler.pages_used(), 5);
-        let step: Vec<_> = row(&scheduler.next());
-        assert_eq!(step, [(0, 5, 2, true), (1, 0, 2, true)]);
+        assert_eq!(prefill(&scheduler.next()), [(0, 5, 2, true), (1, 0, 2, true)]);
         assert_eq!(scheduler.record(Slot(0), &[50]), None);
         assert_eq!(scheduler.record(Slot(1), &[60]), None);
         let Step::Decode { rows, rounds } = scheduler.next() else { panic!() };
@@ -490,8 +968,88 @@ mod tests {
         assert_eq!(rows.iter().map(|row| (row.token, row.position)).collect::<Vec<_>>(), [(50, 7), (60, 2)]);
         assert_eq!(scheduler.record(Slot(0), &[51, 52]).unwrap().tokens, [50, 51, 52]);
         assert_eq!(scheduler.record(Slot(1), &[61, 62]), None);
-        let step: Vec<_> = row(&scheduler.next());
-        assert_eq!(step, [(0, 0, 1, true)], "request 2 takes the freed slot");
+        assert_eq!(prefill(&scheduler.next()), [(0, 0, 1, true)], "request 2 takes the freed slot");
+    }
+
+    /// Slot, position, tokens, and whether it samples, of each row.
+    fn prefill(step: &Step) -> Vec<(usize, usize, usize, bool)> {
+        let Step::Prefill(rows) = step else { panic!("{step:?}") };
+        rows.iter().map(|row| (row.slot.0, row.position, row.tokens.len(), row.samples)).collect()
+    }
+
+    #[test]
+    fn samples_of_one_prompt_compute_its_full_pages_once() {
+        let mut scheduler = Scheduler::new(limits(3, 20, 4), StopRule::default());
+        let prompt = request(0, 11, 2);
+        for generation in 0..3 {
+            scheduler.push(Request { id: SampleId { generation, ..id(0) }, ..prompt.clone() }).unwrap();
+        }
+        assert_eq!(prefill(&scheduler.next()), [(0, 0, 5, false)], "the others wait for the two full pages");
+        assert_eq!(scheduler.pages_used(), 2 + 3 * 2);
+        // The first is cancelled: the second goes on where it was.
+        assert_eq!(scheduler.cancel(id(0)).unwrap().reason, FinishReason::Cancelled);
+        assert_eq!(prefill(&scheduler.next()), [(1, 5, 5, false)]);
+        assert_eq!(prefill(&scheduler.next()), [(1, 10, 1, true), (2, 8, 3, true)], "each has its own last page");
+        assert_eq!(scheduler.pages(Slot(1))[..2], scheduler.pages(Slot(2))[..2]);
+        assert!(scheduler.record(Slot(1), &[7]).is_none() && scheduler.record(Slot(2), &[8]).is_none());
+        assert_eq!(scheduler.pages_used(), 2 + 2 * 2);
+    }
+
+    #[test]
+    fn a_mixed_step_carries_those_that_decode() {
+        let mixed = |max_prefill_size| {
+            let limits = Limits { max_prefill_size, ..limits(3, 30, 4) };
+            let mut scheduler = Scheduler::new(limits, StopRule::default()).with_mixed_steps(true);
+            scheduler.push(request(0, 2, 9)).unwrap();
+            scheduler.push(request(1, 2, 9)).unwrap();
+            while let Step::Prefill(rows) = scheduler.next() {
+                rows.iter().filter(|row| row.samples).for_each(|row| _ = scheduler.record(row.slot, &[40]));
+            }
+            scheduler.record(Slot(0), &[41]);
+            scheduler.record(Slot(1), &[41]);
+            scheduler.push(request(2, 7, 1)).unwrap();
+            scheduler
+        };
+        // Two of five rows; the prompt has the rest.
+        assert_eq!(prefill(&mixed(5).next()), [(2, 0, 3, false), (0, 3, 1, true), (1, 3, 1, true)]);
+        // Of three rows two would be more than half, and the prompt leaves none but in its last chunk.
+        let mut scheduler = mixed(3);
+        assert_eq!(prefill(&scheduler.next()), [(2, 0, 3, false)]);
+        assert_eq!(prefill(&scheduler.next()), [(2, 3, 3, false)]);
+        assert_eq!(prefill(&scheduler.next()), [(2, 6, 1, true), (0, 4, 1, true), (1, 3, 1, true)]);
+    }
+
+    #[test]
+    fn a_stream_of_prompts_does_not_stall_what_decodes() {
+        for (mixed, max_prefill_size) in [(false, 8), (true, 8), (true, 1)] {
+            let limits = Limits { max_prefill_size, ..limits(2, 30, 4) };
+            let mut device = Device::new(limits, StopRule::default(), mixed);
+            device.scheduler.push(request(0, 1, 40)).unwrap();
+            (1..500).for_each(|index| device.scheduler.push(request(index, 3, 1)).unwrap());
+            let mut before = 0;
+            while let Some(finished) = device.poll().unwrap() {
+                if finished.iter().any(|done| done.id == id(0)) {
+                    break;
+                }
+                before += finished.len();
+            }
+            // Two prompts for each of at most 39 steps.
+            assert!((1..=80).contains(&before), "mixed {mixed}, {max_prefill_size}: after {before} others");
+        }
+    }
+
+    #[test]
+    fn batches_hold_whole_prompts_of_one_round() {
+        let id = |round, index, generation| SampleId { round, index, generation };
+        let ids: Vec<_> = (0..2)
+            .flat_map(|round| (4..7).flat_map(move |index| (0..2).map(move |generation| id(round, index, generation))))
+            .collect();
+        let sizes = |prompts| batches(&ids, prompts).map(<[SampleId]>::len).collect::<Vec<_>>();
+        assert_eq!(sizes(None), [12], "nothing asks for a barrier");
+        assert_eq!(sizes(Some(2)), [4, 2, 4, 2]);
+        assert_eq!(sizes(Some(9)), [6, 6]);
+        assert_eq!(batches(&ids, Some(1)).count(), 6);
+        assert_eq!(batches(&[], Some(1)).count(), 0);
     }
 
     #[test]
@@ -517,6 +1075,66 @@ mod tests {
         for (prompt, new, message) in cases {
             assert_eq!(scheduler.push(request(0, prompt, new)).unwrap_err().to_string(), message);
         }
+        scheduler.push(request(0, 1, 1)).unwrap();
+        assert_eq!(
+            scheduler.push(request(0, 1, 1)).unwrap_err().to_string(),
+            "prompts[0] = round 0, generation 0 was submitted before and has not ended: \
+             wait for it, cancel it, or use another id"
+        );
+        assert!(scheduler.cancel(id(0)).is_some());
         assert_eq!(scheduler.next(), Step::Done);
+    }
+
+    /// Runs `count` requests, of which every other comes while others run: steps, and seconds.
+    fn many(count: usize) -> (usize, f64) {
+        let limits = Limits { max_seqs_in_prefill: 16, max_prefill_size: 64, ..limits(64, 1024, 4) };
+        let started = std::time::Instant::now();
+        let mut scheduler = Scheduler::new(limits, StopRule::new([EOS], vec![])).with_mixed_steps(true);
+        // Four samples of each prompt.
+        let make = |number: usize| Request {
+            id: SampleId { generation: number as u32 % 4, ..id(number / 4) },
+            ..request(number / 4, 1 + number / 4 % 11, 1 + number % 13)
+        };
+        (0..count / 2).for_each(|number| scheduler.push(make(number)).unwrap());
+        let (mut next, mut finished, mut steps) = (count / 2, 0, 0);
+        loop {
+            let sampled: Vec<(Slot, Vec<u32>)> = match scheduler.next() {
+                Step::Done => break,
+                Step::Prefill(rows) => rows
+                    .iter()
+                    .filter(|row| row.samples)
+                    .map(|row| (row.slot, vec![model(row.id, row.kv_len())]))
+                    .collect(),
+                Step::Decode { rows, rounds } => {
+                    let line =
+                        |row: &DecodeRow| (1..=rounds).map(|round| model(row.id, row.position + round)).collect();
+                    rows.iter().map(|row| (row.slot, line(row))).collect()
+                }
+            };
+            for (slot, tokens) in sampled {
+                if scheduler.record(slot, &tokens).is_some() {
+                    finished += 1;
+                    if next < count {
+                        scheduler.push(make(next)).unwrap();
+                        next += 1;
+                    }
+                }
+            }
+            steps += 1;
+        }
+        assert_eq!((finished, scheduler.pages_used()), (count, 0));
+        (steps, started.elapsed().as_secs_f64())
+    }
+
+    #[test]
+    fn twenty_thousand_requests() {
+        many(20_000);
+    }
+
+    #[test]
+    #[ignore = "ten seconds: make nightly"]
+    fn a_million_requests() {
+        let (steps, seconds) = many(1_000_000);
+        eprintln!("1,000,000 requests in {steps} steps: {seconds:.1} s");
     }
 }

@@ -13,6 +13,8 @@ pub enum FinishReason {
     Stop,
     /// The budget of new tokens is used up.
     Length,
+    /// The caller cancelled it; a run that goes on makes it anew.
+    Cancelled,
 }
 
 /// Where a sample ends.

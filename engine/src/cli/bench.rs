@@ -60,14 +60,20 @@ pub fn decode_rate(
         max_rounds: 64,
     };
     let model = DeviceModel::load(client, &config, &weights, compute, limits.max_seq_len)?;
-    let options =
-        EngineOptions { limits, compute, target, sampling: SamplingOptions::GREEDY, stop: StopRule::default() };
+    let options = EngineOptions {
+        limits,
+        compute,
+        target,
+        sampling: SamplingOptions::GREEDY,
+        stop: StopRule::default(),
+        mixed_steps: EngineOptions::mixes(compute),
+    };
     let mut engine = Engine::new(client, model, options)?;
     let mut runs: Vec<(f64, Timing)> = Vec::new();
     for _ in 0..=RUNS {
         let requests = (0..slots).map(|index| Request {
             id: SampleId { round: 0, index, generation: 0 },
-            prompt: vec![(300 + index % 1000).min(config.vocab_size - 1) as u32],
+            prompt: [(300 + index % 1000).min(config.vocab_size - 1) as u32].into(),
             max_new_tokens: new,
         });
         let started = Instant::now();
