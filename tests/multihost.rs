@@ -16,7 +16,8 @@ fn model() -> PathBuf {
 
 /// A config of 12 prompts, greedy or seeded.
 fn config(dir: &Path, temperature: f64, mode: &str) -> PathBuf {
-    let prompts: String = (0..12).map(|at| format!("  - \"{} of prompt {at}\"\n", ["In the beginning", "Blessed are"][at % 2])).collect();
+    let prompts: String =
+        (0..12).map(|at| format!("  - \"{} of prompt {at}\"\n", ["In the beginning", "Blessed are"][at % 2])).collect();
     let text = format!(
         "hf_checkpoint: {}\nprompts:\n{prompts}stop_sequence: null\nmax_new_tokens: 40\ntemperature: {temperature}\n\
          inference_mode: {mode}\nengine: {{max_seq_len: 128, page_size: 16, max_seqs: 4, max_prefill_size: 48, seed: 3, \
@@ -116,8 +117,9 @@ fn processes_and_mesh_must_agree() {
     let dir = TempDir::new().unwrap();
     let config = config(dir.path(), 0.0, "global_mesh");
     for (processes, mesh, message) in [
-        (2, "data=1,model=4", "mesh = data=1,model=4 has 4 devices"),
-        (1, "data=1,model=3", "does not divide num_attention_heads"),
+        (2, "data=1,model=4", "trainer.mesh.axes = data=1,model=4 puts a replica across processes of 2 devices each"),
+        (1, "data=1,model=3", "mesh model = 3 does not divide num_attention_heads"),
+        (2, "data=1,model=1", "does not spread evenly over 2 processes"),
     ] {
         let output = sample(processes, &config, &dir.path().join("none"), &["--mesh", mesh]).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
