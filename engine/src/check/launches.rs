@@ -115,6 +115,7 @@ pub fn launches(
             output,
             layout: Layout::WeightTransposed,
             epilogue,
+            layers: if shape.stacks_layers(shard) { count } else { 1 },
             ..matmul::Spec::new([m, k, n], compute)
         };
         let plan = plan::<Matmul>(role, spec, chip)?;
