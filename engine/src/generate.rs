@@ -70,9 +70,22 @@ pub enum StepKind {
     Decode,
 }
 
+impl StepKind {
+    /// Its name in messages and timelines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Mixed => "prefill and decode",
+            Self::Decode => "decode",
+        }
+    }
+}
+
 /// One host call. Times are in seconds; the four parts follow each other from `start_s` on.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct StepReport {
+    /// The engine, of several.
+    pub engine: usize,
     /// What it did.
     pub kind: StepKind,
     /// Sequences in the step.
@@ -93,6 +106,13 @@ pub struct StepReport {
     pub device_s: f64,
     /// Taking the tokens to their sequences.
     pub extract_s: f64,
+}
+
+impl StepReport {
+    /// All its parts.
+    pub fn total_s(&self) -> f64 {
+        self.plan_s + self.submit_s + self.device_s + self.extract_s
+    }
 }
 
 /// Where the run stands, reported after every host call.

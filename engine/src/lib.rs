@@ -20,6 +20,8 @@ mod prefix;
 pub mod sampler;
 pub mod scheduler;
 pub mod stop;
+pub mod timeline;
 pub mod units;
+pub mod watchdog;
 
 pub use error::{Error, Result};
