@@ -12,6 +12,7 @@
 //! depends on its own prompt, index, round and generation only, whatever ran beside it (with mixed steps: up to the
 //! rounding of one program against the other, see [`EngineOptions::mixed_steps`]).
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,7 @@ use crate::sampler::Sampling;
 use crate::scheduler::{DecodeRow, Finished, Limits, PrefillRow, Request, Scheduler, Step};
 use crate::stop::StopRule;
 use crate::units::{SampleId, Slot};
+use crate::watchdog::Watchdog;
 
 /// How tokens are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -232,6 +234,7 @@ pub struct Engine {
     compile: Duration,
     scheduler: Scheduler,
     session: Session,
+    watchdog: Option<Arc<Watchdog>>,
 }
 
 /// What was measured since the first request of a run.
@@ -291,6 +294,7 @@ impl Engine {
             compile,
             scheduler,
             session,
+            watchdog: None,
         })
     }
 
@@ -356,7 +360,13 @@ impl Engine {
         outcome
     }
 
+    /// Has the steps of this engine watched: a device that does not answer is then reported.
+    pub fn watch(&mut self, watchdog: &Arc<Watchdog>) {
+        self.watchdog = Some(Arc::clone(watchdog));
+    }
+
     fn step(&mut self) -> Result<Option<Vec<Finished>>> {
+        let watchdog = self.watchdog.clone();
         let started = Instant::now();
         let run_started = *self.session.started.get_or_insert(started);
         let step = self.scheduler.next();
@@ -367,6 +377,8 @@ impl Engine {
             ..StepReport::default()
         };
         let timing = &mut self.session.timing;
+        let call = timing.prefill_calls + timing.decode_calls + 1;
+        let _watched = watchdog.as_deref().map(|watchdog| watchdog.step(format!("call {call}: {step}")));
         let (sampled, submitted, executed) = match step {
             Step::Done => return Ok(None),
             Step::Prefill(rows) => {

@@ -15,6 +15,7 @@ use crate::generate::{Progress, StepKind, StepReport};
 #[derive(Clone, Debug, Default)]
 pub struct Timeline {
     calls: Vec<Call>,
+    decode_calls: usize,
     assembly: Duration,
     /// What came before the first call.
     pub start_up: StartUp,
@@ -51,12 +52,18 @@ impl Timeline {
     /// Takes down a host call.
     pub fn record(&mut self, progress: &Progress) {
         let Progress { step, active, waiting, pages_used, .. } = *progress;
+        self.decode_calls += usize::from(step.kind == StepKind::Decode);
         self.calls.push(Call { step, active, waiting, pages_used });
     }
 
     /// Adds the time that a finished sample took to become text, be stored and printed.
     pub fn assembled(&mut self, took: Duration) {
         self.assembly += took;
+    }
+
+    /// Decode calls so far.
+    pub fn decode_calls(&self) -> usize {
+        self.decode_calls
     }
 
     fn steps(&self, decode: bool) -> impl Iterator<Item = &StepReport> {
@@ -77,7 +84,7 @@ impl Timeline {
         let per_second = |tokens: usize, seconds: f64| if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
         let generated = tokens(true) + tokens(false);
         let totals = Totals {
-            decode_iters: self.steps(true).count(),
+            decode_iters: self.decode_calls,
             decode_new_tokens: tokens(true),
             decode_total_s,
             decode_avg_tok_s: per_second(tokens(true), decode_total_s),

@@ -1,11 +1,13 @@
-//! The command line: `pagoda sample | merge | doctor | bench | plan | certify | emit | inspect | run`.
+//! The command line: `pagoda check | sample | merge | doctor | bench | plan | certify | emit | inspect | run`.
 //!
 //! Samples and other machine-readable output go to stdout, logs and progress to stderr. Exit codes: 0 done, 1 failed
 //! on good input, 2 the input must change, 130 interrupted (what was finished is kept).
 
 mod bench;
+mod check;
 mod doctor;
 mod kernels;
+mod monitor;
 mod sample;
 
 use std::io::{ErrorKind, Write};
@@ -35,6 +37,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Check a job for a TPU slice: whether it fits, how long it takes, what to change. Needs no TPU and no weights.
+    Check(Box<check::CheckArgs>),
     /// Sample continuations of prompts: the generation loop over any PJRT plugin.
     Sample(Box<sample::SampleArgs>),
     /// Check that every host's share of a run is there, and join them in prompt order.
@@ -210,6 +214,7 @@ pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp(None).init();
     // clap prints its own errors and exits with 2, like the rest of us.
     let outcome = match Cli::parse().command {
+        Command::Check(args) => check::check(&args),
         Command::Sample(args) => sample::sample(&args),
         Command::Merge { dir } => merge(&dir).and_then(|merged| {
             eprintln!("# joined {} samples of {} hosts", merged.samples, merged.hosts);

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use super::PluginArgs;
+use super::monitor::{Monitor, MonitorArgs};
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
-use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
+use crate::generate::{Engine, EngineOptions, SamplingOptions};
 use crate::hosts::Share;
 use crate::launcher::Launched;
 use crate::llama::{DeviceModel, Target};
@@ -26,6 +26,7 @@ use crate::model::weights::Weights;
 use crate::output::{InOrder, Journal, Record, Run};
 use crate::scheduler::{Finished, Request};
 use crate::stop::StopRule;
+use crate::timeline::StartUp;
 use crate::units::SampleId;
 
 /// Exit code after Ctrl-C, as shells expect it (128 + SIGINT).
@@ -53,24 +54,18 @@ pub(super) struct SampleArgs {
     /// Print one JSON object per finished sample on stdout, in prompt order, and nothing else there.
     #[arg(long)]
     json: bool,
-}
-
-/// Seconds from the start of the process to the first sampled token, by what they went into.
-#[derive(Clone, Copy, Debug, Default)]
-struct StartUp {
-    plugin: f64,
-    load: f64,
-    compile: f64,
+    #[command(flatten)]
+    monitor: MonitorArgs,
 }
 
 /// The prompts of a run, as text and as tokens.
-struct Prompts {
+pub(super) struct Prompts {
     texts: Vec<String>,
-    tokens: Vec<Vec<u32>>,
+    pub(super) tokens: Vec<Vec<u32>>,
 }
 
 impl Prompts {
-    fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
+    pub(super) fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
         let template = settings.chat.then(|| ChatTemplate::open(&settings.model(Files::Tokenizer)?)).transpose()?;
         let encode = |prompt: &String| match &template {
             None => tokenizer.encode(prompt),
@@ -134,71 +129,49 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     );
 
     let run = Run::new(&settings, &identity(folder, &tokenizer_path, &weights, settings.chat)?);
-    let output = Output::new(args.json, out.as_deref(), &run, share, &prompts, &tokenizer)?;
+    let mut output = Output::new(args.json, out.as_deref(), &run, share, &prompts, &tokenizer)?;
     let cancel = interrupt_flag();
     let missing = output.missing();
     if !missing.is_empty() {
-        let mut start = StartUp::default();
-        let mut engine = start.engine(args, &config, &weights, options)?;
+        let mut start_up = StartUp::default();
+        let mut engine = load(args, &config, &weights, options, &mut start_up)?;
+        output.monitor.begin(start_up, limits.max_pages, settings.engine.debug_stats_every_n);
+        if let Some(watchdog) = args.monitor.watchdog() {
+            engine.watch(&watchdog);
+        }
         let requests = missing.iter().map(|id| Request {
             id: *id,
             prompt: prompts.tokens[id.index].as_slice().into(),
             max_new_tokens: settings.max_new_tokens,
         });
-        let timing = engine.run(
-            requests,
-            &cancel,
-            |sample| output.finish(sample),
-            |state| {
-                output.bar.set_message(format!("{} tokens, {} KV pages used", state.tokens, state.pages_used));
-                output.bar.set_position(state.finished as u64);
-            },
-        )?;
-        output.bar.finish_and_clear();
-        start.report(&timing);
+        let finish = |sample| output.monitor.assemble(|| output.finish(sample));
+        engine.run(requests, &cancel, finish, |state| output.monitor.step(state))?;
+        let of_run = out.map(|folder| folder.join(share.file_name("summary.json")));
+        output.monitor.end(&args.monitor, settings.engine.log_decode_perf_summary, of_run.as_deref())?;
     }
     output.close(cancel.load(Ordering::Relaxed))
 }
 
-impl StartUp {
-    fn engine(
-        &mut self,
-        args: &SampleArgs,
-        config: &LlamaConfig,
-        weights: &Weights,
-        mut options: EngineOptions,
-    ) -> Result<Engine> {
-        let started = Instant::now();
-        let client = args.plugin.client()?;
-        options.target = args.plugin.target(&client)?;
-        eprintln!("# plugin {client:?}, kernels {}", options.target);
-        options.check_memory(&client, config)?;
-        self.plugin = started.elapsed().as_secs_f64();
-        let started = Instant::now();
-        let model = DeviceModel::load(&client, config, weights, options.compute, options.limits.max_seq_len)?;
-        self.load = started.elapsed().as_secs_f64();
-        let engine = Engine::new(&client, model, options)?;
-        self.compile = engine.compile_time().as_secs_f64();
-        Ok(engine)
-    }
-
-    /// What the run took, on stderr.
-    fn report(&self, timing: &Timing) {
-        let total = timing.prefill_device_s + timing.decode_device_s + timing.host_s;
-        let first = self.plugin + self.load + self.compile + timing.first_token_s;
-        eprintln!(
-            "# {} tokens decoded in {:.2} s ({:.0} tokens/s, {:.3} ms a step, host {:.1}% of the run)",
-            timing.decode_tokens,
-            timing.decode_device_s,
-            timing.decode_tokens as f64 / timing.decode_device_s.max(1e-9),
-            1e3 * timing.decode_device_s / timing.decode_steps.max(1) as f64,
-            100.0 * timing.host_s / total.max(1e-9),
-        );
-        eprintln!(
-            "# first token after {first:.2} s: plugin {:.2}, load {:.2}, compile {:.2}, prefill {:.3}",
-            self.plugin, self.load, self.compile, timing.first_token_s,
-        );
-    }
+/// Loads the model onto the device and compiles the step programs.
+fn load(
+    args: &SampleArgs,
+    config: &LlamaConfig,
+    weights: &Weights,
+    mut options: EngineOptions,
+    start_up: &mut StartUp,
+) -> Result<Engine> {
+    let started = Instant::now();
+    let client = args.plugin.client()?;
+    options.target = args.plugin.target(&client)?;
+    eprintln!("# plugin {client:?}, kernels {}", options.target);
+    options.check_memory(&client, config)?;
+    start_up.plugin_s = started.elapsed().as_secs_f64();
+    let started = Instant::now();
+    let model = DeviceModel::load(&client, config, weights, options.compute, options.limits.max_seq_len)?;
+    start_up.load_s = started.elapsed().as_secs_f64();
+    let engine = Engine::new(&client, model, options)?;
+    start_up.compile_s = engine.compile_time().as_secs_f64();
+    Ok(engine)
 }
 
 fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
@@ -223,13 +196,13 @@ fn interrupt_flag() -> Arc<AtomicBool> {
     flag
 }
 
-/// Where finished samples go: the journal, stdout, the progress bar.
+/// Where finished samples go: the journal, and stdout; and what is shown meanwhile.
 struct Output<'r> {
     run: &'r Run,
     prompts: &'r Prompts,
     tokenizer: &'r Tokenizer,
     json: bool,
-    bar: ProgressBar,
+    monitor: Monitor,
     state: RefCell<State>,
 }
 
@@ -252,16 +225,13 @@ impl<'r> Output<'r> {
         let journal = out.map(|dir| Journal::open(dir, share, run.clone())).transpose()?;
         let samples = run.samples(share);
         let missing = journal.as_ref().map_or_else(|| samples.clone(), Journal::missing);
-        // indicatif draws on stderr, and only where that is a terminal.
-        let bar = ProgressBar::new(missing.len() as u64);
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} samples, {msg} [{elapsed}]");
-        bar.set_style(style.map_err(Error::runtime("drawing the progress bar"))?);
+        let monitor = Monitor::new(missing.len())?;
         let done: Vec<Record> = journal.iter().flat_map(|journal| journal.finished().values().cloned()).collect();
         if !done.is_empty() {
             eprintln!("# {} of {} samples were finished by an earlier run", done.len(), samples.len());
         }
         let state = RefCell::new(State { journal, in_order: InOrder::new(samples), missing });
-        let output = Self { run, prompts, tokenizer, json, bar, state };
+        let output = Self { run, prompts, tokenizer, json, monitor, state };
         for record in done {
             output.emit(record)?;
         }
@@ -293,7 +263,7 @@ impl<'r> Output<'r> {
             return Ok(());
         }
         let emphasise = std::io::stdout().is_terminal();
-        self.bar
+        self.monitor
             .suspend(|| {
                 let mut out = std::io::stdout().lock();
                 for record in records {
