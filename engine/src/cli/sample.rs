@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::{IsTerminal, Write};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -9,21 +10,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::Args;
+use pagoda_ir::Bytes;
 
 use super::PluginArgs;
 use super::monitor::{Monitor, MonitorArgs};
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
-use crate::generate::{Engine, EngineOptions, SamplingOptions};
+use crate::generate::{EngineOptions, SamplingOptions};
 use crate::hosts::Share;
 use crate::launcher::Launched;
-use crate::llama::{DeviceModel, Target};
+use crate::llama::{Parallel, Target};
+use crate::memory::Room;
 use crate::model::config::LlamaConfig;
 use crate::model::identity::identity;
 use crate::model::source::Files;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
 use crate::model::weights::Weights;
 use crate::output::{InOrder, Journal, Record, Run};
+use crate::replicas::Replicas;
 use crate::scheduler::{Finished, Request};
 use crate::stop::StopRule;
 use crate::timeline::StartUp;
@@ -134,10 +138,10 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     let missing = output.missing();
     if !missing.is_empty() {
         let mut start_up = StartUp::default();
-        let mut engine = load(args, &config, &weights, options, &mut start_up)?;
-        output.monitor.begin(start_up, limits.max_pages, settings.engine.debug_stats_every_n);
+        let (mut engines, pages) = load(args, &settings, share, &config, &weights, options, &mut start_up)?;
+        output.monitor.begin(start_up, pages, settings.engine.debug_stats_every_n);
         if let Some(watchdog) = args.monitor.watchdog() {
-            engine.watch(&watchdog);
+            engines.watch(&watchdog);
         }
         let requests = missing.iter().map(|id| Request {
             id: *id,
@@ -145,33 +149,53 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
             max_new_tokens: settings.max_new_tokens,
         });
         let finish = |sample| output.monitor.assemble(|| output.finish(sample));
-        engine.run(requests, &cancel, finish, |state| output.monitor.step(state))?;
+        engines.run(requests, &cancel, finish, |state| output.monitor.step(state))?;
         let of_run = out.map(|folder| folder.join(share.file_name("summary.json")));
         output.monitor.end(&args.monitor, settings.engine.log_decode_perf_summary, of_run.as_deref())?;
     }
     output.close(cancel.load(Ordering::Relaxed))
 }
 
-/// Loads the model onto the device and compiles the step programs.
+/// Loads the model onto the devices of the mesh that was asked for, and compiles the step programs: the engines, and the
+/// pages of all of them together.
 fn load(
     args: &SampleArgs,
+    settings: &Settings,
+    share: Share,
     config: &LlamaConfig,
     weights: &Weights,
     mut options: EngineOptions,
     start_up: &mut StartUp,
-) -> Result<Engine> {
+) -> Result<(Replicas, usize)> {
     let started = Instant::now();
-    let client = args.plugin.client()?;
+    let client = args.plugin.client(settings.mesh().devices())?;
+    let mesh = settings.mesh().resolve(NonZeroUsize::new(client.devices()).unwrap_or(NonZeroUsize::MIN))?;
     options.target = args.plugin.target(&client)?;
-    eprintln!("# plugin {client:?}, kernels {}", options.target);
-    options.check_memory(&client, config)?;
+    eprintln!("# plugin {client:?}, mesh {mesh}, kernels {}", options.target);
+    let parallel = Parallel::group(mesh.model);
+    parallel.check(config)?;
+    let devices = Vec::from_iter(0..mesh.devices());
+    if let (None, 1, Some(room)) = (settings.engine.max_pages, share.hosts(), Room::of(&client, &devices)?) {
+        let asked = options.limits.max_pages;
+        let weights = Bytes(weights.size().0 / mesh.model.get() as u64);
+        let cache = options.shape(&parallel).kv_type(config);
+        options.limits.max_pages = settings.pages(&options.limits, &room, weights, &cache);
+        if options.limits.max_pages < asked {
+            let (pages, share) = (options.limits.max_pages, settings.engine.hbm_utilization);
+            eprintln!(
+                "# {pages} KV pages of {asked} that would be used: engine.hbm_utilization = {share} of {}",
+                room.left
+            );
+        }
+    }
+    options.check_memory(&client, config, &parallel, &devices)?;
     start_up.plugin_s = started.elapsed().as_secs_f64();
+    let pages = mesh.data.get() * options.limits.max_pages;
     let started = Instant::now();
-    let model = DeviceModel::load(&client, config, weights, options.compute, options.limits.max_seq_len)?;
-    start_up.load_s = started.elapsed().as_secs_f64();
-    let engine = Engine::new(&client, model, options)?;
-    start_up.compile_s = engine.compile_time().as_secs_f64();
-    Ok(engine)
+    let engines = Replicas::load(&client, config, weights, mesh, &options)?;
+    start_up.compile_s = engines.compile_time().as_secs_f64();
+    start_up.load_s = started.elapsed().as_secs_f64() - start_up.compile_s;
+    Ok((engines, pages))
 }
 
 fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
