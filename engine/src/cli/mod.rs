@@ -8,6 +8,7 @@ mod check;
 mod doctor;
 mod kernels;
 mod monitor;
+mod place;
 mod sample;
 
 use std::io::{ErrorKind, Write};

@@ -113,17 +113,20 @@ impl Monitor {
         outcome
     }
 
-    /// The run is over: prints where the time went, if `print` says so, and writes it and the timeline to the files that were
-    /// asked for, and to `of_run`.
+    /// The run is over: prints where the time went, if `print` says so, and if this process `writes`, puts it and the timeline
+    /// into the files that were asked for, and into `of_run`.
     ///
     /// # Errors
     /// When a file cannot be written.
-    pub(super) fn end(&self, args: &MonitorArgs, print: bool, of_run: Option<&Path>) -> Result<()> {
+    pub(super) fn end(&self, args: &MonitorArgs, writes: bool, print: bool, of_run: Option<&Path>) -> Result<()> {
         self.bar.finish_and_clear();
         let timeline = self.timeline.borrow();
         let summary = timeline.summary();
         if print {
             eprint!("{summary}");
+        }
+        if !writes {
+            return Ok(());
         }
         let json = format!("{:#}\n", summary.to_json());
         args.summary
