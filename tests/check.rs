@@ -18,7 +18,8 @@ fn check(line: &str, cache: &Path) -> (Option<i32>, String, String) {
 
 fn table<'r>(report: &'r Value, section: &str) -> &'r Vec<Value> {
     let sections = report["sections"].as_array().unwrap();
-    let section = sections.iter().find(|of| of["title"] == section).unwrap_or_else(|| panic!("no {section}: {report:#}"));
+    let section =
+        sections.iter().find(|of| of["title"] == section).unwrap_or_else(|| panic!("no {section}: {report:#}"));
     let blocks = section["blocks"].as_array().unwrap();
     blocks.iter().find_map(|block| block["table"]["rows"].as_array()).expect("a table")
 }
@@ -47,9 +48,9 @@ fn the_tiny_model_is_compiled_once() {
     let arguments = table(&report, "HBM")[1][1]["bytes"].as_u64().unwrap();
     let planned = part(0) + part(1);
     assert!((arguments as f64 / planned as f64 - 1.0).abs() < 0.02, "{arguments} of {planned}");
-    let written = std::fs::read_dir(&out).unwrap().filter(|entry| {
-        entry.as_ref().unwrap().path().extension().is_some_and(|extension| extension == "pjrt")
-    });
+    let written = std::fs::read_dir(&out)
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().path().extension().is_some_and(|extension| extension == "pjrt"));
     assert_eq!(written.count(), 2);
     assert!(std::fs::read_to_string(&page).unwrap().starts_with("<!DOCTYPE html>"));
 
@@ -63,7 +64,10 @@ fn the_tiny_model_is_compiled_once() {
 fn what_cannot_work_is_one_clear_error() {
     let cache = tempfile::tempdir().unwrap();
     for (line, words) in [
-        ("--topology v5p-63", "--topology = v5p-63 is not a slice of v5p: the number counts TensorCores, two to a chip; the nearest are"),
+        (
+            "--topology v5p-63",
+            "--topology = v5p-63 is not a slice of v5p: the number counts TensorCores, two to a chip; the nearest are",
+        ),
         ("--topology v9-8", "--topology = v9-8 names no TPU generation"),
         ("--topology v5p-64 --mesh model=3", "trainer.mesh.axes.model = 3 does not divide 32 devices"),
         ("--topology v5p-64 --mesh model=8", "mesh model = 8 does not divide num_attention_heads = 4"),

@@ -52,10 +52,12 @@ fn subtitle(plan: &Plan, compiler: &str) -> String {
     )
 }
 
-/// libtpu's own name for itself, without its build stamps.
-fn short(compiler: &str) -> &str {
-    let end = compiler.find(" Built").or_else(|| compiler.find(" cl/")).unwrap_or(compiler.len());
-    compiler[..end].trim()
+/// libtpu as its build names it: its own words have a date and the change that it was built at.
+fn short(compiler: &str) -> String {
+    match compiler.split_whitespace().find(|word| word.starts_with("cl/")) {
+        Some(change) => format!("libtpu {change}"),
+        None => compiler.to_owned(),
+    }
 }
 
 // The answer.
@@ -599,8 +601,8 @@ fn roofline(findings: &Findings) -> Section {
             let work = launch.work(&full);
             // A kernel is no faster than its bytes allow, whatever its static cycles say.
             let seconds = (seconds / launch.count.max(1) as f64).max(work.bytes / info.hbm_bandwidth.0);
-            let label = format!("{} {}", program.name(), launch.role);
-            points.push(RooflinePoint { label, flops: work.flops, bytes: work.bytes, seconds });
+            let (group, label) = (program.name().to_owned(), launch.role.to_owned());
+            points.push(RooflinePoint { group, label, flops: work.flops, bytes: work.bytes, seconds });
         }
     }
     let roofline = Roofline { peak_flops: info.peak_flops(), bandwidth: info.hbm_bandwidth.0, points };
