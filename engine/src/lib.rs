@@ -18,6 +18,7 @@ pub mod output;
 pub mod pages;
 pub mod pjrt;
 mod prefix;
+pub mod replicas;
 pub mod report;
 pub mod sampler;
 pub mod scheduler;

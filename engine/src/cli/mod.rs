@@ -169,16 +169,16 @@ impl PluginArgs {
         }
     }
 
-    /// Loads the plugin and creates a client of one device.
-    fn client(&self) -> Result<Client> {
-        client(&self.plugin)
+    /// Loads the plugin and creates a client of `devices` devices.
+    fn client(&self, devices: usize) -> Result<Client> {
+        client(&self.plugin, devices)
     }
 }
 
-/// Loads the plugin that is named and creates a client of one device.
-fn client(choice: &str) -> Result<Client> {
+/// Loads the plugin that is named and creates a client of `devices` devices.
+fn client(choice: &str, devices: usize) -> Result<Client> {
     let plugin = Plugin::load(&PluginChoice::parse(choice)?)?;
-    plugin.client(1).map_err(|error| Error::Plugin {
+    plugin.client(devices).map_err(|error| Error::Plugin {
         plugin: plugin.found().path.display().to_string(),
         problem: format!("it cannot create a client: {error}"),
         fix: "see `pagoda doctor`, or choose another with --plugin".into(),
@@ -231,7 +231,7 @@ pub fn main() -> ExitCode {
         Command::Inspect { file, json } => kernels::inspect(&file, json).map(|()| ExitCode::SUCCESS),
         Command::Run(args) => kernels::run(&args),
         Command::Bench { what: Bench::Decode { model, slots, new, compute, plugin, json } } => plugin
-            .client()
+            .client(1)
             .and_then(|client| {
                 let target = plugin.target(&client)?;
                 slots.iter().try_for_each(|&slots| bench(&client, &model, slots, new, compute.element(), target, json))

@@ -40,7 +40,7 @@ pub enum Reduce {
     None,
     /// XLA, between the replicas of one program: groups of replicas, each in the order of its shards.
     Replicas(Vec<Vec<usize>>),
-    /// MPI, between the processes of the world communicator, whose ranks are the shards ([`mpi::ALL_REDUCE`]).
+    /// MPI, between the processes of one replica, each of them a shard ([`mpi::ALL_REDUCE`]).
     Mpi,
 }
 
@@ -203,6 +203,11 @@ pub(super) struct Exchange<'p, 'c, 'a> {
 impl<'p, 'c, 'a> Exchange<'p, 'c, 'a> {
     pub(super) fn new(parallel: &'p Parallel, shard: Option<Tensor<'c, 'a>>) -> Self {
         Self { parallel, shard, last: Cell::new(None) }
+    }
+
+    /// The exchanges of a loop's body, which are ordered by what the loop carries.
+    pub(super) fn of_body(&self) -> Self {
+        Self::new(self.parallel, self.shard)
     }
 
     /// Whether there are several shards.
