@@ -103,6 +103,7 @@ fn verdict(findings: &Findings, question: &Question, one_engine: Option<&OneEngi
     let mut reasons = vec![hbm_reason(findings)];
     reasons.extend(vmem_reason(findings));
     reasons.push(jax_reason(plan, question));
+    reasons.extend(pagoda_words(plan));
     reasons.extend(one_engine.map(|one| one.words(findings)));
     Verdict { status, headline, reasons }
 }
