@@ -236,9 +236,6 @@ impl<'p, 'c, 'a> Exchange<'p, 'c, 'a> {
 
     /// All shards' `x`, an f32 array, in their order: `[shards, ..]`. MPI adds up what each has in its place among zeros.
     fn gather(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        // XLA moves a transpose behind the gather to before it, and the CPU compiler then merges it with the product of
-        // bf16 there into one that fails when it runs ("Unsupported element type for DotThunk::Execute").
-        let x = b.optimization_barrier(&[x])?[0];
         let mut dims = [vec![1], x.dims()].concat();
         let x = b.reshape(x, &dims)?;
         match (&self.parallel.reduce, self.shard) {
