@@ -14,6 +14,7 @@ use pagoda_engine::mpi;
 use pagoda_engine::sampler::Sampling;
 use pagoda_ir::stablehlo::Module;
 use pagoda_ir::{Context, Element};
+use pagoda_kernels::Choices;
 use pagoda_kernels::chips::Chip;
 use serde_json::json;
 
@@ -174,6 +175,71 @@ fn operations_are_called_by_what_they_belong_to() {
             }
         }
     }
+}
+
+/// A model and a batch of any sizes, as `config.json` and as a step on some chip.
+fn drawn(seed: u64) -> (LlamaConfig, StepShape) {
+    let mut choices = Choices::of_seed(seed);
+    let (kv_heads, group) = (choices.one_of(&[1, 2, 4, 5, 8, 10]), choices.within(1, 8));
+    let head_dim = choices.one_of(&[64, 80, 96, 128, 256]);
+    let (hidden, inner) = (choices.within(500, 9000), choices.within(500, 20_000));
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": inner, "num_hidden_layers": choices.within(1, 3), "head_dim": head_dim,
+        "num_attention_heads": kv_heads * group, "num_key_value_heads": kv_heads,
+        "vocab_size": choices.within(1000, 200_000), "max_position_embeddings": 8192,
+        "attention_bias": choices.coin(), "mlp_bias": choices.coin(), "tie_word_embeddings": choices.coin(),
+    });
+    let page_size = choices.one_of(&[16, 32, 64, 128, 256]);
+    let (slots, pages_per_seq) = (choices.within(1, 64), choices.within(1, 4096 / page_size));
+    let shape = StepShape {
+        prefill_rows: choices.within(1, 1024),
+        slots,
+        pages: slots * pages_per_seq,
+        page_size,
+        pages_per_seq,
+        max_positions: page_size * pages_per_seq,
+        compute: choices.one_of(&[Element::Bf16, Element::F32]),
+        ..shape(Target::Tpu(choices.one_of(&Chip::ALL)))
+    };
+    (LlamaConfig::parse(Path::new("config.json"), &config).unwrap(), shape)
+}
+
+/// Every kernel of a step can be planned, whatever its sizes.
+#[test]
+fn models_of_any_shape_have_programs() {
+    for seed in 0..40 {
+        let ((config, shape), context) = (drawn(seed), Context::new());
+        step::prefill(&context, &config, &shape, Output::Tokens(Sampling::Greedy))
+            .and_then(|_| step::decode(&context, &config, &shape, Sampling::Greedy, &[1]))
+            .unwrap_or_else(|error| panic!("seed {seed}: {error}\n{config:?}\n{shape:?}"));
+    }
+}
+
+#[test]
+#[ignore = "takes libtpu: make certify-all"]
+fn libtpu_compiles_models_of_any_shape() {
+    let certifier = Certifier::find(env!("CARGO_BIN_EXE_pagoda")).expect("libtpu: run `make tpu-tools`");
+    let certifier = certifier.in_program().without_profile().timeout(Duration::from_secs(600));
+    let mut wrong = String::new();
+    for seed in 0..4 {
+        let ((config, shape), context) = (drawn(seed), Context::new());
+        let Target::Tpu(chip) = shape.target else { unreachable!("they are drawn for TPUs") };
+        let decode = step::decode(&context, &config, &shape, Sampling::Greedy, &[1]).unwrap().bytecode();
+        let prefill = step::prefill(&context, &config, &shape, Output::Tokens(Sampling::Greedy)).unwrap().bytecode();
+        for (program, module) in [("decode", decode), ("prefill", prefill)] {
+            match certifier.certify(chip.info().topology, Program { module: &module, replicas: 1 }) {
+                Ok(certificate) if certificate.compiles() => eprintln!(
+                    "seed {seed}, {program} on {chip}: {:.1} s, {:?}",
+                    certificate.seconds,
+                    certificate.memory.unwrap()
+                ),
+                Ok(certificate) => wrong += &format!("seed {seed}, {program}: {certificate}\n{config:?}\n{shape:?}\n"),
+                Err(error) => wrong += &format!("seed {seed}, {program}: {error}\n{config:?}\n{shape:?}\n"),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
 }
 
 /// Shapes of models that people run, by the keys of their `config.json`.

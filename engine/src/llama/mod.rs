@@ -134,8 +134,15 @@ impl Stack {
         let part = TensorType::new(compute, part);
         let whole = TensorType::new(compute, &[&[layers], &part.dims[..]].concat());
         let context = Context::new();
-        let empty = client.compile_on(zeros(&context, &whole, 1)?.bytecode(), &[device])?;
-        let put = client.compile_on(put(&context, &whole, &part)?.bytecode(), &[device])?;
+        let (empty, put) = (zeros(&context, &whole, 1)?, put(&context, &whole, &part)?);
+        // As the step programs have them.
+        if step::is_stack(&whole) {
+            empty.row_major_result("main", 0)?;
+            put.row_major_argument("main", 0)?;
+            put.row_major_result("main", 0)?;
+        }
+        let empty = client.compile_on(empty.bytecode(), &[device])?;
+        let put = client.compile_on(put.bytecode(), &[device])?;
         Ok(Self { whole: only(empty.run(vec![])?)?, put, device })
     }
 

@@ -260,12 +260,21 @@ impl<'c> Graph<'_, 'c> {
     }
 }
 
-/// The KV buffer, argument `kv`, becomes the first result. It is row-major in memory, as kernels take it: with heads of less
-/// than 128 lanes a TPU's compiler would choose another order, and copy all of it on every step.
+/// The KV buffer, argument `kv` behind the weights, becomes the first result. It is row-major in memory, as kernels take it,
+/// and so are stacks of weights: where a dimension is no multiple of 128 lanes, a TPU's compiler would choose another order
+/// that pads less, and copy all of it on every call.
 fn give_cache(module: &Module<'_>, kv: usize) -> Result<()> {
     module.donate("main", kv, 0)?;
     module.row_major_argument("main", kv)?;
-    module.row_major_result("main", 0)
+    module.row_major_result("main", 0)?;
+    let (arguments, _) = module.function_types("main")?;
+    let stacks = (0..kv).filter(|&argument| is_stack(&arguments[argument]));
+    stacks.into_iter().try_for_each(|argument| module.row_major_argument("main", argument))
+}
+
+/// Whether a weight argument is a stack of matrices: of all layers, no weight of one has three dimensions.
+pub(super) fn is_stack(weight: &TensorType) -> bool {
+    weight.rank() == 3
 }
 
 /// What a prefill program returns beside the KV buffer.
