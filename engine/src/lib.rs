@@ -17,13 +17,16 @@ pub mod native;
 pub mod output;
 pub mod pages;
 pub mod pjrt;
+pub mod placement;
 mod prefix;
 pub mod replicas;
 pub mod report;
 pub mod sampler;
 pub mod scheduler;
 pub mod stop;
+pub mod timeline;
 pub mod topology;
 pub mod units;
+pub mod watchdog;
 
 pub use error::{Error, Result};

@@ -7,6 +7,8 @@ mod bench;
 mod check;
 mod doctor;
 mod kernels;
+mod monitor;
+mod place;
 mod sample;
 
 use std::io::{ErrorKind, Write};
@@ -177,6 +179,12 @@ impl PluginArgs {
 
 /// Loads the plugin that is named and creates a client of `devices` devices.
 fn client(choice: &str, devices: usize) -> Result<Client> {
+    /// More devices than the CPU plugin is asked to make on one host.
+    const MOST_DEVICES: usize = 256;
+    if choice == "cpu" && devices > MOST_DEVICES {
+        let limit = format!("is more than the {MOST_DEVICES} that the CPU plugin is asked to make");
+        return Err(Error::setting("devices of the mesh", devices, limit, "lower data or model"));
+    }
     let plugin = Plugin::load(&PluginChoice::parse(choice)?)?;
     plugin.client(devices).map_err(|error| Error::Plugin {
         plugin: plugin.found().path.display().to_string(),

@@ -9,25 +9,29 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use pagoda_ir::Bytes;
 
 use super::PluginArgs;
+use super::monitor::{Monitor, MonitorArgs};
+use super::place::{self, Place};
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
-use crate::generate::{EngineOptions, SamplingOptions, Timing};
+use crate::generate::{EngineOptions, SamplingOptions};
 use crate::hosts::Share;
 use crate::launcher::Launched;
-use crate::llama::{Parallel, Target};
-use crate::mesh::Mesh;
+use crate::llama::Target;
+use crate::memory::Room;
 use crate::model::config::LlamaConfig;
 use crate::model::identity::identity;
 use crate::model::source::Files;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
 use crate::model::weights::Weights;
+use crate::mpi::World;
 use crate::output::{InOrder, Journal, Record, Run};
 use crate::replicas::Replicas;
 use crate::scheduler::{Finished, Request};
 use crate::stop::StopRule;
+use crate::timeline::StartUp;
 use crate::units::SampleId;
 
 /// Exit code after Ctrl-C, as shells expect it (128 + SIGINT).
@@ -55,14 +59,8 @@ pub(super) struct SampleArgs {
     /// Print one JSON object per finished sample on stdout, in prompt order, and nothing else there.
     #[arg(long)]
     json: bool,
-}
-
-/// Seconds from the start of the process to the first sampled token, by what they went into.
-#[derive(Clone, Copy, Debug, Default)]
-struct StartUp {
-    plugin: f64,
-    load: f64,
-    compile: f64,
+    #[command(flatten)]
+    monitor: MonitorArgs,
 }
 
 /// The prompts of a run, as text and as tokens.
@@ -88,13 +86,19 @@ impl Prompts {
 
 /// Runs the command.
 pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
+    let mut world = None;
+    let outcome = run(args, &mut world);
+    place::end_together(world.as_ref(), outcome)
+}
+
+fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
     let settings = Settings::resolve(args.config.as_deref(), &args.settings)?;
     let launched = Launched::here(args.host_id, args.hosts)?;
-    let share = launched.share;
     let out = args.out.clone().or_else(|| settings.output_folder());
-    if share.hosts() > 1 && out.is_none() {
+    let hosts = launched.share.hosts();
+    if hosts > 1 && out.is_none() {
         let fix = "name the folder that all hosts write into, and join it with `pagoda merge`";
-        return Err(Error::setting("--out", "none", format!("leaves {} hosts nowhere to write", share.hosts()), fix));
+        return Err(Error::setting("--out", "none", format!("leaves {hosts} hosts nowhere to write"), fix));
     }
     let folder = &settings.model(Files::Model)?;
     let config = LlamaConfig::open(folder)?;
@@ -120,8 +124,13 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         stop: stop_rule(&settings, &config, &tokenizer)?,
         mixed_steps: EngineOptions::mixes(settings.compute().element()),
     };
-    eprint!("{settings}");
-    eprintln!("# {launched}");
+    let place = Place::take(&args.plugin, &settings, launched.share, world)?;
+    let placement = &place.placement;
+    placement.parallel().check(&config)?;
+    if placement.writes() {
+        eprint!("{settings}");
+    }
+    eprintln!("# {launched}; {placement}");
     let departures = if args.config.is_some() { settings.departures(&lengths, &limits) } else { Vec::new() };
     for note in settings.notes().iter().chain(&departures) {
         eprintln!("# {note}");
@@ -136,73 +145,79 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     );
 
     let run = Run::new(&settings, &identity(folder, &tokenizer_path, &weights, settings.chat)?);
-    let output = Output::new(args.json, out.as_deref(), &run, share, &prompts, &tokenizer)?;
-    let cancel = interrupt_flag();
-    let missing = output.missing();
+    let world = world.as_ref();
+    place::agree(
+        world,
+        [run.identity.as_bytes(), placement.mesh().to_string().as_bytes(), format!("{limits:?}").as_bytes()],
+    )?;
+    let share = placement.share();
+    let out = out.as_deref().filter(|_| placement.writes());
+    let format = match placement.writes() {
+        true if args.json => Format::Json,
+        true => Format::Text,
+        false => Format::Nothing,
+    };
+    let mut output = Output::new(format, out, &run, share, &prompts, &tokenizer)?;
+    let cancel = interrupt_flag(world.is_some());
+    let missing = place::alike(world, run.samples(share), output.missing());
     if !missing.is_empty() {
-        let mut start = StartUp::default();
-        let mut engine = start.engine(args, &config, &weights, Mesh::ONE, options)?;
+        let mut start_up = StartUp::default();
+        let (mut engines, pages) = load(args, &settings, &config, &weights, &place, options, &mut start_up)?;
+        output.monitor.begin(start_up, pages, settings.engine.debug_stats_every_n);
+        if let Some(watchdog) = args.monitor.watchdog() {
+            engines.watch(&watchdog);
+        }
         let requests = missing.iter().map(|id| Request {
             id: *id,
             prompt: prompts.tokens[id.index].as_slice().into(),
             max_new_tokens: settings.max_new_tokens,
         });
-        let timing = engine.run(
-            requests,
-            &cancel,
-            |sample| output.finish(sample),
-            |state| {
-                output.bar.set_message(format!("{} tokens, {} KV pages used", state.tokens, state.pages_used));
-                output.bar.set_position(state.finished as u64);
-            },
-        )?;
-        output.bar.finish_and_clear();
-        start.report(&timing);
+        let finish = |sample| output.monitor.assemble(|| output.finish(sample));
+        engines.run(requests, &cancel, finish, |state| output.monitor.step(state))?;
+        let of_run = out.map(|folder| folder.join(share.file_name("summary.json")));
+        let print = settings.engine.log_decode_perf_summary;
+        output.monitor.end(&args.monitor, placement.writes(), print, of_run.as_deref())?;
     }
     output.close(cancel.load(Ordering::Relaxed))
 }
 
-impl StartUp {
-    fn engine(
-        &mut self,
-        args: &SampleArgs,
-        config: &LlamaConfig,
-        weights: &Weights,
-        mesh: Mesh,
-        mut options: EngineOptions,
-    ) -> Result<Replicas> {
-        let started = Instant::now();
-        let client = args.plugin.client(mesh.devices())?;
-        options.target = args.plugin.target(&client)?;
-        eprintln!("# plugin {client:?}, mesh {mesh}, kernels {}", options.target);
-        let parallel = Parallel::group(mesh.model);
-        parallel.check(config)?;
-        options.check_memory(&client, config, &parallel, &Vec::from_iter(0..mesh.devices()))?;
-        self.plugin = started.elapsed().as_secs_f64();
-        let started = Instant::now();
-        let engines = Replicas::load(&client, config, weights, mesh, &options)?;
-        self.compile = engines.compile_time().as_secs_f64();
-        self.load = started.elapsed().as_secs_f64() - self.compile;
-        Ok(engines)
+/// Loads the model onto this process's devices and compiles the step programs: the engines, and the pages of all of them.
+fn load(
+    args: &SampleArgs,
+    settings: &Settings,
+    config: &LlamaConfig,
+    weights: &Weights,
+    place: &Place,
+    mut options: EngineOptions,
+    start_up: &mut StartUp,
+) -> Result<(Replicas, usize)> {
+    let Place { client, placement, plugin_s } = place;
+    let (parallel, devices) = (placement.parallel(), Vec::from_iter(0..placement.devices().get()));
+    options.target = args.plugin.target(client)?;
+    eprintln!("# plugin {client:?}, kernels {}", options.target);
+    // Hosts must agree on the pages without asking each other.
+    let alone = placement.share().hosts() == 1 && !placement.spans_processes();
+    if settings.engine.max_pages.is_none()
+        && alone
+        && let Some(room) = Room::of(client, &devices)?
+    {
+        let asked = options.limits.max_pages;
+        let weights = Bytes(weights.size().0 / parallel.model().get() as u64);
+        let cache = options.shape(parallel).kv_type(config);
+        options.limits.max_pages = settings.pages(&options.limits, &room, weights, &cache);
+        if options.limits.max_pages < asked {
+            let (pages, share) = (options.limits.max_pages, settings.engine.hbm_utilization);
+            eprintln!("# {pages} KV pages, not {asked}: engine.hbm_utilization = {share} of the {} left", room.left);
+        }
     }
-
-    /// What the run took, on stderr.
-    fn report(&self, timing: &Timing) {
-        let total = timing.prefill_device_s + timing.decode_device_s + timing.host_s;
-        let first = self.plugin + self.load + self.compile + timing.first_token_s;
-        eprintln!(
-            "# {} tokens decoded in {:.2} s ({:.0} tokens/s, {:.3} ms a step, host {:.1}% of the run)",
-            timing.decode_tokens,
-            timing.decode_device_s,
-            timing.decode_tokens as f64 / timing.decode_device_s.max(1e-9),
-            1e3 * timing.decode_device_s / timing.decode_steps.max(1) as f64,
-            100.0 * timing.host_s / total.max(1e-9),
-        );
-        eprintln!(
-            "# first token after {first:.2} s: plugin {:.2}, load {:.2}, compile {:.2}, prefill {:.3}",
-            self.plugin, self.load, self.compile, timing.first_token_s,
-        );
-    }
+    options.check_memory(client, config, parallel, &devices)?;
+    start_up.plugin_s = *plugin_s;
+    let pages = placement.groups().len() * options.limits.max_pages;
+    let started = Instant::now();
+    let engines = Replicas::of_groups(client, config, weights, placement.groups().to_vec(), &options)?;
+    start_up.compile_s = engines.compile_time().as_secs_f64();
+    start_up.load_s = started.elapsed().as_secs_f64() - start_up.compile_s;
+    Ok((engines, pages))
 }
 
 fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
@@ -211,12 +226,13 @@ fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -
     Ok(StopRule::new(config.eos_token_ids.clone(), sequence.into_iter().collect()))
 }
 
-/// A flag that Ctrl-C raises. A second Ctrl-C ends the process at once.
-fn interrupt_flag() -> Arc<AtomicBool> {
+/// A flag that Ctrl-C raises. A second Ctrl-C ends the process at once; so does the first, where other processes would wait for
+/// the next step of this one (`together`).
+fn interrupt_flag(together: bool) -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
     let raised = Arc::clone(&flag);
     let set = ctrlc::set_handler(move || {
-        if raised.swap(true, Ordering::Relaxed) {
+        if raised.swap(true, Ordering::Relaxed) || together {
             std::process::exit(i32::from(INTERRUPTED));
         }
         eprintln!("interrupted: finishing the current step (again to quit at once)");
@@ -227,13 +243,22 @@ fn interrupt_flag() -> Arc<AtomicBool> {
     flag
 }
 
-/// Where finished samples go: the journal, stdout, the progress bar.
+/// How samples are printed on stdout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Text,
+    Json,
+    /// Not at all: another process of the replica prints them.
+    Nothing,
+}
+
+/// Where finished samples go: the journal, and stdout; and what is shown meanwhile.
 struct Output<'r> {
     run: &'r Run,
     prompts: &'r Prompts,
     tokenizer: &'r Tokenizer,
-    json: bool,
-    bar: ProgressBar,
+    format: Format,
+    monitor: Monitor,
     state: RefCell<State>,
 }
 
@@ -246,7 +271,7 @@ struct State {
 impl<'r> Output<'r> {
     /// Opens the journal, if there is one, and prints what earlier runs have finished already.
     fn new(
-        json: bool,
+        format: Format,
         out: Option<&Path>,
         run: &'r Run,
         share: Share,
@@ -256,16 +281,13 @@ impl<'r> Output<'r> {
         let journal = out.map(|dir| Journal::open(dir, share, run.clone())).transpose()?;
         let samples = run.samples(share);
         let missing = journal.as_ref().map_or_else(|| samples.clone(), Journal::missing);
-        // indicatif draws on stderr, and only where that is a terminal.
-        let bar = ProgressBar::new(missing.len() as u64);
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} samples, {msg} [{elapsed}]");
-        bar.set_style(style.map_err(Error::runtime("drawing the progress bar"))?);
+        let monitor = Monitor::new(missing.len())?;
         let done: Vec<Record> = journal.iter().flat_map(|journal| journal.finished().values().cloned()).collect();
         if !done.is_empty() {
             eprintln!("# {} of {} samples were finished by an earlier run", done.len(), samples.len());
         }
         let state = RefCell::new(State { journal, in_order: InOrder::new(samples), missing });
-        let output = Self { run, prompts, tokenizer, json, bar, state };
+        let output = Self { run, prompts, tokenizer, format, monitor, state };
         for record in done {
             output.emit(record)?;
         }
@@ -293,15 +315,15 @@ impl<'r> Output<'r> {
     }
 
     fn print(&self, records: &[Record]) -> Result<()> {
-        if records.is_empty() {
+        if records.is_empty() || self.format == Format::Nothing {
             return Ok(());
         }
         let emphasise = std::io::stdout().is_terminal();
-        self.bar
+        self.monitor
             .suspend(|| {
                 let mut out = std::io::stdout().lock();
                 for record in records {
-                    if self.json {
+                    if self.format == Format::Json {
                         out.write_all(record.line().as_bytes())?;
                     } else if emphasise {
                         writeln!(out, "[{}] \x1b[1m{}\x1b[0m{}\n", record.index, record.prompt, record.text)?;
