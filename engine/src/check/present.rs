@@ -503,7 +503,7 @@ fn vmem(findings: &Findings) -> Section {
             });
             let known = match compiled {
                 Some(kernel) if kernel.report.without_spills() == planned => "compiled, to the byte as planned",
-                Some(_) => "compiled; XLA keeps operands in VMEM beside it",
+                Some(_) => "compiled; XLA keeps an operand in VMEM for it",
                 None => "planned only",
             };
             table.row(vec![

@@ -39,6 +39,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Check a job for a TPU slice: whether it fits, how long it takes, what to change. Needs no TPU and no weights.
+    ///
+    /// libtpu compiles the step programs of one model group ahead of time; its answers are kept, so that a second check is a
+    /// matter of a second. Exit code 0: the job fits; 1: it does not, or libtpu gave no answer; 2: the input must change.
     Check(Box<check::CheckArgs>),
     /// Sample continuations of prompts: the generation loop over any PJRT plugin.
     Sample(Box<sample::SampleArgs>),
