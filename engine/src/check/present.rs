@@ -728,6 +728,8 @@ fn notes(findings: &Findings, question: &Question) -> Vec<String> {
          sampling are in them. The HBM floor takes the data sheet's bandwidth as reached."
             .to_owned(),
     ];
+    let (counted, sheet) = (findings.plan.job.hbm, findings.plan.job.topology.chip().info().hbm);
+    notes.push(format!("A device has {counted} of HBM as libtpu counts; its data sheet says {sheet}."));
     notes.push(match question.counted {
         Counted::Tokenizer => "Prompts were counted by the model's tokenizer.".to_owned(),
         Counted::Characters => {
