@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::output::{Run, parse_lines, read_manifest, split_lines, torn_line, write_atomically};
+use crate::output::{Manifest, Run, parse_lines, read_manifest, split_lines, torn_line, write_atomically};
 use crate::units::SampleId;
 
 /// Host `host` (from 0) of `hosts`.
@@ -100,12 +100,14 @@ pub fn merge(folder: &Path) -> Result<Merged> {
     let mut lines = Vec::new();
     for share in shares {
         let manifest = folder.join(share.file_name("run.json"));
-        let run = read_manifest(&manifest)?;
+        let manifest_path = manifest;
+        let manifest = read_manifest(&manifest_path)?;
+        let run = manifest.run.clone();
         if first.get_or_insert_with(|| run.clone()) != &run {
             let problem = "its run is not that of host 0 (other settings, prompts or model)";
-            return Err(Error::file(manifest, problem, "run all hosts with the same input"));
+            return Err(Error::file(manifest_path, problem, "run all hosts with the same input"));
         }
-        lines.extend(read_share(folder, share, &run)?);
+        lines.extend(read_share(folder, share, &manifest)?);
     }
     lines.sort_by_key(|(id, _)| *id);
     let path = folder.join(format!("all_hosts_merged_of_{hosts:04}.jsonl"));
@@ -136,9 +138,9 @@ fn count_hosts(folder: &Path) -> Result<usize> {
 }
 
 /// The lines of a complete share, each with its sample.
-fn read_share(folder: &Path, share: Share, run: &Run) -> Result<Vec<(SampleId, Vec<u8>)>> {
+fn read_share(folder: &Path, share: Share, manifest: &Manifest) -> Result<Vec<(SampleId, Vec<u8>)>> {
     let path = folder.join(share.file_name("jsonl"));
-    let expected = run.samples(share);
+    let expected = manifest.run.samples(share);
     if !path.exists() {
         let partial = folder.join(share.file_name("jsonl.partial"));
         let bytes = fs::read(&partial).map_err(Error::io("read", &partial))?;
@@ -154,15 +156,11 @@ fn read_share(folder: &Path, share: Share, run: &Run) -> Result<Vec<(SampleId, V
     let ids: Vec<_> = parse_lines(&path, &lines)?.iter().map(crate::output::Record::id).collect();
     if ids != expected {
         let at = ids.iter().zip(&expected).take_while(|(found, expected)| found == expected).count();
-        let name = |id: Option<&SampleId>| match id {
-            Some(SampleId { round, index, generation }) => {
-                format!("prompt {index}, generation {generation}, round {round}")
-            }
-            None => "the end".to_owned(),
-        };
+        let name = |id: Option<&SampleId>| id.map_or("the end".to_owned(), SampleId::to_string);
         let problem = format!("line {} holds {}, not {}", at + 1, name(ids.get(at)), name(expected.get(at)));
         return Err(Error::file(&path, problem, "copy the file again, or delete it and run its host again"));
     }
+    manifest.check(&path, &bytes)?;
     Ok(ids.into_iter().zip(lines.into_iter().map(<[u8]>::to_vec)).collect())
 }
 
@@ -217,7 +215,7 @@ mod tests {
         let share = |host| Share::new(host, 2).unwrap();
         // What is done to a good pair of shares, and what merge says.
         type Damage = fn(&Path);
-        let cases: [(Damage, &str); 8] = [
+        let cases: [(Damage, &str); 9] = [
             (
                 |folder| fs::remove_file(folder.join("host_0001_of_0002.jsonl")).unwrap(),
                 "of 2 shares, 1 missing: host_0001_of_0002.jsonl",
@@ -239,13 +237,22 @@ mod tests {
                         bytes.truncate(1 + bytes[..bytes.len() - 1].iter().rposition(|&b| b == b'\n').unwrap())
                     })
                 },
-                "line 4 holds the end, not prompt 3, generation 1, round 0",
+                "line 4 holds the end, not prompt 3, generation 1",
             ),
             (
                 |folder| edit(folder, |bytes| bytes.extend(bytes.clone())),
-                "line 5 holds prompt 2, generation 0, round 0, not the end",
+                "line 5 holds prompt 2, generation 0, not the end",
             ),
             (|folder| edit(folder, |bytes| bytes[0] = b'x'), "line 1 is not a sample"),
+            (
+                |folder| {
+                    edit(folder, |bytes| {
+                        let at = bytes.windows(5).position(|at| at == b"[5,1]").unwrap();
+                        bytes[at + 3] = b'2';
+                    })
+                },
+                "host_0001_of_0002.jsonl: its content is not what its host wrote",
+            ),
             (
                 |folder| {
                     let path = folder.join("host_0001_of_0002.run.json");

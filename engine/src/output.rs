@@ -6,14 +6,17 @@
 //! which run the share belongs to, so that another run's samples are never taken for this one's. Hosts count from 0.
 //!
 //! A rerun finds what the journal holds and makes the rest. A last line without its newline was torn by a crash; it is
-//! dropped, because its sample was never acknowledged.
+//! dropped, because its sample was never acknowledged. Nothing else is repaired: a journal's line carries a checksum of
+//! its sample, `run.json` a digest of the complete file, and a line that was altered, or whose sample is none of the share,
+//! ends the run with an error.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::config::Settings;
 use crate::error::{Error, Result};
@@ -66,6 +69,13 @@ impl Record {
         line.push('\n');
         line
     }
+
+    /// The line of a journal: the record's, with a checksum of it as its last key.
+    fn sealed_line(&self) -> String {
+        let line = self.line();
+        let open = line.strip_suffix("}\n").expect("a record is a JSON object, and a line");
+        format!("{open},\"checksum\":\"{}\"}}\n", fingerprint([line.as_bytes()]))
+    }
 }
 
 /// What all hosts of a run agree on.
@@ -83,9 +93,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// The run of these settings on a model, which `model` identifies (see [`Weights::identity`]).
-    ///
-    /// [`Weights::identity`]: crate::model::weights::Weights::identity
+    /// The run of these settings on a model, which `model` identifies (see [`crate::model::identity`]).
     pub fn new(settings: &Settings, model: &str) -> Self {
         Self {
             identity: fingerprint([settings.identity().as_bytes(), model.as_bytes()]),
@@ -112,17 +120,41 @@ impl Run {
     }
 }
 
-/// A short name for what `parts` hold: 64-bit FNV-1a over each part and its length, the same in every release.
-///
-/// It catches runs that a user confused; it is not a defence against forgery.
-pub fn fingerprint<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for part in parts {
-        for byte in part.iter().copied().chain((part.len() as u64).to_le_bytes()) {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
+/// What a host's `run.json` holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Manifest {
+    /// The run that the share belongs to.
+    pub run: Run,
+    /// A [`fingerprint`] of the complete share; set before the share gets its final name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+}
+
+impl Manifest {
+    fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string(self).expect("numbers and text are always JSON") + "\n";
+        write_atomically(path, text.as_bytes())
     }
-    format!("{hash:016x}")
+
+    /// Whether these are the bytes of the share `path` as they were written.
+    pub(crate) fn check(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        if self.digest.as_ref() == Some(&fingerprint([bytes])) {
+            return Ok(());
+        }
+        let fix = "copy it again with its run.json, or delete it and run its host again";
+        Err(Error::file(path, "its content is not what its host wrote", fix))
+    }
+}
+
+/// A short name for what `parts` hold: the first 128 bits of SHA-256 over each part's length and bytes, in hexadecimal.
+pub fn fingerprint<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The journal of one host's share.
@@ -145,13 +177,12 @@ impl Journal {
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         let manifest = folder.join(share.file_name("run.json"));
         if manifest.exists() {
-            if read_manifest(&manifest)? != run {
+            if read_manifest(&manifest)?.run != run {
                 let fix = "give another --out, or run with the settings, prompts and model of that run";
                 return Err(Error::file(manifest, "it says that this folder holds samples of another run", fix));
             }
         } else {
-            let text = serde_json::to_string(&run).expect("numbers and text are always JSON") + "\n";
-            write_atomically(&manifest, text.as_bytes())?;
+            Manifest { run: run.clone(), digest: None }.write(&manifest)?;
         }
 
         let complete = folder.join(share.file_name("jsonl"));
@@ -177,8 +208,24 @@ impl Journal {
             None if torn > 0 => return Err(torn_line(&path, lines.len() + 1)),
             _ => {}
         }
-        let records = parse_lines(&path, &lines)?;
-        let records = records.into_iter().map(|record| (record.id(), record)).collect();
+        let parsed = match &file {
+            Some(_) => sealed_lines(&path, &lines)?,
+            None => parse_lines(&path, &lines)?,
+        };
+        let expected: BTreeSet<_> = run.samples(share).into_iter().collect();
+        let mut records = BTreeMap::new();
+        for (at, record) in parsed.into_iter().enumerate() {
+            let id = record.id();
+            let known = expected.contains(&id) && run.labels(id) == (record.round, record.generation);
+            if !known || records.insert(id, record).is_some() {
+                let what = if known { "is there twice" } else { "is none of this share" };
+                let problem = format!("line {}: the sample of {id} {what}", at + 1);
+                return Err(Error::file(&path, problem, "delete the line, and run again"));
+            }
+        }
+        if file.is_none() {
+            read_manifest(&manifest)?.check(&path, &bytes)?;
+        }
         Ok(Self { run, share, folder: folder.into(), file, records })
     }
 
@@ -202,7 +249,7 @@ impl Journal {
         let path = || self.folder.join(self.share.file_name("jsonl.partial"));
         if let Some(file) = &mut self.file {
             // One write: a crash leaves a prefix of the line, which has no newline.
-            let written = file.write_all(record.line().as_bytes()).and_then(|()| file.sync_data());
+            let written = file.write_all(record.sealed_line().as_bytes()).and_then(|()| file.sync_data());
             written.map_err(|error| Error::io("write", &path())(error))?;
         }
         self.records.insert(record.id(), record);
@@ -225,6 +272,9 @@ impl Journal {
             return Err(Error::file(partial, problem, "run again with the same settings to make the rest"));
         }
         let text: String = self.records.values().map(Record::line).collect();
+        // The digest first: after a crash in between, the journal is still there, and yields the same text.
+        let digest = Some(fingerprint([text.as_bytes()]));
+        Manifest { run: self.run, digest }.write(&self.folder.join(self.share.file_name("run.json")))?;
         write_atomically(&path, text.as_bytes())?;
         fs::remove_file(&partial).map_err(Error::io("remove", &partial))?;
         Ok(path)
@@ -282,7 +332,30 @@ pub(crate) fn parse_lines(path: &Path, lines: &[&[u8]]) -> Result<Vec<Record>> {
     lines.iter().enumerate().map(parse).collect()
 }
 
-pub(crate) fn read_manifest(path: &Path) -> Result<Run> {
+/// The records of a journal's lines, each as its checksum says that it was written.
+fn sealed_lines(path: &Path, lines: &[&[u8]]) -> Result<Vec<Record>> {
+    const KEY: &str = ",\"checksum\":\"";
+    let unsealed = |(at, line): (usize, &&[u8])| {
+        let altered = |problem: &str| {
+            Error::file(
+                path,
+                format!("line {} {problem}", at + 1),
+                "delete the line, and run again: its sample is made anew",
+            )
+        };
+        let text = std::str::from_utf8(line).map_err(|_| altered("is not UTF-8 text"))?;
+        let (open, seal) = text.rsplit_once(KEY).ok_or_else(|| altered("carries no checksum"))?;
+        let record = format!("{open}}}\n");
+        match seal.strip_suffix("\"}") {
+            Some(checksum) if checksum == fingerprint([record.as_bytes()]) => Ok(record),
+            _ => Err(altered("is not as it was written: its checksum differs")),
+        }
+    };
+    let lines = lines.iter().enumerate().map(unsealed).collect::<Result<Vec<_>>>()?;
+    parse_lines(path, &lines.iter().map(|line| line.trim_end().as_bytes()).collect::<Vec<_>>())
+}
+
+pub(crate) fn read_manifest(path: &Path) -> Result<Manifest> {
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
     serde_json::from_slice(&bytes).map_err(|error| {
         Error::file(path, format!("it does not describe a run: {error}"), "delete the share and run it again")
@@ -390,9 +463,34 @@ pub(crate) mod tests {
         assert!(error.contains("2 of 2 samples are missing"), "{error}");
         let error = open(&Run { identity: "other".into(), ..run.clone() }).unwrap_err().to_string();
         assert!(error.contains("samples of another run: give another --out"), "{error}");
-        fs::write(folder.path().join("host_0000_of_0001.jsonl.partial"), "{}\n").unwrap();
+
+        let lines: Vec<_> = run.samples(Share::ALONE).into_iter().map(|id| record(&run, id).sealed_line()).collect();
+        let other = Run { prompts: 2, ..run.clone() };
+        let stranger = record(&other, other.samples(Share::ALONE)[2]).sealed_line();
+        let altered = lines[1].replacen("[5,1]", "[5,2]", 1);
+        assert_ne!(altered, lines[1]);
+        for (journal, message) in [
+            ("{}\n".to_owned(), "line 1 carries no checksum: delete the line, and run again"),
+            (lines[0].clone() + &altered, "line 2 is not as it was written: its checksum differs"),
+            (lines[0].replace("\"checksum\":\"", "\"checksum\":\"0"), "line 1 is not as it was written"),
+            (lines[0].clone() + &stranger, "line 2: the sample of prompt 1, generation 0 is none of this share"),
+            (lines[0].repeat(2), "line 2: the sample of prompt 0, generation 0 is there twice: delete the line"),
+        ] {
+            fs::write(folder.path().join("host_0000_of_0001.jsonl.partial"), journal).unwrap();
+            let error = open(&run).unwrap_err();
+            assert!(error.to_string().contains(message), "{error}");
+            assert_eq!(error.exit_code(), 2);
+        }
+        fs::write(folder.path().join("host_0000_of_0001.jsonl.partial"), lines.concat()).unwrap();
+        let path = open(&run).unwrap().complete().unwrap();
+        let whole = fs::read_to_string(&path).unwrap();
+        assert!(!whole.contains("checksum"));
+        fs::write(&path, whole.replacen("[5,1]", "[5,2]", 1)).unwrap();
         let error = open(&run).unwrap_err().to_string();
-        assert!(error.contains("line 1 is not a sample: missing field `index`"), "{error}");
+        assert!(
+            error.contains("host_0000_of_0001.jsonl: its content is not what its host wrote: copy it again"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! Plain counts stay `usize`; a newtype exists only where mixing two numbers would compile and be wrong.
 
+use std::fmt;
 use std::num::NonZeroUsize;
 
 /// Tokens that one KV page holds: the only way from tokens to pages.
@@ -59,6 +60,14 @@ impl SampleId {
     /// The two words of the random key: the prompt, and which of its samples. In round 0 the second is the generation.
     pub fn key(self) -> [u32; 2] {
         [self.index as u32, (self.round << 20) | self.generation]
+    }
+}
+
+impl fmt::Display for SampleId {
+    /// `prompt 3, generation 0`, and the round after the first.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "prompt {}, generation {}", self.index, self.generation)?;
+        if self.round > 0 { write!(f, ", round {}", self.round) } else { Ok(()) }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +19,8 @@ use crate::hosts::Share;
 use crate::launcher::Launched;
 use crate::llama::{DeviceModel, Target};
 use crate::model::config::LlamaConfig;
+use crate::model::identity::identity;
+use crate::model::source::Files;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
 use crate::model::weights::Weights;
 use crate::output::{InOrder, Journal, Record, Run};
@@ -69,7 +71,7 @@ struct Prompts {
 
 impl Prompts {
     fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
-        let template = settings.chat.then(|| settings.model().and_then(ChatTemplate::open)).transpose()?;
+        let template = settings.chat.then(|| ChatTemplate::open(&settings.model(Files::Tokenizer)?)).transpose()?;
         let encode = |prompt: &String| match &template {
             None => tokenizer.encode(prompt),
             Some(template) => {
@@ -87,22 +89,25 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     let settings = Settings::resolve(args.config.as_deref(), &args.settings)?;
     let launched = Launched::here(args.host_id, args.hosts)?;
     let share = launched.share;
-    if share.hosts() > 1 && args.out.is_none() {
+    let out = args.out.clone().or_else(|| settings.output_folder());
+    if share.hosts() > 1 && out.is_none() {
         let fix = "name the folder that all hosts write into, and join it with `pagoda merge`";
         return Err(Error::setting("--out", "none", format!("leaves {} hosts nowhere to write", share.hosts()), fix));
     }
-    let folder = settings.model()?;
+    let folder = &settings.model(Files::Model)?;
     let config = LlamaConfig::open(folder)?;
-    let tokenizer = Tokenizer::open(settings.tokenizer()?, &config)?;
+    let tokenizer_path = settings.tokenizer()?;
+    let tokenizer = Tokenizer::open(&tokenizer_path, &config)?;
     let weights = Weights::open(folder)?;
     for name in weights.check(&config)? {
         log::warn!("{}: tensor {name} is not used", folder.display());
     }
     let prompts = Prompts::encode(&settings, &tokenizer)?;
     let lengths: Vec<usize> = prompts.tokens.iter().map(Vec::len).collect();
+    let limits = settings.limits(&lengths, config.max_position_embeddings)?;
     let options = EngineOptions {
-        limits: settings.limits(&lengths, config.max_position_embeddings)?,
-        compute: settings.engine.compute_dtype.element(),
+        limits,
+        compute: settings.compute().element(),
         target: Target::Portable, // settled with the client
         sampling: SamplingOptions {
             temperature: settings.temperature,
@@ -111,11 +116,14 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
             seed: settings.engine.seed,
         },
         stop: stop_rule(&settings, &config, &tokenizer)?,
-        mixed_steps: EngineOptions::mixes(settings.engine.compute_dtype.element()),
+        mixed_steps: EngineOptions::mixes(settings.compute().element()),
     };
     eprint!("{settings}");
     eprintln!("# {launched}");
-    let limits = &options.limits;
+    let departures = if args.config.is_some() { settings.departures(&lengths, &limits) } else { Vec::new() };
+    for note in settings.notes().iter().chain(&departures) {
+        eprintln!("# {note}");
+    }
     eprintln!(
         "# {} of weights; {} slots, {} KV pages of {} tokens, {} prompt tokens per prefill",
         weights.size(),
@@ -125,8 +133,8 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         limits.max_prefill_size,
     );
 
-    let run = Run::new(&settings, &weights.identity());
-    let output = Output::new(args, &run, share, &prompts, &tokenizer)?;
+    let run = Run::new(&settings, &identity(folder, &tokenizer_path, &weights, settings.chat)?);
+    let output = Output::new(args.json, out.as_deref(), &run, share, &prompts, &tokenizer)?;
     let cancel = interrupt_flag();
     let missing = output.missing();
     if !missing.is_empty() {
@@ -195,6 +203,7 @@ impl StartUp {
 
 fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
     let sequence = settings.stop_sequence.as_deref().map(|text| tokenizer.encode_plain(text)).transpose()?;
+    settings.check_stop(sequence.as_ref().map_or(0, Vec::len))?;
     Ok(StopRule::new(config.eos_token_ids.clone(), sequence.into_iter().collect()))
 }
 
@@ -233,13 +242,14 @@ struct State {
 impl<'r> Output<'r> {
     /// Opens the journal, if there is one, and prints what earlier runs have finished already.
     fn new(
-        args: &SampleArgs,
+        json: bool,
+        out: Option<&Path>,
         run: &'r Run,
         share: Share,
         prompts: &'r Prompts,
         tokenizer: &'r Tokenizer,
     ) -> Result<Self> {
-        let journal = args.out.as_ref().map(|dir| Journal::open(dir, share, run.clone())).transpose()?;
+        let journal = out.map(|dir| Journal::open(dir, share, run.clone())).transpose()?;
         let samples = run.samples(share);
         let missing = journal.as_ref().map_or_else(|| samples.clone(), Journal::missing);
         // indicatif draws on stderr, and only where that is a terminal.
@@ -251,7 +261,7 @@ impl<'r> Output<'r> {
             eprintln!("# {} of {} samples were finished by an earlier run", done.len(), samples.len());
         }
         let state = RefCell::new(State { journal, in_order: InOrder::new(samples), missing });
-        let output = Self { run, prompts, tokenizer, json: args.json, bar, state };
+        let output = Self { run, prompts, tokenizer, json, bar, state };
         for record in done {
             output.emit(record)?;
         }

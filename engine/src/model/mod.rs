@@ -1,7 +1,9 @@
 //! Llama from Hugging Face files: configuration, weights, tokenizer, and the float64 reference.
 
 pub mod config;
+pub mod identity;
 pub mod reference;
+pub mod source;
 pub mod tokenizer;
 pub mod weights;
 

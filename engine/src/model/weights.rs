@@ -423,20 +423,27 @@ impl Weights {
         Bytes(self.shards.iter().map(|shard| shard.header.data_len() as u64).sum())
     }
 
-    /// Identifies the weights: a [`fingerprint`] of all names, types and shapes, and of the beginning of each tensor, so
-    /// that two trainings of one architecture differ, and a large model need not be read twice.
+    /// Identifies the weights: a [`fingerprint`] of all names, types, shapes and sizes, and of the values: all of a model of up
+    /// to [`IDENTITY_WHOLE`](Self::IDENTITY_WHOLE), both ends of each tensor of a larger one, so that it need not be read
+    /// twice.
     pub fn identity(&self) -> String {
+        let whole = self.size() <= Self::IDENTITY_WHOLE;
         let pieces = self.shards.iter().flat_map(|shard| {
-            let starts = shard.header.tensors().into_values().map(|info| info.data_offsets).collect::<BTreeSet<_>>();
-            let heads = starts
-                .into_iter()
-                .map(|(start, end)| &shard.map[shard.data + start..shard.data + end.min(start + Self::IDENTITY_BYTES)]);
-            std::iter::once(&shard.map[..shard.data]).chain(heads)
+            let spans = shard.header.tensors().into_values().map(|info| info.data_offsets).collect::<BTreeSet<_>>();
+            let ends = spans.into_iter().flat_map(move |(start, end)| {
+                let edge = if whole { end - start } else { Self::IDENTITY_BYTES.min(end - start) };
+                [start..start + edge, end - edge.min(end - start - edge)..end]
+            });
+            let ends = ends.map(|span| &shard.map[shard.data + span.start..shard.data + span.end]);
+            std::iter::once(&shard.map[..shard.data]).chain(ends)
         });
         fingerprint(pieces)
     }
 
-    /// How much of each tensor [`identity`](Self::identity) reads.
+    /// The largest model that [`identity`](Self::identity) reads whole.
+    const IDENTITY_WHOLE: Bytes = Bytes::mib(256);
+
+    /// How much of each end of a larger model's tensors [`identity`](Self::identity) reads.
     const IDENTITY_BYTES: usize = 4096;
 
     fn find(&self, name: &str) -> Option<(&Shard, &safetensors::tensor::TensorInfo)> {
