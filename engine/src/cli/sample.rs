@@ -24,7 +24,7 @@ use crate::model::source::Files;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
 use crate::model::weights::Weights;
 use crate::output::{InOrder, Journal, Record, Run};
-use crate::scheduler::{Finished, Request};
+use crate::scheduler::{Finished, Request, batches};
 use crate::stop::StopRule;
 use crate::units::SampleId;
 
@@ -105,9 +105,11 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     let prompts = Prompts::encode(&settings, &tokenizer)?;
     let lengths: Vec<usize> = prompts.tokens.iter().map(Vec::len).collect();
     let limits = settings.limits(&lengths, config.max_position_embeddings)?;
+    let compute = settings.compute().element();
+    let mixed_steps = settings.engine.mixed_steps.unwrap_or(EngineOptions::mixes(compute));
     let options = EngineOptions {
         limits,
-        compute: settings.compute().element(),
+        compute,
         target: Target::Portable, // settled with the client
         sampling: SamplingOptions {
             temperature: settings.temperature,
@@ -116,7 +118,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
             seed: settings.engine.seed,
         },
         stop: stop_rule(&settings, &config, &tokenizer)?,
-        mixed_steps: EngineOptions::mixes(settings.compute().element()),
+        mixed_steps,
     };
     eprint!("{settings}");
     eprintln!("# {launched}");
@@ -125,12 +127,13 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         eprintln!("# {note}");
     }
     eprintln!(
-        "# {} of weights; {} slots, {} KV pages of {} tokens, {} prompt tokens per prefill",
+        "# {} of weights; {} slots, {} KV pages of {} tokens, {} prompt tokens per prefill, mixed steps {}",
         weights.size(),
         limits.max_seqs,
         limits.max_pages,
         limits.page_size.tokens(),
         limits.max_prefill_size,
+        if mixed_steps { "on" } else { "off" },
     );
 
     let run = Run::new(&settings, &identity(folder, &tokenizer_path, &weights, settings.chat)?);
@@ -140,13 +143,14 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     if !missing.is_empty() {
         let mut start = StartUp::default();
         let mut engine = start.engine(args, &config, &weights, options)?;
-        let requests = missing.iter().map(|id| Request {
+        let request = |id: &SampleId| Request {
             id: *id,
             prompt: prompts.tokens[id.index].as_slice().into(),
             max_new_tokens: settings.max_new_tokens,
-        });
-        let timing = engine.run(
-            requests,
+        };
+        let batches = batches(&missing, settings.max_prompts_per_batch).map(|batch| batch.iter().map(request));
+        let timing = engine.run_batches(
+            batches,
             &cancel,
             |sample| output.finish(sample),
             |state| {
@@ -204,7 +208,8 @@ impl StartUp {
 fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
     let sequence = settings.stop_sequence.as_deref().map(|text| tokenizer.encode_plain(text)).transpose()?;
     settings.check_stop(sequence.as_ref().map_or(0, Vec::len))?;
-    Ok(StopRule::new(config.eos_token_ids.clone(), sequence.into_iter().collect()))
+    let eos = if settings.ignore_eos == Some(true) { Vec::new() } else { config.eos_token_ids.clone() };
+    Ok(StopRule::new(eos, sequence.into_iter().collect()))
 }
 
 /// A flag that Ctrl-C raises. A second Ctrl-C ends the process at once.
