@@ -34,8 +34,14 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
         max_rounds: 64,
     };
     let model = DeviceModel::load(client, &config, &weights, Element::F32, limits.max_seq_len).expect("loads");
-    let options =
-        EngineOptions { limits, compute: Element::F32, target, sampling, stop: StopRule::default(), mixed_steps: true };
+    let options = EngineOptions {
+        limits,
+        compute: Element::F32,
+        target,
+        sampling,
+        stop: StopRule::default(),
+        mixed_steps: false,
+    };
     Engine::new(client, model, options).expect("compiles")
 }
 

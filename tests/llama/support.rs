@@ -73,7 +73,7 @@ impl Model {
     ) -> Engine {
         let client = client();
         let model = self.on_device(&client, compute, limits.max_seq_len);
-        Engine::new(&client, model, EngineOptions { limits, compute, target, sampling, stop, mixed_steps: true })
+        Engine::new(&client, model, EngineOptions { limits, compute, target, sampling, stop, mixed_steps: false })
             .unwrap()
     }
 }

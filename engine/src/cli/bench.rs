@@ -66,7 +66,7 @@ pub fn decode_rate(
         target,
         sampling: SamplingOptions::GREEDY,
         stop: StopRule::default(),
-        mixed_steps: EngineOptions::mixes(compute),
+        mixed_steps: false,
     };
     let mut engine = Engine::new(client, model, options)?;
     let mut runs: Vec<(f64, Timing)> = Vec::new();

@@ -106,7 +106,6 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     let lengths: Vec<usize> = prompts.tokens.iter().map(Vec::len).collect();
     let limits = settings.limits(&lengths, config.max_position_embeddings)?;
     let compute = settings.compute().element();
-    let mixed_steps = settings.engine.mixed_steps.unwrap_or(EngineOptions::mixes(compute));
     let options = EngineOptions {
         limits,
         compute,
@@ -118,7 +117,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
             seed: settings.engine.seed,
         },
         stop: stop_rule(&settings, &config, &tokenizer)?,
-        mixed_steps,
+        mixed_steps: settings.engine.mixed_steps,
     };
     eprint!("{settings}");
     eprintln!("# {launched}");
@@ -127,13 +126,13 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         eprintln!("# {note}");
     }
     eprintln!(
-        "# {} of weights; {} slots, {} KV pages of {} tokens, {} prompt tokens per prefill, mixed steps {}",
+        "# {} of weights; {} slots, {} KV pages of {} tokens, {} prompt tokens per prefill{}",
         weights.size(),
         limits.max_seqs,
         limits.max_pages,
         limits.page_size.tokens(),
         limits.max_prefill_size,
-        if mixed_steps { "on" } else { "off" },
+        if settings.engine.mixed_steps { ", which carries decoding sequences along" } else { "" },
     );
 
     let run = Run::new(&settings, &identity(folder, &tokenizer_path, &weights, settings.chat)?);
