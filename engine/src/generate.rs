@@ -15,17 +15,16 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pagoda_ir::stablehlo::Module;
+use pagoda_ir::Element;
 use pagoda_ir::tensor::HostTensor;
-use pagoda_ir::{Context, Element, TensorType};
 use pagoda_kernels::rpa::kv_layout::{NO_SLOT, slot};
 
-use crate::error::{Error, Result};
-use crate::llama::step::{self, Output, StepShape};
-use crate::llama::{DeviceModel, Parallel, Target};
+use crate::error::Result;
+use crate::llama::step::StepShape;
+use crate::llama::{Call, DeviceModel, Executor, Parallel, Target};
 use crate::memory::Room;
 use crate::model::config::LlamaConfig;
-use crate::pjrt::{Arg, Buffer, Client, Executable};
+use crate::pjrt::{Client, Executable};
 use crate::sampler::Sampling;
 use crate::scheduler::{DecodeRow, Finished, Limits, PrefillRow, Request, Scheduler, Step};
 use crate::stop::StopRule;
@@ -112,7 +111,22 @@ pub struct Progress {
     pub step: StepReport,
 }
 
-/// What a run took.
+impl Progress {
+    /// Of engines that run side by side, the last of which made `step`.
+    pub fn beside(engines: &[Self], step: StepReport) -> Self {
+        let sum = |count: fn(&Self) -> usize| engines.iter().map(count).sum();
+        Self {
+            finished: sum(|engine| engine.finished),
+            tokens: sum(|engine| engine.tokens),
+            waiting: sum(|engine| engine.waiting),
+            active: sum(|engine| engine.active),
+            pages_used: sum(|engine| engine.pages_used),
+            step,
+        }
+    }
+}
+
+/// What a run took. Where engines ran side by side: calls and tokens of all, steps and seconds of the longest.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct Timing {
     /// Prefill calls, mixed ones too.
@@ -135,6 +149,27 @@ pub struct Timing {
     pub host_s: f64,
     /// Seconds from the start of the run to the first sampled token.
     pub first_token_s: f64,
+}
+
+impl Timing {
+    /// Of two engines that ran side by side.
+    pub fn beside(self, other: Self) -> Self {
+        Self {
+            prefill_calls: self.prefill_calls + other.prefill_calls,
+            mixed_calls: self.mixed_calls + other.mixed_calls,
+            mixed_tokens: self.mixed_tokens + other.mixed_tokens,
+            decode_calls: self.decode_calls + other.decode_calls,
+            decode_steps: self.decode_steps.max(other.decode_steps),
+            decode_tokens: self.decode_tokens + other.decode_tokens,
+            prefill_device_s: self.prefill_device_s.max(other.prefill_device_s),
+            decode_device_s: self.decode_device_s.max(other.decode_device_s),
+            host_s: self.host_s.max(other.host_s),
+            first_token_s: match (self.first_token_s, other.first_token_s) {
+                (0.0, first) | (first, 0.0) => first, // an engine that had nothing to do
+                (one, other) => one.min(other),
+            },
+        }
+    }
 }
 
 /// The sizes and choices that an engine is built for.
@@ -160,8 +195,8 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    /// The step programs' static sizes.
-    pub fn shape(&self) -> StepShape {
+    /// The step programs' static sizes, for a model that is split like this.
+    pub fn shape(&self, parallel: &Parallel) -> StepShape {
         let limits = &self.limits;
         StepShape {
             prefill_rows: limits.max_prefill_size,
@@ -173,36 +208,32 @@ impl EngineOptions {
             max_rounds: limits.max_rounds,
             compute: self.compute,
             target: self.target,
-            parallel: Parallel::ONE,
+            parallel: parallel.clone(),
         }
     }
 
-    /// Whether the KV cache fits in the memory that is left. [`Engine::new`] asks again: a caller who asks before the
-    /// weights are loaded spares the user the wait.
+    /// Whether the KV caches of some devices fit in the memory that is left. [`Engine::new`] asks again: a caller who asks before
+    /// the weights are loaded spares the user the wait.
     ///
     /// # Errors
     /// Names `engine.max_pages`, what it takes, what is left, and how many pages would fit.
-    pub fn check_memory(&self, client: &Client, config: &LlamaConfig) -> Result<()> {
-        let shape = self.shape();
-        Room::of(client)?.map_or(Ok(()), |room| room.check(shape.pages, &shape.kv_type(config)))
+    pub fn check_memory(
+        &self,
+        client: &Client,
+        config: &LlamaConfig,
+        parallel: &Parallel,
+        devices: &[usize],
+    ) -> Result<()> {
+        let shape = self.shape(parallel);
+        Room::of(client, devices)?.map_or(Ok(()), |room| room.check(shape.pages, &shape.kv_type(config)))
     }
 }
 
-/// A model on a device, with its compiled step programs and its KV cache.
+/// A model on the devices of a group, and the requests that it runs.
 pub struct Engine {
-    client: Client,
     options: EngineOptions,
     shape: StepShape,
-    model: DeviceModel,
-    prefill: Executable,
-    decode: Executable,
-    /// Makes a KV cache of zeros.
-    empty_cache: Executable,
-    /// Taken while a call has it.
-    kv: Option<Buffer>,
-    /// Temperature, top-k, top-p, seed.
-    parameters: [Buffer; 4],
-    compile: Duration,
+    executor: Executor,
     scheduler: Scheduler,
     session: Session,
 }
@@ -222,64 +253,26 @@ impl Engine {
     /// When the cache does not fit in the memory that is left (asked before anything is compiled), or the programs do not
     /// compile.
     pub fn new(client: &Client, model: DeviceModel, options: EngineOptions) -> Result<Self> {
-        let (shape, config) = (options.shape(), model.config());
-        if shape.target.needs_handlers() {
-            crate::native::register_all(client.plugin())?;
-        }
-        options.check_memory(client, config)?;
-        let started = Instant::now();
-        let context = Context::new();
-        let kind = options.sampling.kind();
-        let end_of_text: Vec<i32> = options.stop.eos().iter().map(|&id| id as i32).collect();
-        let prefill = step::prefill(&context, config, &shape, Output::Tokens(kind))?;
-        let decode = step::decode(&context, config, &shape, kind, &end_of_text)?;
-        let prefill = client.compile(prefill.bytecode(), 1)?;
-        let decode = client.compile(decode.bytecode(), 1)?;
-        let empty_cache = client.compile(zeros(&context, &shape.kv_type(config))?.bytecode(), 1)?;
-        let compile = started.elapsed();
-
-        let kv = allocate(&empty_cache)?;
-        let sampling = options.sampling;
-        let scalar = |tensor: HostTensor| client.upload(&tensor, 0);
-        let parameters = [
-            scalar(HostTensor::scalar(sampling.temperature))?,
-            scalar(HostTensor::scalar(sampling.top_k.map_or(i32::MAX, |k| k.min(i32::MAX as u32) as i32)))?,
-            scalar(HostTensor::scalar(sampling.top_p.unwrap_or(1.0)))?,
-            scalar(HostTensor::new(&[2], &[(sampling.seed >> 32) as u32, sampling.seed as u32]))?,
-        ];
-        let client = client.clone();
+        options.check_memory(client, model.config(), model.group().parallel(), &model.group().devices())?;
+        let shape = options.shape(model.group().parallel());
+        let executor = Executor::new(client, model, &shape, &options.sampling, options.stop.eos())?;
         let scheduler = idle_scheduler(&options);
-        let session = Session::default();
-        let kv = Some(kv);
-        Ok(Self {
-            client,
-            options,
-            shape,
-            model,
-            prefill,
-            decode,
-            empty_cache,
-            kv,
-            parameters,
-            compile,
-            scheduler,
-            session,
-        })
+        Ok(Self { options, shape, executor, scheduler, session: Session::default() })
     }
 
     /// Time spent emitting and compiling the step programs.
     pub fn compile_time(&self) -> Duration {
-        self.compile
+        self.executor.compile_time()
     }
 
     /// The decode program, for its statistics.
     pub fn decode_program(&self) -> &Executable {
-        &self.decode
+        self.executor.decode_program()
     }
 
     /// The model's configuration.
     pub fn config(&self) -> &LlamaConfig {
-        self.model.config()
+        self.executor.model().config()
     }
 
     /// Queues a request behind all others.
@@ -297,6 +290,19 @@ impl Engine {
         self.scheduler.cancel(id)
     }
 
+    /// What [`submit`](Self::submit) would say to a request.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&self, request: &Request) -> Result<()> {
+        self.scheduler.check(request)
+    }
+
+    /// Requests that were submitted and have not ended.
+    pub fn unfinished(&self) -> usize {
+        self.scheduler.active() + self.scheduler.waiting()
+    }
+
     /// Drops all requests, queued and running, without a word.
     pub fn clear(&mut self) {
         self.scheduler = idle_scheduler(&self.options);
@@ -304,7 +310,7 @@ impl Engine {
 
     /// Requests that could be submitted now and find a slot: who shares a queue with other engines takes so many.
     pub fn free_slots(&self) -> usize {
-        (self.options.limits.max_seqs - self.scheduler.active()).saturating_sub(self.scheduler.waiting())
+        self.options.limits.max_seqs.saturating_sub(self.unfinished())
     }
 
     /// Where the run stands: what was submitted since the last [`Self::take_timing`].
@@ -354,7 +360,7 @@ impl Engine {
                 }
                 let call = self.prefill_call(&rows)?;
                 let submitted = Instant::now();
-                let tokens = self.launch_prefill(call)?;
+                let tokens = self.executor.prefill(call)?;
                 let executed = Instant::now();
                 self.session.timing.prefill_device_s += (executed - submitted).as_secs_f64();
                 let sampled = rows.iter().zip(tokens).filter(|(row, _)| row.samples);
@@ -366,7 +372,7 @@ impl Engine {
                 (report.sequences, report.rows) = (rows.len(), rows.len());
                 let call = self.decode_call(&rows, rounds)?;
                 let submitted = Instant::now();
-                let tokens = self.launch_decode(call)?;
+                let tokens = self.executor.decode(call)?;
                 let executed = Instant::now();
                 let sampled: Vec<(Slot, Vec<u32>)> = rows
                     .iter()
@@ -451,7 +457,7 @@ impl Engine {
     }
 
     /// Packs a prefill step: sequences in the order of `rows`, their tokens back to back.
-    fn prefill_call(&self, rows: &[PrefillRow]) -> Result<Vec<Buffer>> {
+    fn prefill_call(&self, rows: &[PrefillRow]) -> Result<Call> {
         let shape = &self.shape;
         let page_size = shape.page_size;
         let mut tokens = vec![0i32; shape.prefill_rows];
@@ -481,7 +487,7 @@ impl Engine {
         }
         first_rows[rows.len() + 1..].fill(at as i32);
         let [index, generation, position] = keys;
-        self.upload([
+        self.executor.upload(&[
             ints(tokens),
             ints(positions),
             ints(kv_slots),
@@ -497,7 +503,7 @@ impl Engine {
     }
 
     /// Packs a decode step: sequences by slot.
-    fn decode_call(&self, rows: &[DecodeRow], rounds: usize) -> Result<Vec<Buffer>> {
+    fn decode_call(&self, rows: &[DecodeRow], rounds: usize) -> Result<Call> {
         let slots = self.shape.slots;
         let mut tokens = vec![0i32; slots];
         let mut positions = vec![0i32; slots];
@@ -513,7 +519,7 @@ impl Engine {
             [keys[0][slot], keys[1][slot]] = row.id.key();
         }
         let [index, generation] = keys;
-        self.upload([
+        self.executor.upload(&[
             ints(tokens),
             ints(positions),
             ints(remaining),
@@ -523,66 +529,10 @@ impl Engine {
             HostTensor::scalar(rounds as i32),
         ])
     }
-
-    fn upload<const N: usize>(&self, tensors: [HostTensor; N]) -> Result<Vec<Buffer>> {
-        tensors.iter().map(|tensor| Ok(self.client.upload(tensor, 0)?)).collect()
-    }
-
-    /// Runs the prefill program: one token per sequence.
-    fn launch_prefill(&mut self, call: Vec<Buffer>) -> Result<Vec<i32>> {
-        let cache = self.cache()?;
-        let parameters = self.parameters.iter().map(Arg::Keep);
-        let args = call.into_iter().map(Arg::Donate).chain(parameters).collect();
-        let (kv, tokens) = launch(&self.prefill, &self.model, cache, args)?;
-        self.kv = Some(kv);
-        Ok(tokens.values()?)
-    }
-
-    /// Runs the decode program: `[slots, max_rounds]` tokens.
-    fn launch_decode(&mut self, mut call: Vec<Buffer>) -> Result<Vec<i32>> {
-        let rounds = call.pop();
-        let cache = self.cache()?;
-        let parameters = self.parameters.iter().map(Arg::Keep);
-        let args = call.into_iter().map(Arg::Donate).chain(parameters).chain(rounds.map(Arg::Donate)).collect();
-        let (kv, tokens) = launch(&self.decode, &self.model, cache, args)?;
-        self.kv = Some(kv);
-        Ok(tokens.values()?)
-    }
-
-    /// The KV buffer; a new one when a failed call took the last with it.
-    fn cache(&mut self) -> Result<Buffer> {
-        self.kv.take().map_or_else(|| allocate(&self.empty_cache), Ok)
-    }
 }
 
 fn idle_scheduler(options: &EngineOptions) -> Scheduler {
     Scheduler::new(options.limits, options.stop.clone()).with_mixed_steps(options.mixed_steps)
-}
-
-/// Runs a step program on the weights, the KV buffer and the rest of its arguments: the KV buffer and the tokens.
-fn launch(program: &Executable, model: &DeviceModel, kv: Buffer, args: Vec<Arg<'_>>) -> Result<(Buffer, Buffer)> {
-    let all = model.weights()[0].iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(args).collect();
-    let results = program.run(all)?;
-    let found = results.len();
-    <[Buffer; 2]>::try_from(results)
-        .map(|[kv, tokens]| (kv, tokens))
-        .map_err(|_| Error::runtime("running a step program")(format!("it returned {found} results instead of 2")))
-}
-
-/// A program of no arguments that makes an array of zeros where it runs: the host never holds it.
-fn zeros<'c>(context: &'c Context, array: &TensorType) -> Result<Module<'c>> {
-    let module = Module::new(context, "zeros");
-    module.function("main", &[], |b, _| Ok(vec![b.broadcast_to(b.scalar(array.element, 0.0)?, &array.dims)?]))?;
-    Ok(module)
-}
-
-/// Runs the program of [`zeros`] to its end.
-fn allocate(zeros: &Executable) -> Result<Buffer> {
-    let mut results = zeros.run(Vec::new())?;
-    let cache =
-        results.pop().ok_or_else(|| Error::runtime("allocating the KV cache")("the program returned nothing"))?;
-    cache.wait()?;
-    Ok(cache)
 }
 
 /// A page table `i32[slots, pages_per_seq]`; entries that no sequence uses are page 0.

@@ -10,27 +10,33 @@ use sysinfo::System;
 use crate::error::{Error, Result};
 use crate::pjrt::Client;
 
-/// Memory that is left for buffers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Memory that is left for the buffers of one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Room {
     /// How much.
     pub left: Bytes,
     /// Whose memory it is.
-    pub owner: &'static str,
+    pub owner: String,
 }
 
 impl Room {
-    /// The room on the client's first device: what the plugin reports, or what the host has left where the device's
-    /// memory is the host's. `None` where neither is known.
+    /// The room on each of some of the client's devices: what the plugin reports of the fullest, or a share of what the host
+    /// has left where the devices' memory is the host's. `None` where neither is known.
     ///
     /// # Errors
     /// When the plugin fails.
-    pub fn of(client: &Client) -> Result<Option<Self>> {
-        if let Some(left) = client.memory_left(0)? {
-            return Ok(Some(Self { left, owner: "the device" }));
+    pub fn of(client: &Client, devices: &[usize]) -> Result<Option<Self>> {
+        let reported = devices.iter().map(|&device| client.memory_left(device)).collect::<Result<Vec<_>, _>>()?;
+        if let Some(left) = reported.into_iter().flatten().min() {
+            return Ok(Some(Self { left, owner: "the device".into() }));
         }
         if client.platform().eq_ignore_ascii_case("cpu") {
-            return Ok(host_memory_left().map(|left| Self { left, owner: "the host" }));
+            let owner = match devices.len() {
+                0 | 1 => "the host".to_owned(),
+                several => format!("the host, for each of {several} devices,"),
+            };
+            let share = |left: Bytes| Bytes(left.0 / devices.len().max(1) as u64);
+            return Ok(host_memory_left().map(|left| Self { left: share(left), owner }));
         }
         Ok(None)
     }
@@ -39,7 +45,7 @@ impl Room {
     ///
     /// # Errors
     /// Names `engine.max_pages`, what it takes, what is left, and how many pages would fit.
-    pub fn check(self, pages: usize, cache: &TensorType) -> Result<()> {
+    pub fn check(&self, pages: usize, cache: &TensorType) -> Result<()> {
         let needed =
             cache.dims.iter().fold(cache.element.bytes() as u64, |bytes, &dim| bytes.saturating_mul(dim as u64));
         if needed <= self.left.0 {
@@ -78,7 +84,7 @@ mod tests {
         let check = |pages: usize, left: u64| {
             // Two layers, pages of 4 KiB.
             let cache = TensorType::new(Element::Bf16, &[2 * pages, 16, 4, 32]);
-            Room { left: Bytes(left), owner: "the host" }.check(pages, &cache).map_err(|error| error.to_string())
+            Room { left: Bytes(left), owner: "the host".into() }.check(pages, &cache).map_err(|error| error.to_string())
         };
         assert_eq!(check(128, 1 << 20), Ok(()));
         for (pages, left, message) in [

@@ -287,6 +287,18 @@ impl Scheduler {
     /// # Errors
     /// When it could never run under the limits, or one with its id has not ended.
     pub fn push(&mut self, request: Request) -> Result<()> {
+        self.check(&request)?;
+        self.places.insert(request.id, Place::Queued(self.arrivals));
+        self.queue.insert(self.arrivals, request);
+        self.arrivals += 1;
+        Ok(())
+    }
+
+    /// What [`push`](Self::push) would say to a request.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&self, request: &Request) -> Result<()> {
         let prompt = format!("prompts[{}]", request.id.index);
         self.limits.check(&prompt, request.prompt.len(), request.max_new_tokens)?;
         if request.max_new_tokens == 0 {
@@ -298,9 +310,6 @@ impl Scheduler {
             let fix = "wait for it, cancel it, or use another id";
             return Err(Error::setting(prompt, sample, "was submitted before and has not ended", fix));
         }
-        self.places.insert(request.id, Place::Queued(self.arrivals));
-        self.queue.insert(self.arrivals, request);
-        self.arrivals += 1;
         Ok(())
     }
 

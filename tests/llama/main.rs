@@ -1,6 +1,7 @@
 //! The step programs and the generation loop: on the tiny model, against golden tokens and the f64 reference; on small
 //! drawn models of every kind that is read; and what a program for a TPU holds.
 
+mod meshes;
 mod scheduling;
 mod support;
 mod targets;

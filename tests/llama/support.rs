@@ -1,16 +1,19 @@
 //! Models, runs of them, and how their logits are measured against the f64 reference.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
 use pagoda_engine::llama::step::{self, Output, StepShape};
-use pagoda_engine::llama::{DeviceModel, Parallel, Target};
+use pagoda_engine::llama::{DeviceModel, Group, Target};
+use pagoda_engine::mesh::Mesh;
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::reference::Reference;
 use pagoda_engine::model::weights::Weights;
 use pagoda_engine::pjrt::{Arg, Client, Plugin, PluginChoice};
+use pagoda_engine::replicas::Replicas;
 use pagoda_engine::scheduler::{Finished, Limits, Request};
 use pagoda_engine::stop::StopRule;
 use pagoda_engine::units::{PageSize, SampleId};
@@ -22,8 +25,17 @@ pub fn folder() -> PathBuf {
 }
 
 pub fn client() -> Client {
+    client_of(1)
+}
+
+pub fn client_of(devices: usize) -> Client {
     let plugin = Plugin::load(&PluginChoice::parse("cpu").unwrap()).expect("the CPU plugin: run `make setup`");
-    plugin.client(1).unwrap()
+    plugin.client(devices).unwrap()
+}
+
+pub fn mesh(data: usize, model: usize) -> Mesh {
+    let [data, model] = [data, model].map(|size| NonZeroUsize::new(size).unwrap());
+    Mesh { data, model }
 }
 
 pub fn limits() -> Limits {
@@ -63,6 +75,15 @@ impl Model {
         DeviceModel::load(client, &self.config, &self.weights, compute, positions).unwrap()
     }
 
+    pub fn on_group(&self, client: &Client, compute: Element, positions: usize, group: Group) -> DeviceModel {
+        DeviceModel::load_group(client, &self.config, &self.weights, compute, positions, group).unwrap()
+    }
+
+    /// Engines on a client with the devices of `mesh`.
+    pub fn replicas(&self, mesh: Mesh, options: &EngineOptions) -> Replicas {
+        Replicas::load(&client_of(mesh.devices()), &self.config, &self.weights, mesh, options).unwrap()
+    }
+
     pub fn engine(
         &self,
         limits: Limits,
@@ -83,12 +104,23 @@ pub fn request(index: usize, prompt: &[u32], max_new_tokens: usize) -> Request {
 }
 
 pub fn run(engine: &mut Engine, requests: Vec<Request>) -> BTreeMap<usize, Finished> {
+    collect(|keep| engine.run(requests, &AtomicBool::new(false), keep, |_| ()).map(|_| ()))
+}
+
+pub fn run_replicas(engines: &mut Replicas, requests: Vec<Request>) -> BTreeMap<usize, Finished> {
+    collect(|keep| engines.run(requests, &AtomicBool::new(false), keep, |_| ()).map(|_| ()))
+}
+
+/// What a run hands out, by prompt.
+fn collect(
+    run: impl FnOnce(&mut dyn FnMut(Finished) -> pagoda_engine::Result<()>) -> pagoda_engine::Result<()>,
+) -> BTreeMap<usize, Finished> {
     let mut finished = BTreeMap::new();
-    let keep = |sample: Finished| {
+    let mut keep = |sample: Finished| {
         assert!(finished.insert(sample.id.index, sample).is_none(), "a sample finished twice");
         Ok(())
     };
-    engine.run(requests, &AtomicBool::new(false), keep, |_| ()).unwrap();
+    run(&mut keep).unwrap();
     finished
 }
 
@@ -106,7 +138,7 @@ pub fn golden() -> Vec<(Vec<u32>, Vec<u32>)> {
 pub const TARGETS: [Target; 3] = [Target::Portable, Target::Host, Target::TileMachine(Chip::V5p)];
 
 /// Logits of every position of some texts (teacher forcing), each prefilled in chunks of `rows`, as one sequence over
-/// scattered pages: `[texts][positions][vocab]`.
+/// scattered pages: `[texts][positions][vocab]`. The model is split over all devices of the client.
 pub fn logits_in_chunks(
     client: &Client,
     model: &Model,
@@ -115,6 +147,7 @@ pub fn logits_in_chunks(
     rows: usize,
 ) -> Vec<Vec<Vec<f32>>> {
     let config = &model.config;
+    let group = Group::replica(mesh(1, client.devices()), 0);
     let longest = texts.iter().map(|tokens| tokens.len()).max().unwrap();
     let (page_size, pages_per_seq) = (16, longest.div_ceil(16));
     let shape = StepShape {
@@ -127,16 +160,17 @@ pub fn logits_in_chunks(
         max_rounds: 1,
         compute,
         target,
-        parallel: Parallel::ONE,
+        parallel: group.parallel().clone(),
     };
-    let model = model.on_device(client, shape.compute, shape.max_positions);
+    let model = model.on_group(client, shape.compute, shape.max_positions, group);
     let module = step::prefill(&Context::new(), config, &shape, Output::Logits).unwrap().bytecode();
-    let program = client.compile(module, 1).unwrap();
+    let program = client.compile(module, client.devices()).unwrap();
     let logits = |tokens: &[u32]| {
         let kv_type = shape.kv_type(config);
         // Poison: whatever is read before it was written shows.
         let poison = vec![f64::NAN; kv_type.len()];
-        let mut kv = client.upload(&HostTensor::from_f64(compute, &kv_type.dims, &poison), 0).unwrap();
+        let poison = HostTensor::from_f64(compute, &kv_type.dims, &poison);
+        let mut kv: Vec<_> = (0..client.devices()).map(|device| client.upload(&poison, device).unwrap()).collect();
         let table: Vec<i32> = (0..pages_per_seq as i32).map(|page| 2 * page + 1).rev().collect();
         let mut logits = Vec::new();
         for (chunk, part) in tokens.chunks(rows).enumerate() {
@@ -165,11 +199,18 @@ pub fn logits_in_chunks(
                 HostTensor::scalar(1f32),
                 HostTensor::zeros(Element::U32, &[2]),
             ];
-            let arguments = arguments.iter().map(|tensor| Arg::Donate(client.upload(tensor, 0).unwrap()));
-            let all = model.weights()[0].iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(arguments).collect();
-            let mut results = program.run(all).unwrap();
-            let values = results.pop().unwrap().values::<f32>().unwrap();
-            kv = results.pop().unwrap();
+            let all = model.weights().iter().zip(kv).enumerate().map(|(device, (weights, kv))| {
+                let arguments = arguments.iter().map(|tensor| Arg::Donate(client.upload(tensor, device).unwrap()));
+                weights.iter().map(Arg::Keep).chain([Arg::Donate(kv)]).chain(arguments).collect()
+            });
+            let mut values = Vec::new();
+            kv = Vec::new();
+            for mut results in program.run_replicated(all.collect()).unwrap() {
+                values.push(results.pop().unwrap().values::<f32>().unwrap());
+                kv.push(results.pop().unwrap());
+            }
+            assert!(values.iter().all(|of_shard| *of_shard == values[0]), "shards have different logits");
+            let values = values.swap_remove(0);
             logits.extend(values.chunks(config.vocab_size).take(part.len()).map(<[f32]>::to_vec));
         }
         logits

@@ -6,8 +6,9 @@ use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
 
 use half::bf16;
-use pagoda_engine::generate::SamplingOptions;
-use pagoda_engine::llama::Target;
+use pagoda_engine::generate::{EngineOptions, SamplingOptions};
+use pagoda_engine::llama::{Parallel, Target};
+use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::scheduler::Limits;
 use pagoda_engine::stop::StopRule;
 use pagoda_engine::units::PageSize;
@@ -62,7 +63,8 @@ fn write(folder: &Path, changes: &Value, seed: u64) {
         config[key] = value.clone();
     }
     let size = |key: &str| config[key].as_u64().unwrap() as usize;
-    let [hidden, inner, layers] = ["hidden_size", "intermediate_size", "num_hidden_layers"].map(size);
+    let [vocab, hidden, inner, layers] =
+        ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"].map(size);
     let [q, kv] = ["num_attention_heads", "num_key_value_heads"].map(|heads| size(heads) * size("head_dim"));
     let on = |key: &str| config[key] == true;
 
@@ -75,7 +77,7 @@ fn write(folder: &Path, changes: &Value, seed: u64) {
         });
         (name, dims.to_vec(), values.collect::<Vec<u8>>())
     };
-    let mut tensors = vec![draw("model.embed_tokens.weight".into(), &[VOCAB, hidden], 0.0, 0.5)];
+    let mut tensors = vec![draw("model.embed_tokens.weight".into(), &[vocab, hidden], 0.0, 0.5)];
     for layer in 0..layers {
         let prefix = format!("model.layers.{layer}");
         for norm in ["input_layernorm", "post_attention_layernorm"] {
@@ -100,7 +102,7 @@ fn write(folder: &Path, changes: &Value, seed: u64) {
     }
     tensors.push(draw("model.norm.weight".into(), &[hidden], 1.0, 0.3));
     if !on("tie_word_embeddings") {
-        tensors.push(draw("lm_head.weight".into(), &[VOCAB, hidden], 0.0, 0.5));
+        tensors.push(draw("lm_head.weight".into(), &[vocab, hidden], 0.0, 0.5));
     }
     let views = tensors
         .iter()
@@ -109,20 +111,20 @@ fn write(folder: &Path, changes: &Value, seed: u64) {
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
 }
 
-/// Checks one model in every form: logits of a text in f32 and bf16; and decoding, beside another sequence and an idle
-/// slot.
-fn check(name: &str, changes: &Value, seed: u64) {
+/// Checks one model in some forms, each split over so many devices: logits of a text in f32 and bf16; and decoding, beside
+/// another sequence and an idle slot.
+fn check(name: &str, changes: &Value, seed: u64, forms: &[(Target, usize)]) {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), changes, seed);
     let model = Model::open(folder.path());
     let reference = model.reference();
     let mut random = SplitMix64::new(!seed);
-    let tokens: Vec<u32> = (0..40).map(|_| random.below(VOCAB) as u32).collect();
+    let tokens: Vec<u32> = (0..40).map(|_| random.below(model.config.vocab_size) as u32).collect();
     let expected = reference.logits(&tokens);
-    let client = client();
-    pagoda_engine::native::register_all(client.plugin()).unwrap();
-    for target in TARGETS {
-        let context = format!("{name}, seed {seed}, {target}");
+    pagoda_engine::native::register_all(client().plugin()).unwrap();
+    for &(target, shards) in forms {
+        let context = format!("{name}, seed {seed}, {target}, over {shards}: {:?}", model.config);
+        let client = client_of(shards);
         // Prefilled at once; and in chunks so small that the kernels in Rust take them.
         let chunks = if target == Target::Host { &[40, 9][..] } else { &[40] };
         for (compute, &rows) in
@@ -143,10 +145,18 @@ fn check(name: &str, changes: &Value, seed: u64) {
             max_prefill_size: 24,
             max_rounds: 8,
         };
-        let mut engine = model.engine(limits, Element::F32, target, SamplingOptions::GREEDY, StopRule::default());
+        let options = EngineOptions {
+            limits,
+            compute: Element::F32,
+            target,
+            sampling: SamplingOptions::GREEDY,
+            stop: StopRule::default(),
+            mixed_steps: false,
+        };
+        let mut engines = model.replicas(mesh(1, shards), &options);
         let prompts = [&tokens[..7], &tokens[7..30]];
         let requests = prompts.iter().enumerate().map(|(index, prompt)| request(index, prompt, 12 + index)).collect();
-        let finished = run(&mut engine, requests);
+        let finished = run_replicas(&mut engines, requests);
         for (index, prompt) in prompts.iter().enumerate() {
             assert_eq!(finished[&index].tokens, reference.greedy(prompt, 12 + index), "{context}");
         }
@@ -156,14 +166,83 @@ fn check(name: &str, changes: &Value, seed: u64) {
 #[test]
 fn every_kind_of_llama_agrees_with_the_reference() {
     for (seed, (name, changes)) in variants().iter().enumerate() {
-        check(name, changes, seed as u64);
+        check(name, changes, seed as u64, &TARGETS.map(|target| (target, 1)));
     }
+}
+
+/// Models of sizes that do not come out even, and over how many devices they are split.
+fn split_variants() -> [(&'static str, Value, usize); 4] {
+    [
+        (
+            "one KV head that all shards have, all biases, an odd vocabulary",
+            json!({"num_key_value_heads": 1, "attention_bias": true, "mlp_bias": true, "vocab_size": 257}),
+            4,
+        ),
+        (
+            "two KV heads for four shards, untied, a short last part of the vocabulary, an odd inner width",
+            json!({"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": false,
+                "vocab_size": 130, "intermediate_size": 201}),
+            4,
+        ),
+        (
+            "three shards, biases around attention",
+            json!({"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 192, "vocab_size": 100,
+                "attention_bias": true, "intermediate_size": 100}),
+            3,
+        ),
+        (
+            "two shards of wide heads, biases in the MLP, untied, one layer",
+            json!({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 1,
+                "mlp_bias": true, "tie_word_embeddings": false}),
+            2,
+        ),
+    ]
+}
+
+#[test]
+fn split_models_agree_with_the_reference() {
+    for (seed, (name, changes, shards)) in split_variants().iter().enumerate() {
+        check(name, changes, seed as u64, &[(TARGETS[seed % TARGETS.len()], *shards)]);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: make nightly"]
+fn split_models_agree_with_the_reference_in_fresh_forms() {
+    for (name, changes, shards) in &split_variants() {
+        check(name, changes, RandomState::new().hash_one(name), &TARGETS.map(|target| (target, *shards)));
+    }
+    for _ in 0..8 {
+        let seed = RandomState::new().hash_one("drawn");
+        let (changes, forms) = drawn(seed);
+        check("drawn", &changes, seed, &forms);
+    }
+}
+
+/// A model drawn from `seed`, and a split of it for each form.
+fn drawn(seed: u64) -> (Value, Vec<(Target, usize)>) {
+    let mut random = SplitMix64::new(seed);
+    let mut from = |choices: &[usize]| choices[random.below(choices.len())];
+    let (kv, group) = (from(&[1, 2, 3, 4]), from(&[1, 2, 3, 4]));
+    let changes = json!({
+        "num_attention_heads": kv * group, "num_key_value_heads": kv, "head_dim": from(&[32, 64, 128]),
+        "hidden_size": from(&[64, 128, 192]), "intermediate_size": from(&[100, 128, 257, 384]),
+        "vocab_size": from(&[64, 97, 130, 255]), "num_hidden_layers": from(&[1, 2]),
+        "attention_bias": from(&[0, 1]) == 1, "mlp_bias": from(&[0, 1]) == 1,
+        "tie_word_embeddings": from(&[0, 1]) == 1,
+    });
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), &changes, 0);
+    let config = LlamaConfig::open(folder.path()).unwrap();
+    let splits: Vec<usize> =
+        (1..=8).filter(|&shards| Parallel::group(mesh(1, shards).model).check(&config).is_ok()).collect();
+    (changes, TARGETS.map(|target| (target, from(&splits))).to_vec())
 }
 
 #[test]
 #[ignore = "other weights in every run: make nightly"]
 fn every_kind_of_llama_agrees_with_the_reference_for_fresh_seeds() {
     for (name, changes) in &variants() {
-        check(name, changes, RandomState::new().hash_one(name));
+        check(name, changes, RandomState::new().hash_one(name), &TARGETS.map(|target| (target, 1)));
     }
 }

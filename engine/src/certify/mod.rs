@@ -48,6 +48,7 @@ pub struct Certifier {
     timeout: Duration,
     profile_timeout: Duration,
     in_program: bool,
+    profiled: bool,
 }
 
 /// Why nothing could be said about a program.
@@ -213,6 +214,7 @@ impl Certifier {
             timeout: Duration::from_secs(180),
             profile_timeout: Duration::from_secs(60),
             in_program: false,
+            profiled: true,
         }
     }
 
@@ -255,16 +257,45 @@ impl Certifier {
         Self { in_program: true, ..self }
     }
 
+    /// Asks for no static profile: the compiler has none of a whole step, and dies of the attempt.
+    #[must_use]
+    pub fn without_profile(self) -> Self {
+        Self { profiled: false, ..self }
+    }
+
+    /// Which libtpu answers, as it names itself.
+    ///
+    /// # Errors
+    /// As [`certify`](Self::certify).
+    pub fn compiler(&self, topology: &str) -> Result<String, Error> {
+        let nothing = Program { module: &[], replicas: 1 };
+        Ok(self.attempt(topology, nothing, false, None)?.0?.compiler)
+    }
+
     /// Compiles `program` for `topology` (`v5p:2x2x1`).
     ///
     /// # Errors
     /// When the compiler is missing, crashes, takes too long, or refuses the program for another reason than memory;
     /// running out of memory is a [`Verdict`].
     pub fn certify(&self, topology: &str, program: Program) -> Result<Certificate, Error> {
+        self.certify_into(topology, program, None)
+    }
+
+    /// As [`certify`](Self::certify), and leaves the executable in the file `executable`, serialised as the plugin does it,
+    /// if the program compiles. A host with a TPU loads it with the same libtpu.
+    ///
+    /// # Errors
+    /// As [`certify`](Self::certify), and when the file cannot be written.
+    pub fn certify_into(
+        &self,
+        topology: &str,
+        program: Program,
+        executable: Option<&Path>,
+    ) -> Result<Certificate, Error> {
         let chip = Chip::of_topology(topology).ok_or_else(|| Error::Topology(topology.to_owned()))?;
         let start = Instant::now();
-        let profiled = chip.has_static_profile();
-        let (answer, kernels, cycles, profile) = match self.attempt(topology, program, profiled)? {
+        let profiled = self.profiled && chip.has_static_profile();
+        let (answer, kernels, cycles, profile) = match self.attempt(topology, program, profiled, executable)? {
             (Ok(answer), dumps) => {
                 let profile = if dumps.cycles.is_empty() { Profile::None } else { Profile::Complete };
                 (answer, dumps.kernels, dumps.cycles, profile)
@@ -273,7 +304,7 @@ impl Certifier {
             // The profiler checks types more strictly than the compiler and aborts on some packed stores, after it has
             // written its estimate; and it may take far more memory and time, as it unrolls the grid. The verdict is the
             // one of a second run without it.
-            (Err(failure), first) if profiled => match self.attempt(topology, program, false)? {
+            (Err(failure), first) if profiled => match self.attempt(topology, program, false, executable)? {
                 (Ok(answer), second) => {
                     let profile = match failure {
                         _ if !first.cycles.is_empty() => Profile::Aborted,
@@ -312,6 +343,7 @@ impl Certifier {
         topology: &str,
         program: Program,
         profiled: bool,
+        executable: Option<&Path>,
     ) -> Result<(Result<worker::Answer, Error>, Dumps), Error> {
         let folder = tempfile::Builder::new().prefix("pagoda-certify-").tempdir();
         let folder = folder.map_err(io("create", &std::env::temp_dir()))?;
@@ -324,6 +356,7 @@ impl Certifier {
             plugin: self.plugin.canonicalize().unwrap_or_else(|_| self.plugin.clone()),
             topology: topology.to_owned(),
             replicas: program.replicas,
+            serialise: executable.is_some(),
         };
         write(&folder.join(worker::MODULE), program.module)?;
         write(&folder.join(worker::REQUEST), &serde_json::to_vec(&request).unwrap_or_default())?;
@@ -348,12 +381,23 @@ impl Certifier {
             Ended::OutOfMemory => return Ok((Err(Error::Memory { limit: MEMORY_LIMIT }), Dumps::default())),
         };
         let answer = std::fs::read(folder.join(worker::ANSWER)).ok();
-        let answer = answer.and_then(|answer| serde_json::from_slice(&answer).ok()).ok_or_else(|| {
-            let message = complaint(&stderr).or_else(|| complaint(&stdout));
-            Error::Crash { status: status.to_string(), message: message.unwrap_or_else(|| "it said nothing".into()) }
-        });
+        let answer =
+            answer.and_then(|answer| serde_json::from_slice::<worker::Answer>(&answer).ok()).ok_or_else(|| {
+                let message = complaint(&stderr).or_else(|| complaint(&stdout));
+                Error::Crash {
+                    status: status.to_string(),
+                    message: message.unwrap_or_else(|| "it said nothing".into()),
+                }
+            });
         match answer {
-            Ok(answer) => Ok((Ok(answer), Dumps::read(&dumps)?)),
+            Ok(answer) => {
+                if let Some(to) = executable.filter(|_| answer.error.is_none()) {
+                    // The folder goes with this call, and may be on another file system.
+                    let from = folder.join(worker::EXECUTABLE);
+                    std::fs::copy(&from, to).map_err(io("write", to))?;
+                }
+                Ok((Ok(answer), Dumps::read(&dumps)?))
+            }
             // Of a crashed one only what is whole counts.
             Err(crash) => Ok((Err(crash), Dumps::read(&dumps).unwrap_or_default())),
         }

@@ -188,10 +188,12 @@ pub fn out_of_memory(message: &str) -> Option<OutOfMemory> {
     }
     let named = ["memory space ", "space="].into_iter().find_map(|before| Some(lower.split_once(before)?.1));
     let memory = ["vmem", "hbm", "smem"].into_iter().find(|name| named.is_some_and(|rest| rest.starts_with(name)));
-    let memory = memory.unwrap_or("vmem");
+    let memory = memory.unwrap_or(if lower.contains("on hbm") || lower.contains("hbmoom") { "hbm" } else { "vmem" });
     // "Scoped allocation with size 37.54M and limit 16.00M exceeded", "Used 120.0G of 95.0G hbm",
-    // "Allocation (size=2097152) would exceed memory (size=1048576) :: ... space=smem".
-    let pairs = [("with size ", "limit "), ("used ", " of "), ("(size=", "(size=")];
+    // "Allocation (size=2097152) would exceed memory (size=1048576) :: ... space=smem",
+    // "the total memory required for HLO temporaries (108.71G) exceeds available HBM (95.73G)".
+    let pairs =
+        [("with size ", "limit "), ("used ", " of "), ("(size=", "(size="), ("temporaries (", "available hbm (")];
     let (asked, limit) = pairs.into_iter().find_map(|(asked, limit)| {
         let (_, rest) = lower.split_once(asked)?;
         Some((size(rest)?, size(rest.split_once(limit)?.1)?))
@@ -279,6 +281,13 @@ mod tests {
                     'u8[2097152]{0}', space=smem, size = 0x200000, scoped, tag = 'prefetched SMEM operand 1'] :: name.1";
         let out = out_of_memory(smem).unwrap();
         assert_eq!((out.memory.as_str(), out.asked, out.limit), ("smem", Bytes::mib(2), Bytes::mib(1)));
+        // A whole program; arguments are in the sum.
+        let hbm = "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries \
+                   (108.71G) exceeds available HBM (95.73G)";
+        let out = out_of_memory(hbm).unwrap();
+        assert_eq!((out.memory.as_str(), out.asked.to_string(), out.limit.to_string()), {
+            ("hbm", "108.71 GiB".to_owned(), "95.73 GiB".to_owned())
+        });
         assert_eq!(out_of_memory("INVALID_ARGUMENT: no such op"), None);
     }
 }

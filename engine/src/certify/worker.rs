@@ -13,12 +13,15 @@ pub const WORKER_ARGUMENT: &str = "--certify-worker";
 pub(super) const REQUEST: &str = "request.json";
 pub(super) const MODULE: &str = "module.mlir";
 pub(super) const ANSWER: &str = "answer.json";
+pub(super) const EXECUTABLE: &str = "executable.pjrt";
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Request {
     pub plugin: PathBuf,
     pub topology: String,
     pub replicas: usize,
+    /// Whether the executable is written down too.
+    pub serialise: bool,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -47,7 +50,7 @@ fn work(folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let module = std::fs::read(folder.join(MODULE))?;
     let plugin = Plugin::load(&PluginChoice::Path(request.plugin.clone()))?;
     let mut answer = Answer::default();
-    if let Err(error) = compile(&plugin, &request, module, &mut answer) {
+    if let Err(error) = compile(&plugin, &request, module, &mut answer, &folder.join(EXECUTABLE)) {
         answer.error = Some(match error {
             // Without the crate's own prefix and backtrace.
             pjrt::Error::PjrtError { msg, .. } => msg,
@@ -62,7 +65,13 @@ fn work(folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
     std::process::exit(0);
 }
 
-fn compile(plugin: &Plugin, request: &Request, module: Vec<u8>, answer: &mut Answer) -> pjrt::Result<()> {
+fn compile(
+    plugin: &Plugin,
+    request: &Request,
+    module: Vec<u8>,
+    answer: &mut Answer,
+    executable_file: &Path,
+) -> pjrt::Result<()> {
     let topology = plugin.api().create_topology(&request.topology, vec![])?;
     answer.compiler = topology.platform_version().lines().map(str::trim).collect::<Vec<_>>().join(" ");
     let mut options = CompileOptions::new();
@@ -79,5 +88,8 @@ fn compile(plugin: &Plugin, request: &Request, module: Vec<u8>, answer: &mut Ans
         aliased: stats.alias_size_in_bytes,
         temporaries: stats.temp_size_in_bytes,
     });
+    if request.serialise {
+        std::fs::write(executable_file, executable.serialize().bytes()).map_err(pjrt::Error::IoError)?;
+    }
     Ok(())
 }

@@ -1,9 +1,10 @@
-//! The command line: `pagoda sample | merge | doctor | bench | plan | certify | emit | inspect | run`.
+//! The command line: `pagoda check | sample | merge | doctor | bench | plan | certify | emit | inspect | run`.
 //!
 //! Samples and other machine-readable output go to stdout, logs and progress to stderr. Exit codes: 0 done, 1 failed
 //! on good input, 2 the input must change, 130 interrupted (what was finished is kept).
 
 mod bench;
+mod check;
 mod doctor;
 mod kernels;
 mod sample;
@@ -35,6 +36,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Check a job for a TPU slice: whether it fits, how long it takes, what to change. Needs no TPU and no weights.
+    Check(Box<check::CheckArgs>),
     /// Sample continuations of prompts: the generation loop over any PJRT plugin.
     Sample(Box<sample::SampleArgs>),
     /// Check that every host's share of a run is there, and join them in prompt order.
@@ -166,16 +169,16 @@ impl PluginArgs {
         }
     }
 
-    /// Loads the plugin and creates a client of one device.
-    fn client(&self) -> Result<Client> {
-        client(&self.plugin)
+    /// Loads the plugin and creates a client of `devices` devices.
+    fn client(&self, devices: usize) -> Result<Client> {
+        client(&self.plugin, devices)
     }
 }
 
-/// Loads the plugin that is named and creates a client of one device.
-fn client(choice: &str) -> Result<Client> {
+/// Loads the plugin that is named and creates a client of `devices` devices.
+fn client(choice: &str, devices: usize) -> Result<Client> {
     let plugin = Plugin::load(&PluginChoice::parse(choice)?)?;
-    plugin.client(1).map_err(|error| Error::Plugin {
+    plugin.client(devices).map_err(|error| Error::Plugin {
         plugin: plugin.found().path.display().to_string(),
         problem: format!("it cannot create a client: {error}"),
         fix: "see `pagoda doctor`, or choose another with --plugin".into(),
@@ -210,6 +213,7 @@ pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp(None).init();
     // clap prints its own errors and exits with 2, like the rest of us.
     let outcome = match Cli::parse().command {
+        Command::Check(args) => check::check(&args),
         Command::Sample(args) => sample::sample(&args),
         Command::Merge { dir } => merge(&dir).and_then(|merged| {
             eprintln!("# joined {} samples of {} hosts", merged.samples, merged.hosts);
@@ -227,7 +231,7 @@ pub fn main() -> ExitCode {
         Command::Inspect { file, json } => kernels::inspect(&file, json).map(|()| ExitCode::SUCCESS),
         Command::Run(args) => kernels::run(&args),
         Command::Bench { what: Bench::Decode { model, slots, new, compute, plugin, json } } => plugin
-            .client()
+            .client(1)
             .and_then(|client| {
                 let target = plugin.target(&client)?;
                 slots.iter().try_for_each(|&slots| bench(&client, &model, slots, new, compute.element(), target, json))

@@ -14,16 +14,18 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::PluginArgs;
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
-use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
+use crate::generate::{EngineOptions, SamplingOptions, Timing};
 use crate::hosts::Share;
 use crate::launcher::Launched;
-use crate::llama::{DeviceModel, Target};
+use crate::llama::{Parallel, Target};
+use crate::mesh::Mesh;
 use crate::model::config::LlamaConfig;
 use crate::model::identity::identity;
 use crate::model::source::Files;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
 use crate::model::weights::Weights;
 use crate::output::{InOrder, Journal, Record, Run};
+use crate::replicas::Replicas;
 use crate::scheduler::{Finished, Request, batches};
 use crate::stop::StopRule;
 use crate::units::SampleId;
@@ -64,13 +66,13 @@ struct StartUp {
 }
 
 /// The prompts of a run, as text and as tokens.
-struct Prompts {
+pub(super) struct Prompts {
     texts: Vec<String>,
-    tokens: Vec<Vec<u32>>,
+    pub(super) tokens: Vec<Vec<u32>>,
 }
 
 impl Prompts {
-    fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
+    pub(super) fn encode(settings: &Settings, tokenizer: &Tokenizer) -> Result<Self> {
         let template = settings.chat.then(|| ChatTemplate::open(&settings.model(Files::Tokenizer)?)).transpose()?;
         let encode = |prompt: &String| match &template {
             None => tokenizer.encode(prompt),
@@ -141,7 +143,7 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     let missing = output.missing();
     if !missing.is_empty() {
         let mut start = StartUp::default();
-        let mut engine = start.engine(args, &config, &weights, options)?;
+        let mut engine = start.engine(args, &config, &weights, Mesh::ONE, options)?;
         let request = |id: &SampleId| Request {
             id: *id,
             prompt: prompts.tokens[id.index].as_slice().into(),
@@ -169,20 +171,22 @@ impl StartUp {
         args: &SampleArgs,
         config: &LlamaConfig,
         weights: &Weights,
+        mesh: Mesh,
         mut options: EngineOptions,
-    ) -> Result<Engine> {
+    ) -> Result<Replicas> {
         let started = Instant::now();
-        let client = args.plugin.client()?;
+        let client = args.plugin.client(mesh.devices())?;
         options.target = args.plugin.target(&client)?;
-        eprintln!("# plugin {client:?}, kernels {}", options.target);
-        options.check_memory(&client, config)?;
+        eprintln!("# plugin {client:?}, mesh {mesh}, kernels {}", options.target);
+        let parallel = Parallel::group(mesh.model);
+        parallel.check(config)?;
+        options.check_memory(&client, config, &parallel, &Vec::from_iter(0..mesh.devices()))?;
         self.plugin = started.elapsed().as_secs_f64();
         let started = Instant::now();
-        let model = DeviceModel::load(&client, config, weights, options.compute, options.limits.max_seq_len)?;
-        self.load = started.elapsed().as_secs_f64();
-        let engine = Engine::new(&client, model, options)?;
-        self.compile = engine.compile_time().as_secs_f64();
-        Ok(engine)
+        let engines = Replicas::load(&client, config, weights, mesh, &options)?;
+        self.compile = engines.compile_time().as_secs_f64();
+        self.load = started.elapsed().as_secs_f64() - self.compile;
+        Ok(engines)
     }
 
     /// What the run took, on stderr.

@@ -4,6 +4,7 @@
 //! `sampling` and `rotary` are what the programs take.
 
 mod arguments;
+mod executor;
 mod lowering;
 pub mod parallel;
 mod rotary;
@@ -12,6 +13,7 @@ pub mod step;
 mod target;
 
 pub use arguments::weight_types;
+pub use executor::{Call, Executor};
 pub use parallel::{Group, Member, Parallel, Reduce};
 pub use target::Target;
 

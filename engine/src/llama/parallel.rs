@@ -40,7 +40,7 @@ pub enum Reduce {
     None,
     /// XLA, between the replicas of one program: groups of replicas, each in the order of its shards.
     Replicas(Vec<Vec<usize>>),
-    /// MPI, between the processes of the world communicator, whose ranks are the shards ([`mpi::ALL_REDUCE`]).
+    /// MPI, between the processes of one replica, each of them a shard ([`mpi::ALL_REDUCE`]).
     Mpi,
 }
 

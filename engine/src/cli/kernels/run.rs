@@ -349,14 +349,14 @@ fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrde
 
 /// The StableHLO form of a kernel.
 fn on_plugin(args: &RunArgs, launch: &dyn Launch) -> Result<Report> {
-    let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
+    let client = client(args.plugin.as_deref().unwrap_or("cpu"), 1)?;
     let program = client.compile(launch.plan().stablehlo()?, 1)?;
     plugin_report(args, &client, &program, launch.name(), Some(launch), &launch.arguments())
 }
 
 /// A StableHLO module from a file.
 fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Option<&KernelCommand>) -> Result<Report> {
-    let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
+    let client = client(args.plugin.as_deref().unwrap_or("cpu"), 1)?;
     if !file.is_plain() && !client.platform().eq_ignore_ascii_case("tpu") {
         let problem = format!("it holds a Mosaic kernel, which the plugin for {} cannot run", client.platform());
         return Err(Error::file(&file.path, problem, "run it with --tile-machine"));
@@ -449,7 +449,7 @@ fn without_padding(launch: &dyn Launch, outputs: &mut [HostTensor]) {
 fn check(args: &RunArgs, against: Against, launch: &dyn Launch, results: &[HostTensor]) -> Result<Check> {
     let mut expected = launch.expected();
     if against == Against::Stablehlo {
-        let client = client(args.plugin.as_deref().unwrap_or("cpu"))?;
+        let client = client(args.plugin.as_deref().unwrap_or("cpu"), 1)?;
         let mut others = client.compile(launch.plan().stablehlo()?, 1)?.call(&launch.arguments())?;
         without_padding(launch, &mut others);
         for (expected, other) in expected.iter_mut().zip(&others) {

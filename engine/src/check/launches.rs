@@ -1,0 +1,253 @@
+//! The Mosaic kernels of a step program on one device: which, planned how, and launched how often.
+//!
+//! Pure. It names the kernels that the lowering for a TPU emits; that both agree is checked against the compiler's own
+//! report of the whole program.
+
+use pagoda_ir::{Context, Element};
+use pagoda_kernels::chips::Chip;
+use pagoda_kernels::evidence::{self, Digest, Record};
+use pagoda_kernels::kernel::Kernel;
+use pagoda_kernels::matmul::{self, Activation, Epilogue, Layout, Matmul};
+use pagoda_kernels::plan::{Options, Plan};
+use pagoda_kernels::random::Lengths;
+use pagoda_kernels::rpa::{self, Batch, Kind, Rpa};
+use pagoda_kernels::vmem::{Bytes, Spills, Verdict, VmemReport};
+
+use super::plan::Program;
+use crate::error::{Error, Result};
+use crate::llama::step::StepShape;
+use crate::model::config::LlamaConfig;
+
+/// A kernel of a step.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// What it is for: `qkv`, `attention`, `head`.
+    pub role: &'static str,
+    /// How often a step launches it.
+    pub count: usize,
+    /// The kernel.
+    pub plan: Planned,
+}
+
+/// A planned kernel of a step.
+#[derive(Clone, Debug)]
+pub enum Planned {
+    /// A projection.
+    Matmul(Plan<Matmul>),
+    /// Attention over the KV pages.
+    Attention(Plan<Rpa>),
+}
+
+/// Floating-point operations of a launch, and the bytes that it moves through HBM at least.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Work {
+    /// Operations.
+    pub flops: f64,
+    /// Bytes.
+    pub bytes: f64,
+}
+
+/// Calls a method of either plan.
+macro_rules! either {
+    ($planned:expr, $plan:ident => $value:expr) => {
+        match $planned {
+            Planned::Matmul($plan) => $value,
+            Planned::Attention($plan) => $value,
+        }
+    };
+}
+
+impl Planned {
+    /// The kernel's name, tiles in it.
+    pub fn name(&self) -> &str {
+        either!(self, plan => plan.name())
+    }
+
+    /// The problem in words.
+    pub fn problem(&self) -> String {
+        either!(self, plan => plan.describe())
+    }
+
+    /// Every VMEM buffer.
+    pub fn vmem(&self) -> &VmemReport {
+        either!(self, plan => plan.vmem())
+    }
+
+    /// The scoped limit.
+    pub fn limit(&self) -> Bytes {
+        either!(self, plan => plan.limit())
+    }
+
+    /// What the records know of its spills.
+    pub fn spills(&self) -> Spills {
+        either!(self, plan => evidence::spills(plan))
+    }
+
+    /// Whether it fits, by the records.
+    pub fn verdict(&self) -> Verdict {
+        either!(self, plan => plan.verdict(evidence::spills(plan)))
+    }
+}
+
+/// The launches of `program`, in the order of a step. `shape` and `shard` are those of one device.
+///
+/// # Errors
+/// When a kernel cannot be planned for the chip.
+pub fn launches(
+    shard: &LlamaConfig,
+    shape: &StepShape,
+    chip: Chip,
+    program: Program,
+    split: bool,
+) -> Result<Vec<Launch>> {
+    let compute = shape.compute;
+    let rows = program.rows(shape);
+    let (hidden, inner, layers) = (shard.hidden_size, shard.intermediate_size, shard.layers);
+    let heads = shard.q_heads * shard.head_dim;
+    let stacked = heads + 2 * shard.kv_heads * shard.head_dim;
+    let bias = |bias| Epilogue { bias, ..Epilogue::NONE };
+    // Partial sums of a shard leave it in f32, and the residual is added once, behind the reduction.
+    let (partial, residual) = if split { (Element::F32, false) } else { (compute, true) };
+    let gate = Epilogue { activation: Activation::SiluGate, ..bias(shard.mlp_bias) };
+    let closing = |has_bias: bool| Epilogue { residual, ..bias(has_bias && !split) };
+    let matmul = |role, count, [m, k, n]: [usize; 3], output, epilogue| {
+        let spec = matmul::Spec {
+            output,
+            layout: Layout::WeightTransposed,
+            epilogue,
+            ..matmul::Spec::new([m, k, n], compute)
+        };
+        let plan = plan::<Matmul>(role, spec, chip)?;
+        Ok::<_, Error>(Launch { role, count, plan: Planned::Matmul(plan) })
+    };
+    let attention = rpa::Spec {
+        kind: if program == Program::Decode { Kind::Decode } else { Kind::Mixed },
+        precision: rpa::Precision::uniform(compute),
+        tokens: rows,
+        q_heads: shard.q_heads,
+        kv_heads: shard.kv_heads,
+        head_dim: shard.head_dim,
+        page_size: shape.page_size,
+        pages: shape.pages,
+        layers,
+        max_seqs: shape.slots,
+        pages_per_seq: shape.pages_per_seq,
+        scale: (shard.head_dim as f64).powf(-0.5),
+        sliding_window: None,
+        soft_cap: None,
+    };
+    Ok(vec![
+        matmul("qkv", layers, [rows, hidden, stacked], compute, bias(shard.attention_bias))?,
+        Launch { role: "attention", count: layers, plan: Planned::Attention(plan("attention", attention, chip)?) },
+        matmul("output", layers, [rows, heads, hidden], partial, closing(shard.attention_bias))?,
+        matmul("gate_up", layers, [rows, hidden, inner], compute, gate)?,
+        matmul("down", layers, [rows, inner, hidden], partial, closing(shard.mlp_bias))?,
+        matmul("head", 1, [shape.slots, hidden, shard.vocab_size], Element::F32, Epilogue::NONE)?,
+    ])
+}
+
+fn plan<K: Kernel>(role: &str, spec: K::Spec, chip: Chip) -> Result<Plan<K>> {
+    let problem = pagoda_kernels::Problem::new(spec).map_err(|error| unplanned(role, chip, &error))?;
+    Plan::new(problem, chip, Options::default()).map_err(|error| unplanned(role, chip, &error))
+}
+
+/// A kernel that has no plan: what stands in the way names the setting.
+fn unplanned(role: &str, chip: Chip, error: &dyn std::fmt::Display) -> Error {
+    let limit = format!("has no plan on {chip}: {error}");
+    Error::setting("kernel", role, limit, "change that size, or use another chip or mesh")
+}
+
+impl Launch {
+    /// What the launch computes and moves: a matmul its operands and result once; attention of `batch` the pages that the
+    /// sequences fill, queries and results.
+    pub fn work(&self, batch: &[Lengths]) -> Work {
+        match &self.plan {
+            Planned::Matmul(plan) => {
+                let problem = plan.problem();
+                let matmul::Spec { m, k, n, input, output, epilogue, .. } = **problem;
+                let columns = problem.weight_columns();
+                let results = m * n * output.bytes() * if epilogue.residual { 2 } else { 1 };
+                let operands = (m * k + k * columns) * input.bytes();
+                Work { flops: 2.0 * m as f64 * k as f64 * columns as f64, bytes: (operands + results) as f64 }
+            }
+            Planned::Attention(plan) => {
+                let problem = plan.problem();
+                let layout = problem.kv_layout();
+                let token = (layout.token_elements() * problem.precision.kv.bytes()) as f64;
+                let row = 2.0 * (problem.q_heads * problem.head_dim * problem.precision.q.bytes()) as f64;
+                let (mut flops, mut bytes) = (0.0, 0.0);
+                for &Lengths { q_len, kv_len } in batch {
+                    // Row i of the last q_len sees kv_len - q_len + i + 1 keys.
+                    let seen = q_len as f64 * (kv_len as f64 - (q_len as f64 - 1.0) / 2.0);
+                    flops += 4.0 * seen * (problem.q_heads * problem.head_dim) as f64;
+                    bytes += token * kv_len.next_multiple_of(problem.page_size) as f64 + row * q_len as f64;
+                }
+                Work { flops, bytes }
+            }
+        }
+    }
+}
+
+/// Keys that the attention kernel works through for a batch, all query blocks together: its time is linear in them.
+pub fn keys_worked(plan: &Plan<Rpa>, batch: &[Lengths]) -> f64 {
+    let (queries, keys) = (plan.tiles().queries, plan.keys());
+    let widths = plan.widths();
+    let mut first_row = 0;
+    let mut worked = 0;
+    for &Lengths { q_len, kv_len } in batch {
+        let stop = first_row + q_len;
+        for block in first_row / queries..stop.div_ceil(queries) {
+            // The last key that the block's last row of this sequence sees.
+            let end = kv_len - (stop - ((block + 1) * queries).min(stop));
+            worked += end / keys * keys;
+            let rest = end % keys;
+            worked += if rest == 0 { 0 } else { widths.iter().copied().find(|&width| rest <= width).unwrap_or(keys) };
+        }
+        first_row = stop;
+    }
+    worked as f64
+}
+
+/// The module of a kernel that the compiler profiles: attention with the lengths of `batch` as constants, so that every
+/// loop has as many turns as in that batch.
+///
+/// # Errors
+/// When the batch is not one of the kernel, or MLIR fails.
+pub fn module(planned: &Planned, batch: &[Lengths]) -> Result<Vec<u8>> {
+    let context = Context::new();
+    match planned {
+        Planned::Matmul(plan) => Ok(plan.module(&context)?.bytecode().to_vec()),
+        Planned::Attention(plan) => {
+            let kernel = rpa::mosaic::kernel_of_batch(&context, plan, &metadata(plan.problem(), batch)?)?;
+            let module = pagoda_kernels::kernel::mosaic_module::<Rpa>(&context, plan.problem(), &kernel)?;
+            Ok(module.bytecode().to_vec())
+        }
+    }
+}
+
+/// The ragged metadata of sequences of these lengths, their pages in order.
+fn metadata(problem: &rpa::Problem, batch: &[Lengths]) -> Result<Batch> {
+    let seqs = problem.max_seqs;
+    let mut kv_lens = vec![0i32; seqs];
+    let mut rows = vec![0i32; seqs + 1];
+    for (at, lengths) in batch.iter().enumerate().take(seqs) {
+        kv_lens[at] = lengths.kv_len as i32;
+        rows[at + 1] = rows[at] + lengths.q_len as i32;
+    }
+    let last = rows[batch.len().min(seqs)];
+    rows[batch.len().min(seqs) + 1..].fill(last);
+    let pages = (seqs * problem.pages_per_seq) as i32;
+    let table: Vec<i32> = (0..pages).map(|page| page % problem.pages as i32).collect();
+    Ok(Batch::new(problem, &kv_lens, &table, &rows, batch.len().min(seqs))?)
+}
+
+/// Cycles on record for exactly this matmul: its body and its limit.
+pub fn recorded_cycles(plan: &Plan<Matmul>) -> Option<u64> {
+    let alike = |record: &&Record<Matmul>| {
+        (record.chip, record.tiles, record.limit, &record.spec)
+            == (plan.chip(), plan.tiles(), plan.limit(), plan.problem().spec())
+    };
+    let record = Matmul::records()?.all().iter().find(alike)?;
+    let digest = Digest::of(plan).ok()?;
+    record.cycles.filter(|_| record.digest == digest)
+}
