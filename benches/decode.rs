@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion};
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions, Timing};
-use pagoda_engine::llama::{DeviceModel, Target};
+use pagoda_engine::llama::{DeviceModel, Parallel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::weights::Weights;
 use pagoda_engine::pjrt::{Client, Plugin, PluginChoice};
@@ -33,7 +33,6 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
         max_prefill_size: slots,
         max_rounds: 64,
     };
-    let model = DeviceModel::load(client, &config, &weights, Element::F32, limits.max_seq_len).expect("loads");
     let options = EngineOptions {
         limits,
         compute: Element::F32,
@@ -42,6 +41,7 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
         stop: StopRule::default(),
         mixed_steps: false,
     };
+    let model = DeviceModel::load(client, &config, &weights, &options.shape(&Parallel::ONE)).expect("loads");
     Engine::new(client, model, options).expect("compiles")
 }
 

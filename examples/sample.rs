@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
-use pagoda_engine::llama::{DeviceModel, Target};
+use pagoda_engine::llama::{DeviceModel, Parallel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::tokenizer::Tokenizer;
 use pagoda_engine::model::weights::Weights;
@@ -41,7 +41,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         max_rounds: 16,
     };
     let client = Plugin::load(&PluginChoice::parse("cpu")?)?.client(1)?;
-    let model = DeviceModel::load(&client, &config, &weights, Element::F32, limits.max_seq_len)?;
     let options = EngineOptions {
         limits,
         compute: Element::F32,
@@ -50,6 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         stop: StopRule::new(config.eos_token_ids.clone(), vec![]),
         mixed_steps: false,
     };
+    let model = DeviceModel::load(&client, &config, &weights, &options.shape(&Parallel::ONE))?;
     let mut engine = Engine::new(&client, model, options)?;
 
     let requests = prompts

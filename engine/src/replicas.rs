@@ -64,8 +64,8 @@ impl Replicas {
         options: &EngineOptions,
     ) -> Result<Self> {
         let engine = |group: Group| {
-            let positions = options.limits.max_seq_len;
-            let model = DeviceModel::load_group(client, config, weights, options.compute, positions, group)?;
+            let shape = options.shape(group.parallel());
+            let model = DeviceModel::load_group(client, config, weights, &shape, group)?;
             Engine::new(client, model, options.clone())
         };
         // Compilation takes most of the time, on a thread each.

@@ -12,8 +12,9 @@
 
 use std::fmt;
 
+use pagoda_ir::mosaic::{self, Cost};
 use pagoda_ir::stablehlo::{self, Module, Tensor};
-use pagoda_ir::{Context, Element, HostTensor, Result, TensorType, mosaic};
+use pagoda_ir::{Context, Element, HostTensor, Result, TensorType};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -107,6 +108,12 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         None
     }
 
+    /// What a launch costs at most, for the compiler of the program around it. By default nothing is computed, and every
+    /// argument and result passes once.
+    fn cost(problem: &ProblemOf<Self>) -> Cost {
+        Cost { flops: 0, transcendentals: 0, bytes_accessed: passes_once::<Self>(problem) }
+    }
+
     /// Leading elements of each result that are results; those behind them are padding. Cheap: no result is computed.
     fn live(problem: &ProblemOf<Self>, inputs: &Arrays) -> Vec<usize> {
         let _ = inputs;
@@ -189,6 +196,13 @@ pub trait Kernel: Sized + Send + Sync + 'static {
     fn records() -> Option<&'static Records<Self>> {
         None
     }
+}
+
+/// Bytes of all arguments and results.
+pub fn passes_once<K: Kernel>(problem: &ProblemOf<K>) -> u64 {
+    let arguments = K::arguments(problem);
+    let types = arguments.iter().map(|argument| argument.ty.bytes());
+    types.chain(K::results(problem).values().map(TensorType::bytes)).sum::<usize>() as u64
 }
 
 /// A drawn case.

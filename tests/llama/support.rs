@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
 use pagoda_engine::llama::step::{self, Output, StepShape};
-use pagoda_engine::llama::{DeviceModel, Group, Target};
+use pagoda_engine::llama::{DeviceModel, Group, Parallel, Target};
 use pagoda_engine::mesh::Mesh;
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::reference::Reference;
@@ -71,12 +71,12 @@ impl Model {
         Reference::new(&self.config, &self.weights).unwrap()
     }
 
-    pub fn on_device(&self, client: &Client, compute: Element, positions: usize) -> DeviceModel {
-        DeviceModel::load(client, &self.config, &self.weights, compute, positions).unwrap()
+    pub fn on_device(&self, client: &Client, shape: &StepShape) -> DeviceModel {
+        DeviceModel::load(client, &self.config, &self.weights, shape).unwrap()
     }
 
-    pub fn on_group(&self, client: &Client, compute: Element, positions: usize, group: Group) -> DeviceModel {
-        DeviceModel::load_group(client, &self.config, &self.weights, compute, positions, group).unwrap()
+    pub fn on_group(&self, client: &Client, shape: &StepShape, group: Group) -> DeviceModel {
+        DeviceModel::load_group(client, &self.config, &self.weights, shape, group).unwrap()
     }
 
     /// Engines on a client with the devices of `mesh`.
@@ -93,9 +93,9 @@ impl Model {
         stop: StopRule,
     ) -> Engine {
         let client = client();
-        let model = self.on_device(&client, compute, limits.max_seq_len);
-        Engine::new(&client, model, EngineOptions { limits, compute, target, sampling, stop, mixed_steps: false })
-            .unwrap()
+        let options = EngineOptions { limits, compute, target, sampling, stop, mixed_steps: false };
+        let model = self.on_device(&client, &options.shape(&Parallel::ONE));
+        Engine::new(&client, model, options).unwrap()
     }
 }
 
@@ -162,7 +162,7 @@ pub fn logits_in_chunks(
         target,
         parallel: group.parallel().clone(),
     };
-    let model = model.on_group(client, shape.compute, shape.max_positions, group);
+    let model = model.on_group(client, &shape, group);
     let module = step::prefill(&Context::new(), config, &shape, Output::Logits).unwrap().bytecode();
     let program = client.compile(module, client.devices()).unwrap();
     let logits = |tokens: &[u32]| {

@@ -2,14 +2,20 @@
 
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
+use pagoda_engine::certify::report::KernelVmem;
 use pagoda_engine::certify::{Certifier, Program};
 use pagoda_engine::llama::step::{self, Output, StepShape};
 use pagoda_engine::llama::{Parallel, Target, weight_types};
+use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::mpi;
 use pagoda_engine::sampler::Sampling;
+use pagoda_ir::stablehlo::Module;
 use pagoda_ir::{Context, Element};
 use pagoda_kernels::chips::Chip;
+use serde_json::json;
 
 use super::support::*;
 
@@ -28,16 +34,19 @@ fn shape(target: Target) -> StepShape {
     }
 }
 
+/// Prefill and decode.
+fn modules<'c>(context: &'c Context, config: &LlamaConfig, shape: &StepShape, sampling: Sampling) -> [Module<'c>; 2] {
+    let prefill = step::prefill(context, config, shape, Output::Tokens(sampling)).unwrap();
+    [prefill, step::decode(context, config, shape, sampling, &[1]).unwrap()]
+}
+
 /// Prefill and decode, as text.
 fn programs(target: Target) -> [String; 2] {
     programs_of(&shape(target), Sampling::Random { top_k: true, top_p: true })
 }
 
 fn programs_of(shape: &StepShape, sampling: Sampling) -> [String; 2] {
-    let (model, context) = (Model::tiny(), Context::new());
-    let prefill = step::prefill(&context, &model.config, shape, Output::Tokens(sampling)).unwrap();
-    let decode = step::decode(&context, &model.config, shape, sampling, &[1]).unwrap();
-    [prefill, decode].map(|module| {
+    modules(&Context::new(), &Model::tiny().config, shape, sampling).map(|module| {
         module.verify().unwrap();
         module.text()
     })
@@ -60,14 +69,14 @@ fn programs_for_a_tpu_carry_its_kernels() {
         let target = Target::Tpu(chip);
         let kv = weight_types(&config, &shape(target)).len();
         for text in programs(target) {
-            // Four matmuls and attention a layer, and the head; nothing that only the CPU plugin knows.
+            // Four matmuls and attention in the loop over layers, and the head; nothing that only the CPU plugin knows.
             let calls = between(&text, "call_target_name = \"", "\"");
-            assert_eq!(calls, vec!["tpu_custom_call"; 5 * config.layers + 1]);
+            assert_eq!(calls, vec!["tpu_custom_call"; 6]);
             let names = between(&text, "kernel_name = \"", "\"");
             let count = |prefix| names.iter().filter(|name| name.starts_with(prefix)).count();
-            assert_eq!([count("matmul-"), count("rpa-")], [4 * config.layers + 1, config.layers], "{names:?}");
-            // All layers call the same five.
+            assert_eq!([count("matmul-"), count("rpa-")], [5, 1], "{names:?}");
             assert_eq!(bodies(&text).into_iter().collect::<BTreeSet<_>>().len(), 6);
+            assert_eq!(between(&text, "cost_estimate", "}").len(), 6);
             // All matmuls are kernels: no precision is asked of a product of XLA's.
             assert!(!text.contains("dot_general") && !text.contains("HIGHEST"));
             // The KV buffer, which comes behind the weights, is given away for the first result, and nothing else is.
@@ -104,7 +113,7 @@ fn the_tile_machine_runs_the_kernels_that_a_tpu_gets() {
 /// kernels of half the model.
 #[test]
 fn shards_exchange_two_sums_a_layer() {
-    let layers = Model::tiny().config.layers;
+    let config = Model::tiny().config;
     let two = NonZeroUsize::new(2).unwrap();
     let greedy_and_random = [Sampling::Greedy, Sampling::Random { top_k: false, top_p: false }];
     for (target, sampling) in [Target::Portable, Target::Host, Target::TileMachine(Chip::V5p), Target::Tpu(Chip::V5p)]
@@ -112,22 +121,29 @@ fn shards_exchange_two_sums_a_layer() {
         .flat_map(|target| greedy_and_random.map(|sampling| (target, sampling)))
     {
         let shape = StepShape { parallel: Parallel::group(two), ..shape(target) };
+        // A loop's body has those of one layer.
+        let sums = if shape.stacks_layers(&config) { 2 } else { 2 * config.layers };
         for text in programs_of(&shape, sampling) {
             assert!(text.contains("mhlo.num_replicas = 2"));
             let count = |op: &str| text.matches(&format!("\"stablehlo.{op}\"")).count();
-            assert_eq!([count("all_reduce"), count("all_gather")], [2 * layers + 1, 1], "{target}, {sampling:?}");
+            assert_eq!([count("all_reduce"), count("all_gather")], [sums + 1, 1], "{target}, {sampling:?}");
             assert!(!text.contains(mpi::ALL_REDUCE));
         }
         let shape = StepShape { parallel: Parallel::processes(two), ..shape };
         for text in programs_of(&shape, sampling) {
             assert!(!text.contains("num_replicas") && !text.contains("stablehlo.all_"));
-            assert_chained(&text, 2 * layers + 2);
+            let waits = match shape.stacks_layers(&config) {
+                // What a loop carries depends on the sums before it, and what comes behind it on its own.
+                true => vec![None, None, Some(1), Some(0)],
+                false => (0..sums + 2).map(|call: usize| call.checked_sub(1)).collect(),
+            };
+            assert_chained(&text, &waits);
         }
     }
 }
 
-/// Each of `count` calls of MPI takes the result of the last one, so that they run in order.
-fn assert_chained(text: &str, count: usize) {
+/// Each call of MPI takes the result of the one that it waits for, so that they run in order.
+fn assert_chained(text: &str, waits: &[Option<usize>]) {
     let calls: Vec<[&str; 3]> = text
         .lines()
         .filter(|line| line.contains(&format!("call_target_name = \"{}\"", mpi::ALL_REDUCE)))
@@ -137,23 +153,122 @@ fn assert_chained(text: &str, count: usize) {
             [result, x, last]
         })
         .collect();
-    assert_eq!(calls.len(), count);
-    assert_eq!(calls[0][1], calls[0][2], "the first has nothing to wait for");
-    for pair in calls.windows(2) {
-        assert_eq!(pair[1][2], pair[0][0]);
+    assert_eq!(calls.len(), waits.len());
+    for ([_, x, last], wait) in calls.iter().zip(waits) {
+        assert_eq!(*last, wait.map_or(*x, |earlier| calls[earlier][0]));
+    }
+}
+
+/// What the operations of a step are called, in reports of compilers.
+#[test]
+fn operations_are_called_by_what_they_belong_to() {
+    let parts = ["qkv", "attention", "output", "gate_up", "down"];
+    let config = Model::tiny().config;
+    for (target, layer) in [(Target::Tpu(Chip::V5p), "layer"), (Target::Host, "layer3")] {
+        for module in modules(&Context::new(), &config, &shape(target), Sampling::Greedy) {
+            let text = module.text_with_names();
+            let names: BTreeSet<_> = between(&text, "loc(\"", "\")").into_iter().collect();
+            let of_layer = parts.map(|part| format!("{layer}.{part}"));
+            for name in of_layer.iter().map(String::as_str).chain(["embedding", "head", "sampler"]) {
+                assert!(names.contains(name), "{target} lacks {name}: {names:?}");
+            }
+        }
+    }
+}
+
+/// Shapes of models that people run, by the keys of their `config.json`.
+fn models() -> [(&'static str, serde_json::Value); 4] {
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192});
+    let of = |sizes: [usize; 7], more: serde_json::Value| {
+        let [hidden, inner, layers, q_heads, kv_heads, head_dim, vocab] = sizes;
+        let mut config = json!({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": q_heads,
+            "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab,
+            "max_position_embeddings": 131_072, "rope_theta": 5e5, "rms_norm_eps": 1e-5});
+        for (key, value) in more.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        config
+    };
+    [
+        ("Llama 3.1 8B", of([4096, 14336, 32, 32, 8, 128, 128_256], json!({"rope_scaling": llama3}))),
+        (
+            "Llama 3.2 1B: small heads, tied",
+            of(
+                [2048, 8192, 16, 32, 8, 64, 128_256],
+                json!({
+            "rope_scaling": llama3, "tie_word_embeddings": true}),
+            ),
+        ),
+        ("Llama 3.1 70B, 2 layers", of([8192, 28672, 2, 64, 8, 128, 128_256], json!({"rope_scaling": llama3}))),
+        // Qwen 2.5 7B's sizes, with biases on more projections than it has, and a vocabulary of no whole tiles.
+        (
+            "28 heads, biases, an odd vocabulary",
+            of(
+                [3584, 18944, 2, 28, 4, 128, 151_669],
+                json!({
+            "attention_bias": true, "mlp_bias": true}),
+            ),
+        ),
+    ]
+}
+
+/// Compiles prefill and decode of `config` for `chip`; in place, and named.
+fn assert_compiles(name: &str, config: &serde_json::Value, chip: Chip) {
+    let certifier = Certifier::find(env!("CARGO_BIN_EXE_pagoda")).expect("libtpu: run `make tpu-tools`");
+    let certifier = certifier.in_program().without_profile().timeout(Duration::from_secs(600));
+    let config = LlamaConfig::parse(Path::new("config.json"), config).unwrap();
+    let pages_per_seq = 36;
+    let shape = StepShape {
+        prefill_rows: 1024,
+        pages: 8 * pages_per_seq,
+        pages_per_seq,
+        max_positions: 128 * pages_per_seq,
+        ..shape(Target::Tpu(chip))
+    };
+    let (context, sampling) = (Context::new(), Sampling::Greedy);
+    let started = Instant::now();
+    let prefill = step::prefill(&context, &config, &shape, Output::Tokens(sampling)).unwrap().bytecode();
+    let decode = step::decode(&context, &config, &shape, sampling, &[128_001, 128_009]).unwrap().bytecode();
+    eprintln!("{name} on {chip}: emitted in {:.2?}", started.elapsed());
+    for (program, module) in [("decode", decode), ("prefill", prefill)] {
+        let topology = chip.info().topology;
+        let certificate = certifier.certify(topology, Program { module: &module, replicas: 1 });
+        let certificate = certificate.unwrap_or_else(|error| panic!("{name}, {program} on {chip}: {error}"));
+        assert!(certificate.compiles(), "{name}, {program}: {certificate}");
+        let (memory, mib) = (certificate.memory.unwrap(), |bytes: i64| bytes as f64 / f64::from(1 << 20));
+        eprintln!(
+            "{name}, {program} on {chip}: {:.1} s, code {:.1} MiB, arguments {:.0}, temporaries {:.1}, aliased {:.0}",
+            certificate.seconds,
+            mib(memory.code),
+            mib(memory.arguments),
+            mib(memory.temporaries),
+            mib(memory.aliased),
+        );
+        let kv = shape.kv_type(&config);
+        assert!(memory.aliased >= kv.bytes() as i64, "the KV buffer is updated in place: {memory:?}");
+        // No weight is copied: a layer's alone would be far more.
+        let activations = (shape.prefill_rows * (config.hidden_size + 2 * config.intermediate_size) * 4) as i64;
+        assert!(memory.temporaries < 4 * activations, "{name}, {program} on {chip}: {memory:?}");
+        for part in ["qkv", "attention", "output", "gate_up", "down"].map(|part| format!("layer.{part}")) {
+            let named = |kernel: &&KernelVmem| kernel.name.starts_with(&part);
+            assert_eq!(certificate.kernels.iter().filter(named).count(), 1, "{part}: {certificate}");
+        }
     }
 }
 
 #[test]
 #[ignore = "takes libtpu: make certify-all"]
 fn libtpu_compiles_the_step_programs() {
-    let certifier = Certifier::find(env!("CARGO_BIN_EXE_pagoda")).expect("libtpu: run `make tpu-tools`").in_program();
-    let target = Target::Tpu(Chip::V5p);
-    let kv = shape(target).kv_type(&Model::tiny().config);
-    for text in programs(target) {
-        let certificate = certifier.certify("v5p:2x2x1", Program { module: text.as_bytes(), replicas: 1 }).unwrap();
-        assert!(certificate.compiles() && !certificate.kernels.is_empty(), "{certificate}");
-        let memory = certificate.memory.unwrap();
-        assert!(memory.aliased >= kv.bytes() as i64, "the KV buffer is updated in place: {memory:?}");
+    let models = models();
+    for (name, config) in &models {
+        assert_compiles(name, config, Chip::V5p);
+    }
+    // 8B on every other chip, as far as its weights fit.
+    for chip in Chip::ALL.into_iter().filter(|&chip| chip != Chip::V5p) {
+        let mut config = models[0].1.clone();
+        config["num_hidden_layers"] = json!(4);
+        assert_compiles("8B, 4 layers", &config, chip);
     }
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
-use crate::llama::{DeviceModel, Target};
+use crate::llama::{DeviceModel, Parallel, Target};
 use crate::model::config::LlamaConfig;
 use crate::model::weights::Weights;
 use crate::pjrt::Client;
@@ -59,7 +59,6 @@ pub fn decode_rate(
         max_prefill_size: 64.max(slots),
         max_rounds: 64,
     };
-    let model = DeviceModel::load(client, &config, &weights, compute, limits.max_seq_len)?;
     let options = EngineOptions {
         limits,
         compute,
@@ -68,6 +67,7 @@ pub fn decode_rate(
         stop: StopRule::default(),
         mixed_steps: false,
     };
+    let model = DeviceModel::load(client, &config, &weights, &options.shape(&Parallel::ONE))?;
     let mut engine = Engine::new(client, model, options)?;
     let mut runs: Vec<(f64, Timing)> = Vec::new();
     for _ in 0..=RUNS {

@@ -20,7 +20,7 @@ impl<T> Projection<T> {
     }
 }
 
-/// The weights of one layer, in the order of the arguments.
+/// The weights of one layer, or stacks of all layers' weights, in the order of the arguments.
 pub(super) struct Layer<T> {
     /// `[hidden]`
     pub(super) input_norm: T,
@@ -36,11 +36,35 @@ pub(super) struct Layer<T> {
     pub(super) down: Projection<T>,
 }
 
+impl<T> Layer<T> {
+    fn each(config: &LlamaConfig, mut next: impl FnMut(&[usize]) -> T) -> Self {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let heads = config.q_heads * config.head_dim;
+        let stacked = heads + 2 * config.kv_heads * config.head_dim;
+        Self {
+            input_norm: next(&[hidden]),
+            qkv: Projection::each([stacked, hidden], config.attention_bias, &mut next),
+            output: Projection::each([hidden, heads], config.attention_bias, &mut next),
+            post_norm: next(&[hidden]),
+            gate_up: Projection::each([2 * inner, hidden], config.mlp_bias, &mut next),
+            down: Projection::each([hidden, inner], config.mlp_bias, &mut next),
+        }
+    }
+}
+
+/// The weights of all layers.
+pub(super) enum Layers<T> {
+    /// One by one: the program is unrolled.
+    Apart(Vec<Layer<T>>),
+    /// As stacks `[layers, ...]`: the program loops ([`StepShape::stacks_layers`]).
+    Stacked(Layer<T>),
+}
+
 /// The model's weights, in the order of the arguments.
 pub(super) struct Weights<T> {
     /// `[vocab, hidden]`
     pub(super) embedding: T,
-    pub(super) layers: Vec<Layer<T>>,
+    pub(super) layers: Layers<T>,
     /// `[hidden]`
     pub(super) norm: T,
     /// `[vocab, hidden]`, unless it is the embedding.
@@ -55,21 +79,13 @@ impl<T> Weights<T> {
     /// Asks `next` for one weight after another, in the order of the arguments. Sizes are those of one shard.
     fn each(config: &LlamaConfig, shape: &StepShape, mut next: impl FnMut(TensorType) -> T) -> Self {
         let config = &shape.parallel.shard_of(config);
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let heads = config.q_heads * config.head_dim;
-        let stacked = heads + 2 * config.kv_heads * config.head_dim;
+        let hidden = config.hidden_size;
         let mut weight = |dims: &[usize]| next(TensorType::new(shape.compute, dims));
         let embedding = weight(&[config.vocab_size, hidden]);
-        let layers = (0..config.layers)
-            .map(|_| Layer {
-                input_norm: weight(&[hidden]),
-                qkv: Projection::each([stacked, hidden], config.attention_bias, &mut weight),
-                output: Projection::each([hidden, heads], config.attention_bias, &mut weight),
-                post_norm: weight(&[hidden]),
-                gate_up: Projection::each([2 * inner, hidden], config.mlp_bias, &mut weight),
-                down: Projection::each([hidden, inner], config.mlp_bias, &mut weight),
-            })
-            .collect();
+        let layers = match shape.stacks_layers(config) {
+            false => Layers::Apart((0..config.layers).map(|_| Layer::each(config, &mut weight)).collect()),
+            true => Layers::Stacked(Layer::each(config, |dims| weight(&[&[config.layers], dims].concat()))),
+        };
         let norm = weight(&[hidden]);
         let head = (!config.tie_word_embeddings).then(|| weight(&[config.vocab_size, hidden]));
         let rotary = next(TensorType::new(Element::F32, &[shape.max_positions, config.head_dim]));
@@ -103,6 +119,8 @@ impl<'c, 'a> Weights<Tensor<'c, 'a>> {
 /// attention, the stacked query, key and value projection, the output projection, the norm before the MLP, the stacked
 /// gate and up projection, the down projection (each followed by its biases, where the model has them); final norm;
 /// (untied only) head; rotary table; (split models only) the number of the shard. Each weight is the shard's part of it.
+/// Where the program [loops](StepShape::stacks_layers), there is one of each of a layer's for all layers, a stack
+/// `[layers, ...]`.
 pub fn weight_types(config: &LlamaConfig, shape: &StepShape) -> Vec<TensorType> {
     let mut types = Vec::new();
     Weights::each(config, shape, |ty| types.push(ty));

@@ -161,7 +161,7 @@ fn parameters(client: &Client, sampling: &SamplingOptions, device: usize) -> Res
 }
 
 /// A program of no arguments that makes an array of zeros wherever it runs: the host never holds it.
-fn zeros<'c>(context: &'c Context, array: &TensorType, replicas: usize) -> Result<Module<'c>> {
+pub(super) fn zeros<'c>(context: &'c Context, array: &TensorType, replicas: usize) -> Result<Module<'c>> {
     let module = Module::replicated(context, "zeros", replicas);
     module.function("main", &[], |b, _| Ok(vec![b.broadcast_to(b.scalar(array.element, 0.0)?, &array.dims)?]))?;
     Ok(module)

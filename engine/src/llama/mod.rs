@@ -17,19 +17,20 @@ pub use executor::{Call, Executor};
 pub use parallel::{Group, Member, Parallel, Reduce};
 pub use target::Target;
 
-use pagoda_ir::{Element, HostTensor};
+use pagoda_ir::stablehlo::Module;
+use pagoda_ir::{Context, Element, HostTensor, TensorType};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::mesh::Shard;
 use crate::model::config::LlamaConfig;
-use crate::model::weights::{TensorSpec, Weights, tensor_groups};
-use crate::pjrt::{Buffer, Client};
+use crate::model::weights::{TensorGroups, TensorSpec, Tensors, Weights, tensor_groups};
+use crate::pjrt::{Arg, Buffer, Client, Executable};
+use executor::zeros;
+use step::StepShape;
 
 /// A model's weights on the devices of a group, as the step programs take them.
 pub struct DeviceModel {
     config: LlamaConfig,
-    compute: Element,
-    positions: usize,
     group: Group,
     /// Per member of the group.
     buffers: Vec<Vec<Buffer>>,
@@ -40,21 +41,16 @@ impl DeviceModel {
     ///
     /// # Errors
     /// As there.
-    pub fn load(
-        client: &Client,
-        config: &LlamaConfig,
-        weights: &Weights,
-        compute: Element,
-        positions: usize,
-    ) -> Result<Self> {
-        Self::load_group(client, config, weights, compute, positions, Group::one())
+    pub fn load(client: &Client, config: &LlamaConfig, weights: &Weights, shape: &StepShape) -> Result<Self> {
+        Self::load_group(client, config, weights, shape, Group::one())
     }
 
-    /// Uploads to each member of `group` its shard of all weights in the type `compute`, and a rotary table for `positions`
-    /// positions.
+    /// Uploads to each member of `group` its shard of the weights that the step programs of `shape` take: in its type,
+    /// layers apart or stacked, and a rotary table for its positions.
     ///
-    /// Host memory holds one argument of one shard's program at a time beyond the devices' own copies: each is converted
-    /// (and where the program wants several projections as one matrix, stacked), uploaded, and dropped.
+    /// Host memory holds one layer's part of an argument of one shard at a time beyond the devices' own copies: each is
+    /// converted (and where the program wants several projections as one matrix, put together), uploaded, and dropped.
+    /// Stacks of layers are made on the device.
     ///
     /// # Errors
     /// When the model cannot be split like this, a tensor is missing or malformed, or a device is out of memory.
@@ -62,43 +58,45 @@ impl DeviceModel {
         client: &Client,
         config: &LlamaConfig,
         weights: &Weights,
-        compute: Element,
-        positions: usize,
+        shape: &StepShape,
         group: Group,
     ) -> Result<Self> {
         group.parallel().check(config)?;
         let mut buffers: Vec<Vec<Buffer>> = group.members().iter().map(|_| Vec::new()).collect();
-        for tensors in tensor_groups(config) {
-            for (member, buffers) in group.members().iter().zip(&mut buffers) {
-                buffers.push(upload(client, weights, &tensors, *member, compute)?);
+        for argument in arguments_of(&tensor_groups(config), shape.stacks_layers(config)) {
+            let stacks = group.members().iter().map(|&Member { shard, device }| match argument[..] {
+                [_] => Ok(None),
+                _ => Stack::new(client, shape.compute, argument.len(), &stacked_dims(argument[0], shard), device)
+                    .map(Some),
+            });
+            let mut stacks = stacks.collect::<Result<Vec<_>>>()?;
+            for (layer, tensors) in argument.iter().enumerate() {
+                for ((member, stack), buffers) in group.members().iter().zip(&mut stacks).zip(&mut buffers) {
+                    let part = upload(client, weights, tensors, *member, shape.compute)?;
+                    match stack.take() {
+                        None => buffers.push(part),
+                        Some(filled) => *stack = Some(filled.put(client, part, layer)?),
+                    }
+                }
+                tensors.iter().for_each(|spec| weights.release(spec));
             }
-            for spec in &tensors {
-                weights.release(spec);
+            for (stack, buffers) in stacks.into_iter().zip(&mut buffers) {
+                buffers.extend(stack.map(|stack| stack.whole));
             }
         }
-        let rotary = rotary::table(config, positions);
+        let rotary = rotary::table(config, shape.max_positions);
         for (Member { shard, device }, buffers) in group.members().iter().zip(&mut buffers) {
             buffers.push(client.upload(&rotary, *device)?);
             if shard.of.get() > 1 {
                 buffers.push(client.upload(&HostTensor::scalar(shard.index as i32), *device)?);
             }
         }
-        Ok(Self { config: config.clone(), compute, positions, group, buffers })
+        Ok(Self { config: config.clone(), group, buffers })
     }
 
     /// The model's configuration.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
-    }
-
-    /// The type that the weights were uploaded in.
-    pub fn compute(&self) -> Element {
-        self.compute
-    }
-
-    /// Positions that the rotary table covers: the longest sequence.
-    pub fn positions(&self) -> usize {
-        self.positions
     }
 
     /// The devices that hold it.
@@ -110,6 +108,64 @@ impl DeviceModel {
     pub fn weights(&self) -> &[Vec<Buffer>] {
         &self.buffers
     }
+}
+
+/// The tensors of which each weight argument is made, the rotary table apart: those of one layer, or with stacked layers of
+/// each.
+fn arguments_of(groups: &TensorGroups, stacked: bool) -> Vec<Vec<&Tensors>> {
+    let layers = &groups.layers;
+    let layers: Vec<Vec<&Tensors>> = match stacked {
+        false => layers.iter().flatten().map(|tensors| vec![tensors]).collect(),
+        true => (0..layers[0].len()).map(|at| layers.iter().map(|layer| &layer[at]).collect()).collect(),
+    };
+    let alone = |tensors| vec![tensors];
+    std::iter::once(alone(&groups.embedding)).chain(layers).chain(groups.last.iter().map(alone)).collect()
+}
+
+/// An array `[layers, ...]` on a device, filled part by part: the host never holds it.
+struct Stack {
+    whole: Buffer,
+    put: Executable,
+    device: usize,
+}
+
+impl Stack {
+    fn new(client: &Client, compute: Element, layers: usize, part: &[usize], device: usize) -> Result<Self> {
+        let part = TensorType::new(compute, part);
+        let whole = TensorType::new(compute, &[&[layers], &part.dims[..]].concat());
+        let context = Context::new();
+        let empty = client.compile_on(zeros(&context, &whole, 1)?.bytecode(), &[device])?;
+        let put = client.compile_on(put(&context, &whole, &part)?.bytecode(), &[device])?;
+        Ok(Self { whole: only(empty.run(vec![])?)?, put, device })
+    }
+
+    /// With the part of a layer put in.
+    fn put(self, client: &Client, part: Buffer, layer: usize) -> Result<Self> {
+        let layer = client.upload(&HostTensor::scalar(layer as i32), self.device)?;
+        let whole = only(self.put.run(vec![Arg::Donate(self.whole), Arg::Donate(part), Arg::Donate(layer)])?)?;
+        // Uploads must not run ahead of the copies: each holds a part.
+        whole.wait()?;
+        Ok(Self { whole, ..self })
+    }
+}
+
+/// The only result of a program.
+fn only(mut results: Vec<Buffer>) -> Result<Buffer> {
+    results.pop().ok_or_else(|| Error::runtime("stacking weights")("a program returned nothing"))
+}
+
+/// A program that puts a part into a stack, in place: stack (donated), part, index.
+fn put<'c>(context: &'c Context, stack: &TensorType, part: &TensorType) -> pagoda_ir::Result<Module<'c>> {
+    let module = Module::new(context, "put");
+    let types = [stack.clone(), part.clone(), TensorType::scalar(Element::I32)];
+    module.function("main", &types, |b, args| {
+        let part = b.reshape(args[1], &[&[1], &part.dims[..]].concat())?;
+        let zero = b.scalar(Element::I32, 0.0)?;
+        let starts: Vec<_> = std::iter::once(args[2]).chain(stack.dims[1..].iter().map(|_| zero)).collect();
+        Ok(vec![b.dynamic_update_slice(args[0], part, &starts)?])
+    })?;
+    module.donate("main", 0, 0)?;
+    Ok(module)
 }
 
 /// The shape of a shard's parts of tensors of equal width (or vectors), one below the other.
@@ -148,8 +204,9 @@ mod tests {
     use std::num::NonZeroUsize;
     use std::path::Path;
 
+    use pagoda_kernels::chips::Chip;
+
     use super::*;
-    use crate::llama::step::StepShape;
 
     /// What is uploaded is what the programs take, in their order.
     #[test]
@@ -168,17 +225,22 @@ mod tests {
             target: Target::Portable,
             parallel: Parallel::group(model),
         };
-        for (bits, model) in (0..8).flat_map(|bits| [1, 2, 4].map(|model| (bits, model))) {
-            let [attention_bias, mlp_bias, tie_word_embeddings] = [1, 2, 4].map(|bit| bits & bit != 0);
+        for (bits, model) in (0..16).flat_map(|bits| [1, 2, 4].map(|model| (bits, model))) {
+            let [attention_bias, mlp_bias, tie_word_embeddings, stacked] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
             let config = LlamaConfig { attention_bias, mlp_bias, tie_word_embeddings, ..tiny.clone() };
-            let shape = shape(NonZeroUsize::new(model).unwrap());
+            let target = if stacked { Target::Tpu(Chip::V5p) } else { Target::Portable };
+            let shape = StepShape { target, ..shape(NonZeroUsize::new(model).unwrap()) };
             let arguments: Vec<_> = weight_types(&config, &shape).into_iter().map(|ty| ty.dims).collect();
             for shard in Shard::all(shape.parallel.model()) {
                 let groups = tensor_groups(&config);
-                let mut uploads: Vec<_> = groups.iter().map(|group| stacked_dims(group, shard)).collect();
-                uploads.push(rotary::table(&config, shape.max_positions).dims().to_vec());
-                uploads.extend((model > 1).then(Vec::new));
-                assert_eq!(uploads, arguments, "attention_bias {attention_bias}, mlp_bias {mlp_bias}, {shard:?}");
+                let uploads = arguments_of(&groups, stacked).into_iter().map(|argument| {
+                    let part = stacked_dims(argument[0], shard);
+                    assert!(argument.iter().all(|tensors| stacked_dims(tensors, shard) == part));
+                    if argument.len() > 1 { [vec![argument.len()], part].concat() } else { part }
+                });
+                let table = rotary::table(&config, shape.max_positions).dims().to_vec();
+                let uploads: Vec<_> = uploads.chain([table]).chain((model > 1).then(Vec::new)).collect();
+                assert_eq!(uploads, arguments, "biases {attention_bias} {mlp_bias}, stacked {stacked}, {shard:?}");
             }
         }
     }

@@ -205,6 +205,11 @@ impl<'p, 'c, 'a> Exchange<'p, 'c, 'a> {
         Self { parallel, shard, last: Cell::new(None) }
     }
 
+    /// The exchanges of a loop's body, which are ordered by what the loop carries.
+    pub(super) fn of_body(&self) -> Self {
+        Self::new(self.parallel, self.shard)
+    }
+
     /// Whether there are several shards.
     pub(super) fn is_split(&self) -> bool {
         self.shard.is_some()

@@ -13,8 +13,13 @@
 //! *KV cache.* All layers share one buffer ([`KvLayout`]). Rows of idle slots and padding have the KV slot -1 and write
 //! nothing.
 //!
-//! *Layers are unrolled*: a `stablehlo.while` over stacked weights would slice a copy of each layer's weights on every
-//! step (measured, see ARCHITECTURE.md).
+//! *Layers are unrolled*, where a `stablehlo.while` over stacked weights would slice a copy of each layer's weights on every
+//! step (measured, see ARCHITECTURE.md). For a TPU, whose kernels find a layer's part of a stack themselves, they are a
+//! loop: the code does not grow with their number.
+//!
+//! *Names.* Every operation is called by what it belongs to: `layer.qkv` of a loop (`layer3.qkv` unrolled), `layer.attention`,
+//! `layer.output`, `layer.gate_up`, `layer.down`, `embedding`, `rotary`, `head`, `sampler`. Compilers' reports and profiles go
+//! by these.
 //!
 //! *Split over devices* ([`Parallel`]), a program is one device's: its weights are a shard, and it exchanges sums where
 //! features that are split are summed over.
@@ -25,8 +30,8 @@ use pagoda_ir::stablehlo::{Builder, Direction, Module, Tensor};
 use pagoda_ir::{Context, Element, Result, TensorType};
 use pagoda_kernels::rpa::KvLayout;
 
-use super::arguments::{Projection, Weights, weight_types};
-use super::lowering::{Activation, Kind, Linear, Lowering, Norm, Rows, lowering};
+use super::arguments::{Layer, Layers, Projection, Weights, weight_types};
+use super::lowering::{Activation, Batch, Kind, Linear, Lowering, Norm, Rows, lowering};
 use super::parallel::{Exchange, Parallel};
 use super::sampling::{key_types, parameter_types, parameters};
 use super::target::Target;
@@ -59,6 +64,11 @@ pub struct StepShape {
 }
 
 impl StepShape {
+    /// Whether the program loops over the model's layers, and takes their weights as stacks.
+    pub fn stacks_layers(&self, config: &LlamaConfig) -> bool {
+        self.target.stacks_layers() && config.layers > 1
+    }
+
     /// How keys and values lie in the KV buffer of one device.
     pub fn kv_layout(&self, config: &LlamaConfig) -> KvLayout {
         KvLayout {
@@ -74,6 +84,22 @@ impl StepShape {
     /// The type of the KV buffer.
     pub fn kv_type(&self, config: &LlamaConfig) -> TensorType {
         self.kv_layout(config).buffer_type()
+    }
+}
+
+/// Which layer runs.
+#[derive(Clone, Copy)]
+struct Place<'c, 'a> {
+    /// `i32[]`: where its pages begin in the KV buffer.
+    first_page: Tensor<'c, 'a>,
+    /// `i32[]`: its part of stacked weights.
+    of_stack: Option<Tensor<'c, 'a>>,
+}
+
+impl<'c, 'a> Place<'c, 'a> {
+    /// The layer's part of a weight, sliced.
+    fn part(self, b: &Builder<'c, 'a>, weight: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        self.of_stack.map_or(Ok(weight), |index| b.part(weight, index))
     }
 }
 
@@ -97,19 +123,68 @@ impl<'c> Graph<'_, 'c> {
         mut kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
         let lowering = self.lowering;
-        let batch = lowering.batch(b, rows, weights.rotary)?;
-        let mut x = lowering.orientation().turn(b, exchange.take(b, weights.embedding, tokens)?)?;
-        for (index, layer) in weights.layers.iter().enumerate() {
-            let qkv = self.normed(layer.input_norm, layer.qkv);
-            let qkv = lowering.linear(b, x, &qkv)?;
-            let attended;
-            (attended, kv) = lowering.attend(b, qkv, &batch, index, kv)?;
-            x = self.add_projection(b, exchange, x, attended, layer.output)?;
-            let gate_up = Linear { activation: Activation::SiluGate, ..self.normed(layer.post_norm, layer.gate_up) };
-            let inner = lowering.linear(b, x, &gate_up)?;
-            x = self.add_projection(b, exchange, x, inner, layer.down)?;
+        let batch = lowering.batch(&b.named("rotary"), rows, weights.rotary)?;
+        let mut x = {
+            let b = &b.named("embedding");
+            lowering.orientation().turn(b, exchange.take(b, weights.embedding, tokens)?)?
+        };
+        match &weights.layers {
+            Layers::Apart(layers) => {
+                for (index, layer) in layers.iter().enumerate() {
+                    let b = &b.named(&format!("layer{index}"));
+                    let first_page = self.shape.kv_layout(self.config).first_page(index);
+                    let first_page = b.scalar(Element::I32, first_page as f64)?;
+                    let layer = (layer, Place { first_page, of_stack: None });
+                    (x, kv) = self.layer(b, layer, exchange, &batch, x, kv)?;
+                }
+                Ok((x, kv))
+            }
+            Layers::Stacked(layers) => {
+                let b = &b.named("layer");
+                let int = |b: &Builder<'c, 'a>, value: usize| b.scalar(Element::I32, value as f64);
+                let results = b.while_(
+                    &[int(b, 0)?, x, kv],
+                    |b, state| b.compare(state[0], Direction::Lt, int(b, self.config.layers)?),
+                    |b, state| {
+                        let [index, x, kv] = *state else { unreachable!() };
+                        let first_page = b.multiply(index, int(b, self.shape.pages)?)?;
+                        let layer = (layers, Place { first_page, of_stack: Some(index) });
+                        let (x, kv) = self.layer(b, layer, &exchange.of_body(), &batch, x, kv)?;
+                        Ok(vec![b.add(index, int(b, 1)?)?, x, kv])
+                    },
+                )?;
+                Ok((results[1], results[2]))
+            }
         }
-        Ok((x, kv))
+    }
+
+    /// Runs one layer on activations `x`: activations, and the KV buffer.
+    fn layer<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        (layer, place): (&Layer<Tensor<'c, 'a>>, Place<'c, 'a>),
+        exchange: &Exchange<'_, 'c, 'a>,
+        batch: &Batch<'c, 'a>,
+        x: Tensor<'c, 'a>,
+        kv: Tensor<'c, 'a>,
+    ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
+        let lowering = self.lowering;
+        let normed = |b: &Builder<'c, 'a>, norm, projection| {
+            let norm = Some(self.norm(place.part(b, norm)?));
+            Ok(Linear { norm, layer: place.of_stack, ..self.projection(projection) })
+        };
+        let qkv = {
+            let b = &b.named("qkv");
+            lowering.linear(b, x, &normed(b, layer.input_norm, layer.qkv)?)?
+        };
+        let (attended, kv) = lowering.attend(&b.named("attention"), qkv, batch, place.first_page, kv)?;
+        let x = self.add_projection(&b.named("output"), exchange, x, attended, (layer.output, place))?;
+        let inner = {
+            let b = &b.named("gate_up");
+            let gate_up = normed(b, layer.post_norm, layer.gate_up)?;
+            lowering.linear(b, x, &Linear { activation: Activation::SiluGate, ..gate_up })?
+        };
+        Ok((self.add_projection(&b.named("down"), exchange, x, inner, (layer.down, place))?, kv))
     }
 
     /// `x` plus a projection of `inner`, whose features are split: each shard's product is a part of the sum.
@@ -119,17 +194,17 @@ impl<'c> Graph<'_, 'c> {
         exchange: &Exchange<'_, 'c, 'a>,
         x: Tensor<'c, 'a>,
         inner: Tensor<'c, 'a>,
-        projection: Projection<Tensor<'c, 'a>>,
+        (projection, place): (Projection<Tensor<'c, 'a>>, Place<'c, 'a>),
     ) -> Result<Tensor<'c, 'a>> {
         let lowering = self.lowering;
-        let whole = Linear { residual: Some(x), ..self.projection(projection) };
+        let whole = Linear { residual: Some(x), layer: place.of_stack, ..self.projection(projection) };
         if !exchange.is_split() {
             return lowering.linear(b, inner, &whole);
         }
         let part = Linear { bias: None, residual: None, result: Element::F32, ..whole };
         let mut sum = exchange.sum(b, lowering.linear(b, inner, &part)?)?;
         if let Some(bias) = projection.bias {
-            let bias = b.convert(bias, Element::F32)?;
+            let bias = b.convert(place.part(b, bias)?, Element::F32)?;
             sum = b.add(sum, b.broadcast_in_dim(bias, &sum.dims(), &[lowering.orientation().features()])?)?;
         }
         b.convert(b.add(b.convert(x, Element::F32)?, sum)?, x.element())
@@ -139,13 +214,11 @@ impl<'c> Graph<'_, 'c> {
     fn projection<'a>(&self, projection: Projection<Tensor<'c, 'a>>) -> Linear<'c, 'a> {
         let Projection { weight, bias } = projection;
         let result = self.shape.compute;
-        Linear { norm: None, weight, bias, activation: Activation::Identity, residual: None, result }
+        Linear { norm: None, weight, bias, layer: None, activation: Activation::Identity, residual: None, result }
     }
 
-    /// A projection behind a norm.
-    fn normed<'a>(&self, weight: Tensor<'c, 'a>, projection: Projection<Tensor<'c, 'a>>) -> Linear<'c, 'a> {
-        let norm = Norm { weight, epsilon: self.config.rms_norm_eps };
-        Linear { norm: Some(norm), ..self.projection(projection) }
+    fn norm<'a>(&self, weight: Tensor<'c, 'a>) -> Norm<'c, 'a> {
+        Norm { weight, epsilon: self.config.rms_norm_eps }
     }
 
     /// `f32[rows, vocab]` logits of activations before the final norm, of this shard's part of the vocabulary.
@@ -155,8 +228,9 @@ impl<'c> Graph<'_, 'c> {
         weights: &Weights<Tensor<'c, 'a>>,
         hidden: Tensor<'c, 'a>,
     ) -> Result<Tensor<'c, 'a>> {
-        let head = self.normed(weights.norm, Projection { weight: weights.head(), bias: None });
-        self.lowering.by_row(b, hidden, &Linear { result: Element::F32, ..head })
+        let head = self.projection(Projection { weight: weights.head(), bias: None });
+        let head = Linear { norm: Some(self.norm(weights.norm)), result: Element::F32, ..head };
+        self.lowering.by_row(&b.named("head"), hidden, &head)
     }
 
     /// `i32[rows]`: a token per row of activations before the final norm.
@@ -169,6 +243,7 @@ impl<'c> Graph<'_, 'c> {
         (sampling, parameters, keys): (Sampling, &Parameters<'c, 'a>, &Keys<'c, 'a>),
     ) -> Result<Tensor<'c, 'a>> {
         let logits = self.logits(b, weights, hidden)?;
+        let b = &b.named("sampler");
         match sampling {
             Sampling::Greedy => exchange.argmax(b, logits, self.config.vocab_size),
             Sampling::Random { .. } => {

@@ -27,6 +27,12 @@ impl Target {
             Self::Host | Self::TileMachine(_) => true,
         }
     }
+
+    /// Whether programs loop over their layers, whose weights they take as stacks: a TPU's kernels read a layer's part where
+    /// it lies, and the program's code does not grow with the layers. Other compilers would copy each part on every step.
+    pub fn stacks_layers(self) -> bool {
+        matches!(self, Self::TileMachine(_) | Self::Tpu(_))
+    }
 }
 
 /// The form of the kernels, and the chip that they are planned for.

@@ -111,20 +111,33 @@ struct Together<'n> {
 
 /// Every tensor of a Llama, in the order of the forward pass.
 pub fn expected_tensors(config: &LlamaConfig) -> Vec<TensorSpec> {
-    tensor_groups(config).into_iter().flatten().collect()
+    let TensorGroups { embedding, layers, last } = tensor_groups(config);
+    std::iter::once(embedding).chain(layers.into_iter().flatten()).chain(last).flatten().collect()
 }
 
-/// As [`expected_tensors`], in groups that are applied together: tensors of one width (or vectors), which can be stacked
-/// along their rows. Query, key and value projections are such a group, their biases are, gate and up; all others stand
-/// alone. A shard's part of a group is its part of each tensor.
-pub fn tensor_groups(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
+/// Tensors of one width (or vectors) that are applied together, and can be stacked along their rows.
+pub type Tensors = Vec<TensorSpec>;
+
+/// The tensors of a Llama in groups, in the order of the forward pass.
+pub struct TensorGroups {
+    /// The embedding.
+    pub embedding: Tensors,
+    /// Those of each layer, as many of the same sizes in every one.
+    pub layers: Vec<Vec<Tensors>>,
+    /// The final norm, and the head if it is not the embedding.
+    pub last: Vec<Tensors>,
+}
+
+/// As [`expected_tensors`], in groups. Query, key and value projections are a group, their biases are, gate and up; all
+/// others stand alone. A shard's part of a group is its part of each tensor.
+pub fn tensor_groups(config: &LlamaConfig) -> TensorGroups {
     let hidden = Axis::whole(config.hidden_size);
     let inner = Axis::split(config.intermediate_size, 1, LANES);
     let vocab = Axis::split(config.vocab_size, 1, 1);
     let [q, kv] = [config.q_heads, config.kv_heads].map(|heads| Axis::split(heads, config.head_dim, 1));
     let alone = |name: &str, axes: &[Axis]| vec![TensorSpec::new(name.into(), axes.iter().copied())];
-    let mut groups = vec![alone("model.embed_tokens.weight", &[vocab, hidden])];
-    for layer in 0..config.layers {
+    let of_layer = |layer: usize| {
+        let mut groups = vec![];
         let (attention, mlp) = (config.attention_bias, config.mlp_bias);
         let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
         for part in [
@@ -144,12 +157,14 @@ pub fn tensor_groups(config: &LlamaConfig) -> Vec<Vec<TensorSpec>> {
             groups.push(group("weight", part.columns));
             groups.extend(part.bias.then(|| group("bias", None)));
         }
+        groups
+    };
+    let head = (!config.tie_word_embeddings).then(|| alone("lm_head.weight", &[vocab, hidden]));
+    TensorGroups {
+        embedding: alone("model.embed_tokens.weight", &[vocab, hidden]),
+        layers: (0..config.layers).map(of_layer).collect(),
+        last: std::iter::once(alone("model.norm.weight", &[hidden])).chain(head).collect(),
     }
-    groups.push(alone("model.norm.weight", &[hidden]));
-    if !config.tie_word_embeddings {
-        groups.push(alone("lm_head.weight", &[vocab, hidden]));
-    }
-    groups
 }
 
 struct Shard {

@@ -142,6 +142,18 @@ struct Signature {
     windows: Vec<Option<(String, Vec<usize>, bool)>>,
     aliases: Vec<(usize, usize)>,
     vmem_limit: Option<usize>,
+    cost: Option<Cost>,
+}
+
+/// What one launch of a kernel costs at most, for XLA's cost analysis and scheduler, which cannot look into a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Cost {
+    /// Floating-point operations.
+    pub flops: u64,
+    /// Exponentials, roots and the like.
+    pub transcendentals: u64,
+    /// Bytes read from HBM and written to it.
+    pub bytes_accessed: u64,
 }
 
 /// A finished kernel: a verified Mosaic module and what its caller must know.
@@ -151,6 +163,7 @@ pub struct Kernel<'c> {
     operands: Vec<Operand>,
     grid: Vec<(usize, Semantics)>,
     vmem_limit: Option<usize>,
+    cost: Option<Cost>,
     aliases: Vec<(usize, usize)>,
     on_tile_machine: bool,
     /// The wire form, written with the first call: a program may call a kernel once a layer.
@@ -212,6 +225,11 @@ impl<'c> Kernel<'c> {
     /// The scoped VMEM limit in bytes that the kernel asks for; `None` for the chip's default.
     pub fn vmem_limit(&self) -> Option<usize> {
         self.vmem_limit
+    }
+
+    /// What a launch costs at most, if the kernel says.
+    pub fn cost(&self) -> Option<Cost> {
+        self.cost
     }
 
     /// Pairs (input, output) that share memory, counted as in [`inputs`](Self::inputs) and [`outputs`](Self::outputs).
@@ -338,6 +356,7 @@ pub fn kernel<'c>(context: &'c Context, name: &str, body: impl for<'a> FnOnce(&'
         operands,
         grid: signature.grid.unwrap_or_default(),
         vmem_limit: signature.vmem_limit,
+        cost: signature.cost,
         aliases: signature.aliases,
         on_tile_machine: false,
         wire: std::cell::OnceCell::new(),
@@ -534,6 +553,11 @@ impl<'a> Builder<'a> {
     /// Asks the compiler for `bytes` of scoped VMEM instead of the chip's default.
     pub fn vmem_limit(&self, bytes: usize) {
         self.state.signature.borrow_mut().vmem_limit = Some(bytes);
+    }
+
+    /// Says what a launch costs at most.
+    pub fn cost(&self, cost: Cost) {
+        self.state.signature.borrow_mut().cost = Some(cost);
     }
 
     #[track_caller]

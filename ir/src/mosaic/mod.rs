@@ -49,7 +49,7 @@ pub mod tiling;
 mod value;
 pub mod wire;
 
-pub use builder::{Builder, Carry, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
+pub use builder::{Builder, Carry, Cost, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
 pub(crate) use location::{describe, describe_function};
 pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, Signature, WindowParams};

@@ -200,6 +200,9 @@ pub fn backend_config(kernel: &Kernel) -> String {
     if let Some(bytes) = kernel.vmem_limit() {
         config["scoped_memory_configs"] = json!([{ "memory_space": XLA_VMEM, "offset": 0, "size": bytes }]);
     }
+    if let Some(cost) = kernel.cost() {
+        config["custom_call_config"]["cost_estimate"] = json!(cost);
+    }
     config.to_string()
 }
 

@@ -142,7 +142,7 @@ where
     let block = region.append_block(Block::new(&types));
     let mut scopes = outer.to_vec();
     scopes.push(Scope { block: block.to_raw(), isolated });
-    let builder = Builder { context, block, scopes, shared: Rc::clone(shared), function: PhantomData };
+    let builder = Builder { context, block, scopes, location, shared: Rc::clone(shared), function: PhantomData };
     let arguments = (0..arguments.len())
         .map(|index| Tensor::new(block.argument(index).expect("the block was made with these arguments").into()))
         .collect::<Vec<_>>();
@@ -192,7 +192,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         let attributes: Vec<_> =
             attributes.iter().map(|(name, value)| (Identifier::new(self.context, name), *value)).collect();
         let results: Vec<Type<'c>> = results.iter().map(|r#type| r#type.to_mlir(self.context)).collect();
-        let operation = OperationBuilder::new(name, Location::unknown(self.context))
+        let operation = OperationBuilder::new(name, self.location)
             .add_operands(&operands)
             .add_attributes(&attributes)
             .add_results(&results)
@@ -240,7 +240,8 @@ impl<'c, 'a> Builder<'c, 'a> {
         body: impl FnOnce(&Builder<'c, 'a>, &[Tensor<'c, 'a>]) -> Result<Vec<Tensor<'c, 'a>>>,
     ) -> Result<Body<'c>> {
         let isolated = (captures == Captures::Refused).then_some(op);
-        write_body(self.context, &self.shared, &self.scopes, isolated, "stablehlo.return", arguments, body)
+        let named = |b: &Builder<'c, 'a>, arguments: &[Tensor<'c, 'a>]| body(&b.at(self.location), arguments);
+        write_body(self.context, &self.shared, &self.scopes, isolated, "stablehlo.return", arguments, named)
     }
 
     /// `array<i64: ...>`

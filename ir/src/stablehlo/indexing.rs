@@ -185,6 +185,17 @@ impl<'c, 'a> Builder<'c, 'a> {
         self.gather(table, ids, dims, &sizes)
     }
 
+    /// Part `index` (`i32[]`) of `stack` along its first dimension, which the result has no more. An index out of range
+    /// reads the nearest part.
+    pub fn part(&self, stack: Tensor<'c, 'a>, index: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        let dims = stack.dims();
+        ensure(!dims.is_empty(), "dynamic_slice", || format!("a part of {}, which has no dimension", stack.ty()))?;
+        let zero = self.scalar(index.element(), 0.0)?;
+        let starts: Vec<_> = std::iter::once(index).chain(dims[1..].iter().map(|_| zero)).collect();
+        let sizes: Vec<_> = std::iter::once(1).chain(dims[1..].iter().copied()).collect();
+        self.reshape(self.dynamic_slice(stack, &starts, &sizes)?, &dims[1..])
+    }
+
     /// `operand` with windows of `updates` merged in, one per index vector: `update(b, old, new)` says what an element
     /// becomes. Windows that do not lie inside the operand are skipped.
     pub fn scatter(

@@ -59,7 +59,7 @@ mod tests;
 
 use std::{cell::RefCell, collections::BTreeMap, fmt, marker::PhantomData, rc::Rc};
 
-use melior::ir::{BlockRef, Value, ValueLike};
+use melior::ir::{BlockRef, Location, Value, ValueLike};
 use mlir_sys::MlirBlock;
 
 pub use self::{
@@ -141,8 +141,43 @@ pub struct Builder<'c, 'a> {
     block: BlockRef<'c, 'a>,
     /// The open blocks around and including `block`, outermost first.
     scopes: Vec<Scope>,
+    /// What the ops that it writes are called: see [`named`](Self::named).
+    location: Location<'c>,
     shared: Rc<Shared>,
     function: PhantomData<fn(&'a ()) -> &'a ()>,
+}
+
+impl<'c, 'a> Builder<'c, 'a> {
+    /// The same builder, whose ops carry `name` as their location: compilers name their instructions by it, so that
+    /// profiles and reports of memory speak of `layer.qkv`. Names nest, with a dot between them. A module's
+    /// [bytecode](Module::bytecode) holds them, its [text](Module::text) does not.
+    ///
+    /// ```
+    /// # use pagoda_ir::{Context, Element, TensorType, stablehlo::Module};
+    /// # let context = Context::new();
+    /// # let module = Module::new(&context, "m");
+    /// # module.function("main", &[TensorType::new(Element::F32, &[8])], |b, args| {
+    /// let b = b.named("layer");
+    /// let x = b.named("qkv").tanh(args[0])?; // layer.qkv
+    /// # Ok(vec![x])
+    /// # })?;
+    /// # assert!(module.text_with_names().contains("loc(\"layer.qkv\")"));
+    /// # Ok::<(), pagoda_ir::Error>(())
+    /// ```
+    #[must_use]
+    pub fn named(&self, name: &str) -> Self {
+        let outer = self.location.is_name().then(|| self.location.name_value());
+        let name = match outer.as_ref().map(|outer| outer.as_string_ref().as_str()) {
+            Some(outer) => format!("{}.{name}", outer.expect("a name that was given as UTF-8")),
+            None => name.to_owned(),
+        };
+        self.at(Location::name(self.context, &name, Location::unknown(self.context)))
+    }
+
+    fn at(&self, location: Location<'c>) -> Self {
+        let (scopes, shared) = (self.scopes.clone(), Rc::clone(&self.shared));
+        Self { context: self.context, block: self.block, scopes, location, shared, function: PhantomData }
+    }
 }
 
 /// A block that is being written.

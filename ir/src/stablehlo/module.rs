@@ -7,7 +7,7 @@ use melior::ir::{
     attribute::{
         ArrayAttribute, DictionaryAttribute, FlatSymbolRefAttribute, IntegerAttribute, StringAttribute, TypeAttribute,
     },
-    operation::{OperationBuilder, OperationLike},
+    operation::{OperationBuilder, OperationLike, OperationPrintingFlags},
     r#type::{FunctionType, IntegerType},
 };
 
@@ -172,6 +172,12 @@ impl<'c> Module<'c> {
     /// The module as MLIR text.
     pub fn text(&self) -> String {
         self.melior.as_operation().to_string()
+    }
+
+    /// The module as MLIR text, with the names of its ops ([`Builder::named`]).
+    pub fn text_with_names(&self) -> String {
+        let flags = OperationPrintingFlags::new().enable_debug_info(true, false);
+        self.melior.as_operation().to_string_with_flags(flags).expect("MLIR writes UTF-8")
     }
 
     /// The module as MLIR bytecode.

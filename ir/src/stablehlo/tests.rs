@@ -447,6 +447,40 @@ fn the_verifier_tells_what_is_wrong() {
     "#);
 }
 
+/// Names nest and reach into bodies; bytecode holds them, text only when it is asked to.
+#[test]
+fn ops_are_named() {
+    let body: Body = |b, x| {
+        let layer = b.named("layer");
+        let doubled = layer.named("double").add(x[0], x[0])?;
+        let pred = layer.compare(x[0], Direction::Lt, doubled)?;
+        let chosen = layer.named("choose").if_(
+            pred,
+            |b| Ok(vec![b.named("negate").negate(doubled)?]),
+            |b| Ok(vec![b.sqrt(doubled)?]),
+        )?;
+        Ok(vec![b.tanh(chosen[0])?])
+    };
+    let context = Context::new();
+    let module = Module::new(&context, "m");
+    module.function("main", &[TensorType::scalar(Element::F32)], |b, x| body(b, x)).unwrap();
+    let named = module.text_with_names();
+    let name = |op: &str| {
+        let line = named.lines().find(|line| line.contains(&format!("stablehlo.{op}"))).unwrap();
+        let alias = line.rsplit("loc(").next().unwrap().trim_end_matches(')');
+        let definition = named.lines().find_map(|line| line.strip_prefix(&format!("{alias} = ")));
+        definition.unwrap_or(alias).to_owned()
+    };
+    let names = ["add", "compare", "negate", "sqrt", "tanh"].map(name);
+    let expected =
+        ["layer.double", "layer", "layer.choose.negate", "layer.choose"].map(|name| format!("loc(\"{name}\")"));
+    assert_eq!(names[..4], expected);
+    assert_eq!(names[4], "loc(unknown)");
+    assert!(!module.text().contains("loc("));
+    let bytecode = module.bytecode();
+    assert!(bytecode.windows(19).any(|bytes| bytes == b"layer.choose.negate"));
+}
+
 #[test]
 fn bytecode_is_compact_for_large_constants() {
     let context = Context::new();

@@ -1,7 +1,8 @@
 //! Matrix multiplication with f32 accumulation and an optional fused epilogue.
 //!
 //! One activation matrix `x` of `m` rows and `k` features, one weight `w` of `n` output features. [`Layout`] says how the
-//! three arrays lie in memory; the product is the same.
+//! three arrays lie in memory; the product is the same. The weights of several layers can be one array: a program then
+//! loops over its layers with one kernel, which reads the layer's part where it lies; a slice would copy it.
 pub mod mosaic;
 mod mutants;
 pub mod native;
@@ -12,18 +13,24 @@ pub mod stablehlo;
 
 use std::sync::LazyLock;
 
-use pagoda_ir::{Element, Result, TensorType, mosaic::Builder, stablehlo as hlo};
+use pagoda_ir::{
+    Element, HostTensor, Result, TensorType,
+    mosaic::{Builder, Cost},
+    stablehlo as hlo,
+};
 
 pub use self::problem::{Activation, Epilogue, Layout, Problem, Spec};
 use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
+    error::{Invalid, ensure},
     evidence::Records,
-    kernel::{Kernel, Operand, Sample},
+    kernel::{self, Kernel, Operand, Sample},
     mutants::MutantSet,
-    named::{Arguments, Arrays, Named},
+    named::{Argument, Arguments, Arrays, Named, Role},
     plan::PlanError,
+    random::{self, Lengths, Random},
     vmem::Bytes,
 };
 
@@ -40,7 +47,7 @@ impl Kernel for Matmul {
     type Details = plan::Details;
 
     fn describe(problem: &Problem) -> String {
-        let Spec { m, k, n, input, output, layout, epilogue } = **problem;
+        let Spec { m, k, n, input, output, layout, epilogue, layers } = **problem;
         let mut text = format!("{m}x{k}x{n} {input} -> {output} {layout:?}");
         for (set, name) in [
             (epilogue.bias, "bias"),
@@ -51,6 +58,9 @@ impl Kernel for Matmul {
                 text += " + ";
                 text += name;
             }
+        }
+        if layers > 1 {
+            text += &format!(", one of {layers} layers");
         }
         text
     }
@@ -84,7 +94,57 @@ impl Kernel for Matmul {
         if gate && !n.is_multiple_of(tiles.n) {
             tiles.n = unit_n;
         }
-        Sample { spec: Spec { m, k, n, input, output, layout, epilogue }, tiles, batch: None }
+        let layers = choices.one_of(&[1, 1, 2, 3]);
+        Sample { spec: Spec { m, k, n, input, output, layout, epilogue, layers }, tiles, batch: None }
+    }
+
+    /// Of a stack, only the layer's part is drawn; the others are NaN.
+    fn draw(problem: &Problem, batch: Option<&[Lengths]>, seed: u64) -> std::result::Result<Arrays, Invalid> {
+        random::without_batch(Self::NAME, batch)?;
+        let mut random = Random::new(seed);
+        let layer = if problem.layers > 1 { random.within(0, problem.layers - 1) } else { 0 };
+        let array = |Argument { name, ty, role, .. }: &Argument| match (role, *name) {
+            (Role::Prefetch, _) => HostTensor::scalar(layer as i32),
+            (_, "w" | "bias") => {
+                let (mut stack, size) = (random::poisoned(ty), ty.len() / problem.layers);
+                random.fill(&mut stack, layer * size, size);
+                stack
+            }
+            _ => random.tensor(ty),
+        };
+        let arguments = Self::arguments(problem);
+        Ok(arguments.name(arguments.iter().map(array)))
+    }
+
+    fn check_inputs(problem: &Problem, inputs: &Arrays) -> std::result::Result<(), Invalid> {
+        let layer = layer_of(inputs);
+        let limit = || format!("is none of {} layers", problem.layers);
+        let fix = "give an index from 0 on, below layers";
+        ensure(
+            usize::try_from(layer).is_ok_and(|layer| layer < problem.layers),
+            "matmul inputs",
+            "layer",
+            layer,
+            limit,
+            fix,
+        )
+    }
+
+    /// Every array passes once, of a stack one layer.
+    fn cost(problem: &Problem) -> Cost {
+        let Spec { m, k, layers, .. } = **problem;
+        let columns = problem.weight_columns();
+        let bias = if problem.epilogue.bias { columns } else { 0 };
+        let others = (layers - 1) * (k * columns + bias) * problem.input.bytes();
+        Cost {
+            flops: 2 * (m * k * columns) as u64,
+            transcendentals: if problem.epilogue.activation == Activation::SiluGate {
+                (m * problem.n) as u64
+            } else {
+                0
+            },
+            bytes_accessed: kernel::passes_once::<Self>(problem) - others as u64,
+        }
     }
 
     fn reference(problem: &Problem, inputs: &Arrays) -> Vec<Expected> {
@@ -152,6 +212,11 @@ impl Kernel for Matmul {
             LazyLock::new(|| Records::parse(include_str!("../../tuned/matmul.json")));
         Some(&RECORDS)
     }
+}
+
+/// The layer that a launch with these inputs is of.
+fn layer_of(inputs: &Arrays) -> i32 {
+    inputs.get("layer").map_or(0, |layer| layer.as_slice::<i32>()[0])
 }
 
 #[cfg(feature = "cli")]

@@ -25,19 +25,22 @@ pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
     Body::declare(k, plan).write();
 }
 
-/// The side whose rows are the output's rows, the other side (gates, then ups of a gated product: the weight is named
-/// twice), the bias as a row or a column, the residual.
+/// With several layers the index of one; then the side whose rows are the output's rows, the other side (gates, then ups
+/// of a gated product: the weight is named twice), the bias as a row or a column, the residual.
 pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
     let copies = if problem.epilogue.activation == Activation::SiluGate { 2 } else { 1 };
     let several = |operand: Operand| std::iter::repeat_n(operand, copies);
     let (x, w) = (Operand::of("x"), several(Operand::of("w")));
-    let mut operands: Vec<_> = match problem.layout {
-        Layout::FeatureMajor => w.chain([x]).collect(),
-        Layout::RowMajor | Layout::WeightTransposed => [x].into_iter().chain(w).collect(),
-    };
+    let stack = (problem.layers > 1).then_some(problem.layers);
+    let mut operands: Vec<_> = stack.iter().map(|_| Operand::of("layer").reshape(&[1])).collect();
+    match problem.layout {
+        Layout::FeatureMajor => operands.extend(w.chain([x])),
+        Layout::RowMajor | Layout::WeightTransposed => operands.extend([x].into_iter().chain(w)),
+    }
     if problem.epilogue.bias {
         let columns = problem.weight_columns();
         let dims = if problem.layout == Layout::FeatureMajor { [columns, 1] } else { [1, columns] };
+        let dims: Vec<_> = stack.into_iter().chain(dims).collect();
         // As f32: broadcasting a packed row takes scratch on v4, and the bias is small.
         operands.extend(several(Operand::of("bias").cast(Element::F32).reshape(&dims)));
     }
@@ -76,34 +79,48 @@ impl<'a, 'p> Body<'a, 'p> {
         let semantics = [Semantics::Parallel, Semantics::Parallel, Semantics::Arbitrary];
         let [_, _, step] = k.grid(std::array::from_fn(|dim| (grid[dim], semantics[dim])));
         let (row, column) = if plan.order() == Order::RowsOuter { (0, 1) } else { (1, 0) };
+        let layers = plan.problem().layers;
+        if layers > 1 {
+            k.prefetch("layer", Element::I32, &[1]);
+        }
         let (mut lhs, mut rhs, mut bias, mut residual, mut out) = (vec![], vec![], vec![], vec![], vec![]);
         for window in windows(plan.problem()) {
-            let ArrayWindow { name, side, element, axes, half, halves } = window;
+            let ArrayWindow { name, side, element, axes, half, halves, stacked } = window;
             let dims = axes.map(|axis| match axis {
                 Axis::Rows | Axis::Columns => plan.along(axis).0 * halves,
                 Axis::Depth | Axis::One => plan.along(axis).0,
             });
-            let blocks = Window::blocks(&axes.map(|axis| plan.along(axis).1), move |t| {
+            // A block of a stack is of one layer, whose index comes first.
+            let of_stack = |layer, dims: [_; 2]| stacked.then_some(layer).into_iter().chain(dims).collect::<Vec<_>>();
+            let (dims, block) = (of_stack(layers, dims), of_stack(1, axes.map(|axis| plan.along(axis).1)));
+            let blocks = Window::blocks(&block, move |t| {
                 // The second half of a gated weight starts as many blocks further as the first one has.
                 let feature = |dim, axis| match half * plan.along(axis).2 {
                     0 => t.grid(dim).literal(),
                     skip => (t.grid(dim) + skip).literal(),
                 };
-                axes.map(|axis| match axis {
+                let within = axes.map(|axis| match axis {
                     Axis::Rows => feature(row, axis),
                     Axis::Columns => feature(column, axis),
                     Axis::Depth => t.grid(2).literal(),
                     Axis::One => 0.literal(),
-                })
+                });
+                let layer = stacked.then(|| t.prefetch(0).at(0).load().literal());
+                layer.into_iter().chain(within).collect::<Vec<_>>()
             });
             // There is no next block to fetch meanwhile, and no reason to hold a buffer for it.
             let blocks = if plan.one_step_per_core() { blocks.single_buffered() } else { blocks };
+            let block = match side {
+                Side::Out => k.output(name, element, &dims, blocks),
+                _ => k.input(name, element, &dims, blocks),
+            };
+            let block = if stacked { block.at(0) } else { block };
             match side {
-                Side::Left => lhs.push(k.input(name, element, &dims, blocks)),
-                Side::Right => rhs.push(k.input(name, element, &dims, blocks)),
-                Side::Bias => bias.push(k.input(name, element, &dims, blocks)),
-                Side::Residual => residual.push(k.input(name, element, &dims, blocks)),
-                Side::Out => out.push(k.output(name, element, &dims, blocks)),
+                Side::Left => lhs.push(block),
+                Side::Right => rhs.push(block),
+                Side::Bias => bias.push(block),
+                Side::Residual => residual.push(block),
+                Side::Out => out.push(block),
             }
         }
         let sums = match plan.steps() {

@@ -14,12 +14,34 @@ use crate::{
 pub(super) fn sets() -> Vec<MutantSet<Matmul>> {
     let (input, output, layout) = (Element::Bf16, Element::F32, Layout::RowMajor);
     let epilogue = Epilogue { bias: true, activation: Activation::Identity, residual: true };
-    let problem = Problem::new(Spec { m: 40, k: 600, n: 300, input, output, layout, epilogue }).expect("a problem");
-    let options = Options { tiles: Some(Tiles { m: 16, n: 128, k: 256 }), vmem_limit: None };
-    let plan = Plan::new(problem, Chip::V5p, options).expect("legal tiles");
-    let inputs = Matmul::draw(&problem, None, 1).expect("no batch");
-    vec![MutantSet { plan, inputs, mutants: MUTANTS.to_vec(), nothing_superfluous: true }]
+    let set = |layers, mutants: &[Mutant], nothing_superfluous| {
+        let spec = Spec { m: 40, k: 600, n: 300, input, output, layout, epilogue, layers };
+        let problem = Problem::new(spec).expect("a problem");
+        let options = Options { tiles: Some(Tiles { m: 16, n: 128, k: 256 }), vmem_limit: None };
+        let plan = Plan::new(problem, Chip::V5p, options).expect("legal tiles");
+        let mut drawn = (1..).map(|seed| Matmul::draw(&problem, None, seed).expect("no batch"));
+        // Of a stack, neither the first layer nor the last.
+        let inputs = drawn.find(|inputs| super::layer_of(inputs) as usize == layers / 2).expect("some seed");
+        MutantSet { plan, inputs, mutants: mutants.to_vec(), nothing_superfluous }
+    };
+    vec![set(1, MUTANTS, true), set(3, STACKED, false)]
 }
+
+/// Of a kernel whose weights are stacks of layers: windows are x, w, bias, residual, out.
+const STACKED: &[Mutant] = {
+    use Caught::{Fault, Mismatch};
+    use FaultKind::OutOfBounds;
+    &[
+        ("first layer's w", |t| t.transform(1, "%z = arith.constant 0 : i32", "%z, %arg2, %arg1"), Mismatch),
+        ("first layer's bias", |t| t.transform(2, "%z = arith.constant 0 : i32", "%z, %z, %arg1"), Mismatch),
+        ("a step along k taken for the layer", |t| t.transform(1, "", "%arg2, %arg2, %arg1"), Mismatch),
+        (
+            "a layer beyond the last",
+            |t| t.transform(1, "%o = arith.constant 3 : i32", "%o, %arg2, %arg1"),
+            Fault(OutOfBounds),
+        ),
+    ]
+};
 
 const MUTANTS: &[Mutant] = {
     use Caught::{Fault, Mismatch};

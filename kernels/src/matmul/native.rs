@@ -377,7 +377,8 @@ mod tests {
                 let epilogue = Epilogue { bias: false, activation, residual: bits & 4 != 0 };
                 let layout = Layout::FeatureMajor;
                 let problem =
-                    Problem::new(Spec { m, k, n, input: element, output: element, layout, epilogue }).unwrap();
+                    Problem::new(Spec { m, k, n, input: element, output: element, layout, epilogue, layers: 1 })
+                        .unwrap();
                 let arguments = problem.arguments();
                 let arrays = arguments.iter().zip([5, 0, 11]);
                 let inputs = arguments.name(arrays.map(|(argument, first)| tensor(element, &argument.ty.dims, first)));

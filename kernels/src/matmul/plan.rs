@@ -151,7 +151,7 @@ pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layou
         name: format!("matmul-m{m}-n{n}-k{k}"),
         grid: blocks.grid(order).to_vec(),
         vmem: blocks.report(chip),
-        smem: Bytes(0),
+        smem: plan::smem(&problem.arguments()),
         spilling: blocks.spilling(&info),
         details: Details { order, chunk: chunk(&info, &blocks), estimate },
     }
@@ -245,6 +245,8 @@ pub(super) struct ArrayWindow {
     /// Which half of the array it walks over, and of how many: gates are the first half of a gated weight, ups the second.
     pub half: usize,
     pub halves: usize,
+    /// Whether the array is a stack of all layers, along a dimension of its own before `axes`.
+    pub stacked: bool,
 }
 
 /// The windows of a problem's kernel, in the order of its operands: left side, right side, bias, residual, output.
@@ -256,10 +258,12 @@ pub(super) fn windows(problem: &Problem) -> Vec<ArrayWindow> {
         Layout::WeightTransposed => ([Rows, Depth], [Columns, Depth], [One, Columns]),
         Layout::FeatureMajor => ([Depth, Columns], [Rows, Depth], [Rows, One]),
     };
-    let whole = |name, side, element, axes| vec![ArrayWindow { name, side, element, axes, half: 0, halves: 1 }];
+    let whole =
+        |name, side, element, axes| vec![ArrayWindow { name, side, element, axes, half: 0, halves: 1, stacked: false }];
     let split = |names: Vec<&'static str>, side, element, axes| -> Vec<ArrayWindow> {
         let halves = names.len();
-        let window = |(half, name)| ArrayWindow { name, side, element, axes, half, halves };
+        let stacked = problem.layers > 1;
+        let window = |(half, name)| ArrayWindow { name, side, element, axes, half, halves, stacked };
         names.into_iter().enumerate().map(window).collect()
     };
     let weights = |side| split(names(problem, "w", "w_gate", "w_up"), side, input, w);
@@ -691,6 +695,26 @@ mod tests {
         let names: Vec<_> = signature.arguments.iter().map(|argument| argument.name.as_str()).collect();
         let planned: Vec<_> = plan.vmem().buffers.iter().map(|buffer| buffer.name.as_str()).collect();
         assert_eq!(names, planned);
+    }
+
+    /// The call says what a launch costs; of a stack, one layer is read.
+    #[test]
+    fn a_call_says_what_it_costs() {
+        let context = pagoda_ir::Context::new();
+        let epilogue = Epilogue { bias: true, activation: Activation::SiluGate, residual: true };
+        let costs = [1, 4].map(|layers| {
+            let layout = Layout::WeightTransposed;
+            let spec = Spec { epilogue, layout, layers, ..*problem(8, 256, 384) };
+            let plan = plan(Problem::new(spec).unwrap(), Chip::V5p, None, None).unwrap();
+            let kernel = plan.kernel(&context).unwrap();
+            let config = pagoda_ir::mosaic::wire::backend_config(&kernel);
+            let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+            ["flops", "transcendentals", "bytes_accessed"]
+                .map(|key| config["custom_call_config"]["cost_estimate"][key].as_u64().unwrap())
+        });
+        // x, w, bias, residual, out; and the layer's index.
+        let bytes = 2 * (8 * 256 + 768 * 256 + 768 + 8 * 384 + 8 * 384);
+        assert_eq!(costs, [bytes, bytes + 4].map(|bytes| [2 * 8 * 256 * 768, 8 * 384, bytes]));
     }
 
     /// As libtpu 0.0.52 reports: two blocks are one to a core of v5p, and nothing is fetched ahead there.

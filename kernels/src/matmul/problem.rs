@@ -92,24 +92,42 @@ pub struct Spec {
     /// What is fused behind the product.
     #[cfg_attr(feature = "cli", command(flatten))]
     pub epilogue: Epilogue,
+    /// Layers whose weights (and biases) are stacked in w (and bias), one after another; with several, the scalar `layer`
+    /// says whose the product is of.
+    #[cfg_attr(feature = "cli", arg(long, default_value_t = 1))]
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub layers: usize,
+}
+
+const fn one() -> usize {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
+const fn is_one(layers: &usize) -> bool {
+    *layers == 1
 }
 
 impl Spec {
     /// A row-major product of sizes `m`, `k` and `n`, all of one type, with nothing fused.
     pub const fn new([m, k, n]: [usize; 3], element: Element) -> Self {
-        Self { m, k, n, input: element, output: element, layout: Layout::RowMajor, epilogue: Epilogue::NONE }
+        Self { m, k, n, input: element, output: element, layout: Layout::RowMajor, epilogue: Epilogue::NONE, layers: 1 }
     }
 }
 
 impl Specification for Spec {
     fn validate(&self) -> Result<(), Invalid> {
-        for (key, size) in [("m", self.m), ("k", self.k), ("n", self.n)] {
+        for (key, size) in [("m", self.m), ("k", self.k), ("n", self.n), ("layers", self.layers)] {
             ensure(size > 0, SUBJECT, key, size, || "is below 1".into(), "give at least 1")?;
             let limit = || format!("is beyond {}", i32::MAX / 2);
             ensure(size <= i32::MAX as usize / 2, SUBJECT, key, size, limit, "split the product")?;
         }
-        for (key, sides) in [("m * k", [self.m, self.k]), ("k * n", [self.k, self.n]), ("m * n", [self.m, self.n])] {
-            ensure_product(SUBJECT, key, &sides, MAX_ELEMENTS)?;
+        for (key, sides) in [
+            ("m * k", &[self.m, self.k][..]),
+            ("layers * k * n", &[self.layers, self.k, self.n]),
+            ("m * n", &[self.m, self.n]),
+        ] {
+            ensure_product(SUBJECT, key, sides, MAX_ELEMENTS)?;
         }
         for (key, element) in [("input", self.input), ("output", self.output)] {
             let float = matches!(element, Element::F32 | Element::Bf16);
@@ -132,13 +150,19 @@ impl Problem {
         }
     }
 
+    /// `dims` of one layer, or of the stack of all.
+    fn stack(&self, dims: &[usize]) -> Vec<usize> {
+        (self.layers > 1).then_some(self.layers).into_iter().chain(dims.iter().copied()).collect()
+    }
+
     /// The output's type.
     pub fn output_type(&self) -> TensorType {
         let dims = if self.layout == Layout::FeatureMajor { [self.n, self.m] } else { [self.m, self.n] };
         TensorType::new(self.output, &dims)
     }
 
-    /// `x`, `w`, and as the epilogue says the bias `[weight columns]` and the residual.
+    /// `x`, `w`, and as the epilogue says the bias `[weight columns]` and the residual. With several layers `w` and the bias
+    /// are stacks, `[layers, ...]`, and the scalar `layer` comes last.
     pub fn arguments(&self) -> Arguments {
         let (m, k, columns) = (self.m, self.k, self.weight_columns());
         let (x, w) = match self.layout {
@@ -148,9 +172,10 @@ impl Problem {
         };
         Arguments::new([
             Argument::input("x", TensorType::new(self.input, &x)),
-            Argument::input("w", TensorType::new(self.input, &w)),
-            Argument::input("bias", TensorType::new(self.input, &[columns])).when(self.epilogue.bias),
+            Argument::input("w", TensorType::new(self.input, &self.stack(&w))),
+            Argument::input("bias", TensorType::new(self.input, &self.stack(&[columns]))).when(self.epilogue.bias),
             Argument::input("residual", self.output_type()).when(self.epilogue.residual),
+            Argument::prefetch("layer", TensorType::scalar(Element::I32)).when(self.layers > 1),
         ])
     }
 

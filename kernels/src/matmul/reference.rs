@@ -11,8 +11,14 @@ use crate::{
 /// The output is rounded once; before that, f32 sums of `k` terms and the epilogue's few.
 pub fn reference(problem: &Problem, inputs: &Arrays) -> Expected {
     let (m, k, n) = (problem.m, problem.k, problem.n);
-    let (x, w) = (inputs["x"].to_f64(), inputs["w"].to_f64());
-    let bias = inputs.get("bias").map(|bias| bias.to_f64());
+    let layer = super::layer_of(inputs) as usize;
+    // Of a stack, the layer's part.
+    let part = |stack: Vec<f64>| {
+        let size = stack.len() / problem.layers;
+        stack[layer * size..][..size].to_vec()
+    };
+    let (x, w) = (inputs["x"].to_f64(), part(inputs["w"].to_f64()));
+    let bias = inputs.get("bias").map(|bias| part(bias.to_f64()));
     let residual = inputs.get("residual").map(|residual| residual.to_f64());
     let columns = w.len() / k;
     // The sum over the features and the sum of the absolute terms.

@@ -14,7 +14,12 @@ use crate::named::Named;
 /// # Errors
 /// None for operands of the problem's types, unless MLIR fails.
 pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, args: &Named<Tensor<'c, 'a>>) -> Result<Tensor<'c, 'a>> {
-    let (x, w) = (args["x"], args["w"]);
+    // Of a stack, the layer's part.
+    let part = |stack: Tensor<'c, 'a>| match args.get("layer") {
+        None => Ok(stack),
+        Some(&layer) => b.part(stack, layer),
+    };
+    let (x, w) = (args["x"], part(args["w"])?);
     let (lhs, rhs, contract): (_, _, (&[usize], &[usize])) = match problem.layout {
         Layout::RowMajor => (x, w, (&[1], &[0])),
         Layout::WeightTransposed => (x, w, (&[1], &[1])),
@@ -24,7 +29,7 @@ pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, args: &Named<Tensor<
     let dot = DotDims { batch: (&[], &[]), contract };
     let mut result = b.dot_general_with(lhs, rhs, dot, Element::F32, Precision::Highest)?;
     if let Some(&bias) = args.get("bias") {
-        let bias = b.convert(bias, Element::F32)?;
+        let bias = b.convert(part(bias)?, Element::F32)?;
         result = b.add(result, b.broadcast_in_dim(bias, &result.dims(), &[features])?)?;
     }
     if problem.epilogue.activation == Activation::SiluGate {

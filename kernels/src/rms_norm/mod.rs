@@ -18,7 +18,11 @@ pub mod stablehlo;
 
 use std::sync::LazyLock;
 
-use pagoda_ir::{Element, Result, TensorType, mosaic::Builder, stablehlo as hlo};
+use pagoda_ir::{
+    Element, Result, TensorType,
+    mosaic::{Builder, Cost},
+    stablehlo as hlo,
+};
 
 pub use self::problem::{Problem, Spec};
 use crate::{
@@ -26,7 +30,7 @@ use crate::{
     chips::Chip,
     choices::Choices,
     evidence::Records,
-    kernel::{Kernel, Operand, Sample},
+    kernel::{self, Kernel, Operand, Sample},
     mutants::MutantSet,
     named::{Arguments, Arrays, Named},
     plan::{Layout, PlanError},
@@ -57,6 +61,12 @@ impl Kernel for RmsNorm {
 
     fn results(problem: &Problem) -> Named<TensorType> {
         problem.results()
+    }
+
+    fn cost(problem: &Problem) -> Cost {
+        let Spec { rows, hidden, .. } = **problem;
+        let bytes_accessed = kernel::passes_once::<Self>(problem);
+        Cost { flops: 4 * (rows * hidden) as u64, transcendentals: rows as u64, bytes_accessed }
     }
 
     /// Rows that fill groups and rows that do not, one to twelve registers of lanes, whole and ragged blocks.

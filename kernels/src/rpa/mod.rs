@@ -23,7 +23,11 @@ pub mod stablehlo;
 
 use std::sync::LazyLock;
 
-use pagoda_ir::{Element, Result, TensorType, mosaic::Builder, stablehlo as hlo};
+use pagoda_ir::{
+    Element, Result, TensorType,
+    mosaic::{Builder, Cost},
+    stablehlo as hlo,
+};
 
 pub use self::{
     batch::{Batch, Sequence},
@@ -133,6 +137,20 @@ impl Kernel for Rpa {
             soft_cap,
         };
         Sample { spec, tiles, batch: Some(batch) }
+    }
+
+    /// Of the largest batch: every sequence as long as its row of the page table, the query rows shared out among them.
+    /// Keys and values pass once.
+    fn cost(problem: &Problem) -> Cost {
+        let (seqs, rows) = (problem.max_seqs.min(problem.tokens), problem.tokens.div_ceil(problem.max_seqs));
+        let rows = if problem.kind == Kind::Decode { 1 } else { rows };
+        let seen = problem.sliding_window.unwrap_or(usize::MAX);
+        let keys = problem.max_kv_len();
+        let seen = |row: usize| (keys - row.min(keys - 1)).min(seen); // by the row before the last, and so on
+        let logits = (seqs * problem.q_heads) as u64 * (0..rows).map(|row| seen(row) as u64).sum::<u64>();
+        let fetched = seqs * (seen(0) + rows - 1).min(keys) * problem.kv_layout().token_elements();
+        let moved = 2 * problem.q_type().bytes() + fetched * problem.precision.kv.bytes();
+        Cost { flops: 4 * problem.head_dim as u64 * logits, transcendentals: logits, bytes_accessed: moved as u64 }
     }
 
     fn draw(problem: &Problem, batch: Option<&[Lengths]>, seed: u64) -> std::result::Result<Arrays, Invalid> {

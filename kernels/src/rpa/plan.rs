@@ -15,7 +15,7 @@ use std::fmt;
 
 use pagoda_ir::{
     element::Element,
-    mosaic::tiling::{LANES, SUBLANES, tile_padded_bytes},
+    mosaic::tiling::{LANES, SUBLANES},
 };
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +24,6 @@ use crate::{
     chips::Chip,
     evidence,
     kernel::TileSizes,
-    named::Role,
     plan::{self, PlanError, Spilling},
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
@@ -87,7 +86,7 @@ pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> 
             fix: format!("pad it to {}", problem.head_dim.next_multiple_of(LANES)),
         });
     }
-    let (scalars, free) = (smem(problem), Bytes(info.smem_per_core.0 - info.smem_reserved.0));
+    let (scalars, free) = (plan::smem(&problem.arguments()), Bytes(info.smem_per_core.0 - info.smem_reserved.0));
     if scalars > free {
         return Err(PlanError {
             key: "max_seqs * pages_per_seq",
@@ -111,7 +110,7 @@ pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layou
         name: format!("rpa-p{}-bq{queries}-kv{kv_pages}", problem.page_size),
         grid: grid(problem, tiles, head_block).to_vec(),
         vmem: report(problem, tiles, head_block),
-        smem: smem(problem),
+        smem: plan::smem(&problem.arguments()),
         spilling: spilling(problem, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: kv_pages * problem.page_size },
     }
@@ -183,15 +182,6 @@ fn spilling(problem: &Problem, tiles: Tiles, head_block: usize) -> Spilling {
     let wide = if problem.head_dim > LANES { " wide" } else { "" };
     let family = format!("{}{wide}", problem.precision.q);
     Spilling { family, live: Bytes(live as u64) }
-}
-
-/// Lengths and page indices in SMEM: tiles of 128 lanes and up to 8 rows, as in VMEM (seen with libtpu 0.0.52, which takes
-/// 509 x 128 pages of 3 sequences as of 4, 127 x 128 of 10 as of 16, and none more).
-fn smem(problem: &Problem) -> Bytes {
-    let padded = |dims: &[usize]| tile_padded_bytes(Element::I32, if dims.is_empty() { &[1] } else { dims }) as u64;
-    let arguments = problem.arguments();
-    let scalars = arguments.iter().filter(|argument| argument.role == Role::Prefetch);
-    Bytes(scalars.map(|argument| padded(&argument.ty.dims)).sum())
 }
 
 /// Window and soft cap, in words.
@@ -319,8 +309,11 @@ pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tile
 
 #[cfg(test)]
 mod tests {
+    use pagoda_ir::mosaic::Cost;
+
     use super::*;
     use crate::{
+        kernel::Kernel,
         rpa::{Kind, Precision, Spec},
         vmem::{Spills, Suggestion, Verdict},
     };
@@ -351,6 +344,20 @@ mod tests {
         assert!(plan.vmem().total() < Bytes::mib(16), "{}", plan.vmem());
         assert_eq!((plan.head_block(), plan.grid()[0]), (4, 2));
         assert_eq!(36 % plan.tiles().kv_pages, 0);
+    }
+
+    #[test]
+    fn the_cost_is_that_of_full_tables() {
+        // Eight sequences at their longest: the last 128 rows of each, or the last one.
+        let [q, kv] = [|rows: u64| rows * 32 * 128 * 2, |tokens: u64| tokens * 16 * 128 * 2];
+        let cost = |problem: &Problem| Rpa::cost(problem);
+        let rows = |rows: u64| 8 * 32 * (rows * 4608 - rows * (rows - 1) / 2);
+        let of = |logits, bytes_accessed| Cost { flops: 512 * logits, transcendentals: logits, bytes_accessed };
+        assert_eq!(cost(&incident()), of(rows(128), 2 * q(1024) + kv(8 * 4608)));
+        let decode = Spec { kind: Kind::Decode, tokens: 8, ..(*incident()).clone() };
+        assert_eq!(cost(&Problem::new(decode.clone()).unwrap()), of(rows(1), 2 * q(8) + kv(8 * 4608)));
+        let window = Problem::new(Spec { sliding_window: Some(1000), ..decode }).unwrap();
+        assert_eq!(cost(&window), of(8 * 32 * 1000, 2 * q(8) + kv(8 * 1000)));
     }
 
     #[test]

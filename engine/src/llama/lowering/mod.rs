@@ -74,6 +74,8 @@ pub(super) struct Linear<'c, 'a> {
     pub(super) weight: Tensor<'c, 'a>,
     /// `[out]`
     pub(super) bias: Option<Tensor<'c, 'a>>,
+    /// `i32[]`: weight and bias are stacks `[layers, ...]`, and this is the layer.
+    pub(super) layer: Option<Tensor<'c, 'a>>,
     pub(super) activation: Activation,
     /// An activation of the result's type.
     pub(super) residual: Option<Tensor<'c, 'a>>,
@@ -132,8 +134,8 @@ pub(super) trait Lowering<'c> {
     }
 
     /// Rotates the queries and keys of `qkv` (features `(q_heads + 2 * kv_heads) * head_dim`), writes keys and values
-    /// into the pages of layer `layer`, and attends over them: activations of `q_heads * head_dim` features, and the KV
-    /// buffer.
+    /// into the pages of the layer that begin at `first_page` (`i32[]`), and attends over them: activations of
+    /// `q_heads * head_dim` features, and the KV buffer.
     ///
     /// # Errors
     /// As [`linear`](Self::linear).
@@ -142,7 +144,7 @@ pub(super) trait Lowering<'c> {
         b: &Builder<'c, 'a>,
         qkv: Tensor<'c, 'a>,
         batch: &Batch<'c, 'a>,
-        layer: usize,
+        first_page: Tensor<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)>;
 
@@ -216,7 +218,11 @@ fn attention(
 
 /// The matmul of a projection of `x`, norm apart.
 fn matmul_problem(orientation: Orientation, x: Tensor<'_, '_>, linear: &Linear<'_, '_>) -> Result<matmul::Problem> {
-    let (x_dims, out) = (x.dims(), linear.weight.dims()[0]);
+    let (x_dims, w_dims) = (x.dims(), linear.weight.dims());
+    let (layers, out) = match (linear.layer, &w_dims[..]) {
+        (Some(_), &[layers, out, _]) => (layers, out),
+        (_, w_dims) => (1, w_dims[0]),
+    };
     let spec = matmul::Spec {
         m: x_dims[orientation.rows()],
         k: x_dims[orientation.features()],
@@ -232,13 +238,14 @@ fn matmul_problem(orientation: Orientation, x: Tensor<'_, '_>, linear: &Linear<'
             activation: linear.activation,
             residual: linear.residual.is_some(),
         },
+        layers,
     };
     matmul::Problem::new(spec).map_err(unplanned)
 }
 
 /// The arguments of the matmul kernel of a projection of `x`, by name.
 fn matmul_arguments<'c, 'a>(x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Named<Tensor<'c, 'a>> {
-    let optional = [("bias", linear.bias), ("residual", linear.residual)];
+    let optional = [("bias", linear.bias), ("residual", linear.residual), ("layer", linear.layer)];
     let optional = optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)));
     [("x", x), ("w", linear.weight)].into_iter().chain(optional).collect()
 }

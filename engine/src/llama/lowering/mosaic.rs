@@ -89,10 +89,10 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
         b: &Builder<'c, 'a>,
         qkv: Tensor<'c, 'a>,
         batch: &Batch<'c, 'a>,
-        layer: usize,
+        first_page: Tensor<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
-        let args = self.plain.write_kv(b, qkv, batch, layer, kv)?;
+        let args = self.plain.write_kv(b, qkv, batch, first_page, kv)?;
         let results = kernel::call::<Rpa>(b, &self.attention, self.plain.attention(), &args)?;
         Ok((self.plain.join_heads(b, results[0])?, args["kv_pages"]))
     }

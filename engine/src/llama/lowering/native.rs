@@ -3,8 +3,8 @@
 //! A matmul of more rows than the call takes (prefill) is XLA's own, and so is the gated one of a model with biases in
 //! its MLP, which the call does not know.
 
+use pagoda_ir::Result;
 use pagoda_ir::stablehlo::{Builder, Tensor};
-use pagoda_ir::{Element, Result};
 use pagoda_kernels::matmul::native::{Around, MAX_COLUMNS, Norm};
 use pagoda_kernels::{matmul, rpa};
 
@@ -25,7 +25,7 @@ impl Native {
 /// Whether the call takes a projection of `x`.
 fn takes(x: Tensor<'_, '_>, linear: &Linear<'_, '_>) -> bool {
     let gated = linear.activation == Activation::SiluGate;
-    x.dims()[1] <= MAX_COLUMNS && !(gated && linear.bias.is_some())
+    x.dims()[1] <= MAX_COLUMNS && linear.layer.is_none() && !(gated && linear.bias.is_some())
 }
 
 impl<'c> Lowering<'c> for Native {
@@ -69,12 +69,11 @@ impl<'c> Lowering<'c> for Native {
         b: &Builder<'c, 'a>,
         qkv: Tensor<'c, 'a>,
         batch: &Batch<'c, 'a>,
-        layer: usize,
+        first_page: Tensor<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
         let problem = self.plain.attention();
         let Rows { kv_slots, kv_lens, page_indices, cu_q_lens, num_seqs, .. } = batch.rows;
-        let first_page = b.scalar(Element::I32, (layer * problem.pages) as f64)?;
         let operands = rpa::native::Operands {
             qkv,
             kv_pages: kv,

@@ -1,7 +1,7 @@
 //! Plain StableHLO: what any plugin compiles, and what the other lowerings emit around their kernels.
 
+use pagoda_ir::Result;
 use pagoda_ir::stablehlo::{Builder, Tensor};
-use pagoda_ir::{Element, Result};
 use pagoda_kernels::matmul::Matmul;
 use pagoda_kernels::rpa::{self, Rpa};
 use pagoda_kernels::{Named, kernel};
@@ -44,7 +44,7 @@ impl Stablehlo {
         b: &Builder<'c, 'a>,
         qkv: Tensor<'c, 'a>,
         batch: &Batch<'c, 'a>,
-        layer: usize,
+        first_page: Tensor<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<Named<Tensor<'c, 'a>>> {
         let rpa::Spec { q_heads, kv_heads, layers, .. } = **self.attention();
@@ -52,8 +52,7 @@ impl Stablehlo {
         let q = rotary::rotate(b, self.heads(b, qkv, 0, q_heads)?, batch.angles)?;
         let k = rotary::rotate(b, self.heads(b, qkv, q_heads, kv_heads)?, batch.angles)?;
         let v = self.heads(b, qkv, q_heads + kv_heads, kv_heads)?;
-        let first_page = self.attention.kv_layout().first_page(layer) as f64;
-        let first_page = if layers > 1 { Some(("first_page", b.scalar(Element::I32, first_page)?)) } else { None };
+        let first_page = (layers > 1).then_some(("first_page", first_page));
         let write = [("kv_pages", kv), ("k", k), ("v", v), ("slots", kv_slots)].into_iter().chain(first_page);
         let kv_pages = rpa::kv_write::emit(b, &self.attention, &write.collect())?;
         let metadata =
@@ -95,10 +94,10 @@ impl<'c> Lowering<'c> for Stablehlo {
         b: &Builder<'c, 'a>,
         qkv: Tensor<'c, 'a>,
         batch: &Batch<'c, 'a>,
-        layer: usize,
+        first_page: Tensor<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
-        let args = self.write_kv(b, qkv, batch, layer, kv)?;
+        let args = self.write_kv(b, qkv, batch, first_page, kv)?;
         let attended = kernel::stablehlo::<Rpa>(b, &self.attention, &args)?[0];
         Ok((self.join_heads(b, attended)?, args["kv_pages"]))
     }
