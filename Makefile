@@ -1,11 +1,12 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools demo test nightly bench bench-peers certify-all certify-sample tpu-static peers
+.PHONY: help setup tpu-tools mpi-tools demo test nightly multihost bench bench-peers certify-all certify-sample tpu-static peers
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
 	@echo "make test         set up, libtpu too, then format check, clippy, docs, every test, examples/my_kernel"
 	@echo "make nightly      10,000 random problems, tiles and batches through the Mosaic kernels (make test: 500);"
 	@echo "                  then each fuzz target for PAGODA_FUZZ_SECONDS (60) with a fresh seed"
+	@echo "make multihost    installs Open MPI; one model over two and four CPU processes, and processes that are killed"
 	@echo "make bench        criterion benches (CPU)"
 	@echo "make bench-peers  tokens/s against plain JAX on this machine"
 	@echo "make tpu-tools    libtpu, the TPU compiler, for certification without a TPU"
@@ -19,6 +20,9 @@ setup:
 
 tpu-tools:
 	@scripts/setup.sh tpu
+
+mpi-tools:
+	@scripts/setup.sh mpi
 
 demo: setup
 	@cargo run --release --quiet -- sample --config examples/configs/demo.yaml
@@ -35,6 +39,9 @@ nightly: setup
 	cargo test --test llama -- --ignored fresh
 	cargo test -p pagoda-engine --lib -- --ignored a_million_requests --nocapture
 	PAGODA_FUZZ_SECONDS=$${PAGODA_FUZZ_SECONDS:-60} cargo test --test fuzz
+
+multihost: mpi-tools
+	cargo test --features mpi --test multihost
 
 bench: tpu-tools
 	cargo bench --workspace

@@ -4,6 +4,7 @@
 #
 #   scripts/setup.sh            compiler packages and the CPU plugin
 #   scripts/setup.sh tpu        also libtpu, the TPU compiler (Google's terms apply; it is downloaded, never shipped)
+#   scripts/setup.sh mpi        also Open MPI, for one model over several CPU processes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -69,4 +70,7 @@ install_packages "${packages[@]}"
 wheel xla-cpu-pjrt 0.0.1 55837b6b7b47daa717f2d9a5a03563ea0ceaa338d06a81a1e2d3f060d960decc xla_plugins/xla_cpu_pjrt/xla_cpu_pjrt.so
 if [ "${1:-}" = tpu ]; then
   wheel libtpu 0.0.52 f5e2e596eaea9357fbb5a6755a7a9007c6ab75bfde4a55191b03eff402971140 libtpu/libtpu.so --python-version 3.11 --platform manylinux_2_31_x86_64
+fi
+if [ "${1:-}" = mpi ]; then
+  install_packages libopenmpi-dev openmpi-bin
 fi

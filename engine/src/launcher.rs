@@ -103,6 +103,28 @@ impl fmt::Display for Launched {
     }
 }
 
+/// The variables that make libtpu take the chips of one host of a slice for a slice of its own, so that hosts need no
+/// traffic between them. Source: PyTorch/XLA's maintainers; it has not run on TPU hardware, so the caller checks how many
+/// devices the client has.
+///
+/// # Errors
+/// When the environment does not say how the host's chips lie.
+pub fn one_host_slice(variable: impl Fn(&str) -> Option<String>) -> Result<[(&'static str, String); 5]> {
+    const CHIPS: &str = "TPU_CHIPS_PER_HOST_BOUNDS";
+    let chips = variable(CHIPS).filter(|bounds| !bounds.is_empty()).ok_or_else(|| {
+        let limit = "does not say how the chips of a host lie";
+        Error::setting(CHIPS, "unset", limit, "set it, as 2,2,1 for the four chips of a v4 or v5p host")
+    })?;
+    let fixed = |value: &str| value.to_owned();
+    Ok([
+        ("TPU_SKIP_MDS_QUERY", fixed("1")),
+        ("TPU_HOST_BOUNDS", fixed("1,1,1")),
+        (CHIPS, chips),
+        ("TPU_WORKER_HOSTNAMES", fixed("localhost")),
+        ("TPU_WORKER_ID", fixed("0")),
+    ])
+}
+
 /// What a launcher says.
 struct Found {
     launcher: &'static Launcher,

@@ -17,6 +17,7 @@ pub mod native;
 pub mod output;
 pub mod pages;
 pub mod pjrt;
+pub mod placement;
 mod prefix;
 pub mod replicas;
 pub mod report;

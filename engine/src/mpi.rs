@@ -47,7 +47,7 @@ mod with_mpi {
     use mpi::collective::SystemOperation;
     use mpi::environment::Universe;
     use mpi::topology::{Color, SimpleCommunicator};
-    use mpi::traits::{Communicator, CommunicatorCollectives};
+    use mpi::traits::{Communicator, CommunicatorCollectives, Root};
 
     use super::{ALL_REDUCE, Error, Mesh, Result, check_size};
     use crate::pjrt::Plugin;
@@ -119,6 +119,14 @@ mod with_mpi {
             }
         }
 
+        /// Gives every process of a replica the bytes of its first shard's.
+        pub fn as_first_shard(&self, bytes: &mut [u8]) {
+            let replica = REPLICA.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(Replica(processes)) = &*replica {
+                processes.process_at_rank(0).broadcast_into(bytes);
+            }
+        }
+
         /// Ends all processes, this one with exit code `code`.
         pub fn abort(&self, code: u8) -> ! {
             self.universe.world().abort(c_int::from(code))
@@ -186,6 +194,11 @@ mod without_mpi {
         /// # Errors
         /// Never.
         pub fn agree(&self, _: &str, _: &[u8]) -> Result<()> {
+            match *self {}
+        }
+
+        /// Never called.
+        pub fn as_first_shard(&self, _: &mut [u8]) {
             match *self {}
         }
 

@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod doctor;
 mod kernels;
+mod place;
 mod sample;
 
 use std::io::{ErrorKind, Write};

@@ -12,18 +12,19 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::PluginArgs;
+use super::place::{self, Place};
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
 use crate::generate::{EngineOptions, SamplingOptions, Timing};
 use crate::hosts::Share;
 use crate::launcher::Launched;
-use crate::llama::{Parallel, Target};
-use crate::mesh::Mesh;
+use crate::llama::Target;
 use crate::model::config::LlamaConfig;
 use crate::model::identity::identity;
 use crate::model::source::Files;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
 use crate::model::weights::Weights;
+use crate::mpi::World;
 use crate::output::{InOrder, Journal, Record, Run};
 use crate::replicas::Replicas;
 use crate::scheduler::{Finished, Request, batches};
@@ -88,13 +89,19 @@ impl Prompts {
 
 /// Runs the command.
 pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
+    let mut world = None;
+    let outcome = run(args, &mut world);
+    place::end_together(world.as_ref(), outcome)
+}
+
+fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
     let settings = Settings::resolve(args.config.as_deref(), &args.settings)?;
     let launched = Launched::here(args.host_id, args.hosts)?;
-    let share = launched.share;
     let out = args.out.clone().or_else(|| settings.output_folder());
-    if share.hosts() > 1 && out.is_none() {
+    let hosts = launched.share.hosts();
+    if hosts > 1 && out.is_none() {
         let fix = "name the folder that all hosts write into, and join it with `pagoda merge`";
-        return Err(Error::setting("--out", "none", format!("leaves {} hosts nowhere to write", share.hosts()), fix));
+        return Err(Error::setting("--out", "none", format!("leaves {hosts} hosts nowhere to write"), fix));
     }
     let folder = &settings.model(Files::Model)?;
     let config = LlamaConfig::open(folder)?;
@@ -121,8 +128,13 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
         stop: stop_rule(&settings, &config, &tokenizer)?,
         mixed_steps: settings.engine.mixed_steps,
     };
-    eprint!("{settings}");
-    eprintln!("# {launched}");
+    let place = Place::take(&args.plugin, &settings, launched.share, world)?;
+    let placement = &place.placement;
+    placement.parallel().check(&config)?;
+    if placement.writes() {
+        eprint!("{settings}");
+    }
+    eprintln!("# {launched}; {placement}");
     let departures = if args.config.is_some() { settings.departures(&lengths, &limits) } else { Vec::new() };
     for note in settings.notes().iter().chain(&departures) {
         eprintln!("# {note}");
@@ -138,12 +150,24 @@ pub(super) fn sample(args: &SampleArgs) -> Result<ExitCode> {
     );
 
     let run = Run::new(&settings, &identity(folder, &tokenizer_path, &weights, settings.chat)?);
-    let output = Output::new(args.json, out.as_deref(), &run, share, &prompts, &tokenizer)?;
-    let cancel = interrupt_flag();
-    let missing = output.missing();
+    let world = world.as_ref();
+    place::agree(
+        world,
+        [run.identity.as_bytes(), placement.mesh().to_string().as_bytes(), format!("{limits:?}").as_bytes()],
+    )?;
+    let share = placement.share();
+    let out = out.as_deref().filter(|_| placement.writes());
+    let format = match placement.writes() {
+        true if args.json => Format::Json,
+        true => Format::Text,
+        false => Format::Nothing,
+    };
+    let output = Output::new(format, out, &run, share, &prompts, &tokenizer)?;
+    let cancel = interrupt_flag(world.is_some());
+    let missing = place::alike(world, run.samples(share), output.missing());
     if !missing.is_empty() {
         let mut start = StartUp::default();
-        let mut engine = start.engine(args, &config, &weights, Mesh::ONE, options)?;
+        let mut engine = start.engine(args, &config, &weights, &place, options)?;
         let request = |id: &SampleId| Request {
             id: *id,
             prompt: prompts.tokens[id.index].as_slice().into(),
@@ -171,19 +195,16 @@ impl StartUp {
         args: &SampleArgs,
         config: &LlamaConfig,
         weights: &Weights,
-        mesh: Mesh,
+        place: &Place,
         mut options: EngineOptions,
     ) -> Result<Replicas> {
+        let Place { client, placement, plugin_s } = place;
+        options.target = args.plugin.target(client)?;
+        eprintln!("# plugin {client:?}, kernels {}", options.target);
+        options.check_memory(client, config, placement.parallel(), &Vec::from_iter(0..placement.devices().get()))?;
+        self.plugin = *plugin_s;
         let started = Instant::now();
-        let client = args.plugin.client(mesh.devices())?;
-        options.target = args.plugin.target(&client)?;
-        eprintln!("# plugin {client:?}, mesh {mesh}, kernels {}", options.target);
-        let parallel = Parallel::group(mesh.model);
-        parallel.check(config)?;
-        options.check_memory(&client, config, &parallel, &Vec::from_iter(0..mesh.devices()))?;
-        self.plugin = started.elapsed().as_secs_f64();
-        let started = Instant::now();
-        let engines = Replicas::load(&client, config, weights, mesh, &options)?;
+        let engines = Replicas::of_groups(client, config, weights, placement.groups().to_vec(), &options)?;
         self.compile = engines.compile_time().as_secs_f64();
         self.load = started.elapsed().as_secs_f64() - self.compile;
         Ok(engines)
@@ -215,12 +236,13 @@ fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -
     Ok(StopRule::new(eos, sequence.into_iter().collect()))
 }
 
-/// A flag that Ctrl-C raises. A second Ctrl-C ends the process at once.
-fn interrupt_flag() -> Arc<AtomicBool> {
+/// A flag that Ctrl-C raises. A second Ctrl-C ends the process at once; so does the first, where other processes would wait for
+/// the next step of this one (`together`).
+fn interrupt_flag(together: bool) -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
     let raised = Arc::clone(&flag);
     let set = ctrlc::set_handler(move || {
-        if raised.swap(true, Ordering::Relaxed) {
+        if raised.swap(true, Ordering::Relaxed) || together {
             std::process::exit(i32::from(INTERRUPTED));
         }
         eprintln!("interrupted: finishing the current step (again to quit at once)");
@@ -231,12 +253,21 @@ fn interrupt_flag() -> Arc<AtomicBool> {
     flag
 }
 
+/// How samples are printed on stdout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Text,
+    Json,
+    /// Not at all: another process of the replica prints them.
+    Nothing,
+}
+
 /// Where finished samples go: the journal, stdout, the progress bar.
 struct Output<'r> {
     run: &'r Run,
     prompts: &'r Prompts,
     tokenizer: &'r Tokenizer,
-    json: bool,
+    format: Format,
     bar: ProgressBar,
     state: RefCell<State>,
 }
@@ -250,7 +281,7 @@ struct State {
 impl<'r> Output<'r> {
     /// Opens the journal, if there is one, and prints what earlier runs have finished already.
     fn new(
-        json: bool,
+        format: Format,
         out: Option<&Path>,
         run: &'r Run,
         share: Share,
@@ -269,7 +300,7 @@ impl<'r> Output<'r> {
             eprintln!("# {} of {} samples were finished by an earlier run", done.len(), samples.len());
         }
         let state = RefCell::new(State { journal, in_order: InOrder::new(samples), missing });
-        let output = Self { run, prompts, tokenizer, json, bar, state };
+        let output = Self { run, prompts, tokenizer, format, bar, state };
         for record in done {
             output.emit(record)?;
         }
@@ -297,7 +328,7 @@ impl<'r> Output<'r> {
     }
 
     fn print(&self, records: &[Record]) -> Result<()> {
-        if records.is_empty() {
+        if records.is_empty() || self.format == Format::Nothing {
             return Ok(());
         }
         let emphasise = std::io::stdout().is_terminal();
@@ -305,7 +336,7 @@ impl<'r> Output<'r> {
             .suspend(|| {
                 let mut out = std::io::stdout().lock();
                 for record in records {
-                    if self.json {
+                    if self.format == Format::Json {
                         out.write_all(record.line().as_bytes())?;
                     } else if emphasise {
                         writeln!(out, "[{}] \x1b[1m{}\x1b[0m{}\n", record.index, record.prompt, record.text)?;

@@ -143,6 +143,15 @@ pub enum InferenceMode {
     HostDataParallel,
 }
 
+impl fmt::Display for InferenceMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::GlobalMesh => "global_mesh",
+            Self::HostDataParallel => "host_data_parallel",
+        })
+    }
+}
+
 /// The flags that are [`Settings`] too, as they were given: those that were not given override nothing.
 #[derive(Clone, Debug, Default)]
 pub struct Flags(ArgMatches);
@@ -261,6 +270,11 @@ impl Settings {
             self.notes.push(note);
         }
         self.engine.compute_dtype = Some(compute);
+    }
+
+    /// How several hosts share the work: by default without traffic between them.
+    pub fn mode(&self) -> InferenceMode {
+        self.inference_mode.unwrap_or(InferenceMode::HostDataParallel)
     }
 
     /// The mesh that was asked for.
