@@ -52,6 +52,7 @@ bench-peers: setup
 certify-all: tpu-tools
 	cargo test --test certify -- --include-ignored --skip a_sample_of_problems
 	cargo test --test llama -- --ignored libtpu
+	cargo test --test check -- --ignored --nocapture
 
 certify-sample: tpu-tools
 	N=$(or $(N),200) SEED=$(or $(SEED),1) cargo test --test certify -- --ignored --nocapture a_sample_of_problems

@@ -12,6 +12,7 @@
 //! depends on its own prompt, index, round and generation only, whatever ran beside it, unless the caller asks for
 //! [`EngineOptions::mixed_steps`].
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,7 @@ use crate::sampler::Sampling;
 use crate::scheduler::{DecodeRow, Finished, Limits, PrefillRow, Request, Scheduler, Step};
 use crate::stop::StopRule;
 use crate::units::{SampleId, Slot};
+use crate::watchdog::Watchdog;
 
 /// How tokens are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -69,9 +71,22 @@ pub enum StepKind {
     Decode,
 }
 
+impl StepKind {
+    /// Its name in messages and timelines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Mixed => "prefill and decode",
+            Self::Decode => "decode",
+        }
+    }
+}
+
 /// One host call. Times are in seconds; the four parts follow each other from `start_s` on.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct StepReport {
+    /// The engine, of several.
+    pub engine: usize,
     /// What it did.
     pub kind: StepKind,
     /// Sequences in the step.
@@ -92,6 +107,13 @@ pub struct StepReport {
     pub device_s: f64,
     /// Taking the tokens to their sequences.
     pub extract_s: f64,
+}
+
+impl StepReport {
+    /// All its parts.
+    pub fn total_s(&self) -> f64 {
+        self.plan_s + self.submit_s + self.device_s + self.extract_s
+    }
 }
 
 /// Where the run stands, reported after every host call.
@@ -236,6 +258,7 @@ pub struct Engine {
     executor: Executor,
     scheduler: Scheduler,
     session: Session,
+    watchdog: Option<Arc<Watchdog>>,
 }
 
 /// What was measured since the first request of a run.
@@ -257,7 +280,7 @@ impl Engine {
         let shape = options.shape(model.group().parallel());
         let executor = Executor::new(client, model, &shape, &options.sampling, options.stop.eos())?;
         let scheduler = idle_scheduler(&options);
-        Ok(Self { options, shape, executor, scheduler, session: Session::default() })
+        Ok(Self { options, shape, executor, scheduler, session: Session::default(), watchdog: None })
     }
 
     /// Time spent emitting and compiling the step programs.
@@ -335,7 +358,13 @@ impl Engine {
         outcome
     }
 
+    /// Has the steps of this engine watched: a device that does not answer is then reported.
+    pub fn watch(&mut self, watchdog: &Arc<Watchdog>) {
+        self.watchdog = Some(Arc::clone(watchdog));
+    }
+
     fn step(&mut self) -> Result<Option<Vec<Finished>>> {
+        let watchdog = self.watchdog.clone();
         let started = Instant::now();
         let run_started = *self.session.started.get_or_insert(started);
         let step = self.scheduler.next();
@@ -346,6 +375,8 @@ impl Engine {
             ..StepReport::default()
         };
         let timing = &mut self.session.timing;
+        let call = timing.prefill_calls + timing.decode_calls + 1;
+        let _watched = watchdog.as_deref().map(|watchdog| watchdog.step(format!("call {call}: {step}")));
         let (sampled, submitted, executed) = match step {
             Step::Done => return Ok(None),
             Step::Prefill(rows) => {

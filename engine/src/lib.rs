@@ -24,7 +24,9 @@ pub mod report;
 pub mod sampler;
 pub mod scheduler;
 pub mod stop;
+pub mod timeline;
 pub mod topology;
 pub mod units;
+pub mod watchdog;
 
 pub use error::{Error, Result};

@@ -10,18 +10,19 @@ use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::generate::{Engine, EngineOptions, Progress, Timing};
+use crate::generate::{Engine, EngineOptions, Progress, StepReport, Timing};
 use crate::llama::{DeviceModel, Group};
 use crate::mesh::Mesh;
 use crate::model::config::LlamaConfig;
 use crate::model::weights::Weights;
 use crate::pjrt::Client;
 use crate::scheduler::{Finished, Request};
+use crate::watchdog::Watchdog;
 
 /// The engines of a mesh's replicas.
 pub struct Replicas {
@@ -84,6 +85,11 @@ impl Replicas {
     /// The longest time that an engine spent emitting and compiling its step programs.
     pub fn compile_time(&self) -> Duration {
         self.engines.iter().map(Engine::compile_time).max().unwrap_or_default()
+    }
+
+    /// Has the steps of all engines watched ([`Engine::watch`]).
+    pub fn watch(&mut self, watchdog: &Arc<Watchdog>) {
+        self.engines.iter_mut().for_each(|engine| engine.watch(watchdog));
     }
 
     /// As [`Engine::run`], over all engines.
@@ -154,8 +160,9 @@ impl Replicas {
                     Event::Failed(error) => Err(error),
                     Event::Step { engine, finished: samples, progress: state } => {
                         states[engine] = state;
+                        let step = StepReport { engine, ..state.step };
                         let done = samples.into_iter().try_for_each(&mut *finished);
-                        progress(&Progress::beside(&states, state.step));
+                        progress(&Progress::beside(&states, step));
                         done
                     }
                 };

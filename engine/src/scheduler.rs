@@ -37,6 +37,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::fmt;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -190,6 +191,19 @@ pub enum Step {
     },
     /// Every request has finished.
     Done,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Prefill(rows) => {
+                let tokens: usize = rows.iter().map(|row| row.tokens.len()).sum();
+                write!(f, "prefill of {tokens} tokens of {} sequences", rows.len())
+            }
+            Self::Decode { rows, rounds } => write!(f, "decode of {} sequences, {rounds} steps", rows.len()),
+            Self::Done => f.write_str("nothing"),
+        }
+    }
 }
 
 #[derive(Debug)]

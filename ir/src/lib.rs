@@ -3,6 +3,7 @@
 //! [`stablehlo`] builds whole programs for any PJRT plugin. This crate knows dialects, shapes and element types; it
 //! knows no kernel, no device and no file.
 pub mod bytes;
+pub mod chrome_trace;
 pub mod context;
 pub mod element;
 pub mod error;

@@ -263,3 +263,44 @@ pub fn all_reduce(topology: &str, mesh: Mesh, rows: usize, hidden: usize) -> Res
     let module = module.bytecode().to_vec();
     Ok(Unit { name, module, topology: topology.into(), replicas: mesh.devices(), how: How::Profiled })
 }
+
+/// What a step gathers over a mesh's shards to choose tokens, alone: of `rows` rows `columns` f32 each, joined in the order of
+/// the shards.
+///
+/// # Errors
+/// None, unless MLIR fails.
+pub fn gather(topology: &str, shards: usize, rows: usize, columns: usize) -> Result<Unit> {
+    let context = Context::new();
+    let module = Module::replicated(&context, "gather", shards);
+    let array = TensorType::new(Element::F32, &[rows, columns]);
+    module.function("main", &[array], |b, args| {
+        let part = b.reshape(args[0], &[1, rows, columns])?;
+        let all = b.transpose(b.all_gather(part, 0, &ReplicaGroups::all(shards))?, &[1, 0, 2])?;
+        Ok(vec![b.reshape(all, &[rows, shards * columns])?])
+    })?;
+    let name = format!("gather of {rows} x {columns} over {shards}");
+    let module = module.bytecode().to_vec();
+    Ok(Unit { name, module, topology: topology.into(), replicas: shards, how: How::Profiled })
+}
+
+/// What hosts need to know of a folder of executables.
+#[derive(Debug, Serialize)]
+pub struct Manifest {
+    /// The compiler that wrote them; the host's must be the same.
+    pub compiler: String,
+    /// The programs.
+    pub programs: Vec<ManifestEntry>,
+}
+
+/// An executable of a [`Manifest`].
+#[derive(Debug, Serialize)]
+pub struct ManifestEntry {
+    /// `prefill` or `decode`.
+    pub program: &'static str,
+    /// Its file.
+    pub file: String,
+    /// What it is compiled for.
+    pub topology: String,
+    /// Devices of one replica.
+    pub replicas: usize,
+}

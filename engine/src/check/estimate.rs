@@ -8,11 +8,11 @@
 
 use std::collections::BTreeMap;
 
-use pagoda_kernels::chips::ChipInfo;
 use pagoda_kernels::random::Lengths;
+use pagoda_kernels::rpa::Rpa;
 use serde::{Deserialize, Serialize};
 
-use super::launches::{Launch, Planned, Work, keys_worked};
+use super::launches::{Launch, Planned, keys_worked};
 use super::plan::{Plan, Program, Sample};
 use crate::error::Result;
 use crate::scheduler::{Request, Scheduler, Step, batches};
@@ -73,8 +73,29 @@ pub struct Costs {
     pub prefill: Vec<Cycles>,
     /// Of the decode program.
     pub decode: Vec<Cycles>,
-    /// Of one sum over the shards, with a prefill's rows and a decode step's; `None` on one device.
-    pub reduce: Option<[Cycles; 2]>,
+    /// What the shards exchange; `None` on one device.
+    pub exchange: Option<Exchange>,
+}
+
+/// Cycles of what the shards of a replica exchange.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Exchange {
+    /// One sum of a prefill step's rows.
+    pub prefill_sum: Cycles,
+    /// One sum of a decode step's rows.
+    pub decode_sum: Cycles,
+    /// What is gathered to choose the tokens of a step.
+    pub gather: Cycles,
+}
+
+impl Exchange {
+    /// One sum of a step.
+    pub fn sum(&self, program: Program) -> Cycles {
+        match program {
+            Program::Prefill => self.prefill_sum,
+            Program::Decode => self.decode_sum,
+        }
+    }
 }
 
 impl Costs {
@@ -88,20 +109,31 @@ impl Costs {
     /// What the planner's model says, of every launch: what alternatives are compared by.
     pub fn modelled(plan: &Plan) -> Self {
         let of = |program| plan.launches(program).iter().map(|launch| modelled(plan, launch)).collect();
-        let chip = plan.job.topology.chip().info();
-        let reduce =
-            |program: Program| Cycles::constant(modelled_reduce(plan, &chip, program.rows(&plan.shape)), Source::Model);
+        let model = |rows, features| Cycles::constant(modelled_exchange(plan, rows * features), Source::Model);
+        let sum = |program: Program| model(program.rows(&plan.shape), plan.shard.hidden_size);
         Self {
             prefill: of(Program::Prefill),
             decode: of(Program::Decode),
-            reduce: (plan.mesh.model.get() > 1).then(|| [reduce(Program::Prefill), reduce(Program::Decode)]),
+            exchange: (plan.mesh.model.get() > 1).then(|| Exchange {
+                prefill_sum: sum(Program::Prefill),
+                decode_sum: sum(Program::Decode),
+                gather: model(plan.shape.slots, plan.job.config.vocab_size),
+            }),
         }
     }
 }
 
-/// How far kernels of attention stand above their roofline, where nothing better is known: those measured on v5p are at
-/// 1.05 to 2.5 times.
-const ATTENTION_ABOVE_ROOFLINE: f64 = 2.0;
+/// How far kernels of attention stand above their roofline, where nothing better is known: where both cores of a device share
+/// the heads, where one of two works, and on devices of one core. Profiled on v5p (decode at 4110 tokens: 1.21 of 8 KV heads,
+/// 2.8 of 2) and v6e.
+fn above_roofline(plan: &pagoda_kernels::plan::Plan<Rpa>, cores: usize) -> f64 {
+    match cores {
+        1 => 2.0,
+        _ if plan.head_block() < plan.problem().kv_heads => 1.25,
+        _ => 2.8,
+    }
+}
+
 /// Cycles that a launch of attention takes with nothing to do.
 const EMPTY_ATTENTION: f64 = 2000.0;
 
@@ -116,7 +148,7 @@ pub fn modelled(plan: &Plan, launch: &Launch) -> Cycles {
             // A key of a block of query rows: two products of the block's rows with it.
             let rows = attention.rows().max(1) as f64;
             let flops = 4.0 * rows * (problem.kv_heads * problem.head_dim) as f64 / chip.peak_flop_per_cycle();
-            let per_key = ATTENTION_ABOVE_ROOFLINE * bytes.max(flops);
+            let per_key = above_roofline(attention, chip.cores) * bytes.max(flops);
             Cycles { fixed: EMPTY_ATTENTION, per_key, source: Source::Model }
         }
     }
@@ -128,12 +160,12 @@ pub fn modelled(plan: &Plan, launch: &Launch) -> Cycles {
 const REDUCE_LATENCY: [f64; 2] = [4800.0, 16300.0];
 const REDUCE_LINK_SHARE: [f64; 2] = [0.2, 0.044];
 
-/// A model of one sum over the shards, `[rows, hidden]` in f32.
-fn modelled_reduce(plan: &Plan, chip: &ChipInfo, rows: usize) -> f64 {
+/// A model of one exchange of so many f32 between the shards.
+fn modelled_exchange(plan: &Plan, elements: usize) -> f64 {
     let at = usize::from(!plan.within_a_host());
     let shards = plan.mesh.model.get() as f64;
-    let bytes = (rows * plan.shard.hidden_size * 4) as f64 * 2.0 * (shards - 1.0) / shards;
-    let links = plan.job.topology.links().ici.0 * REDUCE_LINK_SHARE[at] / chip.clock.0;
+    let bytes = (elements * 4) as f64 * 2.0 * (shards - 1.0) / shards;
+    let links = plan.job.topology.links().ici.0 * REDUCE_LINK_SHARE[at] / plan.job.topology.chip().info().clock.0;
     REDUCE_LATENCY[at] + bytes / links
 }
 
@@ -143,6 +175,13 @@ fn glue(plan: &Plan, rows: usize) -> f64 {
     let features = ((plan.shard.q_heads + 2 * plan.shard.kv_heads) * plan.shard.head_dim) as f64 / 6144.0;
     9_300.0 + 84.0 * rows as f64 * features
 }
+
+/// What a layer does outside of its kernels.
+pub const AROUND: &str = "around the kernels";
+/// Sums over the shards.
+pub const ALL_REDUCE: &str = "all-reduce";
+/// What the shards tell each other to choose tokens.
+pub const GATHER: &str = "gather of logits";
 
 /// The time of one step, by what it goes into.
 #[derive(Clone, Debug, PartialEq)]
@@ -167,8 +206,11 @@ impl StepTime {
     }
 }
 
-/// Sums that one layer makes over the shards: behind the attention's output, and behind the MLP.
-const REDUCES_PER_LAYER: usize = 2;
+/// Sums over the shards of a step: behind the lookup of embeddings, and in each layer behind the attention's output and
+/// behind the MLP.
+pub fn sums(plan: &Plan) -> usize {
+    2 * plan.shard.layers + 1
+}
 
 /// The time of a step of `program` over sequences of these lengths.
 pub fn step_time(plan: &Plan, costs: &Costs, program: Program, batch: &[Lengths]) -> StepTime {
@@ -185,22 +227,12 @@ pub fn step_time(plan: &Plan, costs: &Costs, program: Program, batch: &[Lengths]
         bytes += count * launch.work(batch).bytes;
     }
     let layers = plan.shard.layers as f64;
-    parts.push(("around the kernels", layers * glue(plan, program.rows(&plan.shape)) / chip.clock.0));
-    if let Some(reduce) = costs.reduce {
-        let reduce = reduce[usize::from(program == Program::Decode)];
-        let sums = (REDUCES_PER_LAYER * plan.shard.layers) as f64;
-        parts.push(("all-reduce", sums * reduce.fixed / chip.clock.0));
+    parts.push((AROUND, layers * glue(plan, program.rows(&plan.shape)) / chip.clock.0));
+    if let Some(exchange) = costs.exchange {
+        parts.push((ALL_REDUCE, sums(plan) as f64 * exchange.sum(program).fixed / chip.clock.0));
+        parts.push((GATHER, exchange.gather.fixed / chip.clock.0));
     }
     StepTime { parts, memory: bytes / chip.hbm_bandwidth.0, bytes }
-}
-
-/// All kernels' work of a step.
-pub fn step_work(plan: &Plan, program: Program, batch: &[Lengths]) -> Work {
-    plan.launches(program).iter().fold(Work::default(), |sum, launch| {
-        let work = launch.work(batch);
-        let count = launch.count as f64;
-        Work { flops: sum.flops + count * work.flops, bytes: sum.bytes + count * work.bytes }
-    })
 }
 
 /// What one engine does with its prompts.

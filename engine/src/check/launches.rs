@@ -89,17 +89,13 @@ impl Planned {
     }
 }
 
-/// The launches of `program`, in the order of a step. `shape` and `shard` are those of one device.
+/// The launches of `program` on one device, in the order of a step.
 ///
 /// # Errors
 /// When a kernel cannot be planned for the chip.
-pub fn launches(
-    shard: &LlamaConfig,
-    shape: &StepShape,
-    chip: Chip,
-    program: Program,
-    split: bool,
-) -> Result<Vec<Launch>> {
+pub fn launches(config: &LlamaConfig, shape: &StepShape, chip: Chip, program: Program) -> Result<Vec<Launch>> {
+    let shard = &shape.parallel.shard_of(config);
+    let split = shape.parallel.model().get() > 1;
     let compute = shape.compute;
     let rows = program.rows(shape);
     let (hidden, inner, layers) = (shard.hidden_size, shard.intermediate_size, shard.layers);
@@ -110,11 +106,13 @@ pub fn launches(
     let (partial, residual) = if split { (Element::F32, false) } else { (compute, true) };
     let gate = Epilogue { activation: Activation::SiluGate, ..bias(shard.mlp_bias) };
     let closing = |has_bias: bool| Epilogue { residual, ..bias(has_bias && !split) };
+    let stack = if shape.stacks_layers(config) { layers } else { 1 };
     let matmul = |role, count, [m, k, n]: [usize; 3], output, epilogue| {
         let spec = matmul::Spec {
             output,
             layout: Layout::WeightTransposed,
             epilogue,
+            layers: if role == "head" { 1 } else { stack },
             ..matmul::Spec::new([m, k, n], compute)
         };
         let plan = plan::<Matmul>(role, spec, chip)?;

@@ -30,7 +30,7 @@ use crate::mesh::Mesh;
 use crate::report::Report;
 use crate::sampler::Sampling;
 use compile::{Answer, Compiler, How, Unit, compile_all};
-use estimate::{Costs, Cycles, JobTime, Source};
+use estimate::{Costs, Cycles, Exchange, JobTime, Source};
 use launches::{Launch, Planned};
 use plan::{Plan, Program};
 
@@ -161,39 +161,34 @@ pub fn find_out(
     let mut wanted = Wanted::default();
     let prefill = wanted.of(&plan, Program::Prefill)?;
     let decode = wanted.of(&plan, Program::Decode)?;
-    let group = Mesh { model: plan.mesh.model, ..Mesh::ONE };
-    let reduces = match group.devices() {
-        1 => vec![],
-        _ => Program::ALL
-            .into_iter()
-            .map(|program| compile::all_reduce(&topology, group, program.rows(&plan.shape), plan.shard.hidden_size))
-            .collect::<Result<Vec<_>>>()?,
-    };
+    let exchanges = exchanges(&plan, question)?;
     let profiled = plan.job.topology.chip().has_static_profile();
     // The longest first: the processors end together.
     let mut units = steps.clone();
     if profiled {
         units.extend(wanted.units.iter().cloned());
-        units.extend(reduces.iter().cloned());
+        units.extend(exchanges.iter().cloned());
         units.extend(wide_reduce(&plan)?);
     }
     let answers = compile_all(compiler, &units, done)?;
     let (step_answers, rest) = answers.split_at(steps.len());
-    let (kernels, sums) = rest.split_at(if profiled { wanted.units.len() } else { 0 });
+    let (kernels, exchanged) = rest.split_at(if profiled { wanted.units.len() } else { 0 });
     let cycles = |wanted: &[WantedCycles]| -> Vec<Cycles> {
         let launches = wanted.iter();
         launches.map(|wanted| wanted.resolve(kernels)).collect()
     };
     let modelled = Costs::modelled(&plan);
-    let sum_of = |answer: Option<&Answer>| {
+    let all_of = |answer: Option<&Answer>| {
         let certificate = answer?.certificate()?;
         let cycles: u64 = certificate.cycles.iter().map(|op| op.cycles).sum();
         (cycles > 0).then(|| Cycles::constant(cycles as f64, Source::Profile))
     };
-    let reduce = modelled
-        .reduce
-        .map(|[prefill, decode]| [sum_of(sums.first()).unwrap_or(prefill), sum_of(sums.get(1)).unwrap_or(decode)]);
-    let costs = Costs { prefill: cycles(&prefill), decode: cycles(&decode), reduce };
+    let exchange = modelled.exchange.map(|model| Exchange {
+        prefill_sum: all_of(exchanged.first()).unwrap_or(model.prefill_sum),
+        decode_sum: all_of(exchanged.get(1)).unwrap_or(model.decode_sum),
+        gather: all_of(exchanged.get(2)).unwrap_or(model.gather),
+    });
+    let costs = Costs { prefill: cycles(&prefill), decode: cycles(&decode), exchange };
     let time = estimate::job_time(&plan, &costs)?;
     let finding =
         |(program, (unit, answer)): (Program, (Unit, &Answer))| StepFinding { program, unit, answer: answer.clone() };
@@ -202,10 +197,25 @@ pub fn find_out(
         steps: Program::ALL.into_iter().zip(steps.into_iter().zip(step_answers)).map(finding).collect(),
         costs,
         modelled,
-        wide_reduce: sum_of(sums.get(reduces.len())),
+        wide_reduce: all_of(exchanged.get(exchanges.len())),
         time,
         plan,
     })
+}
+
+/// What the shards exchange: a sum of a prefill step's rows, one of a decode step's, and what a token is chosen from.
+fn exchanges(plan: &Plan, question: &Question) -> Result<Vec<Unit>> {
+    let (shards, topology) = (plan.mesh.model.get(), plan.group.libtpu_name());
+    if shards == 1 {
+        return Ok(vec![]);
+    }
+    let group = Mesh { model: plan.mesh.model, ..Mesh::ONE };
+    let sum =
+        |program: Program| compile::all_reduce(&topology, group, program.rows(&plan.shape), plan.shard.hidden_size);
+    // Greedy: each shard's largest logit and where it is; else all logits.
+    let columns = if question.sampling == Sampling::Greedy { 2 } else { plan.shard.vocab_size };
+    let gather = compile::gather(&topology, shards, plan.shape.slots, columns);
+    Ok(vec![sum(Program::Prefill)?, sum(Program::Decode)?, gather?])
 }
 
 /// The sum over a host's shards in a program over all devices of the slice.

@@ -31,6 +31,8 @@ pub struct Job {
     pub max_new_tokens: usize,
     /// The samples, in the run's order.
     pub samples: Vec<Sample>,
+    /// Rows of a prefill step as the config names them: steps have fewer where the prompts never fill them.
+    pub prefill_asked: usize,
     /// Prompts that an engine is given at once; `None` for all.
     pub prompts_per_batch: Option<usize>,
     /// Whether prefill steps carry the sequences that decode.
@@ -193,7 +195,7 @@ impl Plan {
         shape.parallel.check(&job.config)?;
         let shard = shape.parallel.shard_of(&job.config);
         let chip = job.topology.chip();
-        let of = |program| launches(&shard, &shape, chip, program, model.get() > 1);
+        let of = |program| launches(&job.config, &shape, chip, program);
         Ok(Self {
             mesh,
             chosen,

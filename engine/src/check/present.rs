@@ -1,16 +1,19 @@
 //! The report: findings in the order in which a reader wants them. Pure.
 
-use pagoda_kernels::vmem::{BufferKind, Bytes};
+use pagoda_kernels::rpa;
+use pagoda_kernels::vmem::{BufferKind, Bytes, Spills};
 
-use super::estimate::{self, Costs, Source, StepTime};
+use super::estimate::{self, ALL_REDUCE, Costs, Cycles, Exchange, GATHER, Source, StepTime};
 use super::jax_v2;
-use super::launches::Planned;
+use super::launches::{Planned, launches};
 use super::plan::{Chosen, Plan, Program};
 use super::suggest::{self, Alternative};
 use super::{Counted, Findings, Question, compiled_kernel};
 use crate::certify::Verdict as Compiled;
 use crate::certify::report::{AllocationKind, KernelVmem};
 use crate::check::compile::Answer;
+use crate::llama::Parallel;
+use crate::llama::step::StepShape;
 use crate::report::{
     Bar, Block, Figure, Lane, MeshDrawing, Part, Report, Roofline, RooflinePoint, Section, Span, Status, Suggestion,
     Table, Timeline, Value, Verdict,
@@ -52,10 +55,12 @@ fn subtitle(plan: &Plan, compiler: &str) -> String {
     )
 }
 
-/// libtpu's own name for itself, without its build stamps.
-fn short(compiler: &str) -> &str {
-    let end = compiler.find(" Built").or_else(|| compiler.find(" cl/")).unwrap_or(compiler.len());
-    compiler[..end].trim()
+/// libtpu as its build names it: its own words have a date and the change that it was built at.
+fn short(compiler: &str) -> String {
+    match compiler.split_whitespace().find(|word| word.starts_with("cl/")) {
+        Some(change) => format!("libtpu {change}"),
+        None => compiler.to_owned(),
+    }
 }
 
 // The answer.
@@ -98,6 +103,7 @@ fn verdict(findings: &Findings, question: &Question, one_engine: Option<&OneEngi
     let mut reasons = vec![hbm_reason(findings)];
     reasons.extend(vmem_reason(findings));
     reasons.push(jax_reason(plan, question));
+    reasons.extend(pagoda_words(plan));
     reasons.extend(one_engine.map(|one| one.words(findings)));
     Verdict { status, headline, reasons }
 }
@@ -145,7 +151,7 @@ fn jax_launch(plan: &Plan) -> jax_v2::Launch {
         &plan.job.config,
         limits.page_size.tokens(),
         limits.pages_per_seq(),
-        limits.max_prefill_size,
+        plan.job.prefill_asked,
         plan.job.compute,
     )
 }
@@ -218,11 +224,11 @@ fn one_engine(findings: &Findings) -> Option<OneEngine> {
     }
     let clock = plan.job.topology.chip().info().clock.0;
     let wide = findings.wide_reduce;
-    let reduce = wide.zip(findings.costs.reduce).map(|(wide, [_, near])| [near.fixed / clock, wide.fixed / clock]);
     let mut costs = findings.costs.clone();
-    if let (Some([_, decode]), Some(wide)) = (&mut costs.reduce, wide) {
-        *decode = wide;
-    }
+    let reduce = costs.exchange.as_mut().zip(wide).map(|(exchange, wide)| {
+        let near = std::mem::replace(&mut exchange.decode_sum, wide);
+        [near.fixed / clock, wide.fixed / clock]
+    });
     let all = estimate::simulate(plan, &costs, &plan.job.samples).ok()?;
     let waves = plan.job.samples.len().div_ceil(plan.job.limits.max_seqs.max(1));
     Some(OneEngine { seconds: all.seconds, calls: all.prefill_calls + all.decode_calls, waves, reduce })
@@ -252,7 +258,7 @@ impl OneEngine {
                 "; and because a sum over the shards stays within a host, {} instead of {}, {} a step",
                 Value::Seconds(near),
                 Value::Seconds(wide),
-                2 * plan.shard.layers
+                estimate::sums(plan)
             );
         }
         words + "."
@@ -406,7 +412,7 @@ fn links(findings: &Findings) -> Table {
     let model = plan.mesh.model.get() as f64;
     let mut table = Table::new(&["link", "what", "bytes a decode step", "at link speed", "of the step"]);
     let rows = Program::Decode.rows(&plan.shape);
-    let sums = (2 * plan.shard.layers * rows * plan.shard.hidden_size * 4) as f64;
+    let sums = (estimate::sums(plan) * rows * plan.shard.hidden_size * 4) as f64;
     let ici = if plan.mesh.model.get() > 1 { sums * 2.0 * (model - 1.0) / model } else { 0.0 };
     let step = full_step(plan, &findings.costs, Program::Decode).seconds();
     let seconds = ici / links.ici.0;
@@ -497,7 +503,7 @@ fn vmem(findings: &Findings) -> Section {
             });
             let known = match compiled {
                 Some(kernel) if kernel.report.without_spills() == planned => "compiled, to the byte as planned",
-                Some(_) => "compiled; XLA keeps operands in VMEM beside it",
+                Some(_) => "compiled; XLA keeps an operand in VMEM for it",
                 None => "planned only",
             };
             table.row(vec![
@@ -551,11 +557,15 @@ fn steps(findings: &Findings) -> Section {
         for (at, (what, seconds)) in step.parts.iter().enumerate() {
             let (count, source) = match plan.launches(program).get(at) {
                 Some(launch) => (launch.count, costs[at].source.words()),
-                None if *what == "all-reduce" => {
-                    let reduce = findings.costs.reduce.map_or(Source::Model, |[_, decode]| decode.source);
-                    (2 * plan.shard.layers, reduce.words())
+                None => {
+                    let exchange = findings.costs.exchange;
+                    let source = |of: &dyn Fn(Exchange) -> Cycles| exchange.map_or(Source::Model, |all| of(all).source);
+                    match *what {
+                        ALL_REDUCE => (estimate::sums(plan), source(&|all| all.sum(program)).words()),
+                        GATHER => (1, source(&|all| all.gather).words()),
+                        _ => (plan.shard.layers, "profiled once, scaled"),
+                    }
                 }
-                None => (plan.shard.layers, "profiled once, scaled"),
             };
             table.row(vec![
                 program.name().into(),
@@ -599,8 +609,8 @@ fn roofline(findings: &Findings) -> Section {
             let work = launch.work(&full);
             // A kernel is no faster than its bytes allow, whatever its static cycles say.
             let seconds = (seconds / launch.count.max(1) as f64).max(work.bytes / info.hbm_bandwidth.0);
-            let label = format!("{} {}", program.name(), launch.role);
-            points.push(RooflinePoint { label, flops: work.flops, bytes: work.bytes, seconds });
+            let (group, label) = (program.name().to_owned(), launch.role.to_owned());
+            points.push(RooflinePoint { group, label, flops: work.flops, bytes: work.bytes, seconds });
         }
     }
     let roofline = Roofline { peak_flops: info.peak_flops(), bandwidth: info.hbm_bandwidth.0, points };
@@ -647,15 +657,39 @@ fn jax(plan: &Plan, question: &Question) -> Section {
         bars.push(bar(format!("heads split {model} ways, {}", which(tiles)), &sharded, tiles));
     }
     let mut blocks = vec![Block::Text(jax_reason(plan, question)), Block::Bars(bars)];
-    let pagoda = plan.prefill.iter().find(|launch| matches!(launch.plan, Planned::Attention(_)));
-    if let Some(pagoda) = pagoda {
-        let (name, total, limit) = (pagoda.plan.name(), pagoda.plan.vmem().total(), pagoda.plan.limit());
-        blocks.push(Block::Text(format!(
-            "Pagoda's {name} takes {total} of {limit} before spills for the same prefill: {}.",
-            pagoda.plan.verdict()
-        )));
-    }
+    blocks.extend(pagoda_words(plan).map(Block::Text));
     Section::new("JAX's attention kernel on the same values", blocks)
+}
+
+/// Pagoda's attention kernel for what JAX's is asked for: all heads, as many rows as the config names, a buffer per layer.
+fn pagoda_kernel(plan: &Plan) -> Option<Planned> {
+    let job = &plan.job;
+    let shape = StepShape { prefill_rows: job.prefill_asked, parallel: Parallel::ONE, ..plan.shape.clone() };
+    let launches = launches(&job.config, &shape, job.topology.chip(), Program::Prefill).ok()?;
+    let attention = launches.into_iter().find_map(|launch| match launch.plan {
+        Planned::Attention(plan) => Some(plan),
+        Planned::Matmul(_) => None,
+    })?;
+    let spec = rpa::Spec { layers: 1, ..attention.problem().spec().clone() };
+    let problem = pagoda_kernels::Problem::new(spec).ok()?;
+    Some(Planned::Attention(rpa::plan::Plan::new(problem, attention.chip(), rpa::plan::Options::default()).ok()?))
+}
+
+fn pagoda_words(plan: &Plan) -> Option<String> {
+    let kernel = pagoda_kernel(plan)?;
+    let known = match kernel.spills() {
+        Spills::Certified { bytes } => format!("{bytes} of spills, certified"),
+        Spills::Estimated { bytes } => format!("up to {bytes} of spills, estimated"),
+        Spills::Unknown => "spills not known".to_owned(),
+    };
+    Some(format!(
+        "Pagoda's {} takes {} of {} for the same heads and {} rows, and {known}: {}.",
+        kernel.name(),
+        kernel.vmem().total(),
+        kernel.limit(),
+        plan.job.prefill_asked,
+        kernel.verdict()
+    ))
 }
 
 fn executables(findings: &Findings) -> Section {
@@ -752,12 +786,11 @@ pub(super) fn jax_report(plan: &Plan, question: &Question) -> Report {
                 effect: format!("{} before spills instead of {all}", taken(&shard)),
             });
         }
-        let pagoda = plan.prefill.iter().find(|launch| matches!(launch.plan, Planned::Attention(_)));
-        if let Some(pagoda) = pagoda {
+        if let Some((kernel, effect)) = pagoda_kernel(plan).zip(pagoda_words(plan)) {
             suggestions.push(Suggestion {
                 kind: "kernel",
-                change: format!("Pagoda's {}, at the same values", pagoda.plan.name()),
-                effect: format!("{} before spills: {}", pagoda.plan.vmem().total(), pagoda.plan.verdict()),
+                change: format!("Pagoda's {}, at the same values", kernel.name()),
+                effect,
             });
         }
     }

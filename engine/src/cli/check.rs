@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::sample::Prompts;
 use crate::certify::Certifier;
-use crate::check::compile::{Answer, Cached, Compiler, Unit, user_cache};
+use crate::check::compile::{Answer, Cached, Compiler, Manifest, ManifestEntry, Unit, user_cache};
 use crate::check::plan::{Job, Plan, Sample};
 use crate::check::{self, Counted, Findings, Layout, Question, jax_v2};
 use crate::config::{Flags, InferenceMode, Settings};
@@ -72,6 +72,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         compute: settings.compute().element(),
         max_new_tokens: settings.max_new_tokens,
         samples: samples(&lengths, &settings),
+        prefill_asked: settings.engine.max_prefill_size.unwrap_or(limits.max_prefill_size),
         prompts_per_batch: settings.max_prompts_per_batch,
         mixed_steps: settings.engine.mixed_steps,
         hbm: check::plan::data_sheet_hbm(topology.chip()),
@@ -164,15 +165,21 @@ fn samples(lengths: &[usize], settings: &Settings) -> Vec<Sample> {
     samples.collect()
 }
 
-/// Copies the executables into `folder`, under the names of their programs' keys.
+/// Copies the executables into `folder`, under the names of their programs' keys, with a list of them.
 fn write_executables(findings: &Findings, compiler: &Cached, folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    let mut programs = Vec::new();
     for step in &findings.steps {
         let Some(from) = compiler.executable(&step.unit) else { continue };
+        let file = from.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let bytes = std::fs::read(&from).map_err(Error::io("read", &from))?;
-        let to = folder.join(from.file_name().unwrap_or_default());
+        let to = folder.join(&file);
         write_atomically(&to, &bytes)?;
         eprintln!("# {}: {}", step.unit.name, to.display());
+        let Unit { topology, replicas, .. } = step.unit.clone();
+        programs.push(ManifestEntry { program: step.program.name(), file, topology, replicas });
     }
-    Ok(())
+    let manifest = Manifest { compiler: findings.compiler.clone(), programs };
+    let text = serde_json::to_string_pretty(&manifest).map_err(Error::runtime("writing JSON"))?;
+    write_atomically(&folder.join("executables.json"), text.as_bytes())
 }

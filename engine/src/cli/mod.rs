@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod doctor;
 mod kernels;
+mod monitor;
 mod place;
 mod sample;
 
@@ -38,6 +39,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Check a job for a TPU slice: whether it fits, how long it takes, what to change. Needs no TPU and no weights.
+    ///
+    /// libtpu compiles the step programs of one model group ahead of time; its answers are kept, so that a second check is a
+    /// matter of a second. Exit code 0: the job fits; 1: it does not, or libtpu gave no answer; 2: the input must change.
     Check(Box<check::CheckArgs>),
     /// Sample continuations of prompts: the generation loop over any PJRT plugin.
     Sample(Box<sample::SampleArgs>),
@@ -178,6 +182,12 @@ impl PluginArgs {
 
 /// Loads the plugin that is named and creates a client of `devices` devices.
 fn client(choice: &str, devices: usize) -> Result<Client> {
+    /// More devices than the CPU plugin is asked to make on one host.
+    const MOST_DEVICES: usize = 256;
+    if choice == "cpu" && devices > MOST_DEVICES {
+        let limit = format!("is more than the {MOST_DEVICES} that the CPU plugin is asked to make");
+        return Err(Error::setting("devices of the mesh", devices, limit, "lower data or model"));
+    }
     let plugin = Plugin::load(&PluginChoice::parse(choice)?)?;
     plugin.client(devices).map_err(|error| Error::Plugin {
         plugin: plugin.found().path.display().to_string(),

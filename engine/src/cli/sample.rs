@@ -9,16 +9,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use pagoda_ir::Bytes;
 
 use super::PluginArgs;
+use super::monitor::{Monitor, MonitorArgs};
 use super::place::{self, Place};
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
-use crate::generate::{EngineOptions, SamplingOptions, Timing};
+use crate::generate::{EngineOptions, SamplingOptions};
 use crate::hosts::Share;
 use crate::launcher::Launched;
 use crate::llama::Target;
+use crate::memory::Room;
 use crate::model::config::LlamaConfig;
 use crate::model::identity::identity;
 use crate::model::source::Files;
@@ -29,6 +31,7 @@ use crate::output::{InOrder, Journal, Record, Run};
 use crate::replicas::Replicas;
 use crate::scheduler::{Finished, Request, batches};
 use crate::stop::StopRule;
+use crate::timeline::StartUp;
 use crate::units::SampleId;
 
 /// Exit code after Ctrl-C, as shells expect it (128 + SIGINT).
@@ -56,14 +59,8 @@ pub(super) struct SampleArgs {
     /// Print one JSON object per finished sample on stdout, in prompt order, and nothing else there.
     #[arg(long)]
     json: bool,
-}
-
-/// Seconds from the start of the process to the first sampled token, by what they went into.
-#[derive(Clone, Copy, Debug, Default)]
-struct StartUp {
-    plugin: f64,
-    load: f64,
-    compile: f64,
+    #[command(flatten)]
+    monitor: MonitorArgs,
 }
 
 /// The prompts of a run, as text and as tokens.
@@ -162,71 +159,68 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
         true => Format::Text,
         false => Format::Nothing,
     };
-    let output = Output::new(format, out, &run, share, &prompts, &tokenizer)?;
+    let mut output = Output::new(format, out, &run, share, &prompts, &tokenizer)?;
     let cancel = interrupt_flag(world.is_some());
     let missing = place::alike(world, run.samples(share), output.missing());
     if !missing.is_empty() {
-        let mut start = StartUp::default();
-        let mut engine = start.engine(args, &config, &weights, &place, options)?;
+        let mut start_up = StartUp::default();
+        let (mut engines, pages) = load(args, &settings, &config, &weights, &place, options, &mut start_up)?;
+        output.monitor.begin(start_up, pages, settings.engine.debug_stats_every_n);
+        if let Some(watchdog) = args.monitor.watchdog() {
+            engines.watch(&watchdog);
+        }
         let request = |id: &SampleId| Request {
             id: *id,
             prompt: prompts.tokens[id.index].as_slice().into(),
             max_new_tokens: settings.max_new_tokens,
         };
         let batches = batches(&missing, settings.max_prompts_per_batch).map(|batch| batch.iter().map(request));
-        let timing = engine.run_batches(
-            batches,
-            &cancel,
-            |sample| output.finish(sample),
-            |state| {
-                output.bar.set_message(format!("{} tokens, {} KV pages used", state.tokens, state.pages_used));
-                output.bar.set_position(state.finished as u64);
-            },
-        )?;
-        output.bar.finish_and_clear();
-        start.report(&timing);
+        let finish = |sample| output.monitor.assemble(|| output.finish(sample));
+        engines.run_batches(batches, &cancel, finish, |state| output.monitor.step(state))?;
+        let of_run = out.map(|folder| folder.join(share.file_name("summary.json")));
+        let print = settings.engine.log_decode_perf_summary;
+        output.monitor.end(&args.monitor, placement.writes(), print, of_run.as_deref())?;
     }
     output.close(cancel.load(Ordering::Relaxed))
 }
 
-impl StartUp {
-    fn engine(
-        &mut self,
-        args: &SampleArgs,
-        config: &LlamaConfig,
-        weights: &Weights,
-        place: &Place,
-        mut options: EngineOptions,
-    ) -> Result<Replicas> {
-        let Place { client, placement, plugin_s } = place;
-        options.target = args.plugin.target(client)?;
-        eprintln!("# plugin {client:?}, kernels {}", options.target);
-        options.check_memory(client, config, placement.parallel(), &Vec::from_iter(0..placement.devices().get()))?;
-        self.plugin = *plugin_s;
-        let started = Instant::now();
-        let engines = Replicas::of_groups(client, config, weights, placement.groups().to_vec(), &options)?;
-        self.compile = engines.compile_time().as_secs_f64();
-        self.load = started.elapsed().as_secs_f64() - self.compile;
-        Ok(engines)
+/// Loads the model onto this process's devices and compiles the step programs: the engines, and the pages of all of them.
+fn load(
+    args: &SampleArgs,
+    settings: &Settings,
+    config: &LlamaConfig,
+    weights: &Weights,
+    place: &Place,
+    mut options: EngineOptions,
+    start_up: &mut StartUp,
+) -> Result<(Replicas, usize)> {
+    let Place { client, placement, plugin_s } = place;
+    let (parallel, devices) = (placement.parallel(), Vec::from_iter(0..placement.devices().get()));
+    options.target = args.plugin.target(client)?;
+    eprintln!("# plugin {client:?}, kernels {}", options.target);
+    // Hosts must agree on the pages without asking each other.
+    let alone = placement.share().hosts() == 1 && !placement.spans_processes();
+    if settings.engine.max_pages.is_none()
+        && alone
+        && let Some(room) = Room::of(client, &devices)?
+    {
+        let asked = options.limits.max_pages;
+        let weights = Bytes(weights.size().0 / parallel.model().get() as u64);
+        let cache = options.shape(parallel).kv_type(config);
+        options.limits.max_pages = settings.pages(&options.limits, &room, weights, &cache);
+        if options.limits.max_pages < asked {
+            let (pages, share) = (options.limits.max_pages, settings.engine.hbm_utilization);
+            eprintln!("# {pages} KV pages, not {asked}: engine.hbm_utilization = {share} of the {} left", room.left);
+        }
     }
-
-    /// What the run took, on stderr.
-    fn report(&self, timing: &Timing) {
-        let total = timing.prefill_device_s + timing.decode_device_s + timing.host_s;
-        let first = self.plugin + self.load + self.compile + timing.first_token_s;
-        eprintln!(
-            "# {} tokens decoded in {:.2} s ({:.0} tokens/s, {:.3} ms a step, host {:.1}% of the run)",
-            timing.decode_tokens,
-            timing.decode_device_s,
-            timing.decode_tokens as f64 / timing.decode_device_s.max(1e-9),
-            1e3 * timing.decode_device_s / timing.decode_steps.max(1) as f64,
-            100.0 * timing.host_s / total.max(1e-9),
-        );
-        eprintln!(
-            "# first token after {first:.2} s: plugin {:.2}, load {:.2}, compile {:.2}, prefill {:.3}",
-            self.plugin, self.load, self.compile, timing.first_token_s,
-        );
-    }
+    options.check_memory(client, config, parallel, &devices)?;
+    start_up.plugin_s = *plugin_s;
+    let pages = placement.groups().len() * options.limits.max_pages;
+    let started = Instant::now();
+    let engines = Replicas::of_groups(client, config, weights, placement.groups().to_vec(), &options)?;
+    start_up.compile_s = engines.compile_time().as_secs_f64();
+    start_up.load_s = started.elapsed().as_secs_f64() - start_up.compile_s;
+    Ok((engines, pages))
 }
 
 fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
@@ -262,13 +256,13 @@ enum Format {
     Nothing,
 }
 
-/// Where finished samples go: the journal, stdout, the progress bar.
+/// Where finished samples go: the journal, and stdout; and what is shown meanwhile.
 struct Output<'r> {
     run: &'r Run,
     prompts: &'r Prompts,
     tokenizer: &'r Tokenizer,
     format: Format,
-    bar: ProgressBar,
+    monitor: Monitor,
     state: RefCell<State>,
 }
 
@@ -291,16 +285,13 @@ impl<'r> Output<'r> {
         let journal = out.map(|dir| Journal::open(dir, share, run.clone())).transpose()?;
         let samples = run.samples(share);
         let missing = journal.as_ref().map_or_else(|| samples.clone(), Journal::missing);
-        // indicatif draws on stderr, and only where that is a terminal.
-        let bar = ProgressBar::new(missing.len() as u64);
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} samples, {msg} [{elapsed}]");
-        bar.set_style(style.map_err(Error::runtime("drawing the progress bar"))?);
+        let monitor = Monitor::new(missing.len())?;
         let done: Vec<Record> = journal.iter().flat_map(|journal| journal.finished().values().cloned()).collect();
         if !done.is_empty() {
             eprintln!("# {} of {} samples were finished by an earlier run", done.len(), samples.len());
         }
         let state = RefCell::new(State { journal, in_order: InOrder::new(samples), missing });
-        let output = Self { run, prompts, tokenizer, format, bar, state };
+        let output = Self { run, prompts, tokenizer, format, monitor, state };
         for record in done {
             output.emit(record)?;
         }
@@ -332,7 +323,7 @@ impl<'r> Output<'r> {
             return Ok(());
         }
         let emphasise = std::io::stdout().is_terminal();
-        self.bar
+        self.monitor
             .suspend(|| {
                 let mut out = std::io::stdout().lock();
                 for record in records {

@@ -1,7 +1,10 @@
 //! What the engine is built for, once the prompts are tokens: its limits, and what Levanter would have refused.
 
+use pagoda_ir::{Bytes, TensorType};
+
 use super::Settings;
 use crate::error::{Error, Result};
+use crate::memory::Room;
 use crate::scheduler::Limits;
 use crate::units::PageSize;
 
@@ -51,6 +54,19 @@ impl Settings {
             limits.check(&format!("prompts[{index}]"), length, self.max_new_tokens)?;
         }
         Ok(limits)
+    }
+
+    /// The pages of a KV cache where `engine.max_pages` is not given: those that the requests can use (`limits` has them), or
+    /// fewer if these do not fit into `engine.hbm_utilization` of the room that the weights leave; those of the longest
+    /// sequence at least.
+    ///
+    /// `cache` is the array of `limits.max_pages` pages. Not for a run on several hosts, which must agree without asking.
+    pub fn pages(&self, limits: &Limits, room: &Room, weights: Bytes, cache: &TensorType) -> usize {
+        let used = cache.dims.iter().fold(cache.element.bytes() as u64, |bytes, &dim| bytes.saturating_mul(dim as u64));
+        let page = (used / limits.max_pages.max(1) as u64).max(1);
+        let share = (room.left.0.saturating_sub(weights.0) as f64 * self.engine.hbm_utilization) as u64;
+        let fitting = usize::try_from(share / page).unwrap_or(usize::MAX);
+        fitting.max(limits.pages_per_seq()).min(limits.max_pages)
     }
 
     /// Whether the stop sequence has as many tokens as the engine keeps.

@@ -1,8 +1,10 @@
 //! Tests of the config: texts of files and flags in, settings or one clear error out.
 
+use pagoda_ir::{Bytes, Element, TensorType};
 use proptest::prelude::*;
 
 use super::*;
+use crate::memory::Room;
 
 const MODEL: &str = "models/tiny-llama-kjv";
 
@@ -273,6 +275,23 @@ fn limits_follow_the_requests() {
         let error = settings.limits(&lengths, positions).unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
     }
+}
+
+#[test]
+fn pages_follow_the_memory_that_is_left() {
+    let settings =
+        resolve("prompts: [a, b, c]\nmax_new_tokens: 10\nengine: {page_size: 8, hbm_utilization: 0.5}", &[]).unwrap();
+    let limits = settings.limits(&[3, 9, 5], 4608).unwrap();
+    assert_eq!((limits.max_pages, limits.pages_per_seq()), (9, 3));
+    // Nine pages of 1 KiB.
+    let cache = TensorType::new(Element::F32, &[9, 256]);
+    let pages = |left: u64, weights: u64| {
+        let room = Room { left: Bytes(left), owner: "the device".into() };
+        settings.pages(&limits, &room, Bytes(weights), &cache)
+    };
+    assert_eq!(pages(1 << 20, 0), 9, "no more than the requests use");
+    assert_eq!(pages(24 << 10, 10 << 10), 7, "half of what the weights leave");
+    assert_eq!(pages(10 << 10, 10 << 10), 3, "one sequence, which is then refused by its size");
 }
 
 /// Older spellings, keys that change nothing, and what flags replaced, each said once.

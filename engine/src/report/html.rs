@@ -5,7 +5,8 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::{
-    Bar, Block, Figure, MeshDrawing, Report, Roofline, Section, Status, Suggestion, Table, Timeline, Value, Verdict,
+    Bar, Block, Figure, MeshDrawing, Report, Roofline, RooflinePoint, Section, Status, Suggestion, Table, Timeline,
+    Value, Verdict,
 };
 
 /// Colours of the style sheet.
@@ -230,8 +231,19 @@ fn roofline(roofline: &Roofline) -> Markup {
         .points
         .iter()
         .filter(|point| point.flops > 0.0 && point.bytes > 0.0 && point.seconds > 0.0)
-        .map(|point| (point.label.as_str(), point.flops / point.bytes, point.flops / point.seconds))
+        .map(|point| (point, point.flops / point.bytes, point.flops / point.seconds))
         .collect();
+    let distinct = |name: fn(&RooflinePoint) -> &str| {
+        let mut names = Vec::new();
+        for (point, ..) in &points {
+            if !names.contains(&name(point)) {
+                names.push(name(point));
+            }
+        }
+        names
+    };
+    let (groups, labels) = (distinct(|point| &point.group), distinct(|point| &point.label));
+    let place = |names: &[&str], name: &str| names.iter().position(|known| *known == name).unwrap_or(0);
     let ridge = roofline.peak_flops / roofline.bandwidth;
     let decades = |values: &mut dyn Iterator<Item = f64>| {
         let (low, high) = values.fold((f64::MAX, f64::MIN), |(low, high), x| (low.min(x.log10()), high.max(x.log10())));
@@ -270,14 +282,31 @@ fn roofline(roofline: &Roofline) -> Markup {
                 "TFLOP/s"
             }
             polyline.roof points=(roof) {}
-            @for (at, (label, intensity, flops)) in points.iter().enumerate() {
-                @let (px, py) = (x(*intensity), y(*flops));
-                @let left = px > WIDTH * 0.72;
-                circle class=(colour(at)) cx=(format!("{px:.1}")) cy=(format!("{py:.1}")) r="6" { title { (label) } }
-                // Labels of neighbours alternate above and below.
-                @let dy = if at.is_multiple_of(2) { -9.0 } else { 17.0 };
-                text.name x=(format!("{:.1}", if left { px - 8.0 } else { px + 8.0 })) y=(format!("{:.1}", py + dy))
-                    text-anchor=(if left { "end" } else { "start" }) { (label) }
+            @for (point, intensity, flops) in &points {
+                (mark(place(&groups, &point.group), &colour(place(&labels, &point.label)), x(*intensity), y(*flops),
+                    &format!("{} {}", point.group, point.label)))
+            }
+        }
+        div.legend {
+            @for (at, label) in labels.iter().enumerate() { span { b class=(colour(at)) {} (label) } }
+            @for (at, group) in groups.iter().enumerate() {
+                span { svg.key viewBox="0 0 14 14" { (mark(at, "ink", 7.0, 7.0, group)) } (group) }
+            }
+        }
+    }
+}
+
+/// A point of a drawing: each group has a shape.
+fn mark(shape: usize, class: &str, x: f64, y: f64, title: &str) -> Markup {
+    let class = format!("mark {class}");
+    let corner = |dx: f64, dy: f64| format!("{:.1},{:.1}", x + dx, y + dy);
+    html! {
+        @if shape == 0 {
+            circle class=(class) cx=(format!("{x:.1}")) cy=(format!("{y:.1}")) r="6" { title { (title) } }
+        } @else {
+            polygon class=(class)
+                points=([corner(0.0, -7.0), corner(7.0, 0.0), corner(0.0, 7.0), corner(-7.0, 0.0)].join(" ")) {
+                title { (title) }
             }
         }
     }

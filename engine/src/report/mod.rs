@@ -273,7 +273,9 @@ pub struct Roofline {
 /// One kernel.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RooflinePoint {
-    /// Its name.
+    /// What it is part of: points of one group have one shape.
+    pub group: String,
+    /// Its name: points of one name have one colour.
     pub label: String,
     /// Floating-point operations of a launch.
     pub flops: f64,

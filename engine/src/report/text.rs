@@ -54,7 +54,7 @@ fn section(out: &mut String, section: &Section) {
         match block {
             Block::Text(text) => wrapped(out, "  ", text),
             Block::Table(table) => self::table(out, table),
-            Block::Bars(bars) => bars.iter().for_each(|bar| self::bar(out, bar)),
+            Block::Bars(bars) => self::bars(out, bars),
             Block::Roofline(roofline) => self::roofline(out, roofline),
             Block::Timeline(timeline) => self::timeline(out, timeline),
             Block::Mesh(mesh) => self::mesh(out, mesh),
@@ -110,17 +110,27 @@ fn blocks(share: f64, length: usize) -> String {
     "\u{2588}".repeat(filled) + &"\u{2591}".repeat(length - filled)
 }
 
-fn bar(out: &mut String, bar: &Bar) {
+/// A few bars with their parts; of many, one line each.
+fn bars(out: &mut String, bars: &[Bar]) {
+    const FEW: usize = 2;
+    let width = bars.iter().map(|bar| bar.label.chars().count()).max().unwrap_or(0);
+    bars.iter().for_each(|bar| self::bar(out, bar, width, bars.len() <= FEW));
+}
+
+fn bar(out: &mut String, bar: &Bar, width: usize, with_parts: bool) {
     let (total, limit) = (bar.total(), bar.limit);
     let share = total.0 as f64 / limit.0.max(1) as f64;
     let too_much = if total > limit { format!("  {} too much", total - limit) } else { String::new() };
     let _ = writeln!(
         out,
-        "  {} {}  {total} of {limit} ({}){too_much}",
+        "  {:<width$} {}  {total} of {limit} ({}){too_much}",
         bar.label,
         blocks(share.min(1.0), BAR),
         Value::Share(share)
     );
+    if !with_parts {
+        return;
+    }
     let parts = bar.parts.iter().filter(|part| part.bytes.0 > 0);
     let width = parts.clone().map(|part| part.label.chars().count()).max().unwrap_or(0);
     for part in parts {
@@ -134,7 +144,7 @@ fn roofline(out: &mut String, roofline: &Roofline) {
     for point in &roofline.points {
         let (compute, memory) = (point.flops / roofline.peak_flops, point.bytes / roofline.bandwidth);
         rows.row(vec![
-            point.label.as_str().into(),
+            format!("{} {}", point.group, point.label).into(),
             Value::PerSecond(point.flops / point.bytes.max(1.0)),
             Value::Share(compute / point.seconds),
             Value::Share(memory / point.seconds),

@@ -1,14 +1,14 @@
-//! A run as a timeline: Chrome's trace format, which [Perfetto](https://ui.perfetto.dev) opens.
+//! A run as a timeline, as [`chrome_trace`](crate::chrome_trace) writes it.
 //!
 //! The machine does not model time: a microsecond of the timeline is one op, so that lengths show order and amount of work,
 //! not duration on a chip. Grid steps, ops and the pipeline's blocks have a track each; a DMA is an arc from its start to
 //! the wait that ends it, with a mark where it lands.
-//!
-//! Source of the format: "Trace Event Format" of the Chromium project.
 
 use std::{collections::BTreeMap, io};
 
 use serde_json::{Value as Json, json};
+
+use crate::chrome_trace::ChromeTrace;
 
 use super::observer::{BlockEvent, DmaEvent, Observer, OpEvent};
 
@@ -68,55 +68,38 @@ impl Trace {
     ///
     /// # Errors
     /// Those of `to`.
-    pub fn write(&self, mut to: impl io::Write) -> io::Result<()> {
-        write!(to, "{{\"displayTimeUnit\":\"ms\",\"traceEvents\":[")?;
-        let mut first = true;
-        let mut event = |event: Json| -> io::Result<()> {
-            to.write_all(if std::mem::take(&mut first) { b"\n" } else { b",\n" })?;
-            Ok(serde_json::to_writer(&mut to, &event)?)
-        };
+    pub fn write(&self, to: impl io::Write) -> io::Result<()> {
         let kernel = format!("{} (1 us = 1 op)", self.kernel);
-        event(json!({ "name": "process_name", "ph": "M", "pid": 1, "args": { "name": kernel } }))?;
-        for (tid, name) in [(STEPS, "grid steps"), (OPS, "ops"), (BLOCKS, "pipeline")] {
-            event(json!({ "name": "thread_name", "ph": "M", "pid": 1, "tid": tid, "args": { "name": name } }))?;
-        }
+        let tracks = [(STEPS, "grid steps"), (OPS, "ops"), (BLOCKS, "pipeline")];
+        let mut trace = ChromeTrace::new(to, &kernel, tracks)?;
         let ends = self.steps.iter().skip(1).map(|&(began, _)| began).chain([self.now]);
         for ((began, at), end) in self.steps.iter().zip(ends) {
-            let name = format!("step {at:?}");
-            event(span(STEPS, &name, "step", *began, end - began, json!({})))?;
+            trace.span(STEPS, &format!("step {at:?}"), "step", *began, end - began, json!({}))?;
         }
         for (at, number) in self.ops.iter().enumerate() {
             let (name, location) = &self.names[number];
-            event(span(OPS, name, "op", at as u64, 1, json!({ "location": location })))?;
+            trace.span(OPS, name, "op", at as u64, 1, json!({ "location": location }))?;
         }
         let kept = self.ops.len() as u64;
         if kept < self.now {
             let name = format!("{} ops are left out from here on", self.now - kept);
-            event(instant(OPS, &name, kept, json!({})))?;
+            trace.instant(OPS, &name, kept, json!({}))?;
         }
         for (at, args) in &self.blocks {
             let way = if args["written_back"] == true { "out" } else { "in" };
             let name = format!("{way} {} {}", args["array"].as_str().unwrap_or_default(), args["index"]);
-            event(instant(BLOCKS, &name, *at, args.clone()))?;
+            trace.instant(BLOCKS, &name, *at, args.clone())?;
         }
         for (id, dma) in self.dmas.iter().enumerate() {
             let phase = |phase: &str, at: u64, args: &Json| json!({ "name": dma.name, "cat": "dma", "ph": phase, "id": id, "ts": at, "pid": 1, "tid": OPS, "args": args });
-            event(phase("b", dma.started, &dma.args))?;
+            trace.event(phase("b", dma.started, &dma.args))?;
             if let Some(landed) = dma.landed {
-                event(phase("n", landed, &json!({ "landed": true })))?;
+                trace.event(phase("n", landed, &json!({ "landed": true })))?;
             }
-            event(phase("e", dma.waited.unwrap_or(self.now), &json!({ "waited_for": dma.waited.is_some() })))?;
+            trace.event(phase("e", dma.waited.unwrap_or(self.now), &json!({ "waited_for": dma.waited.is_some() })))?;
         }
-        writeln!(to, "\n]}}")
+        trace.finish()
     }
-}
-
-fn span(tid: u32, name: &str, category: &str, at: u64, length: u64, args: Json) -> Json {
-    json!({ "name": name, "cat": category, "ph": "X", "ts": at, "dur": length, "pid": 1, "tid": tid, "args": args })
-}
-
-fn instant(tid: u32, name: &str, at: u64, args: Json) -> Json {
-    json!({ "name": name, "ph": "i", "s": "t", "ts": at, "pid": 1, "tid": tid, "args": args })
 }
 
 impl Observer for Trace {

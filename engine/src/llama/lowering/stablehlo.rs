@@ -83,10 +83,11 @@ impl<'c> Lowering<'c> for Stablehlo {
 
     /// Turns `x` in place of the result. Besides being smaller, it avoids a bug of XLA's CPU compiler: a transpose right
     /// behind a product of bf16 in f32 is merged with it into one that fails when it runs ("Unsupported element type for
-    /// DotThunk::Execute").
+    /// DotThunk::Execute"). So is one right before it, of some sizes: the barrier keeps them apart.
     fn by_row<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let x = linear.norm.map_or(Ok(x), |norm| self.norm(b, x, &norm))?;
-        product(b, Orientation::RowMajor, self.orientation.turn(b, x)?, linear)
+        let x = b.optimization_barrier(&[self.orientation.turn(b, x)?])?[0];
+        product(b, Orientation::RowMajor, x, linear)
     }
 
     fn attend<'a>(
