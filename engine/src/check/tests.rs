@@ -58,6 +58,7 @@ fn incident(topology: &str) -> Job {
         samples: samples(&[25; 100]),
         prefill_asked: 1024,
         prompts_per_batch: Some(8),
+        mixed_steps: false,
         topology: Topology::parse(topology).unwrap(),
         hbm: Bytes(102_789_304_484),
     }
@@ -268,6 +269,7 @@ fn any_job() -> impl Strategy<Value = (Job, Option<usize>)> {
                 samples: samples(&prompts),
                 prefill_asked: prefill,
                 prompts_per_batch: (seqs % 3 == 0).then_some(seqs),
+                mixed_steps: seqs % 2 == 0,
                 topology: at.get(&slices[..slices.len().min(20)]).clone(),
                 hbm: chip.info().hbm,
             };
