@@ -310,6 +310,27 @@ fn the_command_line_prints_verdict_cycles_and_memory() {
     assert!(stderr.contains("libtpu did not finish within 1 s: raise the time limit (--timeout)"), "{stderr}");
 }
 
+/// Weights of one layer of a stack, whose index is prefetched: blocks that move and blocks that stay, ragged ones, gates,
+/// biases; in every layout of the weight.
+#[test]
+fn stacks_of_weights_are_exact_on_every_chip() {
+    use matmul::{Activation, Epilogue, Layout};
+    let plans = Chip::ALL.into_iter().flat_map(|chip| {
+        [
+            (Layout::WeightTransposed, [8, 512, 640], Activation::Identity),
+            (Layout::WeightTransposed, [40, 384, 256], Activation::SiluGate),
+            (Layout::RowMajor, [16, 300, 384], Activation::SiluGate),
+            (Layout::FeatureMajor, [128, 640, 200], Activation::Identity),
+        ]
+        .map(|(layout, sizes, activation)| {
+            let epilogue = Epilogue { bias: true, activation, residual: true };
+            let spec = matmul::Spec { layout, epilogue, layers: 3, ..matmul::Spec::new(sizes, Element::Bf16) };
+            Plan::<Matmul>::new(Problem::new(spec).unwrap(), chip, Options::default()).unwrap()
+        })
+    });
+    assert_exact(&plans.collect::<Vec<_>>());
+}
+
 #[test]
 fn what_goes_wrong_is_an_error_here() {
     let program = Program { module: b"module { nonsense }", replicas: 1 };

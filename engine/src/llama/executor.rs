@@ -61,6 +61,7 @@ impl Executor {
         let prefill = step::prefill(&context, config, shape, Output::Tokens(kind))?;
         let decode = step::decode(&context, config, shape, kind, &end_of_text)?;
         let zeros = zeros(&context, &shape.kv_type(config), devices.len())?;
+        zeros.row_major_result("main", 0)?; // As the step programs have it.
         let prefill = client.compile_on(prefill.bytecode(), &devices)?;
         let decode = client.compile_on(decode.bytecode(), &devices)?;
         let empty_cache = client.compile_on(zeros.bytecode(), &devices)?;

@@ -260,6 +260,14 @@ impl<'c> Graph<'_, 'c> {
     }
 }
 
+/// The KV buffer, argument `kv`, becomes the first result. It is row-major in memory, as kernels take it: with heads of less
+/// than 128 lanes a TPU's compiler would choose another order, and copy all of it on every step.
+fn give_cache(module: &Module<'_>, kv: usize) -> Result<()> {
+    module.donate("main", kv, 0)?;
+    module.row_major_argument("main", kv)?;
+    module.row_major_result("main", 0)
+}
+
 /// What a prefill program returns beside the KV buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Output {
@@ -348,7 +356,7 @@ pub fn prefill<'c>(
         };
         Ok(vec![kv, result])
     })?;
-    module.donate("main", kv_argument, 0)?;
+    give_cache(&module, kv_argument)?;
     Ok(module)
 }
 
@@ -452,6 +460,6 @@ pub fn decode<'c>(
         )?;
         Ok(vec![results[0], results[4]])
     })?;
-    module.donate("main", kv_argument, 0)?;
+    give_cache(&module, kv_argument)?;
     Ok(module)
 }

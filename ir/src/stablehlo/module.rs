@@ -21,6 +21,9 @@ use crate::{
 /// What is said about one argument or one result of a function: attribute names and values.
 type Annotations<'c> = BTreeMap<String, Attribute<'c>>;
 
+/// The attribute by which PJRT compilers take the layout of an argument or a result.
+const LAYOUT: &str = "mhlo.layout_mode";
+
 /// A StableHLO module. Its entry is the function `main`.
 pub struct Module<'c> {
     context: &'c melior::Context,
@@ -123,9 +126,7 @@ impl<'c> Module<'c> {
     pub fn donate(&self, function: &str, argument: usize, result: usize) -> Result<()> {
         let signature = self.signature(function)?;
         let given = self.argument(&signature, function, argument)?;
-        let taken = signature.results.get(result).ok_or_else(|| {
-            Error::function(function, format!("result {result} is not one of its {}", signature.results.len()))
-        })?;
+        let taken = self.result(&signature, function, result)?;
         if given != taken {
             let message = format!("argument {argument} is {given} and cannot become result {result}, which is {taken}");
             return Err(Error::function(function, message));
@@ -142,6 +143,29 @@ impl<'c> Module<'c> {
         Ok(())
     }
 
+    /// Has argument `argument` of `function` lie row-major in a device's memory (`mhlo.layout_mode`). Compilers otherwise
+    /// choose an order, such as one that pads least. What made the array must have laid it out likewise.
+    pub fn row_major_argument(&self, function: &str, argument: usize) -> Result<()> {
+        let signature = self.signature(function)?;
+        let layout = self.row_major(self.argument(&signature, function, argument)?);
+        self.annotate_argument(function, argument, LAYOUT, layout);
+        Ok(())
+    }
+
+    /// As [`row_major_argument`](Self::row_major_argument), of a result.
+    pub fn row_major_result(&self, function: &str, result: usize) -> Result<()> {
+        let signature = self.signature(function)?;
+        let layout = self.row_major(self.result(&signature, function, result)?);
+        self.annotate_result(function, result, LAYOUT, layout);
+        Ok(())
+    }
+
+    /// The dimensions from minor to major: `{2,1,0}`.
+    fn row_major(&self, ty: &TensorType) -> Attribute<'c> {
+        let order: Vec<String> = (0..ty.rank()).rev().map(|dim| dim.to_string()).collect();
+        StringAttribute::new(self.context, &format!("{{{}}}", order.join(","))).into()
+    }
+
     /// Names argument `argument` of `function` in the module's text (`pagoda.name`); plugins ignore it.
     pub fn name_argument(&self, function: &str, argument: usize, name: &str) -> Result<()> {
         self.argument(&self.signature(function)?, function, argument)?;
@@ -151,16 +175,8 @@ impl<'c> Module<'c> {
 
     /// Names result `result` of `function` in the module's text (`jax.result_info`, which profilers know).
     pub fn name_result(&self, function: &str, result: usize, name: &str) -> Result<()> {
-        let results = self.signature(function)?.results.len();
-        if result >= results {
-            return Err(Error::function(function, format!("result {result} is not one of its {results}")));
-        }
-        self.results
-            .borrow_mut()
-            .entry((function.to_owned(), result))
-            .or_default()
-            .insert("jax.result_info".to_owned(), StringAttribute::new(self.context, name).into());
-        self.write_annotations(function, "res_attrs", results, &self.results.borrow());
+        self.result(&self.signature(function)?, function, result)?;
+        self.annotate_result(function, result, "jax.result_info", StringAttribute::new(self.context, name).into());
         Ok(())
     }
 
@@ -203,6 +219,19 @@ impl<'c> Module<'c> {
         signature.arguments.get(index).ok_or_else(|| {
             Error::function(function, format!("argument {index} is not one of its {}", signature.arguments.len()))
         })
+    }
+
+    fn result<'s>(&self, signature: &'s Signature, function: &str, index: usize) -> Result<&'s TensorType> {
+        signature.results.get(index).ok_or_else(|| {
+            Error::function(function, format!("result {index} is not one of its {}", signature.results.len()))
+        })
+    }
+
+    fn annotate_result(&self, function: &str, result: usize, key: &str, value: Attribute<'c>) {
+        let count = self.shared.signatures.borrow()[function].results.len();
+        let mut results = self.results.borrow_mut();
+        results.entry((function.to_owned(), result)).or_default().insert(key.to_owned(), value);
+        self.write_annotations(function, "res_attrs", count, &results);
     }
 
     fn annotate_argument(&self, function: &str, argument: usize, key: &str, value: Attribute<'c>) {

@@ -104,6 +104,8 @@ fn functions_donation_and_names() {
     module.name_argument("main", 0, "token").unwrap();
     module.name_argument("main", 1, "cache").unwrap();
     module.name_result("main", 1, "cache").unwrap();
+    module.row_major_argument("main", 1).unwrap();
+    module.row_major_result("main", 1).unwrap();
     module.verify().unwrap();
     insta::assert_snapshot!(module.text(), @r#"
     module @step attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 2 : i32} {
@@ -111,7 +113,7 @@ fn functions_donation_and_names() {
         %0 = "stablehlo.add"(%arg0, %arg0) : (tensor<2x2xf32>, tensor<2x2xf32>) -> tensor<2x2xf32>
         return %0 : tensor<2x2xf32>
       }
-      func.func public @main(%arg0: tensor<i32> {pagoda.name = "token"}, %arg1: tensor<2x2xf32> {pagoda.name = "cache", tf.aliasing_output = 1 : i32}) -> (tensor<i32>, tensor<2x2xf32> {jax.result_info = "cache"}) {
+      func.func public @main(%arg0: tensor<i32> {pagoda.name = "token"}, %arg1: tensor<2x2xf32> {mhlo.layout_mode = "{1,0}", pagoda.name = "cache", tf.aliasing_output = 1 : i32}) -> (tensor<i32>, tensor<2x2xf32> {jax.result_info = "cache", mhlo.layout_mode = "{1,0}"}) {
         %0 = call @twice(%arg1) : (tensor<2x2xf32>) -> tensor<2x2xf32>
         %1 = "stablehlo.all_reduce"(%0) ({
         ^bb0(%arg2: tensor<f32>, %arg3: tensor<f32>):
