@@ -33,8 +33,14 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
         max_prefill_size: slots,
         max_rounds: 64,
     };
-    let options =
-        EngineOptions { limits, compute: Element::F32, target, sampling, stop: StopRule::default(), mixed_steps: true };
+    let options = EngineOptions {
+        limits,
+        compute: Element::F32,
+        target,
+        sampling,
+        stop: StopRule::default(),
+        mixed_steps: false,
+    };
     let model = DeviceModel::load(client, &config, &weights, &options.shape(&Parallel::ONE)).expect("loads");
     Engine::new(client, model, options).expect("compiles")
 }

@@ -9,8 +9,8 @@
 //!
 //! Invariants: every request that was accepted ends in exactly one [`Finished`], handed out as soon as it is done; a
 //! cancelled run has handed out all that was finished; after an error nothing is queued or runs. The text of a sample
-//! depends on its own prompt, index, round and generation only, whatever ran beside it (with mixed steps: up to the
-//! rounding of one program against the other, see [`EngineOptions::mixed_steps`]).
+//! depends on its own prompt, index, round and generation only, whatever ran beside it, unless the caller asks for
+//! [`EngineOptions::mixed_steps`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -210,20 +210,13 @@ pub struct EngineOptions {
     /// Whether prefill calls carry decoding sequences along, as [`crate::scheduler`] says: rows that were padding sample
     /// a token each.
     ///
-    /// Those tokens come from the prefill program, whose sums are rounded in another order than the decode program's.
-    /// So a text may differ from that of a run where other samples ran beside it, where two tokens are as likely to
-    /// within rounding: practically never in f32, but now and then in bf16. [`Self::mixes`] is the choice that keeps
-    /// texts.
+    /// These tokens come from the prefill program, whose sums are rounded in another order than the decode program's. So
+    /// a text then depends on what ran beside it, where two tokens are equally likely to within rounding, and a run that
+    /// is interrupted and goes on may yield other texts.
     pub mixed_steps: bool,
 }
 
 impl EngineOptions {
-    /// Whether steps are mixed in this compute type unless the user asks otherwise: in f32 only, so that the text of a
-    /// sample depends on itself alone.
-    pub fn mixes(compute: Element) -> bool {
-        compute == Element::F32
-    }
-
     /// The step programs' static sizes, for a model that is split like this.
     pub fn shape(&self, parallel: &Parallel) -> StepShape {
         let limits = &self.limits;

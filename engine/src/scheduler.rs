@@ -7,12 +7,16 @@
 //!
 //! **Prefill, decode, and both in one step.** While an admitted prompt is incomplete, the next step is a prefill step:
 //! chunks of prompts, in the order of admission, up to `max_prefill_size` rows. It is a program of so many rows whether
-//! they are used or not, and streams all weights, as a decode step does; so with [`Scheduler::with_mixed_steps`] it
+//! they are used or not, and streams all weights, as a decode step does. So with [`Scheduler::with_mixed_steps`] it
 //! carries the decoding sequences along, one row each, all of them or none: all when they fit in half of the rows (then
 //! prompts have the rest) or in the rows that prompts leave. A row that was padding costs nothing; a row that a prompt
-//! would have had costs a share of one prefill step and saves a decode step of all weights. Nothing decodes behind an
-//! endless stream of prompts: when `max_seqs` sequences were admitted without a step for those that decode, no more is
-//! admitted until they had one.
+//! would have had costs its share of a prefill step, and saves as much of a decode step, which is more. Each prefill step
+//! then saves one decode step: much where prompts keep coming and samples are short, next to nothing where each prompt
+//! yields thousands of tokens. It is off unless asked for, because the two programs round differently: a text would
+//! depend on what ran beside it.
+//!
+//! With or without, nothing that decodes stalls behind an endless stream of prompts: when `max_seqs` sequences were
+//! admitted since it had a step, no more is admitted until it has one.
 //!
 //! **Shared pages.** Sequences whose prompts begin with the same full pages, and have as many of them, hold these pages
 //! together (see [`crate::prefix`]); the last page of a prompt is its own. So the samples of one prompt compute it once.

@@ -2,6 +2,7 @@
 //! drawn models of every kind that is read; and what a program for a TPU holds.
 
 mod meshes;
+mod scheduling;
 mod support;
 mod targets;
 mod variants;

@@ -93,7 +93,7 @@ impl Model {
         stop: StopRule,
     ) -> Engine {
         let client = client();
-        let options = EngineOptions { limits, compute, target, sampling, stop, mixed_steps: true };
+        let options = EngineOptions { limits, compute, target, sampling, stop, mixed_steps: false };
         let model = self.on_device(&client, &options.shape(&Parallel::ONE));
         Engine::new(&client, model, options).unwrap()
     }

@@ -151,7 +151,7 @@ fn check(name: &str, changes: &Value, seed: u64, forms: &[(Target, usize)]) {
             target,
             sampling: SamplingOptions::GREEDY,
             stop: StopRule::default(),
-            mixed_steps: true,
+            mixed_steps: false,
         };
         let mut engines = model.replicas(mesh(1, shards), &options);
         let prompts = [&tokens[..7], &tokens[7..30]];

@@ -210,6 +210,7 @@ fn size(text: &str) -> Option<Bytes> {
         Some('k') => 10,
         Some('m') => 20,
         Some('g') => 30,
+        Some('t') => 40,
         _ => 0,
     };
     let value: f64 = number.trim_end_matches('.').parse().ok()?;
@@ -284,6 +285,7 @@ mod tests {
         // A whole program; arguments are in the sum.
         let hbm = "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries \
                    (108.71G) exceeds available HBM (95.73G)";
+        assert_eq!(out_of_memory(&hbm.replace("108.71G", "2.00T")).unwrap().asked, Bytes(2 << 40));
         let out = out_of_memory(hbm).unwrap();
         assert_eq!((out.memory.as_str(), out.asked.to_string(), out.limit.to_string()), {
             ("hbm", "108.71 GiB".to_owned(), "95.73 GiB".to_owned())

@@ -15,7 +15,6 @@ use serde::{Deserialize, Serialize};
 use super::launches::{Launch, Planned, keys_worked};
 use super::plan::{Plan, Program, Sample};
 use crate::error::Result;
-use crate::generate::EngineOptions;
 use crate::scheduler::{Request, Scheduler, Step, batches};
 use crate::stop::StopRule;
 use crate::units::SampleId;
@@ -263,8 +262,7 @@ pub struct Simulation {
 /// When a prompt can never run under the limits.
 pub fn simulate(plan: &Plan, costs: &Costs, samples: &[Sample]) -> Result<Simulation> {
     let job = &plan.job;
-    let mut scheduler =
-        Scheduler::new(job.limits, StopRule::new([], vec![])).with_mixed_steps(EngineOptions::mixes(job.compute));
+    let mut scheduler = Scheduler::new(job.limits, StopRule::default()).with_mixed_steps(job.mixed_steps);
     let prompt_of: BTreeMap<SampleId, usize> = samples.iter().map(|sample| (sample.id, sample.prompt)).collect();
     let ids: Vec<SampleId> = samples.iter().map(|sample| sample.id).collect();
     let mut done = Simulation::default();

@@ -22,8 +22,8 @@ use pagoda_kernels::random::Lengths;
 use pagoda_kernels::rpa::{self, Rpa};
 use pagoda_kernels::vmem::Bytes;
 
-use crate::certify::Verdict;
 use crate::certify::report::KernelVmem;
+use crate::certify::{Certificate, Verdict};
 use crate::error::{Error, Result};
 use crate::llama::step::{self, Output};
 use crate::mesh::Mesh;
@@ -163,16 +163,17 @@ pub fn find_out(
     let decode = wanted.of(&plan, Program::Decode)?;
     let exchanges = exchanges(&plan, question)?;
     let profiled = plan.job.topology.chip().has_static_profile();
-    // The longest first: the processors end together.
-    let mut units = steps.clone();
-    if profiled {
+    let step_answers = compile_all(compiler, &steps, done)?;
+    // What does not fit takes no time: nothing needs a profile.
+    let fits = step_answers.iter().all(|answer| answer.certificate().is_some_and(Certificate::compiles));
+    let mut units = Vec::new();
+    if profiled && fits {
         units.extend(wanted.units.iter().cloned());
         units.extend(exchanges.iter().cloned());
         units.extend(wide_reduce(&plan)?);
     }
     let answers = compile_all(compiler, &units, done)?;
-    let (step_answers, rest) = answers.split_at(steps.len());
-    let (kernels, exchanged) = rest.split_at(if profiled { wanted.units.len() } else { 0 });
+    let (kernels, exchanged) = answers.split_at(wanted.units.len().min(answers.len()));
     let cycles = |wanted: &[WantedCycles]| -> Vec<Cycles> {
         let launches = wanted.iter();
         launches.map(|wanted| wanted.resolve(kernels)).collect()
@@ -194,7 +195,7 @@ pub fn find_out(
         |(program, (unit, answer)): (Program, (Unit, &Answer))| StepFinding { program, unit, answer: answer.clone() };
     Ok(Findings {
         compiler: compiler.version(&topology)?,
-        steps: Program::ALL.into_iter().zip(steps.into_iter().zip(step_answers)).map(finding).collect(),
+        steps: Program::ALL.into_iter().zip(steps.into_iter().zip(&step_answers)).map(finding).collect(),
         costs,
         modelled,
         wide_reduce: all_of(exchanged.get(exchanges.len())),

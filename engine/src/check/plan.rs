@@ -35,6 +35,8 @@ pub struct Job {
     pub prefill_asked: usize,
     /// Prompts that an engine is given at once; `None` for all.
     pub prompts_per_batch: Option<usize>,
+    /// Whether prefill steps carry the sequences that decode.
+    pub mixed_steps: bool,
     /// The slice.
     pub topology: Topology,
     /// HBM of a device, as the compiler counts it.

@@ -333,6 +333,17 @@ fn suggestions(findings: &Findings, question: &Question, one_engine: Option<&One
             ),
         });
     }
+    suggestions.extend(suggest::larger_slice(plan).map(|(slice, larger, time)| Suggestion {
+        kind: "slice",
+        change: format!("--topology {}", slice.name()),
+        effect: format!(
+            "the smallest slice that holds the job, with mesh {}: {} of {} a device; {} by the planner's model",
+            larger.mesh,
+            larger.memory.total(),
+            larger.job.hbm,
+            Value::Seconds(time.seconds)
+        ),
+    }));
     let now = suggest::modelled_time(plan);
     suggestions
         .extend(suggest::alternatives(plan).into_iter().map(|alternative| words(alternative, now.as_ref(), plan)));
@@ -482,7 +493,9 @@ fn compiled(findings: &Findings) -> Vec<CompiledKernel<'_>> {
     let kernels = answered.flat_map(|(program, certificate)| {
         findings.plan.launches(program).iter().filter_map(move |launch| {
             let report = compiled_kernel(launch, &certificate.kernels)?;
-            let (role, limit, total) = (launch.role, launch.plan.limit(), report.total);
+            // Not the report's own total: in a whole program that begins where XLA's operands in VMEM end.
+            let total = report.without_spills() + report.spills();
+            let (role, limit) = (launch.role, launch.plan.limit());
             Some(CompiledKernel { program, role, limit, total, report })
         })
     });
@@ -715,6 +728,8 @@ fn notes(findings: &Findings, question: &Question) -> Vec<String> {
          sampling are in them. The HBM floor takes the data sheet's bandwidth as reached."
             .to_owned(),
     ];
+    let (counted, sheet) = (findings.plan.job.hbm, findings.plan.job.topology.chip().info().hbm);
+    notes.push(format!("A device has {counted} of HBM as libtpu counts; its data sheet says {sheet}."));
     notes.push(match question.counted {
         Counted::Tokenizer => "Prompts were counted by the model's tokenizer.".to_owned(),
         Counted::Characters => {

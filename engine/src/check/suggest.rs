@@ -9,7 +9,8 @@ use std::num::NonZeroUsize;
 use pagoda_kernels::vmem::Bytes;
 
 use super::estimate::{Costs, JobTime, job_time};
-use super::plan::{Plan, RESERVE, model_axes};
+use super::plan::{Job, Plan, RESERVE, model_axes};
+use crate::topology::Topology;
 
 /// A change of one setting.
 #[derive(Clone, Debug)]
@@ -55,6 +56,24 @@ pub fn alternatives(plan: &Plan) -> Vec<Alternative> {
     let mut better: Vec<_> = candidates.into_iter().flatten().filter(better).collect();
     better.sort_by(|a, b| a.time.seconds.total_cmp(&b.time.seconds));
     better
+}
+
+/// The smallest larger slice of the same generation that holds a job which no mesh of this one does.
+pub fn larger_slice(plan: &Plan) -> Option<(Topology, Plan, JobTime)> {
+    let job = &plan.job;
+    let here = model_axes(&job.config, job.topology.devices()).into_iter();
+    let mut here = here.filter_map(|axis| Plan::with_model_axis(job, NonZeroUsize::new(axis)?).ok());
+    if here.any(|plan| fits(&plan)) {
+        return None;
+    }
+    let larger = Topology::all(job.topology.chip()).into_iter().filter(|slice| slice.chips() > job.topology.chips());
+    larger
+        .filter_map(|slice| {
+            let plan = Plan::new(&Job { topology: slice.clone(), ..job.clone() }, None).ok().filter(fits)?;
+            let time = modelled_time(&plan)?;
+            Some((slice, plan, time))
+        })
+        .next()
 }
 
 /// The fastest other model axis that fits.

@@ -58,6 +58,7 @@ fn incident(topology: &str) -> Job {
         samples: samples(&[25; 100]),
         prefill_asked: 1024,
         prompts_per_batch: Some(8),
+        mixed_steps: false,
         topology: Topology::parse(topology).unwrap(),
         hbm: Bytes(102_789_304_484),
     }
@@ -183,6 +184,12 @@ fn what_is_too_large_is_said_with_both_numbers() {
     let headline = "Does not fit v5p-8: the prefill program asks for 144.00 GiB of HBM, and there are 95.73 GiB.";
     assert_eq!(report.verdict.headline, headline);
     assert!(!report.figures.iter().any(|figure| figure.key == "job_seconds"), "there is no job");
+    // 405B: 756 GiB of weights are too much for four devices; for eight with all the rest as well.
+    let mut job = incident("v5p-8");
+    job.config = llama(128, 8, 128, 53_248, 126, 128_256);
+    let (slice, plan, _) = suggest::larger_slice(&on(&job, 4).unwrap()).unwrap();
+    assert_eq!((slice.name().as_str(), plan.mesh.model.get()), ("v5p-32", 16));
+    assert!(suggest::larger_slice(&on(&incident("v5p-8"), 4).unwrap()).is_none());
 }
 
 #[test]
@@ -262,6 +269,7 @@ fn any_job() -> impl Strategy<Value = (Job, Option<usize>)> {
                 samples: samples(&prompts),
                 prefill_asked: prefill,
                 prompts_per_batch: (seqs % 3 == 0).then_some(seqs),
+                mixed_steps: seqs % 2 == 0,
                 topology: at.get(&slices[..slices.len().min(20)]).clone(),
                 hbm: chip.info().hbm,
             };

@@ -65,7 +65,7 @@ pub fn decode_rate(
         target,
         sampling: SamplingOptions::GREEDY,
         stop: StopRule::default(),
-        mixed_steps: EngineOptions::mixes(compute),
+        mixed_steps: false,
     };
     let model = DeviceModel::load(client, &config, &weights, &options.shape(&Parallel::ONE))?;
     let mut engine = Engine::new(client, model, options)?;

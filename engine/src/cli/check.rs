@@ -74,6 +74,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         samples: samples(&lengths, &settings),
         prefill_asked: settings.engine.max_prefill_size.unwrap_or(limits.max_prefill_size),
         prompts_per_batch: settings.max_prompts_per_batch,
+        mixed_steps: settings.engine.mixed_steps,
         hbm: check::plan::data_sheet_hbm(topology.chip()),
         topology,
         config,
@@ -88,7 +89,8 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         model_name: folder.file_name().map_or_else(|| "the model".into(), |name| name.to_string_lossy().into_owned()),
         counted,
         sampling: sampling.kind(),
-        may_stop: settings.stop_sequence.is_some() || !job.config.eos_token_ids.is_empty(),
+        may_stop: settings.stop_sequence.is_some()
+            || settings.ignore_eos != Some(true) && !job.config.eos_token_ids.is_empty(),
         jax_tiles: jax_tiles(&settings),
         one_engine: settings.inference_mode != Some(InferenceMode::HostDataParallel),
     };

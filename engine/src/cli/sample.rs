@@ -14,6 +14,8 @@ use pagoda_ir::Bytes;
 use super::PluginArgs;
 use super::monitor::{Monitor, MonitorArgs};
 use super::place::{self, Place};
+use crate::check::launches::launches;
+use crate::check::plan::Program;
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
 use crate::generate::{EngineOptions, SamplingOptions};
@@ -29,7 +31,7 @@ use crate::model::weights::Weights;
 use crate::mpi::World;
 use crate::output::{InOrder, Journal, Record, Run};
 use crate::replicas::Replicas;
-use crate::scheduler::{Finished, Request};
+use crate::scheduler::{Finished, Request, batches};
 use crate::stop::StopRule;
 use crate::timeline::StartUp;
 use crate::units::SampleId;
@@ -111,9 +113,10 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
     let prompts = Prompts::encode(&settings, &tokenizer)?;
     let lengths: Vec<usize> = prompts.tokens.iter().map(Vec::len).collect();
     let limits = settings.limits(&lengths, config.max_position_embeddings)?;
+    let compute = settings.compute().element();
     let options = EngineOptions {
         limits,
-        compute: settings.compute().element(),
+        compute,
         target: Target::Portable, // settled with the client
         sampling: SamplingOptions {
             temperature: settings.temperature,
@@ -122,7 +125,7 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
             seed: settings.engine.seed,
         },
         stop: stop_rule(&settings, &config, &tokenizer)?,
-        mixed_steps: EngineOptions::mixes(settings.compute().element()),
+        mixed_steps: settings.engine.mixed_steps,
     };
     let place = Place::take(&args.plugin, &settings, launched.share, world)?;
     let placement = &place.placement;
@@ -136,12 +139,13 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
         eprintln!("# {note}");
     }
     eprintln!(
-        "# {} of weights; {} slots, {} KV pages of {} tokens, {} prompt tokens per prefill",
+        "# {} of weights; {} slots, {} KV pages of {} tokens, {} prompt tokens per prefill{}",
         weights.size(),
         limits.max_seqs,
         limits.max_pages,
         limits.page_size.tokens(),
         limits.max_prefill_size,
+        if settings.engine.mixed_steps { ", which carries decoding sequences along" } else { "" },
     );
 
     let run = Run::new(&settings, &identity(folder, &tokenizer_path, &weights, settings.chat)?);
@@ -167,13 +171,14 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
         if let Some(watchdog) = args.monitor.watchdog() {
             engines.watch(&watchdog);
         }
-        let requests = missing.iter().map(|id| Request {
+        let request = |id: &SampleId| Request {
             id: *id,
             prompt: prompts.tokens[id.index].as_slice().into(),
             max_new_tokens: settings.max_new_tokens,
-        });
+        };
+        let batches = batches(&missing, settings.max_prompts_per_batch).map(|batch| batch.iter().map(request));
         let finish = |sample| output.monitor.assemble(|| output.finish(sample));
-        engines.run(requests, &cancel, finish, |state| output.monitor.step(state))?;
+        engines.run_batches(batches, &cancel, finish, |state| output.monitor.step(state))?;
         let of_run = out.map(|folder| folder.join(share.file_name("summary.json")));
         let print = settings.engine.log_decode_perf_summary;
         output.monitor.end(&args.monitor, placement.writes(), print, of_run.as_deref())?;
@@ -195,6 +200,17 @@ fn load(
     let (parallel, devices) = (placement.parallel(), Vec::from_iter(0..placement.devices().get()));
     options.target = args.plugin.target(client)?;
     eprintln!("# plugin {client:?}, kernels {}", options.target);
+    for note in settings.model.not_applied(options.target) {
+        eprintln!("# {note}");
+    }
+    if let Target::TileMachine(chip) | Target::Tpu(chip) = options.target {
+        for program in Program::ALL {
+            let kernels = launches(config, &options.shape(parallel), chip, program)?;
+            let kernels: Vec<_> =
+                kernels.iter().map(|kernel| format!("{} {}", kernel.role, kernel.plan.name())).collect();
+            eprintln!("# {}: {}", program.name(), kernels.join(", "));
+        }
+    }
     // Hosts must agree on the pages without asking each other.
     let alone = placement.share().hosts() == 1 && !placement.spans_processes();
     if settings.engine.max_pages.is_none()
@@ -223,7 +239,8 @@ fn load(
 fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
     let sequence = settings.stop_sequence.as_deref().map(|text| tokenizer.encode_plain(text)).transpose()?;
     settings.check_stop(sequence.as_ref().map_or(0, Vec::len))?;
-    Ok(StopRule::new(config.eos_token_ids.clone(), sequence.into_iter().collect()))
+    let eos = if settings.ignore_eos == Some(true) { Vec::new() } else { config.eos_token_ids.clone() };
+    Ok(StopRule::new(eos, sequence.into_iter().collect()))
 }
 
 /// A flag that Ctrl-C raises. A second Ctrl-C ends the process at once; so does the first, where other processes would wait for

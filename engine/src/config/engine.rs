@@ -1,6 +1,6 @@
 //! The section `engine`: sizes of the engine. Levanter's `InferenceEngineConfig`.
 
-use clap::ValueEnum;
+use clap::{ArgAction, ValueEnum};
 use pagoda_ir::element::Element;
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +37,10 @@ settings! {
         /// Decode steps per host call.
         #[arg(long, value_name = "N")]
         pub max_rounds: usize = 32,
+        /// Let prefill steps carry the sequences that decode, one row each. Faster where prompts keep coming, but a text then
+        /// depends, where two tokens are equally likely to within rounding, on what ran beside it.
+        #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+        pub mixed_steps: bool = false,
         /// Levanter's queue between sampling and packing; there is none here, and no limit.
         #[arg(skip)]
         pub max_queued_tokens: usize = 512,

@@ -5,7 +5,9 @@
 //! field; a new section is a struct of its own in a field of its own, as [`EngineSettings`]. What a key is, one that means
 //! something here, an older spelling, or one that is accepted and ignored, is stated where it is declared (see [`key`]).
 //!
-//! Keys, meanings and defaults are Levanter's; Pagoda adds `top_k`, `top_p` and `chat`. Some defaults differ on purpose:
+//! Keys, meanings and defaults are Levanter's; Pagoda adds `top_k`, `top_p`, `chat`, `ignore_eos` and `engine.mixed_steps`.
+//! In Levanter no end-of-text token ends a sample; here it does, but for a file that says `stop_sequence: null`, which asks
+//! for samples of full length (`ignore_eos` says it outright). Some defaults differ on purpose:
 //! without a config file there is no stop sequence; `prompts` has no default; `engine.max_seq_len` may be left out (it
 //! becomes what the longest request needs). A key that is not known is an error, never ignored: a misspelt limit must not
 //! run with a default. What Levanter refuses because one flush cannot hold it waits for its turn here: a note says so.
@@ -65,6 +67,9 @@ settings! {
         #[arg(long, value_name = "TEXT")]
         #[serde(default = "levanter_stop_sequence")]
         pub stop_sequence: Option<String> = None,
+        /// Go on behind an end-of-text token, to the end of the budget [default: true where a config file turns stops off].
+        #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+        pub ignore_eos: Option<bool> = None,
         /// New tokens per sample.
         #[arg(long, value_name = "N")]
         pub max_new_tokens: usize = 192,
@@ -185,6 +190,8 @@ impl Settings {
     pub fn resolve(config: Option<&Path>, flags: &Flags) -> Result<Self> {
         let mut settings = config.map_or_else(|| Ok(Self::default()), Self::read)?;
         settings.apply(flags)?;
+        let stops_are_off = config.is_some() && settings.stop_sequence.is_none();
+        settings.ignore_eos.get_or_insert(stops_are_off);
         settings.top_k = settings.top_k.filter(|&k| k != 0);
         settings.tokenizer = settings.tokenizer.take().or_else(|| settings.hf_checkpoint.clone());
         settings.settle_compute();
@@ -405,6 +412,8 @@ impl Settings {
         let mut all = self.to_json();
         let deciding = all.as_object_mut().expect("settings are a section");
         deciding.retain(|key, _| !ELSEWHERE.contains(&key.as_str()));
+        // As before there was this key, which must not make old journals another run's.
+        deciding.retain(|key, value| key != "ignore_eos" || *value == true);
         deciding.insert("prompts".into(), self.prompts.clone().into());
         deciding.insert("seed".into(), self.engine.seed.into());
         deciding.insert("compute_dtype".into(), self.compute().element().to_string().into());

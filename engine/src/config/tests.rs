@@ -1,9 +1,11 @@
 //! Tests of the config: texts of files and flags in, settings or one clear error out.
 
 use pagoda_ir::{Bytes, Element, TensorType};
+use pagoda_kernels::chips::Chip;
 use proptest::prelude::*;
 
 use super::*;
+use crate::llama::Target;
 use crate::memory::Room;
 
 const MODEL: &str = "models/tiny-llama-kjv";
@@ -49,6 +51,7 @@ fn levanter_defaults() {
     let line = flags(&["--model", model.to_str().unwrap(), "--prompt", "Hello"]);
     let no_file = Settings::resolve(None, &line).unwrap();
     assert_eq!(no_file, Settings { stop_sequence: None, ..settings });
+    assert_eq!(no_file.ignore_eos, Some(false));
 }
 
 #[test]
@@ -59,11 +62,11 @@ fn what_took_effect_is_printed_as_yaml() {
     let paths = format!("{}/configs/../models/tiny-llama-kjv", examples().display());
     let printed = settings.to_string().replace(&paths, "MODEL");
     let expected = "hf_checkpoint: MODEL\ncheckpoint_path: null\ntokenizer: MODEL\nprompts: 8\nstop_sequence: \"1.0\"\n\
-        max_new_tokens: 48\ntemperature: 0.7\ntop_k: null\ntop_p: 1.0\nn_generations: 1\nn_rounds: 1\n\
+        ignore_eos: false\nmax_new_tokens: 48\ntemperature: 0.7\ntop_k: null\ntop_p: 1.0\nn_generations: 1\nn_rounds: 1\n\
         max_prompts_per_batch: null\ninference_mode: null\nhost_data_parallel_output_dir: null\nchat: false\nengine:\n  \
         max_seq_len: 256\n  max_pages: 128\n  hbm_utilization: 0.9\n  page_size: 16\n  max_seqs: 8\n  \
         max_seqs_in_prefill: 8\n  max_prefill_size: 64\n  max_tokens_per_round: null\n  max_rounds: 16\n  \
-        max_queued_tokens: 512\n  max_stop_seqs: 4\n  max_stop_tokens: 16\n  seed: 0\n  compute_dtype: f32\n  \
+        mixed_steps: false\n  max_queued_tokens: 512\n  max_stop_seqs: 4\n  max_stop_tokens: 16\n  seed: 0\n  compute_dtype: f32\n  \
         debug_stats_every_n: 10\n  log_decode_perf_summary: true\n  reset_mode: physical\n  cleanup_mode: end\nmodel:\n  \
         type: llama\n  use_tpu_ragged_paged_attention: null\n  ragged_paged_q_block_size: null\n  \
         ragged_paged_kv_block_pages: null\ntrainer:\n  mp: null\n  mesh:\n    axes: null\n";
@@ -85,9 +88,10 @@ fn the_identity_holds_what_decides_the_texts() {
     for same in [&["--max-pages", "7"], &["--max-seqs", "3"], &["--page-size", "8"], &["--max-rounds", "2"]] {
         assert_eq!(identity(same), expected, "{same:?}");
     }
-    let others: [&[&str]; 9] = [
+    let others: [&[&str]; 10] = [
         &["--prompt", "c"],
         &["--stop-sequence", "!"],
+        &["--ignore-eos"],
         &["--max-new-tokens", "5"],
         &["--temperature", "0"],
         &["--top-k", "9"],
@@ -99,6 +103,18 @@ fn the_identity_holds_what_decides_the_texts() {
     for other in others {
         assert_ne!(identity(other), expected, "{other:?}");
     }
+}
+
+#[test]
+fn a_file_that_turns_stops_off_means_all_of_them() {
+    let ignores =
+        |text: &str, line: &[&str]| resolve(&format!("prompts: a\n{text}"), line).unwrap().ignore_eos.unwrap();
+    assert!(!ignores("", &[]) && !ignores("stop_sequence: a", &[]));
+    assert!(ignores("stop_sequence: null", &[]));
+    assert!(!ignores("stop_sequence: null", &["--stop-sequence", "b"]));
+    assert!(!ignores("stop_sequence: null\nignore_eos: false", &[]));
+    assert!(!ignores("stop_sequence: null", &["--ignore-eos=false"]));
+    assert!(ignores("ignore_eos: true", &[]));
 }
 
 #[test]
@@ -264,6 +280,18 @@ fn limits_follow_the_requests() {
 }
 
 #[test]
+fn what_the_target_has_no_use_for_is_said() {
+    let text = "prompts: a\nmodel: {use_tpu_ragged_paged_attention: true, ragged_paged_q_block_size: 32}";
+    let model = resolve(text, &[]).unwrap().model;
+    let tiles = "model.ragged_paged_q_block_size = 32 is not applied: tiles are planned, see `pagoda check`";
+    assert_eq!(model.not_applied(Target::Tpu(Chip::V5p)), [tiles]);
+    let kernels = "model.use_tpu_ragged_paged_attention is not applied, kernels are native. With true, attention is Mosaic's: \
+                   add --kernels mosaic";
+    assert_eq!(model.not_applied(Target::Host), [kernels, tiles]);
+    assert_eq!(ModelSettings::default().not_applied(Target::Portable), [""; 0]);
+}
+
+#[test]
 fn pages_follow_the_memory_that_is_left() {
     let settings =
         resolve("prompts: [a, b, c]\nmax_new_tokens: 10\nengine: {page_size: 8, hbm_utilization: 0.5}", &[]).unwrap();
@@ -408,6 +436,7 @@ fn drawn_key() -> impl Strategy<Value = (&'static [&'static str], String)> {
         (&["n_rounds"], (1usize..4096).prop_map(|size| size.to_string()).boxed()),
         (&["max_prompts_per_batch"], count()),
         (&["stop_sequence"], one_of(&["null", "'.'", "\"\\n\\n\"", "'1984'", "'yes'", "'# no comment'"])),
+        (&["ignore_eos"], flag()),
         (&["inference_mode"], one_of(&["global_mesh", "host_data_parallel"])),
         (&["chat"], flag()),
         (&["engine", "max_seq_len"], count()),
@@ -419,6 +448,7 @@ fn drawn_key() -> impl Strategy<Value = (&'static [&'static str], String)> {
         (&["engine", "max_prefill_size"], count()),
         (&["engine", "max_tokens_per_round"], count()),
         (&["engine", "max_rounds"], count()),
+        (&["engine", "mixed_steps"], flag()),
         (&["engine", "max_queued_tokens"], count()),
         (&["engine", "max_stop_seqs"], count()),
         (&["engine", "max_stop_tokens"], count()),
