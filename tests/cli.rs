@@ -14,7 +14,8 @@ fn model() -> PathBuf {
 
 fn pagoda(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pagoda"));
-    command.args(args).stdin(Stdio::null());
+    // No test asks the network for a model.
+    command.args(args).stdin(Stdio::null()).env("HF_HUB_OFFLINE", "1");
     command
 }
 
@@ -266,6 +267,12 @@ fn bad_input_gets_one_clear_error_and_exit_code_2() {
         (sample(&model, &["--plugin", "/nowhere.so"]), &["/nowhere.so"]),
         (sample(&model, &["--plugin", &not_a_plugin]), &["plugin.so"]),
         (sample(&model, &["--hosts", "2", "--host-id", "2"]), &["--host-id", "2"]),
+        (sample(&model, &["--mesh", "model=3"]), &["mesh model = 3", "num_attention_heads"]),
+        (sample(&model, &["--mesh", "2x2"]), &["--mesh", "data=2,model=4"]),
+        (sample(&model, &["--mesh", "data=5000"]), &["devices of the mesh = 5000", "256"]),
+        (sample(&model, &["--step-timeout", "0"]), &["--step-timeout", "seconds above 0"]),
+        (sample("gs://bucket/llama", &[]), &["gs://bucket/llama", "gcloud storage cp"]),
+        (sample("nobody/nothing", &[]), &["nobody/nothing", "hf download nobody/nothing"]),
         (sample(&model, &["--chat"]), &["chat"]),
         (sample(&model, &["--compute", "f8"]), &["f8"]),
         (sample(&model, &["--kernels", "mosaic", "--chip", "v9"]), &["chip = v9", "tpu7x"]),
@@ -293,6 +300,93 @@ fn bad_input_gets_one_clear_error_and_exit_code_2() {
         assert_eq!(written, 0, "{args:?} left a file");
         let _ = fs::remove_dir_all(&out); // with the manifest of a run that came as far as the weights
     }
+}
+
+fn json_file(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// The incident's config as it is, but for the model, and fewer new tokens each: both versions, all prompts, none short.
+#[test]
+fn the_incident_runs_on_the_tiny_model() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/configs");
+    let model = model().display().to_string();
+    let dir = TempDir::new().unwrap();
+    let (summary, trace) = (dir.path().join("summary.json"), dir.path().join("trace.json"));
+    for (name, slots) in [("sample_llama8b_multihost_real.yaml", 8), ("sample_llama8b_multihost_real_reduced.yaml", 4)]
+    {
+        let mut command = pagoda(&["sample", "--model", &model, "--max-new-tokens", "12", "--json", "--config"]);
+        let files = [Path::new("--summary"), &summary, Path::new("--trace"), &trace];
+        let output = command.arg(configs.join(name)).args(files).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        let lines = String::from_utf8(output.stdout.clone()).unwrap();
+        let tokens: Vec<usize> = lines
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap()["tokens"].as_array().unwrap().len())
+            .collect();
+        assert_eq!(tokens.len(), 100);
+        // The tiny model may end a text; nothing else does.
+        assert!(tokens.iter().filter(|&&tokens| tokens == 12).count() > 60, "{tokens:?}");
+        let text = stderr(&output);
+        for expected in [
+            "ignored, as they change nothing here: trainer.tracker, trainer.ray".to_owned(),
+            format!("{slots} slots, {} KV pages of 128 tokens", 36 * slots),
+            "model=4".into(),
+            "Decode perf summary: decode_iters=".into(),
+        ] {
+            assert!(text.contains(&expected), "{expected} is missing: {text}");
+        }
+        let (summary, trace) = (json_file(&summary), json_file(&trace));
+        assert_eq!(summary["round_total_generated"].as_u64(), Some(tokens.iter().sum::<usize>() as u64));
+        let events = trace["traceEvents"].as_array().unwrap();
+        let calls = events.iter().filter(|event| event["cat"] == "call").count() as u64;
+        let iters = ["decode_iters", "prefill_iters"].map(|key| summary[key].as_u64().unwrap());
+        assert_eq!(calls, iters.iter().sum::<u64>());
+    }
+}
+
+/// What decides the texts may not change between two runs into one folder, nor what the first wrote.
+#[test]
+fn a_run_goes_on_only_with_what_it_wrote() {
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("out").display().to_string();
+    let copy = dir.path().join("model");
+    fs::create_dir(&copy).unwrap();
+    let copy = damaged(&copy, |_| ());
+    let config_json = Path::new(&copy).join("config.json");
+    let sample = |more: &[&str]| {
+        let base =
+            ["sample", "--model", &copy, "--prompt", "In the beginning", "--prompt", "And", "--max-new-tokens", "40"];
+        run(&[&base[..], &["--max-seqs", "1", "--max-rounds", "1", "--compute", "f32", "--out", &out], more].concat())
+    };
+    // A step that takes longer than it may ends the run, by name; the journal stays whole.
+    let output = sample(&["--step-timeout", "0.000001"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("error: call 1: prefill of"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("--step-timeout 0.000001 s"), "{}", stderr(&output));
+
+    assert!(sample(&[]).status.success());
+    let (whole, partial) = ("host_0000_of_0001.jsonl", "host_0000_of_0001.jsonl.partial");
+    let [whole, partial] = [whole, partial].map(|name| Path::new(&out).join(name));
+    assert!(json_file(&Path::new(&out).join("host_0000_of_0001.summary.json"))["decode_iters"].as_u64() > Some(0));
+    let written = fs::read_to_string(&whole).unwrap();
+    fs::write(&whole, written.replacen("\"tokens\":[", "\"tokens\":[9,", 1)).unwrap();
+    let output = sample(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("its content is not what its host wrote"), "{}", stderr(&output));
+    // Lines of an earlier time, without their checksums, are no journal.
+    fs::rename(&whole, &partial).unwrap();
+    let output = sample(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("line 1 carries no checksum"), "{}", stderr(&output));
+    fs::remove_file(&partial).unwrap();
+    edit(&config_json, "\"rope_theta\": 500000.0", "\"rope_theta\": 400000.0");
+    let output = sample(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("samples of another run"), "{}", stderr(&output));
+    edit(&config_json, "\"rope_theta\": 400000.0", "\"rope_theta\": 500000.0");
+    assert!(sample(&[]).status.success());
+    assert_eq!(fs::read_to_string(&whole).unwrap(), written);
 }
 
 #[test]

@@ -16,12 +16,11 @@ use pagoda_kernels::{
     plan::Options,
     random::{Lengths, batch_text},
     rpa::{self, Kind, Precision, Rpa},
-    strategies,
+    strategies::{self, RngSeed, drawn},
 };
 use proptest::{
-    prelude::*,
-    strategy::ValueTree,
-    test_runner::{Config, RngSeed, TestError, TestRunner},
+    strategy::{Strategy, ValueTree},
+    test_runner::{Config, TestRunner},
 };
 
 /// What follows `pagoda` to check the case again.
@@ -47,17 +46,6 @@ impl Cpu {
 impl Runner for Cpu {
     fn run(&self, module: &Module, inputs: &[HostTensor]) -> Result<Vec<HostTensor>, Box<dyn Error + Send + Sync>> {
         Ok(self.0.compile(module.text(), 1)?.call(inputs)?)
-    }
-}
-
-/// Tests `cases` cases, and shrinks the one that fails.
-fn drawn<K: Kernel>(cases: u32, rng_seed: RngSeed, test: impl Fn(&Drawn<K>) -> Result<(), String>) {
-    let config = Config { cases, rng_seed, failure_persistence: None, ..Config::default() };
-    let test = |choices| test(&Drawn::new(choices)).map_err(TestCaseError::fail);
-    match TestRunner::new(config).run(&strategies::choices(), test) {
-        Ok(()) => {}
-        Err(TestError::Fail(reason, _)) => panic!("{reason}"),
-        Err(TestError::Abort(reason)) => panic!("{reason}"),
     }
 }
 

@@ -160,7 +160,7 @@ pub enum CheckError {
     },
     /// A value is not what the reference says.
     #[error(
-        "{result}{index:?} = {actual}, expected {expected}: off by {error:.3e}, {allowed:.3e} allowed (magnitude \
+        "{result}{index:?} = {actual:?}, expected {expected:?}: off by {error:.3e}, {allowed:.3e} allowed (magnitude \
          {magnitude:.3e}; {wrong} of {total} values are wrong)"
     )]
     Mismatch {

@@ -77,7 +77,8 @@ pub trait Kernel: Sized + Send + Sync + 'static {
     fn sample(choices: &mut Choices) -> Sample<Self>;
 
     /// Arguments drawn from `seed`, over sequences of the lengths in `batch` where the kernel works on a ragged batch.
-    /// What a kernel must not look at is NaN.
+    /// What a kernel must not look at is NaN. The default is uniform in (-2, 2): a kernel draws its own where a step of it
+    /// would not show on that.
     ///
     /// # Errors
     /// When `batch` is not a batch of the problem, or given to a kernel that has none.

@@ -53,8 +53,9 @@ impl<K: Kernel> MutantSet<K> {
         let case = Case::new(&self.plan, &self.inputs);
         let context = Context::new();
         let kernel = self.plan.kernel(&context).map_err(|error| error.to_string())?;
-        if let caught @ (Ok(Some(_)) | Err(_)) = caught(case, &kernel.text()) {
-            return Err(format!("{} without a mutation: {caught:?}", self.plan.name()));
+        let unmutated = caught(case, &kernel.text());
+        if unmutated != Ok(None) {
+            return Err(format!("{} without a mutation: {}", self.plan.name(), words(&unmutated)));
         }
         let emitted = Emitted::new(&kernel);
         let mut wrong = String::new();
@@ -63,7 +64,7 @@ impl<K: Kernel> MutantSet<K> {
             let caught =
                 if mutant == emitted.text() { Err("the edit changes nothing".into()) } else { caught(case, &mutant) };
             if caught != Ok(Some(*expected)) {
-                wrong += &format!("{name}: {caught:?}, expected {expected:?}\n");
+                wrong += &format!("{name}: {}, expected {expected:?}\n", words(&caught));
             }
         }
         if self.nothing_superfluous {
@@ -117,6 +118,15 @@ fn caught<K: Kernel>(case: Case<K>, mutant: &str) -> Result<Option<Caught>, Stri
     }
 }
 
+/// What became of a mutant.
+fn words(caught: &Result<Option<Caught>, String>) -> String {
+    match caught {
+        Ok(Some(caught)) => format!("{caught:?}"),
+        Ok(None) => "passes".to_owned(),
+        Err(error) => error.clone(),
+    }
+}
+
 /// A kernel's text, line by line, and edits of it. An edit panics when the text is not what it expects.
 pub struct Emitted {
     lines: Vec<String>,
@@ -135,14 +145,18 @@ impl Emitted {
 
     /// The `nth` line (from 0) that holds all of `patterns`.
     pub fn find(&self, nth: usize, patterns: &[&str]) -> usize {
-        let mut found = (0..self.lines.len()).filter(|&line| patterns.iter().all(|p| self.lines[line].contains(p)));
-        found.nth(nth).unwrap_or_else(|| panic!("no line {nth} with {patterns:?} in\n{}", self.lines.join("\n")))
+        let holds = |&line: &usize| patterns.iter().all(|pattern| self.lines[line].contains(pattern));
+        let found: Vec<_> = (0..self.lines.len()).filter(holds).collect();
+        let Some(&line) = found.get(nth) else {
+            panic!("{}\nno line {nth} (from 0) with {patterns:?} above: there are {}", self.text(), found.len());
+        };
+        line
     }
 
     /// The last line before `line` that holds `pattern`.
     pub fn above(&self, line: usize, pattern: &str) -> usize {
         let found = (0..line).rev().find(|&line| self.lines[line].contains(pattern));
-        found.unwrap_or_else(|| panic!("no `{pattern}` above line {line} in\n{}", self.lines.join("\n")))
+        found.unwrap_or_else(|| panic!("{}\nno `{pattern}` above line {line}", self.text()))
     }
 
     /// The text with `new` instead of line `line`.
@@ -165,7 +179,7 @@ impl Emitted {
     /// `from` becomes `to` in line `line`.
     pub fn replaced(&self, line: usize, from: &str, to: &str) -> String {
         let new = self.lines[line].replace(from, to);
-        assert_ne!(new, self.lines[line], "no `{from}`");
+        assert_ne!(new, self.lines[line], "no `{from}` in line {line}");
         self.with(line, &new)
     }
 

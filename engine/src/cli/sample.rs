@@ -14,6 +14,8 @@ use pagoda_ir::Bytes;
 use super::PluginArgs;
 use super::monitor::{Monitor, MonitorArgs};
 use super::place::{self, Place};
+use crate::check::launches::launches;
+use crate::check::plan::Program;
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
 use crate::generate::{EngineOptions, SamplingOptions};
@@ -198,6 +200,17 @@ fn load(
     let (parallel, devices) = (placement.parallel(), Vec::from_iter(0..placement.devices().get()));
     options.target = args.plugin.target(client)?;
     eprintln!("# plugin {client:?}, kernels {}", options.target);
+    for note in settings.model.not_applied(options.target) {
+        eprintln!("# {note}");
+    }
+    if let Target::TileMachine(chip) | Target::Tpu(chip) = options.target {
+        for program in Program::ALL {
+            let kernels = launches(config, &options.shape(parallel), chip, program)?;
+            let kernels: Vec<_> =
+                kernels.iter().map(|kernel| format!("{} {}", kernel.role, kernel.plan.name())).collect();
+            eprintln!("# {}: {}", program.name(), kernels.join(", "));
+        }
+    }
     // Hosts must agree on the pages without asking each other.
     let alone = placement.share().hosts() == 1 && !placement.spans_processes();
     if settings.engine.max_pages.is_none()

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::key::settings;
+use crate::llama::Target;
 
 settings! {
     /// The section `model`.
@@ -29,6 +30,29 @@ settings! {
         use_layer_norm_weight, rope, rope_scaling, rope_theta, reference_checkpoint, tokenizer,
         // How Levanter runs it.
         upcast_attn, attn_backend, use_flash_attention, flash_attention_block_size, gradient_checkpointing, scan_layers,
+    }
+}
+
+impl ModelSettings {
+    /// What of the section is not applied to programs that are emitted for `target`, and why: one line each.
+    pub fn not_applied(&self, target: Target) -> Vec<String> {
+        let mosaic = matches!(target, Target::TileMachine(_) | Target::Tpu(_));
+        let kernel = match self.use_tpu_ragged_paged_attention {
+            Some(true) if !mosaic => Some("true, attention is Mosaic's: add --kernels mosaic"),
+            Some(false) if mosaic => Some("false, attention is plain operations: add --kernels stablehlo"),
+            _ => None,
+        };
+        let kernel = kernel.map(|asked| {
+            format!("model.use_tpu_ragged_paged_attention is not applied, kernels are {target}. With {asked}")
+        });
+        let blocks = [
+            ("ragged_paged_q_block_size", self.ragged_paged_q_block_size),
+            ("ragged_paged_kv_block_pages", self.ragged_paged_kv_block_pages),
+        ];
+        let blocks = blocks.into_iter().filter_map(|(key, size)| {
+            size.map(|size| format!("model.{key} = {size} is not applied: tiles are planned, see `pagoda check`"))
+        });
+        kernel.into_iter().chain(blocks).collect()
     }
 }
 

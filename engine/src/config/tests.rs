@@ -1,9 +1,11 @@
 //! Tests of the config: texts of files and flags in, settings or one clear error out.
 
 use pagoda_ir::{Bytes, Element, TensorType};
+use pagoda_kernels::chips::Chip;
 use proptest::prelude::*;
 
 use super::*;
+use crate::llama::Target;
 use crate::memory::Room;
 
 const MODEL: &str = "models/tiny-llama-kjv";
@@ -275,6 +277,18 @@ fn limits_follow_the_requests() {
         let error = settings.limits(&lengths, positions).unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
     }
+}
+
+#[test]
+fn what_the_target_has_no_use_for_is_said() {
+    let text = "prompts: a\nmodel: {use_tpu_ragged_paged_attention: true, ragged_paged_q_block_size: 32}";
+    let model = resolve(text, &[]).unwrap().model;
+    let tiles = "model.ragged_paged_q_block_size = 32 is not applied: tiles are planned, see `pagoda check`";
+    assert_eq!(model.not_applied(Target::Tpu(Chip::V5p)), [tiles]);
+    let kernels = "model.use_tpu_ragged_paged_attention is not applied, kernels are native. With true, attention is Mosaic's: \
+                   add --kernels mosaic";
+    assert_eq!(model.not_applied(Target::Host), [kernels, tiles]);
+    assert_eq!(ModelSettings::default().not_applied(Target::Portable), [""; 0]);
 }
 
 #[test]

@@ -533,6 +533,15 @@ fn declared_length(bytes: &[u8]) -> Option<u64> {
     end.checked_add(data)
 }
 
+/// The files that a folder's weights are in, whether or not they are there.
+pub(super) fn shard_names(folder: &Path) -> Result<BTreeSet<String>> {
+    let index = folder.join("model.safetensors.index.json");
+    match index.exists() {
+        true => Ok(read_index(&index)?.into_values().collect()),
+        false => Ok(BTreeSet::from(["model.safetensors".to_owned()])),
+    }
+}
+
 /// The index's map from tensor name to file name.
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let value = read_json(path)?;

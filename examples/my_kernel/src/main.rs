@@ -23,6 +23,7 @@ use pagoda_kernels::{
 use serde::{Deserialize, Serialize};
 
 /// `out = gelu(x)`, element by element.
+#[derive(Clone, Copy, Debug)]
 struct Gelu;
 
 type Problem = pagoda_kernels::Problem<Spec>;
