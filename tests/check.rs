@@ -5,6 +5,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use pagoda_engine::certify::Certifier;
+use pagoda_engine::topology::Topology;
+use pagoda_kernels::chips::Chip;
 use serde_json::Value;
 
 /// Exit code, standard output, standard error.
@@ -92,6 +95,18 @@ fn jaxs_kernel_dies_the_same_on_both_versions() {
         let (code, stdout, stderr) = check(&line, cache.path());
         assert_eq!(code, Some(1), "{stdout}{stderr}");
         assert!(stdout.contains("NO: JAX's kernel does not compile: 37.54M of 16.00M of scoped VMEM."), "{stdout}");
+    }
+}
+
+/// Every slice below 1024 chips that a number names.
+#[test]
+#[ignore = "minutes of CPU: make certify-all"]
+fn libtpu_knows_every_slice() {
+    let certifier = Certifier::find(env!("CARGO_BIN_EXE_pagoda")).expect("libtpu: run `make tpu-tools`");
+    let slices = Chip::ALL.into_iter().flat_map(Topology::all).filter(|slice| slice.chips() < 1024);
+    for slice in slices.chain(["v5p:4x2x4", "v5p:1x1x1", "v6e:2x6"].map(|name| Topology::parse(name).unwrap())) {
+        let version = certifier.compiler(&slice.libtpu_name()).unwrap_or_else(|error| panic!("{slice}: {error}"));
+        assert!(!version.is_empty(), "{slice}: libtpu does not know it");
     }
 }
 

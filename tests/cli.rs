@@ -362,8 +362,10 @@ fn a_run_goes_on_only_with_what_it_wrote() {
     // A step that takes longer than it may ends the run, by name; the journal stays whole.
     let output = sample(&["--step-timeout", "0.000001"]);
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
-    assert!(stderr(&output).contains("error: call 1: prefill of"), "{}", stderr(&output));
-    assert!(stderr(&output).contains("--step-timeout 0.000001 s"), "{}", stderr(&output));
+    // Which of the calls is seen to be late, is up to the system.
+    for words in ["error: call ", " sequences", "not done within --step-timeout 0.000001 s"] {
+        assert!(stderr(&output).contains(words), "{}", stderr(&output));
+    }
 
     assert!(sample(&[]).status.success());
     let (whole, partial) = ("host_0000_of_0001.jsonl", "host_0000_of_0001.jsonl.partial");

@@ -4,11 +4,11 @@
 //! (`tpu7x-4x4x4`), and libtpu's (`v5p:2x4x4`). The number in the product's name counts *TensorCores* on v4, v5p and
 //! tpu7x (two to a chip), and chips on v5e and v6e (one to a chip).
 //!
-//! Shapes are those that the products are sold in (Cloud TPU's pages of each generation): on v5e and v6e eight boxes of
+//! By number, shapes are those that the products are sold in (Cloud TPU's pages of each generation): on v5e and v6e eight boxes of
 //! two dimensions, on the others four small boxes, and boxes of whole cubes of 4x4x4 chips. Of the boxes with one number
 //! of cubes, the number names the one of the smallest surface: `v5p-2048` is 8x8x16, not 4x16x16.
 //!
-//! Pure: whether libtpu knows the name is asked by who compiles.
+//! A box that is written out may be any that libtpu takes. Pure: libtpu itself is asked by who compiles.
 
 use std::fmt;
 
@@ -50,7 +50,7 @@ impl Topology {
         if size.contains('x') {
             let dims: Option<Vec<usize>> = size.split('x').map(|edge| edge.parse().ok()).collect();
             return match dims.map(|dims| Self { chip, dims }) {
-                Some(topology) if topology.is_sold() => Ok(topology),
+                Some(topology) if topology.is_sold() || topology.is_known_to_libtpu() => Ok(topology),
                 other => {
                     let chips = other.map_or(0, |topology| topology.dims.iter().fold(1, |n, &d| d.saturating_mul(n)));
                     Err(no_slice(name, chip, chips))
@@ -95,6 +95,17 @@ impl Topology {
             && dims.iter().all(|&edge| edge > 0 && edge <= LONGEST && edge.is_multiple_of(CUBE))
             && dims.iter().product::<usize>() / CUBE.pow(3) <= most_cubes(self.chip);
         cubes || SMALL.iter().any(|sold| sold == dims) || (self.chip == Chip::Tpu7x && dims == [1, 1, 1])
+    }
+
+    /// Whether libtpu 0.0.52 takes these edges, sold or not: one chip, or whole hosts of 2x2 chips.
+    fn is_known_to_libtpu(&self) -> bool {
+        let dims = &self.dims[..];
+        let most = if flat(self.chip) { 256 } else { most_cubes(self.chip) * CUBE.pow(3) };
+        let (edges, chips) = (if flat(self.chip) { 2 } else { 3 }, || dims.iter().product::<usize>());
+        dims.len() == edges
+            && dims.iter().all(|edge| (1..=LONGEST).contains(edge))
+            && chips() <= most
+            && (chips() == 1 || dims[..2].iter().all(|edge| edge.is_multiple_of(2)))
     }
 
     /// The generation.
@@ -323,6 +334,12 @@ mod tests {
             assert_eq!(Topology::parse(&topology.name()).unwrap(), topology, "{row}: its own name");
         }
         assert_eq!(Topology::parse("v5p-2x4x4").unwrap(), Topology::parse("V5P-64").unwrap());
+        // Not sold; libtpu takes them.
+        for (name, chips, hosts) in [("v5p:4x2x4", 32, 8), ("v5p:1x1x1", 1, 1), ("v6e:2x6", 12, 3)] {
+            let topology = Topology::parse(name).unwrap();
+            assert_eq!((topology.libtpu_name().as_str(), topology.chips(), topology.hosts()), (name, chips, hosts));
+            assert_eq!(Topology::parse(&topology.name()).unwrap(), topology);
+        }
     }
 
     #[test]

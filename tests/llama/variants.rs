@@ -191,9 +191,9 @@ fn split_variants() -> [(&'static str, Value, usize); 4] {
             3,
         ),
         (
-            "two shards of wide heads, biases in the MLP, untied, one layer",
+            "two shards of wide heads, biases in the MLP, untied, one layer, an inner width whose half fills up to it",
             json!({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 1,
-                "mlp_bias": true, "tie_word_embeddings": false}),
+                "mlp_bias": true, "tie_word_embeddings": false, "intermediate_size": 128}),
             2,
         ),
     ]

@@ -706,7 +706,7 @@ fn pagoda_words(plan: &Plan) -> Option<String> {
 }
 
 fn executables(findings: &Findings) -> Section {
-    let mut table = Table::new(&["program", "for", "replicas", "module", "compiled in"]);
+    let mut table = Table::new(&["program", "for", "replicas", "compiled in"]);
     for step in &findings.steps {
         let seconds =
             step.answer.certificate().map_or(Value::Missing, |certificate| Value::Seconds(certificate.seconds));
@@ -714,7 +714,6 @@ fn executables(findings: &Findings) -> Section {
             step.program.name().into(),
             step.unit.topology.as_str().into(),
             step.unit.replicas.into(),
-            Bytes(step.unit.module.len() as u64).into(),
             seconds,
         ]);
     }

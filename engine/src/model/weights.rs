@@ -84,10 +84,11 @@ impl TensorSpec {
         let width = self.dims[axis] / units.count;
         let mut dims = self.dims.clone();
         dims[axis] = mesh::Shard::width(units.count, shard.of).next_multiple_of(units.multiple) * width;
-        if dims == self.dims {
+        let range = shard.range(units.count);
+        // Not by the size alone: a part that is filled up may be as large as the whole.
+        if dims == self.dims && range.len() == units.count {
             return whole;
         }
-        let range = shard.range(units.count);
         Part { dims, axis, range: range.start * width..range.end * width }
     }
 }
@@ -659,7 +660,8 @@ mod tests {
         write(&folder.path().join("model.safetensors"), &[("w", Dtype::F32, &[rows, columns], &bytes)]);
         let weights = Weights::open(folder.path()).unwrap();
         // Axis, units, multiple of, shards: the units of each.
-        let cases: [(usize, usize, usize, &[&[usize]]); 7] = [
+        let cases: [(usize, usize, usize, &[&[usize]]); 8] = [
+            (1, 10, 10, &[&[0, 1, 2, 3, 4], &[5, 6, 7, 8, 9]]),
             (0, 6, 1, &[&[0, 1, 2], &[3, 4, 5]]),
             (0, 2, 1, &[&[0], &[0], &[1], &[1]]),
             (0, 12, 4, &[&[0, 1, 2, 3, 4, 5], &[6, 7, 8, 9, 10, 11]]),
@@ -691,7 +693,7 @@ mod tests {
                     let data = weights.load(&spec, shard, element).unwrap();
                     let read = HostTensor::from_bytes(element, &dims, data.bytes()).to_f64();
                     assert_eq!(read, expected, "axis {axis} of {units}, {shard:?}, {element}");
-                    let one_piece = axis == 0 && size == held.len() * width || dims == [rows, columns];
+                    let one_piece = size == held.len() * width && (axis == 0 || size == columns);
                     assert_eq!(matches!(data, TensorData::Mapped(_)), element == Element::F32 && one_piece);
                 }
             }
