@@ -1,6 +1,6 @@
 //! Which of how many processes this one is: from the flags, or from what a launcher left in the environment.
 //!
-//! Every launcher is one line of [`LAUNCHERS`], the innermost first: `mpirun` inside a Slurm job starts the processes, not
+//! Every launcher is one line of `LAUNCHERS`, the innermost first: `mpirun` inside a Slurm job starts the processes, not
 //! Slurm. A launcher that says which process this is, but not of how many, is an error without `--hosts`: a process
 //! that took itself for the only one would run every prompt again.
 

@@ -19,7 +19,7 @@
 //! admitted since it had a step, no more is admitted until it has one.
 //!
 //! **Shared pages.** Sequences whose prompts begin with the same full pages, and have as many of them, hold these pages
-//! together (see [`crate::prefix`]); the last page of a prompt is its own. So the samples of one prompt compute it once.
+//! together (see `prefix`); the last page of a prompt is its own. So the samples of one prompt compute it once.
 //!
 //! Invariants:
 //! - a page that is written belongs to one running sequence, and pages that are shared hold what each of their

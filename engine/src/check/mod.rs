@@ -2,7 +2,7 @@
 //!
 //! [`plan`] says what the job asks of each device (pure), [`compile`] has libtpu compile it, [`estimate`] turns cycles
 //! into times and simulates the scheduler (pure), [`suggest`] looks at what else could be done by the same estimate (pure),
-//! [`present`] writes the report (pure). Here they are put together.
+//! `present` writes the report (pure). Here they are put together.
 //!
 //! Invariants: prompts and lengths are never changed, nor is that suggested; what the compiler said is kept apart from what
 //! was planned, and shown beside it; where a number comes from is said.

@@ -3,7 +3,7 @@
 //! [`Settings`] is the one list of keys: the YAML reader, the flags of `pagoda sample`, the list of known keys behind
 //! "did you mean", what is printed at the start and the identity of a run all follow from its fields. A new key is a new
 //! field; a new section is a struct of its own in a field of its own, as [`EngineSettings`]. What a key is, one that means
-//! something here, an older spelling, or one that is accepted and ignored, is stated where it is declared (see [`key`]).
+//! something here, an older spelling, or one that is accepted and ignored, is stated where it is declared (see `key`).
 //!
 //! Keys, meanings and defaults are Levanter's; Pagoda adds `top_k`, `top_p`, `chat`, `ignore_eos` and `engine.mixed_steps`.
 //! In Levanter no end-of-text token ends a sample; here it does, but for a file that says `stop_sequence: null`, which asks

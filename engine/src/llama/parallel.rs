@@ -1,7 +1,7 @@
 //! How a model is split over the devices of a group, and how its step programs exchange what they need of each other.
 //!
 //! A shard is a narrower Llama ([`Parallel::shard_of`]): its query heads and their KV heads, its part of the MLP's inner
-//! width, its rows of the vocabulary. The graph of a step is the same, with two kinds of exchange in it ([`Exchange`]):
+//! width, its rows of the vocabulary. The graph of a step is the same, with two kinds of exchange in it (`Exchange`):
 //! partial products are summed after attention's output projection, the MLP's down projection and the lookup of
 //! embeddings; the logits' maxima, or all of them, are gathered before a token is chosen. All shards get the same bits, so
 //! all choose the same token, and none has to be told.

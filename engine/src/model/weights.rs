@@ -440,7 +440,7 @@ impl Weights {
     }
 
     /// Identifies the weights: a [`fingerprint`] of all names, types, shapes and sizes, and of the values: all of a model of up
-    /// to [`IDENTITY_WHOLE`](Self::IDENTITY_WHOLE), both ends of each tensor of a larger one, so that it need not be read
+    /// to `IDENTITY_WHOLE`, both ends of each tensor of a larger one, so that it need not be read
     /// twice.
     pub fn identity(&self) -> String {
         let whole = self.size() <= Self::IDENTITY_WHOLE;
