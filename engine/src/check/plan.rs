@@ -135,7 +135,9 @@ pub struct Memory {
 impl Memory {
     fn of(config: &LlamaConfig, shape: &StepShape) -> Self {
         let weights = weight_types(config, shape).iter().map(padded).sum();
-        let kv = padded(&shape.kv_type(config));
+        // The step programs pin it row-major, so that its rows fill whole registers.
+        let kv = shape.kv_type(config);
+        let kv = Bytes(tile_padded_bytes(kv.element, &kv.dims) as u64);
         Self { weights, kv, page: Bytes(kv.0 / shape.pages as u64) }
     }
 
