@@ -219,19 +219,7 @@ pub struct EngineOptions {
 impl EngineOptions {
     /// The step programs' static sizes, for a model that is split like this.
     pub fn shape(&self, parallel: &Parallel) -> StepShape {
-        let limits = &self.limits;
-        StepShape {
-            prefill_rows: limits.max_prefill_size,
-            slots: limits.max_seqs,
-            pages: limits.max_pages,
-            page_size: limits.page_size.tokens(),
-            pages_per_seq: limits.pages_per_seq(),
-            max_positions: limits.max_seq_len,
-            max_rounds: limits.max_rounds,
-            compute: self.compute,
-            target: self.target,
-            parallel: parallel.clone(),
-        }
+        StepShape::of(&self.limits, self.compute, self.target, parallel.clone())
     }
 
     /// Whether the KV caches of some devices fit in the memory that is left. [`Engine::new`] asks again: a caller who asks before

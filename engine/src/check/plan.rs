@@ -250,19 +250,7 @@ fn devices(job: &Job) -> NonZeroUsize {
 
 /// Sizes of the step programs.
 fn shape(job: &Job, model: NonZeroUsize) -> StepShape {
-    let limits = &job.limits;
-    StepShape {
-        prefill_rows: limits.max_prefill_size,
-        slots: limits.max_seqs,
-        pages: limits.max_pages,
-        page_size: limits.page_size.tokens(),
-        pages_per_seq: limits.pages_per_seq(),
-        max_positions: limits.max_seq_len,
-        max_rounds: limits.max_rounds,
-        compute: job.compute,
-        target: Target::Tpu(job.topology.chip()),
-        parallel: Parallel::group(model),
-    }
+    StepShape::of(&job.limits, job.compute, Target::Tpu(job.topology.chip()), Parallel::group(model))
 }
 
 /// The model axes that a model can have on so many devices: they divide the devices and the query heads, and divide the KV

@@ -37,6 +37,7 @@ use super::sampling::{key_types, parameter_types, parameters};
 use super::target::Target;
 use crate::model::config::LlamaConfig;
 use crate::sampler::{self, Keys, Parameters, Sampling};
+use crate::scheduler::Limits;
 
 /// The static sizes of a step program, and what it is for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -64,6 +65,22 @@ pub struct StepShape {
 }
 
 impl StepShape {
+    /// The sizes of an engine with these limits.
+    pub fn of(limits: &Limits, compute: Element, target: Target, parallel: Parallel) -> Self {
+        Self {
+            prefill_rows: limits.max_prefill_size,
+            slots: limits.max_seqs,
+            pages: limits.max_pages,
+            page_size: limits.page_size.tokens(),
+            pages_per_seq: limits.pages_per_seq(),
+            max_positions: limits.max_seq_len,
+            max_rounds: limits.max_rounds,
+            compute,
+            target,
+            parallel,
+        }
+    }
+
     /// Whether the program loops over the model's layers, and takes their weights as stacks.
     pub fn stacks_layers(&self, config: &LlamaConfig) -> bool {
         self.target.stacks_layers() && config.layers > 1
