@@ -26,6 +26,7 @@ pub mod registry;
 pub mod report;
 pub mod rms_norm;
 pub mod rpa;
+pub mod simd;
 #[cfg(any(test, feature = "strategies"))]
 pub mod strategies;
 pub mod threads;

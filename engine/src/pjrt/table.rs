@@ -424,6 +424,16 @@ impl Buffer {
         Event::of(&self.client, args.event).wait()
     }
 
+    /// `PJRT_Buffer_UnsafePointer`: the address, on the host only where the device is.
+    pub(super) fn address(&self) -> Result<usize> {
+        let (name, table) = ("PJRT_Buffer_UnsafePointer", self.client.table);
+        let mut args = sys::PJRT_Buffer_UnsafePointer_Args::new();
+        args.buffer = self.raw.as_ptr();
+        // SAFETY: the buffer is live.
+        unsafe { table.call(name, table.0.PJRT_Buffer_UnsafePointer, &mut args)? };
+        Ok(args.buffer_pointer)
+    }
+
     /// `PJRT_Buffer_ReadyEvent`, waited for.
     pub(super) fn ready(&self) -> Result<()> {
         let table = self.client.table;
