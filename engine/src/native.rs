@@ -10,8 +10,8 @@ use pagoda_ir::{Context, Element, HostTensor, TensorType};
 use pagoda_kernels::float::Float;
 use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::matmul::{self, Activation};
-use pagoda_kernels::rpa::KvLayout;
 use pagoda_kernels::rpa::native::{self, Call, Layer};
+use pagoda_kernels::rpa::{KvLayout, KvRows};
 
 use crate::pjrt::custom_call::{CustomCall, Frame, Options, register};
 use crate::pjrt::{Plugin, Result};
@@ -114,6 +114,7 @@ fn attend<T: Float>(frame: Frame<'_>) -> Outcome {
                 page_size: page_size as usize,
                 heads: KvLayout::heads_of(kv_vectors as usize),
                 head_dim: head_dim as usize,
+                kv_rows: KvRows::Interleaved,
             },
         },
         q_heads: (features / head_dim - kv_vectors) as usize,
