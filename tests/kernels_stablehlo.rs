@@ -131,9 +131,11 @@ fn problems() -> Vec<rpa::Problem> {
 #[test]
 fn attention_over_random_batches() {
     let cpu = Cpu::new();
-    for problem in problems().into_iter().chain(options()) {
-        property(24, strategies::inputs::<Rpa>(problem.clone()), |inputs| {
-            check::<Rpa>(&problem, &inputs, &cpu).map_err(failed)
+    let few = options().into_iter().map(|problem| (8, problem));
+    for (cases, problem) in problems().into_iter().map(|problem| (24, problem)).chain(few) {
+        property(cases, strategies::inputs::<Rpa>(problem.clone()), |inputs| {
+            check::<Rpa>(&problem, &inputs, &cpu)
+                .map_err(|error| failed(format!("{}: {error}", Rpa::describe(&problem))))
         });
     }
 }

@@ -63,8 +63,8 @@ impl HostTensor {
         match element {
             Element::F64 => Self::new(dims, values),
             Element::F32 => Self::new(dims, &values.iter().map(|&v| v as f32).collect::<Vec<_>>()),
-            Element::Bf16 => Self::new(dims, &values.iter().map(|&v| bf16::from_f64(v)).collect::<Vec<_>>()),
-            Element::F16 => Self::new(dims, &values.iter().map(|&v| f16::from_f64(v)).collect::<Vec<_>>()),
+            Element::Bf16 => Self::new(dims, &values.iter().map(|&v| bf16::from_f32(to_odd(v))).collect::<Vec<_>>()),
+            Element::F16 => Self::new(dims, &values.iter().map(|&v| f16::from_f32(to_odd(v))).collect::<Vec<_>>()),
             other => panic!("{other} is not a float type"),
         }
     }
@@ -153,6 +153,17 @@ impl HostTensor {
         let viewed = if self.element == Element::Pred { Element::U8 } else { self.element };
         assert_eq!(T::ELEMENT, viewed, "a {} array viewed as {}", self.element, T::ELEMENT);
     }
+}
+
+/// `x` as f32, rounded to the odd one of its neighbours where it is none: rounding that to a type of 22 bits or less gives what
+/// rounding `x` would. (Crate `half` drops the last bits of an f64 first, and takes what lies just above a tie for one.)
+fn to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    if !nearest.is_finite() || f64::from(nearest) == x {
+        return nearest;
+    }
+    let toward_zero = if f64::from(nearest).abs() > x.abs() { nearest.to_bits() - 1 } else { nearest.to_bits() };
+    f32::from_bits(toward_zero | 1)
 }
 
 impl PartialEq for HostTensor {

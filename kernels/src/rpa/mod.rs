@@ -20,6 +20,7 @@
 #[cfg(feature = "cli")]
 mod args;
 pub mod batch;
+pub mod cached;
 mod inputs;
 pub mod kv_layout;
 pub mod kv_write;
