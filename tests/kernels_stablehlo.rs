@@ -85,7 +85,7 @@ fn batch_of(problem: &rpa::Problem, lengths: &[(usize, usize)], seed: u64) -> Ar
 
 /// Problems with every option: fused and not, in each type of the cache, packed heads, sinks, log-sum-exp.
 fn options() -> Vec<rpa::Problem> {
-    use Element::{Bf16, F32, I8};
+    use Element::{Bf16, F8E4M3Fn, F8E5M2, F32, I8};
     use Kind::{Decode, Mixed};
     let fused = Some(Rotary::HalfSplit);
     let kv = |kv, spec: rpa::Spec| rpa::Spec { precision: Precision { kv, ..spec.precision }, ..spec };
@@ -104,6 +104,11 @@ fn options() -> Vec<rpa::Problem> {
         kv(I8, spec(Mixed, Bf16, 8, 2, 128)),
         kv(I8, rpa::Spec { fused, layers: 2, kv_rows: KvRows::Packed, ..spec(Mixed, Bf16, 8, 2, 64) }),
         kv(I8, rpa::Spec { fused, sinks: true, log_sum_exp: true, ..spec(Mixed, F32, 3, 1, 256) }),
+        kv(F8E4M3Fn, rpa::Spec { fused, ..spec(Mixed, Bf16, 8, 2, 128) }),
+        kv(F8E4M3Fn, rpa::Spec { fused, layers: 2, ..spec(Decode, F32, 8, 4, 96) }),
+        kv(F8E4M3Fn, rpa::Spec { kv_rows: KvRows::Packed, sinks: true, ..spec(Mixed, Bf16, 8, 2, 64) }),
+        kv(F8E5M2, rpa::Spec { fused, sliding_window: Some(30), ..spec(Mixed, F32, 4, 1, 128) }),
+        kv(F8E5M2, rpa::Spec { fused, kv_rows: KvRows::Packed, ..spec(Decode, Bf16, 8, 1, 64) }),
         kv(I8, rpa::Spec { fused, page_size: 7, ..spec(Decode, Bf16, 16, 2, 128) }),
     ];
     specs.map(|spec| rpa::Problem::new(spec).unwrap()).to_vec()

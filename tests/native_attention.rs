@@ -7,7 +7,7 @@ use pagoda_ir::{Element, HostTensor, TensorType};
 use pagoda_kernels::check::compare_all;
 use pagoda_kernels::float::Float;
 use pagoda_kernels::random::Lengths;
-use pagoda_kernels::rpa::cached::Cached;
+use pagoda_kernels::rpa::cached::{self, Cached};
 use pagoda_kernels::rpa::native::{Call, Layer, attend, step, write};
 use pagoda_kernels::rpa::reference::reference;
 use pagoda_kernels::rpa::{Batch, Kind, KvRows, Precision, Problem, Rotary, Rpa, Spec};
@@ -123,8 +123,12 @@ fn check(problem: &Problem, inputs: &Arrays) -> Result<(), TestCaseError> {
     let actual = match (problem.precision.q, problem.precision.kv) {
         (Element::F32, Element::F32) => results_of::<f32, f32>(problem, inputs),
         (Element::F32, Element::Bf16) => results_of::<f32, bf16>(problem, inputs),
+        (Element::F32, Element::F8E4M3Fn) => results_of::<f32, cached::F8E4M3Fn>(problem, inputs),
+        (Element::F32, Element::F8E5M2) => results_of::<f32, cached::F8E5M2>(problem, inputs),
         (Element::F32, Element::I8) => results_of::<f32, i8>(problem, inputs),
         (Element::Bf16, Element::Bf16) => results_of::<bf16, bf16>(problem, inputs),
+        (Element::Bf16, Element::F8E4M3Fn) => results_of::<bf16, cached::F8E4M3Fn>(problem, inputs),
+        (Element::Bf16, Element::F8E5M2) => results_of::<bf16, cached::F8E5M2>(problem, inputs),
         (Element::Bf16, Element::I8) => results_of::<bf16, i8>(problem, inputs),
         (q, kv) => panic!("queries of {q}, a cache of {kv}"),
     };
@@ -162,7 +166,7 @@ fn check_ragged_batches(cases: u32, rng_seed: RngSeed) {
         specs.push(Spec { sinks: true, log_sum_exp: true, soft_cap: Some(4.0), ..base.clone() });
         specs.push(Spec { kv_rows: KvRows::Packed, log_sum_exp: true, ..base.clone() });
         let fused = Spec { fused: Some(Rotary::HalfSplit), ..base };
-        for kv in [element, Element::Bf16, Element::I8] {
+        for kv in [element, Element::Bf16, Element::F8E4M3Fn, Element::F8E5M2, Element::I8] {
             let base = Spec { precision: Precision { kv, ..fused.precision }, ..fused.clone() };
             specs.extend([80, 128].map(|head_dim| Spec { head_dim, ..base.clone() }));
             specs.push(Spec { sinks: true, sliding_window: Some(9), q_heads: 6, ..base.clone() });

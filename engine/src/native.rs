@@ -10,7 +10,7 @@ use pagoda_ir::{Context, Element, HostTensor, TensorType};
 use pagoda_kernels::float::Float;
 use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::matmul::{self, Activation};
-use pagoda_kernels::rpa::cached::Cached;
+use pagoda_kernels::rpa::cached::{self, Cached};
 use pagoda_kernels::rpa::native::{self, Call, Layer};
 use pagoda_kernels::rpa::{KvLayout, KvRows};
 
@@ -91,6 +91,8 @@ impl CustomCall for Attention {
         match frame.operands.get(1)?.element {
             Element::F32 => attend::<f32, f32>(frame),
             Element::Bf16 => by_element(frame, attend::<f32, bf16>, attend::<bf16, bf16>),
+            Element::F8E4M3Fn => by_element(frame, attend::<f32, cached::F8E4M3Fn>, attend::<bf16, cached::F8E4M3Fn>),
+            Element::F8E5M2 => by_element(frame, attend::<f32, cached::F8E5M2>, attend::<bf16, cached::F8E5M2>),
             Element::I8 => by_element(frame, attend::<f32, i8>, attend::<bf16, i8>),
             other => Err(format!("a KV cache of {other} is not supported")),
         }

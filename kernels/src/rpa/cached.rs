@@ -1,6 +1,8 @@
 //! Numbers of a KV cache, as kernels in Rust read and write them.
 
-use pagoda_ir::element::Native;
+use std::sync::LazyLock;
+
+use pagoda_ir::{element::Native, minifloat::Minifloat};
 
 use crate::float::Float;
 
@@ -45,4 +47,37 @@ impl Cached for i8 {
         wide.iter_mut().zip(codes).for_each(|(wide, &code)| *wide = code.into());
         wide
     }
+}
+
+macro_rules! minifloats {
+    ($($(#[$doc:meta])* $name:ident: $format:ident,)*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug)]
+        pub enum $name {}
+
+        impl Cached for $name {
+            type Code = u8;
+
+            fn stored(value: f32) -> u8 {
+                let most = Minifloat::$format.most();
+                Minifloat::$format.encode(value.clamp(-most, most).into())
+            }
+
+            #[inline(always)]
+            fn vector<'v>(codes: &'v [u8], wide: &'v mut [f32]) -> &'v [f32] {
+                static NUMBERS: LazyLock<[f32; 256]> =
+                    LazyLock::new(|| std::array::from_fn(|code| Minifloat::$format.decode(code as u8)));
+                let numbers = &*NUMBERS;
+                wide.iter_mut().zip(codes).for_each(|(wide, &code)| *wide = numbers[usize::from(code)]);
+                wide
+            }
+        }
+    )*};
+}
+
+minifloats! {
+    /// Floats of 8 bits with 4 exponent bits.
+    F8E4M3Fn: F8E4M3FN,
+    /// Floats of 8 bits with 5 exponent bits.
+    F8E5M2: F8E5M2,
 }

@@ -352,7 +352,7 @@ impl Kernel for Rpa {
 
 /// `spec` with some of the options that a Mosaic form is written for.
 fn with_options(choices: &mut Choices, spec: Spec) -> Spec {
-    let narrow = choices.one_of(&[Element::Bf16, Element::I8]);
+    let narrow = choices.one_of(&problem::NARROW_KV);
     let options: [&dyn Fn(Spec) -> Spec; 5] = [
         &|spec| Spec { fused: Some(Rotary::HalfSplit), ..spec },
         &|spec| Spec { kv_rows: KvRows::for_lanes(spec.head_dim), ..spec },

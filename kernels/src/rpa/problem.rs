@@ -13,7 +13,7 @@ use crate::{
 const SUBJECT: &str = "rpa problem";
 
 /// What the cache may hold where that is not the type of the queries.
-const NARROW_KV: [Element; 2] = [Element::Bf16, Element::I8];
+pub(super) const NARROW_KV: [Element; 4] = [Element::Bf16, Element::F8E4M3Fn, Element::F8E5M2, Element::I8];
 
 /// Element types. Queries and the output are of one type, and the accumulator is f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -38,8 +38,9 @@ impl Precision {
     /// The least and the largest finite number of a cache of 8 bits: what is beyond becomes one of them. All numbers for
     /// others.
     pub fn bounds(&self) -> [f64; 2] {
-        match self.kv {
-            Element::I8 => [i8::MIN.into(), i8::MAX.into()],
+        match (self.kv, self.kv.minifloat()) {
+            (Element::I8, _) => [i8::MIN.into(), i8::MAX.into()],
+            (_, Some(format)) => [-format.most(), format.most()].map(f64::from),
             _ => [f64::NEG_INFINITY, f64::INFINITY],
         }
     }

@@ -91,8 +91,7 @@ impl<'a> View<'a> {
     }
 
     fn check<T: Native>(&self) -> Result<()> {
-        let viewed = if self.element == Element::Pred { Element::U8 } else { self.element };
-        if viewed == T::ELEMENT && self.data.cast::<T>().is_aligned() {
+        if self.element.viewed() == T::ELEMENT && self.data.cast::<T>().is_aligned() {
             return Ok(());
         }
         Err(format!("an array of {} was expected, got {}", T::ELEMENT, self.element))
@@ -333,6 +332,9 @@ fn element(dtype: c_int) -> Option<Element> {
         11 => Element::F32,
         12 => Element::F64,
         16 => Element::Bf16,
+        19 => Element::F8E5M2,
+        20 => Element::F8E4M3Fn,
+        23 => Element::F8E4M3B11Fnuz,
         _ => return None,
     })
 }
