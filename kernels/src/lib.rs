@@ -22,6 +22,7 @@ pub mod named;
 pub mod plan;
 pub mod problem;
 pub mod random;
+pub mod rates;
 pub mod registry;
 pub mod report;
 pub mod rms_norm;

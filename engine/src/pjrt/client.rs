@@ -39,6 +39,14 @@ impl Plugin {
         Ok(client)
     }
 
+    /// Creates a client of as many devices as the plugin has, of itself.
+    ///
+    /// # Errors
+    /// When the plugin cannot create a client.
+    pub fn client_of_any_size(&self) -> Result<Client> {
+        self.client_with(&[])
+    }
+
     fn client_with(&self, options: &[NamedValue]) -> Result<Client> {
         let raw = self.table().client_create(options)?;
         Ok(Client { plugin: self.clone(), raw })
@@ -70,6 +78,14 @@ impl Client {
     pub fn describe_devices(&self) -> Vec<String> {
         let describe = |device| self.raw.describe_device(device).unwrap_or_else(|error| error.to_string());
         (0..self.devices()).map(describe).collect()
+    }
+
+    /// What the plugin calls the sort of a device, e.g. `TPU v5 lite`.
+    ///
+    /// # Errors
+    /// When there is no such device, or the plugin does not say.
+    pub fn device_kind(&self, device: usize) -> Result<String> {
+        self.raw.device_kind(device)
     }
 
     /// What buffers can still take of a device's memory; `None` where the plugin does not report it.

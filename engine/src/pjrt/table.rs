@@ -198,6 +198,18 @@ impl Client {
         Ok(args.id.into())
     }
 
+    /// `PJRT_DeviceDescription_Kind` of the `device`th device.
+    pub(super) fn device_kind(&self, device: usize) -> Result<String> {
+        let name = "PJRT_DeviceDescription_Kind";
+        let mut args = sys::PJRT_DeviceDescription_Kind_Args::new();
+        args.device_description = self.description(device)?.as_ptr();
+        // SAFETY: the description is live, and owns the text for as long as it lives.
+        unsafe {
+            self.table.call(name, self.table.0.PJRT_DeviceDescription_Kind, &mut args)?;
+            Ok(text(args.device_kind, args.device_kind_size))
+        }
+    }
+
     /// `PJRT_DeviceDescription_ToString` of the `device`th device.
     pub(super) fn describe_device(&self, device: usize) -> Result<String> {
         let name = "PJRT_DeviceDescription_ToString";

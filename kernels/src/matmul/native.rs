@@ -9,9 +9,11 @@
 //! Each result is one sum over `k` in the order of [`simd`]: a column's bits depend neither on what other columns there are
 //! nor on how many threads.
 
-use super::problem::Activation;
+use super::problem::{Activation, Layout, Problem};
+use crate::{float::Float, kernel::Kernel, named::Arrays, threads::Threads};
+use half::bf16;
 use pagoda_ir::{
-    Element, Result, TensorType,
+    Element, HostTensor, Result, TensorType,
     stablehlo::{BackendConfig, Builder, ConfigValue, CustomCall, Tensor},
 };
 
@@ -80,4 +82,31 @@ pub fn emit<'c, 'a>(
         [Some(w), Some(x), around.norm.map(|norm| norm.weight), around.residual].into_iter().flatten().collect();
     let result = TensorType::new(result, &[rows, x_type.dims[1]]);
     Ok(b.custom_call(TARGET, &operands, &[result], call)?[0])
+}
+
+/// The result of a problem that the call takes: feature-major, of one layer, without biases or quantised weights.
+pub(super) fn run(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
+    let arguments = super::Matmul::arguments(problem);
+    let known = arguments.iter().all(|argument| ["x", "w", "residual"].contains(&argument.name));
+    let plain = problem.layout == Layout::FeatureMajor && known && inputs["w"].element() == problem.input;
+    if !plain || problem.epilogue.residual && problem.output != problem.input {
+        return None;
+    }
+    let run = match (problem.input, problem.output) {
+        (Element::F32, Element::F32) => run_as::<f32, f32>,
+        (Element::Bf16, Element::Bf16) => run_as::<bf16, bf16>,
+        (Element::Bf16, Element::F32) => run_as::<bf16, f32>,
+        _ => return None,
+    };
+    Some(vec![run(problem, inputs, threads)])
+}
+
+fn run_as<T: Float, O: Float>(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> HostTensor {
+    let ty = problem.output_type();
+    let mut y = HostTensor::zeros(ty.element, &ty.dims);
+    let residual = inputs.get("residual").map(HostTensor::as_slice::<T>);
+    let around = Around { norm: None, activation: problem.epilogue.activation, residual };
+    let (w, x) = (inputs["w"].as_slice::<T>(), inputs["x"].as_slice());
+    multiply(&Call { w, x, columns: problem.m, around, resident: None }, y.as_mut_slice::<O>(), threads);
+    y
 }
