@@ -28,7 +28,7 @@ pub(super) use problem::{KernelCommand, Launch, NAMES};
 pub(super) use run::{RunArgs, run};
 
 /// What a command answers: a table for people, JSON for machines.
-trait Answer {
+pub(super) trait Answer {
     fn table(&self) -> String;
     fn json(&self) -> serde_json::Result<String>;
 }
