@@ -41,6 +41,8 @@
 
 mod builder;
 mod bytecode;
+mod debug;
+pub mod hosted;
 mod location;
 mod memref;
 mod signature;
@@ -50,7 +52,8 @@ mod value;
 pub mod wire;
 
 pub use builder::{Builder, Carry, Cost, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
-pub(crate) use location::{describe, describe_function};
+pub use location::Frame;
+pub(crate) use location::{Place, describe, describe_function, place_of_function};
 pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, Signature, WindowParams};
 pub(crate) use signature::{functions, i64_array, kernel_function, op_name, read_memref, symbol};

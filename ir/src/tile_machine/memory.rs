@@ -378,7 +378,7 @@ impl Region {
     }
 
     /// Calls `f(start, len, stride)` for the innermost runs, in order, until it returns something.
-    fn find_run<R>(&self, mut f: impl FnMut(usize, usize, usize) -> Option<R>) -> Option<R> {
+    pub(super) fn find_run<R>(&self, mut f: impl FnMut(usize, usize, usize) -> Option<R>) -> Option<R> {
         let (&len, outer) = self.dims.split_last().expect("a region has a dimension");
         let stride = self.strides[outer.len()];
         let mut index = vec![0; outer.len()];

@@ -111,6 +111,7 @@ mod decode;
 mod dma;
 mod exec;
 mod fault;
+mod history;
 mod liveness;
 mod memory;
 mod observer;
@@ -121,7 +122,8 @@ mod tile;
 mod trace;
 
 pub use fault::{Fault, FaultKind};
-pub use observer::{BlockEvent, DmaEvent, Observer, OpEvent};
+pub use history::{Cell, Past};
+pub use observer::{AccessEvent, BlockEvent, DmaEvent, MatmulEvent, Observer, OpEvent, Side};
 pub use program::Program;
 pub use trace::Trace;
 

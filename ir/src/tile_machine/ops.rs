@@ -183,8 +183,8 @@ static ROWS: &[Row] = &[
     yields("scf.yield"),
     yields("scf.condition"),
     yields("tpu.yield"),
-    ignored("tpu.trace_start"),
-    ignored("tpu.trace_stop"),
+    effect("tpu.trace_start", 0..=0, |op| Ok(Op::RegionStart(op.string("message").unwrap_or_default()))),
+    effect("tpu.trace_stop", 0..=0, |_| Ok(Op::RegionStop)),
     ignored("tpu.trace_value"),
     ignored("tpu.log"),
     ignored("tpu.delay"),
@@ -427,6 +427,7 @@ fn matmul(op: &Site) -> Decoded<Op> {
     fits(sum == op.result_tile()?)?;
     let exact = op.has("precision") && op.text("precision")?.contains("fp32");
     let round = [&lhs, &rhs].map(|side| side.element == Element::F32 && !exact);
+    let elements = [lhs.element, rhs.element];
     let (lhs, rhs, sum) = (lhs.dims, rhs.dims, sum.dims);
     let numbers = match op.has("dimension_numbers") {
         true => bracketed(&op.text("dimension_numbers")?),
@@ -465,7 +466,7 @@ fn matmul(op: &Site) -> Decoded<Op> {
         lhs: Strides { batch: batch_stride(&strides_l, batch_l), row: strides_l[m], column: strides_l[k_l] },
         rhs: Strides { batch: batch_stride(&strides_r, batch_r), row: strides_r[k_r], column: strides_r[n] },
     };
-    Ok(Op::Matmul { shape, round })
+    Ok(Op::Matmul { shape, round, elements })
 }
 
 // ---- memory ----

@@ -1,7 +1,10 @@
 //! A decoded kernel: instructions over registers. It holds no MLIR.
 
 use super::tile::{Binary, Compare, MatmulShape, Reduction, Scalar, Tile, Unary};
-use crate::{element::Element, mosaic::Signature};
+use crate::{
+    element::Element,
+    mosaic::{Frame, Signature},
+};
 
 /// A register.
 pub(super) type Slot = u32;
@@ -42,6 +45,10 @@ pub(super) struct Inst {
 pub(super) struct Origin {
     pub(super) op: String,
     pub(super) location: String,
+    /// The source line and those that called it, the innermost first.
+    pub(super) frames: Vec<Frame>,
+    /// How many elements the first result has.
+    pub(super) elements: usize,
 }
 
 /// The extent of a box in a memref: sizes, and steps where they are not 1.
@@ -114,6 +121,8 @@ pub(super) enum Op {
     Matmul {
         shape: MatmulShape,
         round: [bool; 2],
+        /// What the two sides hold.
+        elements: [Element; 2],
     },
     Load {
         extent: Extent,
@@ -151,6 +160,9 @@ pub(super) enum Op {
     WaitSemaphore,
     ReadSemaphore,
     AssumeMultiple(i32),
+    /// A named region begins. Profilers' marks count as no ops.
+    RegionStart(String),
+    RegionStop,
     If,
     For,
     While,
@@ -168,6 +180,10 @@ pub struct Program {
     pub(super) slots: usize,
     pub(super) aliases: Vec<(usize, usize)>,
     pub(super) unused_outputs: Vec<usize>,
+    /// Where the kernel function is, as far as its module says.
+    pub(super) frames: Vec<Frame>,
+    /// Where the transform of each argument's window is.
+    pub(super) transform_frames: Vec<Vec<Frame>>,
 }
 
 impl Program {
@@ -182,6 +198,19 @@ impl Program {
     pub fn with_unused_outputs(mut self, outputs: &[usize]) -> Self {
         self.unused_outputs = outputs.to_vec();
         self
+    }
+
+    /// Gives the arguments other names, as many as there are: those that the kernel's author gave them.
+    pub fn with_names(mut self, names: &[String]) -> Self {
+        for (argument, name) in self.signature.arguments.iter_mut().zip(names) {
+            argument.name.clone_from(name);
+        }
+        self
+    }
+
+    /// The source line of the kernel function, or of its first op that has one, and those that called it.
+    pub fn frames(&self) -> &[Frame] {
+        &self.frames
     }
 
     /// The kernel's grid and arguments.

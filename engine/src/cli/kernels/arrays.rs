@@ -1,17 +1,29 @@
-//! Arrays from NumPy's `.npy` files.
+//! Arrays from NumPy's `.npy` files, and back.
 
+use std::io::Write as _;
 use std::path::Path;
 
 use npyz::{DType, Endianness, NpyFile, Order, TypeChar};
 use pagoda_ir::{Element, HostTensor, TensorType};
 
 use crate::error::{Error, Result};
+use crate::output::write_atomically;
 
 /// Reads an array of type `ty`. Floats of another width are rounded to it (NumPy has no bfloat16: give f32).
 ///
 /// # Errors
 /// When the file cannot be read, is no `.npy` file, or holds another shape or kind of elements.
 pub(super) fn read(path: &Path, ty: &TensorType) -> Result<HostTensor> {
+    let tensor = read_as_saved(path, ty)?;
+    let saved = tensor.element() == ty.element;
+    Ok(if saved { tensor } else { HostTensor::from_f64(ty.element, &ty.dims, &tensor.to_f64()) })
+}
+
+/// Reads an array of the sizes of `ty` and its kind of elements: floats of any width are left as they are.
+///
+/// # Errors
+/// As [`read`].
+pub(super) fn read_as_saved(path: &Path, ty: &TensorType) -> Result<HostTensor> {
     let bad = |problem: String, fix: &str| Error::file(path, problem, fix);
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
     let file = NpyFile::new(&bytes[..])
@@ -52,8 +64,38 @@ pub(super) fn read(path: &Path, ty: &TensorType) -> Result<HostTensor> {
         let problem = format!("it holds {} bytes of the {} of {found}", data.len(), ty.len() * element.bytes());
         return Err(bad(problem, "copy the file again"));
     }
-    let tensor = HostTensor::from_bytes(element, &ty.dims, data);
-    Ok(if element == ty.element { tensor } else { HostTensor::from_f64(ty.element, &ty.dims, &tensor.to_f64()) })
+    Ok(HostTensor::from_bytes(element, &ty.dims, data))
+}
+
+/// Writes an array, whole or not at all. What NumPy has no type for is widened: bf16 and narrower floats to float32.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(super) fn write(path: &Path, array: &HostTensor) -> Result<()> {
+    let widened = match array.element() {
+        element if numpy(element) == "float32" && element != Element::F32 => {
+            Some(HostTensor::from_f64(Element::F32, array.dims(), &array.to_f64()))
+        }
+        _ => None,
+    };
+    let array = widened.as_ref().unwrap_or(array);
+    let kind = match array.element() {
+        Element::Pred => 'b',
+        element if element.is_float() => 'f',
+        element if element.mlir().starts_with("ui") => 'u',
+        _ => 'i',
+    };
+    let sizes: Vec<String> = array.dims().iter().map(usize::to_string).collect();
+    let shape = if let [size] = sizes.as_slice() { format!("{size},") } else { sizes.join(", ") };
+    let descr = format!("{}{kind}{}", if array.element().bytes() == 1 { '|' } else { '<' }, array.element().bytes());
+    // Version 1.0 of the format: the header is filled up with spaces to a multiple of 64 bytes.
+    let header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shape}), }}");
+    let length = (10 + header.len() + 1).next_multiple_of(64) - 10;
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((length as u16).to_le_bytes());
+    writeln!(bytes, "{header:<width$}", width = length - 1).map_err(Error::io("write", path))?;
+    bytes.extend(array.bytes());
+    write_atomically(path, &bytes)
 }
 
 /// NumPy's name of the type to save.

@@ -1,12 +1,16 @@
 //! `pagoda plan | certify | emit | inspect | run`: one kernel at a time, from its problem to its verdict.
 
 mod arrays;
+mod explain;
 mod file;
 mod inspect;
 mod operands;
 mod problem;
+mod program;
 mod report;
+mod results;
 mod run;
+mod sources;
 
 use std::fmt::Display;
 use std::path::PathBuf;
