@@ -175,15 +175,15 @@ def certify(fn, *args, chip: str = "v5p", options=(), **kwargs) -> Certificate:
     with tempfile.TemporaryDirectory(prefix="pagoda-") as folder:
         module = Path(folder, "module.mlir")
         module.write_text(lowered.text)
-        code, report, said = _command.call("certify", "--file", str(module), "--chip", chip, *options)
+        code, report, said = _command.call("certify-module", str(module), "--chip", chip, *options)
     if report is None or code > 1:
         raise PagodaError(said.strip().removeprefix("error: ") or f"pagoda ended with code {code}")
     cycles = {op["op"]: op["cycles"] for op in report["cycles"]}
     kernels = [
         Kernel(
             kernel["name"],
-            [(b.get("name") or b["kind"], b["bytes"]) for b in kernel["buffers"]],
-            sum(b["bytes"] for b in kernel["buffers"] if b["kind"] == "spill"),
+            [(buffer["tag"], buffer["bytes"]) for buffer in kernel["allocations"]],
+            sum(buffer["bytes"] for buffer in kernel["allocations"] if "spill" in buffer["kind"].lower()),
             cycles.get(kernel["name"]),
         )
         for kernel in report["kernels"]

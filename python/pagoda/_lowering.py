@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import threading
 from typing import Any, Callable
 
@@ -33,11 +34,14 @@ def jax_modules():
     try:
         import jax
         import jax.export
+        from jax._src import source_info_util
         from jax._src.interpreters import mlir
         from jax._src.pallas import pallas_call
         import jax.experimental.pallas.tpu  # noqa: F401 (registers the lowering for TPU)
     except ImportError as error:
         raise PagodaError(f"JAX is needed to lower a function: pip install 'pagoda[jax]' ({error})") from error
+    # Lines of this package are nobody's kernel.
+    source_info_util.register_exclusion(os.path.dirname(__file__))
     return jax, mlir, pallas_call
 
 

@@ -79,6 +79,8 @@ enum Command {
         #[arg(long, global = true)]
         json: bool,
     },
+    /// Compile a StableHLO module of any origin with libtpu: VMEM of its kernels by buffer, spills, static cycles.
+    CertifyModule(kernels::ModuleArgs),
     /// Write a kernel: readable Mosaic, or the StableHLO module that carries it.
     Emit {
         #[command(subcommand)]
@@ -238,6 +240,7 @@ pub fn main() -> ExitCode {
         Command::Certify { kernel, timeout, profile_timeout, json } => {
             kernels::certify(&kernel, timeout, profile_timeout, json)
         }
+        Command::CertifyModule(args) => kernels::certify_module(&args),
         Command::Emit { kernel, form } => kernels::emit(&kernel, &form),
         Command::Inspect { file, json } => kernels::inspect(&file, json).map(|()| ExitCode::SUCCESS),
         Command::Run(args) => kernels::run(&args),

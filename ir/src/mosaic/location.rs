@@ -38,6 +38,11 @@ impl Place {
         }
         // Around the call stack JAX puts `get:` and then `scopes/get`.
         let primitive = labels.first().and_then(|label| label.strip_suffix(':')).filter(|_| labels.len() > 1);
+        // JAX lowers equal ops once, and inlines what it made: `scopes/get/get` around the first one's stack, called by this one's.
+        let twice = primitive.map(|primitive| format!("{primitive}/{primitive}"));
+        if location.is_call_site() && twice.is_some_and(|twice| labels[1].ends_with(&twice)) {
+            location = location.call_site_caller();
+        }
         if location.is_file_line_col_range() {
             let function = primitive.and_then(|_| labels.get(2)).cloned();
             let labels = primitive.map_or_else(|| labels.clone(), |primitive| vec![primitive.to_owned()]);

@@ -117,6 +117,7 @@ mod memory;
 mod observer;
 mod ops;
 mod pipeline;
+mod profile;
 mod program;
 mod tile;
 mod trace;
@@ -124,6 +125,7 @@ mod trace;
 pub use fault::{Fault, FaultKind};
 pub use history::{Cell, Past};
 pub use observer::{AccessEvent, BlockEvent, DmaEvent, MatmulEvent, Observer, OpEvent, Side};
+pub use profile::{Counts, Moved, Multiplied, Profile, Rates, Span, Step, Tally, Track};
 pub use program::Program;
 pub use trace::Trace;
 

@@ -55,6 +55,10 @@ impl Explanation {
     pub(super) fn of_fault(fault: &Fault, known: &Known, history: Vec<Past>, again: String) -> Self {
         let mut sources = Sources::default();
         let mut frames = fault.frames.clone();
+        if fault.op == "pipeline" && fault.frames == known.frames && !known.call.is_empty() {
+            // Not even the window's transform is known.
+            frames = known.call[..1].to_vec();
+        }
         if fault.op == "pipeline" && matches!(fault.kind, FaultKind::OutputNeverWritten | FaultKind::MemoryExceeded) {
             // No op is at fault, and no window: the kernel is.
             frames = known.kernel(&mut sources).into_iter().collect();
@@ -85,7 +89,7 @@ impl Explanation {
         let shown = kernel.map_or(frames.len(), |at| at + 1).min(FRAMES);
         let mut line = |frame: &Frame| Line { frame: frame.clone(), text: sources.line(frame) };
         let lines = frames[..shown].iter().map(&mut line).collect();
-        let call = known.call.first().map(&mut line);
+        let call = known.call.first().filter(|call| frames.first() != Some(call)).map(&mut line);
         Self { lines, call, buffer, history, again }
     }
 
@@ -103,10 +107,13 @@ impl Explanation {
             source(if at == 0 { "-->" } else { "called by" }, line);
         }
         if let Some(call) = &self.call {
-            source("kernel of", call);
+            source(if self.lines.is_empty() { "-->" } else { "kernel of" }, call);
         }
         if let Some(buffer) = &self.buffer {
             let _ = writeln!(text, "  {:<9} {buffer}", "buffer");
+        }
+        if self.buffer.is_some() && self.history.is_empty() {
+            let _ = writeln!(text, "  {:<9} nothing wrote it", "before");
         }
         for (at, past) in self.history.iter().take(EVENTS).enumerate() {
             let _ = writeln!(text, "  {:<9} {past}", if at == 0 { "before" } else { "" });

@@ -4,8 +4,10 @@ mod arrays;
 mod explain;
 mod file;
 mod inspect;
+mod module;
 mod operands;
 mod problem;
+mod profile;
 mod program;
 mod report;
 mod results;
@@ -28,6 +30,7 @@ use crate::output::write_atomically;
 
 pub(super) use file::run_if_asked;
 pub(super) use inspect::inspect;
+pub(super) use module::{ModuleArgs, certify_module};
 pub(super) use problem::KernelCommand;
 pub(super) use run::{RunArgs, run};
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use pagoda_ir::tile_machine::{Counters, Fault};
+use pagoda_ir::tile_machine::{Counters, Counts, Fault};
 use pagoda_ir::{HostTensor, TensorType};
 use pagoda_kernels::vmem::Bytes;
 use serde::Serialize;
@@ -50,6 +50,11 @@ pub(super) struct Report {
     pub(super) runs: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) counters: Option<Counters>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) counts: Option<Counts>,
+    /// The counts for people.
+    #[serde(skip)]
+    pub(super) page: Option<String>,
     pub(super) outputs: Vec<Output>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) fault: Option<Box<Fault>>,
@@ -78,6 +83,8 @@ impl Report {
             inputs,
             runs: None,
             counters: None,
+            counts: None,
+            page: None,
             outputs: vec![],
             fault: None,
             explanation: None,
@@ -212,5 +219,6 @@ fn table(report: &Report) -> String {
     }
     let agreed = report.expectations.iter().filter(|expectation| expectation.agrees);
     lines.extend(agreed.map(|expectation| format!("  {:<8} as expected: {expectation}", "check")));
+    lines.extend(report.page.clone());
     lines.join("\n")
 }

@@ -5,14 +5,15 @@ use std::process::ExitCode;
 
 use clap::Args;
 use pagoda_ir::mosaic::{Argument, Frame, Role, hosted};
-use pagoda_ir::tile_machine::{Cell, DmaOrder, Machine, Program, Trace};
+use pagoda_ir::tile_machine::{Cell, DmaOrder, Machine, Profile, Program, Rates, Trace};
 use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
+use pagoda_kernels::chips::Chip;
 
 use super::super::client;
 use super::explain::{Explanation, Known, again};
 use super::file::File;
 use super::operands::{Given, Name, ensure_fits, operands};
-use super::program;
+use super::{profile, program};
 use super::problem::{KernelCommand, Launch, NAMES, Planned};
 use super::report::{Against, Check, Report, print_reports};
 use super::results::ResultArgs;
@@ -83,6 +84,19 @@ pub(in crate::cli) struct RunArgs {
     /// Write the run's timeline, for Perfetto (ui.perfetto.dev): with several orders of DMAs or kernels, that of the last one.
     #[arg(long, global = true, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Write the run's timeline on a model's clock, of libtpu's rates of DMAs and the MXU's, for Perfetto: grid steps, windows, DMAs
+    /// from start to landing to wait, products, waits, and regions that the kernel names.
+    #[arg(long, global = true, value_name = "FILE", conflicts_with = "trace")]
+    timeline: Option<PathBuf>,
+    /// Print what is moved between which memories, sizes of DMAs, passes of the MXU and how full they are: per grid step and in all.
+    #[arg(long, global = true, conflicts_with = "trace")]
+    counts: bool,
+    /// Write counts and timeline as one HTML page.
+    #[arg(long, global = true, value_name = "FILE", conflicts_with = "trace")]
+    html: Option<PathBuf>,
+    /// The chip whose rates --timeline, --counts and --html take: v5e, v5p or v6e.
+    #[arg(long = "rates-of", global = true, value_name = "CHIP", default_value = "v5p", value_parser = Chip::parse)]
+    rates_of: Chip,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -104,6 +118,9 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
         ("--allow-unwritten-outputs", args.allow_unwritten_outputs.then_some("true")),
         ("--allow-parallel-overlaps", args.allow_parallel_overlaps.then_some("true")),
         ("--trace", args.trace.as_ref().and_then(|path| path.to_str())),
+        ("--timeline", args.timeline.as_ref().and_then(|path| path.to_str())),
+        ("--html", args.html.as_ref().and_then(|path| path.to_str())),
+        ("--counts", args.counts.then_some("true")),
     ];
     if !on_machine && let Some((key, value)) = of_machine.iter().find_map(|&(key, value)| Some((key, value?))) {
         let limit = "is of use on the tile machine only";
@@ -186,6 +203,17 @@ pub(super) struct Running {
     allow_unwritten_outputs: bool,
     allow_parallel_overlaps: bool,
     trace: Option<PathBuf>,
+    profile: Option<Profiled>,
+}
+
+/// What is wanted of a run's profile.
+#[derive(Clone, Debug)]
+struct Profiled {
+    chip: Chip,
+    rates: Rates,
+    timeline: Option<PathBuf>,
+    html: Option<PathBuf>,
+    counts: bool,
 }
 
 impl Running {
@@ -196,6 +224,16 @@ impl Running {
             allow_unwritten_outputs: args.allow_unwritten_outputs,
             allow_parallel_overlaps: args.allow_parallel_overlaps,
             trace: args.trace.clone(),
+            profile: match args.counts || args.timeline.is_some() || args.html.is_some() {
+                true => Some(Profiled {
+                    chip: args.rates_of,
+                    rates: profile::rates(args.rates_of)?,
+                    timeline: args.timeline.clone(),
+                    html: args.html.clone(),
+                    counts: args.counts,
+                }),
+                false => None,
+            },
         })
     }
 
@@ -208,6 +246,25 @@ impl Running {
     /// The orders, as they are typed.
     pub(super) fn orders_text(&self) -> String {
         self.orders.iter().map(|&order| order_name(order)).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl Profiled {
+    /// Writes what is wanted as files, and puts the rest into the report.
+    fn write(&self, kernel: &str, profile: &Profile, report: &mut Report) -> Result<()> {
+        let page = profile::page(kernel, self.chip, profile);
+        if let Some(path) = &self.timeline {
+            let mut text = Vec::new();
+            profile.write(kernel, &mut text).map_err(Error::io("write", path))?;
+            write_atomically(path, &text)?;
+        }
+        if let Some(path) = &self.html {
+            write_atomically(path, page.html().as_bytes())?;
+        }
+        if self.counts {
+            (report.counts, report.page) = (Some(profile.counts()), Some(page.text()));
+        }
+        Ok(())
     }
 }
 
@@ -407,14 +464,21 @@ pub(super) fn execute(
     for &dma in &running.orders {
         done.push(order_name(dma));
         let machine = with(dma);
-        let run = match &running.trace {
-            None => program.run(&machine, call.operands, call.results),
-            Some(path) => {
+        let run = match (&running.trace, &running.profile) {
+            (None, None) => program.run(&machine, call.operands, call.results),
+            (Some(path), _) => {
                 let mut trace = Trace::new(&signature.name);
                 let run = program.run_observed(&machine, call.operands, call.results, &mut trace);
                 let mut text = Vec::new();
                 trace.write(&mut text).map_err(Error::io("write", path))?;
                 write_atomically(path, &text)?;
+                run
+            }
+            (None, Some(wanted)) => {
+                let mut profile = Profile::new(wanted.rates);
+                let run = program.run_observed(&machine, call.operands, call.results, &mut profile);
+                profile.finish();
+                wanted.write(&signature.name, &profile, &mut report)?;
                 run
             }
         };
