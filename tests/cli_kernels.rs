@@ -211,7 +211,10 @@ fn arrays_come_from_numpy() {
         ("matmul --m 8 --n 24 --k 16 --input x=text.npy", &["text.npy", "no .npy file"]),
         ("matmul --m 8 --n 24 --k 16 --input x=short.npy", &["100 bytes of the 512"]),
         ("matmul --m 8 --n 24 --k 16 --input x=one.npy", &["f32[16, 24], not bf16[8,16]", "numpy dtype float32"]),
-        ("matmul --m 8 --n 24 --k 16 --input y=x.npy", &["input = y names no operand", "x (or 0) bf16[8,16], w (or 1) bf16[16,24]"]),
+        (
+            "matmul --m 8 --n 24 --k 16 --input y=x.npy",
+            &["input = y names no operand", "x (or 0) bf16[8,16], w (or 1) bf16[16,24]"],
+        ),
         ("matmul --m 8 --n 24 --k 16 --input x", &["input = x is not NAME=FILE.npy"]),
         ("matmul --m 8 --n 24 --k 16 --input x=x.npy --input x=x.npy", &["input = x is given twice"]),
         (&format!("rpa {RPA} --input kv_lens=long.npy"), &["i64[4], not i32[4]", "numpy dtype int32"]),
@@ -461,7 +464,11 @@ fn results_are_written_and_held_against_what_is_expected() {
     off[4 * 190..4 * 191].copy_from_slice(&f32::NAN.to_le_bytes());
     npy(&path("off.npy"), "<f4", "(8, 24)", &off);
     let expect = format!("run {matmul} --expect {name}=off.npy");
-    let words = ["not as expected: ", &format!("{name}[1, 5] is 376, expected 377 (rtol 0, atol 0); 2 of 192"), "[7, 22]: 1912"];
+    let words = [
+        "not as expected: ",
+        &format!("{name}[1, 5] is 376, expected 377 (rtol 0, atol 0); 2 of 192"),
+        "[7, 22]: 1912",
+    ];
     refused(dir.path(), &expect, 1, &words);
     refused(dir.path(), &format!("{expect} --atol 1"), 1, &["[7, 22] is 1912, expected NaN", "1 of 192"]);
     for (line, words) in [
@@ -475,7 +482,11 @@ fn results_are_written_and_held_against_what_is_expected() {
         ("--random-int x=0..3", &["input = x is given twice: x is operand 0 too"]),
         ("--kernel 0", &["kernel"]),
     ] {
-        let line = if line.starts_with("--kernel") { format!("run readable.mlir {line}") } else { format!("run {matmul} {line}") };
+        let line = if line.starts_with("--kernel") {
+            format!("run readable.mlir {line}")
+        } else {
+            format!("run {matmul} {line}")
+        };
         if line.contains("readable") {
             done(dir.path(), &format!("emit matmul {MATMUL} --out readable.mlir"));
         }
@@ -484,7 +495,12 @@ fn results_are_written_and_held_against_what_is_expected() {
     let jax = concat!(env!("CARGO_MANIFEST_DIR"), "/ir/tests/data/scaled_sums.mlir");
     let drawn = json(&done(dir.path(), &format!("run {jax} --random-int 0=1..4 --dma all --json")));
     assert_eq!(drawn, json(&done(dir.path(), &format!("run {jax} --random-int arg1=1..4 --dma all --json"))));
-    refused(dir.path(), &format!("run {jax} --random-int 0=0..3000000000"), 2, &["is not within -2147483648 to 2147483647"]);
+    refused(
+        dir.path(),
+        &format!("run {jax} --random-int 0=0..3000000000"),
+        2,
+        &["is not within -2147483648 to 2147483647"],
+    );
     refused(dir.path(), &format!("run {jax} --random-int 0=1..4 --kernel 1"), 2, &["kernel = 1 is not one of the 1"]);
 }
 
@@ -516,8 +532,17 @@ fn a_program_runs_whole_with_its_kernels_in_their_places() {
     assert_eq!(checksums(&text), checksums(&bytecode));
     // The kernel alone.
     let alone = json(&done(dir.path(), &format!("run {} --kernel 0 --input 0=x.npy --json", exported("mlir"))));
-    assert_eq!((alone.as_array().unwrap().len(), &alone[0]["outputs"][0]["type"]), (1, &"f32[8,128]".into()), "{alone}");
-    refused(dir.path(), &format!("run {} --expect 'result2=b.npy'", exported("mlir")), 2, &["names no result", "result['a']"]);
+    assert_eq!(
+        (alone.as_array().unwrap().len(), &alone[0]["outputs"][0]["type"]),
+        (1, &"f32[8,128]".into()),
+        "{alone}"
+    );
+    refused(
+        dir.path(),
+        &format!("run {} --expect 'result2=b.npy'", exported("mlir")),
+        2,
+        &["names no result", "result['a']"],
+    );
     // A fault of a kernel within a program, with its source line; the file is not here to be read.
     let text = fs::read_to_string(exported("mlir")).unwrap();
     let jax = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/ir/tests/cases/jax.mlir")).unwrap();
@@ -527,7 +552,12 @@ fn a_program_runs_whole_with_its_kernels_in_their_places() {
     };
     let faulty = text.replacen(&config(&text, "kernel"), &config(&jax, "kn"), 1);
     fs::write(dir.path().join("faulty.mlir"), faulty).unwrap();
-    let words = ["kernel `kn`: read of unwritten memory", "kernels/written/with/pallas/minimal.py:33 in kn", "exported.py:", "again"];
+    let words = [
+        "kernel `kn`: read of unwritten memory",
+        "kernels/written/with/pallas/minimal.py:33 in kn",
+        "exported.py:",
+        "again",
+    ];
     refused(dir.path(), "run faulty.mlir", 1, &words);
 }
 
@@ -553,7 +583,10 @@ fn a_profile_counts_and_draws() {
     let timeline = json(&fs::read_to_string(dir.path().join("t.json")).unwrap());
     let events = timeline["traceEvents"].as_array().unwrap();
     let of = |category: &str| events.iter().filter(|event| event["cat"] == category).count() as u64;
-    assert_eq!((of("grid steps"), of("MXU")), (counters["grid_steps"].as_u64().unwrap(), multiplied["products"].as_u64().unwrap()));
+    assert_eq!(
+        (of("grid steps"), of("MXU")),
+        (counters["grid_steps"].as_u64().unwrap(), multiplied["products"].as_u64().unwrap())
+    );
     assert!(of("windows in") > 0 && of("windows out") > 0 && of("waits") > 0);
     let page = fs::read_to_string(dir.path().join("p.html")).unwrap();
     assert!(page.contains("<svg") && page.contains("grid steps") && !page.contains("http"), "{page}");

@@ -74,7 +74,8 @@ impl Target {
         let used = |opened: &wire::Opened| wire::summarize(opened).is_ok() && Program::decode(&opened.module).is_ok();
         match self {
             Self::Scanner => {
-                let hosted = |calls: &[_]| hosted::host(input, calls, "host", &|_| vec![("call", String::new())]).is_ok();
+                let hosted =
+                    |calls: &[_]| hosted::host(input, calls, "host", &|_| vec![("call", String::new())]).is_ok();
                 wire::find_custom_calls(input).is_ok_and(|calls| !calls.is_empty() | hosted(&calls))
             }
             Self::Open => wire::open(context, &String::from_utf8_lossy(input)).is_ok_and(|opened| used(&opened)),

@@ -34,7 +34,8 @@ impl<'t> Locations<'t> {
         let depth = depth.checked_sub(1)?;
         let eat = |text: &mut &str, word: &str| text.strip_prefix(word).map(|rest| *text = rest);
         if text.starts_with('#') {
-            let end = text[1..].find(|c: char| !c.is_ascii_alphanumeric() && c != '_').map_or(text.len(), |end| end + 1);
+            let end =
+                text[1..].find(|c: char| !c.is_ascii_alphanumeric() && c != '_').map_or(text.len(), |end| end + 1);
             let (alias, rest) = text.split_at(end);
             *text = rest;
             let mut aliased = *self.0.get(alias)?;
@@ -97,7 +98,10 @@ mod tests {
         let frame = |line, function: &str| Frame { file: "/a/k.py".into(), line, function: Some(function.into()) };
         let text = std::str::from_utf8(module).unwrap();
         assert_eq!(locations.frames(text.lines().next().unwrap()), [frame(11, "f"), frame(10, "<module>")]);
-        assert_eq!(locations.frames("op loc(callsite(\"g\"(\"/a/k.py\":3:1) at #loc12))"), [frame(3, "g"), frame(11, "f")]);
+        assert_eq!(
+            locations.frames("op loc(callsite(\"g\"(\"/a/k.py\":3:1) at #loc12))"),
+            [frame(3, "g"), frame(11, "f")]
+        );
         assert_eq!(locations.frames("op loc(#loc22)"), []);
         assert_eq!(locations.frames("op loc(unknown)"), []);
         assert_eq!(locations.frames("op loc(\"cut"), []);

@@ -73,7 +73,10 @@ pub fn is_bare_call(module: &[u8], calls: &[CallSite]) -> bool {
         let returned = behind.strip_prefix("return ").or_else(|| behind.strip_prefix("func.return "));
         let returned = returned.or_else(|| behind.strip_prefix("\"func.return\"(")?.split(')').next())?;
         let returned = returned.split(" : ").next()?.trim();
-        let (value, count) = call.results.split_once(':').map_or((call.results, 1), |(value, count)| (value, count.parse().unwrap_or(0)));
+        let (value, count) = call
+            .results
+            .split_once(':')
+            .map_or((call.results, 1), |(value, count)| (value, count.parse().unwrap_or(0)));
         let value = value.trim();
         let expected: Vec<String> = match count {
             1 => vec![value.to_owned()],
@@ -152,7 +155,8 @@ fn in_text(
 /// Names and types of the arguments of `@main`; the author's names stand in their locations.
 fn main_arguments(text: &str) -> Option<Vec<(String, Option<String>, TensorType)>> {
     let (_, rest) = text.split_once("@main(")?;
-    let aliases: HashMap<&str, &str> = text.lines().filter_map(|line| line.strip_prefix("#loc")?.split_once(" = loc(\"")).collect();
+    let aliases: HashMap<&str, &str> =
+        text.lines().filter_map(|line| line.strip_prefix("#loc")?.split_once(" = loc(\"")).collect();
     let list = rest.split_once(" -> ").or_else(|| rest.split_once('{'))?.0;
     let arguments = list.split('%').skip(1).map(|argument| {
         let (name, ty) = argument.split_once(": tensor<")?;
@@ -416,7 +420,8 @@ impl<'b> Bytecode<'b> {
         let function = self.types.get(self.attribute(main[1], vhlo::TYPE)?.index()?)?;
         let inputs = self.of_code(function, vhlo::FUNCTION)?.list(Reader::index)?;
         let name = |of_result: usize| {
-            let pairs = self.attribute(of_result, vhlo::DICTIONARY)?.list(|reader| Some((reader.index()?, reader.index()?)))?;
+            let pairs =
+                self.attribute(of_result, vhlo::DICTIONARY)?.list(|reader| Some((reader.index()?, reader.index()?)))?;
             let (_, value) = pairs.into_iter().find(|&(key, _)| self.string(key) == Some(b"jax.result_info"))?;
             Some(String::from_utf8_lossy(self.string(value)?).into_owned())
         };
@@ -568,7 +573,8 @@ mod tests {
     }
 
     /// `{"a": sum(r), "b": r}` of `r = kernel(2 x + y)`, as jax.export of JAX 0.10.2 writes it.
-    const EXPORTED: [&[u8]; 2] = [include_bytes!("../../tests/data/exported.mlir"), include_bytes!("../../tests/data/exported.bc")];
+    const EXPORTED: [&[u8]; 2] =
+        [include_bytes!("../../tests/data/exported.mlir"), include_bytes!("../../tests/data/exported.bc")];
 
     #[test]
     fn a_program_that_jax_exported_is_hosted() {
@@ -604,7 +610,12 @@ mod tests {
                 }
                 drop(host(&damaged, &sites, "x", &|_| vec![]));
                 damaged.truncate(random.below(damaged.len()));
-                drop(host(&damaged, &super::super::wire::find_custom_calls(&damaged).unwrap_or_default(), "x", &|_| vec![]));
+                drop(host(
+                    &damaged,
+                    &super::super::wire::find_custom_calls(&damaged).unwrap_or_default(),
+                    "x",
+                    &|_| vec![],
+                ));
             }
         }
     }

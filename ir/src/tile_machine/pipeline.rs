@@ -139,7 +139,8 @@ impl<O: Observer> Executor<'_, '_, O> {
         for (argument, view) in self.program.signature.arguments.iter().zip(views) {
             if let (Role::Scratch, RefElement::Data(_), Reg::View(view)) = (argument.role, argument.element, view) {
                 self.buffers[view.buffer].poison();
-                self.observer.forget(view.buffer, "a step at another parallel position, perhaps on another core, begins");
+                self.observer
+                    .forget(view.buffer, "a step at another parallel position, perhaps on another core, begins");
             }
         }
         Ok(())

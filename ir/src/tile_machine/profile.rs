@@ -259,7 +259,11 @@ impl Profile {
         self.wait_until(self.written_back, name);
         self.total.add(&std::mem::take(&mut self.current));
         for flight in std::mem::take(&mut self.flights).into_values() {
-            self.over.push((flight.semaphore, flight.name + ", never waited for", [flight.from, flight.lands, self.now]));
+            self.over.push((
+                flight.semaphore,
+                flight.name + ", never waited for",
+                [flight.from, flight.lands, self.now],
+            ));
         }
     }
 

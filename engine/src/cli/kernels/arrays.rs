@@ -9,14 +9,13 @@ use pagoda_ir::{Element, HostTensor, TensorType};
 use crate::error::{Error, Result};
 use crate::output::write_atomically;
 
-/// Reads an array of type `ty`. Floats of another width are rounded to it (NumPy has no bfloat16: give f32).
+/// Reads an array of type `ty`. Floats of another type are rounded to it. What `ml_dtypes` adds to NumPy (bfloat16, 8-bit
+/// floats, 4-bit and 2-bit integers) is saved as bytes without a name, which are taken for `ty` where their width fits.
 ///
 /// # Errors
 /// When the file cannot be read, is no `.npy` file, or holds another shape or kind of elements.
 pub(super) fn read(path: &Path, ty: &TensorType) -> Result<HostTensor> {
-    let tensor = read_as_saved(path, ty)?;
-    let saved = tensor.element() == ty.element;
-    Ok(if saved { tensor } else { HostTensor::from_f64(ty.element, &ty.dims, &tensor.to_f64()) })
+    Ok(read_as_saved(path, ty)?.converted(ty.element))
 }
 
 /// Reads an array of the sizes of `ty` and its kind of elements: floats of any width are left as they are.
@@ -44,14 +43,19 @@ pub(super) fn read_as_saved(path: &Path, ty: &TensorType) -> Result<HostTensor> 
         (TypeChar::Uint, 4) => Some(Element::U32),
         (TypeChar::Uint, 8) => Some(Element::U64),
         (TypeChar::Bool, 1) => Some(Element::Pred),
-        // What NumPy writes for arrays of `ml_dtypes.bfloat16`.
+        // What NumPy writes for arrays of `ml_dtypes`.
+        (TypeChar::Float, 1) => Some(Element::F8E5M2),
         (TypeChar::RawData, 2) => Some(Element::Bf16),
+        (TypeChar::RawData, 1) if ty.element.bits() < 8 || ty.element.minifloat().is_some() => Some(ty.element),
         _ => None,
     };
     let found = element.map_or(dtype.to_string(), |element| element.to_string());
     let found = format!("{found}{:?}", file.shape());
     let dims = ty.dims.iter().map(|&size| size as u64);
-    let same_kind = |element: Element| element == ty.element || (element.is_float() && ty.element.is_float());
+    // NumPy has no integers of less than 8 bits.
+    let narrow = |element: Element| ty.element.bits() < 8 && element.bits() == 8 && element.is_integer();
+    let same_kind =
+        |element: Element| element == ty.element || (element.is_float() && ty.element.is_float()) || narrow(element);
     let Some(element) = element.filter(|&element| same_kind(element) && dims.eq(file.shape().iter().copied())) else {
         let fix = format!("save an array of this shape with numpy dtype {}", numpy(ty.element));
         return Err(bad(format!("it holds {found}, not {ty}"), &fix));
@@ -67,17 +71,19 @@ pub(super) fn read_as_saved(path: &Path, ty: &TensorType) -> Result<HostTensor> 
     Ok(HostTensor::from_bytes(element, &ty.dims, data))
 }
 
-/// Writes an array, whole or not at all. What NumPy has no type for is widened: bf16 and narrower floats to float32.
+/// Writes an array, whole or not at all. What NumPy has no type for is widened: bf16 and narrower floats to
+/// float32, narrow integers to 8 bits.
 ///
 /// # Errors
 /// When the file cannot be written.
 pub(super) fn write(path: &Path, array: &HostTensor) -> Result<()> {
-    let widened = match array.element() {
-        element if numpy(element) == "float32" && element != Element::F32 => {
-            Some(HostTensor::from_f64(Element::F32, array.dims(), &array.to_f64()))
-        }
-        _ => None,
+    let wide = match array.element() {
+        element if numpy(element) == "float32" => Element::F32,
+        element if numpy(element) == "int8" => Element::I8,
+        element if numpy(element) == "uint8" => Element::U8,
+        element => element,
     };
+    let widened = (wide != array.element()).then(|| array.clone().converted(wide));
     let array = widened.as_ref().unwrap_or(array);
     let kind = match array.element() {
         Element::Pred => 'b',
@@ -102,16 +108,16 @@ pub(super) fn write(path: &Path, array: &HostTensor) -> Result<()> {
 fn numpy(element: Element) -> &'static str {
     match element {
         Element::Pred => "bool",
-        Element::I8 => "int8",
+        Element::I2 | Element::I4 | Element::I8 => "int8",
         Element::I16 => "int16",
         Element::I32 => "int32",
         Element::I64 => "int64",
-        Element::U8 => "uint8",
+        Element::U2 | Element::U4 | Element::U8 => "uint8",
         Element::U16 => "uint16",
         Element::U32 => "uint32",
         Element::U64 => "uint64",
         Element::F16 => "float16",
-        Element::Bf16 | Element::F32 => "float32",
+        Element::F8E4M3Fn | Element::F8E4M3B11Fnuz | Element::F8E5M2 | Element::Bf16 | Element::F32 => "float32",
         Element::F64 => "float64",
     }
 }

@@ -8,8 +8,8 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use pagoda_ir::Context;
-use pagoda_ir::mosaic::{hosted, text};
 use pagoda_ir::mosaic::wire::{self, CallSite, Opened};
+use pagoda_ir::mosaic::{hosted, text};
 use pagoda_ir::tile_machine::Program;
 
 use crate::child::{self, Ended, Limits};

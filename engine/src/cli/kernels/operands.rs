@@ -129,14 +129,14 @@ fn integers(name: &str, ty: &TensorType, range: &Range<i64>, seed: u64) -> Resul
         let values: Vec<f64> = (0..ty.len()).map(|_| next() as f64).collect();
         return Ok(HostTensor::from_f64(ty.element, &ty.dims, &values));
     }
-    let mlir = ty.element.mlir();
-    let bits: u32 = mlir.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().unwrap_or(64);
-    let (low, high) = match mlir.starts_with("ui") || ty.element == Element::Pred {
+    let bits = if ty.element == Element::Pred { 1 } else { ty.element.bits() as u32 };
+    let (low, high) = match ty.element.mlir().starts_with("ui") || ty.element == Element::Pred {
         true => (0, i128::from(u64::MAX >> (64 - bits))),
         false => (-(1_i128 << (bits - 1)), (1_i128 << (bits - 1)) - 1),
     };
     if i128::from(range.start) < low || i128::from(range.end) - 1 > high {
-        let (value, limit) = (format!("{}..{}", range.start, range.end), format!("is not within {low} to {high} of {ty}"));
+        let (value, limit) =
+            (format!("{}..{}", range.start, range.end), format!("is not within {low} to {high} of {ty}"));
         return Err(Error::setting(format!("random-int {name}"), value, limit, "narrow the range"));
     }
     let width = ty.element.bytes();
@@ -178,8 +178,7 @@ pub(super) fn operands(given: &Given, names: &[Name], types: &[TensorType], seed
             }
             (None, None) if matches!(ty.element, Element::F32 | Element::Bf16) => random.tensor(ty),
             (None, None) if ty.element.is_float() => {
-                let wide = random.tensor(&TensorType::new(Element::F32, &ty.dims));
-                HostTensor::from_f64(ty.element, &ty.dims, &wide.to_f64())
+                random.tensor(&TensorType::new(Element::F32, &ty.dims)).converted(ty.element)
             }
             (None, None) => {
                 let fix = format!("give it with --input {name}=FILE.npy, or a range with --random-int {name}=0..8");

@@ -42,15 +42,38 @@ pub(super) fn page(kernel: &str, chip: Chip, profile: &Profile) -> Report {
     let counts = profile.counts();
     let Counts { rates, grid_steps, ref total, .. } = counts;
     let seconds = |cycles: f64| cycles / rates.clock;
-    let hbm: u64 = (total.moved.iter()).filter(|moved| moved.from == "hbm" || moved.to == "hbm").map(|moved| moved.bytes).sum();
+    let hbm: u64 =
+        (total.moved.iter()).filter(|moved| moved.from == "hbm" || moved.to == "hbm").map(|moved| moved.bytes).sum();
     let waiting = if total.cycles > 0.0 { total.waited / total.cycles } else { 0.0 };
     let figure = |key, label: &str, value, note: String| Figure { key, label: label.to_owned(), value, note };
     let mxu = if total.cycles > 0.0 { total.multiplied.cycles / total.cycles } else { 0.0 };
     let figures = vec![
-        figure("cycles", "on the model's clock", Value::Cycles(total.cycles.round() as u64), Value::Seconds(seconds(total.cycles)).to_string()),
+        figure(
+            "cycles",
+            "on the model's clock",
+            Value::Cycles(total.cycles.round() as u64),
+            Value::Seconds(seconds(total.cycles)).to_string(),
+        ),
         figure("waiting", "of it waiting for DMAs and windows", Value::Share(waiting), String::new()),
-        figure("hbm_bytes", "moved from and to HBM", Value::Bytes(Bytes(hbm)), format!("at {} alone: {}", info_rate(&rates), Value::Seconds(hbm as f64 / rates.hbm_bytes_per_cycle / rates.clock))),
-        figure("mxu", "of it on the MXU", Value::Share(mxu), total.multiplied.utilisation.map_or_else(String::new, |share| format!("{} of the passes is not padding", Value::Share(share)))),
+        figure(
+            "hbm_bytes",
+            "moved from and to HBM",
+            Value::Bytes(Bytes(hbm)),
+            format!(
+                "at {} alone: {}",
+                info_rate(&rates),
+                Value::Seconds(hbm as f64 / rates.hbm_bytes_per_cycle / rates.clock)
+            ),
+        ),
+        figure(
+            "mxu",
+            "of it on the MXU",
+            Value::Share(mxu),
+            total
+                .multiplied
+                .utilisation
+                .map_or_else(String::new, |share| format!("{} of the passes is not padding", Value::Share(share))),
+        ),
     ];
     let sections = vec![
         Section::new("Timeline", vec![Block::Tracks(drawing(&profile.tracks(), seconds(1.0)))]),
@@ -94,7 +117,11 @@ fn info_rate(rates: &Rates) -> String {
 fn drawing(tracks: &[Track], scale: f64) -> Tracks {
     let placed = |track: &Track| TrackDrawing {
         label: track.name.clone(),
-        spans: track.spans.iter().map(|span| Placed { label: span.name.clone(), from: span.from * scale, to: span.to * scale }).collect(),
+        spans: track
+            .spans
+            .iter()
+            .map(|span| Placed { label: span.name.clone(), from: span.from * scale, to: span.to * scale })
+            .collect(),
     };
     Tracks { tracks: tracks.iter().map(placed).collect() }
 }
@@ -102,7 +129,13 @@ fn drawing(tracks: &[Track], scale: f64) -> Tracks {
 fn moved(total: &Tally) -> Table {
     let mut table = Table::new(&["from", "to", "by", "copies", "bytes"]);
     for moved in &total.moved {
-        table.row(vec![moved.from.into(), moved.to.into(), moved.by.into(), Value::Count(moved.count), Value::Bytes(Bytes(moved.bytes))]);
+        table.row(vec![
+            moved.from.into(),
+            moved.to.into(),
+            moved.by.into(),
+            Value::Count(moved.count),
+            Value::Bytes(Bytes(moved.bytes)),
+        ]);
     }
     table
 }

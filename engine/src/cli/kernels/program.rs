@@ -120,7 +120,11 @@ pub(super) fn run(args: &RunArgs, running: &Running, given: &Given, file: &File)
     let outputs = outcome?;
     let mut report = Report {
         dma: Some(running.orders_text()),
-        ..Report::new(&file_name(&file.path), &format!("{}, its kernels on the tile machine", client.platform()), inputs_line(args, given, None))
+        ..Report::new(
+            &file_name(&file.path),
+            &format!("{}, its kernels on the tile machine", client.platform()),
+            inputs_line(args, given, None),
+        )
     };
     let name = |at: usize| Name { name: format!("result{at}"), alias: results.get(at).cloned().flatten() };
     let names: Vec<_> = (0..outputs.len()).map(name).collect();

@@ -124,7 +124,8 @@ impl ResultArgs {
     /// When a file cannot be read, is not of the result's type, or its name names no result.
     pub(super) fn compare(&self, names: &[Name], results: &[HostTensor]) -> Result<Vec<Expectation>> {
         let compared = self.expected()?.into_iter().map(|(key, path)| {
-            let types = || results.iter().map(|array| TensorType::new(array.element(), array.dims())).collect::<Vec<_>>();
+            let types =
+                || results.iter().map(|array| TensorType::new(array.element(), array.dims())).collect::<Vec<_>>();
             let at = position(names, key).filter(|&at| at < results.len()).ok_or_else(|| {
                 let fix = format!("use one of: {}", listed(names, &types()));
                 Error::setting("expect", key, "names no result", fix)

@@ -13,11 +13,11 @@ use super::super::client;
 use super::explain::{Explanation, Known, again};
 use super::file::File;
 use super::operands::{Given, Name, ensure_fits, operands};
-use super::{profile, program};
 use super::problem::{KernelCommand, Launch, NAMES, Planned};
 use super::report::{Against, Check, Report, print_reports};
 use super::results::ResultArgs;
 use super::sources::Sources;
+use super::{profile, program};
 use crate::error::{Error, Result};
 use crate::output::write_atomically;
 use crate::pjrt::{self, Client, Executable};
@@ -367,7 +367,9 @@ fn all_on_tile_machine(args: &RunArgs, running: &Running, given: &Given, file: &
         return Err(Error::setting("kernel", only, limit, "see `pagoda inspect`"));
     }
     let mut reports = Vec::new();
-    for (at, (opened, call)) in kernels.into_iter().enumerate().filter(|(at, _)| args.only.is_none_or(|only| only == *at)) {
+    for (at, (opened, call)) in
+        kernels.into_iter().enumerate().filter(|(at, _)| args.only.is_none_or(|only| only == *at))
+    {
         let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
         let Some((call, (types, results))) = call.and_then(|call| Some((call, call.types.as_ref()?))) else {
             let problem = "the sizes of its arrays stand neither in it nor in a first line from `pagoda emit`";
@@ -397,7 +399,12 @@ fn all_on_tile_machine(args: &RunArgs, running: &Running, given: &Given, file: &
 
 /// A kernel whose arguments have the names of `--names`, or those in its source, if that can be read; and what its operands are
 /// called: by these and by the names of the module.
-pub(super) fn with_authors_names(args: &RunArgs, at: usize, program: Program, results: usize) -> Result<(Program, Vec<Name>)> {
+pub(super) fn with_authors_names(
+    args: &RunArgs,
+    at: usize,
+    program: Program,
+    results: usize,
+) -> Result<(Program, Vec<Name>)> {
     let written = program.signature().clone().with_outputs(results);
     let count = written.arguments.len();
     let prefix = format!("{at}=");
@@ -412,7 +419,8 @@ pub(super) fn with_authors_names(args: &RunArgs, at: usize, program: Program, re
         }
         Some(names) => Some(names),
         None => {
-            let nameless = |argument: &Argument| argument.name.strip_prefix("arg").is_some_and(|n| n.parse::<u32>().is_ok());
+            let nameless =
+                |argument: &Argument| argument.name.strip_prefix("arg").is_some_and(|n| n.parse::<u32>().is_ok());
             let nameless = written.arguments.iter().all(nameless);
             let found = Sources::default().kernel(program.frames(), count).filter(|_| nameless);
             found.map(|(_, names)| names)

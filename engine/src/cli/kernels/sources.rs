@@ -40,7 +40,9 @@ impl Sources {
         let begins = |line: &&String| {
             let line = line.trim_start();
             let line = line.strip_prefix("async ").unwrap_or(line);
-            line.strip_prefix("def ").and_then(|rest| rest.strip_prefix(&function)).is_some_and(|rest| rest.starts_with(['(', '[']))
+            line.strip_prefix("def ")
+                .and_then(|rest| rest.strip_prefix(&function))
+                .is_some_and(|rest| rest.starts_with(['(', '[']))
         };
         let at = before.len() - 1 - before.iter().rev().position(|line| begins(&line))?;
         Some((at + 1, parameters(&lines[at..].join("\n"))?))
@@ -172,8 +174,13 @@ mod tests {
     fn the_kernel_is_the_frame_whose_function_takes_its_arguments() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("k.py");
-        std::fs::write(&file, "def helper(ref):\n    return ref[...]\n\ndef kn(x_ref, o_ref):\n    o_ref[...] = helper(x_ref)\n").unwrap();
-        let frame = |line, function: &str| Frame { file: file.display().to_string(), line, function: Some(function.into()) };
+        std::fs::write(
+            &file,
+            "def helper(ref):\n    return ref[...]\n\ndef kn(x_ref, o_ref):\n    o_ref[...] = helper(x_ref)\n",
+        )
+        .unwrap();
+        let frame =
+            |line, function: &str| Frame { file: file.display().to_string(), line, function: Some(function.into()) };
         let frames = [frame(2, "helper"), frame(5, "f.<locals>.kn"), frame(99, "f")];
         let mut sources = Sources::default();
         assert_eq!(sources.kernel(&frames, 2), Some((1, vec!["x_ref".into(), "o_ref".into()])));
