@@ -13,6 +13,7 @@ if [[ -z "${PAGODA_BIN:-}" ]]; then
   python3 -m pip wheel --quiet --no-deps --wheel-dir "$folder/wheels" .
 fi
 
+tested=" "
 for jax in ${JAX_VERSIONS:-0.10.2 newest}; do
   venv="$folder/jax-$jax"
   rm -rf "$venv"
@@ -27,6 +28,12 @@ for jax in ${JAX_VERSIONS:-0.10.2 newest}; do
     "$venv/bin/pip" install --quiet "$want" pytest "$folder"/wheels/pagoda-*.whl
     plugin=()
   fi
-  echo "# Python package, JAX $("$venv/bin/python" -c 'import jax; print(jax.__version__)')"
+  version=$("$venv/bin/python" -c 'import jax; print(jax.__version__)')
+  if [[ $tested == *" $version "* ]]; then
+    echo "# the $jax JAX is $version, which is tested"
+    continue
+  fi
+  tested+="$version "
+  echo "# Python package, JAX $version"
   "$venv/bin/python" -m pytest -q ${plugin[@]+"${plugin[@]}"} python/tests "$@"
 done

@@ -530,6 +530,12 @@ fn a_program_runs_whole_with_its_kernels_in_their_places() {
         reports[1]["outputs"].as_array().unwrap().iter().map(|output| output["checksum"].clone()).collect::<Vec<_>>()
     };
     assert_eq!(checksums(&text), checksums(&bytecode));
+    // The module within what `jax.export` serialises.
+    let module = fs::read(exported("bc")).unwrap();
+    let length = (module.len() as u32).to_le_bytes();
+    fs::write(dir.path().join("program.bin"), [&[8, 0, 0, 0][..], &length, &module, &[0; 11]].concat()).unwrap();
+    let serialised = json(&done(dir.path(), "run program.bin --input 0=x.npy --input 1=y.npy --json"));
+    assert_eq!(checksums(&serialised), checksums(&text));
     // The kernel alone.
     let alone = json(&done(dir.path(), &format!("run {} --kernel 0 --input 0=x.npy --json", exported("mlir"))));
     assert_eq!(

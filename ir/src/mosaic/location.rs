@@ -37,14 +37,19 @@ impl Place {
             location = location.name_child_location();
         }
         // Around the call stack JAX puts `get:` and then `scopes/get`.
-        let primitive = labels.first().and_then(|label| label.strip_suffix(':')).filter(|_| labels.len() > 1);
+        let primitive = labels.first().and_then(|label| label.strip_suffix(':'));
         // JAX lowers equal ops once, and inlines what it made: `scopes/get/get` around the first one's stack, called by this one's.
         let twice = primitive.map(|primitive| format!("{primitive}/{primitive}"));
-        if location.is_call_site() && twice.is_some_and(|twice| labels[1].ends_with(&twice)) {
+        if location.is_call_site()
+            && twice.is_some_and(|twice| labels.get(1).is_some_and(|label| label.ends_with(&twice)))
+        {
             location = location.call_site_caller();
         }
         if location.is_file_line_col_range() {
-            let function = primitive.and_then(|_| labels.get(2)).cloned();
+            // A stack of one line is no call, but the function's name around the line.
+            let function =
+                primitive.and_then(|primitive| labels[1..].iter().rfind(|label| !label.ends_with(primitive)));
+            let function = function.cloned();
             let labels = primitive.map_or_else(|| labels.clone(), |primitive| vec![primitive.to_owned()]);
             return Self { frames: vec![frame(location, function)], labels };
         }
@@ -82,6 +87,9 @@ fn stack(location: Location, frames: &mut Vec<Frame>) {
         stack(location.call_site_caller(), frames);
     } else if location.is_file_line_col_range() {
         frames.push(frame(location, None));
+    } else if location.is_fused() {
+        let fused = (0..location.fused_num_locations()).map(|index| Place::of(location.fused_location(index)).frames);
+        frames.extend(fused.into_iter().find(|frames| !frames.is_empty()).unwrap_or_default());
     } else if location.is_name() {
         let child = location.name_child_location();
         match child.is_file_line_col_range() {

@@ -12,7 +12,7 @@ module @jit__lambda attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas
 // A dynamic grid, as JAX writes it.
 // in i32[1] = 2
 // run
-// error: Mosaic kernel: @kd: grid dimension 0 is dynamic: the call gives its size; only grids of fixed sizes are read (at kernels/written/with/pallas/minimal.py:37 (kd) (get/get) (get:))
+// error: Mosaic kernel: @kd: grid dimension 0 is dynamic: the call gives its size; only grids of fixed sizes are read (at kernels/written/with/pallas/minimal.py:37 in kd (get))
 module @jit__lambda attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 1 : i32} {
   func.func public @main(%arg0: tensor<1xi32>, %arg1: tensor<16x128xf32>) -> (tensor<16x128xf32> {jax.result_info = "result"}) {
     %0 = stablehlo.reshape %arg0 : (tensor<1xi32>) -> tensor<i32>
@@ -24,7 +24,7 @@ module @jit__lambda attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas
 // The lines of a kernel that JAX lowered.
 // in f32[8,128] = 1
 // run
-// fault: unwritten-read: kernel `kn`: read of unwritten memory: vector.load at kernels/written/with/pallas/minimal.py:33 (kn) (get/get) (get:), buffer `arg2` at [0, 0], grid step []
+// fault: unwritten-read: kernel `kn`: read of unwritten memory: vector.load at kernels/written/with/pallas/minimal.py:33 in kn (get), buffer `arg2` at [0, 0], grid step []
 module @jit__lambda attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 1 : i32} {
   func.func public @main(%arg0: tensor<8x128xf32>) -> (tensor<8x128xf32> {jax.result_info = "result"}) {
     %0 = stablehlo.custom_call @tpu_custom_call(%arg0) {backend_config = "{\22custom_call_config\22: {\22body\22: \22TUzvUgFNTElSMjMuMC4wZ2l0AAEhCQEDBQcBAwkDDQsNDxETFQOphREBfxMHCwsPDw8LCw8PDw8PDwsLIw8TCw87CwsLC4ULDwsPCwsLDw8bDw8bEwsPCw8LDxsPCw8LUwsTDw8PGw8PGwUFYU0HA1kBEQcjGw8HDxsLAloFAwNFRx8FFwUZHR9jHR95HQ9JBRsFHR0FSx0PTR0PcRUTEx0FUR0FYQUfBSEDB2VnaWttbx0FfQMDKSsFIxEHLQMNLzEzNTk7PT9BBUOBBSUBAQUnDQ1hZmZpbmVfbWFwPChkMCwgZDEpIC0+IChkMCwgZDEpPgAFKREHAQUrEQcFBS0FLwUxEQEBHREZLQcHQyMzHRFPFRsbLQcHQzdDAwNVgwUzHVlbBTUdXV8FNxUdHS0HB0MjQx0hGQU5EQ8ABTsjCwkhAQAAAAEAAAACAAAAAAAAAAU9IwsBAR0RcxUTdR0Fdy0HB0NVZR0hexUlJS0HB0NHUyN0cHUubWVtb3J5X3NwYWNlPHZtZW0+ACN0cHUuY29yZV90eXBlPHRjPgAjYXJpdGguZmFzdG1hdGg8bm9uZT4AAxd/BSECBAk3JwUhAgQJAQIECwECAgUHAwMDAQEJBH4CBQERAycHAwEFCREDLQcDJ08HAwMDAwMDAwMNAQMBAwMNAQMBBQYNAwUHBQcJAwMVAQMBAwMVAQMBBQYVAwUHAQ0PCwdXUwMFBQsRAwMJAQMBAwMJAQMBBQYJAwUHBRUXBwUJIwkTBRUXAwMXAQMBAwMXAQMBBQYXAwUHBRsdAwMLAQMBAwMLAQMBBQYLAwUHAyEjBwULIwkfAyEjDQADBgMBBQEAHgY/ESkJEQsTDR0TIyEdKS0VDRELTwcZFxUjGR8PDQkdEWJ1aWx0aW4Ac3RhYmxlX21vc2FpYwB0cHUAYXJpdGgAbW9kdWxlAGFyaXRoLmNvbnN0YW50AHZlY3Rvci5sb2FkAHRwdS52ZWN0b3Jfc3RvcmUAZnVuYy5mdW5jAGFyaXRoLmFkZGYAZnVuYy5yZXR1cm4Aa24Aa2VybmVscy93cml0dGVuL3dpdGgvcGFsbGFzL21pbmltYWwucHkAZ2V0OgBnZXQvZ2V0AHN3YXA6AHN3YXAvc3dhcABzdGFibGVfbW9zYWljLnZlcnNpb24AZGltZW5zaW9uX3NlbWFudGljcwBmdW5jdGlvbl90eXBlAHNjYWxhcl9wcmVmZXRjaABzY3JhdGNoX29wZXJhbmRzAHN5bV9uYW1lAHRwdS5jb3JlX3R5cGUAdmFsdWUAZmFzdG1hdGgAYWRkOgBhZGQvYWRkAGFkZABvcGVyYW5kU2VnbWVudFNpemVzAHN0cmlkZXMA\22, \22serialization_format\22: 1, \22needs_layout_passes\22: true}}", kernel_name = "kn", mhlo.frontend_attributes = {kernel_metadata = "{}"}, operand_layouts = [dense<[1, 0]> : tensor<2xindex>], result_layouts = [dense<[1, 0]> : tensor<2xindex>]} : (tensor<8x128xf32>) -> tensor<8x128xf32>

@@ -64,7 +64,10 @@ impl File {
     }
 
     fn classify(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let mut bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        if let Some(module) = exported(&bytes).map(<[u8]>::to_vec) {
+            bytes = module;
+        }
         let calls = wire::find_custom_calls(&bytes).map_err(|error| Error::file(path, error, EMIT_AGAIN))?;
         let has = |word: &str| bytes.windows(word.len()).any(|window| window == word.as_bytes());
         let content = if !calls.is_empty() {
@@ -141,6 +144,15 @@ impl File {
             }
         }
     }
+}
+
+/// The module in what `jax.export` serialises: a FlatBuffer, which has the module's length in front of it.
+fn exported(file: &[u8]) -> Option<&[u8]> {
+    let at = file.windows(BYTECODE.len()).position(|window| window == BYTECODE).filter(|&at| at >= 4)?;
+    // The version of the bytecode, and who wrote it.
+    file.get(at + BYTECODE.len() + 1..)?.strip_prefix(b"StableHLO_v")?;
+    let length = u32::from_le_bytes(file[at - 4..at].try_into().ok()?);
+    file.get(at..at.checked_add(length as usize)?)
 }
 
 /// Opens a file and ends, if the arguments of this process say so.
