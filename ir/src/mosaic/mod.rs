@@ -54,6 +54,7 @@ pub mod wire;
 pub use builder::{Builder, Carry, Cost, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
 pub use location::Frame;
 pub(crate) use location::{Place, describe, describe_function, place_of_function};
+pub(crate) use memref::describe as describe_memref;
 pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, Signature, WindowParams};
 pub(crate) use signature::{functions, i64_array, kernel_function, op_name, read_memref, symbol};

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 pub(super) struct ResultArgs {
     /// Write every result into this folder, NAME.npy; bf16 and narrower floats as float32, which loses nothing. With several
     /// kernels of their own operands, KERNEL.NAME.npy.
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(id = "output_folder", long = "output", global = true, value_name = "DIR")]
     output: Option<PathBuf>,
     /// Hold a result, by name or position, against an array: succeeds when no |got - expected| is more than
     /// atol + rtol * |expected|; NaN matches NaN. Repeatable.
