@@ -40,7 +40,7 @@ def run(pytester, mark, *flags):
 def test_faults_fail_tests_at_the_kernels_line(pytester):
     result = run(pytester, "", "--pagoda", "--pagoda-dma", "all")
     result.assert_outcomes(passed=1, failed=2)
-    result.stdout.fnmatch_lines(["*test_kernels.py:13: kernel `reads_scratch`: read of unwritten memory*"])
+    result.stdout.fnmatch_lines(["*test_kernels.py:12: kernel `reads_scratch`: read of unwritten memory*"])
     result.stdout.fnmatch_lines([">*scratch_ref[[]...[]])*"])
 
 

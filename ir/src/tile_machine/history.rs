@@ -89,6 +89,7 @@ struct Event {
 struct Watch {
     cell: Cell,
     before: u64,
+    /// Events so far, whichever element they are of: the same in every run.
     now: u64,
     step: Vec<usize>,
     op: (String, String, Vec<Frame>),
@@ -112,7 +113,6 @@ impl Watch {
     }
 
     fn see(&mut self, what: String, by_op: bool, writes: bool, from: Option<(usize, usize)>) {
-        self.now += 1;
         if self.now >= self.before {
             return;
         }
@@ -151,6 +151,7 @@ impl Observer for Watch {
     }
 
     fn access(&mut self, access: &AccessEvent) {
+        self.now += 1;
         let Some(rank) = self.rank_in(&access.side).filter(|_| access.write) else { return };
         if access.mask.is_none_or(|mask| mask.get(rank).copied().unwrap_or(true)) {
             let what = format!("`{}` written by {}", access.side.name, self.op.0);
@@ -159,12 +160,14 @@ impl Observer for Watch {
     }
 
     fn forget(&mut self, buffer: usize, why: &str) {
+        self.now += 1;
         if matches!(self.cell, Cell::Buffer { buffer: watched, .. } if watched == buffer) {
             self.see(format!("unwritten again: {why}"), false, false, None);
         }
     }
 
     fn block(&mut self, block: &BlockEvent) {
+        self.now += 1;
         let BlockEvent { array, index, from, to, written_back, .. } = block;
         let block = if index.is_empty() { String::new() } else { format!(" (block {index:?})") };
         if let Some(rank) = self.rank_in(to) {
@@ -178,6 +181,7 @@ impl Observer for Watch {
     }
 
     fn dma_start(&mut self, dma: &DmaEvent) {
+        self.now += 1;
         let to = self.rank_in(&dma.to);
         if to.is_none() && self.rank_in(&dma.from).is_none() {
             return;
@@ -191,6 +195,7 @@ impl Observer for Watch {
     }
 
     fn dma_land(&mut self, id: usize) {
+        self.now += 1;
         if let Some((text, source)) = self.dmas.get(&id).cloned() {
             // Its value is there now; who copies from the element does not write it.
             self.see(format!("{text} landed"), false, source.is_some(), source);
@@ -198,6 +203,7 @@ impl Observer for Watch {
     }
 
     fn dma_wait(&mut self, id: usize) {
+        self.now += 1;
         if let Some((text, _)) = self.dmas.remove(&id) {
             self.see(format!("{text} waited for"), true, false, None);
         }

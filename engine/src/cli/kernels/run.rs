@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use pagoda_ir::mosaic::{Argument, Frame, Role, hosted};
-use pagoda_ir::tile_machine::{Cell, DmaOrder, Machine, Profile, Program, Rates, Trace};
+use pagoda_ir::tile_machine::{Cell, DmaOrder, FaultKind, FaultKinds, Machine, Profile, Program, Rates, Trace};
 use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
 use pagoda_kernels::chips::Chip;
 
@@ -81,6 +81,9 @@ pub(in crate::cli) struct RunArgs {
     /// Let positions of a parallel grid dimension write the same elements of an output, which are then NaN.
     #[arg(long, global = true)]
     allow_parallel_overlaps: bool,
+    /// Report no faults of this kind, such as `semaphore-unbalanced`; what is read or left then is garbage. Repeatable.
+    #[arg(long = "ignore", global = true, value_name = "KIND", value_parser = ignorable)]
+    ignored: Vec<FaultKind>,
     /// Write the run's timeline, for Perfetto (ui.perfetto.dev): with several orders of DMAs or kernels, that of the last one.
     #[arg(long, global = true, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -100,6 +103,13 @@ pub(in crate::cli) struct RunArgs {
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
+}
+
+/// A kind of fault by its name, if a run can go on after it.
+fn ignorable(name: &str) -> std::result::Result<FaultKind, String> {
+    let kinds = || FaultKind::ALL.into_iter().filter(|kind| kind.can_be_ignored());
+    let names = || kinds().map(FaultKind::name).collect::<Vec<_>>().join(", ");
+    kinds().find(|kind| kind.name() == name).ok_or_else(|| format!("a run goes on after: {}", names()))
 }
 
 /// `pagoda run`: succeeds when nothing faults and everything compared agrees.
@@ -202,6 +212,7 @@ pub(super) struct Running {
     allow_unwritten_reads: bool,
     allow_unwritten_outputs: bool,
     allow_parallel_overlaps: bool,
+    ignored: FaultKinds,
     trace: Option<PathBuf>,
     profile: Option<Profiled>,
 }
@@ -223,6 +234,7 @@ impl Running {
             allow_unwritten_reads: args.allow_unwritten_reads,
             allow_unwritten_outputs: args.allow_unwritten_outputs,
             allow_parallel_overlaps: args.allow_parallel_overlaps,
+            ignored: args.ignored.iter().fold(FaultKinds::default(), |kinds, &kind| kinds.with(kind)),
             trace: args.trace.clone(),
             profile: match args.counts || args.timeline.is_some() || args.html.is_some() {
                 true => Some(Profiled {
@@ -239,8 +251,8 @@ impl Running {
 
     /// `machine` with an order of DMAs, and what is allowed.
     fn machine(&self, machine: Machine, dma: DmaOrder) -> Machine {
-        let Self { allow_unwritten_reads, allow_unwritten_outputs, allow_parallel_overlaps, .. } = *self;
-        Machine { dma, allow_unwritten_reads, allow_unwritten_outputs, allow_parallel_overlaps, ..machine }
+        let Self { allow_unwritten_reads, allow_unwritten_outputs, allow_parallel_overlaps, ignored, .. } = *self;
+        Machine { dma, allow_unwritten_reads, allow_unwritten_outputs, allow_parallel_overlaps, ignored, ..machine }
     }
 
     /// The orders, as they are typed.
@@ -432,7 +444,9 @@ pub(super) fn with_authors_names(
         Some(names) => Name { name: names[position].clone(), alias: Some(argument.name.clone()) },
         None => Name::new(&argument.name),
     });
-    let names = names.collect();
+    // Sizes of a grid that the call gives come first.
+    let sizes = (0..written.dynamic_grid_sizes()).map(|at| Name::new(format!("grid{at}")));
+    let names = sizes.chain(names).collect();
     Ok((named.iter().fold(program, |program, names| program.with_names(names)), names))
 }
 
