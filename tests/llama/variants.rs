@@ -7,7 +7,7 @@ use std::path::Path;
 
 use half::bf16;
 use pagoda_engine::generate::{EngineOptions, SamplingOptions};
-use pagoda_engine::llama::{Parallel, Target};
+use pagoda_engine::llama::{KvCache, Parallel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::scheduler::Limits;
 use pagoda_engine::stop::StopRule;
@@ -148,6 +148,7 @@ fn check(name: &str, changes: &Value, seed: u64, forms: &[(Target, usize)]) {
         let options = EngineOptions {
             limits,
             compute: Element::F32,
+            kv_cache: KvCache::of(Element::F32),
             target,
             sampling: SamplingOptions::GREEDY,
             stop: StopRule::default(),

@@ -5,6 +5,7 @@
 
 mod arguments;
 mod executor;
+mod kv_cache;
 mod lowering;
 pub mod parallel;
 mod rotary;
@@ -14,6 +15,8 @@ mod target;
 
 pub use arguments::weight_types;
 pub use executor::{Call, Executor};
+pub use kv_cache::KvCache;
+pub(crate) use lowering::attention_kernel;
 pub use parallel::{Group, Member, Parallel, Reduce};
 pub use target::Target;
 
@@ -229,6 +232,7 @@ mod tests {
             max_positions: 32,
             max_rounds: 1,
             compute: Element::Bf16,
+            kv_cache: KvCache::of(Element::Bf16),
             target: Target::Portable,
             parallel: Parallel::group(model),
         };

@@ -85,7 +85,7 @@ impl<'c> Lowering<'c> for Native {
             slots: kv_slots,
             rotary: batch.angles,
             sinks: None,
-            scales: None,
+            scales: self.plain.scales(b)?,
         };
         rpa::native::emit(b, problem, &operands)
     }
