@@ -14,6 +14,8 @@
 //! Poison: logits are selected by position *after* the product; values behind a sequence's end are overwritten with zeros
 //! *before* it (zero times NaN is NaN). Rows that belong to no sequence are written as zeros.
 
+mod decode;
+
 use std::f64::consts::LOG2_E;
 
 use pagoda_ir::{
@@ -24,8 +26,10 @@ use pagoda_ir::{
 use super::{
     batch::Batch,
     kv_layout::{Block, KvLayout},
-    plan::{CHUNK, Plan},
+    plan::{CHUNK, Options, Plan},
+    problem::{Kind, Problem, Spec},
 };
+use crate::plan::PlanError;
 
 /// The maximum of no logits: stands for minus infinity where two of them may be subtracted.
 const NONE: f64 = -1e30;
@@ -38,7 +42,10 @@ const DECODE_ROWS: usize = 16;
 /// Writes the kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several layers
 /// `first_page [1]`, then `q` and `kv_pages`.
 pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
-    Body::declare(k, plan, None).write();
+    match plan.problem().kind {
+        Kind::Mixed => Body::declare(k, plan, None).write(),
+        Kind::Decode => decode::write(k, plan, None),
+    }
 }
 
 /// The kernel of `plan` with the lengths of one batch as constants: the compiler then knows how often each loop turns, and
@@ -47,7 +54,32 @@ pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
 /// # Errors
 /// None, unless MLIR fails.
 pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
-    plan.kernel_by(context, |k| Body::declare(k, plan, Some(batch)).write())
+    plan.kernel_by(context, |k| match plan.problem().kind {
+        Kind::Mixed => Body::declare(k, plan, Some(batch)).write(),
+        Kind::Decode => decode::write(k, plan, Some((batch, 0))),
+    })
+}
+
+/// As [`kernel_of_batch`], of one core of the device, and the plan of it: where the cores have each some of the heads, both
+/// are of a launch of so many heads on one core (the compiler cannot estimate copies of some heads of a page).
+///
+/// # Errors
+/// None, unless MLIR fails.
+pub fn kernel_of_core<'c>(context: &'c Context, plan: &Plan, batch: &Batch, core: usize) -> Result<(Plan, Kernel<'c>)> {
+    let (problem, head_block) = (plan.problem(), plan.head_block());
+    let (plan, core) = if head_block == problem.kv_heads {
+        (plan.clone(), core)
+    } else {
+        let spec = Spec { kv_heads: head_block, q_heads: head_block * problem.group(), ..problem.spec().clone() };
+        let options = Options { tiles: Some(plan.tiles()), vmem_limit: Some(plan.limit()) };
+        let part = Problem::new(spec).map_err(PlanError::from).and_then(|part| Plan::new(part, plan.chip(), options));
+        (part.map_err(|error| pagoda_ir::Error::op("rpa", error.to_string()))?, usize::MAX)
+    };
+    let kernel = plan.kernel_by(context, |k| match plan.problem().kind {
+        Kind::Mixed => Body::declare(k, &plan, Some(batch)).write(),
+        Kind::Decode => decode::write(k, &plan, Some((batch, core))),
+    })?;
+    Ok((plan, kernel))
 }
 
 struct Body<'a, 'p> {
