@@ -16,7 +16,7 @@ use pagoda_ir::{
     mosaic::{Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value, tiling::{LANES, SUBLANES}},
 };
 
-use super::{MASKED, NONE, Strided, broadcast_lanes, by_lane};
+use super::{Core, MASKED, NONE, Strided, broadcast_lanes, by_lane};
 use crate::rpa::{
     batch::Batch,
     kv_layout::{Block, KvLayout},
@@ -27,8 +27,8 @@ use crate::rpa::{
     },
 };
 
-/// The kernel of `plan`; with `batch`, for that batch only: as the core of that index sees it, or (`usize::MAX`) on one core.
-pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan, batch: Option<(&Batch, usize)>) {
+/// The kernel of `plan`; with `batch`, for that batch only, and perhaps as one core sees it.
+pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan, batch: Option<(&Batch, Option<Core>)>) {
     Body::declare(k, plan, batch).write();
 }
 
@@ -77,14 +77,12 @@ struct Place<'a> {
 }
 
 impl<'a, 'p> Body<'a, 'p> {
-    fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<(&Batch, usize)>) -> Self {
+    fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<(&Batch, Option<Core>)>) -> Self {
         let problem = plan.problem();
         let (types, dim, head_block) = (problem.precision, problem.head_dim, plan.head_block());
-        let cores = if batch.is_some() { 1 } else { plan.grid()[0] };
-        let split = match batch {
-            Some((_, usize::MAX)) => Split::Nothing,
-            _ => plan.details().split,
-        };
+        let of_core = batch.and_then(|(_, core)| core);
+        let cores = if of_core.is_some() { 1 } else { plan.grid()[0] };
+        let split = if of_core == Some(Core::Only) { Split::Nothing } else { plan.details().split };
         let [core] = k.grid([(cores, Semantics::Parallel)]);
         let scalars = |name, dims: &[usize]| k.prefetch(name, Element::I32, dims);
         let kv_lens = scalars("kv_lens", &[problem.max_seqs]);
@@ -106,21 +104,26 @@ impl<'a, 'p> Body<'a, 'p> {
         let acc = scratch("acc", Element::F32, &[head_block, rows, dim]);
         let in_smem = |name, len| k.scratch(name, MemorySpace::Smem, Element::I32, &[len]);
         let sequences = in_smem("sequences", problem.max_seqs);
-        let baked = batch.map(|(batch, core)| {
+        let baked = batch.map(|(batch, _)| {
             let arrays = [("kv_lens_of_batch", batch.kv_lens()), ("cu_q_lens_of_batch", batch.cu_q_lens())];
-            (arrays.map(|(name, numbers)| (in_smem(name, numbers.len()), numbers)), batch.num_seqs()[0], core)
+            (arrays.map(|(name, numbers)| (in_smem(name, numbers.len()), numbers)), batch.num_seqs()[0])
         });
         let arrived = k.dma_semaphores("arrived", &[buffers(), decode::semaphores(plan.tiles())]);
         k.unchecked_bounds();
         let moved = k.dma_semaphores("moved", &[2]);
-        let (core, num_seqs, [kv_lens, cu_q_lens]) = match baked {
-            None => (core, num_seqs.at(0).load(), [kv_lens, cu_q_lens]),
-            Some((arrays, num_seqs, core)) => {
+        let core = match of_core {
+            None => core,
+            Some(Core::Number(core)) => k.int(core as i64),
+            Some(Core::Only) => k.int(0),
+        };
+        let (num_seqs, [kv_lens, cu_q_lens]) = match baked {
+            None => (num_seqs.at(0).load(), [kv_lens, cu_q_lens]),
+            Some((arrays, num_seqs)) => {
                 let arrays = arrays.map(|(array, numbers)| {
                     numbers.iter().enumerate().for_each(|(at, &number)| array.at(at).store(number));
                     array
                 });
-                (k.int(core as i64), k.int(num_seqs.into()), arrays)
+                (k.int(num_seqs.into()), arrays)
             }
         };
         Self {
@@ -404,7 +407,7 @@ impl<'a, 'p> Body<'a, 'p> {
     /// reduction far from where its result is used, and waits for it there.
     fn heads(&self, block: &Block<'a>, width: usize, live: Option<Value<'a>>) {
         let heads: Vec<usize> = (0..self.plan.head_block()).collect();
-        let at_once = (decode::tune("REGS", 32) * LANES / width).max(1);
+        let at_once = (decode::tune("REGS", 64) * LANES / width).max(1);
         for heads in heads.chunks(at_once) {
             self.update(heads, block, width, live);
         }
