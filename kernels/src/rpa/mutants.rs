@@ -19,7 +19,35 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let pages_of_128 = [(1, 700), (0, 5), (13, 128), (8, 300), (1, 90)];
     let wide = set(8, 128, pages_of_128, WIDTHS, false);
     assert_eq!(wide.plan.widths(), [128, 256]);
-    vec![set(8, 16, pages_of_16, MUTANTS, false), set(16, 16, pages_of_16, &[], true), wide]
+    vec![set(8, 16, pages_of_16, MUTANTS, false), set(16, 16, pages_of_16, &[], true), wide, decode()]
+}
+
+/// Rows of two KV heads, which the cores share by sequence; blocks of two pages, full and short ones, more than there are
+/// buffers; an empty sequence, two layers, padding rows.
+fn decode() -> MutantSet<Rpa> {
+    let spec = Spec {
+        kind: Kind::Decode,
+        precision: Precision::uniform(Element::Bf16),
+        tokens: 9,
+        q_heads: 6,
+        kv_heads: 2,
+        head_dim: 128,
+        page_size: 64,
+        pages: 40,
+        layers: 2,
+        max_seqs: 8,
+        pages_per_seq: 10,
+        scale: 0.088,
+        sliding_window: Some(300),
+        soft_cap: None,
+    };
+    let problem = Problem::new(spec).expect("a problem");
+    let options = Options { tiles: Some(Tiles { queries: 8, kv_pages: 4 }), vmem_limit: None };
+    let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
+    let lengths = [(1, 20), (1, 600), (0, 5), (1, 256), (1, 129), (1, 64), (1, 300)];
+    let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+    let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
+    MutantSet { plan, inputs, mutants: DECODE.to_vec(), nothing_superfluous: true }
 }
 
 /// Blocks of `queries` rows, padding rows in the last one; two blocks of heads, two layers, two pages to a KV block.
@@ -195,6 +223,8 @@ const MUTANTS: &[Mutant] = {
         ),
     ]
 };
+
+const DECODE: &[Mutant] = &[];
 
 const WIDTHS: &[Mutant] = &[
     ("many keys taken for few", |t| t.replaced(t.find(0, WIDTH), "sle", "sge"), Caught::Mismatch),

@@ -23,7 +23,7 @@ use crate::rpa::{
     plan::{
         Plan,
         Split,
-        decode::{self, buffers},
+        decode::{self, BUFFERS},
     },
 };
 
@@ -72,8 +72,6 @@ struct Place<'a> {
     index: Value<'a>,
     /// The block's first page, counted in the sequence.
     page: Value<'a>,
-    /// The buffer that holds the block.
-    slot: Value<'a>,
 }
 
 impl<'a, 'p> Body<'a, 'p> {
@@ -108,7 +106,7 @@ impl<'a, 'p> Body<'a, 'p> {
             let arrays = [("kv_lens_of_batch", batch.kv_lens()), ("cu_q_lens_of_batch", batch.cu_q_lens())];
             (arrays.map(|(name, numbers)| (in_smem(name, numbers.len()), numbers)), batch.num_seqs()[0])
         });
-        let arrived = k.dma_semaphores("arrived", &[buffers(), decode::semaphores(plan.tiles())]);
+        let arrived = k.dma_semaphores("arrived", &[BUFFERS, decode::semaphores(plan.tiles())]);
         k.unchecked_bounds();
         let moved = k.dma_semaphores("moved", &[2]);
         let core = match of_core {
@@ -157,13 +155,11 @@ impl<'a, 'p> Body<'a, 'p> {
         let queries = k.make_async_copy(self.heads_of(&self.q), self.q_rows.clone(), self.moved.at(0));
         queries.start();
         let Share { count, rows } = self.share();
-        let mut ahead = Place { index: k.int(0), page: k.int(NEW), slot: k.int(0) };
-        for _ in 1..buffers() {
-            ahead = self.fetch(ahead, count);
-        }
+        let start = Place { index: k.int(0), page: k.int(NEW) };
+        let ahead = (0..BUFFERS).fold(start, |place, slot| self.fetch(place, count, k.int(slot as i64), true));
         self.staging.store(0.0);
         queries.wait();
-        let ahead = [ahead.index, ahead.page, ahead.slot];
+        let ahead = (ahead.index, ahead.page);
         k.fold_range(0, count, (k.int(0), ahead), |index, (slot, ahead)| {
             let sequence = self.sequences.at(index).load();
             let kv_len = self.kv_lens.at(sequence).load();
@@ -172,10 +168,10 @@ impl<'a, 'p> Body<'a, 'p> {
             let (slot, _, ahead) = k.while_loop(
                 (slot, self.begin_of(kv_len), ahead),
                 |(_, page, _)| (page * self.plan.problem().page_size).less(kv_len),
-                |(slot, page, [index, next, into])| {
-                    let ahead = self.fetch(Place { index, page: next, slot: into }, count);
+                |(slot, page, (index, next))| {
                     self.attend(page, slot, kv_len);
-                    (next_slot(slot), page + self.plan.tiles().kv_pages, [ahead.index, ahead.page, ahead.slot])
+                    let ahead = self.fetch(Place { index, page: next }, count, slot, false);
+                    (next_slot(slot), page + self.plan.tiles().kv_pages, (ahead.index, ahead.page))
                 },
             );
             self.finish(token);
@@ -262,46 +258,69 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// Starts the copies of the block at a place in the stream, if there is one; the next place.
-    fn fetch(&self, place: Place<'a>, count: Value<'a>) -> Place<'a> {
-        let (k, Place { index, page, slot }) = (self.k, place);
-        let [index, page, slot] = k.if_else(
+    /// Starts the copies of the block at a place in the stream to a buffer, if there is one; the next place. A buffer's first
+    /// block leaves none of it unwritten.
+    fn fetch(&self, place: Place<'a>, count: Value<'a>, slot: Value<'a>, is_first: bool) -> Place<'a> {
+        let (k, Place { index, page }) = (self.k, place);
+        let [index, page] = k.if_else(
             index.less(count),
             || {
                 let sequence = self.sequences.at(index).load();
                 let kv_len = self.kv_lens.at(sequence).load();
                 let page = page.less(0).select(self.begin_of(kv_len), page);
-                if decode::tune("NOCOPY", 0) == 0 {
-                    self.pages(page, kv_len, |number, place| self.page(sequence, number, slot, place).start());
+                if is_first {
+                    k.when(kv_len.less((page + self.plan.tiles().kv_pages) * self.page_size()), || self.clear(slot));
                 }
+                self.pages(page, kv_len, |number, place| {
+                    let index = self.page_indices.at((sequence, number)).load();
+                    let index = match &self.first_page {
+                        Some(first) => index + first.at(0).load(),
+                        None => index,
+                    };
+                    self.page(index, slot, place).start();
+                });
                 let next = page + self.plan.tiles().kv_pages;
-                let more = (next * self.plan.problem().page_size).less(kv_len);
-                [more.select(index, index + 1), more.select(next, NEW), next_slot(slot)]
+                let more = (next * self.page_size()).less(kv_len);
+                [more.select(index, index + 1), more.select(next, NEW)]
             },
-            || [index, page, slot],
+            || [index, page],
         );
-        Place { index, page, slot }
+        Place { index, page }
+    }
+
+    /// Writes zeros to a buffer.
+    fn clear(&self, slot: Value<'a>) {
+        let pieces = self.kv.dims()[1];
+        self.k.for_range(0, self.plan.tiles().kv_pages, |place| {
+            for piece in 0..pieces {
+                self.place(slot, piece, place).store(0.0);
+            }
+        });
+    }
+
+    fn page_size(&self) -> usize {
+        self.plan.problem().page_size
+    }
+
+    /// A page's place in a buffer.
+    fn place(&self, slot: Value<'a>, piece: usize, place: Value<'a>) -> Ref<'a> {
+        let start = (place * self.page_size()).multiple_of(self.page_size());
+        self.kv.at((slot, piece)).slice(0, start, self.page_size())
     }
 
     /// Goes through the pages of a block that the sequence has: `of(page of the sequence, place in the block)`.
-    fn pages(&self, page: Value<'a>, kv_len: Value<'a>, of: impl Fn(Value<'a>, (Value<'a>, Value<'a>))) {
-        let (k, pages, page_size) = (self.k, self.plan.tiles().kv_pages, self.plan.problem().page_size);
-        let last = (page + (pages as i64 - 1)) * page_size;
+    fn pages(&self, page: Value<'a>, kv_len: Value<'a>, of: impl Fn(Value<'a>, Value<'a>)) {
+        let (k, pages) = (self.k, self.plan.tiles().kv_pages);
+        let last = (page + (pages as i64 - 1)) * self.page_size();
         k.if_else(
             last.less(kv_len),
-            || {
-                let semaphores = self.arrived.dims()[1];
-                (0..pages).for_each(|place| {
-                    let semaphore = k.int((place % semaphores) as i64);
-                    of(page + place, (k.int(place as i64), semaphore));
-                });
-            },
+            || (0..pages).for_each(|place| of(page + place, k.int(place as i64))),
             || {
                 k.while_loop(
                     k.int(0),
-                    |place| ((page + place) * page_size).less(kv_len),
+                    |place| ((page + place) * self.page_size()).less(kv_len),
                     |place| {
-                        of(page + place, (place, place & (self.arrived.dims()[1] as i64 - 1)));
+                        of(page + place, place);
                         place + 1
                     },
                 );
@@ -309,23 +328,18 @@ impl<'a, 'p> Body<'a, 'p> {
         );
     }
 
-    /// The copy of a sequence's page `number` to a place of a buffer.
-    fn page(&self, sequence: Value<'a>, number: Value<'a>, slot: Value<'a>, (place, semaphore): (Value<'a>, Value<'a>)) -> Copies<'a> {
-        let (problem, kv_rows) = (self.plan.problem(), KvLayout::rows_of(self.plan.head_block()));
-        let index = self.page_indices.at((sequence, number)).load();
-        let index = match &self.first_page {
-            Some(first) => index + first.at(0).load(),
-            None => index,
-        };
+    /// The copies of the page at `index` of the cache to a place of a buffer.
+    fn page(&self, index: Value<'a>, slot: Value<'a>, place: Value<'a>) -> Copies<'a> {
+        let kv_rows = KvLayout::rows_of(self.plan.head_block());
         let source = self.kv_pages.at(index);
         let source = match self.split {
             Split::Heads => source.slice(1, (self.core * kv_rows).multiple_of(kv_rows), kv_rows),
             Split::Nothing | Split::Sequences => source,
         };
-        let start = (place * problem.page_size).multiple_of(problem.page_size);
+        let semaphore = place & (self.arrived.dims()[1] as i64 - 1);
         let &[_, pieces, _, _, lanes] = &self.kv.dims()[..] else { unreachable!("it has five dimensions") };
         let copies = (0..pieces).map(|piece| {
-            let to = self.kv.at((slot, piece)).slice(0, start, problem.page_size).slice(1, 0, kv_rows);
+            let to = self.place(slot, piece, place).slice(1, 0, kv_rows);
             self.k.make_async_copy(source.slice(2, piece * lanes, lanes), to, self.arrived.at((slot, semaphore)))
         });
         Copies(copies.collect())
@@ -375,9 +389,7 @@ impl<'a, 'p> Body<'a, 'p> {
     /// Lets the row see the keys of a block.
     fn attend(&self, page: Value<'a>, slot: Value<'a>, kv_len: Value<'a>) {
         let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
-        if decode::tune("NOCOPY", 0) == 0 {
-            self.pages(page, kv_len, |_, place| self.page(k.int(0), k.int(0), slot, place).wait());
-        }
+        self.pages(page, kv_len, |_, place| self.page(k.int(0), slot, place).wait());
         let live = kv_len - page * problem.page_size;
         let block = Block::new(&self.kv.at(slot), problem.precision.kv);
         let masked = |width: usize| self.heads(&block, width, Some(live));
@@ -407,7 +419,7 @@ impl<'a, 'p> Body<'a, 'p> {
     /// reduction far from where its result is used, and waits for it there.
     fn heads(&self, block: &Block<'a>, width: usize, live: Option<Value<'a>>) {
         let heads: Vec<usize> = (0..self.plan.head_block()).collect();
-        let at_once = (decode::tune("REGS", 64) * LANES / width).max(1);
+        let at_once = (LOGITS / width).max(1);
         for heads in heads.chunks(at_once) {
             self.update(heads, block, width, live);
         }
@@ -443,17 +455,12 @@ impl<'a, 'p> Body<'a, 'p> {
             _ => Precision::Default,
         };
         let rows = decode::rows(problem);
-        let sub = decode::tune("SUB", 256);
-        let parts: Vec<[usize; 2]> = (0..keys).step_by(sub).map(|first| [first, sub.min(keys - first)]).collect();
+        let parts: Vec<[usize; 2]> = (0..keys).step_by(PART).map(|first| [first, PART.min(keys - first)]).collect();
         let queries: Vec<Value<'a>> =
             heads.iter().map(|&head| self.staged(head, rows).load(k).cast(problem.precision.q)).collect();
         let mut logits: Vec<Vec<Value<'a>>> = vec![vec![]; heads.len()];
         let each = |of: &mut dyn FnMut(usize, usize)| {
-            if decode::tune("ORDER", 0) == 0 {
-                (0..parts.len()).for_each(|part| (0..heads.len()).for_each(|head| of(head, part)));
-            } else {
-                (0..heads.len()).for_each(|head| (0..parts.len()).for_each(|part| of(head, part)));
-            }
+            (0..parts.len()).for_each(|part| (0..heads.len()).for_each(|head| of(head, part)));
         };
         each(&mut |head, part| {
             let [first, count] = parts[part];
@@ -528,6 +535,11 @@ impl<'a, 'p> Body<'a, 'p> {
     }
 }
 
+/// Keys of a product: a matrix unit's columns on the newest chips.
+const PART: usize = 256;
+/// Logits of a query head that are worked on at a time, all KV heads together.
+const LOGITS: usize = 8192;
+
 /// Stands for the first page of a sequence that its row sees.
 const NEW: i64 = -1;
 
@@ -554,5 +566,5 @@ impl Copies<'_> {
 
 fn next_slot(slot: Value<'_>) -> Value<'_> {
     let next = slot + 1;
-    next.equals(buffers()).select(next - next, next)
+    next.equals(BUFFERS).select(next - next, next)
 }

@@ -22,13 +22,7 @@ use crate::{
 };
 
 /// KV blocks in VMEM: the one at work, and those on their way.
-pub(in crate::rpa) fn buffers() -> usize {
-    tune("BUFFERS", 3)
-}
-
-pub(in crate::rpa) fn tune(name: &str, default: usize) -> usize {
-    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
-}
+pub(in crate::rpa) const BUFFERS: usize = 3;
 /// Query rows of the tiles: decode has one row of a sequence at a time.
 pub(in crate::rpa) const QUERIES: usize = SUBLANES;
 
@@ -76,9 +70,9 @@ pub(super) fn head_block(problem: &Problem, chip: Chip) -> usize {
     }
 }
 
-/// Semaphores of a buffer, a power of two: copies on one of them follow one another.
+/// Semaphores of a buffer, a power of two: copies that signal the same one follow one another.
 pub(in crate::rpa) fn semaphores(tiles: Tiles) -> usize {
-    (1 << tiles.kv_pages.ilog2()).min(tune("SEMS", 4))
+    (1 << tiles.kv_pages.ilog2()).min(4)
 }
 
 /// Rows of a KV head's products: its query heads, padded to a tile.
@@ -89,7 +83,7 @@ pub(in crate::rpa) fn rows(problem: &Problem) -> usize {
 /// Every KV block in VMEM: `[buffers, pieces, keys, rows of a key, lanes]`.
 pub(in crate::rpa) fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
     let [pieces, lanes] = pieces(problem);
-    [buffers(), pieces, tiles.kv_pages * problem.page_size, kv_rows(head_block), lanes]
+    [BUFFERS, pieces, tiles.kv_pages * problem.page_size, kv_rows(head_block), lanes]
 }
 
 /// A row of q or of the output as f32, a head to each tile: `[pieces, heads, sublanes, lanes]`. Behind the heads are as
@@ -154,14 +148,15 @@ fn spilling(problem: &Problem, tiles: Tiles, head_block: usize) -> Spilling {
 }
 
 /// Keys of a block that the planner aims at, times heads: enough to hide what is fixed per block.
-const MOST_KEYS: usize = 8192;
-/// Keys of a block, at most.
+const MOST_KEYS: usize = 6144;
+/// Keys of a block of many heads, and of any block.
+const SHORTEST: usize = 512;
 const LONGEST: usize = 2048;
 
 /// The largest blocks up to what pays, that fit `limit` with room for spills; without it, if none do.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
     let head_block = head_block(problem, chip);
-    let most = (MOST_KEYS / head_block).min(LONGEST);
+    let most = (MOST_KEYS / head_block).clamp(SHORTEST, LONGEST);
     let fits = |tiles: &Tiles, margin: bool| {
         let spills = if margin { evidence::margin(&spilling(problem, *tiles, head_block)) } else { Bytes(0) };
         report(problem, *tiles, head_block).total() + spills <= limit
