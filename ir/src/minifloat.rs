@@ -45,6 +45,11 @@ impl Minifloat {
         }
     }
 
+    /// The largest number.
+    pub fn most(self) -> f32 {
+        self.decode(self.largest())
+    }
+
     /// The code of a NaN.
     pub const fn nan(self) -> u8 {
         match self.special {

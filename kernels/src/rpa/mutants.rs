@@ -28,7 +28,7 @@ fn decode() -> MutantSet<Rpa> {
     let spec = Spec {
         kind: Kind::Decode,
         precision: Precision::uniform(Element::Bf16),
-        tokens: 9,
+        tokens: 7,
         q_heads: 6,
         kv_heads: 2,
         head_dim: 128,
@@ -40,6 +40,7 @@ fn decode() -> MutantSet<Rpa> {
         scale: 0.088,
         sliding_window: Some(300),
         soft_cap: None,
+        ..Spec::default()
     };
     let problem = Problem::new(spec).expect("a problem");
     let options = Options { tiles: Some(Tiles { queries: 8, kv_pages: 4 }), vmem_limit: None };
@@ -73,6 +74,7 @@ fn set(
         scale: 0.088,
         sliding_window: Some(50),
         soft_cap: None,
+        ..Spec::default()
     };
     let problem = Problem::new(spec).expect("a problem");
     let options = Options { tiles: Some(Tiles { queries, kv_pages: 2 }), vmem_limit: None };

@@ -155,11 +155,12 @@ impl<'a, 'p> Body<'a, 'p> {
         let queries = k.make_async_copy(self.heads_of(&self.q), self.q_rows.clone(), self.moved.at(0));
         queries.start();
         let Share { count, rows } = self.share();
-        let start = Place { index: k.int(0), page: k.int(NEW) };
-        let ahead = (0..BUFFERS).fold(start, |place, slot| self.fetch(place, count, k.int(slot as i64), true));
+        let ahead = k.fold_range(0, BUFFERS, (k.int(0), k.int(NEW)), |slot, (index, page)| {
+            let next = self.fetch(Place { index, page }, count, slot, true);
+            (next.index, next.page)
+        });
         self.staging.store(0.0);
         queries.wait();
-        let ahead = (ahead.index, ahead.page);
         k.fold_range(0, count, (k.int(0), ahead), |index, (slot, ahead)| {
             let sequence = self.sequences.at(index).load();
             let kv_len = self.kv_lens.at(sequence).load();
@@ -205,21 +206,21 @@ impl<'a, 'p> Body<'a, 'p> {
         };
         let none = (k.int(0), k.int(0), k.int(0));
         let (count, _, rows) = k.fold_range(0, self.num_seqs, none, |step, (count, before, all_rows)| {
-            let sequence = match is_split {
-                true => self.core.equals(0).select(step, self.num_seqs - 1 - step),
-                false => step,
-            };
+            // From the front on the first core, from the back on the second.
+            let sequence = if is_split { step + self.core * (self.num_seqs - 1 - step * 2) } else { step };
             let (row, rows, keys) = of(sequence);
-            let mine = (before * 2 + keys - self.core).less(total);
-            let mine_if = |condition: Value<'a>| if is_split { condition & mine } else { condition };
+            let rows = match is_split {
+                // The sign: 1 where the middle of the keys is in the core's half.
+                true => rows * (before * 2 + keys - self.core - total).shift_right_logical(31),
+                false => rows,
+            };
             self.sequences.at(count).store(sequence);
-            k.when(mine_if(rows.greater(keys)), || self.blank(row));
-            let one = |condition: Value<'a>| condition.select(k.int(1), 0);
-            (count + one(mine_if(keys.greater(0))), before + keys, all_rows + one(mine_if(rows.greater(0))))
+            k.when(rows.greater(keys), || self.blank(row));
+            (count + rows * keys.minimum(1), before + keys, all_rows + rows)
         });
+        // The last core has the rows that no sequence has.
         let padding = self.cu_q_lens.at(self.num_seqs).load();
-        let mine = if is_split { self.core.equals(self.plan.grid()[0] - 1) } else { self.core.equals(self.core) };
-        let padding = mine.select(padding, tokens as i64);
+        let padding = if is_split { self.core * (padding - tokens as i64) + tokens as i64 } else { padding };
         k.for_range(padding, tokens, |row| self.blank(row));
         Share { count, rows: rows + tokens as i64 - padding }
     }
@@ -507,7 +508,10 @@ impl<'a, 'p> Body<'a, 'p> {
             .map(|(&head, max)| {
                 let old = self.max.at(head).load();
                 let new = old.maximum(max);
-                self.max.at(head).store(new);
+                // Fewer keys than a block has are the last ones.
+                if keys == self.plan.keys() {
+                    self.max.at(head).store(new);
+                }
                 (new, (old - new).exp2())
             })
             .collect();
