@@ -19,7 +19,7 @@ use pagoda_ir::{
 use super::{Core, MASKED, NONE, Strided, broadcast_lanes, by_lane};
 use crate::rpa::{
     batch::Batch,
-    kv_layout::{Block, KvLayout},
+    kv_layout::{Block, Half, KvLayout},
     plan::{
         Plan,
         Split,
@@ -430,7 +430,7 @@ impl<'a, 'p> Body<'a, 'p> {
     fn half(
         &self,
         block: &Block<'a>,
-        half: usize,
+        half: Half,
         head: usize,
         [first, count]: [usize; 2],
         live: Option<Value<'a>>,
@@ -440,12 +440,12 @@ impl<'a, 'p> Body<'a, 'p> {
         let words = |start| Strided { pieces: pieces.clone(), start: start + first * stride, count, stride }.load(k);
         block.load(head, |start| {
             let words: Value<'a> = words(start);
-            // Zero times NaN is NaN: what lies behind the last key must not reach the product.
-            match live {
+            // Zero times NaN is NaN: what lies behind the last key must not reach the product with values.
+            match live.filter(|_| half == Half::Value) {
                 None => words,
                 Some(live) => k.iota(&words.dims(), 0).less(live - first as i64).select(words, 0),
             }
-        })[half]
+        })[half as usize]
     }
 
     /// A step of the online softmax for some heads.
@@ -466,7 +466,7 @@ impl<'a, 'p> Body<'a, 'p> {
         each(&mut |head, part| {
             let [first, count] = parts[part];
             let dims = [rows, count];
-            let key = self.half(block, 0, heads[head], parts[part], live);
+            let key = self.half(block, Half::Key, heads[head], parts[part], live);
             let product =
                 k.dot_general(queries[head], key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
             let scaled = match problem.soft_cap {
@@ -528,7 +528,7 @@ impl<'a, 'p> Body<'a, 'p> {
         }
         let mut products = vec![k.zeros(Element::F32, &[rows, problem.head_dim]); heads.len()];
         each(&mut |head, part| {
-            let value = self.half(block, 1, heads[head], parts[part], live);
+            let value = self.half(block, Half::Value, heads[head], parts[part], live);
             let weights = weights[head][part].cast(problem.precision.kv);
             products[head] = k.dot_general(weights, value, products[head], &DotDims::nn(), precision);
         });
