@@ -243,22 +243,14 @@ const DECODE: &[Mutant] = {
         ("a first block not fetched", |t| t.without(start(t, FIRST_BLOCKS)), Fault(Deadlock)),
         ("a block ahead not fetched", |t| t.without(start(t, AHEAD)), Fault(Deadlock)),
         ("a row not sent", |t| t.without(start(t, ROW)), Fault(Deadlock)),
-        (
-            "a buffer for ever",
-            |t| t.replaced(t.above(start(t, ROW), "arith.cmpi eq"), " eq", " ne"),
-            Fault(Deadlock),
-        ),
+        ("a buffer for ever", |t| t.replaced(t.above(start(t, ROW), "arith.cmpi eq"), " eq", " ne"), Fault(Deadlock)),
         (
             "a block beyond the last one",
             |t| t.replaced(t.above(t.above(start(t, ROW), "arith.cmpi eq"), "arith.cmpi slt"), "slt", "sle"),
             Fault(Deadlock),
         ),
         ("pages of another layer", |t| t.changed(t.find(0, &["load %first_page["]), "arith.subi", 40), Mismatch),
-        (
-            "buffers not cleared",
-            |t| t.without(t.find(0, &["vector_store", "%kv,"])),
-            Fault(UnwrittenRead),
-        ),
+        ("buffers not cleared", |t| t.without(t.find(0, &["vector_store", "%kv,"])), Fault(UnwrittenRead)),
         ("a key too many", |t| t.replaced(t.find(0, LIVE), "slt", "sle"), Mismatch),
         ("values behind the end", |t| t.replaced(t.find(0, LIVE_VALUES), "slt", "ne"), Mismatch),
         (
@@ -278,7 +270,11 @@ const DECODE: &[Mutant] = {
             Mismatch,
         ),
         ("scale left out", |t| t.first_operand_only(t.find(0, &["mulf", "8x128xf32"]), "arith.maximumf"), Mismatch),
-        ("a row one key short", |t| t.changed(t.find(3, &["load %kv_lens["]), "arith.subi", 1), Fault(SemaphoreUnbalanced)),
+        (
+            "a row one key short",
+            |t| t.changed(t.find(3, &["load %kv_lens["]), "arith.subi", 1),
+            Fault(SemaphoreUnbalanced),
+        ),
     ]
 };
 

@@ -13,7 +13,10 @@ use std::f64::consts::LOG2_E;
 
 use pagoda_ir::{
     Element,
-    mosaic::{Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value, tiling::{LANES, SUBLANES}},
+    mosaic::{
+        Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value,
+        tiling::{LANES, SUBLANES},
+    },
 };
 
 use super::{Core, MASKED, NONE, Strided, broadcast_lanes, by_lane};
@@ -21,8 +24,7 @@ use crate::rpa::{
     batch::Batch,
     kv_layout::{Block, Half, KvLayout},
     plan::{
-        Plan,
-        Split,
+        Plan, Split,
         decode::{self, BUFFERS},
     },
 };
@@ -467,8 +469,7 @@ impl<'a, 'p> Body<'a, 'p> {
             let [first, count] = parts[part];
             let dims = [rows, count];
             let key = self.half(block, Half::Key, heads[head], parts[part], live);
-            let product =
-                k.dot_general(queries[head], key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
+            let product = k.dot_general(queries[head], key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
             let scaled = match problem.soft_cap {
                 None => product * (problem.scale * LOG2_E),
                 Some(cap) => (product * (problem.scale / cap)).tanh() * (cap * LOG2_E),
@@ -493,7 +494,9 @@ impl<'a, 'p> Body<'a, 'p> {
                     .iter()
                     .flat_map(|part| {
                         let keys = part.dims()[1];
-                        (0..keys).step_by(LANES).map(move |lane| part.slice(&[0, lane], &[rows, LANES.min(keys - lane)]))
+                        (0..keys)
+                            .step_by(LANES)
+                            .map(move |lane| part.slice(&[0, lane], &[rows, LANES.min(keys - lane)]))
                     })
                     .collect();
                 let widest = all[0].dims()[1];
