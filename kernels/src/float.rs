@@ -3,6 +3,8 @@
 use half::bf16;
 use pagoda_ir::element::Native;
 
+use crate::simd::{self, Task};
+
 /// An element of a kernel's arrays.
 pub trait Float: Native {
     /// Exact widening.
@@ -11,6 +13,8 @@ pub trait Float: Native {
     fn narrow(value: f32) -> Self;
     /// A vector in f32: itself, or widened into `wide`.
     fn vector<'v>(narrow: &'v [Self], wide: &'v mut [f32]) -> &'v [f32];
+    /// Runs a task with the best instructions that the processor has.
+    fn dispatch<W: Task<Self>>(task: W) -> W::Output;
 }
 
 impl Float for f32 {
@@ -28,6 +32,10 @@ impl Float for f32 {
     fn vector<'v>(narrow: &'v [Self], _: &'v mut [f32]) -> &'v [f32] {
         narrow
     }
+
+    fn dispatch<W: Task<Self>>(task: W) -> W::Output {
+        simd::with_f32(task)
+    }
 }
 
 impl Float for bf16 {
@@ -36,15 +44,22 @@ impl Float for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
+    /// Without branches, so that loops of it become vector instructions.
     #[inline(always)]
     fn narrow(value: f32) -> Self {
-        Self::from_f32(value)
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        Self::from_bits(if value.is_nan() { bits >> 16 | 0x40 } else { rounded } as u16)
     }
 
     #[inline(always)]
     fn vector<'v>(narrow: &'v [Self], wide: &'v mut [f32]) -> &'v [f32] {
         wide.iter_mut().zip(narrow).for_each(|(wide, narrow)| *wide = narrow.widen());
         wide
+    }
+
+    fn dispatch<W: Task<Self>>(task: W) -> W::Output {
+        simd::with_bf16(task)
     }
 }
 

@@ -94,6 +94,9 @@ impl DeviceModel {
                 buffers.push(client.upload(&HostTensor::scalar(shard.index as i32), *device)?);
             }
         }
+        if shape.target == Target::Host {
+            buffers.iter_mut().flatten().try_for_each(Buffer::stay)?;
+        }
         Ok(Self { config: config.clone(), group, buffers })
     }
 

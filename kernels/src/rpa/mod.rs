@@ -35,7 +35,7 @@ pub mod stablehlo;
 use std::sync::LazyLock;
 
 use pagoda_ir::{
-    Element, Result, TensorType,
+    Element, HostTensor, Result, TensorType,
     mosaic::{Builder, Cost},
     stablehlo as hlo,
 };
@@ -56,6 +56,7 @@ use crate::{
     named::{Arguments, Arrays, Named},
     plan::PlanError,
     random::Lengths,
+    threads::Threads,
     vmem::Bytes,
 };
 
@@ -182,6 +183,24 @@ impl Kernel for Rpa {
         Cost { flops: 4 * problem.head_dim as u64 * logits, transcendentals: logits, bytes_accessed: moved as u64 }
     }
 
+    /// Of the batch that is there: keys and values pass once per sequence.
+    fn work(problem: &Problem, inputs: &Arrays) -> Cost {
+        let Ok(batch) = Batch::of(problem, inputs) else { return Self::cost(problem) };
+        let window = problem.sliding_window.unwrap_or(usize::MAX);
+        let (mut logits, mut tokens, mut rows) = (0, 0, 0);
+        for Sequence { q_len, kv_len, .. } in batch.sequences().filter(|sequence| sequence.kv_len > 0) {
+            logits += (kv_len - q_len..kv_len).map(|position| (position + 1).min(window)).sum::<usize>();
+            tokens += kv_len.min(window.saturating_add(q_len));
+            rows += q_len;
+        }
+        let logits = (logits * problem.q_heads) as u64;
+        let share = |ty: TensorType| ty.bytes() * rows / problem.tokens;
+        let written = if problem.fused.is_some() { rows } else { 0 };
+        let kv = (tokens + written) * problem.kv_layout().token_elements() * problem.precision.kv.bytes();
+        let bytes = kv + share(problem.q_type()) + share(problem.output_type());
+        Cost { flops: 4 * problem.head_dim as u64 * logits, transcendentals: logits, bytes_accessed: bytes as u64 }
+    }
+
     fn draw(problem: &Problem, batch: Option<&[Lengths]>, seed: u64) -> std::result::Result<Arrays, Invalid> {
         inputs::draw(problem, batch, seed)
     }
@@ -234,6 +253,10 @@ impl Kernel for Rpa {
 
     fn reference(problem: &Problem, inputs: &Arrays) -> Vec<Expected> {
         reference::reference(problem, inputs)
+    }
+
+    fn native(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
+        native::run(problem, inputs, threads)
     }
 
     fn stablehlo<'c, 'a>(

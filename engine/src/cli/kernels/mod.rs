@@ -31,7 +31,7 @@ use crate::output::write_atomically;
 pub(super) use file::run_if_asked;
 pub(super) use inspect::inspect;
 pub(super) use module::{ModuleArgs, certify_module};
-pub(super) use problem::KernelCommand;
+pub(super) use problem::{KernelCommand, Launch, NAMES};
 pub(super) use run::{RunArgs, run};
 
 /// What a command answers: a table for people, JSON for machines.

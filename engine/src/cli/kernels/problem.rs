@@ -10,6 +10,7 @@ use std::fmt::{self, Debug};
 use std::path::Path;
 
 use clap::{ArgMatches, Args, Command, FromArgMatches, Subcommand};
+use pagoda_ir::mosaic::Cost;
 use pagoda_ir::tile_machine::{Machine, Program};
 use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
 use pagoda_kernels::check::{Case, CheckError, Expected, compare_all};
@@ -18,6 +19,7 @@ use pagoda_kernels::cli::KernelArgs;
 use pagoda_kernels::kernel::{self, TileSizes};
 use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::random::{batch_text, parse_batch};
+use pagoda_kernels::threads::Threads;
 use pagoda_kernels::vmem::Bytes;
 use pagoda_kernels::{Arguments, Arrays, Invalid, Kernel, Named, PlanError, Problem};
 
@@ -53,7 +55,7 @@ macro_rules! registered {
         }
 
         /// The kernels' names.
-        pub(super) const NAMES: &[&str] = &[$(<$kernel>::NAME,)*];
+        pub(in crate::cli) const NAMES: &[&str] = &[$(<$kernel>::NAME,)*];
     };
 }
 pagoda_kernels::for_each_kernel!(registered);
@@ -94,7 +96,7 @@ impl KernelCommand {
     ///
     /// # Errors
     /// The first value that cannot work.
-    pub(super) fn plan(&self) -> Result<Box<dyn Planned>> {
+    pub(in crate::cli) fn plan(&self) -> Result<Box<dyn Planned>> {
         self.0.plan()
     }
 
@@ -204,7 +206,7 @@ impl<K: Kernel> Asked for Request<K> {
 }
 
 /// A planned kernel, whichever it is.
-pub(super) trait Planned {
+pub(in crate::cli) trait Planned {
     /// `pagoda plan`: the plan, with the verdict that the records allow.
     fn answer(&self) -> Box<dyn super::Answer>;
     /// `pagoda certify`: the plan and the compiler's answer, and whether the kernel compiles.
@@ -281,7 +283,7 @@ impl<K: Kernel> Planned for Plan<K> {
 }
 
 /// A planned kernel with inputs of its problem, whichever kernel it is.
-pub(super) trait Launch {
+pub(in crate::cli) trait Launch {
     /// The plan.
     fn plan(&self) -> &dyn Planned;
     /// The kernel's name, tiles in it.
@@ -305,6 +307,12 @@ pub(super) trait Launch {
     fn expected(&self) -> Vec<Expected>;
     /// The ragged batch, where there is one.
     fn batch(&self) -> Option<String>;
+    /// The problem in words.
+    fn problem(&self) -> String;
+    /// What a launch costs.
+    fn work(&self) -> Cost;
+    /// The results by the form in Rust, where there is one.
+    fn native(&self, threads: &dyn Threads) -> Option<Vec<HostTensor>>;
     /// Compares results with `expected`.
     ///
     /// # Errors
@@ -326,6 +334,18 @@ impl<K: Kernel> Launch for Launched<K> {
 
     fn name(&self) -> &str {
         self.plan.name()
+    }
+
+    fn problem(&self) -> String {
+        self.plan.describe()
+    }
+
+    fn work(&self) -> Cost {
+        K::work(self.plan.problem(), &self.inputs)
+    }
+
+    fn native(&self, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
+        K::native(self.plan.problem(), &self.inputs, threads)
     }
 
     fn operands(&self) -> Vec<HostTensor> {
