@@ -134,7 +134,9 @@ fn over_grid(count: u64, seed: u64, chip: Chip, json: bool) -> pagoda_engine::Re
                     let Some(index) = next.lock().expect("no holder panics").next() else { break };
                     let point = grid::Point::drawn(seed, index);
                     let estimate = || {
-                        let plan = plan_on::<Rpa>(point.spec(), chip, None).map_err(|error| error.to_string())?;
+                        let mut plans = point.forms().into_iter().map(|spec| plan_on::<Rpa>(spec, chip, None));
+                        let refused = plans.next_back().expect("three forms");
+                        let plan = plans.find_map(Result::ok).map_or(refused, Ok).map_err(|error| error.to_string())?;
                         let cycles = BatchCycles::new(&plan, Some(&point.lengths), &compiler);
                         cycles.map_err(|error| error.to_string())
                     };

@@ -6,7 +6,7 @@
 use pagoda_ir::Element;
 use pagoda_kernels::Choices;
 use pagoda_kernels::random::{Lengths, batch_text};
-use pagoda_kernels::rpa::{Kind, Precision, Spec};
+use pagoda_kernels::rpa::{Kind, KvRows, Precision, Rotary, Spec};
 use serde::Deserialize;
 
 /// What `scripts/peers.py --grid` writes.
@@ -85,7 +85,16 @@ impl Point {
             scale: (self.head_dim as f64).powf(-0.5),
             sliding_window: None,
             soft_cap: None,
+            ..Spec::default()
         }
+    }
+
+    /// The forms of the problem that a kernel may have, the one that a step would rather run first.
+    pub fn forms(&self) -> [Spec; 3] {
+        let plain = self.spec();
+        let packed = Spec { kv_rows: KvRows::for_lanes(self.head_dim), ..plain.clone() };
+        let fused = Spec { fused: Some(Rotary::HalfSplit), ..packed.clone() };
+        [fused, packed, plain]
     }
 
     /// A few words: `decode 8/1 x128, pages of 16`.

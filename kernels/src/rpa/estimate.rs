@@ -1,13 +1,11 @@
 //! What a launch over a known batch takes: its work, the part of each core, and the programs around it.
 
-use pagoda_ir::{
-    Context, Element, Result, TensorType,
-    stablehlo::{Builder, Module, Tensor},
-};
+use pagoda_ir::{Context, Element, Result, TensorType, stablehlo::Module};
 
 use super::{
-    Kind, Problem, Rpa, Spec, kv_write,
+    Kind, Problem, Rotary, Rpa, Spec, kv_write,
     plan::{Options, Plan, Tiles},
+    stablehlo,
 };
 use crate::{
     chips::Chip,
@@ -22,7 +20,15 @@ use crate::{
 pub(super) fn work(problem: &Problem, batch: &[Lengths]) -> Work {
     let token = (problem.kv_layout().token_elements() * problem.precision.kv.bytes()) as f64;
     let features = (problem.q_heads * problem.head_dim) as f64;
-    let row = 2.0 * features * problem.precision.q.bytes() as f64;
+    let q = problem.precision.q.bytes();
+    let row = match problem.fused {
+        None => 2.0 * features * q as f64,
+        // The projections and the angles come in; the output, and the keys and values of the row, go out.
+        Some(_) => {
+            let projected = (problem.projected_heads() * q + Element::F32.bytes()) * problem.head_dim;
+            projected as f64 + features * q as f64 + token
+        }
+    };
     let (page, window) = (problem.page_size, problem.sliding_window.unwrap_or(usize::MAX));
     let of = |&Lengths { q_len, kv_len }: &Lengths| {
         // Row i of the last q_len stands at kv_len - q_len + i, and sees the keys up to it.
@@ -43,7 +49,7 @@ pub(super) fn work(problem: &Problem, batch: &[Lengths]) -> Work {
 /// Decode rows over ragged contexts; of a mixed problem also one prompt, a chunk behind a long context, and half of the rows
 /// beside decode rows.
 pub(super) fn spread(problem: &Problem) -> Vec<(&'static str, Vec<Lengths>)> {
-    let (most, rows) = (problem.max_kv_len(), problem.tokens);
+    let (most, rows) = (problem.max_kv_len().min(problem.pages * problem.page_size), problem.tokens);
     let pages = problem.pages / problem.max_seqs.min(problem.pages); // of a sequence, if all are as long
     let longest = most.min(pages * problem.page_size).max(1);
     // From an eighth of the longest to all of it, in an order that is not sorted.
@@ -51,13 +57,13 @@ pub(super) fn spread(problem: &Problem) -> Vec<(&'static str, Vec<Lengths>)> {
         let context = |at: usize| (longest * (1 + 5 * at % 8)).div_ceil(8);
         (0..count).map(|at| Lengths { q_len: 1, kv_len: context(at) }).collect()
     };
-    let decoding = ("decode", decode(problem.max_seqs.min(rows)));
+    let decoding = ("decode", decode(problem.max_seqs.min(rows).min(problem.pages)));
     if problem.kind == Kind::Decode {
         return vec![decoding];
     }
     let prompt = |q_len: usize| Lengths { q_len: q_len.min(most), kv_len: q_len.min(most) };
-    let chunk = Lengths { q_len: rows.min(most), kv_len: most.min(problem.pages * problem.page_size) };
-    let beside = decode((problem.max_seqs - 1).min(rows / 2));
+    let chunk = Lengths { q_len: rows.min(most), kv_len: most };
+    let beside = decode((problem.max_seqs - 1).min(rows / 2).min(problem.pages));
     let pages_left = problem.pages - beside.iter().map(|of| of.kv_len.div_ceil(problem.page_size)).sum::<usize>();
     let half = (rows / 2).min(pages_left * problem.page_size);
     let mixed = beside.into_iter().chain((half > 0).then(|| prompt(half))).collect();
@@ -93,11 +99,15 @@ pub(super) fn core_share(plan: &Plan) -> Option<(Plan, usize)> {
     }
 }
 
-/// Before the kernel: queries and keys are rotated, keys and values are written. Behind it nothing is computed: its output's
+/// Nothing of a fused kernel. Before another, queries and keys are rotated, keys and values are written. Behind it nothing is computed: its output's
 /// heads are the features of the next projection's input, in another layout.
 pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<Module<'c>>> {
     let &Spec { tokens, q_heads, kv_heads, head_dim, .. } = problem.spec();
-    let (q, f32) = (problem.precision.q, Element::F32);
+    if problem.fused.is_some() {
+        return Ok(vec![]);
+    }
+    let types_of = problem.precision;
+    let (q, f32) = (types_of.q, Element::F32);
     let heads = q_heads + 2 * kv_heads;
     let before = Module::new(context, "before_attention");
     let write = kv_write::arguments(problem);
@@ -108,8 +118,10 @@ pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<
     before.function("main", &types, |b, args| {
         let projected = b.reshape(args[0], &[tokens, heads, head_dim])?;
         let part = |from: usize, count: usize| b.slice_in_dim(projected, from, from + count, 1);
-        let (q, k) = (rotate(b, part(0, q_heads)?, args[1])?, rotate(b, part(q_heads, kv_heads)?, args[1])?);
-        let v = part(q_heads + kv_heads, kv_heads)?;
+        let rotated = |from, count| stablehlo::rotate(b, Rotary::HalfSplit, part(from, count)?, args[1]);
+        let q = b.convert(rotated(0, q_heads)?, types_of.q)?;
+        let k = b.convert(rotated(q_heads, kv_heads)?, types_of.kv)?;
+        let v = b.convert(part(q_heads + kv_heads, kv_heads)?, types_of.kv)?;
         let given = write.iter().map(|argument| argument.name).zip(args[2..].iter().copied());
         let args: Named<_> = given.chain([("k", k), ("v", v)]).collect();
         Ok(vec![q, kv_write::emit(b, problem, &args)?])
@@ -128,20 +140,6 @@ pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<
     after.row_major_argument("main", 0)?;
     after.row_major_result("main", 0)?;
     Ok(vec![before, after])
-}
-
-/// `x [rows, heads, head_dim]` rotated by `angles f32[rows, head_dim]`, cosines then sines, in the half-split form of
-/// Hugging Face's Llama.
-fn rotate<'c, 'a>(b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, angles: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-    let (element, dims) = (x.element(), x.dims());
-    let half = [dims[0], dims[1], dims[2] / 2];
-    let wide = b.convert(x, Element::F32)?;
-    let [low, high] = [(0, half[2]), (half[2], dims[2])].map(|(from, to)| b.slice_in_dim(wide, from, to, 2));
-    let of = |from: usize| b.broadcast_in_dim(b.slice_in_dim(angles, from, from + half[2], 1)?, &half, &[0, 2]);
-    let (low, high, cosines, sines) = (low?, high?, of(0)?, of(half[2])?);
-    let rotated_low = b.subtract(b.multiply(low, cosines)?, b.multiply(high, sines)?)?;
-    let rotated_high = b.add(b.multiply(high, cosines)?, b.multiply(low, sines)?)?;
-    b.convert(b.concatenate(&[rotated_low, rotated_high], 2)?, element)
 }
 
 #[cfg(test)]
