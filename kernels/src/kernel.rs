@@ -21,6 +21,7 @@ use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
+    cost::UnitWork,
     error::Invalid,
     evidence::Records,
     mutants::MutantSet,
@@ -240,8 +241,14 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         Self::choose(problem, chip, limit).into_iter().collect()
     }
 
-    /// Cycles of a launch of `plan` by the kernel's model: over `batch`, or over the batches that it is planned for. `None`
-    /// for a kernel without a model.
+    /// The work of the busiest core in a launch of `plan` over `batch`, by unit: what a model of its cycles is fitted to
+    /// ([`crate::cost`]). `None` for a kernel that does not say.
+    fn work_of_units(plan: &Plan<Self>, batch: Option<&[Lengths]>) -> Option<UnitWork> {
+        let _ = (plan, batch);
+        None
+    }
+
+    /// Cycles of a launch of `plan` over `batch` by the kernel's model. `None` for a kernel, or a chip, without one.
     fn model(plan: &Plan<Self>, batch: Option<&[Lengths]>) -> Option<f64> {
         let _ = (plan, batch);
         None

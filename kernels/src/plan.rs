@@ -130,8 +130,7 @@ impl<K: Kernel> Plan<K> {
         let others = K::candidates(problem, chip, chosen.limit).into_iter().filter(|&tiles| tiles != chosen.tiles);
         let others = others.map(|tiles| Self::with(problem.clone(), chip, tiles, chosen.limit));
         let mut plans: Vec<Self> = std::iter::once(chosen.clone()).chain(others).collect();
-        let cycles = |plan: &Self| K::model(plan, batch).unwrap_or(0.0);
-        plans.sort_by(|one, other| cycles(one).total_cmp(&cycles(other)));
+        plans.sort_by_cached_key(|plan| K::model(plan, batch).unwrap_or(0.0) as u64);
         Ok(plans)
     }
 

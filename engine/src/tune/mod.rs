@@ -15,6 +15,7 @@ use pagoda_ir::Context;
 use pagoda_kernels::Kernel;
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::evidence::Digest;
+use pagoda_kernels::kernel::TileSizes;
 use pagoda_kernels::named::Role;
 use pagoda_kernels::plan::Plan;
 use pagoda_kernels::random::{Lengths, parse_batch};
@@ -67,6 +68,8 @@ pub struct Tuned {
     pub compiler: String,
     /// The planner's choice.
     pub planned: String,
+    /// What the numbers of tiles are, as help says it: `Q,P`.
+    pub tiles_form: &'static str,
     /// How many candidates there are; the ones below are the cheapest by the kernel's model.
     pub candidates_in_all: usize,
     /// The candidates that were tried: those with cycles first, by their score.
@@ -166,6 +169,7 @@ pub fn tune<K: Kernel>(
         chip,
         limit: plan.limit(),
         planned: chosen.unwrap_or(plan.tiles()).to_string(),
+        tiles_form: <K::Tiles as TileSizes>::FORM,
         candidates_in_all: in_all,
         candidates: candidates.collect(),
         compiler: version.into_inner().expect("no holder panics"),
@@ -192,7 +196,7 @@ pub fn measure<K: Kernel>(
     const LAUNCHES: usize = 20;
     for candidate in tuned.candidates.iter_mut().filter(|candidate| candidate.verdict == "compiles") {
         let refused = |error: pagoda_kernels::PlanError| Error::setting(error.key, error.value, error.limit, error.fix);
-        let tiles = <K::Tiles as pagoda_kernels::kernel::TileSizes>::parse(&candidate.tiles).map_err(refused)?;
+        let tiles = <K::Tiles as TileSizes>::parse(&candidate.tiles).map_err(refused)?;
         let options = pagoda_kernels::Options { tiles: Some(tiles), vmem_limit: Some(plan.limit()) };
         let plan = Plan::<K>::new(plan.problem().clone(), plan.chip(), options).map_err(refused)?;
         let program = client.compile(launch_module(&Context::new(), &plan, None)?, 1)?;
@@ -343,6 +347,11 @@ impl Tuned {
                 headline: "no candidate has an estimate for every batch".into(),
                 reasons: vec![],
             },
+            (Some(best), _) if best.tiles == self.planned => Verdict {
+                status: Status::Good,
+                headline: format!("the planner's tiles {} are the best found", self.planned),
+                reasons: vec![],
+            },
             (Some(best), Some(score)) if score <= 1.05 => Verdict {
                 status: Status::Good,
                 headline: format!(
@@ -430,11 +439,9 @@ impl Tuned {
                 })
             };
             let rows = rows.iter().map(|row| (row.clone(), columns.iter().map(|column| cell(row, column)).collect()));
-            let form = match self.kernel {
-                _ if columns.is_empty() => ["tiles".to_owned(), String::new()],
-                _ => ["first numbers".to_owned(), "last number of the tiles".to_owned()],
-            };
-            let map = HeatMap { axes: form, columns: columns.clone(), rows: rows.collect() };
+            let (first, last) = self.tiles_form.rsplit_once(',').unwrap_or(("tiles", self.tiles_form));
+            let map =
+                HeatMap { axes: [first, last].map(str::to_owned), columns: columns.clone(), rows: rows.collect() };
             let peers = self.peers.iter().filter(|line| line.batch == *batch);
             let peers = peers.map(|line| Block::Text(format!("{}: {} cycles", line.peer, Value::Cycles(line.cycles))));
             let words = "Static cycles and VMEM; the planner's choice has a frame; what does not fit is hatched.";
@@ -470,14 +477,14 @@ impl Tuned {
         let unit = |unit: &crate::certify::report::Unit| Share {
             label: words(&unit.name).to_owned(),
             share: bundles.share(unit),
-            note: format!("{} of {} slots a bundle", Value::Count(unit.used), unit.slots),
+            note: format!("({} uses, {} slots in a bundle)", Value::Count(unit.used), unit.slots),
         };
         let copies = best.batches.iter().filter_map(|(name, cycles)| {
             let floor = cycles.hbm_floor_cycles as f64 / cycles.device_cycles?.max(1) as f64;
             Some(Share {
                 label: format!("copies, {name}"),
                 share: floor,
-                note: "the memory's floor, of the cycles".into(),
+                note: "(the memory's floor, of the launch's cycles)".into(),
             })
         });
         let text = format!(

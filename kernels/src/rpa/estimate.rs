@@ -1,5 +1,7 @@
 //! What a launch over a known batch takes: its work, the part of each core, and the programs around it.
 
+use std::{collections::BTreeMap, sync::LazyLock};
+
 use pagoda_ir::{Context, Element, Result, TensorType, stablehlo::Module};
 
 use super::{
@@ -9,6 +11,7 @@ use super::{
 };
 use crate::{
     chips::Chip,
+    cost::{self, UnitWork, Weights},
     kernel::{Kernel, Work},
     named::Named,
     random::Lengths,
@@ -44,6 +47,56 @@ pub(super) fn work(problem: &Problem, batch: &[Lengths]) -> Work {
         .iter()
         .map(of)
         .fold(Work::default(), |sum, of| Work { flops: sum.flops + of.flops, bytes: sum.bytes + of.bytes })
+}
+
+/// Online softmax over the blocks of each sequence, for one core's heads: rows that are padding work like others.
+pub(super) fn work_of_units(plan: &Plan, batch: &[Lengths]) -> UnitWork {
+    let (problem, info) = (plan.problem(), plan.chip().info());
+    let (queries, keys, group) = (plan.tiles().queries, plan.keys(), problem.group());
+    // Blocks of heads are shared out over the cores.
+    let blocks = problem.kv_heads / plan.head_block();
+    let heads = (plan.head_block() * blocks.div_ceil(info.cores)) as f64;
+    let dim = problem.head_dim.next_multiple_of(128) as f64;
+    let widths = plan.widths();
+    let mut work = UnitWork::default();
+    let mut first_row = 0;
+    for &Lengths { q_len, kv_len } in batch {
+        let stop = first_row + q_len;
+        for block in first_row / queries..stop.div_ceil(queries) {
+            let end = (kv_len + ((block + 1) * queries).min(stop)).saturating_sub(stop);
+            let begin = problem.sliding_window.map_or(0, |window| {
+                let first = (kv_len + (block * queries).max(first_row)).saturating_sub(stop);
+                (first + 1).saturating_sub(window) / keys * keys
+            });
+            let rows =
+                ((stop.min((block + 1) * queries) - first_row.max(block * queries)).next_multiple_of(16)).min(queries);
+            let rows = (rows * group) as f64;
+            let mut worked = 0.0;
+            for start in (begin..end).step_by(keys) {
+                worked += widths.iter().copied().find(|&width| end - start <= width).unwrap_or(keys) as f64;
+                work.steps += 1.0;
+                let fetched = (kv_len - start).min(keys).div_ceil(problem.page_size);
+                work.copies += fetched as f64;
+                let token = problem.kv_layout().token_elements() / problem.kv_heads * problem.precision.kv.bytes();
+                work.bytes += heads * (fetched * problem.page_size * token) as f64;
+            }
+            work.matrix += heads * worked * rows.max(64.0) * dim * 4.0 / info.peak_flop_per_cycle_and_core as f64;
+            work.vector += heads * worked * rows / 1024.0;
+            work.loads += heads * worked * dim / 1024.0;
+            work.stores += heads * rows * (worked / keys as f64) * (dim + 256.0) / 1024.0;
+        }
+        // Begin and finish of the blocks that the sequence is in.
+        let all = (stop.div_ceil(queries) - first_row / queries) as f64;
+        work.stores += all * heads * (queries * group) as f64 * (2.0 * dim + 256.0) / 1024.0;
+        first_row = stop;
+    }
+    work
+}
+
+/// Cycles by the weights that fit the points on record; `None` for a chip without any.
+pub(super) fn model(plan: &Plan, batch: &[Lengths]) -> Option<f64> {
+    static WEIGHTS: LazyLock<BTreeMap<Chip, Weights>> = LazyLock::new(|| cost::weights::<Rpa>(cost::points()));
+    Some(WEIGHTS.get(&plan.chip())?.cycles(&work_of_units(plan, batch)))
 }
 
 /// Decode rows over ragged contexts; of a mixed problem also one prompt, a chunk behind a long context, and half of the rows

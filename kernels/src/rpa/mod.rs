@@ -50,6 +50,7 @@ use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
+    cost::UnitWork,
     error::{Invalid, ensure},
     evidence::Records,
     kernel::{Kernel, Sample, Work},
@@ -302,6 +303,18 @@ impl Kernel for Rpa {
 
     fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<plan::Tiles> {
         plan::choose(problem, chip, limit)
+    }
+
+    fn work_of_units(plan: &plan::Plan, batch: Option<&[Lengths]>) -> Option<UnitWork> {
+        Some(estimate::work_of_units(plan, batch?))
+    }
+
+    /// Over a batch; or the sum over those that serving meets.
+    fn model(plan: &plan::Plan, batch: Option<&[Lengths]>) -> Option<f64> {
+        match batch {
+            Some(batch) => estimate::model(plan, batch),
+            None => estimate::spread(plan.problem()).iter().map(|(_, batch)| estimate::model(plan, batch)).sum(),
+        }
     }
 
     fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<plan::Tiles> {
