@@ -133,7 +133,13 @@ impl Compiler for Canned {
             kernels: whole.map_or_else(|| vec![kernel], |program| self.kernels(program)),
             profile: Profile::Complete,
             // A sum within a host, and over the slice, as measured.
-            cycles: vec![OpCycles { op: "kernel".into(), cycles: if unit.replicas <= 4 { 6_394 } else { 19_658 } }],
+            cycles: vec![OpCycles {
+                op: "kernel".into(),
+                cycles: if unit.replicas <= 4 { 6_394 } else { 19_658 },
+                equal: 1,
+            }],
+            bundles: vec![],
+            unestimated: vec![],
             memory: whole.map(|_| MemoryStats {
                 code: 4 << 20,
                 arguments: hbm.0 as i64,
