@@ -31,16 +31,17 @@ impl Random {
         from + self.0.below(to - from + 1)
     }
 
-    /// An array of type `ty`, f32 or bf16, with values uniform in (-2, 2).
+    /// An array of type `ty` with values as [`fill`](Self::fill) draws them.
     pub fn tensor(&mut self, ty: &TensorType) -> HostTensor {
         let mut tensor = HostTensor::zeros(ty.element, &ty.dims);
         self.fill(&mut tensor, 0, ty.len());
         tensor
     }
 
-    /// Fills `count` elements from `first` on with values uniform in (-2, 2).
+    /// Fills `count` elements from `first` on with values uniform in (-2, 2); integers of 8 bits with any.
     pub fn fill(&mut self, tensor: &mut HostTensor, first: usize, count: usize) {
         match tensor.element() {
+            Element::I8 => tensor.as_mut_slice::<i8>()[first..first + count].fill_with(|| self.0.bits() as i8),
             Element::F32 => tensor.as_mut_slice::<f32>()[first..first + count].fill_with(|| self.value() as f32),
             _ => tensor.as_mut_slice::<bf16>()[first..first + count].fill_with(|| bf16::from_f64(self.value())),
         }
@@ -105,10 +106,11 @@ pub fn without_batch(kernel: &'static str, batch: Option<&[Lengths]>) -> Result<
     ensure(batch.is_none(), kernel, "lengths", value(), limit, "leave it out")
 }
 
-/// An f32 or bf16 array of NaN.
+/// An array of NaN; of integers, of a large one.
 pub fn poisoned(ty: &TensorType) -> HostTensor {
     let mut tensor = HostTensor::zeros(ty.element, &ty.dims);
     match ty.element {
+        Element::I8 => tensor.as_mut_slice::<i8>().fill(i8::MAX),
         Element::F32 => tensor.as_mut_slice::<f32>().fill(f32::NAN),
         _ => tensor.as_mut_slice::<bf16>().fill(bf16::NAN),
     }

@@ -107,12 +107,18 @@ pub fn launches(config: &LlamaConfig, shape: &StepShape, chip: Chip, program: Pr
     let gate = Epilogue { activation: Activation::SiluGate, ..bias(shard.mlp_bias) };
     let closing = |has_bias: bool| Epilogue { residual, ..bias(has_bias && !split) };
     let stack = if shape.stacks_layers(config) { layers } else { 1 };
+    let quantized = |head: bool| {
+        let quantization = config.quantization.filter(|quantization| !head || quantization.head)?;
+        let (group, activations) = (quantization.group(), quantization.activations);
+        Some(matmul::Quantized { weight: quantization.weight, group, activations })
+    };
     let matmul = |role, count, [m, k, n]: [usize; 3], output, epilogue| {
         let spec = matmul::Spec {
             output,
             layout: Layout::WeightTransposed,
             epilogue,
             layers: if role == "head" { 1 } else { stack },
+            quantized: quantized(role == "head"),
             ..matmul::Spec::new([m, k, n], compute)
         };
         let plan = plan::<Matmul>(role, spec, chip)?;
@@ -162,10 +168,10 @@ impl Launch {
         match &self.plan {
             Planned::Matmul(plan) => {
                 let problem = plan.problem();
-                let matmul::Spec { m, k, n, input, output, epilogue, .. } = **problem;
+                let matmul::Spec { m, k, n, output, epilogue, .. } = **problem;
                 let columns = problem.weight_columns();
                 let results = m * n * output.bytes() * if epilogue.residual { 2 } else { 1 };
-                let operands = (m * k + k * columns) * input.bytes();
+                let operands = m * k * problem.x_element().bytes() + problem.weight_bytes();
                 Work { flops: 2.0 * m as f64 * k as f64 * columns as f64, bytes: (operands + results) as f64 }
             }
             Planned::Attention(plan) => {

@@ -5,7 +5,7 @@
 //! text for users: a weight takes 8 bytes here, and nothing is blocked, fused or threaded.
 
 use super::config::{Llama3Scaling, LlamaConfig, RopeScaling};
-use super::weights::{TensorSpec, Weights, expected_tensors};
+use super::weights::Weights;
 use crate::error::Result;
 
 /// A projection: its matrix `[out, in]` and, where the model has them, its biases `[out]`.
@@ -51,12 +51,7 @@ impl Reference {
     /// # Errors
     /// When a tensor is missing or has the wrong shape or type.
     pub fn new(config: &LlamaConfig, weights: &Weights) -> Result<Self> {
-        let specs = expected_tensors(config);
-        let load = |name: &str| -> Result<Vec<f64>> {
-            let missing = TensorSpec::whole(name, &[]);
-            let spec = specs.iter().find(|spec| spec.name == name).unwrap_or(&missing);
-            Ok(weights.tensor(spec)?.to_f64())
-        };
+        let load = |name: &str| weights.values(config, name);
         let layer = |at: usize| -> Result<Layer> {
             let in_layer = |name: &str, part: &str| load(&format!("model.layers.{at}.{name}.{part}"));
             let project = |name: &str, biased: bool| -> Result<Projection> {

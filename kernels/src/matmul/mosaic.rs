@@ -6,16 +6,22 @@
 //! back, so that no more than a chunk is live in registers: whole tiles in registers spill (1.4 MB at 512 x 512) and take
 //! the compiler a minute.
 //!
+//! Quantized elements come into VMEM as they are stored and are converted there, without loss: the matrix unit multiplies
+//! what the chip has units for, else bf16. Their scales are applied to f32 sums, of all of `k` or of each group, so that no
+//! scaled weight is ever rounded.
+//!
 //! Ragged edges: rows and columns beyond the array are garbage that the pipeline never writes back, but garbage along `k`
 //! would be summed, so the last step along `k` selects zeros there, on both sides (NaN times zero is NaN).
 
+use std::ops::Range;
+
 use pagoda_ir::{
     Element,
-    mosaic::{Builder, DotDims, IntoOperand, MemorySpace, Precision, Ref, Semantics, Value, Window},
+    mosaic::{Builder, DotDims, IntoOperand, MemorySpace, Precision, Ref, Semantics, Value, Window, tiling::LANES},
 };
 
 use super::{
-    plan::{ArrayWindow, Axis, Order, Plan, Side, names, windows},
+    plan::{Arithmetic, ArrayWindow, Axis, Order, Plan, Side, names, windows},
     problem::{Activation, Layout, Problem},
 };
 use crate::kernel::Operand;
@@ -26,7 +32,8 @@ pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
 }
 
 /// With several layers the index of one; then the side whose rows are the output's rows, the other side (gates, then ups
-/// of a gated product: the weight is named twice), the bias as a row or a column, the residual.
+/// of a gated product: the weight is named twice), scales of the weight and of `x`, the bias as a row or a column, the
+/// residual.
 pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
     let copies = if problem.epilogue.activation == Activation::SiluGate { 2 } else { 1 };
     let several = |operand: Operand| std::iter::repeat_n(operand, copies);
@@ -36,6 +43,13 @@ pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
     match problem.layout {
         Layout::FeatureMajor => operands.extend(w.chain([x])),
         Layout::RowMajor | Layout::WeightTransposed => operands.extend([x].into_iter().chain(w)),
+    }
+    if problem.quantized.is_some() {
+        operands.extend(several(Operand::of("w_scale")));
+    }
+    if problem.quantized_x() {
+        let dims = if problem.layout == Layout::FeatureMajor { [1, problem.m] } else { [problem.m, 1] };
+        operands.push(Operand::of("x_scale").reshape(&dims));
     }
     if problem.epilogue.bias {
         let columns = problem.weight_columns();
@@ -56,6 +70,10 @@ struct Body<'a, 'p> {
     step: Value<'a>,
     lhs: Vec<Ref<'a>>,
     rhs: Vec<Ref<'a>>,
+    /// Of the weight: `[groups, columns]`, feature-major `[rows, groups]`.
+    scale: Vec<Ref<'a>>,
+    /// Of `x`: `[rows, 1]`, feature-major `[1, columns]`.
+    row_scale: Option<Ref<'a>>,
     bias: Vec<Ref<'a>>,
     residual: Option<Ref<'a>>,
     out: Ref<'a>,
@@ -84,11 +102,12 @@ impl<'a, 'p> Body<'a, 'p> {
             k.prefetch("layer", Element::I32, &[1]);
         }
         let (mut lhs, mut rhs, mut bias, mut residual, mut out) = (vec![], vec![], vec![], vec![], vec![]);
+        let (mut scale, mut row_scale) = (vec![], None);
         for window in windows(plan.problem()) {
             let ArrayWindow { name, side, element, axes, half, halves, stacked } = window;
             let dims = axes.map(|axis| match axis {
                 Axis::Rows | Axis::Columns => plan.along(axis).0 * halves,
-                Axis::Depth | Axis::One => plan.along(axis).0,
+                Axis::Depth | Axis::Groups | Axis::One => plan.along(axis).0,
             });
             // A block of a stack is of one layer, whose index comes first.
             let of_stack = |layer, dims: [_; 2]| stacked.then_some(layer).into_iter().chain(dims).collect::<Vec<_>>();
@@ -103,7 +122,7 @@ impl<'a, 'p> Body<'a, 'p> {
                     Axis::Rows => feature(row, axis),
                     Axis::Columns => feature(column, axis),
                     Axis::Depth => t.grid(2).literal(),
-                    Axis::One => 0.literal(),
+                    Axis::Groups | Axis::One => 0.literal(),
                 });
                 let layer = stacked.then(|| t.prefetch(0).at(0).load().literal());
                 layer.into_iter().chain(within).collect::<Vec<_>>()
@@ -118,6 +137,8 @@ impl<'a, 'p> Body<'a, 'p> {
             match side {
                 Side::Left => lhs.push(block),
                 Side::Right => rhs.push(block),
+                Side::Scale => scale.push(block),
+                Side::RowScale => row_scale = Some(block),
                 Side::Bias => bias.push(block),
                 Side::Residual => residual.push(block),
                 Side::Out => out.push(block),
@@ -127,10 +148,10 @@ impl<'a, 'p> Body<'a, 'p> {
             1 => vec![],
             _ => names(plan.problem(), "sum", "sum_gate", "sum_up")
                 .into_iter()
-                .map(|name| k.scratch(name, MemorySpace::Vmem, Element::F32, &[rows, columns]))
+                .map(|name| k.scratch(name, MemorySpace::Vmem, plan.accumulator(), &[rows, columns]))
                 .collect(),
         };
-        Self { k, plan, step, lhs, rhs, bias, residual: residual.pop(), out: out.remove(0), sums }
+        Self { k, plan, step, lhs, rhs, scale, row_scale, bias, residual: residual.pop(), out: out.remove(0), sums }
     }
 
     fn write(&self) {
@@ -181,54 +202,74 @@ impl<'a, 'p> Body<'a, 'p> {
         start: Sum,
         edge: Option<usize>,
     ) -> Value<'a> {
-        let k = self.k;
-        let lhs = self.lhs[half.min(self.lhs.len() - 1)].slice(0, row.0, row.1);
-        let rhs = &self.rhs[half.min(self.rhs.len() - 1)];
-        let transposed = self.plan.problem().layout == Layout::WeightTransposed;
-        let (rhs, rhs_depth, dims) = match transposed {
-            true => (rhs.slice(0, column.0, column.1), 1, DotDims::nt()),
-            false => (rhs.slice(1, column.0, column.1), 0, DotDims::nn()),
-        };
-        let precision = match self.plan.problem().input {
-            Element::F32 => Precision::Fp32,
-            _ => Precision::Default,
-        };
+        let (k, arithmetic) = (self.k, self.plan.arithmetic());
+        let sides = Sides::new(self, half, row, column);
+        let zeros = |element| k.zeros(element, &[row.1, column.1]);
         let mut sum = match start {
-            Sum::Zero => k.zeros(Element::F32, &[row.1, column.1]),
+            Sum::Zero => zeros(self.plan.accumulator()),
             Sum::Loaded => part(&self.sums[half], row, column).load(),
         };
         let [_, _, depth] = self.plan.blocks();
-        for (from, size) in ranges(depth, self.plan.chunk().depth) {
-            let (mut lhs, mut rhs) = (lhs.slice(1, from, size).load(), rhs.slice(rhs_depth, from, size).load());
-            if let Some(edge) = edge.map(|edge| edge.saturating_sub(from)).filter(|&edge| edge < size) {
-                if edge == 0 {
-                    break;
-                }
-                (lhs, rhs) = (self.masked(lhs, 1, edge), self.masked(rhs, rhs_depth, edge));
+        let real = edge.unwrap_or(depth);
+        let pieces = |(first, size): (usize, usize)| {
+            let pieces = ranges(size, self.plan.chunk().depth).map(move |(from, size)| (first + from, size));
+            pieces.filter(move |&(from, _)| from < real)
+        };
+        let Some(group) = self.plan.problem().group() else {
+            return pieces((0, depth)).fold(sum, |sum, piece| sides.multiply(piece, 0..real, real, sum));
+        };
+        // Lanes are multiplied 128 at a time: of smaller groups, one after another with zeros in place of the others.
+        for (first, size) in ranges(depth, group.max(LANES)).filter(|&(first, _)| first < real) {
+            for (start, width) in ranges(size, group).filter(|&(start, _)| first + start < real) {
+                let kept = first + start..real.min(first + start + width);
+                let products = pieces((first, size)).fold(zeros(arithmetic.sum), |sum, piece| {
+                    sides.multiply(piece, kept.clone(), real, sum)
+                });
+                sum = sum + products.cast(Element::F32) * self.group_scale(half, row, column, first + start, group);
             }
-            sum = k.dot_general(lhs, rhs, sum, &dims, precision);
         }
         sum
     }
 
-    /// Zeros from `edge` on along `dim`.
-    fn masked(&self, tile: Value<'a>, dim: usize, edge: usize) -> Value<'a> {
-        let element = tile.element();
-        // Narrow elements have no selects of their own on older chips.
-        let wide = tile.cast(Element::F32);
-        self.k.iota(&tile.dims(), dim).less(edge).select(wide, 0.0).cast(element)
+    /// The scales of a chunk's columns (feature-major: rows) in the group that the step's feature `at` belongs to.
+    fn group_scale(&self, half: usize, row: (usize, usize), column: (usize, usize), at: usize, group: usize) -> Value<'a> {
+        let [_, _, depth] = self.plan.blocks();
+        let index = match self.plan.steps() {
+            1 => (at / group).literal(),
+            _ if depth.is_multiple_of(group) => (self.step * (depth / group) + at / group).literal(),
+            _ => (self.step / (group / depth)).literal(),
+        };
+        let scale = &self.scale[half];
+        match self.plan.problem().layout {
+            Layout::FeatureMajor => {
+                // A lane that is known at run time only: the others are taken away.
+                let scales = scale.slice(0, row.0, row.1).load();
+                self.k.iota(&scales.dims(), 1).equals(index).select(scales, 0.0).sum(1)
+            }
+            _ => scale.slice(0, index, 1).slice(1, column.0, column.1).load(),
+        }
     }
 
     /// The epilogue, and the store of the result.
     fn store(&self, row: (usize, usize), column: (usize, usize), mut sums: Vec<Value<'a>>) {
         let problem = self.plan.problem();
-        for (sum, bias) in sums.iter_mut().zip(&self.bias) {
-            let bias = match problem.layout {
-                Layout::FeatureMajor => bias.slice(0, row.0, row.1),
-                _ => bias.slice(1, column.0, column.1),
-            };
-            *sum = *sum + bias.load();
+        // One value for each of the weight's features, or for each row of x.
+        let of_features = |of: &Ref<'a>| match problem.layout {
+            Layout::FeatureMajor => of.slice(0, row.0, row.1).load(),
+            _ => of.slice(1, column.0, column.1).load(),
+        };
+        let of_rows = |of: &Ref<'a>| match problem.layout {
+            Layout::FeatureMajor => of.slice(1, column.0, column.1).load(),
+            _ => of.slice(0, row.0, row.1).load(),
+        };
+        sums.iter_mut().for_each(|sum| *sum = sum.cast(Element::F32));
+        if problem.group().is_none() {
+            sums.iter_mut().zip(&self.scale).for_each(|(sum, scale)| *sum = *sum * of_features(scale));
         }
+        if let Some(scale) = &self.row_scale {
+            sums.iter_mut().for_each(|sum| *sum = *sum * of_rows(scale));
+        }
+        sums.iter_mut().zip(&self.bias).for_each(|(sum, bias)| *sum = *sum + of_features(bias));
         let mut result = match sums[..] {
             [gate, up] => gate * gate.logistic() * up,
             _ => sums[0],
@@ -237,6 +278,69 @@ impl<'a, 'p> Body<'a, 'p> {
             result = result + part(residual, row, column).load().cast(Element::F32);
         }
         part(&self.out, row, column).store(result.cast(problem.output));
+    }
+}
+
+/// The two sides of a chunk's product.
+struct Sides<'b, 'a, 'p> {
+    body: &'b Body<'a, 'p>,
+    lhs: Ref<'a>,
+    rhs: Ref<'a>,
+    /// The dimension of the right side that is summed over.
+    rhs_depth: usize,
+}
+
+impl<'b, 'a, 'p> Sides<'b, 'a, 'p> {
+    fn new(body: &'b Body<'a, 'p>, half: usize, row: (usize, usize), column: (usize, usize)) -> Self {
+        let lhs = body.lhs[half.min(body.lhs.len() - 1)].slice(0, row.0, row.1);
+        let rhs = &body.rhs[half.min(body.rhs.len() - 1)];
+        let (rhs, rhs_depth) = match body.plan.problem().layout {
+            Layout::WeightTransposed => (rhs.slice(0, column.0, column.1), 1),
+            Layout::RowMajor | Layout::FeatureMajor => (rhs.slice(1, column.0, column.1), 0),
+        };
+        Self { body, lhs, rhs, rhs_depth }
+    }
+
+    /// `sum` plus the product over `size` features from `from` on, those of `x` outside `kept` taken as zeros. Only what is
+    /// below `real` is there: beyond it is anything.
+    fn multiply(&self, (from, size): (usize, usize), kept: Range<usize>, real: usize, sum: Value<'a>) -> Value<'a> {
+        let (k, problem) = (self.body.k, self.body.plan.problem());
+        let Arithmetic { operand, .. } = self.body.plan.arithmetic();
+        let (mut lhs, mut rhs) = (self.lhs.slice(1, from, size).load(), self.rhs.slice(self.rhs_depth, from, size).load());
+        let of_x = kept.start.saturating_sub(from)..(kept.end - from).min(size);
+        // Zeros of x do where the weight is finite, as integers always are.
+        let of_w = if problem.weight_element().is_float() { 0..(real - from).min(size) } else { 0..size };
+        let (of_lhs, of_rhs) = if problem.layout == Layout::FeatureMajor { (of_w, of_x) } else { (of_x, of_w) };
+        (lhs, rhs) = (self.masked(lhs, 1, of_lhs), self.masked(rhs, self.rhs_depth, of_rhs));
+        let dims = if self.rhs_depth == 1 { DotDims::nt() } else { DotDims::nn() };
+        let precision = if operand == Element::F32 { Precision::Fp32 } else { Precision::Default };
+        k.dot_general(widened(lhs, operand), widened(rhs, operand), sum, &dims, precision)
+    }
+
+    /// Zeros outside `kept` along `dim`.
+    fn masked(&self, tile: Value<'a>, dim: usize, kept: Range<usize>) -> Value<'a> {
+        let (element, size) = (tile.element(), tile.dims()[dim]);
+        if kept == (0..size) {
+            return tile;
+        }
+        // Narrow elements have no selects of their own on older chips.
+        let (wide, zero) = if element.is_float() { (Element::F32, 0.0.literal()) } else { (Element::I32, 0.literal()) };
+        let wide = tile.cast(wide);
+        let index = self.body.k.iota(&tile.dims(), dim);
+        let inside = match kept.start {
+            0 => index.less(kept.end),
+            start if kept.end == size => index.greater_equal(start),
+            start => index.greater_equal(start) & index.less(kept.end),
+        };
+        inside.select(wide, zero).cast(element)
+    }
+}
+
+/// `tile` as `element`, exactly; through types that every chip converts.
+fn widened<'a>(tile: Value<'a>, element: Element) -> Value<'a> {
+    match (tile.element().is_float(), element.is_float()) {
+        (false, true) => tile.cast(Element::I32).cast(Element::F32).cast(element),
+        _ => tile.cast(element),
     }
 }
 

@@ -15,7 +15,7 @@ pub(super) fn sets() -> Vec<MutantSet<Matmul>> {
     let (input, output, layout) = (Element::Bf16, Element::F32, Layout::RowMajor);
     let epilogue = Epilogue { bias: true, activation: Activation::Identity, residual: true };
     let set = |layers, mutants: &[Mutant], nothing_superfluous| {
-        let spec = Spec { m: 40, k: 600, n: 300, input, output, layout, epilogue, layers };
+        let spec = Spec { input, output, layout, epilogue, layers, ..Spec::new([40, 600, 300], input) };
         let problem = Problem::new(spec).expect("a problem");
         let options = Options { tiles: Some(Tiles { m: 16, n: 128, k: 256 }), vmem_limit: None };
         let plan = Plan::new(problem, Chip::V5p, options).expect("legal tiles");

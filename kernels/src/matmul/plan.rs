@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Matmul,
-    problem::{Activation, Layout, Problem},
+    problem::{Activation, Layout, Problem, Quantized},
 };
 use crate::{
     chips::{Chip, ChipInfo},
@@ -180,6 +180,7 @@ impl Plan {
             Axis::Rows => rows,
             Axis::Columns => columns,
             Axis::Depth => depth,
+            Axis::Groups => self.problem().groups(),
             Axis::One => 1,
         };
         let (block, count) = Blocks::new(self.problem(), self.tiles()).along(axis);
@@ -206,10 +207,43 @@ impl Plan {
         self.steps_of_grid()[2]
     }
 
+    /// What the matrix units multiply and add up in.
+    pub(super) fn arithmetic(&self) -> Arithmetic {
+        arithmetic(self.problem(), self.chip())
+    }
+
+    /// The type of the sums that are kept from one step along `k` to the next.
+    pub(super) fn accumulator(&self) -> Element {
+        accumulator(self.problem(), self.chip())
+    }
+
     /// Real elements of the last step along `k`; 0 if all are.
     pub(super) fn edge(&self) -> usize {
         self.problem().k % self.tiles().k
     }
+}
+
+/// What the matrix units multiply, and what they add up in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Arithmetic {
+    /// The type of both operands; what is stored otherwise is converted in VMEM, which loses nothing.
+    pub operand: Element,
+    /// The type of their products' sums.
+    pub sum: Element,
+}
+
+fn arithmetic(problem: &Problem, chip: Chip) -> Arithmetic {
+    let operand = match problem.quantized {
+        Some(quantized) if quantized.activations && chip.multiplies(quantized.weight) => quantized.weight,
+        Some(quantized) if quantized.activations => Element::Bf16,
+        _ => problem.input,
+    };
+    Arithmetic { operand, sum: if operand == Element::I8 { Element::I32 } else { Element::F32 } }
+}
+
+/// Sums of several groups are scaled, and so in f32.
+fn accumulator(problem: &Problem, chip: Chip) -> Element {
+    if problem.group().is_some() { Element::F32 } else { arithmetic(problem, chip).sum }
 }
 
 /// What a dimension of an array is to the kernel.
@@ -221,6 +255,8 @@ pub(super) enum Axis {
     Columns,
     /// What is summed over.
     Depth,
+    /// Parts of the depth that have scales of their own.
+    Groups,
     /// Size 1.
     One,
 }
@@ -230,6 +266,10 @@ pub(super) enum Axis {
 pub(super) enum Side {
     Left,
     Right,
+    /// Scales of the weight.
+    Scale,
+    /// Scales of the rows of `x`.
+    RowScale,
     Bias,
     Residual,
     Out,
@@ -249,14 +289,15 @@ pub(super) struct ArrayWindow {
     pub stacked: bool,
 }
 
-/// The windows of a problem's kernel, in the order of its operands: left side, right side, bias, residual, output.
+/// The windows of a problem's kernel, in the order of its operands: left side, right side, scales of the weight and of
+/// `x`, bias, residual, output.
 pub(super) fn windows(problem: &Problem) -> Vec<ArrayWindow> {
-    use Axis::{Columns, Depth, One, Rows};
-    let (input, output) = (problem.input, problem.output);
-    let (x, w, bias) = match problem.layout {
-        Layout::RowMajor => ([Rows, Depth], [Depth, Columns], [One, Columns]),
-        Layout::WeightTransposed => ([Rows, Depth], [Columns, Depth], [One, Columns]),
-        Layout::FeatureMajor => ([Depth, Columns], [Rows, Depth], [Rows, One]),
+    use Axis::{Columns, Depth, Groups, One, Rows};
+    let output = problem.output;
+    let (x, w, [scale, row_scale], bias) = match problem.layout {
+        Layout::RowMajor => ([Rows, Depth], [Depth, Columns], [[Groups, Columns], [Rows, One]], [One, Columns]),
+        Layout::WeightTransposed => ([Rows, Depth], [Columns, Depth], [[Groups, Columns], [Rows, One]], [One, Columns]),
+        Layout::FeatureMajor => ([Depth, Columns], [Rows, Depth], [[Rows, Groups], [One, Columns]], [Rows, One]),
     };
     let whole =
         |name, side, element, axes| vec![ArrayWindow { name, side, element, axes, half: 0, halves: 1, stacked: false }];
@@ -266,12 +307,20 @@ pub(super) fn windows(problem: &Problem) -> Vec<ArrayWindow> {
         let window = |(half, name)| ArrayWindow { name, side, element, axes, half, halves, stacked };
         names.into_iter().enumerate().map(window).collect()
     };
-    let weights = |side| split(names(problem, "w", "w_gate", "w_up"), side, input, w);
+    let weights = |side| split(names(problem, "w", "w_gate", "w_up"), side, problem.weight_element(), w);
+    let x = |side| whole("x", side, problem.x_element(), x);
     let mut windows = match problem.layout {
-        Layout::FeatureMajor => [weights(Side::Left), whole("x", Side::Right, input, x)],
-        Layout::RowMajor | Layout::WeightTransposed => [whole("x", Side::Left, input, x), weights(Side::Right)],
+        Layout::FeatureMajor => [weights(Side::Left), x(Side::Right)],
+        Layout::RowMajor | Layout::WeightTransposed => [x(Side::Left), weights(Side::Right)],
     }
     .concat();
+    if problem.quantized.is_some() {
+        let names = names(problem, "w_scale", "w_scale_gate", "w_scale_up");
+        windows.extend(split(names, Side::Scale, Element::F32, scale));
+    }
+    if problem.quantized_x() {
+        windows.extend(whole("x_scale", Side::RowScale, Element::F32, row_scale));
+    }
     if problem.epilogue.bias {
         // As f32: broadcasting a packed row takes scratch on v4, and the bias is small.
         windows.extend(split(names(problem, "bias", "bias_gate", "bias_up"), Side::Bias, Element::F32, bias));
@@ -296,6 +345,11 @@ fn shape(problem: &Problem) -> Shape {
     Shape { rows, columns, depth: problem.k }
 }
 
+/// Whether products are of f32: the matrix unit multiplies each operand's three bf16 parts.
+fn splits(problem: &Problem) -> bool {
+    problem.input == Element::F32 && !problem.quantized_x()
+}
+
 fn gated(problem: &Problem) -> bool {
     problem.epilogue.activation == Activation::SiluGate
 }
@@ -306,12 +360,11 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
         Layout::FeatureMajor => (true, false),
         Layout::RowMajor | Layout::WeightTransposed => (false, true),
     };
-    for (key, tile, size, lanes) in [
-        ("tiles.m", tiles.m, problem.m, lane_m),
-        ("tiles.n", tiles.n, problem.n, lane_n),
-        ("tiles.k", tiles.k, problem.k, true),
+    for (key, tile, size, unit) in [
+        ("tiles.m", tiles.m, problem.m, if lane_m { LANES } else { sublanes(problem.x_element()) }),
+        ("tiles.n", tiles.n, problem.n, if lane_n { LANES } else { sublanes(problem.weight_element()) }),
+        ("tiles.k", tiles.k, problem.k, LANES),
     ] {
-        let unit = if lanes { LANES } else { SUBLANES };
         if tile == 0 || tile > size.next_multiple_of(unit) || (tile != size && !tile.is_multiple_of(unit)) {
             return Err(PlanError {
                 key,
@@ -320,6 +373,14 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
                 fix: format!("give {} or another multiple of {unit}", size.min(unit.max(tile / unit * unit))),
             });
         }
+    }
+    if let Some(group) = problem.group().filter(|&group| !groups_align(problem.k, group, tiles.k)) {
+        return Err(PlanError {
+            key: "tiles.k",
+            value: tiles.k.to_string(),
+            limit: format!("neither divides the group of {group} features with a scale of their own, nor is a multiple"),
+            fix: format!("give {}", group.next_multiple_of(LANES).min(problem.k)),
+        });
     }
     if gated(problem) && !halves_align(problem, tiles.n) {
         return Err(PlanError {
@@ -332,6 +393,17 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
     Ok(())
 }
 
+/// Rows of a tile of `element` in HBM: 32-bit words hold several rows of narrow elements. (Blocks of 8 rows of bf16 are
+/// legal, too.)
+fn sublanes(element: Element) -> usize {
+    if element.bytes() == 1 { 4 * SUBLANES } else { SUBLANES }
+}
+
+/// Whether every step along `k` has whole groups, or a part of one.
+pub(super) fn groups_align(k: usize, group: usize, tile: usize) -> bool {
+    tile == k || tile.is_multiple_of(group) || group.is_multiple_of(tile)
+}
+
 /// Whether a window of `tile` features can start at the first up of a gated weight.
 fn halves_align(problem: &Problem, tile: usize) -> bool {
     problem.n.is_multiple_of(tile) && tile.is_multiple_of(up_unit(problem))
@@ -342,8 +414,8 @@ fn halves_align(problem: &Problem, tile: usize) -> bool {
 fn up_unit(problem: &Problem) -> usize {
     match problem.layout {
         Layout::RowMajor => LANES,
-        Layout::WeightTransposed if problem.epilogue.bias => LANES,
-        Layout::WeightTransposed | Layout::FeatureMajor => SUBLANES,
+        Layout::WeightTransposed if problem.epilogue.bias || problem.quantized.is_some() => LANES,
+        Layout::WeightTransposed | Layout::FeatureMajor => sublanes(problem.weight_element()),
     }
 }
 
@@ -390,12 +462,18 @@ impl<'p> Blocks<'p> {
             Layout::WeightTransposed => columns.next_multiple_of(SUBLANES),
             Layout::RowMajor | Layout::FeatureMajor => lanes,
         };
-        let live = match self.problem.input {
-            Element::F32 => self.block[2] * (left * rows + right * columns) * 6,
-            _ => products * rows * lanes * 4 + (depth * columns * 2).min(HELD_OF_WEIGHT),
+        let live = match splits(self.problem) {
+            true => self.block[2] * (left * rows + right * columns) * 6,
+            false => products * rows * lanes * 4 + (depth * columns * 2).min(HELD_OF_WEIGHT),
         };
-        let gated = if gated(self.problem) { " gated" } else { "" };
-        Spilling { family: format!("{}{gated}", self.problem.input), live: Bytes(live as u64) }
+        let mut family = if splits(self.problem) { "f32" } else { "bf16" }.to_owned();
+        if let Some(Quantized { weight, group, activations }) = self.problem.quantized {
+            family += &format!(" {weight}");
+            family += if activations { " on both sides" } else { "" };
+            family += if group.is_some() { " in groups" } else { "" };
+        }
+        family += if gated(self.problem) { " gated" } else { "" };
+        Spilling { family, live: Bytes(live as u64) }
     }
 
     /// Windows of each side: the weight of a gated product has two.
@@ -410,7 +488,8 @@ impl<'p> Blocks<'p> {
         let [rows, columns, depth] = self.block;
         if self.counts[2] > 1 {
             for name in names(self.problem, "sum", "sum_gate", "sum_up") {
-                buffers.push(Buffer::new(name, BufferKind::Scratch, Element::F32, &[rows, columns], 1));
+                let element = accumulator(self.problem, chip);
+                buffers.push(Buffer::new(name, BufferKind::Scratch, element, &[rows, columns], 1));
             }
         }
         if chip == Chip::V4 && self.problem.input == Element::Bf16 && rows <= 4 && depth > LANES {
@@ -441,6 +520,7 @@ impl<'p> Blocks<'p> {
             Axis::Rows => (self.block[0], self.counts[0]),
             Axis::Columns => (self.block[1], self.counts[1]),
             Axis::Depth => (self.block[2], self.counts[2]),
+            Axis::Groups => (self.problem.groups(), 1),
             Axis::One => (1, 1),
         }
     }
@@ -491,7 +571,7 @@ impl<'p> Blocks<'p> {
         let side = info.mxu;
         let weight_tiles = (columns.div_ceil(side) * depth.div_ceil(side)) as f64;
         let units = info.peak_flop_per_cycle_and_core as f64 / (2 * side * side) as f64;
-        let passes = if self.problem.input == Element::F32 { F32_PASSES } else { 1.0 };
+        let passes = if splits(self.problem) { F32_PASSES } else { 1.0 };
         let streamed = (rows.next_multiple_of(SUBLANES) as f64).max(WEIGHT_LOAD * side as f64);
         passes * weight_tiles * streamed / units
     }
@@ -515,7 +595,7 @@ const F32_PASSES: f64 = 6.0;
 /// three bf16 parts, all of which are live: they go through the depth in pieces.
 fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
     let [rows, columns, depth] = blocks.block;
-    let (most_rows, most_depth) = if blocks.problem.input == Element::F32 { (128, 128) } else { (256, depth) };
+    let (most_rows, most_depth) = if splits(blocks.problem) { (128, 128) } else { (256, depth) };
     Chunk { rows: rows.min(most_rows), columns: columns.min(info.mxu), depth: depth.min(most_depth) }
 }
 
@@ -531,7 +611,7 @@ pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tile
             if gated(problem) && !halves_align(problem, n) {
                 continue;
             }
-            for &k in &ks {
+            for &k in ks.iter().filter(|&&k| problem.group().is_none_or(|group| groups_align(problem.k, group, k))) {
                 let tiles = Tiles { m, n, k };
                 let blocks = Blocks::new(problem, tiles);
                 let cycles = [Order::RowsOuter, Order::ColumnsOuter]

@@ -1,7 +1,7 @@
 //! Kernels in Rust, as custom calls of the CPU plugin: four matmuls and one attention a layer, and nothing between them.
 //!
-//! A matmul of more rows than the call takes (prefill) is XLA's own, and so is the gated one of a model with biases in
-//! its MLP, which the call does not know.
+//! A matmul of more rows than the call takes (prefill) is XLA's own, and so are those that the call does not know: of
+//! quantized weights, and the gated one of a model with biases in its MLP.
 
 use pagoda_ir::Result;
 use pagoda_ir::stablehlo::{Builder, Tensor};
@@ -25,7 +25,7 @@ impl Native {
 /// Whether the call takes a projection of `x`.
 fn takes(x: Tensor<'_, '_>, linear: &Linear<'_, '_>) -> bool {
     let gated = linear.activation == Activation::SiluGate;
-    x.dims()[1] <= MAX_COLUMNS && linear.layer.is_none() && !(gated && linear.bias.is_some())
+    x.dims()[1] <= MAX_COLUMNS && linear.layer.is_none() && linear.scale.is_none() && !(gated && linear.bias.is_some())
 }
 
 impl<'c> Lowering<'c> for Native {
