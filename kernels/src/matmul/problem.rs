@@ -128,8 +128,11 @@ pub struct Spec {
 #[cfg(feature = "cli")]
 fn elements() -> impl clap::builder::TypedValueParser<Value = Element> {
     use clap::builder::{PossibleValuesParser, TypedValueParser};
-    PossibleValuesParser::new(Quantized::ELEMENTS.map(Element::mlir))
-        .map(|name| Element::from_mlir(&name).expect("one of the possible values"))
+    const NAMES: [&str; Quantized::ELEMENTS.len()] = ["i8", "f8e4m3fn", "f8e5m2"];
+    PossibleValuesParser::new(NAMES).map(|name| {
+        let at = NAMES.iter().position(|&known| known == name).expect("one of the possible values");
+        Quantized::ELEMENTS[at]
+    })
 }
 
 const fn one() -> usize {
@@ -177,7 +180,7 @@ const MOST_I8: usize = (1 << 17) - 1;
 
 impl Quantized {
     /// Types that a quantized weight may have.
-    pub const ELEMENTS: [Element; 1] = [Element::I8];
+    pub const ELEMENTS: [Element; 3] = [Element::I8, Element::F8E4M3Fn, Element::F8E5M2];
 
     fn validate(self, k: usize) -> Result<(), Invalid> {
         let Self { weight, group, activations } = self;

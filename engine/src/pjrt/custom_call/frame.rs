@@ -315,6 +315,9 @@ fn element(dtype: c_int) -> Option<Element> {
         11 => Element::F32,
         12 => Element::F64,
         16 => Element::Bf16,
+        19 => Element::F8E5M2,
+        20 => Element::F8E4M3Fn,
+        23 => Element::F8E4M3B11Fnuz,
         _ => return None,
     })
 }
