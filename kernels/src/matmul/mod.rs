@@ -91,8 +91,8 @@ impl Kernel for Matmul {
         let unit = if quantized.is_some() { 32 } else { 8 };
         let (unit_m, unit_n) = if layout == Layout::FeatureMajor { (128, unit) } else { (unit, 128) };
         let gate = choices.coin();
-        // A gated weight is cut where the ups begin: its blocks divide n.
-        let n = if gate { n.next_multiple_of(unit_n) } else { n };
+        // As often as not a block can start at the first up.
+        let n = if gate && choices.coin() { n.next_multiple_of(unit_n) } else { n };
         let activation = if gate { Activation::SiluGate } else { Activation::Identity };
         let epilogue = Epilogue { bias: choices.coin(), activation, residual: choices.coin() };
         // All of a dimension, or a few units of it.
@@ -104,7 +104,7 @@ impl Kernel for Matmul {
         if quantized.and_then(|quantized| quantized.group).is_some_and(|group| !plan::groups_align(k, group, tiles.k)) {
             tiles.k = 128;
         }
-        if gate && !n.is_multiple_of(tiles.n) {
+        if gate && (!tiles.n.is_multiple_of(unit_n) || n.is_multiple_of(unit_n) && !n.is_multiple_of(tiles.n)) {
             tiles.n = unit_n;
         }
         let layers = choices.one_of(&[1, 1, 2, 3]);
@@ -181,10 +181,6 @@ impl Kernel for Matmul {
 
     fn mutants() -> Vec<MutantSet<Self>> {
         mutants::sets()
-    }
-
-    fn plannable(problem: &Problem, _: Chip) -> std::result::Result<(), PlanError> {
-        plan::plannable(problem)
     }
 
     fn legal(problem: &Problem, _: Chip, tiles: plan::Tiles) -> std::result::Result<(), PlanError> {

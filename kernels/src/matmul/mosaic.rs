@@ -17,11 +17,11 @@ use std::ops::Range;
 
 use pagoda_ir::{
     Element,
-    mosaic::{Builder, DotDims, IntoOperand, MemorySpace, Precision, Ref, Semantics, Value, Window, tiling::LANES},
+    mosaic::{Builder, DotDims, IntoOperand, MemorySpace, Precision, Ref, Semantics, Value, Window, tiling::{LANES, SUBLANES}},
 };
 
 use super::{
-    plan::{Arithmetic, ArrayWindow, Axis, Order, Plan, Side, names, windows},
+    plan::{Arithmetic, ArrayWindow, Axis, Cut, Order, Part, Plan, Side, is_cut, names, sum_dims, windows},
     problem::{Activation, Layout, Problem},
 };
 use crate::kernel::Operand;
@@ -35,8 +35,14 @@ pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
 /// of a gated product: the weight is named twice), scales of the weight and of `x`, the bias as a row or a column, the
 /// residual.
 pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
-    let copies = if problem.epilogue.activation == Activation::SiluGate { 2 } else { 1 };
-    let several = |operand: Operand| std::iter::repeat_n(operand, copies);
+    let gated = problem.epilogue.activation == Activation::SiluGate;
+    let several = |operand: Operand| std::iter::repeat_n(operand, windows_of_weight(problem));
+    // One value per feature: twice, or where no block can start at the first up cut in two.
+    let per_feature = |operand: Operand, dim: usize| match (gated, is_cut(problem)) {
+        (false, _) => vec![operand],
+        (true, false) => vec![operand.clone(), operand],
+        (true, true) => [0, problem.n].map(|start| operand.clone().slice(dim, start, problem.n)).to_vec(),
+    };
     let (x, w) = (Operand::of("x"), several(Operand::of("w")));
     let stack = (problem.layers > 1).then_some(problem.layers);
     let mut operands: Vec<_> = stack.iter().map(|_| Operand::of("layer").reshape(&[1])).collect();
@@ -45,21 +51,35 @@ pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
         Layout::RowMajor | Layout::WeightTransposed => operands.extend([x].into_iter().chain(w)),
     }
     if problem.quantized.is_some() {
-        operands.extend(several(Operand::of("w_scale")));
+        let features = if problem.layout == Layout::FeatureMajor { 0 } else { 1 } + stack.iter().len();
+        operands.extend(match problem.group() {
+            None => per_feature(Operand::of("w_scale"), features),
+            Some(_) => several(Operand::of("w_scale")).collect(),
+        });
     }
     if problem.quantized_x() {
         let dims = if problem.layout == Layout::FeatureMajor { [1, problem.m] } else { [problem.m, 1] };
         operands.push(Operand::of("x_scale").reshape(&dims));
     }
     if problem.epilogue.bias {
-        let columns = problem.weight_columns();
+        let columns = if is_cut(problem) { problem.n } else { problem.weight_columns() };
         let dims = if problem.layout == Layout::FeatureMajor { [columns, 1] } else { [1, columns] };
         let dims: Vec<_> = stack.into_iter().chain(dims).collect();
         // As f32: broadcasting a packed row takes scratch on v4, and the bias is small.
-        operands.extend(several(Operand::of("bias").cast(Element::F32).reshape(&dims)));
+        let bias = Operand::of("bias").cast(Element::F32).reshape(&dims);
+        operands.extend(per_feature(bias, stack.iter().len()));
     }
     operands.extend(problem.epilogue.residual.then(|| Operand::of("residual")));
     operands
+}
+
+/// How many windows walk over the weight.
+fn windows_of_weight(problem: &Problem) -> usize {
+    match problem.epilogue.activation {
+        Activation::Identity => 1,
+        Activation::SiluGate if is_cut(problem) => 3,
+        Activation::SiluGate => 2,
+    }
 }
 
 /// The kernel's operands.
@@ -104,19 +124,24 @@ impl<'a, 'p> Body<'a, 'p> {
         let (mut lhs, mut rhs, mut bias, mut residual, mut out) = (vec![], vec![], vec![], vec![], vec![]);
         let (mut scale, mut row_scale) = (vec![], None);
         for window in windows(plan.problem()) {
-            let ArrayWindow { name, side, element, axes, half, halves, stacked } = window;
-            let dims = axes.map(|axis| match axis {
-                Axis::Rows | Axis::Columns => plan.along(axis).0 * halves,
-                Axis::Depth | Axis::Groups | Axis::One => plan.along(axis).0,
-            });
+            let ArrayWindow { name, side, element, axes, part, stacked } = window;
+            let [dims, block] = [0, 1].map(|at| axes.map(|axis| <[usize; 2]>::from(plan.of_window(&window, axis))[at]));
+            let feature_axis = if plan.problem().layout == Layout::FeatureMajor { Axis::Rows } else { Axis::Columns };
             // A block of a stack is of one layer, whose index comes first.
             let of_stack = |layer, dims: [_; 2]| stacked.then_some(layer).into_iter().chain(dims).collect::<Vec<_>>();
-            let (dims, block) = (of_stack(layers, dims), of_stack(1, axes.map(|axis| plan.along(axis).1)));
+            let features = axes.iter().position(|&axis| axis == feature_axis);
+            let last = features.map_or(0, |at| dims[at].div_ceil(block[at]) - 1);
+            let (dims, block) = (of_stack(layers, dims), of_stack(1, block));
             let blocks = Window::blocks(&block, move |t| {
-                // The second half of a gated weight starts as many blocks further as the first one has.
-                let feature = |dim, axis| match half * plan.along(axis).2 {
-                    0 => t.grid(dim).literal(),
-                    skip => (t.grid(dim) + skip).literal(),
+                let feature = |dim, axis| match (part, plan.cut()) {
+                    // The second half of a gated weight starts as many blocks further as the first one has.
+                    (Part::Half(1), _) if axis == feature_axis => (t.grid(dim) + plan.along(axis).2).literal(),
+                    // What would lie beyond the last block is not looked at.
+                    (Part::Ups, Some(cut)) if axis == feature_axis => (t.grid(dim) + cut.first).minimum(last).literal(),
+                    (Part::UpsBehind, Some(cut)) if axis == feature_axis => {
+                        (t.grid(dim) * cut.extra_step + cut.first_extra).minimum(last).literal()
+                    }
+                    _ => t.grid(dim).literal(),
                 };
                 let within = axes.map(|axis| match axis {
                     Axis::Rows => feature(row, axis),
@@ -144,8 +169,16 @@ impl<'a, 'p> Body<'a, 'p> {
                 Side::Out => out.push(block),
             }
         }
-        let sums = match plan.steps() {
-            1 => vec![],
+        let sums = match (plan.cut(), plan.steps()) {
+            (Some(cut), _) => {
+                let axis = if plan.problem().layout == Layout::FeatureMajor { 0 } else { 1 };
+                let sums = [("sum_gate", cut.block), ("sum_up", cut.ups())].map(|(name, features)| {
+                    let dims = sum_dims(plan.blocks(), axis, features);
+                    k.scratch(name, MemorySpace::Vmem, plan.accumulator(), &dims)
+                });
+                sums.to_vec()
+            }
+            (None, 1) => vec![],
             _ => names(plan.problem(), "sum", "sum_gate", "sum_up")
                 .into_iter()
                 .map(|name| k.scratch(name, MemorySpace::Vmem, plan.accumulator(), &[rows, columns]))
@@ -157,6 +190,9 @@ impl<'a, 'p> Body<'a, 'p> {
     fn write(&self) {
         let (k, steps) = (self.k, self.plan.steps());
         let edge = Some(self.plan.edge()).filter(|&edge| edge > 0);
+        if let Some(cut) = self.plan.cut() {
+            return self.write_cut(cut, edge);
+        }
         let first = self.step.equals(0);
         match steps {
             1 => self.multiply(Sum::Zero, true, edge),
@@ -168,6 +204,72 @@ impl<'a, 'p> Body<'a, 'p> {
                 k.if_else(last, || self.multiply(Sum::Loaded, true, edge), || self.multiply(Sum::Loaded, false, None));
             }
         }
+    }
+
+    /// Of a weight that is [`Cut`]: products of its three blocks are added to scratch, where ups lie side by side; in the
+    /// last step along `k` they are shifted to their gates.
+    fn write_cut(&self, cut: Cut, edge: Option<usize>) {
+        let (k, steps) = (self.k, self.plan.steps());
+        k.when(self.step.equals(0), || self.sums.iter().for_each(|sum| sum.store(0.0)));
+        let add = |edge| {
+            for (window, sum, at) in [(0, 0, 0), (1, 1, 0), (2, 1, cut.block)] {
+                self.add_window(window, &self.sums[sum], at, edge);
+            }
+        };
+        let finish = || {
+            for [row, column] in self.chunks() {
+                let gate = part(&self.sums[0], row, column).load();
+                self.store(row, column, vec![gate, self.shifted(cut, row, column)]);
+            }
+        };
+        if steps == 1 {
+            add(edge);
+            return finish();
+        }
+        let last = self.step.equals(steps - 1);
+        k.if_else(
+            last,
+            || {
+                add(edge);
+                finish();
+            },
+            || add(None),
+        );
+    }
+
+    /// Adds the product of one of the weight's windows to `sum`, from feature `at` on.
+    fn add_window(&self, window: usize, sum: &Ref<'a>, at: usize, edge: Option<usize>) {
+        let (mut size, chunk) = (self.plan.blocks(), self.plan.chunk());
+        let feature_major = self.plan.problem().layout == Layout::FeatureMajor;
+        let side = if feature_major { &self.lhs[window] } else { &self.rhs[window] };
+        let features = if self.plan.problem().layout == Layout::RowMajor { 1 } else { 0 };
+        size[if feature_major { 0 } else { 1 }] = side.dims()[features];
+        for column in ranges(size[1], chunk.columns) {
+            for row in ranges(size[0], chunk.rows) {
+                let into = match feature_major {
+                    true => part(sum, (row.0 + at, row.1), column),
+                    false => part(sum, row, (column.0 + at, column.1)),
+                };
+                into.store(self.product(window, row, column, into.load(), edge));
+            }
+        }
+    }
+
+    /// The ups of a chunk, from where they lie.
+    fn shifted(&self, cut: Cut, row: (usize, usize), column: (usize, usize)) -> Value<'a> {
+        let axis = if self.plan.problem().layout == Layout::FeatureMajor { 0 } else { 1 };
+        // Whole registers, and one more of what follows.
+        let unit = if axis == 0 { SUBLANES } else { LANES };
+        let mut from = [row.0, column.0];
+        let mut size = [row.1.next_multiple_of(SUBLANES), column.1];
+        from[axis] += cut.shift / unit * unit;
+        size[axis] = size[axis].next_multiple_of(unit) + unit;
+        let wide = part(&self.sums[1], (from[0], size[0]), (from[1], size[1])).load();
+        let turned = match cut.shift % unit {
+            0 => wide,
+            shift => wide.rotate(size[axis] - shift, axis),
+        };
+        turned.slice(&[0, 0], &[row.1, column.1])
     }
 
     /// Row and column ranges of the chunks.
@@ -182,7 +284,12 @@ impl<'a, 'p> Body<'a, 'p> {
     fn multiply(&self, start: Sum, finish: bool, edge: Option<usize>) {
         let products = self.lhs.len().max(self.rhs.len());
         for [row, column] in self.chunks() {
-            let sums: Vec<_> = (0..products).map(|half| self.product(half, row, column, start, edge)).collect();
+            let start = |half: usize| match start {
+                Sum::Zero => self.k.zeros(self.plan.accumulator(), &[row.1, column.1]),
+                Sum::Loaded => part(&self.sums[half], row, column).load(),
+            };
+            let sums: Vec<_> =
+                (0..products).map(|half| self.product(half, row, column, start(half), edge)).collect();
             if finish {
                 self.store(row, column, sums);
             } else {
@@ -193,22 +300,18 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// Start plus product of one chunk.
+    /// `start` plus product of one chunk of a window of the weight.
     fn product(
         &self,
         half: usize,
         row: (usize, usize),
         column: (usize, usize),
-        start: Sum,
+        start: Value<'a>,
         edge: Option<usize>,
     ) -> Value<'a> {
-        let (k, arithmetic) = (self.k, self.plan.arithmetic());
+        let arithmetic = self.plan.arithmetic();
         let sides = Sides::new(self, half, row, column);
-        let zeros = |element| k.zeros(element, &[row.1, column.1]);
-        let mut sum = match start {
-            Sum::Zero => zeros(self.plan.accumulator()),
-            Sum::Loaded => part(&self.sums[half], row, column).load(),
-        };
+        let mut sum = start;
         let [_, _, depth] = self.plan.blocks();
         let real = edge.unwrap_or(depth);
         let pieces = |(first, size): (usize, usize)| {
@@ -222,7 +325,8 @@ impl<'a, 'p> Body<'a, 'p> {
         for (first, size) in ranges(depth, group.max(LANES)).filter(|&(first, _)| first < real) {
             for (start, width) in ranges(size, group).filter(|&(start, _)| first + start < real) {
                 let kept = first + start..real.min(first + start + width);
-                let products = pieces((first, size)).fold(zeros(arithmetic.sum), |sum, piece| {
+                let zeros = self.k.zeros(arithmetic.sum, &[row.1, column.1]);
+                let products = pieces((first, size)).fold(zeros, |sum, piece| {
                     sides.multiply(piece, kept.clone(), real, sum)
                 });
                 sum = sum + products.cast(Element::F32) * self.group_scale(half, row, column, first + start, group);

@@ -122,22 +122,6 @@ impl fmt::Display for Details {
     }
 }
 
-/// Refuses a gated weight that no block can be cut where its ups begin.
-pub(super) fn plannable(problem: &Problem) -> Result<(), PlanError> {
-    let unit = up_unit(problem);
-    if gated(problem) && !problem.n.is_multiple_of(unit) {
-        return Err(PlanError {
-            key: "n",
-            value: problem.n.to_string(),
-            limit: format!(
-                "is not a multiple of {unit}, so that no block of the gated weight can start at the first up"
-            ),
-            fix: format!("pad n to {}, or compute gates and ups by two products", problem.n.next_multiple_of(unit)),
-        });
-    }
-    Ok(())
-}
-
 /// What follows from legal tiles, in the better of both orders.
 pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
     let (blocks, info) = (Blocks::new(problem, tiles), chip.info());
@@ -171,6 +155,19 @@ impl Plan {
     /// What it should cost.
     pub fn estimate(&self) -> Estimate {
         self.details().estimate
+    }
+
+    /// How ups are cut from within blocks, where none can start at the first.
+    pub(super) fn cut(&self) -> Option<Cut> {
+        cut(self.problem(), self.tiles().n)
+    }
+
+    /// Size of a window's array and of its block along an axis.
+    pub(super) fn of_window(&self, window: &ArrayWindow, axis: Axis) -> (usize, usize) {
+        let features = axis == if self.problem().layout == Layout::FeatureMajor { Axis::Rows } else { Axis::Columns };
+        let copies = if features && window.part != Part::Whole { 2 } else { 1 };
+        let block = Blocks::new(self.problem(), self.tiles()).of_window(window, axis).0;
+        (copies * self.along(axis).0, block)
     }
 
     /// Size of the whole dimension, size of a block, and number of blocks along an axis.
@@ -275,6 +272,19 @@ pub(super) enum Side {
     Out,
 }
 
+/// Which part of an array a window walks over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// All of it.
+    Whole,
+    /// One of two halves of its features: gates, then ups.
+    Half(usize),
+    /// Of the features of a gated weight that is [`Cut`]: gates, the block that ups begin in, the block behind it.
+    Gates,
+    Ups,
+    UpsBehind,
+}
+
 /// One window of the kernel: the part of an array that a grid step sees.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ArrayWindow {
@@ -282,9 +292,8 @@ pub(super) struct ArrayWindow {
     pub side: Side,
     pub element: Element,
     pub axes: [Axis; 2],
-    /// Which half of the array it walks over, and of how many: gates are the first half of a gated weight, ups the second.
-    pub half: usize,
-    pub halves: usize,
+    /// Which part of the array it walks over.
+    pub part: Part,
     /// Whether the array is a stack of all layers, along a dimension of its own before `axes`.
     pub stacked: bool,
 }
@@ -299,15 +308,28 @@ pub(super) fn windows(problem: &Problem) -> Vec<ArrayWindow> {
         Layout::WeightTransposed => ([Rows, Depth], [Columns, Depth], [[Groups, Columns], [Rows, One]], [One, Columns]),
         Layout::FeatureMajor => ([Depth, Columns], [Rows, Depth], [[Rows, Groups], [One, Columns]], [Rows, One]),
     };
-    let whole =
-        |name, side, element, axes| vec![ArrayWindow { name, side, element, axes, half: 0, halves: 1, stacked: false }];
-    let split = |names: Vec<&'static str>, side, element, axes| -> Vec<ArrayWindow> {
-        let halves = names.len();
-        let stacked = problem.layers > 1;
-        let window = |(half, name)| ArrayWindow { name, side, element, axes, half, halves, stacked };
-        names.into_iter().enumerate().map(window).collect()
+    let whole = |name, side, element, axes| {
+        vec![ArrayWindow { name, side, element, axes, part: Part::Whole, stacked: false }]
     };
-    let weights = |side| split(names(problem, "w", "w_gate", "w_up"), side, problem.weight_element(), w);
+    let stacked = problem.layers > 1;
+    let split = |names: &[&'static str], parts: &[Part], side, element, axes| -> Vec<ArrayWindow> {
+        let window = |(&name, &part)| ArrayWindow { name, side, element, axes, part, stacked };
+        names.iter().zip(parts).map(window).collect()
+    };
+    let halves = [Part::Half(0), Part::Half(1)];
+    // Of what lies as the weight does, and of what has one value for each of its features, which the program cuts in two
+    // where no block can start at the first up.
+    let like_weight = |names: [&'static str; 4], side, element, axes| match (gated(problem), is_cut(problem)) {
+        (false, _) => split(&names[..1], &[Part::Whole], side, element, axes),
+        (true, false) => split(&names[1..3], &halves, side, element, axes),
+        (true, true) => split(&names[1..], &[Part::Gates, Part::Ups, Part::UpsBehind], side, element, axes),
+    };
+    let per_feature = |names: [&'static str; 3], side, element, axes| match (gated(problem), is_cut(problem)) {
+        (false, _) => split(&names[..1], &[Part::Whole], side, element, axes),
+        (true, false) => split(&names[1..], &halves, side, element, axes),
+        (true, true) => split(&names[1..], &[Part::Whole; 2], side, element, axes),
+    };
+    let weights = |side| like_weight(["w", "w_gate", "w_up", "w_up_behind"], side, problem.weight_element(), w);
     let x = |side| whole("x", side, problem.x_element(), x);
     let mut windows = match problem.layout {
         Layout::FeatureMajor => [weights(Side::Left), x(Side::Right)],
@@ -315,15 +337,18 @@ pub(super) fn windows(problem: &Problem) -> Vec<ArrayWindow> {
     }
     .concat();
     if problem.quantized.is_some() {
-        let names = names(problem, "w_scale", "w_scale_gate", "w_scale_up");
-        windows.extend(split(names, Side::Scale, Element::F32, scale));
+        let names = ["w_scale", "w_scale_gate", "w_scale_up", "w_scale_up_behind"];
+        windows.extend(match problem.group() {
+            None => per_feature([names[0], names[1], names[2]], Side::Scale, Element::F32, scale),
+            Some(_) => like_weight(names, Side::Scale, Element::F32, scale),
+        });
     }
     if problem.quantized_x() {
         windows.extend(whole("x_scale", Side::RowScale, Element::F32, row_scale));
     }
     if problem.epilogue.bias {
         // As f32: broadcasting a packed row takes scratch on v4, and the bias is small.
-        windows.extend(split(names(problem, "bias", "bias_gate", "bias_up"), Side::Bias, Element::F32, bias));
+        windows.extend(per_feature(["bias", "bias_gate", "bias_up"], Side::Bias, Element::F32, bias));
     }
     if problem.epilogue.residual {
         windows.extend(whole("residual", Side::Residual, output, [Rows, Columns]));
@@ -356,13 +381,10 @@ fn gated(problem: &Problem) -> bool {
 
 /// The rule of the pipeline's DMAs: a block spans the array, or is a multiple of a tile's rows or lanes.
 pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
-    let (lane_m, lane_n) = match problem.layout {
-        Layout::FeatureMajor => (true, false),
-        Layout::RowMajor | Layout::WeightTransposed => (false, true),
-    };
+    let (unit_m, unit_n) = units(problem);
     for (key, tile, size, unit) in [
-        ("tiles.m", tiles.m, problem.m, if lane_m { LANES } else { sublanes(problem.x_element()) }),
-        ("tiles.n", tiles.n, problem.n, if lane_n { LANES } else { sublanes(problem.weight_element()) }),
+        ("tiles.m", tiles.m, problem.m, unit_m),
+        ("tiles.n", tiles.n, problem.n, unit_n),
         ("tiles.k", tiles.k, problem.k, LANES),
     ] {
         if tile == 0 || tile > size.next_multiple_of(unit) || (tile != size && !tile.is_multiple_of(unit)) {
@@ -383,14 +405,28 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
         });
     }
     if gated(problem) && !halves_align(problem, tiles.n) {
-        return Err(PlanError {
-            key: "tiles.n",
-            value: tiles.n.to_string(),
-            limit: format!("does not divide the {} gates, so that no block could start at the first up", problem.n),
-            fix: format!("give a divisor of n that is a multiple of {}", up_unit(problem)),
-        });
+        let unit = up_unit(problem);
+        let (limit, fix) = match problem.n.is_multiple_of(unit) {
+            true => (
+                format!("does not divide the {} gates, so that no block could start at the first up", problem.n),
+                format!("give a divisor of n that is a multiple of {unit}"),
+            ),
+            false => (
+                format!("is not a multiple of {unit}, of which blocks are made where none can start at the first up"),
+                format!("give {} or another multiple of {unit}", tiles.n.next_multiple_of(unit)),
+            ),
+        };
+        return Err(PlanError { key: "tiles.n", value: tiles.n.to_string(), limit, fix });
     }
     Ok(())
+}
+
+/// What tiles along `m` and `n` are multiples of, where they do not span the dimension.
+fn units(problem: &Problem) -> (usize, usize) {
+    match problem.layout {
+        Layout::FeatureMajor => (LANES, sublanes(problem.weight_element())),
+        Layout::RowMajor | Layout::WeightTransposed => (sublanes(problem.x_element()), LANES),
+    }
 }
 
 /// Rows of a tile of `element` in HBM: 32-bit words hold several rows of narrow elements. (Blocks of 8 rows of bf16 are
@@ -404,18 +440,55 @@ pub(super) fn groups_align(k: usize, group: usize, tile: usize) -> bool {
     tile == k || tile.is_multiple_of(group) || group.is_multiple_of(tile)
 }
 
-/// Whether a window of `tile` features can start at the first up of a gated weight.
+/// Whether a gated weight can be cut into blocks of `tile` features: one starts at the first up, or none can ([`Cut`]).
 fn halves_align(problem: &Problem, tile: usize) -> bool {
-    problem.n.is_multiple_of(tile) && tile.is_multiple_of(up_unit(problem))
+    let unit = up_unit(problem);
+    tile.is_multiple_of(unit) && (problem.n.is_multiple_of(tile) || !problem.n.is_multiple_of(unit))
 }
 
-/// What the first up's index in a gated weight must be a multiple of: features are lanes of the weight, or its rows; those
-/// of a bias beside rows of activations are lanes in any case.
-fn up_unit(problem: &Problem) -> usize {
+/// A gated weight in which no block can start at the first up: the block that holds it is taken, and what follows behind
+/// it, and the products are shifted into place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cut {
+    /// Features of a block of gates, and of the block that a block's first up is in.
+    pub block: usize,
+    /// Features of the block behind that: as few as will do where ups begin within the first few of a block.
+    pub extra: usize,
+    /// The block that the first up is in, and where in it.
+    pub first: usize,
+    pub shift: usize,
+    /// The first block of `extra` features, and how many further the next one is.
+    pub first_extra: usize,
+    pub extra_step: usize,
+}
+
+/// Whether ups are cut from within blocks.
+pub(super) fn is_cut(problem: &Problem) -> bool {
+    gated(problem) && !problem.n.is_multiple_of(up_unit(problem))
+}
+
+fn cut(problem: &Problem, tile: usize) -> Option<Cut> {
+    let unit = up_unit(problem);
+    let first = problem.n / tile;
+    let shift = problem.n - first * tile;
+    let extra = if shift < unit { unit } else { tile };
+    let (first_extra, extra_step) = ((first + 1) * tile / extra, tile / extra);
+    is_cut(problem).then_some(Cut { block: tile, extra, first, shift, first_extra, extra_step })
+}
+
+impl Cut {
+    /// Features of the sums that ups are shifted out of.
+    pub fn ups(&self) -> usize {
+        self.block + self.extra
+    }
+}
+
+/// What the index of the first of a block's features is a multiple of: features are lanes of sums and biases beside rows of
+/// activations; else they are rows, of the weight too.
+pub(super) fn up_unit(problem: &Problem) -> usize {
     match problem.layout {
-        Layout::RowMajor => LANES,
-        Layout::WeightTransposed if problem.epilogue.bias || problem.quantized.is_some() => LANES,
-        Layout::WeightTransposed | Layout::FeatureMajor => sublanes(problem.weight_element()),
+        Layout::RowMajor | Layout::WeightTransposed => LANES,
+        Layout::FeatureMajor => sublanes(problem.weight_element()),
     }
 }
 
@@ -476,6 +549,37 @@ impl<'p> Blocks<'p> {
         Spilling { family, live: Bytes(live as u64) }
     }
 
+    fn cut(&self) -> Option<Cut> {
+        cut(self.problem, self.block[self.features()])
+    }
+
+    /// Which of `block` the weight's features are.
+    fn features(&self) -> usize {
+        if self.problem.layout == Layout::FeatureMajor { 0 } else { 1 }
+    }
+
+    /// Size of a window's block along an axis, and number of blocks that it walks over.
+    fn of_window(&self, window: &ArrayWindow, axis: Axis) -> (usize, usize) {
+        let (block, count) = self.along(axis);
+        let feature_axis = if self.features() == 0 { Axis::Rows } else { Axis::Columns };
+        let all = 2 * self.problem.n;
+        let size = match (window.part, self.cut()) {
+            (Part::Gates | Part::Ups, Some(cut)) if axis == feature_axis => cut.block.min(all),
+            (Part::UpsBehind, Some(cut)) if axis == feature_axis => cut.extra.min(all),
+            _ => block,
+        };
+        (size, count)
+    }
+
+    /// How many products of a block of gates' size one block takes.
+    fn products(&self) -> f64 {
+        match (gated(self.problem), self.cut()) {
+            (false, _) => 1.0,
+            (true, None) => 2.0,
+            (true, Some(cut)) => (cut.block + cut.ups()) as f64 / cut.block as f64,
+        }
+    }
+
     /// Windows of each side: the weight of a gated product has two.
     fn sides(&self) -> [usize; 2] {
         let weights = if gated(self.problem) { 2 } else { 1 };
@@ -486,7 +590,12 @@ impl<'p> Blocks<'p> {
     fn report(&self, chip: Chip) -> VmemReport {
         let mut buffers: Vec<Buffer> = windows(self.problem).iter().map(|window| self.buffer(window, chip)).collect();
         let [rows, columns, depth] = self.block;
-        if self.counts[2] > 1 {
+        if let Some(cut) = self.cut() {
+            for (name, features) in names(self.problem, "sum", "sum_gate", "sum_up").into_iter().zip([cut.block, cut.ups()]) {
+                let dims = sum_dims(self.block, self.features(), features);
+                buffers.push(Buffer::new(name, BufferKind::Scratch, accumulator(self.problem, chip), &dims, 1));
+            }
+        } else if self.counts[2] > 1 {
             for name in names(self.problem, "sum", "sum_gate", "sum_up") {
                 let element = accumulator(self.problem, chip);
                 buffers.push(Buffer::new(name, BufferKind::Scratch, element, &[rows, columns], 1));
@@ -504,7 +613,7 @@ impl<'p> Blocks<'p> {
         let kind = if window.side == Side::Out { BufferKind::OutputWindow } else { BufferKind::InputWindow };
         // A window that never moves has one buffer: there is no next block to fetch meanwhile.
         let moves = window.axes.iter().any(|&axis| self.along(axis).1 > 1) && !self.one_step_per_core(chip);
-        let block = window.axes.map(|axis| self.along(axis).0);
+        let block = window.axes.map(|axis| self.of_window(window, axis).0);
         Buffer::new(window.name, kind, window.element, &block, if moves { 2 } else { 1 })
     }
 
@@ -527,18 +636,17 @@ impl<'p> Blocks<'p> {
 
     /// Multiplications in the text of the body: the first and the last step along `k` have their own copies of it.
     fn multiplications(&self) -> usize {
-        let [left, right] = self.sides();
-        self.block.iter().product::<usize>() * left.max(right) * self.counts[2].min(2)
+        self.block.iter().product::<usize>() * self.counts[2].min(2) * self.products().ceil() as usize
     }
 
     fn estimate(&self, info: &ChipInfo, order: Order) -> Estimate {
         let [rows, columns, depth] = self.block.map(|size| size as f64);
         let [row_blocks, column_blocks, steps] = self.counts.map(|count| count as f64);
-        let (input, output) = (self.problem.input.bytes() as f64, self.problem.output.bytes() as f64);
-        let [lhs_windows, rhs_windows] = self.sides().map(|count| count as f64);
-        let products = lhs_windows.max(rhs_windows);
-        let lhs_tile = lhs_windows * rows * depth * input;
-        let rhs_tile = rhs_windows * depth * columns * input;
+        let output = self.problem.output.bytes() as f64;
+        let products = self.products();
+        let (x, w) = (self.problem.x_element().bytes() as f64, products * self.problem.weight_element().bytes() as f64);
+        let [lhs, rhs] = if self.problem.layout == Layout::FeatureMajor { [w, x] } else { [x, w] };
+        let (lhs_tile, rhs_tile) = (lhs * rows * depth, rhs * depth * columns);
         let residual = f64::from(u8::from(self.problem.epilogue.residual));
         let out_tile = rows * columns * output * (1.0 + residual);
         // A side whose block stays the same from one step to the next is not fetched again.
@@ -577,6 +685,14 @@ impl<'p> Blocks<'p> {
     }
 }
 
+/// Sizes of the sums of `features` of a [`Cut`] weight, in whole registers.
+pub(super) fn sum_dims(block: [usize; 3], axis: usize, features: usize) -> [usize; 2] {
+    let mut dims = [block[0], block[1]];
+    dims[axis] = features;
+    dims[0] = dims[0].next_multiple_of(SUBLANES);
+    dims
+}
+
 /// Bytes of a narrow weight that are held at once: however deep a chunk is, the compiler loads it piece by piece.
 const HELD_OF_WEIGHT: usize = 256 << 10;
 /// Cycles of a grid step besides its work: index arithmetic, semaphores, pipeline fill.
@@ -602,9 +718,17 @@ fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
 /// The cheapest tiles that fit `limit` with room for spills; without it, if none do.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
     let info = &chip.info();
-    let lane_m = problem.layout == Layout::FeatureMajor;
-    let (ms, ns) = (candidates(problem.m, lane_m, MAX_TILE), candidates(problem.n, !lane_m, MAX_TILE));
-    let ks = candidates(problem.k, true, MAX_DEPTH);
+    let (unit_m, unit_n) = units(problem);
+    let (ms, mut ns) = (candidates(problem.m, unit_m, MAX_TILE), candidates(problem.n, unit_n, MAX_TILE));
+    if is_cut(problem) {
+        // Least is fetched twice where a block begins shortly before the first up.
+        let (unit, before) = (up_unit(problem), problem.n / up_unit(problem));
+        let parts = (1..=before.isqrt()).flat_map(|part| [part, before / part]).filter(|part| before.is_multiple_of(*part));
+        ns.extend(parts.map(|part| part * unit).chain([problem.n.next_multiple_of(unit)]).filter(|&tile| tile <= MAX_TILE));
+        ns.sort_unstable();
+        ns.dedup();
+    }
+    let ks = candidates(problem.k, LANES, MAX_DEPTH);
     let mut best: Option<(bool, f64, Tiles)> = None;
     for &m in &ms {
         for &n in &ns {
@@ -642,8 +766,7 @@ const MAX_DEPTH: usize = 8192;
 const MAX_MULTIPLICATIONS: usize = 1 << 31;
 
 /// Tile sizes worth trying along one dimension: all of it, powers of two, and three times powers of two.
-fn candidates(size: usize, lanes: bool, most: usize) -> Vec<usize> {
-    let unit = if lanes { LANES } else { SUBLANES };
+fn candidates(size: usize, unit: usize, most: usize) -> Vec<usize> {
     let mut sizes: Vec<usize> = (0..16)
         .flat_map(|power| [unit << power, (unit * 3) << power])
         .filter(|&tile| tile < size && tile <= most)
@@ -700,7 +823,7 @@ mod tests {
     /// Planning must stay far below a millisecond: a few thousand candidates of a few dozen operations.
     #[test]
     fn candidates_are_few() {
-        let many = [4096, 14336, 128_256].map(|size| candidates(size, true, MAX_DEPTH).len());
+        let many = [4096, 14336, 128_256].map(|size| candidates(size, LANES, MAX_DEPTH).len());
         assert!(many.iter().product::<usize>() < 10_000, "{many:?}");
     }
 
@@ -712,12 +835,13 @@ mod tests {
             ..*problem(64, 256, 384)
         };
         let halves = plan(Problem::new(gated).unwrap(), Chip::V5p, Some("64,256,256"), None).unwrap_err().to_string();
-        let biased = Spec {
-            layout: Layout::WeightTransposed,
-            epilogue: Epilogue { bias: true, activation: Activation::SiluGate, residual: false },
-            ..*problem(64, 256, 160)
-        };
-        let biased = plan(Problem::new(biased).unwrap(), Chip::V5p, None, None).unwrap_err().to_string();
+        let cut = Spec { layout: Layout::WeightTransposed, ..*problem(64, 256, 160) };
+        let cut = Spec { epilogue: gated.epilogue, ..cut };
+        let cut = plan(Problem::new(cut).unwrap(), Chip::V5p, Some("64,160,256"), None).unwrap_err().to_string();
+        let quantized = Quantized { weight: Element::I8, group: Some(384), activations: false };
+        let quantized = Spec { quantized: Some(quantized), ..*problem(64, 1024, 256) };
+        let quantized = Problem::new(quantized).unwrap();
+        let grouped = plan(quantized, Chip::V5p, Some("64,128,512"), None).unwrap_err().to_string();
         let lines = [
             refusal(Some("10,128,128"), None),
             refusal(Some("100,100,128"), None),
@@ -727,7 +851,8 @@ mod tests {
             refusal(None, Some(65)),
             refusal(None, Some(0)),
             halves,
-            biased,
+            cut,
+            grouped,
         ];
         insta::assert_snapshot!(lines.join("\n"));
     }
