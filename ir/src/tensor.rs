@@ -225,7 +225,12 @@ mod tests {
     #[test]
     fn every_type_holds_what_it_can_of_a_number() {
         let values = [0.0, 1.0, -1.0, 2.5, -2.5, 300.0, -300.0, f64::NAN];
+<<<<<<< HEAD
         let whole = |low: f64, high: f64| values.map(|v: f64| if v.is_nan() { 0.0 } else { v.trunc().clamp(low, high) });
+=======
+        let whole =
+            |low: f64, high: f64| values.map(|v: f64| if v.is_nan() { 0.0 } else { v.trunc().clamp(low, high) });
+>>>>>>> main
         for (element, expected) in [
             (Element::I2, whole(-2.0, 1.0)),
             (Element::U2, whole(0.0, 3.0)),

@@ -42,7 +42,9 @@ impl Random {
     pub fn fill(&mut self, tensor: &mut HostTensor, first: usize, count: usize) {
         match tensor.element() {
             Element::F32 => tensor.as_mut_slice::<f32>()[first..first + count].fill_with(|| self.value() as f32),
-            Element::Bf16 => tensor.as_mut_slice::<bf16>()[first..first + count].fill_with(|| bf16::from_f64(self.value())),
+            Element::Bf16 => {
+                tensor.as_mut_slice::<bf16>()[first..first + count].fill_with(|| bf16::from_f64(self.value()))
+            }
             element if element.is_float() => {
                 let values: Vec<f64> = (0..count).map(|_| self.value()).collect();
                 let width = element.bytes();
@@ -50,7 +52,8 @@ impl Random {
                 tensor.bytes_mut()[first * width..(first + count) * width].copy_from_slice(drawn.bytes());
             }
             element => {
-                let (width, mask) = (element.bytes(), if element.bits() < 8 { (1 << element.bits()) - 1 } else { 0xff });
+                let (width, mask) =
+                    (element.bytes(), if element.bits() < 8 { (1 << element.bits()) - 1 } else { 0xff });
                 let mask = if element == Element::Pred { 1 } else { mask };
                 tensor.bytes_mut()[first * width..(first + count) * width].fill_with(|| self.0.bits() as u8 & mask);
             }

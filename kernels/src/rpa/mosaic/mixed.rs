@@ -17,51 +17,27 @@
 use std::f64::consts::LOG2_E;
 
 use pagoda_ir::{
-    Context, Element, Result,
-    mosaic::{Builder, Dma, DotDims, Kernel, MemorySpace, Precision, Ref, Semantics, Value, Window, tiling::LANES},
+    Element,
+    mosaic::{Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value, Window, tiling::LANES},
 };
 
-use super::{
+use super::{MASKED, Metadata, NONE, Strided, broadcast_lanes, by_lane, joined};
+use crate::rpa::{
     batch::Batch,
     kv_layout::{Block, KvLayout},
     plan::{CHUNK, Plan},
 };
 
-/// The maximum of no logits: stands for minus infinity where two of them may be subtracted.
-const NONE: f64 = -1e30;
-/// A logit that must not count: so far below [`NONE`] that its weight is zero even where nothing else was seen.
-const MASKED: f64 = 2.0 * NONE;
 /// Query rows that are worked on where a sequence has no more in a block, as in decode: the rows of a tile of bf16 on the
 /// newest chips.
 const DECODE_ROWS: usize = 16;
 
-/// Writes the kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several layers
-/// `first_page [1]`, then `q` and `kv_pages`.
-pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
-    Body::declare(k, plan, None).write();
-}
-
-/// The kernel of `plan` with the lengths of one batch as constants: the compiler then knows how often each loop turns, and
-/// its static estimate is of this batch. The operands are the same; of the metadata, only `page_indices` are read.
-///
-/// # Errors
-/// None, unless MLIR fails.
-pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
-    plan.kernel_by(context, |k| Body::declare(k, plan, Some(batch)).write())
-}
-
-struct Body<'a, 'p> {
+pub(super) struct Body<'a, 'p> {
     k: &'a Builder<'a>,
     plan: &'p Plan,
-    /// The batch, if the kernel is for one only.
-    batch: Option<&'p Batch>,
     head_step: Value<'a>,
     query_step: Value<'a>,
-    kv_lens: Ref<'a>,
-    page_indices: Ref<'a>,
-    cu_q_lens: Ref<'a>,
-    num_seqs: Ref<'a>,
-    first_page: Option<Ref<'a>>,
+    metadata: Metadata<'a, 'p>,
     q: Ref<'a>,
     kv_pages: Ref<'a>,
     out: Ref<'a>,
@@ -94,17 +70,12 @@ struct Rows<'a> {
 }
 
 impl<'a, 'p> Body<'a, 'p> {
-    fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<&'p Batch>) -> Self {
+    pub fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<&'p Batch>) -> Self {
         let problem = plan.problem();
         let (types, dim, heads) = (problem.precision, problem.head_dim, plan.head_block());
         let [head_steps, query_steps] = plan.steps_of_grid();
         let [head_step, query_step] = k.grid([(head_steps, Semantics::Parallel), (query_steps, Semantics::Arbitrary)]);
-        let scalars = |name, dims: &[usize]| k.prefetch(name, Element::I32, dims);
-        let kv_lens = scalars("kv_lens", &[problem.max_seqs]);
-        let page_indices = scalars("page_indices", &[problem.max_seqs, problem.pages_per_seq]);
-        let cu_q_lens = scalars("cu_q_lens", &[problem.max_seqs + 1]);
-        let num_seqs = scalars("num_seqs", &[1]);
-        let first_page = (problem.layers > 1).then(|| scalars("first_page", &[1]));
+        let metadata = Metadata::declare(k, problem, batch);
         let block = [plan.tiles().queries, heads * problem.group(), dim];
         let window = || {
             let window = Window::blocks(&block, |t| (t.grid(1), t.grid(0), 0));
@@ -127,14 +98,9 @@ impl<'a, 'p> Body<'a, 'p> {
         Self {
             k,
             plan,
-            batch,
             head_step,
             query_step,
-            kv_lens,
-            page_indices,
-            cu_q_lens,
-            num_seqs,
-            first_page,
+            metadata,
             q,
             kv_pages,
             out,
@@ -149,34 +115,23 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    fn write(&self) {
+    pub fn write(&self) {
         let (k, block) = (self.k, self.plan.tiles().queries);
         let block_start = self.query_step * block;
-        let [kv_lens, cu_q_lens, num_seqs] = [Batch::kv_lens, Batch::cu_q_lens, Batch::num_seqs];
-        let num_seqs = self.scalar(&self.num_seqs, num_seqs, k.int(0));
-        let live = block_start.less(self.scalar(&self.cu_q_lens, cu_q_lens, num_seqs));
+        let num_seqs = self.metadata.sequences();
+        let live = block_start.less(self.metadata.first_row(num_seqs));
         k.for_range(0, num_seqs, |sequence| {
-            let start = self.scalar(&self.cu_q_lens, cu_q_lens, sequence);
-            let stop = self.scalar(&self.cu_q_lens, cu_q_lens, sequence + 1);
+            let start = self.metadata.first_row(sequence);
+            let stop = self.metadata.first_row(sequence + 1);
             let first = (start - block_start).maximum(0);
             let end = (stop - block_start).minimum(block);
             k.when(first.less(end), || {
-                let kv_len = self.scalar(&self.kv_lens, kv_lens, sequence);
+                let kv_len = self.metadata.kv_len(sequence);
                 let origin = kv_len - stop + block_start;
                 self.attend(Rows { sequence, kv_len, first, end, origin });
             });
         });
         k.if_else(live, || self.finish(), || self.out.store(0.0));
-    }
-
-    /// A number of the metadata: read, or the batch's own.
-    fn scalar(&self, array: &Ref<'a>, of: fn(&Batch) -> &[i32], index: Value<'a>) -> Value<'a> {
-        let Some(batch) = self.batch else { return array.at(index).load() };
-        let numbers = of(batch);
-        let changes = (1..numbers.len()).filter(|&at| numbers[at] != numbers[at - 1]);
-        changes.fold(self.k.int(numbers[0].into()), |number, at| {
-            index.greater_equal(at).select(self.k.int(numbers[at].into()), number)
-        })
     }
 
     /// The queries of the `member`th query head of a KV head, in [`Body::staging`]: `[queries, head_dim]`.
@@ -313,12 +268,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let (problem, heads) = (self.plan.problem(), self.plan.head_block());
         let kv_rows = KvLayout::rows_of(heads);
         let [_, pieces, _, _, lanes] = self.plan.kv_dims();
-        let index = self.page_indices.at((rows.sequence, number)).load();
-        let index = match &self.first_page {
-            Some(first) => index + first.at(0).load(),
-            None => index,
-        };
-        let mut source = self.kv_pages.at(index);
+        let mut source = self.kv_pages.at(self.metadata.page(rows.sequence, number));
         if heads < problem.kv_heads {
             source = source.slice(1, (self.head_step * kv_rows).multiple_of(kv_rows), kv_rows);
         }
@@ -386,112 +336,6 @@ impl<'a> Part<'a> {
         for (index, &start) in self.starts.iter().enumerate() {
             let slice = to.slice(0, start, self.rows);
             slice.store(value.slice(&[index * self.rows, 0], &slice.dims()));
-        }
-    }
-}
-
-/// Every `stride`th row of rows that lie in pieces: strided accesses are of one tile's lanes.
-struct Strided<'a> {
-    pieces: Vec<Ref<'a>>,
-    start: usize,
-    count: usize,
-    stride: usize,
-}
-
-impl<'a> Strided<'a> {
-    fn views(&self) -> impl Iterator<Item = Ref<'a>> {
-        self.pieces.iter().map(|piece| piece.strided(0, self.start, self.count, self.stride))
-    }
-
-    fn load(&self, k: &'a Builder<'a>) -> Value<'a> {
-        joined(k, &self.views().map(|view| view.load()).collect::<Vec<_>>(), 1)
-    }
-
-    fn store(&self, value: Value<'a>) {
-        for (index, view) in self.views().enumerate() {
-            view.store(value.slice(&[0, index * LANES], &view.dims()));
-        }
-    }
-}
-
-/// Tiles one after another along `dim`.
-fn joined<'a>(k: &'a Builder<'a>, tiles: &[Value<'a>], dim: usize) -> Value<'a> {
-    if let [all] = tiles { *all } else { k.concatenate(tiles, dim) }
-}
-
-/// A tile of equal columns, made `width` columns wide.
-fn broadcast_lanes<'a>(k: &'a Builder<'a>, tile: Value<'a>, width: usize) -> Value<'a> {
-    let rows = tile.dims()[0];
-    let pieces = (0..width).step_by(LANES).map(|lane| LANES.min(width - lane));
-    let pieces: Vec<_> =
-        pieces.map(|lanes| if lanes == LANES { tile } else { tile.slice(&[0, 0], &[rows, lanes]) }).collect();
-    joined(k, &pieces, 1)
-}
-
-/// `[rows, LANES]` whose sums over lanes are those of `tile`'s columns.
-fn by_lane(tile: Value<'_>) -> Value<'_> {
-    let (rows, columns) = (tile.dims()[0], tile.dims()[1]);
-    if !columns.is_multiple_of(LANES) {
-        // The same part of it in each lane: exact, the number of lanes is a power of two.
-        return (tile.sum(1) * (1.0 / LANES as f64)).broadcast_to(&[rows, LANES]);
-    }
-    let piece = |lane| tile.slice(&[0, lane], &[rows, LANES]);
-    (LANES..columns).step_by(LANES).fold(piece(0), |sum, lane| sum + piece(lane))
-}
-
-#[cfg(test)]
-mod tests {
-    use pagoda_ir::Element;
-
-    use crate::{
-        Case, Kernel, check_mosaic,
-        chips::Chip,
-        random::Lengths,
-        rpa::{
-            Kind, Precision, Problem, Rpa, Spec,
-            plan::{Options, Plan, Tiles},
-        },
-    };
-
-    fn problem(element: Element, heads: [usize; 3], sliding_window: Option<usize>, soft_cap: Option<f64>) -> Problem {
-        let [q_heads, kv_heads, head_dim] = heads;
-        let scale = (head_dim as f64).powf(-0.5);
-        Problem::new(Spec {
-            kind: Kind::Mixed,
-            precision: Precision::uniform(element),
-            tokens: 24,
-            q_heads,
-            kv_heads,
-            head_dim,
-            page_size: 16,
-            pages: 16,
-            layers: 1,
-            max_seqs: 4,
-            pages_per_seq: 4,
-            scale,
-            sliding_window,
-            soft_cap,
-        })
-        .unwrap()
-    }
-
-    /// Decode rows, a whole prompt and a chunk in one launch, under every order of DMAs.
-    #[test]
-    fn a_ragged_batch_agrees_with_the_reference() {
-        for (element, heads, window, cap) in [
-            (Element::F32, [6, 2, 128], None, None),
-            (Element::Bf16, [8, 2, 128], Some(20), Some(5.0)),
-            (Element::Bf16, [16, 8, 128], None, None),
-            (Element::Bf16, [4, 4, 64], None, None),
-            (Element::F32, [2, 1, 256], Some(7), None),
-            (Element::Bf16, [4, 2, 256], None, None),
-        ] {
-            let problem = problem(element, heads, window, cap);
-            let tiles = Some(Tiles { queries: 8, kv_pages: 2 });
-            let plan = Plan::new(problem.clone(), Chip::V5p, Options { tiles, vmem_limit: None }).unwrap();
-            let lengths = [(1, 60), (0, 5), (13, 13), (9, 41)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
-            let inputs = Rpa::draw(&problem, Some(&lengths), 5).unwrap();
-            check_mosaic(Case::new(&plan, &inputs), 7, None).unwrap_or_else(|error| panic!("{heads:?}: {error}"));
         }
     }
 }

@@ -1,0 +1,200 @@
+//! Ragged paged attention as Mosaic kernels: what they share.
+//!
+//! [`mixed`] takes any batch. Both the metadata of a launch ([`Metadata`]) and the arithmetic of registers are here.
+
+mod mixed;
+
+use pagoda_ir::{
+    Context, Element, Result,
+    mosaic::{Builder, Kernel, Ref, Value, tiling::LANES},
+};
+
+use super::{batch::Batch, plan::Plan, problem::Problem};
+
+/// The maximum of no logits: stands for minus infinity where two of them may be subtracted.
+const NONE: f64 = -1e30;
+/// A logit that must not count: so far below [`NONE`] that its weight is zero even where nothing else was seen.
+const MASKED: f64 = 2.0 * NONE;
+
+/// Writes the kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several layers
+/// `first_page [1]`, then `q` and `kv_pages`.
+pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
+    mixed::Body::declare(k, plan, None).write();
+}
+
+/// The kernel of `plan` with the lengths of one batch as constants: the compiler then knows how often each loop turns, and
+/// its static estimate is of this batch. The operands are the same; of the metadata, only `page_indices` are read.
+///
+/// # Errors
+/// None, unless MLIR fails.
+pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
+    plan.kernel_by(context, |k| mixed::Body::declare(k, plan, Some(batch)).write())
+}
+
+/// The ragged metadata of a launch: read from SMEM, or one batch's own as constants.
+struct Metadata<'a, 'p> {
+    k: &'a Builder<'a>,
+    /// The batch, if the kernel is for one only.
+    batch: Option<&'p Batch>,
+    kv_lens: Ref<'a>,
+    page_indices: Ref<'a>,
+    cu_q_lens: Ref<'a>,
+    num_seqs: Ref<'a>,
+    first_page: Option<Ref<'a>>,
+}
+
+impl<'a, 'p> Metadata<'a, 'p> {
+    /// Declares the prefetched arrays.
+    fn declare(k: &'a Builder<'a>, problem: &Problem, batch: Option<&'p Batch>) -> Self {
+        let scalars = |name, dims: &[usize]| k.prefetch(name, Element::I32, dims);
+        Self {
+            k,
+            batch,
+            kv_lens: scalars("kv_lens", &[problem.max_seqs]),
+            page_indices: scalars("page_indices", &[problem.max_seqs, problem.pages_per_seq]),
+            cu_q_lens: scalars("cu_q_lens", &[problem.max_seqs + 1]),
+            num_seqs: scalars("num_seqs", &[1]),
+            first_page: (problem.layers > 1).then(|| scalars("first_page", &[1])),
+        }
+    }
+
+    /// Sequences of the batch.
+    fn sequences(&self) -> Value<'a> {
+        self.scalar(&self.num_seqs, Batch::num_seqs, self.k.int(0))
+    }
+
+    /// The first row of a sequence; one past the last row of the one before.
+    fn first_row(&self, sequence: Value<'a>) -> Value<'a> {
+        self.scalar(&self.cu_q_lens, Batch::cu_q_lens, sequence)
+    }
+
+    /// Keys of a sequence.
+    fn kv_len(&self, sequence: Value<'a>) -> Value<'a> {
+        self.scalar(&self.kv_lens, Batch::kv_lens, sequence)
+    }
+
+    /// Where page `number` of a sequence is in the buffer of all layers.
+    fn page(&self, sequence: Value<'a>, number: Value<'a>) -> Value<'a> {
+        let index = self.page_indices.at((sequence, number)).load();
+        match &self.first_page {
+            Some(first) => index + first.at(0).load(),
+            None => index,
+        }
+    }
+
+    /// A number of the metadata: read, or the batch's own.
+    fn scalar(&self, array: &Ref<'a>, of: fn(&Batch) -> &[i32], index: Value<'a>) -> Value<'a> {
+        let Some(batch) = self.batch else { return array.at(index).load() };
+        let numbers = of(batch);
+        let changes = (1..numbers.len()).filter(|&at| numbers[at] != numbers[at - 1]);
+        changes.fold(self.k.int(numbers[0].into()), |number, at| {
+            index.greater_equal(at).select(self.k.int(numbers[at].into()), number)
+        })
+    }
+}
+
+/// Every `stride`th row of rows that lie in pieces: strided accesses are of one tile's lanes.
+struct Strided<'a> {
+    pieces: Vec<Ref<'a>>,
+    start: usize,
+    count: usize,
+    stride: usize,
+}
+
+impl<'a> Strided<'a> {
+    fn views(&self) -> impl Iterator<Item = Ref<'a>> {
+        self.pieces.iter().map(|piece| piece.strided(0, self.start, self.count, self.stride))
+    }
+
+    fn load(&self, k: &'a Builder<'a>) -> Value<'a> {
+        joined(k, &self.views().map(|view| view.load()).collect::<Vec<_>>(), 1)
+    }
+
+    fn store(&self, value: Value<'a>) {
+        for (index, view) in self.views().enumerate() {
+            view.store(value.slice(&[0, index * LANES], &view.dims()));
+        }
+    }
+}
+
+/// Tiles one after another along `dim`.
+fn joined<'a>(k: &'a Builder<'a>, tiles: &[Value<'a>], dim: usize) -> Value<'a> {
+    if let [all] = tiles { *all } else { k.concatenate(tiles, dim) }
+}
+
+/// A tile of equal columns, made `width` columns wide.
+fn broadcast_lanes<'a>(k: &'a Builder<'a>, tile: Value<'a>, width: usize) -> Value<'a> {
+    let rows = tile.dims()[0];
+    let pieces = (0..width).step_by(LANES).map(|lane| LANES.min(width - lane));
+    let pieces: Vec<_> =
+        pieces.map(|lanes| if lanes == LANES { tile } else { tile.slice(&[0, 0], &[rows, lanes]) }).collect();
+    joined(k, &pieces, 1)
+}
+
+/// `[rows, LANES]` whose sums over lanes are those of `tile`'s columns.
+fn by_lane(tile: Value<'_>) -> Value<'_> {
+    let (rows, columns) = (tile.dims()[0], tile.dims()[1]);
+    if !columns.is_multiple_of(LANES) {
+        // The same part of it in each lane: exact, the number of lanes is a power of two.
+        return (tile.sum(1) * (1.0 / LANES as f64)).broadcast_to(&[rows, LANES]);
+    }
+    let piece = |lane| tile.slice(&[0, lane], &[rows, LANES]);
+    (LANES..columns).step_by(LANES).fold(piece(0), |sum, lane| sum + piece(lane))
+}
+
+#[cfg(test)]
+mod tests {
+    use pagoda_ir::Element;
+
+    use crate::{
+        Case, Kernel, check_mosaic,
+        chips::Chip,
+        random::Lengths,
+        rpa::{
+            Kind, Precision, Problem, Rpa, Spec,
+            plan::{Options, Plan, Tiles},
+        },
+    };
+
+    fn problem(element: Element, heads: [usize; 3], sliding_window: Option<usize>, soft_cap: Option<f64>) -> Problem {
+        let [q_heads, kv_heads, head_dim] = heads;
+        let scale = (head_dim as f64).powf(-0.5);
+        Problem::new(Spec {
+            kind: Kind::Mixed,
+            precision: Precision::uniform(element),
+            tokens: 24,
+            q_heads,
+            kv_heads,
+            head_dim,
+            page_size: 16,
+            pages: 16,
+            layers: 1,
+            max_seqs: 4,
+            pages_per_seq: 4,
+            scale,
+            sliding_window,
+            soft_cap,
+        })
+        .unwrap()
+    }
+
+    /// Decode rows, a whole prompt and a chunk in one launch, under every order of DMAs.
+    #[test]
+    fn a_ragged_batch_agrees_with_the_reference() {
+        for (element, heads, window, cap) in [
+            (Element::F32, [6, 2, 128], None, None),
+            (Element::Bf16, [8, 2, 128], Some(20), Some(5.0)),
+            (Element::Bf16, [16, 8, 128], None, None),
+            (Element::Bf16, [4, 4, 64], None, None),
+            (Element::F32, [2, 1, 256], Some(7), None),
+            (Element::Bf16, [4, 2, 256], None, None),
+        ] {
+            let problem = problem(element, heads, window, cap);
+            let tiles = Some(Tiles { queries: 8, kv_pages: 2 });
+            let plan = Plan::new(problem.clone(), Chip::V5p, Options { tiles, vmem_limit: None }).unwrap();
+            let lengths = [(1, 60), (0, 5), (13, 13), (9, 41)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+            let inputs = Rpa::draw(&problem, Some(&lengths), 5).unwrap();
+            check_mosaic(Case::new(&plan, &inputs), 7, None).unwrap_or_else(|error| panic!("{heads:?}: {error}"));
+        }
+    }
+}
