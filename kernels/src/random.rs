@@ -22,7 +22,7 @@ impl Random {
     }
 
     /// Uniform in (-2, 2).
-    fn value(&mut self) -> f64 {
+    pub fn value(&mut self) -> f64 {
         (self.0.bits() >> 11) as f64 / (1_u64 << 51) as f64 - 2.0
     }
 

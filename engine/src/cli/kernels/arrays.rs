@@ -44,14 +44,8 @@ pub(super) fn read(path: &Path, ty: &TensorType) -> Result<HostTensor> {
     let dims = ty.dims.iter().map(|&size| size as u64);
     // NumPy has no integers of less than 8 bits.
     let narrow = |element: Element| ty.element.bits() < 8 && element.bits() == 8 && element.is_integer();
-<<<<<<< HEAD
-    let same_kind = |element: Element| {
-        element == ty.element || (element.is_float() && ty.element.is_float()) || narrow(element)
-    };
-=======
     let same_kind =
         |element: Element| element == ty.element || (element.is_float() && ty.element.is_float()) || narrow(element);
->>>>>>> main
     let Some(element) = element.filter(|&element| same_kind(element) && dims.eq(file.shape().iter().copied())) else {
         let fix = format!("save an array of this shape with numpy dtype {}", numpy(ty.element));
         return Err(bad(format!("it holds {found}, not {ty}"), &fix));
