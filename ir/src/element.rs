@@ -154,6 +154,15 @@ impl Element {
         }
     }
 
+    /// The type as which host memory of this one is viewed: bytes, where Rust has no type for it.
+    pub const fn viewed(self) -> Self {
+        match self {
+            Self::I8 => Self::I8,
+            element if element.bytes() == 1 => Self::U8,
+            element => element,
+        }
+    }
+
     /// A floating-point type.
     pub const fn is_float(self) -> bool {
         self.minifloat().is_some() || matches!(self, Self::Bf16 | Self::F16 | Self::F32 | Self::F64)

@@ -19,11 +19,15 @@ use pagoda_ir::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Rpa, kv_layout::KvLayout, problem::Problem};
+use super::{
+    Rpa,
+    kv_layout::{KvLayout, KvRows},
+    problem::{Problem, Spec},
+};
 use crate::{
     chips::Chip,
     evidence,
-    kernel::TileSizes,
+    kernel::{Kernel, TileSizes},
     plan::{self, PlanError, Spilling},
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
@@ -75,9 +79,24 @@ const MAX_F32_LOGITS: usize = 1 << 18;
 /// Most copies in flight per block that the planner chooses: each is an instruction of its own.
 const MAX_COPIES: usize = 32;
 
-/// Refuses a head dimension that no rows can be copied of, and page tables that SMEM does not hold.
+/// Whether there is a Mosaic form of a problem with these options. (Sizes are [`plannable`]'s matter.)
+pub(super) fn emitted(spec: &Spec) -> bool {
+    let Spec { fused, sinks, log_sum_exp, kv_rows, precision, .. } = spec;
+    fused.is_none() && !sinks && !log_sum_exp && *kv_rows == KvRows::Interleaved && precision.kv == precision.q
+}
+
+/// Refuses options that there is no Mosaic form of, a head dimension that no rows can be copied of, and page tables that
+/// SMEM does not hold.
 pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> {
     let info = chip.info();
+    if !emitted(problem) {
+        return Err(PlanError {
+            key: "options",
+            value: Rpa::describe(problem),
+            limit: "have no kernel for TPUs".into(),
+            fix: "leave them out, or use the StableHLO form".into(),
+        });
+    }
     if problem.head_dim > LANES && !problem.head_dim.is_multiple_of(LANES) {
         return Err(PlanError {
             key: "head_dim",
@@ -313,8 +332,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        kernel::Kernel,
-        rpa::{Kind, Precision, Spec},
+        rpa::{Kind, Precision},
         vmem::{Spills, Suggestion, Verdict},
     };
 
@@ -334,6 +352,7 @@ mod tests {
             scale: 128f64.powf(-0.5),
             sliding_window: None,
             soft_cap: None,
+            ..Spec::default()
         })
         .unwrap()
     }
