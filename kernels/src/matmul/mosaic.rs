@@ -250,7 +250,7 @@ impl<'a, 'p> Body<'a, 'p> {
                     true => part(sum, (row.0 + at, row.1), column),
                     false => part(sum, row, (column.0 + at, column.1)),
                 };
-                into.store(self.product(window, row, column, into.load(), edge));
+                into.store(self.products(window..window + 1, row, column, |_| into.load(), edge)[0]);
             }
         }
     }
@@ -288,8 +288,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 Sum::Zero => self.k.zeros(self.plan.accumulator(), &[row.1, column.1]),
                 Sum::Loaded => part(&self.sums[half], row, column).load(),
             };
-            let sums: Vec<_> =
-                (0..products).map(|half| self.product(half, row, column, start(half), edge)).collect();
+            let sums = self.products(0..products, row, column, start, edge);
             if finish {
                 self.store(row, column, sums);
             } else {
@@ -300,39 +299,50 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// `start` plus product of one chunk of a window of the weight.
-    fn product(
+    /// For each of some windows of the weight, what `start` gives plus the product of one chunk. Piece by piece of the depth,
+    /// all windows: what is loaded of `x` for one is held for the others, and would spill if it were all of the depth.
+    fn products(
         &self,
-        half: usize,
+        windows: Range<usize>,
         row: (usize, usize),
         column: (usize, usize),
-        start: Value<'a>,
+        start: impl Fn(usize) -> Value<'a>,
         edge: Option<usize>,
-    ) -> Value<'a> {
+    ) -> Vec<Value<'a>> {
         let arithmetic = self.plan.arithmetic();
-        let sides = Sides::new(self, half, row, column);
-        let mut sum = start;
+        let sides: Vec<_> = windows.clone().map(|window| Sides::new(self, window, row, column)).collect();
         let [_, _, depth] = self.plan.blocks();
         let real = edge.unwrap_or(depth);
         let pieces = |(first, size): (usize, usize)| {
             let pieces = ranges(size, self.plan.chunk().depth).map(move |(from, size)| (first + from, size));
             pieces.filter(move |&(from, _)| from < real)
         };
+        let mut sums = vec![None; sides.len()];
+        let sum_of = |index: usize, sum: Option<Value<'a>>| sum.unwrap_or_else(|| start(windows.start + index));
         let Some(group) = self.plan.problem().group() else {
-            return pieces((0, depth)).fold(sum, |sum, piece| sides.multiply(piece, 0..real, real, sum));
+            for piece in pieces((0, depth)) {
+                for (index, (sides, sum)) in sides.iter().zip(&mut sums).enumerate() {
+                    *sum = Some(sides.multiply(piece, 0..real, real, sum_of(index, *sum)));
+                }
+            }
+            return sums.into_iter().flatten().collect();
         };
         // Lanes are multiplied 128 at a time: of smaller groups, one after another with zeros in place of the others.
         for (first, size) in ranges(depth, group.max(LANES)).filter(|&(first, _)| first < real) {
-            for (start, width) in ranges(size, group).filter(|&(start, _)| first + start < real) {
-                let kept = first + start..real.min(first + start + width);
-                let zeros = self.k.zeros(arithmetic.sum, &[row.1, column.1]);
-                let products = pieces((first, size)).fold(zeros, |sum, piece| {
-                    sides.multiply(piece, kept.clone(), real, sum)
-                });
-                sum = sum + products.cast(Element::F32) * self.group_scale(half, row, column, first + start, group);
+            for (from, width) in ranges(size, group).filter(|&(from, _)| first + from < real) {
+                let kept = first + from..real.min(first + from + width);
+                for (index, (sides, sum)) in sides.iter().zip(&mut sums).enumerate() {
+                    let before = sum_of(index, *sum);
+                    let zeros = self.k.zeros(arithmetic.sum, &[row.1, column.1]);
+                    let products = pieces((first, size))
+                        .fold(zeros, |sum, piece| sides.multiply(piece, kept.clone(), real, sum))
+                        .cast(Element::F32);
+                    let window = windows.start + index;
+                    *sum = Some(before + products * self.group_scale(window, row, column, first + from, group));
+                }
             }
         }
-        sum
+        sums.into_iter().flatten().collect()
     }
 
     /// The scales of a chunk's columns (feature-major: rows) in the group that the step's feature `at` belongs to.
