@@ -74,7 +74,7 @@ fn product<'c, 'a>(
         y = b.multiply(y, b.broadcast_in_dim(scale, &y.dims(), &[1])?)?;
     }
     if let Some(&scale) = args.get("x_scale") {
-        y = b.multiply(y, b.broadcast_in_dim(scale, &y.dims(), &[0])?)?;
+        y = b.multiply(y, b.broadcast_in_dim(b.reshape(scale, &[problem.m])?, &y.dims(), &[0])?)?;
     }
     if problem.epilogue.activation == Activation::SiluGate {
         let (gate, up) = (b.slice_in_dim(y, 0, problem.n, 1)?, b.slice_in_dim(y, problem.n, 2 * problem.n, 1)?);

@@ -443,7 +443,7 @@ mod tests {
             (json!({"architectures": null, "model_type": "mistral"}), "model_type = \"mistral\" is not supported"),
             (json!({"attention_bias": 1}), "attention_bias = 1 is not true or false"),
             (json!({"sliding_window": 4096}), "sliding_window = 4096 is not supported"),
-            (json!({"quantization_config": {"bits": 4}}), "quantization_config = {\"bits\":4} is not supported"),
+            (json!({"quantization_config": {"bits": 4}}), "quantization_config.quant_method = null is not supported"),
             (json!({"rope_scaling": {"type": "yarn"}}), "rope_scaling.type = \"yarn\" is not supported"),
             (
                 json!({"rope_scaling": llama3(4.0)}),

@@ -196,11 +196,27 @@ impl Kernel for Matmul {
     }
 
     /// The products of Llama 3.1 8B, each for a decode step, a chunk and a long prompt; those of equal sizes (q and o, k and
-    /// v, gate and up) are one.
+    /// v, gate and up) are one. And those of its step program, whose layers are stacks, in bf16 and in 8 bits.
     fn common() -> Vec<Spec> {
         let sizes = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (4096, 128_256)];
         let rows = [8, 512, 4096];
-        rows.iter().flat_map(|&m| sizes.map(|(k, n)| Spec::new([m, k, n], Element::Bf16))).collect()
+        let alone = rows.iter().flat_map(|&m| sizes.map(|(k, n)| Spec::new([m, k, n], Element::Bf16)));
+        let gated = Epilogue { activation: Activation::SiluGate, ..Epilogue::NONE };
+        let added = Epilogue { residual: true, ..Epilogue::NONE };
+        let quantized = Quantized { weight: Element::I8, group: None, activations: false };
+        let of_layers = [
+            (4096, 6144, Epilogue::NONE),
+            (4096, 4096, added),
+            (4096, 14336, gated),
+            (14336, 4096, added),
+        ];
+        let stacked = [None, Some(quantized)].into_iter().flat_map(|quantized| {
+            of_layers.map(|(k, n, epilogue)| {
+                let layout = Layout::WeightTransposed;
+                Spec { layout, epilogue, layers: 32, quantized, ..Spec::new([8, k, n], Element::Bf16) }
+            })
+        });
+        alone.chain(stacked).collect()
     }
 
     /// The projections of decoders, of one device or a part of one: rows of decode steps and prefill chunks, hidden sizes

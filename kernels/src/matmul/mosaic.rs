@@ -58,8 +58,7 @@ pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
         });
     }
     if problem.quantized_x() {
-        let dims = if problem.layout == Layout::FeatureMajor { [1, problem.m] } else { [problem.m, 1] };
-        operands.push(Operand::of("x_scale").reshape(&dims));
+        operands.push(Operand::of("x_scale"));
     }
     if problem.epilogue.bias {
         let columns = if is_cut(problem) { problem.n } else { problem.weight_columns() };

@@ -52,7 +52,7 @@ const QUANTIZED: &[Mutant] = {
         ("rows not scaled", |t| t.first_operand_only(t.find(3, &["mulf"]), "arith.maximumf"), Mismatch),
         ("scales of columns do not move", |t| t.transform(2, "%z = arith.constant 0 : i32", "%z, %z"), Mismatch),
         ("scales of rows do not move", |t| t.transform(3, "%z = arith.constant 0 : i32", "%z, %z"), Mismatch),
-        ("a lane of the next group", |t| t.replaced(t.find(0, &["dense<32>"]), "32", "33"), Mismatch),
+        ("a lane of the next group", |t| t.replaced(t.find(0, &["dense<32>"]), "dense<32>", "dense<33>"), Mismatch),
         ("all groups but one", |t| t.replaced(t.find(0, &["cmpi slt"]), "slt", "sge"), Mismatch),
         ("lanes of two groups", |t| t.replaced(t.find(0, &["andi"]), "andi", "ori"), Mismatch),
         ("a group's sum left out", |t| t.first_operand_only(t.find(1, &["addf"]), "arith.maximumf"), Mismatch),

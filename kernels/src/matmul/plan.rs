@@ -601,6 +601,10 @@ impl<'p> Blocks<'p> {
                 buffers.push(Buffer::new(name, BufferKind::Scratch, element, &[rows, columns], 1));
             }
         }
+        if chip == Chip::V4 && self.problem.quantized.is_some() {
+            // Elements of 8 bits are unpacked through a register's worth of scratch (measured for every layout).
+            buffers.push(Buffer::new("unpacking", BufferKind::InternalScratch, Element::I32, &[SUBLANES, LANES], 1));
+        }
         if chip == Chip::V4 && self.problem.input == Element::Bf16 && rows <= 4 && depth > LANES {
             // Rows packed into less than a tile are spread over one before the product: on v4 through 36 KiB of scratch
             // (measured for 1 to 4 rows and any depth beyond one tile).
@@ -708,6 +712,12 @@ impl<'p> Blocks<'p> {
         Estimate { cycles: steps_take.max(bytes_take), mxu_cycles: turns * matrix, bytes_moved: bytes as u64 }
     }
 
+    /// What the kernel costs in the better order.
+    fn cycles(&self, chip: Chip) -> f64 {
+        let [rows, columns] = [Order::RowsOuter, Order::ColumnsOuter].map(|order| self.estimate(chip, order).cycles);
+        rows.min(columns)
+    }
+
     /// Cycles of the vector units that convert stored elements to what the matrix unit takes, in one step: the weight once
     /// for each chunk of rows.
     fn conversion(&self) -> f64 {
@@ -806,7 +816,26 @@ fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
 
 /// The cheapest tiles that fit `limit` with room for spills; without it, if none do.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
-    let info = &chip.info();
+    let mut best: Option<(bool, f64, Tiles)> = None;
+    for tiles in every(problem) {
+        let blocks = Blocks::new(problem, tiles);
+        let cycles = blocks.cycles(chip);
+        // The report allocates: it is made for tiles that may win.
+        if best.is_some_and(|(roomy, least, _)| roomy && cycles >= least) {
+            continue;
+        }
+        let taken = blocks.report(chip).total();
+        let roomy = taken + evidence::margin(&blocks.spilling(&chip.info())) <= limit;
+        let better = best.is_none_or(|(most, least, _)| (roomy, -cycles) > (most, -least));
+        if taken <= limit && better {
+            best = Some((roomy, cycles, tiles));
+        }
+    }
+    best.map(|(_, _, tiles)| tiles)
+}
+
+/// Tiles worth trying, those that the kernel can be written with and that the compiler gets through.
+fn every(problem: &Problem) -> impl Iterator<Item = Tiles> {
     let (unit_m, unit_n) = units(problem);
     let (ms, mut ns) = (candidates(problem.m, unit_m, MAX_TILE), candidates(problem.n, unit_n, MAX_TILE));
     if is_cut(problem) {
@@ -817,35 +846,14 @@ pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tile
         ns.sort_unstable();
         ns.dedup();
     }
-    let ks = candidates(problem.k, LANES, MAX_DEPTH);
-    let mut best: Option<(bool, f64, Tiles)> = None;
-    for &m in &ms {
-        for &n in &ns {
-            if gated(problem) && !halves_align(problem, n) {
-                continue;
-            }
-            for &k in ks.iter().filter(|&&k| problem.group().is_none_or(|group| groups_align(problem.k, group, k))) {
-                let tiles = Tiles { m, n, k };
-                let blocks = Blocks::new(problem, tiles);
-                let cycles = [Order::RowsOuter, Order::ColumnsOuter]
-                    .map(|order| blocks.estimate(chip, order).cycles)
-                    .into_iter()
-                    .fold(f64::INFINITY, f64::min);
-                // The report allocates: it is made for tiles that may win.
-                let beaten = best.is_some_and(|(roomy, least, _)| roomy && cycles >= least);
-                if beaten || blocks.multiplications() > MAX_MULTIPLICATIONS {
-                    continue;
-                }
-                let taken = blocks.report(chip).total();
-                let roomy = taken + evidence::margin(&blocks.spilling(info)) <= limit;
-                let better = best.is_none_or(|(most, least, _)| (roomy, -cycles) > (most, -least));
-                if taken <= limit && better {
-                    best = Some((roomy, cycles, tiles));
-                }
-            }
-        }
-    }
-    best.map(|(_, _, tiles)| tiles)
+    ns.retain(|&n| !gated(problem) || halves_align(problem, n));
+    let mut ks = candidates(problem.k, LANES, MAX_DEPTH);
+    ks.retain(|&k| problem.group().is_none_or(|group| groups_align(problem.k, group, k)));
+    let all = ms.into_iter().flat_map(move |m| {
+        let ks = ks.clone();
+        ns.clone().into_iter().flat_map(move |n| ks.clone().into_iter().map(move |k| Tiles { m, n, k }))
+    });
+    all.filter(move |&tiles| Blocks::new(problem, tiles).multiplications() <= MAX_MULTIPLICATIONS)
 }
 
 const MAX_TILE: usize = 4096;

@@ -43,7 +43,7 @@ pub struct Epilogue {
     /// Add a bias per output feature of the weight, of the input type.
     #[cfg_attr(feature = "cli", arg(long))]
     pub bias: bool,
-    /// w has 2n output features, gates before ups: out = silu(gate) * up. n is a multiple of 128 (row-major) or 8.
+    /// w has 2n output features, gates before ups: out = silu(gate) * up.
     #[cfg_attr(feature = "cli", arg(
         long = "silu-gate",
         action = clap::ArgAction::SetTrue,
@@ -258,7 +258,7 @@ impl Problem {
 
     /// `x`, `w`, and as the epilogue says the bias `[weight columns]` and the residual. A quantized `w` has scales f32
     /// `[groups, weight columns]`, feature-major `[weight columns, groups]`, with one group for all of `k` unless the
-    /// problem has smaller ones; a quantized `x` has `x_scale f32 [m]`. With several layers `w`, its scales and the bias are
+    /// problem has smaller ones; a quantized `x` has `x_scale f32 [m, 1]`, feature-major `[1, m]`. With several layers `w`, its scales and the bias are
     /// stacks, `[layers, ...]`, and the scalar `layer` comes last.
     pub fn arguments(&self) -> Arguments {
         let (m, k, columns) = (self.m, self.k, self.weight_columns());
@@ -267,16 +267,16 @@ impl Problem {
             Layout::WeightTransposed => ([m, k], [columns, k]),
             Layout::FeatureMajor => ([k, m], [columns, k]),
         };
-        let scales = match self.layout {
-            Layout::FeatureMajor => [columns, self.groups()],
-            Layout::RowMajor | Layout::WeightTransposed => [self.groups(), columns],
+        let (scales, x_scale) = match self.layout {
+            Layout::FeatureMajor => ([columns, self.groups()], [1, m]),
+            Layout::RowMajor | Layout::WeightTransposed => ([self.groups(), columns], [m, 1]),
         };
         Arguments::new([
             Argument::input("x", TensorType::new(self.x_element(), &x)),
             Argument::input("w", TensorType::new(self.weight_element(), &self.stack(&w))),
             Argument::input("w_scale", TensorType::new(Element::F32, &self.stack(&scales)))
                 .when(self.quantized.is_some()),
-            Argument::input("x_scale", TensorType::new(Element::F32, &[m])).when(self.quantized_x()),
+            Argument::input("x_scale", TensorType::new(Element::F32, &x_scale)).when(self.quantized_x()),
             Argument::input("bias", TensorType::new(self.input, &self.stack(&[columns]))).when(self.epilogue.bias),
             Argument::input("residual", self.output_type()).when(self.epilogue.residual),
             Argument::prefetch("layer", TensorType::scalar(Element::I32)).when(self.layers > 1),

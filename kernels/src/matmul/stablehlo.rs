@@ -42,6 +42,7 @@ pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, args: &Named<Tensor<
         result = b.multiply(result, b.broadcast_in_dim(scale, &result.dims(), &[features])?)?;
     }
     if let Some(&scale) = args.get("x_scale") {
+        let scale = b.reshape(scale, &[problem.m])?;
         result = b.multiply(result, b.broadcast_in_dim(scale, &result.dims(), &[1 - features])?)?;
     }
     if let Some(&bias) = args.get("bias") {

@@ -279,7 +279,7 @@ fn matmul<'c, 'a>(
     Ok((matmul::Problem::new(spec).map_err(unplanned)?, arguments))
 }
 
-/// Activations as 8-bit `element`, and a scale f32 for each row: its largest absolute value becomes the largest element.
+/// Activations as 8-bit `element`, and a scale f32 for each row (one feature of it): its largest absolute value becomes the largest element.
 fn quantize_rows<'c, 'a>(
     b: &Builder<'c, 'a>,
     orientation: Orientation,
@@ -298,7 +298,9 @@ fn quantize_rows<'c, 'a>(
     let bound = |b: &Builder<'c, 'a>, value| b.scalar(Element::F32, value);
     let x = b.clamp(bound(b, -largest)?, x, bound(b, largest)?)?;
     let x = if element.is_float() { x } else { b.round_nearest_even(x)? };
-    Ok((b.convert(x, element)?, scale))
+    let mut kept = dims;
+    kept[orientation.features()] = 1;
+    Ok((b.convert(x, element)?, b.reshape(scale, &kept)?))
 }
 
 /// A problem that is not valid, or has no plan.
