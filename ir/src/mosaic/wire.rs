@@ -462,8 +462,8 @@ pub fn op_counts(module: &Module) -> BTreeMap<String, usize> {
 pub struct Summary {
     /// The kernel's name.
     pub name: String,
-    /// Grid sizes, with `parallel` or `arbitrary`.
-    pub grid: Vec<(usize, &'static str)>,
+    /// Grid sizes, with `parallel` or `arbitrary`; no size where the call gives it.
+    pub grid: Vec<(Option<usize>, &'static str)>,
     /// Every buffer, in the order of the kernel's arguments.
     pub buffers: Vec<BufferSummary>,
     /// Bytes of VMEM declared: scratch and pipeline windows, tile-padded and double-buffered.
