@@ -100,12 +100,18 @@ pub fn launches(config: &LlamaConfig, shape: &StepShape, chip: Chip, program: Pr
     let gate = Epilogue { activation: Activation::SiluGate, ..bias(shard.mlp_bias) };
     let closing = |has_bias: bool| Epilogue { residual, ..bias(has_bias && !split) };
     let stack = if shape.stacks_layers(config) { layers } else { 1 };
+    let quantized = |head: bool| {
+        let quantization = config.quantization.filter(|quantization| !head || quantization.head)?;
+        let (group, activations) = (quantization.group(), quantization.activations);
+        Some(matmul::Quantized { weight: quantization.weight, group, activations })
+    };
     let matmul = |role, count, [m, k, n]: [usize; 3], output, epilogue| {
         let spec = matmul::Spec {
             output,
             layout: Layout::WeightTransposed,
             epilogue,
             layers: if role == "head" { 1 } else { stack },
+            quantized: quantized(role == "head"),
             ..matmul::Spec::new([m, k, n], compute)
         };
         let plan = plan::<Matmul>(role, spec, chip)?;

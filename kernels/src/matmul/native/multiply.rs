@@ -469,7 +469,7 @@ mod tests {
                 let epilogue = Epilogue { bias: false, activation, residual: bits & 4 != 0 };
                 let layout = Layout::FeatureMajor;
                 let problem =
-                    Problem::new(Spec { m, k, n, input: element, output: element, layout, epilogue, layers: 1 })
+                    Problem::new(Spec { m, k, n, input: element, output: element, layout, epilogue, layers: 1, quantized: None })
                         .unwrap();
                 let arguments = problem.arguments();
                 let arrays = arguments.iter().zip([5, 0, 11]);
