@@ -117,10 +117,10 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         Cost { flops: 0, transcendentals: 0, bytes_accessed: passes_once::<Self>(problem) }
     }
 
-    /// What a launch on `inputs` costs: as [`Kernel::cost`], of the batch that is there.
-    fn work(problem: &ProblemOf<Self>, inputs: &Arrays) -> Cost {
-        let _ = inputs;
-        Self::cost(problem)
+    /// The lengths of the sequences in `inputs`, where what a launch does depends on them.
+    fn lengths(problem: &ProblemOf<Self>, inputs: &Arrays) -> Option<Vec<Lengths>> {
+        let _ = (problem, inputs);
+        None
     }
 
     /// Leading elements of each result that are results; those behind them are padding. Cheap: no result is computed.

@@ -61,10 +61,7 @@ fn variants() -> [(&'static str, Value); 9] {
             json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false,
                 "quantization_config": compressed("int", "channel", None, false)}),
         ),
-        (
-            "e4m3 in groups of 64",
-            json!({"quantization_config": compressed("float", "group", Some(64), false)}),
-        ),
+        ("e4m3 in groups of 64", json!({"quantization_config": compressed("float", "group", Some(64), false)})),
         (
             "i8 on both sides, one layer",
             json!({"num_hidden_layers": 1, "quantization_config": compressed("int", "channel", None, true)}),

@@ -11,7 +11,7 @@ pub use pagoda_kernels::kernel::Work;
 use pagoda_kernels::matmul::{self, Activation, Epilogue, Layout, Matmul};
 use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::random::Lengths;
-use pagoda_kernels::rpa::{self, Kind, Rpa};
+use pagoda_kernels::rpa::{Kind, Rpa};
 use pagoda_kernels::vmem::{Bytes, Spills, Verdict, VmemReport};
 
 use super::plan::Program;

@@ -5,7 +5,8 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::{
-    Bar, Block, Cell, Figure, HeatMap, MeshDrawing, Report, Roofline, RooflinePoint, Section, Share, Status, Suggestion, Table, Timeline, Tracks, Value, Verdict,
+    Bar, Block, Cell, Figure, HeatMap, MeshDrawing, Report, Roofline, RooflinePoint, Section, Share, Status,
+    Suggestion, Table, Timeline, Tracks, Value, Verdict,
 };
 
 /// Colours of the style sheet.

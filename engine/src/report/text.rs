@@ -2,7 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::{Bar, Block, HeatMap, MeshDrawing, Report, Roofline, Section, Share, Status, Table, Timeline, Tracks, Value};
+use super::{
+    Bar, Block, HeatMap, MeshDrawing, Report, Roofline, Section, Share, Status, Table, Timeline, Tracks, Value,
+};
 
 /// Characters of a full bar.
 const BAR: usize = 40;

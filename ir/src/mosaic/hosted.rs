@@ -410,7 +410,6 @@ impl<'b> Bytecode<'b> {
     }
 
     /// Types of the arguments of `@main`, and the names of its results.
-    #[expect(clippy::type_complexity, reason = "named where it is used")]
     fn main(&self) -> Option<(Vec<TensorType>, Vec<Option<String>>)> {
         let properties = self.properties.iter().filter_map(|bytes| Reader::new(bytes).rest(Reader::index));
         // A function's: arg_attrs, function_type, res_attrs, sym_name, sym_visibility.

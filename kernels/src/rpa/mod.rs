@@ -185,22 +185,9 @@ impl Kernel for Rpa {
         Cost { flops: 4 * problem.head_dim as u64 * logits, transcendentals: logits, bytes_accessed: moved as u64 }
     }
 
-    /// Of the batch that is there: keys and values pass once per sequence.
-    fn work(problem: &Problem, inputs: &Arrays) -> Cost {
-        let Ok(batch) = Batch::of(problem, inputs) else { return Self::cost(problem) };
-        let window = problem.sliding_window.unwrap_or(usize::MAX);
-        let (mut logits, mut tokens, mut rows) = (0, 0, 0);
-        for Sequence { q_len, kv_len, .. } in batch.sequences().filter(|sequence| sequence.kv_len > 0) {
-            logits += (kv_len - q_len..kv_len).map(|position| (position + 1).min(window)).sum::<usize>();
-            tokens += kv_len.min(window.saturating_add(q_len));
-            rows += q_len;
-        }
-        let logits = (logits * problem.q_heads) as u64;
-        let share = |ty: TensorType| ty.bytes() * rows / problem.tokens;
-        let written = if problem.fused.is_some() { rows } else { 0 };
-        let kv = (tokens + written) * problem.kv_layout().token_elements() * problem.precision.kv.bytes();
-        let bytes = kv + share(problem.q_type()) + share(problem.output_type());
-        Cost { flops: 4 * problem.head_dim as u64 * logits, transcendentals: logits, bytes_accessed: bytes as u64 }
+    fn lengths(problem: &Problem, inputs: &Arrays) -> Option<Vec<Lengths>> {
+        let batch = Batch::of(problem, inputs).ok()?;
+        Some(batch.sequences().map(|Sequence { q_len, kv_len, .. }| Lengths { q_len, kv_len }).collect())
     }
 
     fn draw(problem: &Problem, batch: Option<&[Lengths]>, seed: u64) -> std::result::Result<Arrays, Invalid> {

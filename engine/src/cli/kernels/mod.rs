@@ -37,7 +37,7 @@ pub(super) use run::{RunArgs, run};
 pub(super) use tune::{TuneArgs, tune};
 
 /// What a command answers: a table for people, JSON for machines.
-trait Answer {
+pub(super) trait Answer {
     fn table(&self) -> String;
     fn json(&self) -> serde_json::Result<String>;
 }

@@ -10,13 +10,12 @@ use std::fmt::{self, Debug};
 use std::path::Path;
 
 use clap::{ArgMatches, Args, Command, FromArgMatches, Subcommand};
-use pagoda_ir::mosaic::Cost;
 use pagoda_ir::tile_machine::{Machine, Program};
 use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
 use pagoda_kernels::check::{Case, CheckError, Expected, compare_all};
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::cli::KernelArgs;
-use pagoda_kernels::kernel::{self, TileSizes};
+use pagoda_kernels::kernel::{self, TileSizes, Work};
 use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::random::{batch_text, parse_batch};
 use pagoda_kernels::threads::Threads;
@@ -395,7 +394,7 @@ pub(in crate::cli) trait Launch {
     /// The problem in words.
     fn problem(&self) -> String;
     /// What a launch costs.
-    fn work(&self) -> Cost;
+    fn work(&self) -> Work;
     /// The results by the form in Rust, where there is one.
     fn native(&self, threads: &dyn Threads) -> Option<Vec<HostTensor>>;
     /// Compares results with `expected`.
@@ -425,8 +424,9 @@ impl<K: Kernel> Launch for Launched<K> {
         self.plan.describe()
     }
 
-    fn work(&self) -> Cost {
-        K::work(self.plan.problem(), &self.inputs)
+    fn work(&self) -> Work {
+        let problem = self.plan.problem();
+        K::work(problem, K::lengths(problem, &self.inputs).as_deref())
     }
 
     fn native(&self, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
