@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use half::bf16;
 use pagoda_ir::Element;
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::rates;
@@ -118,8 +117,8 @@ impl Rates {
         };
         let multiply_adds = || {
             let of_core = |_| match element {
-                Element::Bf16 => rates::multiply_adds::<bf16>(rounds),
-                _ => rates::multiply_adds::<f32>(rounds),
+                Element::Bf16 => rates::multiply_adds_bf16(rounds),
+                _ => rates::multiply_adds_f32(rounds),
             };
             (0..cores).into_par_iter().map(of_core).sum::<u64>() as f64
         };

@@ -3,7 +3,10 @@
 use half::bf16;
 use pagoda_ir::element::Native;
 
-use crate::simd::{self, Task};
+use crate::{
+    matmul::native::multiply::{Group, Pack, Part},
+    simd,
+};
 
 /// An element of a kernel's arrays.
 pub trait Float: Native {
@@ -13,8 +16,10 @@ pub trait Float: Native {
     fn narrow(value: f32) -> Self;
     /// A vector in f32: itself, or widened into `wide`.
     fn vector<'v>(narrow: &'v [Self], wide: &'v mut [f32]) -> &'v [f32];
-    /// Runs a task with the best instructions that the processor has.
-    fn dispatch<W: Task<Self>>(task: W) -> W::Output;
+    /// Packs columns for a matmul. This and the next are not generic, so that what they run is compiled once, here.
+    fn pack(columns: Pack<'_, Self>) -> Vec<Group>;
+    /// Does a part of a matmul.
+    fn part(part: Part<'_, Self>);
 }
 
 impl Float for f32 {
@@ -33,8 +38,12 @@ impl Float for f32 {
         narrow
     }
 
-    fn dispatch<W: Task<Self>>(task: W) -> W::Output {
-        simd::with_f32(task)
+    fn pack(columns: Pack<'_, Self>) -> Vec<Group> {
+        simd::with_f32(columns)
+    }
+
+    fn part(part: Part<'_, Self>) {
+        simd::with_f32(part);
     }
 }
 
@@ -58,8 +67,12 @@ impl Float for bf16 {
         wide
     }
 
-    fn dispatch<W: Task<Self>>(task: W) -> W::Output {
-        simd::with_bf16(task)
+    fn pack(columns: Pack<'_, Self>) -> Vec<Group> {
+        simd::with_bf16(columns)
+    }
+
+    fn part(part: Part<'_, Self>) {
+        simd::with_bf16(part);
     }
 }
 

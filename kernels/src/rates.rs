@@ -3,7 +3,7 @@
 
 use crate::{
     float::Float,
-    simd::{Isa, LANES, Product, Register, Task},
+    simd::{self, Isa, LANES, Product, Register, Task},
 };
 
 /// Sums in registers: more than what a multiply-add takes can be hidden by.
@@ -38,9 +38,14 @@ impl<T: Float> Task<T> for MultiplyAdds {
     }
 }
 
-/// Does `rounds` rounds of multiply-adds of elements of one type; how many operations these were.
-pub fn multiply_adds<T: Float>(rounds: usize) -> u64 {
-    T::dispatch(MultiplyAdds { rounds })
+/// Does `rounds` rounds of multiply-adds of f32; how many operations these were.
+pub fn multiply_adds_f32(rounds: usize) -> u64 {
+    simd::with_f32(MultiplyAdds { rounds })
+}
+
+/// As [`multiply_adds_f32`], of bf16.
+pub fn multiply_adds_bf16(rounds: usize) -> u64 {
+    simd::with_bf16(MultiplyAdds { rounds })
 }
 
 /// Memory that is read.
@@ -64,7 +69,7 @@ impl Task<f32> for Sum<'_> {
 
 /// Reads all of `values` once.
 pub fn read(values: &[f32]) -> f32 {
-    f32::dispatch(Sum(values.as_chunks().0))
+    simd::with_f32(Sum(values.as_chunks().0))
 }
 
 /// `a = b + 2 c`: two arrays are read, one is written.
@@ -76,14 +81,12 @@ pub fn triad(a: &mut [f32], b: &[f32], c: &[f32]) {
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
-
     use super::*;
 
     #[test]
     fn work_is_what_it_says() {
-        assert_eq!(multiply_adds::<f32>(10), (2 * 16 * SUMS * 10) as u64);
-        assert_eq!(multiply_adds::<bf16>(10), (2 * 32 * SUMS * 10) as u64);
+        assert_eq!(multiply_adds_f32(10), (2 * 16 * SUMS * 10) as u64);
+        assert_eq!(multiply_adds_bf16(10), (2 * 32 * SUMS * 10) as u64);
         assert_eq!(read(&[0.5; 256]), 128.0);
         let mut a = [0.0; 3];
         triad(&mut a, &[1.0, 2.0, 3.0], &[0.5, 1.0, 1.5]);

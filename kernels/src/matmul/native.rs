@@ -17,7 +17,7 @@ use pagoda_ir::{
     stablehlo::{BackendConfig, Builder, ConfigValue, CustomCall, Tensor},
 };
 
-mod multiply;
+pub(crate) mod multiply;
 
 pub use multiply::{Call, multiply};
 

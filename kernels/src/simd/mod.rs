@@ -1,6 +1,6 @@
 //! Sixteen f32 lanes, on the widest registers that the processor has: what the kernels in Rust are written in.
 //!
-//! A kernel is a [`Task`], compiled once per instruction set, the best one chosen at run time ([`Float::dispatch`]). The sums
+//! A kernel is a [`Task`], compiled once per instruction set, the best one chosen at run time. The sums
 //! of products of one type are a [`Product`]: rows of the left operand are read where they lie, and widened in registers;
 //! those of the right operand are packed before.
 //!

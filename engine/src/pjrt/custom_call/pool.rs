@@ -36,17 +36,26 @@ impl<'a> Pool<'a> {
         Self { raw, count: raw.thread_count().clamp(1, *CORES) }
     }
 
-    /// Gives a helper to one of XLA's threads, if it takes it.
+    /// Gives a helper to one of XLA's threads, if it takes it, and if those are not behind already: on a busy machine helpers
+    /// would queue up, with what they hold, for threads that do not come to run.
     fn lend(&self, helper: Helper) {
+        /// Helpers that have not begun.
+        static QUEUED: AtomicUsize = AtomicUsize::new(0);
         /// # Safety
         /// `data` is a helper given away by `into_raw`.
         unsafe extern "C" fn help(data: *mut c_void) {
+            QUEUED.fetch_sub(1, Ordering::Relaxed);
             // SAFETY: by contract.
             unsafe { Helper::from_raw(data) }.work();
+        }
+        if QUEUED.fetch_add(1, Ordering::Relaxed) >= 2 * self.count {
+            QUEUED.fetch_sub(1, Ordering::Relaxed);
+            return;
         }
         let data = helper.into_raw();
         // SAFETY: the helper may be used once, at any time and by any thread.
         if !unsafe { self.raw.schedule(help, data) } {
+            QUEUED.fetch_sub(1, Ordering::Relaxed);
             // SAFETY: the task was refused and will not run.
             drop(unsafe { Helper::from_raw(data) });
         }

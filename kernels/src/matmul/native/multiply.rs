@@ -9,11 +9,12 @@ use crate::{
     threads::{self, Guard, Threads},
 };
 
-/// Multiply-adds that are worth a second thread.
-const THREADED_WORK: usize = 1 << 17;
-/// Multiply-adds, or bytes of the weight, of a piece of work.
-const PIECE_WORK: usize = 1 << 20;
-const PIECE_BYTES: usize = 1 << 18;
+/// What one core does in a nanosecond, roughly: multiply-adds, and bytes of a weight that is in a cache.
+const MULTIPLY_ADDS: usize = 100;
+const BYTES: usize = 60;
+/// Nanoseconds that are worth a second thread, and of a piece of work.
+const THREADED: usize = 12_000;
+const PIECE: usize = 5_000;
 /// Bytes of packed columns, and rows of the result, of a block that stays in a core's own cache.
 const BLOCK_BYTES: usize = 1 << 18;
 const BLOCK_ROWS: usize = 64;
@@ -53,45 +54,42 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
     if k == 0 {
         return y.fill(O::narrow(0.0));
     }
-    let packed: Arc<[Group]> = T::dispatch(Pack { x, m, norm: around.norm }).into();
-    let work = halves * n * k * m;
-    let pieces = if work < THREADED_WORK || threads.count() == 1 {
-        1
-    } else {
-        // Small enough that what one thread is late by is little, large enough that taking them costs nothing.
-        let bytes = halves * n * k * size_of::<T>();
-        (work / PIECE_WORK).max(bytes / PIECE_BYTES).clamp(2 * threads.count(), 64 * threads.count())
+    let packed: Arc<[Group]> = T::pack(Pack { x, m, norm: around.norm }).into();
+    let weights = halves * n * k;
+    let nanoseconds = (weights * m / MULTIPLY_ADDS).max(weights * size_of::<T>() / BYTES);
+    let pieces = match threads.count() {
+        count if count > 1 && nanoseconds >= THREADED => {
+            // Small enough that what one thread is late by is little, large enough that taking them costs nothing.
+            (nanoseconds / PIECE).clamp(2 * count, 64 * count)
+        }
+        _ => 1,
     };
     let rows = n.div_ceil(pieces).next_multiple_of(8);
     let weight = Weight { w, n, k, gated: halves == 2 };
+    let take = |piece: usize, y: &mut [O], made: Vec<f32>| {
+        let residual = around.residual.map(|residual| &residual[piece * rows * m..][..y.len()]);
+        for (at, (y, made)) in y.iter_mut().zip(made).enumerate() {
+            *y = O::narrow(residual.map_or(made, |residual| made + residual[at].widen()));
+        }
+    };
     match &call.resident {
         Some(guard) if pieces > 1 => {
             let elsewhere = Elsewhere { w: w.as_ptr(), length: w.len(), guard: Arc::clone(guard) };
             let columns = packed.clone();
             let work = move |piece: usize| {
-                let weight = Weight { w: elsewhere.values(), n, k, gated: weight.gated };
-                let mut y = vec![0.0; rows.min(n - piece * rows) * m];
-                T::dispatch(weight.part(piece * rows, &mut y, &columns, m, None));
-                y
+                let weight = Weight { w: elsewhere.values(), n, k, gated: halves == 2 };
+                weight.rows(piece * rows, rows, &columns, m)
             };
-            let pieces = n.div_ceil(rows);
-            threads.race(pieces, Arc::new(work), &mut |piece, made| {
+            threads.race(n.div_ceil(rows), Arc::new(work), &mut |piece, made| {
+                let made = made.unwrap_or_else(|| weight.rows(piece * rows, rows, &packed, m));
                 let first = piece * rows * m;
-                let count = y.len().min(first + rows * m) - first;
-                let y = &mut y[first..][..count];
-                let Some(made) = made else {
-                    return T::dispatch(weight.part(piece * rows, y, &packed, m, around.residual));
-                };
-                let residual = around.residual.map(|residual| &residual[first..][..count]);
-                for (at, (y, made)) in y.iter_mut().zip(made).enumerate() {
-                    *y = O::narrow(residual.map_or(made, |residual| made + residual[at].widen()));
-                }
+                take(piece, &mut y[first..][..made.len()], made);
             });
         }
         _ => {
             let parts = y.chunks_mut(rows * m).enumerate();
             threads::for_each(threads, parts.collect(), |(piece, y)| {
-                T::dispatch(weight.part(piece * rows, y, &packed, m, around.residual));
+                take(piece, y, weight.rows(piece * rows, rows, &packed, m));
             });
         }
     }
@@ -126,29 +124,20 @@ struct Weight<'w, T> {
     gated: bool,
 }
 
-impl<'w, T: Float> Weight<'w, T> {
-    /// The rows of the result from `first` on, as many as there are in `y`.
-    fn part<'p, O>(
-        &self,
-        first: usize,
-        y: &'p mut [O],
-        packed: &'p [Group],
-        m: usize,
-        residual: Option<&'p [T]>,
-    ) -> Part<'p, T, O>
-    where
-        'w: 'p,
-    {
-        let (k, count) = (self.k, y.len() / m);
+impl<T: Float> Weight<'_, T> {
+    /// Up to `most` rows of the product from row `first` on, gated where it is.
+    fn rows(&self, first: usize, most: usize, packed: &[Group], m: usize) -> Vec<f32> {
+        let (k, count) = (self.k, most.min(self.n - first));
         let rows = |first: usize| &self.w[first * k..][..count * k];
         let up = self.gated.then(|| rows(self.n + first));
-        let residual = residual.map(|residual| &residual[first * m..][..y.len()]);
-        Part { gate: rows(first), up, packed, residual, y, k, m }
+        let mut y = vec![0.0; count * m];
+        T::part(Part { gate: rows(first), up, packed, y: &mut y, k, m });
+        y
     }
 }
 
 /// Columns that are multiplied with the rows of the weight together, packed as registers take them.
-struct Group {
+pub struct Group {
     /// The first of them.
     first: usize,
     columns: usize,
@@ -157,7 +146,7 @@ struct Group {
 }
 
 /// Packs `norm(x)`.
-struct Pack<'p, T> {
+pub struct Pack<'p, T> {
     /// `[k, m]`
     x: &'p [T],
     m: usize,
@@ -235,18 +224,17 @@ fn normalize<P: Product>(p: P, wide: &mut [f32], columns: usize, norm: Norm<&[P:
 }
 
 /// Some rows of the result, and of the weight.
-struct Part<'p, T, O> {
+pub struct Part<'p, T> {
     /// The weight's rows, or those of the gate.
     gate: &'p [T],
     up: Option<&'p [T]>,
     packed: &'p [Group],
-    residual: Option<&'p [T]>,
-    y: &'p mut [O],
+    y: &'p mut [f32],
     k: usize,
     m: usize,
 }
 
-impl<T: Float, O: Float> Task<T> for Part<'_, T, O> {
+impl<T: Float> Task<T> for Part<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -262,7 +250,7 @@ impl<T: Float, O: Float> Task<T> for Part<'_, T, O> {
 /// Most rows, and most columns, of a tile.
 const MOST: [usize; 2] = [8, 6];
 
-impl<T: Float, O: Float> Part<'_, T, O> {
+impl<T: Float> Part<'_, T> {
     /// Goes through the result by strips of as many rows as make `R` rows of the weight. Where there are several groups of
     /// columns, all loops are over blocks that stay in a cache: a strip's elements of some steps, in the nearest one, meet
     /// every group of a block before the next strip comes, and the sums wait in memory for the next steps.
@@ -392,14 +380,9 @@ impl<T: Float, O: Float> Part<'_, T, O> {
             }
         }
         for row in 0..strip.rows {
-            let at = (strip.first + row) * m + first_column;
-            let y = &mut self.y[at..][..C];
+            let y = &mut self.y[(strip.first + row) * m + first_column..][..C];
             for column in 0..C {
-                let mut sum = flat[row * C + column];
-                if let Some(residual) = self.residual {
-                    sum += residual[at + column].widen();
-                }
-                y[column] = O::narrow(sum);
+                y[column] = flat[row * C + column];
             }
         }
     }
@@ -568,7 +551,7 @@ mod tests {
             multiply(&Call { w: &w, x: &x, columns: m, around: Around::NOTHING, resident: None }, &mut best, &Caller);
             let mut plain = vec![0f32; n * m];
             let packed = Pack { x: &x, m, norm: None }.run(Split(Portable));
-            Part { gate: &w, up: None, packed: &packed, residual: None, y: &mut plain, k, m }.run(Split(Portable));
+            Part { gate: &w, up: None, packed: &packed, y: &mut plain, k, m }.run(Split(Portable));
             // Values of few bits: every sum is exact, in any order.
             assert_eq!(best, plain, "{m} columns");
         }

@@ -65,7 +65,7 @@ pub fn attend<T: Float, C: Cached>(
         })
         .collect();
     if work < THREADED_WORK || threads.count() == 1 {
-        return f32::dispatch(Attend { jobs: &mut jobs });
+        return attend_all(&mut jobs);
     }
     // Rows of one sequence grow with their position: many small pieces even out.
     let pieces = jobs.len().min(8 * threads.count());
@@ -74,7 +74,7 @@ pub fn attend<T: Float, C: Cached>(
         let count = jobs.len().div_ceil(piece);
         lists.push(jobs.by_ref().take(count).collect::<Vec<_>>());
     }
-    threads::for_each(threads, lists, |mut jobs| f32::dispatch(Attend { jobs: &mut jobs }));
+    threads::for_each(threads, lists, |mut jobs| attend_all(&mut jobs));
 }
 
 /// Rows of one sequence, one after the other, and a KV head with its group of query heads.
@@ -98,12 +98,16 @@ struct Member<'j, T> {
 
 /// Buffers of one thread, each `[queries, ...]`.
 struct Scratch {
-    /// Scaled queries, packed: by groups of columns, each `[steps, columns]`.
+    /// Scaled queries, `[queries, steps]`.
+    plain: Vec<Register>,
+    /// The same, packed: by groups of columns, each `[steps, columns]`.
     q: Vec<Register>,
     /// `[queries, steps]`
     acc: Vec<Register>,
     /// Logits of one block, then weights.
     logits: Vec<[f32; KEY_BLOCK]>,
+    /// The keys that each sees: the first, and the one behind the last.
+    seen: Vec<[usize; 2]>,
     max: Vec<f32>,
     sum: Vec<f32>,
     /// What the accumulators so far are multiplied by.
@@ -113,74 +117,72 @@ struct Scratch {
 }
 
 /// Jobs, one after the other.
-struct Attend<'s, 'j, T, C: Cached> {
-    jobs: &'s mut [Job<'j, T, C>],
-}
-
-impl<T: Float, C: Cached> Task<f32> for Attend<'_, '_, T, C> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<P: Product<Element = f32>>(self, p: P) {
-        let Some(call) = self.jobs.first().map(|job| job.call) else { return };
-        let group = call.group();
-        let most = group * (QUERIES / group).max(1);
-        let steps = call.layer.kv.head_dim.div_ceil(LANES);
-        let mut scratch = Scratch {
-            q: vec![Register::ZERO; most * steps],
-            acc: vec![Register::ZERO; most * steps],
-            logits: vec![[0.0; KEY_BLOCK]; most],
-            max: vec![0.0; most],
-            sum: vec![0.0; most],
-            rescale: vec![0.0; most],
-            wide: vec![Register::ZERO; 2 * KEY_BLOCK * steps],
-        };
-        for job in self.jobs {
-            job.run(p, &mut scratch);
-        }
-    }
+fn attend_all<T: Float, C: Cached>(jobs: &mut [Job<'_, T, C>]) {
+    let Some(call) = jobs.first().map(|job| job.call) else { return };
+    let group = call.group();
+    let most = group * (QUERIES / group).max(1);
+    let steps = call.layer.kv.head_dim.div_ceil(LANES);
+    let registers = |count: usize| vec![Register::ZERO; count];
+    let mut scratch = Scratch {
+        plain: registers(most * steps),
+        q: registers(most * steps),
+        acc: registers(most * steps),
+        logits: vec![[0.0; KEY_BLOCK]; most],
+        seen: vec![[0; 2]; most],
+        max: vec![0.0; most],
+        sum: vec![0.0; most],
+        rescale: vec![0.0; most],
+        wide: registers(2 * KEY_BLOCK * steps),
+    };
+    jobs.iter_mut().for_each(|job| job.run(&mut scratch));
 }
 
 /// Where the vectors of a block's keys begin: of whole registers, and whoever has them keeps what they point to alive.
 type Vectors = [*const f32; KEY_BLOCK];
 
-impl<T: Float, C: Cached> Job<'_, T, C> {
-    /// The keys that a row sees: up to itself, within the window.
-    #[inline(always)]
-    fn seen(&self, row: &Row) -> [usize; 2] {
-        let end = row.position + 1;
-        [self.call.sliding_window.map_or(0, |window| end.saturating_sub(window)), end]
+/// The keys and values of the block that begins at the first number, from the second to the third.
+type Fetch<'f> = dyn FnMut(usize, usize, usize, &mut [Register]) -> [Vectors; 2] + 'f;
+
+/// The arithmetic of a job, the same for all types.
+struct Work<'w, 'f> {
+    scratch: &'w mut Scratch,
+    queries: usize,
+    steps: usize,
+    soft_cap: Option<f32>,
+    /// Yields vectors of `steps` registers that stay readable.
+    fetch: &'w mut Fetch<'f>,
+}
+
+impl Work<'_, '_> {
+    /// Not generic, so that it is compiled once.
+    fn run(self) {
+        simd::with_f32(self);
     }
+}
+
+impl Task<f32> for Work<'_, '_> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<P: Product<Element = f32>>(&mut self, p: P, scratch: &mut Scratch) {
-        let call = self.call;
-        let (group, dim) = (call.group(), call.layer.kv.head_dim);
-        let (queries, steps) = (self.members.len() * group, dim.div_ceil(LANES));
-        let scale = call.scale * call.factor(Half::Key, self.head);
+    fn run<P: Product<Element = f32>>(self, p: P) {
+        let Self { scratch, queries, steps, soft_cap, fetch } = self;
         for query in 0..queries {
             // Its group of columns, and its place there.
             let first = query / P::Isa::COLUMNS * P::Isa::COLUMNS;
             let columns = P::Isa::COLUMNS.min(queries - first);
-            let vector = &self.members[query / group].q[query % group * dim..][..dim];
-            for (step, part) in vector.chunks(LANES).enumerate() {
-                let register = &mut scratch.q[first * steps + step * columns + query - first];
-                *register = Register::ZERO;
-                for (wide, q) in register.0.iter_mut().zip(part) {
-                    *wide = q.widen() * scale;
-                }
+            for step in 0..steps {
+                scratch.q[first * steps + step * columns + query - first] = scratch.plain[query * steps + step];
             }
         }
         scratch.acc[..queries * steps].fill(Register::ZERO);
         scratch.max[..queries].fill(f32::NEG_INFINITY);
         scratch.sum[..queries].fill(0.0);
-        let (Some(first), Some(last)) = (self.members.first(), self.members.last()) else { return };
-        let ([start, _], [_, end]) = (self.seen(&first.row), self.seen(&last.row));
+        let (start, end) = (scratch.seen[0][0], scratch.seen[queries - 1][1]);
         for block in (start / KEY_BLOCK * KEY_BLOCK..end).step_by(KEY_BLOCK) {
             let (from, to) = (start.max(block), end.min(block + KEY_BLOCK));
-            let [keys, values] = self.vectors(block, from, to, steps, &mut scratch.wide);
+            let [keys, values] = fetch(block, from, to, &mut scratch.wide);
             let live = [from - block, to - block];
-            // SAFETY: the vectors of live keys are readable, `steps` registers each, while pages and buffers are borrowed.
+            // SAFETY: the vectors of live keys are readable, `steps` registers each.
             unsafe {
                 match P::Isa::FEW {
                     1 => logits::<P, 2>(p, scratch, queries, steps, &keys, live),
@@ -188,9 +190,9 @@ impl<T: Float, C: Cached> Job<'_, T, C> {
                 }
             }
             for query in 0..queries {
-                let [start, end] = self.seen(&self.members[query / group].row);
-                let seen = [start.clamp(block, block + KEY_BLOCK) - block, end.clamp(block, block + KEY_BLOCK) - block];
-                self.weights(scratch, query, seen);
+                let seen = scratch.seen[query];
+                let [start, end] = [seen[0].clamp(block, block + KEY_BLOCK), seen[1].clamp(block, block + KEY_BLOCK)];
+                weights(scratch, query, [start - block, end - block], soft_cap);
             }
             // SAFETY: as above.
             unsafe {
@@ -200,11 +202,37 @@ impl<T: Float, C: Cached> Job<'_, T, C> {
                 }
             }
         }
+    }
+}
+
+impl<T: Float, C: Cached> Job<'_, T, C> {
+    /// The keys that a row sees: up to itself, within the window.
+    fn seen(&self, row: &Row) -> [usize; 2] {
+        let end = row.position + 1;
+        [self.call.sliding_window.map_or(0, |window| end.saturating_sub(window)), end]
+    }
+
+    fn run(&mut self, scratch: &mut Scratch) {
+        let call = self.call;
+        let (group, dim) = (call.group(), call.layer.kv.head_dim);
+        let (queries, steps) = (self.members.len() * group, dim.div_ceil(LANES));
+        let scale = call.scale * call.factor(Half::Key, self.head);
+        for query in 0..queries {
+            let member = &self.members[query / group];
+            scratch.seen[query] = self.seen(&member.row);
+            let vector = &member.q[query % group * dim..][..dim];
+            for (register, part) in scratch.plain[query * steps..].iter_mut().zip(vector.chunks(LANES)) {
+                *register = Register::ZERO;
+                register.0.iter_mut().zip(part).for_each(|(wide, q)| *wide = q.widen() * scale);
+            }
+        }
+        let job = &*self;
+        let mut fetch = |block, from, to, wide: &mut [Register]| job.vectors(block, from, to, steps, wide);
+        Work { scratch, queries, steps, soft_cap: call.soft_cap, fetch: &mut fetch }.run();
         self.finish(scratch, steps);
     }
 
     /// The keys and values of a block from key `from` to key `to`, as whole registers of f32: as they lie, or in `wide`.
-    #[inline(always)]
     fn vectors(&self, block: usize, from: usize, to: usize, steps: usize, wide: &mut [Register]) -> [Vectors; 2] {
         let Layer { first_page, kv } = self.call.layer;
         let (page_size, dim) = (kv.page_size, kv.head_dim);
@@ -237,55 +265,7 @@ impl<T: Float, C: Cached> Job<'_, T, C> {
         vectors
     }
 
-    /// Of the logits of a block, the weights of the keys that a query sees, and zeros.
-    #[inline(always)]
-    fn weights(&self, scratch: &mut Scratch, query: usize, [start, end]: [usize; 2]) {
-        let logits = &mut scratch.logits[query];
-        if start >= end {
-            logits.fill(0.0);
-            scratch.rescale[query] = 1.0;
-            return;
-        }
-        if let Some(cap) = self.call.soft_cap {
-            for x in &mut logits[start..end] {
-                *x = cap * (*x / cap).tanh();
-            }
-        }
-        logits[..start].fill(f32::NEG_INFINITY);
-        logits[end..].fill(f32::NEG_INFINITY);
-        let mut largest = [f32::NEG_INFINITY; LANES];
-        for logits in logits.as_chunks::<LANES>().0 {
-            for lane in 0..LANES {
-                largest[lane] = if logits[lane] > largest[lane] { logits[lane] } else { largest[lane] };
-            }
-        }
-        let mut max = scratch.max[query];
-        for lane in largest {
-            max = max.max(lane);
-        }
-        for logits in logits.as_chunks_mut::<LANES>().0 {
-            for x in logits {
-                *x = exp(*x - max);
-            }
-        }
-        logits[..start].fill(0.0);
-        logits[end..].fill(0.0);
-        let mut total = [0.0; LANES];
-        for weights in logits.as_chunks::<LANES>().0 {
-            for lane in 0..LANES {
-                total[lane] += weights[lane];
-            }
-        }
-        let rescale = exp(scratch.max[query] - max);
-        let mut sum = scratch.sum[query] * rescale;
-        for lane in total {
-            sum += lane;
-        }
-        (scratch.max[query], scratch.sum[query], scratch.rescale[query]) = (max, sum, rescale);
-    }
-
     /// Divides by the sums.
-    #[inline(always)]
     fn finish(&mut self, scratch: &Scratch, steps: usize) {
         let (call, group, dim) = (self.call, self.call.group(), self.call.layer.kv.head_dim);
         let factor = call.factor(Half::Value, self.head);
@@ -312,6 +292,53 @@ impl<T: Float, C: Cached> Job<'_, T, C> {
             }
         }
     }
+}
+
+/// Of the logits of a block, the weights of the keys that a query sees, and zeros.
+#[inline(always)]
+fn weights(scratch: &mut Scratch, query: usize, [start, end]: [usize; 2], soft_cap: Option<f32>) {
+    let logits = &mut scratch.logits[query];
+    if start >= end {
+        logits.fill(0.0);
+        scratch.rescale[query] = 1.0;
+        return;
+    }
+    if let Some(cap) = soft_cap {
+        for x in &mut logits[start..end] {
+            *x = cap * (*x / cap).tanh();
+        }
+    }
+    logits[..start].fill(f32::NEG_INFINITY);
+    logits[end..].fill(f32::NEG_INFINITY);
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    for logits in logits.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            largest[lane] = if logits[lane] > largest[lane] { logits[lane] } else { largest[lane] };
+        }
+    }
+    let mut max = scratch.max[query];
+    for lane in largest {
+        max = max.max(lane);
+    }
+    for logits in logits.as_chunks_mut::<LANES>().0 {
+        for x in logits {
+            *x = exp(*x - max);
+        }
+    }
+    logits[..start].fill(0.0);
+    logits[end..].fill(0.0);
+    let mut total = [0.0; LANES];
+    for weights in logits.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            total[lane] += weights[lane];
+        }
+    }
+    let rescale = exp(scratch.max[query] - max);
+    let mut sum = scratch.sum[query] * rescale;
+    for lane in total {
+        sum += lane;
+    }
+    (scratch.max[query], scratch.sum[query], scratch.rescale[query]) = (max, sum, rescale);
 }
 
 /// The logits of all queries and of the keys `live`, `R` keys at a time.
