@@ -57,7 +57,7 @@ mod tests {
         let array = vec![1u32; 100];
         // SAFETY: the array outlives it.
         let resident = unsafe { Resident::new(array.as_ptr().addr(), 400) };
-        assert!(guard(&array[10..20]).is_some() && guard(&vec![0u8; 10]).is_none());
+        assert!(guard(&array[10..20]).is_some() && guard(&[0u8; 10]).is_none());
         let reader = guard(&array);
         let goes = spawn(move || drop(resident));
         while guard(&array).is_some() {

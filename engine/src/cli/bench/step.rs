@@ -131,7 +131,7 @@ pub(in crate::cli) fn step(args: &StepArgs) -> Result<()> {
                 prompt: (0..args.prompt).map(|at| token(at + index * 31 + 1)).collect::<Vec<_>>().into(),
                 max_new_tokens: new,
             });
-            Ok(engine.run(requests, &AtomicBool::new(false), |_| Ok(()), |_| ())?)
+            engine.run(requests, &AtomicBool::new(false), |_| Ok(()), |_| ())
         };
         let until = Until { relative: args.within, least: 3, budget: time };
         let prefill = times(until, || Ok(Duration::from_secs_f64(run(1, 1)?.prefill_device_s)))?;

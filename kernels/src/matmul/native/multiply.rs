@@ -372,9 +372,7 @@ impl<T: Float> Part<'_, T> {
         if self.up.is_some() {
             let half = strip.half * C;
             let mut up = [0.0; MOST[0] * MOST[1] / 2];
-            for at in 0..half {
-                up[at] = flat[half + at];
-            }
+            up[..half].copy_from_slice(&flat[half..2 * half]);
             for at in 0..(R / 2 * C).next_multiple_of(8) {
                 flat[at] *= sigmoid(flat[at]) * up[at];
             }

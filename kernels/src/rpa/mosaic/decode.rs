@@ -573,5 +573,5 @@ impl Copies<'_> {
 
 fn next_slot(slot: Value<'_>) -> Value<'_> {
     let next = slot + 1;
-    next.equals(BUFFERS).select(next - next, next)
+    next.differs(BUFFERS).select(next, 0)
 }
