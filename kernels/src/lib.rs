@@ -11,6 +11,7 @@ pub mod chips;
 pub mod choices;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod cost;
 pub mod drawn;
 pub mod error;
 pub mod evidence;
@@ -22,10 +23,12 @@ pub mod named;
 pub mod plan;
 pub mod problem;
 pub mod random;
+pub mod rates;
 pub mod registry;
 pub mod report;
 pub mod rms_norm;
 pub mod rpa;
+pub mod simd;
 #[cfg(any(test, feature = "strategies"))]
 pub mod strategies;
 pub mod threads;

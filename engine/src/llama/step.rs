@@ -234,9 +234,19 @@ impl<'c> Graph<'_, 'c> {
 
     /// The bare projection, in the compute type.
     fn projection<'a>(&self, projection: Projection<Tensor<'c, 'a>>) -> Linear<'c, 'a> {
-        let Projection { weight, bias } = projection;
-        let result = self.shape.compute;
-        Linear { norm: None, weight, bias, layer: None, activation: Activation::Identity, residual: None, result }
+        let Projection { weight, scale, bias } = projection;
+        let quantized = self.config.quantization.zip(scale);
+        Linear {
+            norm: None,
+            weight,
+            scale,
+            quantizes_x: quantized.is_some_and(|(quantization, _)| quantization.activations),
+            bias,
+            layer: None,
+            activation: Activation::Identity,
+            residual: None,
+            result: self.shape.compute,
+        }
     }
 
     fn norm<'a>(&self, weight: Tensor<'c, 'a>) -> Norm<'c, 'a> {
@@ -250,7 +260,7 @@ impl<'c> Graph<'_, 'c> {
         weights: &Weights<Tensor<'c, 'a>>,
         hidden: Tensor<'c, 'a>,
     ) -> Result<Tensor<'c, 'a>> {
-        let head = self.projection(Projection { weight: weights.head(), bias: None });
+        let head = self.projection(weights.head());
         let head = Linear { norm: Some(self.norm(weights.norm)), result: Element::F32, ..head };
         self.lowering.by_row(&b.named("head"), hidden, &head)
     }

@@ -29,6 +29,11 @@ impl Target {
         }
     }
 
+    /// Whether activations are row-major, `[rows, features]`: then so are scales of weights, `[groups, features]`.
+    pub fn is_row_major(self) -> bool {
+        matches!(self, Self::TileMachine(_) | Self::Tpu(_))
+    }
+
     /// Whether programs loop over their layers, whose weights they take as stacks: a TPU's kernels read a layer's part where
     /// it lies, and the program's code does not grow with the layers. Other compilers would copy each part on every step.
     pub fn stacks_layers(self) -> bool {

@@ -9,12 +9,12 @@ use pagoda_ir::mosaic::Kernel;
 use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::{Context, Result};
 use pagoda_kernels::chips::Chip;
-use pagoda_kernels::matmul::{self, Matmul};
+use pagoda_kernels::matmul::{Matmul, Problem, plan};
 use pagoda_kernels::rpa::{self, Rpa};
 use pagoda_kernels::{Named, kernel};
 
 use super::stablehlo::Stablehlo;
-use super::{Batch, Kind, Linear, Lowering, Orientation, Rows, matmul_arguments, matmul_problem, unplanned};
+use super::{Batch, Kind, Linear, Lowering, Orientation, Rows, matmul, unplanned};
 
 /// Who runs the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub(super) struct Mosaic<'c> {
     /// What `attention` does.
     problem: rpa::Problem,
     /// The matmuls so far. A step has six at most, so the list is searched.
-    matmuls: RefCell<Vec<(matmul::Problem, Rc<Kernel<'c>>)>>,
+    matmuls: RefCell<Vec<(Problem, Rc<Kernel<'c>>)>>,
 }
 
 impl<'c> Mosaic<'c> {
@@ -63,12 +63,12 @@ impl<'c> Mosaic<'c> {
     }
 
     /// The kernel for a problem.
-    fn matmul(&self, problem: &matmul::Problem) -> Result<Rc<Kernel<'c>>> {
+    fn matmul(&self, problem: &Problem) -> Result<Rc<Kernel<'c>>> {
         let mut known = self.matmuls.borrow_mut();
         if let Some((_, kernel)) = known.iter().find(|(known, _)| known == problem) {
             return Ok(Rc::clone(kernel));
         }
-        let plan = matmul::plan::Plan::new(*problem, self.chip, matmul::plan::Options::default()).map_err(unplanned)?;
+        let plan = plan::Plan::new(*problem, self.chip, plan::Options::default()).map_err(unplanned)?;
         let kernel = Rc::new(self.runner.kernel(plan.kernel(self.context)?));
         known.push((*problem, Rc::clone(&kernel)));
         Ok(kernel)
@@ -86,8 +86,8 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
 
     fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let x = linear.norm.map_or(Ok(x), |norm| self.norm(b, x, &norm))?;
-        let problem = matmul_problem(self.orientation(), x, linear)?;
-        let results = kernel::call::<Matmul>(b, &*self.matmul(&problem)?, &problem, &matmul_arguments(x, linear))?;
+        let (problem, arguments) = matmul(b, self.orientation(), x, linear)?;
+        let results = kernel::call::<Matmul>(b, &*self.matmul(&problem)?, &problem, &arguments)?;
         Ok(results[0])
     }
 

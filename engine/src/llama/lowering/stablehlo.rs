@@ -6,7 +6,7 @@ use pagoda_kernels::matmul::Matmul;
 use pagoda_kernels::rpa::{self, Rpa};
 use pagoda_kernels::{Named, kernel};
 
-use super::{Batch, Linear, Lowering, Orientation, Rows, matmul_arguments, matmul_problem};
+use super::{Batch, Linear, Lowering, Orientation, Rows, matmul};
 
 /// The lowering.
 pub(super) struct Stablehlo {
@@ -72,7 +72,8 @@ impl<'c> Lowering<'c> for Stablehlo {
     fn by_row<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let x = linear.norm.map_or(Ok(x), |norm| self.norm(b, x, &norm))?;
         let x = b.optimization_barrier(&[self.orientation.turn(b, x)?])?[0];
-        product(b, Orientation::RowMajor, x, linear)
+        let scale = linear.scale.map(|scale| self.orientation.turn(b, scale)).transpose()?;
+        product(b, Orientation::RowMajor, x, &Linear { scale, ..*linear })
     }
 
     fn attend<'a>(
@@ -96,6 +97,6 @@ fn product<'c, 'a>(
     x: Tensor<'c, 'a>,
     linear: &Linear<'c, 'a>,
 ) -> Result<Tensor<'c, 'a>> {
-    let problem = matmul_problem(orientation, x, linear)?;
-    Ok(kernel::stablehlo::<Matmul>(b, &problem, &matmul_arguments(x, linear))?[0])
+    let (problem, arguments) = matmul(b, orientation, x, linear)?;
+    Ok(kernel::stablehlo::<Matmul>(b, &problem, &arguments)?[0])
 }
