@@ -20,7 +20,7 @@ type Line = (String, Duration, f64);
 fn measure<K: Kernel>(criterion: &mut Criterion, spec: K::Spec, batch: Option<&[Lengths]>, rates: &Rates) -> Line {
     let problem = Problem::new(spec).expect("a valid problem");
     let inputs = K::draw(&problem, batch, 1).expect("a batch of the problem");
-    let (name, work) = (K::describe(&problem), K::work(&problem, &inputs));
+    let (name, work) = (K::describe(&problem), K::work(&problem, K::lengths(&problem, &inputs).as_deref()));
     let mut mean = Duration::ZERO;
     let id = BenchmarkId::new(K::NAME, &name);
     criterion.benchmark_group("native").bench_function(
@@ -29,7 +29,7 @@ fn measure<K: Kernel>(criterion: &mut Criterion, spec: K::Spec, batch: Option<&[
             std::hint::black_box(K::native(&problem, &inputs, &Cores).expect("a form in Rust"));
         }),
     );
-    (name, mean, rates.floor(work.flops as f64, work.bytes_accessed as f64))
+    (name, mean, rates.floor(work.flops, work.bytes))
 }
 
 fn main() {

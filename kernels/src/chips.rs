@@ -10,6 +10,7 @@
 
 use std::fmt;
 
+use pagoda_ir::Element;
 use serde::{Deserialize, Serialize};
 
 use crate::vmem::Bytes;
@@ -202,6 +203,14 @@ impl Chip {
     /// and aborts when it is asked for one.
     pub const fn has_static_profile(self) -> bool {
         !matches!(self, Self::V4)
+    }
+
+    /// Whether the matrix units multiply elements of this narrow type, by libtpu 0.0.52.
+    pub const fn multiplies(self, element: Element) -> bool {
+        match element {
+            Element::I8 => matches!(self, Self::V5e | Self::V5p | Self::V6e),
+            _ => false,
+        }
     }
 
     /// The generation of a topology name such as `v5p:2x2x1` or `v5p:2x4x4`.

@@ -21,6 +21,7 @@ use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
+    cost::UnitWork,
     error::Invalid,
     evidence::Records,
     mutants::MutantSet,
@@ -116,10 +117,10 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         Cost { flops: 0, transcendentals: 0, bytes_accessed: passes_once::<Self>(problem) }
     }
 
-    /// What a launch on `inputs` costs: as [`Kernel::cost`], of the batch that is there.
-    fn work(problem: &ProblemOf<Self>, inputs: &Arrays) -> Cost {
-        let _ = inputs;
-        Self::cost(problem)
+    /// The lengths of the sequences in `inputs`, where what a launch does depends on them.
+    fn lengths(problem: &ProblemOf<Self>, inputs: &Arrays) -> Option<Vec<Lengths>> {
+        let _ = (problem, inputs);
+        None
     }
 
     /// Leading elements of each result that are results; those behind them are padding. Cheap: no result is computed.
@@ -170,6 +171,64 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         vec![]
     }
 
+    // A ragged batch that is known beforehand.
+
+    /// Refuses a batch that is not one of the problem.
+    ///
+    /// # Errors
+    /// The first length that breaks a limit; any batch, where the kernel works on none.
+    fn check_batch(problem: &ProblemOf<Self>, batch: Option<&[Lengths]>) -> std::result::Result<(), Invalid> {
+        let _ = problem;
+        random::without_batch(Self::NAME, batch)
+    }
+
+    /// Batches of the problem that serving meets, by name: what a plan is for where nobody says more. None for a kernel that
+    /// works on no batch.
+    fn spread(problem: &ProblemOf<Self>) -> Vec<(&'static str, Vec<Lengths>)> {
+        let _ = problem;
+        vec![]
+    }
+
+    /// What a launch computes and moves at least; over sequences of the lengths in `batch`, where there is one. By default
+    /// what it costs at most.
+    fn work(problem: &ProblemOf<Self>, batch: Option<&[Lengths]>) -> Work {
+        let _ = batch;
+        let Cost { flops, bytes_accessed, .. } = Self::cost(problem);
+        Work { flops: flops as f64, bytes: bytes_accessed as f64 }
+    }
+
+    /// The Mosaic kernel of `plan` for sequences of the lengths in `batch` alone: they are constants of it, so that the
+    /// compiler knows how often each loop turns, and its static estimate is of this batch. Operands are the same. By default
+    /// the kernel as it is.
+    ///
+    /// # Errors
+    /// When `batch` is not a batch of the problem.
+    fn kernel_of_batch<'c>(
+        context: &'c Context,
+        plan: &Plan<Self>,
+        batch: Option<&[Lengths]>,
+    ) -> Result<mosaic::Kernel<'c>> {
+        let _ = batch;
+        plan.kernel(context)
+    }
+
+    /// A smaller launch, and how many of it do what each core does in a launch of `plan`: the compiler cannot estimate
+    /// kernels whose cores take strided parts of one array (`dma-general`). `None` where a launch is what a core does.
+    fn core_share(plan: &Plan<Self>) -> Option<(Plan<Self>, usize)> {
+        let _ = plan;
+        None
+    }
+
+    /// Programs that a step runs beside the kernel, from the projections' outputs to the next projection's input: rotary
+    /// embedding, writes of K and V, changes of layout. By default none.
+    ///
+    /// # Errors
+    /// None for a valid problem, unless MLIR fails.
+    fn around<'c>(context: &'c Context, problem: &ProblemOf<Self>) -> Result<Vec<Module<'c>>> {
+        let _ = (context, problem);
+        Ok(vec![])
+    }
+
     // Planning.
 
     /// Refuses a problem that no tiles can be planned for.
@@ -190,6 +249,24 @@ pub trait Kernel: Sized + Send + Sync + 'static {
     /// The best legal tiles whose buffers fit `limit`, with room for spills where there are some; `None` if none fit.
     fn choose(problem: &ProblemOf<Self>, chip: Chip, limit: Bytes) -> Option<Self::Tiles>;
 
+    /// Legal tiles whose buffers fit `limit`: what is worth a compilation. By default the planner's choice alone.
+    fn candidates(problem: &ProblemOf<Self>, chip: Chip, limit: Bytes) -> Vec<Self::Tiles> {
+        Self::choose(problem, chip, limit).into_iter().collect()
+    }
+
+    /// The work of the busiest core in a launch of `plan` over `batch`, by unit: what a model of its cycles is fitted to
+    /// ([`crate::cost`]). `None` for a kernel that does not say.
+    fn work_of_units(plan: &Plan<Self>, batch: Option<&[Lengths]>) -> Option<UnitWork> {
+        let _ = (plan, batch);
+        None
+    }
+
+    /// Cycles of a launch of `plan` over `batch` by the kernel's model. `None` for a kernel, or a chip, without one.
+    fn model(plan: &Plan<Self>, batch: Option<&[Lengths]>) -> Option<f64> {
+        let _ = (plan, batch);
+        None
+    }
+
     /// What follows from legal tiles: name, grid, every VMEM buffer.
     fn layout(problem: &ProblemOf<Self>, chip: Chip, tiles: Self::Tiles) -> Layout<Self::Details>;
 
@@ -209,6 +286,27 @@ pub trait Kernel: Sized + Send + Sync + 'static {
     /// What the compiler is on record to have said about kernels of this sort.
     fn records() -> Option<&'static Records<Self>> {
         None
+    }
+}
+
+/// What a launch computes and moves at least, whatever its tiles are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Work {
+    /// Floating-point operations of the matrix unit.
+    pub flops: f64,
+    /// Bytes between HBM and VMEM.
+    pub bytes: f64,
+}
+
+impl Work {
+    /// Cycles that a device's memory takes at least.
+    pub fn hbm_cycles(&self, chip: Chip) -> f64 {
+        self.bytes / chip.info().hbm_bytes_per_cycle()
+    }
+
+    /// Cycles that the matrix units of all cores of a device take at least.
+    pub fn mxu_cycles(&self, chip: Chip) -> f64 {
+        self.flops / chip.info().peak_flop_per_cycle()
     }
 }
 
@@ -235,6 +333,8 @@ pub struct Sample<K: Kernel> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Operand {
     argument: &'static str,
+    /// Dimension, start and size.
+    part: Option<[usize; 3]>,
     element: Option<Element>,
     dims: Option<Vec<usize>>,
 }
@@ -242,7 +342,13 @@ pub struct Operand {
 impl Operand {
     /// The argument as it is.
     pub const fn of(argument: &'static str) -> Self {
-        Self { argument, element: None, dims: None }
+        Self { argument, part: None, element: None, dims: None }
+    }
+
+    /// `size` elements from `start` on along dimension `dim`; what else is asked for comes behind it.
+    #[must_use]
+    pub fn slice(self, dim: usize, start: usize, size: usize) -> Self {
+        Self { part: Some([dim, start, size]), ..self }
     }
 
     /// Converted to `element`.
@@ -263,6 +369,9 @@ impl Operand {
         args: &Named<Tensor<'c, 'a>>,
     ) -> Result<Tensor<'c, 'a>> {
         let mut tensor = args[self.argument];
+        if let Some([dim, start, size]) = self.part {
+            tensor = b.slice_in_dim(tensor, start, start + size, dim)?;
+        }
         if let Some(element) = self.element {
             tensor = b.convert(tensor, element)?;
         }
@@ -270,13 +379,24 @@ impl Operand {
     }
 
     fn on_host(&self, inputs: &Arrays) -> HostTensor {
-        let array = &inputs[self.argument];
+        let part = self.part.map(|part| sliced(&inputs[self.argument], part));
+        let array = part.as_ref().unwrap_or(&inputs[self.argument]);
         let (element, dims) = (self.element.unwrap_or(array.element()), self.dims.as_deref().unwrap_or(array.dims()));
         match element == array.element() {
             true => HostTensor::from_bytes(element, dims, array.bytes()),
             false => HostTensor::from_f64(element, dims, &array.to_f64()),
         }
     }
+}
+
+/// `size` elements from `start` on along dimension `dim`.
+fn sliced(array: &HostTensor, [dim, start, size]: [usize; 3]) -> HostTensor {
+    let mut dims = array.dims().to_vec();
+    let inner = dims[dim + 1..].iter().product::<usize>() * array.element().bytes();
+    let rows = array.bytes().chunks_exact((dims[dim] * inner).max(1));
+    let bytes: Vec<u8> = rows.flat_map(|row| &row[start * inner..][..size * inner]).copied().collect();
+    dims[dim] = size;
+    HostTensor::from_bytes(array.element(), &dims, &bytes)
 }
 
 /// The arrays that a Mosaic kernel takes, made on the host.
@@ -321,7 +441,9 @@ pub fn stablehlo_module<'c, K: Kernel>(context: &'c Context, problem: &ProblemOf
     module::<K>(context, problem, |b, args| K::stablehlo(b, problem, args))
 }
 
-/// A StableHLO module whose `main` runs `kernel`, a Mosaic kernel of the problem, on the problem's arguments.
+/// A StableHLO module whose `main` runs `kernel`, a Mosaic kernel of the problem, on the problem's arguments. Arrays are
+/// row-major in the device's memory, as kernels take them: of a size that is no multiple of 128 lanes, a TPU's compiler
+/// would choose the order that pads less, and copy the whole array on every launch.
 ///
 /// # Errors
 /// When the kernel is not one of the problem.
@@ -330,7 +452,12 @@ pub fn mosaic_module<'c, K: Kernel>(
     problem: &ProblemOf<K>,
     kernel: &mosaic::Kernel,
 ) -> Result<Module<'c>> {
-    module::<K>(context, problem, |b, args| call::<K>(b, kernel, problem, args))
+    let module = module::<K>(context, problem, |b, args| call::<K>(b, kernel, problem, args))?;
+    let (arguments, results) = module.function_types("main")?;
+    let matrices = |types: Vec<TensorType>| (0..types.len()).filter(move |&index| types[index].rank() > 1);
+    matrices(arguments).try_for_each(|index| module.row_major_argument("main", index))?;
+    matrices(results).try_for_each(|index| module.row_major_result("main", index))?;
+    Ok(module)
 }
 
 fn module<'c, K: Kernel>(

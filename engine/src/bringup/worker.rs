@@ -18,7 +18,7 @@ use pagoda_kernels::{Arrays, Choices, Kernel, Options, Plan, kernel};
 use super::{ANSWERS, Answer, Check, Form, Outcome, REQUEST, Request, Subject, WORKER_ARGUMENT};
 use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions};
-use crate::llama::{DeviceModel, Parallel, Target};
+use crate::llama::{DeviceModel, KvCache, Parallel, Target};
 use crate::measure::{Cores, Rates, Times, Until, times};
 use crate::model::config::LlamaConfig;
 use crate::model::weights::Weights;
@@ -137,9 +137,8 @@ fn check<K: Kernel>(form: Form, case: u64, device: &Device) -> Check {
         Some(batch) => format!("{}, rows/tokens {}", K::describe(&problem), batch_text(batch)),
         None => K::describe(&problem),
     };
-    let work = K::work(&problem, &inputs);
-    check.floor_seconds =
-        device.chip.map(|chip| Rates::of_chip(chip).floor(work.flops as f64, work.bytes_accessed as f64));
+    let work = K::work(&problem, K::lengths(&problem, &inputs).as_deref());
+    check.floor_seconds = device.chip.map(|chip| Rates::of_chip(chip).floor(work.flops, work.bytes));
     let outcome = match form {
         Form::Stablehlo => kernel::stablehlo_module::<K>(&Context::new(), &problem)
             .map_err(Into::into)
@@ -283,6 +282,7 @@ fn golden_text(folder: &Path, target: Target, device: &Device) -> Result<Option<
     let options = EngineOptions {
         limits,
         compute: pagoda_ir::Element::F32,
+        kv_cache: KvCache::of(pagoda_ir::Element::F32),
         target,
         sampling: SamplingOptions::GREEDY,
         stop: StopRule::default(),

@@ -15,6 +15,7 @@ use super::plan::{Job, Plan, Program, Sample};
 use super::*;
 use crate::certify::report::{Allocation, AllocationKind, KernelVmem, OutOfMemory, SpillTag};
 use crate::certify::{Certificate, OpCycles, Profile};
+use crate::llama::KvCache;
 use crate::model::config::LlamaConfig;
 use crate::pjrt::MemoryStats;
 use crate::report::Status;
@@ -54,6 +55,7 @@ fn incident(topology: &str) -> Job {
             max_rounds: 64,
         },
         compute: Element::Bf16,
+        kv_cache: KvCache::of(Element::Bf16),
         max_new_tokens: 4096,
         samples: samples(&[25; 100]),
         prefill_asked: 1024,
@@ -124,14 +126,20 @@ impl Compiler for Canned {
             None => Verdict::Compiles,
         };
         let kernel = KernelVmem { name: "kernel".into(), allocations: vec![], total: Bytes(0) };
-        Ok(Answer::Certified(Certificate {
+        Ok(Answer::Certified(Box::new(Certificate {
             compiler: "libtpu 0.0.52".into(),
             topology: unit.topology.clone(),
             verdict,
             kernels: whole.map_or_else(|| vec![kernel], |program| self.kernels(program)),
             profile: Profile::Complete,
             // A sum within a host, and over the slice, as measured.
-            cycles: vec![OpCycles { op: "kernel".into(), cycles: if unit.replicas <= 4 { 6_394 } else { 19_658 } }],
+            cycles: vec![OpCycles {
+                op: "kernel".into(),
+                cycles: if unit.replicas <= 4 { 6_394 } else { 19_658 },
+                equal: 1,
+            }],
+            bundles: vec![],
+            unestimated: vec![],
             memory: whole.map(|_| MemoryStats {
                 code: 4 << 20,
                 arguments: hbm.0 as i64,
@@ -140,7 +148,7 @@ impl Compiler for Canned {
                 temporaries: 30 << 20,
             }),
             seconds: 12.5,
-        }))
+        })))
     }
 
     fn executable(&self, _: &Unit) -> Option<PathBuf> {
@@ -265,6 +273,7 @@ fn any_job() -> impl Strategy<Value = (Job, Option<usize>)> {
                 config: llama(q, kv, head_dim, 128 * inner, layers, 128 * vocab),
                 limits,
                 compute: Element::Bf16,
+                kv_cache: KvCache::of(Element::Bf16),
                 max_new_tokens: new,
                 samples: samples(&prompts),
                 prefill_asked: prefill,

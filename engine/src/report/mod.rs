@@ -203,8 +203,14 @@ pub enum Block {
     Roofline(Roofline),
     /// Spans of time, side by side.
     Timeline(Timeline),
+    /// Spans at their places in time.
+    Tracks(Tracks),
     /// Devices, hosts and replicas.
     Mesh(MeshDrawing),
+    /// What was tried, along two settings.
+    Heat(HeatMap),
+    /// Parts of a whole, each on its own.
+    Shares(Vec<Share>),
 }
 
 /// Rows and columns.
@@ -285,6 +291,41 @@ pub struct RooflinePoint {
     pub seconds: f64,
 }
 
+/// A number for each pair of two settings.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct HeatMap {
+    /// The setting of the rows, and that of the columns.
+    pub axes: [String; 2],
+    /// Its values.
+    pub columns: Vec<String>,
+    /// The other's values, each with a cell per column.
+    pub rows: Vec<(String, Vec<Option<Cell>>)>,
+}
+
+/// A cell of a heat map.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cell {
+    /// The number; [`Value::Missing`] where there is none.
+    pub value: Value,
+    /// A few words more.
+    pub note: String,
+    /// How many times the best one it is; `None` where it does not count.
+    pub times_best: Option<f64>,
+    /// Whether it is the one that is used.
+    pub chosen: bool,
+}
+
+/// A part of a whole.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Share {
+    /// What it is.
+    pub label: String,
+    /// From 0 to 1.
+    pub share: f64,
+    /// A few words more.
+    pub note: String,
+}
+
 /// Spans of time in lanes below each other, all from 0.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Timeline {
@@ -315,6 +356,52 @@ pub struct Span {
     pub label: String,
     /// How long it takes.
     pub seconds: f64,
+}
+
+/// Tracks below each other, all from 0.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Tracks {
+    /// The tracks.
+    pub tracks: Vec<TrackDrawing>,
+}
+
+impl Tracks {
+    /// When the last span ends.
+    fn end(&self) -> f64 {
+        self.tracks.iter().flat_map(|track| &track.spans).map(|span| span.to).fold(0.0, f64::max)
+    }
+}
+
+/// One track.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TrackDrawing {
+    /// What it shows.
+    pub label: String,
+    /// In the order in which they begin; they may overlap.
+    pub spans: Vec<Placed>,
+}
+
+impl TrackDrawing {
+    /// How long at least one span lasts.
+    fn busy(&self) -> f64 {
+        let (mut busy, mut end) = (0.0, 0.0_f64);
+        for Placed { from, to, .. } in &self.spans {
+            busy += (to - from.max(end)).max(0.0);
+            end = end.max(*to);
+        }
+        busy
+    }
+}
+
+/// A span of a track, in seconds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Placed {
+    /// What takes the time.
+    pub label: String,
+    /// When it begins.
+    pub from: f64,
+    /// When it ends.
+    pub to: f64,
 }
 
 /// Replicas and hosts of a slice.

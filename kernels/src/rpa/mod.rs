@@ -21,6 +21,7 @@
 mod args;
 pub mod batch;
 pub mod cached;
+mod estimate;
 mod inputs;
 pub mod kv_layout;
 pub mod kv_write;
@@ -35,7 +36,7 @@ pub mod stablehlo;
 use std::sync::LazyLock;
 
 use pagoda_ir::{
-    Element, HostTensor, Result, TensorType,
+    Context, Element, HostTensor, Result, TensorType,
     mosaic::{Builder, Cost},
     stablehlo as hlo,
 };
@@ -49,9 +50,10 @@ use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
+    cost::UnitWork,
     error::{Invalid, ensure},
     evidence::Records,
-    kernel::{Kernel, Sample},
+    kernel::{Kernel, Sample, Work},
     mutants::MutantSet,
     named::{Arguments, Arrays, Named},
     plan::PlanError,
@@ -120,6 +122,7 @@ impl Kernel for Rpa {
         let sliding_window = choices.maybe(|choices| choices.within(1, 99));
         let soft_cap = choices.maybe(|choices| choices.within(1, 29) as f64);
         let (blocks, most) = (tokens.div_ceil(8), page_size * pages_per_seq);
+        let blocks = if kind == Kind::Decode { 1 } else { blocks };
         let tiles = plan::Tiles { queries: 8 * choices.within(1, blocks), kv_pages: choices.within(1, pages_per_seq) };
         let sequences = choices.within(0, 5);
         let max_seqs = sequences.max(1);
@@ -182,22 +185,9 @@ impl Kernel for Rpa {
         Cost { flops: 4 * problem.head_dim as u64 * logits, transcendentals: logits, bytes_accessed: moved as u64 }
     }
 
-    /// Of the batch that is there: keys and values pass once per sequence.
-    fn work(problem: &Problem, inputs: &Arrays) -> Cost {
-        let Ok(batch) = Batch::of(problem, inputs) else { return Self::cost(problem) };
-        let window = problem.sliding_window.unwrap_or(usize::MAX);
-        let (mut logits, mut tokens, mut rows) = (0, 0, 0);
-        for Sequence { q_len, kv_len, .. } in batch.sequences().filter(|sequence| sequence.kv_len > 0) {
-            logits += (kv_len - q_len..kv_len).map(|position| (position + 1).min(window)).sum::<usize>();
-            tokens += kv_len.min(window.saturating_add(q_len));
-            rows += q_len;
-        }
-        let logits = (logits * problem.q_heads) as u64;
-        let share = |ty: TensorType| ty.bytes() * rows / problem.tokens;
-        let written = if problem.fused.is_some() { rows } else { 0 };
-        let kv = (tokens + written) * problem.kv_layout().token_elements() * problem.precision.kv.bytes();
-        let bytes = kv + share(problem.q_type()) + share(problem.output_type());
-        Cost { flops: 4 * problem.head_dim as u64 * logits, transcendentals: logits, bytes_accessed: bytes as u64 }
+    fn lengths(problem: &Problem, inputs: &Arrays) -> Option<Vec<Lengths>> {
+        let batch = Batch::of(problem, inputs).ok()?;
+        Some(batch.sequences().map(|Sequence { q_len, kv_len, .. }| Lengths { q_len, kv_len }).collect())
     }
 
     fn draw(problem: &Problem, batch: Option<&[Lengths]>, seed: u64) -> std::result::Result<Arrays, Invalid> {
@@ -274,6 +264,46 @@ impl Kernel for Rpa {
         mutants::sets()
     }
 
+    fn check_batch(problem: &Problem, batch: Option<&[Lengths]>) -> std::result::Result<(), Invalid> {
+        batch.map_or(Ok(()), |batch| inputs::check_lengths(problem, batch))
+    }
+
+    fn spread(problem: &Problem) -> Vec<(&'static str, Vec<Lengths>)> {
+        estimate::spread(problem)
+    }
+
+    fn work(problem: &Problem, batch: Option<&[Lengths]>) -> Work {
+        match batch {
+            Some(batch) => estimate::work(problem, batch),
+            None => {
+                let Cost { flops, bytes_accessed, .. } = Self::cost(problem);
+                Work { flops: flops as f64, bytes: bytes_accessed as f64 }
+            }
+        }
+    }
+
+    fn kernel_of_batch<'c>(
+        context: &'c Context,
+        plan: &plan::Plan,
+        batch: Option<&[Lengths]>,
+    ) -> Result<pagoda_ir::mosaic::Kernel<'c>> {
+        let Some(lengths) = batch else { return plan.kernel(context) };
+        let batch = Batch::of_lengths(plan.problem(), lengths);
+        mosaic::kernel_of_batch(
+            context,
+            plan,
+            &batch.map_err(|invalid| pagoda_ir::Error::op(Self::NAME, invalid.to_string()))?,
+        )
+    }
+
+    fn core_share(plan: &plan::Plan) -> Option<(plan::Plan, usize)> {
+        estimate::core_share(plan)
+    }
+
+    fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<hlo::Module<'c>>> {
+        estimate::around(context, problem)
+    }
+
     fn plannable(problem: &Problem, chip: Chip) -> std::result::Result<(), PlanError> {
         plan::plannable(problem, chip)
     }
@@ -284,6 +314,22 @@ impl Kernel for Rpa {
 
     fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<plan::Tiles> {
         plan::choose(problem, chip, limit)
+    }
+
+    fn work_of_units(plan: &plan::Plan, batch: Option<&[Lengths]>) -> Option<UnitWork> {
+        Some(estimate::work_of_units(plan, batch?))
+    }
+
+    /// Over a batch; or the sum over those that serving meets.
+    fn model(plan: &plan::Plan, batch: Option<&[Lengths]>) -> Option<f64> {
+        match batch {
+            Some(batch) => estimate::model(plan, batch),
+            None => estimate::spread(plan.problem()).iter().map(|(_, batch)| estimate::model(plan, batch)).sum(),
+        }
+    }
+
+    fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<plan::Tiles> {
+        estimate::candidates(problem, chip, limit)
     }
 
     fn layout(problem: &Problem, chip: Chip, tiles: plan::Tiles) -> crate::plan::Layout<plan::Details> {

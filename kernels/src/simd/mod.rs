@@ -333,7 +333,7 @@ pub(crate) fn with_bf16<W: Task<bf16>>(task: W) -> W::Output {
 /// # Safety
 /// `steps` steps of every row, and of `C` columns, can be read.
 #[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "registers of several arrays go by one number")]
+#[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
 pub unsafe fn multiply<P: Product, const R: usize, const C: usize, const AHEAD: bool>(
     p: P,
     rows: [*const P::Element; R],

@@ -158,7 +158,7 @@ pub(in crate::cli) fn kernel(bench: &KernelBench) -> Result<()> {
         None => on("cpu").then(|| Rates::of_this_machine(arithmetic)),
     };
     let work = launch.work();
-    let (flops, bytes) = (work.flops as f64, work.bytes_accessed as f64);
+    let (flops, bytes) = (work.flops, work.bytes);
     let estimate = rates.as_ref().map(|rates| {
         let floor_seconds = rates.floor(flops, bytes);
         Estimate { floor_seconds, times_floor: seconds.median / floor_seconds }
@@ -169,8 +169,8 @@ pub(in crate::cli) fn kernel(bench: &KernelBench) -> Result<()> {
         batch: launch.batch(),
         form,
         plugin: Device { platform: client.platform(), version: client.platform_version(), kind },
-        flops: work.flops,
-        bytes: work.bytes_accessed,
+        flops: flops as u64,
+        bytes: bytes as u64,
         seconds,
         flop_s: flops / seconds.median,
         byte_s: bytes / seconds.median,

@@ -13,7 +13,7 @@ use super::super::{PluginArgs, print_json};
 use crate::config::Compute;
 use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
-use crate::llama::{DeviceModel, Parallel};
+use crate::llama::{DeviceModel, KvCache, Parallel};
 use crate::measure::{Rates, Times, Until, budget, times};
 use crate::model::config::LlamaConfig;
 use crate::model::weights::Weights;
@@ -115,6 +115,7 @@ pub(in crate::cli) fn step(args: &StepArgs) -> Result<()> {
         let options = EngineOptions {
             limits,
             compute,
+            kv_cache: KvCache::of(compute),
             target,
             sampling: SamplingOptions::GREEDY,
             stop: StopRule::default(),

@@ -1,6 +1,7 @@
 //! Kernels in Rust, as custom calls of the CPU plugin: four matmuls and one attention a layer, and nothing between them.
 //!
-//! The gated matmul of a model with biases in its MLP, which the call does not know, is XLA's own.
+//! The matmuls that the call does not know are XLA's own: of quantised weights, and the gated one of a model with biases in
+//! its MLP.
 
 use pagoda_ir::Result;
 use pagoda_ir::stablehlo::{Builder, Tensor};
@@ -24,7 +25,7 @@ impl Native {
 /// Whether the call takes a projection.
 fn takes(linear: &Linear<'_, '_>) -> bool {
     let gated = linear.activation == Activation::SiluGate;
-    linear.layer.is_none() && !(gated && linear.bias.is_some())
+    linear.layer.is_none() && linear.scale.is_none() && !(gated && linear.bias.is_some())
 }
 
 impl<'c> Lowering<'c> for Native {
@@ -84,7 +85,7 @@ impl<'c> Lowering<'c> for Native {
             slots: kv_slots,
             rotary: batch.angles,
             sinks: None,
-            scales: None,
+            scales: self.plain.scales(b)?,
         };
         rpa::native::emit(b, problem, &operands)
     }

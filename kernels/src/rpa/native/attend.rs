@@ -446,7 +446,7 @@ unsafe fn accumulate<P: Product<Element = f32>, const Q: usize, const D: usize>(
 /// # Safety
 /// The vectors of live keys are of `steps` registers.
 #[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "registers of several arrays go by one number")]
+#[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
 unsafe fn weigh<P: Product<Element = f32>, const Q: usize, const D: usize>(
     p: P,
     scratch: &mut Scratch,
