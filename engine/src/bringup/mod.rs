@@ -313,7 +313,7 @@ mod tests {
         "#;
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("report.json");
-        let time = Duration::from_millis(700);
+        let time = Duration::from_secs(2);
         let job = Job { plugin: "cpu".into(), model: "none".into(), cases: 4, seed: 7, time };
         let worker = |folder: &Path| {
             let mut command = Command::new("sh");
