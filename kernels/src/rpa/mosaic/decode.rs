@@ -571,7 +571,8 @@ impl Copies<'_> {
     }
 }
 
+/// The buffer after `slot`: the first one after the last.
 fn next_slot(slot: Value<'_>) -> Value<'_> {
-    let next = slot + 1;
-    next.equals(BUFFERS).select(next - next, next)
+    let [next, same] = [slot + 1; 2];
+    next.equals(BUFFERS).select(next - same, next)
 }
