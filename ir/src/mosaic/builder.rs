@@ -674,8 +674,9 @@ fn unfit(element: RefElement, dims: &[usize], block: &[usize], space: MemorySpac
     }
     if let RefElement::Data(element) = element
         && !matches!(element, Element::I8 | Element::I16 | Element::I32 | Element::Bf16 | Element::F32)
+        && !matches!(element, Element::F8E4M3Fn | Element::F8E5M2)
     {
-        return Some(format!("Mosaic memory holds i8, i16, i32, bf16 and f32, not {element}"));
+        return Some(format!("Mosaic memory holds i8, i16, i32, f8e4m3fn, f8e5m2, bf16 and f32, not {element}"));
     }
     if space == MemorySpace::Smem
         && element != RefElement::Data(Element::I32)

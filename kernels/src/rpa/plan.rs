@@ -82,8 +82,8 @@ const MAX_F32_LOGITS: usize = 1 << 18;
 /// Most copies in flight per block that the planner chooses: each is an instruction of its own.
 const MAX_COPIES: usize = 32;
 
-/// Whether there is a Mosaic form of a problem with these options. (Sizes are [`plannable`]'s matter.)
-pub(super) fn emitted(spec: &Spec) -> bool {
+/// Whether there is a Mosaic form of a problem with these options. (Sizes are `plannable`'s matter.)
+pub fn emitted(spec: &Spec) -> bool {
     let Spec { fused, sinks, log_sum_exp, kv_rows, precision, .. } = spec;
     fused.is_none() && !sinks && !log_sum_exp && *kv_rows == KvRows::Interleaved && precision.kv == precision.q
 }

@@ -1,6 +1,6 @@
 //! Ragged paged attention as Mosaic kernels: what they share.
 //!
-//! [`mixed`] takes any batch, [`decode`] those of at most one row per sequence. Both the metadata of a launch ([`Metadata`]) and the arithmetic of registers are here.
+//! `mixed` takes any batch, `decode` those of at most one row per sequence. Both the metadata of a launch (`Metadata`) and the arithmetic of registers are here.
 
 mod decode;
 mod mixed;
