@@ -40,7 +40,7 @@ use crate::{
     choices::Choices,
     error::{Invalid, ensure},
     evidence::Records,
-    kernel::{Kernel, Sample},
+    kernel::{Kernel, Operand, Sample},
     mutants::MutantSet,
     named::{Arguments, Arrays, Named},
     plan::PlanError,
@@ -212,6 +212,14 @@ impl Kernel for Rpa {
         args: &Named<hlo::Tensor<'c, 'a>>,
     ) -> Result<Vec<hlo::Tensor<'c, 'a>>> {
         Ok(vec![stablehlo::emit(b, problem, args)?])
+    }
+
+    fn operands(problem: &Problem) -> Vec<Operand> {
+        mosaic::operands(problem)
+    }
+
+    fn returned(problem: &Problem) -> Vec<TensorType> {
+        vec![TensorType::new(problem.precision.output, &plan::padded_rows(problem))]
     }
 
     fn mosaic<'a>(k: &'a Builder<'a>, plan: &plan::Plan) {

@@ -1,25 +1,32 @@
-//! Planning ragged paged attention for a TPU: tiles, grid and VMEM.
+//! Planning ragged paged attention for a TPU: tiles, cores and VMEM.
 //!
-//! The grid walks blocks of KV heads (`parallel`: the cores of a device share them) and blocks of query rows. In each
-//! step the kernel fetches the KV pages of every sequence that has rows in the block, [`Tiles::kv_pages`] at a time, into
-//! one of two buffers. Pure, and far below a millisecond.
+//! The cores of a device share the KV heads, if a page can be sliced there, and else the work: blocks of query rows and
+//! sequences. See the module `mosaic::mixed` for how a core goes through its share.
 //!
 //! A block of KV heads is a slice of the second-minor dimension of a page (`2 * kv_heads` rows), and copies take whole
 //! tiles of 8 rows: blocks are multiples of 4 heads that divide the heads, or all heads.
 //!
-//! `head_dim` below 128 lanes stays as it is: buffers are padded to whole lanes in VMEM (counted in the report), as the
-//! compiler pads the arrays in HBM. Above, it is a multiple of 128, and rows come in pieces of 128. Nothing is copied around
-//! the kernel.
+//! Queries and the output are `[rows, heads * head_dim]`, as the matrix products around the kernel have them; rows and
+//! columns that are not whole tiles are padded by the program around it. `head_dim` below 128 lanes stays as it is in the
+//! pages: buffers are padded to whole lanes in VMEM (counted in the report), as the compiler pads the arrays in HBM. Above,
+//! it is a multiple of 128, and rows of pages come in pieces of 128.
 
 use std::fmt;
 
 use pagoda_ir::{
     element::Element,
-    mosaic::tiling::{LANES, SUBLANES},
+    mosaic::{
+        tile_padded_bytes,
+        tiling::{LANES, SUBLANES},
+    },
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Rpa, kv_layout::KvLayout, problem::Problem};
+use super::{
+    Rpa, Spec,
+    kv_layout::KvLayout,
+    problem::Problem,
+};
 use crate::{
     chips::Chip,
     evidence,
@@ -72,6 +79,9 @@ const MAX_KEYS_OF_FEW_ROWS: usize = 1536;
 /// grows with them. In f32, products take six passes.
 const MAX_LOGITS: usize = 1 << 20;
 const MAX_F32_LOGITS: usize = 1 << 18;
+/// Small KV blocks have more buffers, so that copies run further ahead: as many as these bytes hold, at least 2.
+const KV_BYTES: usize = 3 << 20;
+const MAX_KV_BUFFERS: usize = 4;
 /// Most copies in flight per block that the planner chooses: each is an instruction of its own.
 const MAX_COPIES: usize = 32;
 
@@ -108,9 +118,9 @@ pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layou
     let Tiles { queries, kv_pages } = tiles;
     plan::Layout {
         name: format!("rpa-p{}-bq{queries}-kv{kv_pages}", problem.page_size),
-        grid: grid(problem, tiles, head_block).to_vec(),
+        grid: vec![if problem.kv_heads > head_block { problem.kv_heads / head_block } else { chip.info().cores }],
         vmem: report(problem, tiles, head_block),
-        smem: plan::smem(&problem.arguments()),
+        smem: plan::smem(&problem.arguments()) + lists(problem, tiles),
         spilling: spilling(problem, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: kv_pages * problem.page_size },
     }
@@ -140,17 +150,64 @@ impl Plan {
         self.tiles().queries * self.problem().group()
     }
 
+    /// The plan of what one core does: where cores share the heads, of a launch of its heads on one core.
+    ///
+    /// # Errors
+    /// None for a plan.
+    pub fn of_core(&self) -> Result<Self, PlanError> {
+        let (problem, head_block) = (self.problem(), self.head_block());
+        if head_block == problem.kv_heads {
+            return Ok(self.clone());
+        }
+        let spec = Spec { kv_heads: head_block, q_heads: head_block * problem.group(), ..problem.spec().clone() };
+        let options = Options { tiles: Some(self.tiles()), vmem_limit: Some(self.limit()) };
+        Self::new(Problem::new(spec)?, self.chip(), options)
+    }
+
+    /// Cores whose work differs: those of the device, unless each has some of the heads and does the same with them.
+    pub fn shares(&self) -> usize {
+        if self.head_block() == self.problem().kv_heads { self.grid()[0] } else { 1 }
+    }
+
     pub(super) fn kv_dims(&self) -> [usize; 5] {
         kv_dims(self.problem(), self.tiles(), self.head_block())
     }
 
-    pub(super) fn staging_dims(&self) -> [usize; 4] {
-        staging_dims(self.problem(), self.tiles(), self.head_block())
+    /// Buffers for KV blocks: copies run as many ahead, less one.
+    pub(super) fn kv_buffers(&self) -> usize {
+        kv_buffers(self.problem(), self.tiles(), self.head_block())
     }
 
-    /// Steps along KV-head blocks and query blocks.
-    pub(super) fn steps_of_grid(&self) -> [usize; 2] {
-        grid(self.problem(), self.tiles(), self.head_block())
+    /// Columns of q and of the output that a core works on.
+    pub(super) fn columns(&self) -> usize {
+        columns(self.problem(), self.head_block())
+    }
+
+    /// Whether there are entries of more than a band.
+    pub(super) fn has_blocks(&self) -> bool {
+        self.tiles().queries > SUBLANES
+    }
+
+    /// The fewest rows of a sequence that make a block. Fewer go band by band: a block takes as long whatever it holds.
+    pub(super) fn least_rows(&self) -> usize {
+        least_rows(self.tiles())
+    }
+
+    /// Whether there is a step without a mask: where the matrix units are wide, masks cost more than they do.
+    pub(super) fn has_inner_steps(&self) -> bool {
+        self.chip().info().mxu > LANES
+    }
+
+    /// The most entries and segments that a core's lists hold.
+    pub(super) fn list_lengths(&self) -> [usize; 2] {
+        list_lengths(self.problem(), self.tiles())
+    }
+
+    /// What a KV block takes, of a block of rows and of a band, in units of their own.
+    pub(super) fn costs(&self) -> [i64; 2] {
+        // Few rows take as long as bringing keys and values into the matrix units does.
+        let of = |rows: usize| (rows * self.problem().group()).div_ceil(8).max(16) as i64;
+        [of(self.tiles().queries), of(SUBLANES)]
     }
 }
 
@@ -190,8 +247,33 @@ pub(super) fn options(problem: &Problem) -> String {
     window + &problem.soft_cap.map_or(String::new(), |cap| format!(", soft cap {cap}"))
 }
 
-fn grid(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 2] {
-    [problem.kv_heads / head_block, problem.tokens.div_ceil(tiles.queries)]
+/// Rows and columns of q and of the output as the kernel has them: whole bands of rows, whole tiles of lanes.
+pub(super) fn padded_rows(problem: &Problem) -> [usize; 2] {
+    let columns = problem.q_heads * problem.head_dim;
+    [problem.tokens.next_multiple_of(SUBLANES), columns.next_multiple_of(LANES)]
+}
+
+fn columns(problem: &Problem, head_block: usize) -> usize {
+    (head_block * problem.group() * problem.head_dim).next_multiple_of(LANES)
+}
+
+fn least_rows(tiles: Tiles) -> usize {
+    (tiles.queries / 4).next_multiple_of(SUBLANES).max(2 * SUBLANES)
+}
+
+/// Each sequence ends in a band and has fewer rows than a block left for others.
+fn list_lengths(problem: &Problem, tiles: Tiles) -> [usize; 2] {
+    let bands = problem.tokens.div_ceil(SUBLANES);
+    let cut = problem.tokens.div_ceil(tiles.queries) + (problem.max_seqs + 1) * (least_rows(tiles) / SUBLANES + 2);
+    let entries = bands.min(cut) + 1;
+    [entries, entries + problem.max_seqs]
+}
+
+/// SMEM that the lists take: arrays of whole tiles.
+fn lists(problem: &Problem, tiles: Tiles) -> Bytes {
+    let [entries, segments] = list_lengths(problem, tiles);
+    let of = |len: usize| tile_padded_bytes(Element::I32, &[len]) as u64;
+    Bytes(3 * of(entries) + of(entries + 1) + 5 * of(segments))
 }
 
 /// Whole tiles of query rows, and no more pages than a sequence has.
@@ -216,14 +298,14 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// Heads of a block: an equal share for each core, if a page can be sliced there.
+/// Heads of a block: an equal share for each core, if pages and rows can be sliced there.
 fn head_block(problem: &Problem, chip: Chip) -> usize {
     let heads = problem.kv_heads;
     let share = heads / chip.info().cores;
     let sliceable = share > 0
         && heads.is_multiple_of(share)
         && KvLayout::rows_of(share).is_multiple_of(SUBLANES)
-        && (share * problem.group()).is_multiple_of(SUBLANES);
+        && (share * problem.group() * problem.head_dim).is_multiple_of(LANES);
     if sliceable { share } else { heads }
 }
 
@@ -232,7 +314,7 @@ fn pieces(problem: &Problem) -> [usize; 2] {
     [problem.head_dim.div_ceil(LANES), problem.head_dim.min(LANES)]
 }
 
-/// Two KV blocks: `[2, pieces, keys, rows of a key, lanes]`. The rows of a key fill whole tiles, so that all rows of a
+/// KV blocks: `[buffers, pieces, keys, rows of a key, lanes]`. The rows of a key fill whole tiles, so that all rows of a
 /// block are one array.
 fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
     let [pieces, lanes] = pieces(problem);
@@ -240,37 +322,38 @@ fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
         few @ (2 | 4) => few,
         rows => rows.next_multiple_of(SUBLANES),
     };
-    [2, pieces, tiles.kv_pages * problem.page_size, rows, lanes]
+    let keys = tiles.kv_pages * problem.page_size;
+    let block = tile_padded_bytes(problem.precision.kv, &[pieces, keys, rows, lanes]);
+    [(KV_BYTES / block).clamp(2, MAX_KV_BUFFERS), pieces, keys, rows, lanes]
 }
 
-/// A block of q as f32: `[pieces, queries, heads, lanes]`, heads padded to whole tiles.
-fn staging_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 4] {
-    let [pieces, lanes] = pieces(problem);
-    [pieces, tiles.queries, (head_block * problem.group()).next_multiple_of(SUBLANES), lanes]
+fn kv_buffers(problem: &Problem, tiles: Tiles, head_block: usize) -> usize {
+    kv_dims(problem, tiles, head_block)[0]
 }
 
 /// Every VMEM buffer, in the order of the kernel's operands.
 fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     let (types, dim, group) = (problem.precision, problem.head_dim, problem.group());
-    let rows = tiles.queries * group;
-    let [_, query_steps] = grid(problem, tiles, head_block);
-    // A window that never moves has one buffer: there is no next block to fetch meanwhile. Blocks of heads are one to a core.
-    let copies = if query_steps > 1 { 2 } else { 1 };
-    let block = [tiles.queries, head_block * group, dim];
+    let (rows, columns) = (tiles.queries * group, columns(problem, head_block));
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
-    VmemReport {
-        buffers: vec![
-            Buffer::new("q", BufferKind::InputWindow, types.q, &block, copies),
-            Buffer::new("out", BufferKind::OutputWindow, types.output, &block, copies),
-            scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
-            scratch("queries", types.q, &[head_block, rows, dim]),
-            scratch("staging", Element::F32, &staging_dims(problem, tiles, head_block)),
-            scratch("last", Element::I32, &[rows, LANES]),
-            scratch("max", Element::F32, &[head_block, rows, LANES]),
-            scratch("sum", Element::F32, &[head_block, rows, LANES]),
-            scratch("acc", Element::F32, &[head_block, rows, dim]),
-        ],
-    }
+    let by_head = [
+        scratch("by_head", types.q, &[head_block * group, tiles.queries, dim]),
+        scratch("lanes", Element::F32, &[tiles.queries, LANES]),
+    ];
+    let by_head = by_head.into_iter().filter(|_| !dim.is_multiple_of(LANES));
+    let first = [
+        scratch("queries", types.q, &[2, tiles.queries, columns]),
+        scratch("results", types.output, &[tiles.queries, columns]),
+    ];
+    let rest = [
+        scratch("band", types.q, &[head_block, group * SUBLANES, dim]),
+        scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
+        scratch("last", Element::I32, &[tiles.queries, LANES]),
+        scratch("max", Element::F32, &[head_block, rows, LANES]),
+        scratch("sum", Element::F32, &[head_block, rows, LANES]),
+        scratch("acc", Element::F32, &[head_block, rows, dim]),
+    ];
+    VmemReport { buffers: first.into_iter().chain(by_head).chain(rest).collect() }
 }
 
 /// The tiles with the most work in a block that fit `limit` with room for spills; without it, if none do.
@@ -342,7 +425,7 @@ mod tests {
     fn the_incident_has_tiles_that_fit_and_both_cores_work() {
         let plan = Plan::new(incident(), Chip::V5p, Options::default()).unwrap();
         assert!(plan.vmem().total() < Bytes::mib(16), "{}", plan.vmem());
-        assert_eq!((plan.head_block(), plan.grid()[0]), (4, 2));
+        assert_eq!((plan.head_block(), plan.grid()), (4, &[2][..]));
         assert_eq!(36 % plan.tiles().kv_pages, 0);
     }
 
