@@ -34,6 +34,7 @@ fn problem(pages: usize, tokens: usize) -> rpa::Problem {
         scale: 0.125,
         sliding_window: None,
         soft_cap: None,
+        ..rpa::Spec::default()
     })
     .expect("a valid problem")
 }

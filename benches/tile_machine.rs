@@ -51,6 +51,7 @@ fn rpa_problem() -> rpa::Problem {
         scale: 128_f64.powf(-0.5),
         sliding_window: None,
         soft_cap: None,
+        ..rpa::Spec::default()
     };
     rpa::Problem::new(spec).expect("a valid problem")
 }

@@ -27,6 +27,7 @@ fn problem() -> Problem {
         scale: 128_f64.powf(-0.5),
         sliding_window: None,
         soft_cap: None,
+        ..Spec::default()
     };
     Problem::new(spec).unwrap()
 }

@@ -10,7 +10,7 @@ use pagoda_kernels::{
     kernel::stablehlo_module,
     matmul::{self, Activation, Epilogue, Layout, Matmul},
     random::Lengths,
-    rpa::{self, Kind, Precision, Rpa, kv_write},
+    rpa::{self, Kind, KvRows, Precision, Rotary, Rpa, kv_write},
     strategies,
 };
 use proptest::{
@@ -73,6 +73,7 @@ fn spec(kind: Kind, element: Element, q_heads: usize, kv_heads: usize, head_dim:
         scale: (head_dim as f64).powf(-0.5),
         sliding_window: None,
         soft_cap: None,
+        ..rpa::Spec::default()
     }
 }
 
@@ -80,6 +81,37 @@ fn spec(kind: Kind, element: Element, q_heads: usize, kv_heads: usize, head_dim:
 fn batch_of(problem: &rpa::Problem, lengths: &[(usize, usize)], seed: u64) -> Arrays {
     let lengths: Vec<_> = lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
     Rpa::draw(problem, Some(&lengths), seed).unwrap()
+}
+
+/// Problems with every option: fused and not, in each type of the cache, packed heads, sinks, log-sum-exp.
+fn options() -> Vec<rpa::Problem> {
+    use Element::{Bf16, F8E4M3Fn, F8E5M2, F32, I8};
+    use Kind::{Decode, Mixed};
+    let fused = Some(Rotary::HalfSplit);
+    let kv = |kv, spec: rpa::Spec| rpa::Spec { precision: Precision { kv, ..spec.precision }, ..spec };
+    let specs = [
+        rpa::Spec { fused, ..spec(Decode, F32, 4, 2, 128) },
+        rpa::Spec { fused, layers: 3, ..spec(Mixed, F32, 6, 3, 64) },
+        rpa::Spec { fused, sliding_window: Some(9), ..spec(Mixed, Bf16, 8, 2, 128) },
+        rpa::Spec { fused, kv_rows: KvRows::Packed, layers: 2, ..spec(Mixed, F32, 8, 2, 64) },
+        rpa::Spec { kv_rows: KvRows::Packed, soft_cap: Some(5.0), ..spec(Decode, Bf16, 8, 4, 64) },
+        rpa::Spec { sinks: true, ..spec(Mixed, F32, 6, 2, 96) },
+        rpa::Spec { sinks: true, log_sum_exp: true, fused, ..spec(Decode, F32, 5, 1, 112) },
+        rpa::Spec { log_sum_exp: true, sliding_window: Some(20), layers: 2, ..spec(Mixed, Bf16, 4, 2, 192) },
+        rpa::Spec { log_sum_exp: true, sinks: true, soft_cap: Some(3.0), fused, ..spec(Mixed, Bf16, 14, 2, 64) },
+        kv(Bf16, spec(Mixed, F32, 4, 2, 128)),
+        kv(Bf16, rpa::Spec { fused, ..spec(Decode, F32, 4, 4, 80) }),
+        kv(I8, spec(Mixed, Bf16, 8, 2, 128)),
+        kv(I8, rpa::Spec { fused, layers: 2, kv_rows: KvRows::Packed, ..spec(Mixed, Bf16, 8, 2, 64) }),
+        kv(I8, rpa::Spec { fused, sinks: true, log_sum_exp: true, ..spec(Mixed, F32, 3, 1, 256) }),
+        kv(F8E4M3Fn, rpa::Spec { fused, ..spec(Mixed, Bf16, 8, 2, 128) }),
+        kv(F8E4M3Fn, rpa::Spec { fused, layers: 2, ..spec(Decode, F32, 8, 4, 96) }),
+        kv(F8E4M3Fn, rpa::Spec { kv_rows: KvRows::Packed, sinks: true, ..spec(Mixed, Bf16, 8, 2, 64) }),
+        kv(F8E5M2, rpa::Spec { fused, sliding_window: Some(30), ..spec(Mixed, F32, 4, 1, 128) }),
+        kv(F8E5M2, rpa::Spec { fused, kv_rows: KvRows::Packed, ..spec(Decode, Bf16, 8, 1, 64) }),
+        kv(I8, rpa::Spec { fused, page_size: 7, ..spec(Decode, Bf16, 16, 2, 128) }),
+    ];
+    specs.map(|spec| rpa::Problem::new(spec).unwrap()).to_vec()
 }
 
 /// Head dimensions 64, 80, 128, 256, groups of 1 to 8, page sizes below and above a KV block, windows within and across
@@ -104,9 +136,11 @@ fn problems() -> Vec<rpa::Problem> {
 #[test]
 fn attention_over_random_batches() {
     let cpu = Cpu::new();
-    for problem in problems() {
-        property(24, strategies::inputs::<Rpa>(problem.clone()), |inputs| {
-            check::<Rpa>(&problem, &inputs, &cpu).map_err(failed)
+    let few = options().into_iter().map(|problem| (8, problem));
+    for (cases, problem) in problems().into_iter().map(|problem| (24, problem)).chain(few) {
+        property(cases, strategies::inputs::<Rpa>(problem.clone()), |inputs| {
+            check::<Rpa>(&problem, &inputs, &cpu)
+                .map_err(|error| failed(format!("{}: {error}", Rpa::describe(&problem))))
         });
     }
 }
@@ -210,10 +244,18 @@ fn bad_problems_and_batches_are_refused_by_name() {
             "precision.q = f16 is neither f32 nor bf16",
         ),
         (
-            rpa::Spec { precision: Precision { kv: Element::Bf16, ..good.precision }, ..good.clone() },
-            "precision.kv = bf16 is not the type of q, f32",
+            rpa::Spec { precision: Precision { kv: Element::F16, ..good.precision }, ..good.clone() },
+            "precision.kv = f16 is neither the type of q, f32, nor bf16 or a type of 8 bits",
         ),
         (rpa::Spec { head_dim: 0, ..good.clone() }, "head_dim = 0 is below 1"),
+        (
+            rpa::Spec { head_dim: 63, fused: Some(Rotary::HalfSplit), ..good.clone() },
+            "head_dim = 63 has no two halves to rotate",
+        ),
+        (
+            rpa::Spec { head_dim: 80, kv_rows: KvRows::Packed, ..good.clone() },
+            "head_dim = 80 is not 64, the one that packed rows have: give kv_rows = interleaved",
+        ),
         (rpa::Spec { scale: f64::NAN, ..good.clone() }, "scale = NaN is not positive and finite"),
         (rpa::Spec { pages: usize::MAX, ..good.clone() }, "layers * pages * page_size"),
     ];

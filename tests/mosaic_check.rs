@@ -166,6 +166,7 @@ fn planned_tiles_agree_with_the_reference() {
             scale: (head_dim as f64).powf(-0.5),
             sliding_window: None,
             soft_cap: None,
+            ..rpa::Spec::default()
         };
         agrees::<Rpa>(spec, Some(&lengths));
     }

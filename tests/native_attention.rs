@@ -1,14 +1,16 @@
-//! The attention in Rust against the f64 reference, on the batches that the StableHLO form is checked on: ragged, with
-//! poison wherever a kernel must not look. (That the CPU plugin calls it rightly is what `tests/llama` shows.)
+//! The attention in Rust, alone and as a step that rotates and writes, against the f64 reference, on the batches that the
+//! StableHLO form is checked on: ragged, with poison wherever a kernel must not look. (That the CPU plugin calls it rightly
+//! is what `tests/llama` shows.)
 
 use half::bf16;
-use pagoda_ir::{Element, HostTensor};
-use pagoda_kernels::check::compare;
+use pagoda_ir::{Element, HostTensor, TensorType};
+use pagoda_kernels::check::compare_all;
 use pagoda_kernels::float::Float;
 use pagoda_kernels::random::Lengths;
+use pagoda_kernels::rpa::cached::{self, Cached};
 use pagoda_kernels::rpa::native::{Call, Layer, attend, step, write};
-use pagoda_kernels::rpa::reference::{reference, written};
-use pagoda_kernels::rpa::{Batch, Kind, Precision, Problem, Rpa, Spec};
+use pagoda_kernels::rpa::reference::reference;
+use pagoda_kernels::rpa::{Batch, Kind, KvRows, Precision, Problem, Rotary, Rpa, Spec};
 use pagoda_kernels::strategies::{inputs, tensor};
 use pagoda_kernels::threads::Scoped;
 use pagoda_kernels::{Arrays, Kernel};
@@ -31,11 +33,13 @@ fn spec() -> Spec {
         scale: 0.125,
         sliding_window: None,
         soft_cap: None,
+        ..Spec::default()
     }
 }
 
 /// The call on the metadata among `inputs`.
 fn call<'m>(problem: &Problem, inputs: &'m Arrays) -> Call<'m> {
+    let floats = |name| inputs.get(name).map(|array| array.as_slice::<f32>());
     Call {
         layer: layer(problem, inputs.get("first_page").map_or(0, |page| page.as_slice::<i32>()[0] as usize)),
         q_heads: problem.q_heads,
@@ -43,6 +47,8 @@ fn call<'m>(problem: &Problem, inputs: &'m Arrays) -> Call<'m> {
         scale: problem.scale as f32,
         sliding_window: problem.sliding_window,
         soft_cap: problem.soft_cap.map(|cap| cap as f32),
+        sinks: floats("sinks"),
+        scales: floats("k_scale").zip(floats("v_scale")).map(|(k, v)| [k, v]),
         kv_lens: inputs["kv_lens"].as_slice(),
         page_indices: inputs["page_indices"].as_slice(),
         cu_q_lens: inputs["cu_q_lens"].as_slice(),
@@ -50,24 +56,84 @@ fn call<'m>(problem: &Problem, inputs: &'m Arrays) -> Call<'m> {
     }
 }
 
-fn run<T: Float>(problem: &Problem, inputs: &Arrays) -> HostTensor {
-    let ty = problem.output_type();
-    let mut out = HostTensor::from_f64(ty.element, &ty.dims, &vec![f64::NAN; ty.len()]);
+/// An array of NaN.
+fn unwritten(ty: &TensorType) -> HostTensor {
+    HostTensor::from_f64(ty.element, &ty.dims, &vec![f64::NAN; ty.len()])
+}
+
+/// The results of a problem that is not fused.
+fn run<T: Float, C: Cached>(problem: &Problem, inputs: &Arrays) -> Vec<HostTensor> {
+    let results = problem.results();
+    let mut out = unwritten(&results["out"]);
+    let mut lse = results.get("lse").map(unwritten);
     let (q, kv_pages) = (inputs["q"].as_slice::<T>(), inputs["kv_pages"].as_slice());
-    attend(&call(problem, inputs), q, kv_pages, out.as_mut_slice(), &Scoped(2));
-    out
+    let sums = lse.as_mut().map(HostTensor::as_mut_slice);
+    attend::<T, C>(&call(problem, inputs), q, kv_pages, out.as_mut_slice(), sums, &Scoped(2));
+    [Some(out), lse].into_iter().flatten().collect()
+}
+
+/// The results of a fused problem. Projections and output are feature-major; angles are those of positions.
+fn run_step<T: Float, C: Cached>(problem: &Problem, inputs: &Arrays) -> Vec<HostTensor> {
+    let results = problem.results();
+    let turned = |rows: &HostTensor| {
+        let (values, width) = (rows.as_slice::<T>(), rows.len() / problem.tokens);
+        let at = |feature: usize, token: usize| values[token * width + feature];
+        (0..width).flat_map(|feature| (0..problem.tokens).map(move |token| at(feature, token))).collect::<Vec<_>>()
+    };
+    let slots = Batch::of(problem, inputs).unwrap().kv_slots(problem.tokens);
+    let (qkv, rotary) = (turned(&inputs["qkv"]), rotary(problem));
+    let (mut kv_pages, mut out) = (inputs["kv_pages"].clone(), unwritten(&results["out"]));
+    let (pages, attended) = (kv_pages.as_mut_slice(), out.as_mut_slice());
+    step::<T, C>(&call(problem, inputs), &qkv, &rotary, &slots, pages, attended, &Scoped(2));
+    let width = problem.q_heads * problem.head_dim;
+    let by_row: Vec<T> = (0..out.len()).map(|at| out.as_slice()[at % width * problem.tokens + at / width]).collect();
+    vec![HostTensor::new(&results["out"].dims, &by_row), kv_pages]
+}
+
+/// Cosines and sines of every position.
+fn rotary(problem: &Problem) -> Vec<f32> {
+    let angles = |position: usize| (0..problem.head_dim / 2).map(move |at| (position * (at + 1)) as f64 / 40.0);
+    let row = |position| angles(position).map(f64::cos).chain(angles(position).map(f64::sin)).map(|x| x as f32);
+    (0..problem.max_kv_len()).flat_map(row).collect()
+}
+
+/// `inputs` of a fused problem with the angles of the rows' positions.
+fn by_position(problem: &Problem, inputs: Arrays) -> Arrays {
+    let (table, mut cos_sin) = (rotary(problem), inputs["cos_sin"].clone());
+    for sequence in Batch::of(problem, &inputs).unwrap().sequences() {
+        for (row, position) in (0..sequence.q_len).filter_map(|row| Some((row, sequence.position(row)?))) {
+            let [to, from] = [sequence.first_row + row, position].map(|at| at * problem.head_dim);
+            let from = &table[from..from + problem.head_dim];
+            cos_sin.as_mut_slice::<f32>()[to..to + problem.head_dim].copy_from_slice(from);
+        }
+    }
+    inputs.with("cos_sin", cos_sin)
 }
 
 fn layer(problem: &Problem, first_page: usize) -> Layer {
     Layer { first_page, kv: problem.kv_layout() }
 }
 
+fn results_of<T: Float, C: Cached>(problem: &Problem, inputs: &Arrays) -> Vec<HostTensor> {
+    if problem.fused.is_some() { run_step::<T, C>(problem, inputs) } else { run::<T, C>(problem, inputs) }
+}
+
 fn check(problem: &Problem, inputs: &Arrays) -> Result<(), TestCaseError> {
-    let actual = match problem.precision.q {
-        Element::F32 => run::<f32>(problem, inputs),
-        _ => run::<bf16>(problem, inputs),
+    let inputs = if problem.fused.is_some() { &by_position(problem, inputs.clone()) } else { inputs };
+    let actual = match (problem.precision.q, problem.precision.kv) {
+        (Element::F32, Element::F32) => results_of::<f32, f32>(problem, inputs),
+        (Element::F32, Element::Bf16) => results_of::<f32, bf16>(problem, inputs),
+        (Element::F32, Element::F8E4M3Fn) => results_of::<f32, cached::F8E4M3Fn>(problem, inputs),
+        (Element::F32, Element::F8E5M2) => results_of::<f32, cached::F8E5M2>(problem, inputs),
+        (Element::F32, Element::I8) => results_of::<f32, i8>(problem, inputs),
+        (Element::Bf16, Element::Bf16) => results_of::<bf16, bf16>(problem, inputs),
+        (Element::Bf16, Element::F8E4M3Fn) => results_of::<bf16, cached::F8E4M3Fn>(problem, inputs),
+        (Element::Bf16, Element::F8E5M2) => results_of::<bf16, cached::F8E5M2>(problem, inputs),
+        (Element::Bf16, Element::I8) => results_of::<bf16, i8>(problem, inputs),
+        (q, kv) => panic!("queries of {q}, a cache of {kv}"),
     };
-    compare("native", &actual, &reference(problem, inputs)).map_err(|error| TestCaseError::fail(error.to_string()))
+    compare_all("native", &actual, &problem.results(), &reference(problem, inputs))
+        .map_err(|error| TestCaseError::fail(error.to_string()))
 }
 
 /// Draws that are the same in every run.
@@ -96,7 +162,17 @@ fn check_ragged_batches(cases: u32, rng_seed: RngSeed) {
         specs.extend([1, 2, 4, 8].map(|group| Spec { q_heads: 2 * group, ..base.clone() }));
         specs.push(Spec { sliding_window: Some(5), ..base.clone() });
         specs.push(Spec { soft_cap: Some(3.0), page_size: 3, ..base.clone() });
-        specs.push(Spec { kind: Kind::Decode, tokens: 5, page_size: 128, pages: 10, pages_per_seq: 2, ..base });
+        specs.push(Spec { kind: Kind::Decode, tokens: 5, page_size: 128, pages: 10, pages_per_seq: 2, ..base.clone() });
+        specs.push(Spec { sinks: true, log_sum_exp: true, soft_cap: Some(4.0), ..base.clone() });
+        specs.push(Spec { kv_rows: KvRows::Packed, log_sum_exp: true, ..base.clone() });
+        let fused = Spec { fused: Some(Rotary::HalfSplit), ..base };
+        for kv in [element, Element::Bf16, Element::F8E4M3Fn, Element::F8E5M2, Element::I8] {
+            let base = Spec { precision: Precision { kv, ..fused.precision }, ..fused.clone() };
+            specs.extend([80, 128].map(|head_dim| Spec { head_dim, ..base.clone() }));
+            specs.push(Spec { sinks: true, sliding_window: Some(9), q_heads: 6, ..base.clone() });
+            specs.push(Spec { kind: Kind::Decode, tokens: 5, kv_rows: KvRows::Packed, q_heads: 2, ..base.clone() });
+            specs.push(Spec { fused: None, log_sum_exp: true, sinks: true, ..base });
+        }
     }
     for spec in specs {
         let problem = Problem::new(spec).unwrap();
@@ -110,7 +186,7 @@ fn work_for_several_threads_gives_the_same_bits_as_work_for_one() {
     let problem = Problem::new(spec.clone()).unwrap();
     let inputs = Rpa::draw(&problem, Some(&[Lengths { q_len: 300, kv_len: 1200 }]), 7).unwrap();
     check(&problem, &inputs).unwrap();
-    let together = run::<f32>(&problem, &inputs);
+    let together = run::<f32, f32>(&problem, &inputs).remove(0);
     // The last row alone is too little work for a second thread.
     let alone = Problem::new(Spec { tokens: 1, ..spec }).unwrap();
     let width = problem.q_heads * problem.head_dim;
@@ -118,7 +194,7 @@ fn work_for_several_threads_gives_the_same_bits_as_work_for_one() {
     let q = HostTensor::new(&alone.q_type().dims, last);
     let single = inputs.with("q", q).with("cu_q_lens", HostTensor::new(&[6], &[0, 1, 1, 1, 1, 1]));
     Rpa::check_inputs(&alone, &single).unwrap();
-    assert_eq!(run::<f32>(&alone, &single).as_slice::<f32>(), &together.as_slice::<f32>()[299 * width..]);
+    assert_eq!(run::<f32, f32>(&alone, &single)[0].as_slice::<f32>(), &together.as_slice::<f32>()[299 * width..]);
 }
 
 #[test]
@@ -126,6 +202,7 @@ fn writes_land_in_their_slots_and_nowhere_else() {
     let problem = Problem::new(spec()).unwrap();
     let strategy = (tensor(problem.kv_pages_type()), tensor(problem.new_kv_type()), tensor(problem.new_kv_type()));
     let size = (problem.pages * problem.page_size) as i32;
+    let some = Rpa::draw(&problem, Some(&[]), 1).unwrap();
     let slots = Just((0..size).collect::<Vec<_>>()).prop_shuffle();
     runner(30, ALWAYS)
         .run(&(strategy, slots, 0..problem.layers), |((before, k, v), mut slots, layer)| {
@@ -133,8 +210,12 @@ fn writes_land_in_their_slots_and_nowhere_else() {
             // Padding, and slots that no layer has.
             slots[3..6].copy_from_slice(&[-1, size, i32::MAX]);
             let mut after = before.clone();
-            let place = self::layer(&problem, layer * problem.pages);
-            write(after.as_mut_slice::<f32>(), k.as_slice(), v.as_slice(), &slots, &place);
+            let call = Call { layer: self::layer(&problem, layer * problem.pages), ..call(&problem, &some) };
+            let width = problem.kv_heads * problem.head_dim;
+            let [k_rows, v_rows] = [&k, &v].map(|new| new.as_slice::<f32>().chunks_exact(width));
+            for ((k, v), &slot) in k_rows.zip(v_rows).zip(&slots) {
+                write::<f32>(&call, after.as_mut_slice(), k, v, slot);
+            }
             let vector = |tensor: &HostTensor, at: usize| tensor.as_slice::<f32>()[at * 64..][..64].to_vec();
             let heads = problem.kv_heads;
             let mut expected = before.clone();
@@ -148,70 +229,6 @@ fn writes_land_in_their_slots_and_nowhere_else() {
                 }
             }
             prop_assert!(after == expected);
-            Ok(())
-        })
-        .unwrap();
-}
-
-#[test]
-fn a_step_rotates_writes_and_attends() {
-    let problem = Problem::new(spec()).unwrap();
-    let (tokens, dim, half) = (problem.tokens, problem.head_dim, problem.head_dim / 2);
-    let positions = problem.max_kv_len();
-    let strategy = (inputs::<Rpa>(problem.clone()), tensor(problem.new_kv_type()), tensor(problem.new_kv_type()));
-    let angle = |position: usize, at: usize| (position * (at + 1)) as f64 / 40.0;
-    let rotary: Vec<f32> = (0..positions)
-        .flat_map(|position| {
-            let angles = (0..half).map(move |at| angle(position, at));
-            angles.clone().map(f64::cos).chain(angles.map(f64::sin)).map(|x| x as f32)
-        })
-        .collect();
-    runner(30, ALWAYS)
-        .run(&strategy, |(inputs, k, v)| {
-            let batch = Batch::of(&problem, &inputs).unwrap();
-            let slots = batch.kv_slots(tokens);
-            // [heads of q, k, v * head_dim, tokens], as a projection gives them.
-            let stacked = [&inputs["q"], &k, &v].map(|rows| {
-                let (rows, width) = (rows.as_slice::<f32>(), rows.len() / tokens);
-                (0..width).flat_map(|feature| (0..tokens).map(move |token| rows[token * width + feature])).collect()
-            });
-            let qkv: Vec<f32> = stacked.into_iter().flat_map(|rows: Vec<f32>| rows).collect();
-            let mut pages = inputs["kv_pages"].clone();
-            let mut out = vec![f32::NAN; problem.q_type().len()];
-            step(&call(&problem, &inputs), &qkv, &rotary, &slots, pages.as_mut_slice(), &mut out, &Scoped(2));
-
-            // Position of each row, from the definition of the batch.
-            let mut position = vec![None; tokens];
-            for sequence in batch.sequences() {
-                for index in 0..sequence.q_len {
-                    position[sequence.first_row + index] = Some(sequence.kv_len - sequence.q_len + index);
-                }
-            }
-            let rotated = |x: &HostTensor| {
-                let mut values = x.to_f64();
-                let width = values.len() / tokens;
-                for (head, vector) in values.chunks_exact_mut(dim).enumerate() {
-                    let Some(position) = position[head * dim / width] else { continue };
-                    for at in 0..half {
-                        let (low, high, angle) = (vector[at], vector[at + half], angle(position, at));
-                        vector[at] = low * angle.cos() - high * angle.sin();
-                        vector[at + half] = high * angle.cos() + low * angle.sin();
-                    }
-                }
-                HostTensor::from_f64(Element::F32, x.dims(), &values)
-            };
-            let (q, k) = (rotated(&inputs["q"]), rotated(&k));
-            let written = written(&problem, &inputs, &k, &v).values;
-            let kv_pages = HostTensor::from_f64(Element::F32, inputs["kv_pages"].dims(), &written);
-            let expected = reference(&problem, &inputs.clone().with("q", q).with("kv_pages", kv_pages));
-            let width = problem.q_heads * dim;
-            let by_row: Vec<f32> = (0..out.len()).map(|at| out[at % width * tokens + at / width]).collect();
-            let actual = HostTensor::new(&problem.q_type().dims, &by_row);
-            compare("step", &actual, &expected).map_err(|error| TestCaseError::fail(error.to_string()))?;
-            // The pages: rotations differ in their rounding, everything else is the same bits.
-            for (actual, expected) in pages.to_f64().iter().zip(&written) {
-                prop_assert!((actual - expected).abs() <= 1e-6 || (actual.is_nan() && expected.is_nan()));
-            }
             Ok(())
         })
         .unwrap();

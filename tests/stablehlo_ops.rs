@@ -438,6 +438,9 @@ fn conversions_and_constants() -> Vec<Case> {
     }
     fn ones(element: Element) -> HostTensor {
         let one: Vec<u8> = match element {
+            Element::F8E4M3Fn => vec![0x38],
+            Element::F8E4M3B11Fnuz => vec![0x58],
+            Element::F8E5M2 => vec![0x3c],
             Element::Bf16 => bf16::ONE.to_le_bytes().to_vec(),
             Element::F16 => f16::ONE.to_le_bytes().to_vec(),
             Element::F32 => 1f32.to_le_bytes().to_vec(),

@@ -10,8 +10,9 @@ use pagoda_ir::{Context, Element, HostTensor, TensorType};
 use pagoda_kernels::float::Float;
 use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::matmul::{self, Activation};
-use pagoda_kernels::rpa::KvLayout;
+use pagoda_kernels::rpa::cached::{self, Cached};
 use pagoda_kernels::rpa::native::{self, Call, Layer};
+use pagoda_kernels::rpa::{KvLayout, KvRows};
 
 use crate::pjrt::custom_call::{CustomCall, Frame, Options, register};
 use crate::pjrt::{Plugin, Result};
@@ -87,16 +88,23 @@ impl CustomCall for Attention {
     const TARGET: &'static str = native::TARGET;
 
     fn call(frame: Frame<'_>) -> Outcome {
-        by_element(frame, attend::<f32>, attend::<bf16>)
+        match frame.operands.get(1)?.element {
+            Element::F32 => attend::<f32, f32>(frame),
+            Element::Bf16 => by_element(frame, attend::<f32, bf16>, attend::<bf16, bf16>),
+            Element::F8E4M3Fn => by_element(frame, attend::<f32, cached::F8E4M3Fn>, attend::<bf16, cached::F8E4M3Fn>),
+            Element::F8E5M2 => by_element(frame, attend::<f32, cached::F8E5M2>, attend::<bf16, cached::F8E5M2>),
+            Element::I8 => by_element(frame, attend::<f32, i8>, attend::<bf16, i8>),
+            other => Err(format!("a KV cache of {other} is not supported")),
+        }
     }
 }
 
-fn attend<T: Float>(frame: Frame<'_>) -> Outcome {
-    let [pages, scale, sliding_window, soft_cap] = native::OPTIONS;
+fn attend<T: Float, C: Cached>(frame: Frame<'_>) -> Outcome {
+    let [pages, kv_heads, scale, sliding_window, soft_cap, sinks, scaled] = native::OPTIONS;
     let Frame { operands, results, options } = frame;
     let (qkv, kv, table) = (operands.get(0)?, operands.get(1)?, operands.get(3)?);
     let &[features, _] = qkv.dims else { return Err(format!("projections of rank {}", qkv.dims.len())) };
-    let &[_, page_size, kv_vectors, head_dim] = kv.dims else {
+    let &[_, page_size, rows, width] = kv.dims else {
         return Err(format!("KV pages of rank {}", kv.dims.len()));
     };
     let &[_, pages_per_seq] = table.dims else { return Err(format!("a page table of rank {}", table.dims.len())) };
@@ -104,6 +112,14 @@ fn attend<T: Float>(frame: Frame<'_>) -> Outcome {
         let value = operands.get(index)?.values::<i32>()?.first().copied().unwrap_or(0);
         usize::try_from(value).map_err(|_| format!("operand {index} is {value}"))
     };
+    let heads: usize = number(options, kv_heads)?.filter(|&heads| heads > 0).ok_or("KV heads are missing")?;
+    let kv_rows = if rows as usize == heads { KvRows::Packed } else { KvRows::Interleaved };
+    let head_dim = (rows * width) as usize / KvLayout::rows_of(heads);
+    let floats = |index: usize| operands.get(index)?.values::<f32>();
+    let has_sinks = options.string(sinks).is_some();
+    let sinks = has_sinks.then(|| floats(9)).transpose()?;
+    let scales = 9 + usize::from(has_sinks);
+    let scales = options.string(scaled).map(|_| Ok::<_, String>([floats(scales)?, floats(scales + 1)?])).transpose()?;
     let call = Call {
         layer: Layer {
             first_page: scalar(6)?,
@@ -112,15 +128,18 @@ fn attend<T: Float>(frame: Frame<'_>) -> Outcome {
                 layers: 1,
                 pages: number(options, pages)?.unwrap_or(0),
                 page_size: page_size as usize,
-                heads: KvLayout::heads_of(kv_vectors as usize),
-                head_dim: head_dim as usize,
+                heads,
+                head_dim,
+                kv_rows,
             },
         },
-        q_heads: (features / head_dim - kv_vectors) as usize,
+        q_heads: features as usize / head_dim - KvLayout::rows_of(heads),
         pages_per_seq: pages_per_seq as usize,
         scale: number(options, scale)?.unwrap_or(1.0),
         sliding_window: number(options, sliding_window)?,
         soft_cap: number(options, soft_cap)?,
+        sinks,
+        scales,
         kv_lens: operands.get(2)?.values()?,
         page_indices: table.values()?,
         cu_q_lens: operands.get(4)?.values()?,
@@ -132,8 +151,8 @@ fn attend<T: Float>(frame: Frame<'_>) -> Outcome {
     }
     let threads = options.threads();
     // The buffer is only ever seen through the result: first to write, then to read.
-    let [out, kv_pages] = results.values::<T, 2>()?;
-    native::step(&call, qkv.values()?, rotary.values()?, slots.values()?, kv_pages, out, &threads);
+    let (out, kv_pages) = results.pair::<T, C::Code>()?;
+    native::step::<T, C>(&call, qkv.values()?, rotary.values()?, slots.values()?, kv_pages, out, &threads);
     Ok(())
 }
 

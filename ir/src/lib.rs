@@ -7,6 +7,7 @@ pub mod chrome_trace;
 pub mod context;
 pub mod element;
 pub mod error;
+pub mod minifloat;
 pub mod mosaic;
 pub mod random;
 pub mod shape;

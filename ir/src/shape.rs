@@ -85,8 +85,11 @@ pub fn element_type(context: &melior::Context, element: Element) -> Type<'_> {
         Element::F16 => Type::float16(context),
         Element::F32 => Type::float32(context),
         Element::F64 => Type::float64(context),
-        element if element.is_signed() => IntegerType::new(context, 8 * element.bytes() as u32).into(),
-        element => IntegerType::unsigned(context, 8 * element.bytes() as u32).into(),
+        element if element.minifloat().is_some() => {
+            Type::parse(context, element.mlir()).expect("a builtin type of MLIR")
+        }
+        element if element.is_signed() => IntegerType::new(context, element.bits() as u32).into(),
+        element => IntegerType::unsigned(context, element.bits() as u32).into(),
     }
 }
 
@@ -101,13 +104,26 @@ pub fn element_of(r#type: Type) -> Option<Element> {
     } else if r#type.is_f64() {
         return Some(Element::F64);
     }
+    // SAFETY: the type is valid.
+    let is = |of: unsafe extern "C" fn(mlir_sys::MlirType) -> bool| unsafe { of(r#type.to_raw()) };
+    if is(mlir_sys::mlirTypeIsAFloat8E4M3FN) {
+        return Some(Element::F8E4M3Fn);
+    } else if is(mlir_sys::mlirTypeIsAFloat8E4M3B11FNUZ) {
+        return Some(Element::F8E4M3B11Fnuz);
+    } else if is(mlir_sys::mlirTypeIsAFloat8E5M2) {
+        return Some(Element::F8E5M2);
+    }
     let integer = IntegerType::try_from(r#type).ok()?;
     match (integer.is_unsigned(), integer.width()) {
         (false, 1) => Some(Element::Pred),
+        (false, 2) => Some(Element::I2),
+        (false, 4) => Some(Element::I4),
         (false, 8) => Some(Element::I8),
         (false, 16) => Some(Element::I16),
         (false, 32) => Some(Element::I32),
         (false, 64) => Some(Element::I64),
+        (true, 2) => Some(Element::U2),
+        (true, 4) => Some(Element::U4),
         (true, 8) => Some(Element::U8),
         (true, 16) => Some(Element::U16),
         (true, 32) => Some(Element::U32),
@@ -135,7 +151,7 @@ mod tests {
     #[test]
     fn dynamic_and_foreign_types_have_no_tensor_type() {
         let context = Context::new();
-        for text in ["tensor<?xf32>", "tensor<2xf8E4M3FN>", "f32", "tensor<*xf32>"] {
+        for text in ["tensor<?xf32>", "tensor<2xf8E3M4>", "f32", "tensor<*xf32>"] {
             assert_eq!(TensorType::from_mlir(Type::parse(context.melior(), text).unwrap()), None, "{text}");
         }
     }

@@ -7,7 +7,10 @@ use std::fmt;
 
 use half::{bf16, f16};
 
-use crate::element::{Element, Native};
+use crate::{
+    element::{Element, Native},
+    minifloat::Minifloat,
+};
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -55,18 +58,49 @@ impl HostTensor {
         tensor
     }
 
-    /// A float array of type `element`, each value rounded to nearest even.
+    /// An array of type `element`. As XLA converts: floats are rounded to nearest even (what is too large for one of 8 bits is
+    /// an infinity, or NaN where it has none); integers are truncated, and saturate where their type ends (NaN is 0); `pred`
+    /// is whether a number is not 0.
     ///
     /// # Panics
-    /// When `element` is not a float type, or `values` does not hold exactly `dims.product()` elements.
+    /// When `values` does not hold exactly `dims.product()` elements.
     pub fn from_f64(element: Element, dims: &[usize], values: &[f64]) -> Self {
-        match element {
-            Element::F64 => Self::new(dims, values),
-            Element::F32 => Self::new(dims, &values.iter().map(|&v| v as f32).collect::<Vec<_>>()),
-            Element::Bf16 => Self::new(dims, &values.iter().map(|&v| bf16::from_f64(v)).collect::<Vec<_>>()),
-            Element::F16 => Self::new(dims, &values.iter().map(|&v| f16::from_f64(v)).collect::<Vec<_>>()),
-            other => panic!("{other} is not a float type"),
+        macro_rules! cast {
+            ($type:ty) => {
+                Self::new(dims, &values.iter().map(|&v| v as $type).collect::<Vec<_>>())
+            };
         }
+        let codes = |code: &dyn Fn(f64) -> u8| {
+            let codes: Vec<u8> = values.iter().map(|&v| code(v)).collect();
+            Self::new(dims, &codes).reinterpreted(element)
+        };
+        match element {
+            Element::Pred => codes(&|v| u8::from(v != 0.0)),
+            Element::I2 => codes(&|v| (v.trunc().clamp(-2.0, 1.0) as i8 & 0x3) as u8),
+            Element::I4 => codes(&|v| (v.trunc().clamp(-8.0, 7.0) as i8 & 0xf) as u8),
+            Element::I8 => cast!(i8),
+            Element::I16 => cast!(i16),
+            Element::I32 => cast!(i32),
+            Element::I64 => cast!(i64),
+            Element::U2 => codes(&|v| v.clamp(0.0, 3.0) as u8),
+            Element::U4 => codes(&|v| v.clamp(0.0, 15.0) as u8),
+            Element::U8 => cast!(u8),
+            Element::U16 => cast!(u16),
+            Element::U32 => cast!(u32),
+            Element::U64 => cast!(u64),
+            Element::F8E4M3Fn => codes(&|v| Minifloat::F8E4M3FN.encode(v)),
+            Element::F8E4M3B11Fnuz => codes(&|v| Minifloat::F8E4M3B11FNUZ.encode(v)),
+            Element::F8E5M2 => codes(&|v| Minifloat::F8E5M2.encode(v)),
+            Element::Bf16 => Self::new(dims, &values.iter().map(|&v| bf16::from_f32(to_odd(v))).collect::<Vec<_>>()),
+            Element::F16 => Self::new(dims, &values.iter().map(|&v| f16::from_f32(to_odd(v))).collect::<Vec<_>>()),
+            Element::F32 => cast!(f32),
+            Element::F64 => Self::new(dims, values),
+        }
+    }
+
+    /// The same values as elements of another type, converted as [`from_f64`](Self::from_f64) does.
+    pub fn converted(&self, element: Element) -> Self {
+        if element == self.element { self.clone() } else { Self::from_f64(element, &self.dims, &self.to_f64()) }
     }
 
     /// The same bytes as elements of another type.
@@ -82,6 +116,14 @@ impl HostTensor {
     pub fn to_f64(&self) -> Vec<f64> {
         match self.element {
             Element::Pred => self.bytes().iter().map(|&v| f64::from(v)).collect(),
+            Element::I2 => self.bytes().iter().map(|&v| f64::from((v << 6).cast_signed() >> 6)).collect(),
+            Element::I4 => self.bytes().iter().map(|&v| f64::from((v << 4).cast_signed() >> 4)).collect(),
+            Element::U2 => self.bytes().iter().map(|&v| f64::from(v & 0x3)).collect(),
+            Element::U4 => self.bytes().iter().map(|&v| f64::from(v & 0xf)).collect(),
+            Element::F8E4M3Fn | Element::F8E4M3B11Fnuz | Element::F8E5M2 => {
+                let format = self.element.minifloat().unwrap_or(Minifloat::F8E5M2);
+                self.bytes().iter().map(|&v| f64::from(format.decode(v))).collect()
+            }
             Element::I8 => self.as_slice::<i8>().iter().map(|&v| f64::from(v)).collect(),
             Element::I16 => self.as_slice::<i16>().iter().map(|&v| f64::from(v)).collect(),
             Element::I32 => self.as_slice::<i32>().iter().map(|&v| f64::from(v)).collect(),
@@ -132,7 +174,8 @@ impl HostTensor {
     /// The elements, row-major.
     ///
     /// # Panics
-    /// When `T` is not stored like this array's element type (`u8` also views `Pred`).
+    /// When `T` is not stored like this array's element type (`u8` also views the codes of what Rust has no type for:
+    /// `Pred`, floats of 8 bits and integers of less).
     pub fn as_slice<T: Native>(&self) -> &[T] {
         self.assert_native::<T>();
         // SAFETY: the memory is 64-byte aligned, holds `len()` elements, and every bit pattern is a valid `T`.
@@ -150,9 +193,19 @@ impl HostTensor {
     }
 
     fn assert_native<T: Native>(&self) {
-        let viewed = if self.element == Element::Pred { Element::U8 } else { self.element };
-        assert_eq!(T::ELEMENT, viewed, "a {} array viewed as {}", self.element, T::ELEMENT);
+        assert_eq!(T::ELEMENT, self.element.viewed(), "a {} array viewed as {}", self.element, T::ELEMENT);
     }
+}
+
+/// `x` as f32, rounded to the odd one of its neighbours where it is none: rounding that to a type of 22 bits or less gives what
+/// rounding `x` would. (Crate `half` drops the last bits of an f64 first, and takes what lies just above a tie for one.)
+fn to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    if !nearest.is_finite() || f64::from(nearest) == x {
+        return nearest;
+    }
+    let toward_zero = if f64::from(nearest).abs() > x.abs() { nearest.to_bits() - 1 } else { nearest.to_bits() };
+    f32::from_bits(toward_zero | 1)
 }
 
 impl PartialEq for HostTensor {
@@ -168,5 +221,35 @@ impl fmt::Debug for HostTensor {
         let values = self.to_f64();
         f.debug_list().entries(values.iter().take(16)).finish()?;
         if values.len() > 16 { write!(f, " and {} more", values.len() - 16) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_type_holds_what_it_can_of_a_number() {
+        let values = [0.0, 1.0, -1.0, 2.5, -2.5, 300.0, -300.0, f64::NAN];
+        let whole =
+            |low: f64, high: f64| values.map(|v: f64| if v.is_nan() { 0.0 } else { v.trunc().clamp(low, high) });
+        for (element, expected) in [
+            (Element::I2, whole(-2.0, 1.0)),
+            (Element::U2, whole(0.0, 3.0)),
+            (Element::I4, whole(-8.0, 7.0)),
+            (Element::U4, whole(0.0, 15.0)),
+            (Element::I8, whole(-128.0, 127.0)),
+            (Element::U8, whole(0.0, 255.0)),
+            (Element::I16, whole(-300.0, 300.0)),
+            (Element::F8E4M3Fn, [0.0, 1.0, -1.0, 2.5, -2.5, 288.0, -288.0, f64::NAN]),
+            (Element::F8E5M2, [0.0, 1.0, -1.0, 2.5, -2.5, 320.0, -320.0, f64::NAN]),
+            (Element::F8E4M3B11Fnuz, [0.0, 1.0, -1.0, 2.5, -2.5, f64::NAN, f64::NAN, f64::NAN]),
+            (Element::F16, values),
+        ] {
+            let tensor = HostTensor::from_f64(element, &[8], &values);
+            let same = |(a, b): (&f64, &f64)| a == b || (a.is_nan() && b.is_nan());
+            assert!(tensor.to_f64().iter().zip(&expected).all(same), "{tensor:?}, not {expected:?}");
+            assert_eq!(tensor.converted(element), tensor);
+        }
     }
 }

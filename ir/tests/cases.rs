@@ -66,14 +66,7 @@ fn array(text: &str) -> HostTensor {
             values.iter().copied().cycle().take(ty.len()).collect()
         }
     };
-    match ty.element {
-        element if element.is_float() => HostTensor::from_f64(element, &ty.dims, &values),
-        Element::I8 => HostTensor::new(&ty.dims, &values.iter().map(|&x| x as i8).collect::<Vec<_>>()),
-        Element::U8 => HostTensor::new(&ty.dims, &values.iter().map(|&x| x as u8).collect::<Vec<_>>()),
-        Element::I32 => HostTensor::new(&ty.dims, &values.iter().map(|&x| x as i32).collect::<Vec<_>>()),
-        Element::U32 => HostTensor::new(&ty.dims, &values.iter().map(|&x| x as u32).collect::<Vec<_>>()),
-        other => panic!("inputs of {other}"),
-    }
+    HostTensor::from_f64(ty.element, &ty.dims, &values)
 }
 
 fn machine(settings: &str) -> Machine {

@@ -101,6 +101,8 @@ pub fn unit_roundoff(element: Element) -> f64 {
         Element::F32 => 24,
         Element::F16 => 11,
         Element::Bf16 => 8,
+        Element::F8E4M3Fn | Element::F8E4M3B11Fnuz => 4,
+        Element::F8E5M2 => 3,
         _ => return 0.0,
     };
     (-f64::from(bits)).exp2()

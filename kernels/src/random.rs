@@ -22,7 +22,7 @@ impl Random {
     }
 
     /// Uniform in (-2, 2).
-    fn value(&mut self) -> f64 {
+    pub fn value(&mut self) -> f64 {
         (self.0.bits() >> 11) as f64 / (1_u64 << 51) as f64 - 2.0
     }
 
@@ -31,7 +31,7 @@ impl Random {
         from + self.0.below(to - from + 1)
     }
 
-    /// An array of type `ty`, f32 or bf16, with values uniform in (-2, 2).
+    /// An array of type `ty`: floats uniform in (-2, 2), integers uniform in all that the type holds.
     pub fn tensor(&mut self, ty: &TensorType) -> HostTensor {
         let mut tensor = HostTensor::zeros(ty.element, &ty.dims);
         self.fill(&mut tensor, 0, ty.len());
@@ -42,7 +42,21 @@ impl Random {
     pub fn fill(&mut self, tensor: &mut HostTensor, first: usize, count: usize) {
         match tensor.element() {
             Element::F32 => tensor.as_mut_slice::<f32>()[first..first + count].fill_with(|| self.value() as f32),
-            _ => tensor.as_mut_slice::<bf16>()[first..first + count].fill_with(|| bf16::from_f64(self.value())),
+            Element::Bf16 => {
+                tensor.as_mut_slice::<bf16>()[first..first + count].fill_with(|| bf16::from_f64(self.value()))
+            }
+            element if element.is_float() => {
+                let values: Vec<f64> = (0..count).map(|_| self.value()).collect();
+                let width = element.bytes();
+                let drawn = HostTensor::from_f64(element, &[count], &values);
+                tensor.bytes_mut()[first * width..(first + count) * width].copy_from_slice(drawn.bytes());
+            }
+            element => {
+                let (width, mask) =
+                    (element.bytes(), if element.bits() < 8 { (1 << element.bits()) - 1 } else { 0xff });
+                let mask = if element == Element::Pred { 1 } else { mask };
+                tensor.bytes_mut()[first * width..(first + count) * width].fill_with(|| self.0.bits() as u8 & mask);
+            }
         }
     }
 
@@ -54,7 +68,7 @@ impl Random {
     }
 }
 
-/// Every argument, f32 or bf16, with values uniform in (-2, 2).
+/// Every argument, as [`Random::tensor`] draws it.
 pub fn arrays(arguments: &Arguments, seed: u64) -> Arrays {
     let mut random = Random::new(seed);
     arguments.name(arguments.iter().map(|argument| random.tensor(&argument.ty)))
@@ -105,14 +119,10 @@ pub fn without_batch(kernel: &'static str, batch: Option<&[Lengths]>) -> Result<
     ensure(batch.is_none(), kernel, "lengths", value(), limit, "leave it out")
 }
 
-/// An f32 or bf16 array of NaN.
+/// An array of NaN; of the least number where the type has none.
 pub fn poisoned(ty: &TensorType) -> HostTensor {
-    let mut tensor = HostTensor::zeros(ty.element, &ty.dims);
-    match ty.element {
-        Element::F32 => tensor.as_mut_slice::<f32>().fill(f32::NAN),
-        _ => tensor.as_mut_slice::<bf16>().fill(bf16::NAN),
-    }
-    tensor
+    let poison = if ty.element.is_float() { f64::NAN } else { f64::NEG_INFINITY };
+    HostTensor::from_f64(ty.element, &ty.dims, &vec![poison; ty.len()])
 }
 
 #[cfg(test)]

@@ -106,7 +106,7 @@ impl Costs {
         }
     }
 
-    /// What the planner's model says, of every launch: what alternatives are compared by.
+    /// What the planner's model says, of every launch.
     pub fn modelled(plan: &Plan) -> Self {
         let of = |program| plan.launches(program).iter().map(|launch| modelled(plan, launch)).collect();
         let model = |rows, features| Cycles::constant(modelled_exchange(plan, rows * features), Source::Model);
@@ -120,6 +120,68 @@ impl Costs {
                 gather: model(plan.shape.slots, plan.job.config.vocab_size),
             }),
         }
+    }
+}
+
+/// How far the compiler's figures of a job stand from the planner's model of it, launch by launch. They carry over to the
+/// same job, changed: so alternatives are compared with the very time that the job is said to take.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Calibration {
+    /// By program and role: of what no batch changes, and of each key.
+    launches: Vec<((Program, &'static str), [f64; 2])>,
+    /// A prefill step's sum, a decode step's, a gather.
+    exchange: Option<[f64; 3]>,
+}
+
+impl Calibration {
+    /// From what the launches of `plan` cost. Where the model is all that is known, nothing changes.
+    pub fn new(plan: &Plan, costs: &Costs) -> Self {
+        let modelled = Costs::modelled(plan);
+        let factor = |of: f64, model: f64| if of > 0.0 && model > 0.0 { of / model } else { 1.0 };
+        let launches = Program::ALL.into_iter().flat_map(|program| {
+            let both = costs.of(program).iter().zip(modelled.of(program)).zip(plan.launches(program));
+            let factors = both.map(|((of, model), launch)| {
+                let factors = [factor(of.fixed, model.fixed), factor(of.per_key, model.per_key)];
+                ((program, launch.role), factors)
+            });
+            factors.collect::<Vec<_>>()
+        });
+        let cycles = |of: Exchange| [of.prefill_sum, of.decode_sum, of.gather].map(|cycles| cycles.fixed);
+        let exchange = costs.exchange.zip(modelled.exchange).map(|(of, model)| {
+            let (of, model) = (cycles(of), cycles(model));
+            std::array::from_fn(|at| factor(of[at], model[at]))
+        });
+        Self { launches: launches.collect(), exchange }
+    }
+
+    /// Whether anything is known beyond the model.
+    pub fn is_of_the_compiler(&self) -> bool {
+        let launches = self.launches.iter().flat_map(|(_, factors)| factors);
+        launches.chain(self.exchange.iter().flatten()).any(|&factor| factor != 1.0)
+    }
+
+    /// The costs of a changed plan.
+    pub fn costs(&self, plan: &Plan) -> Costs {
+        let mut costs = Costs::modelled(plan);
+        for program in Program::ALL {
+            let cycles = match program {
+                Program::Prefill => &mut costs.prefill,
+                Program::Decode => &mut costs.decode,
+            };
+            for (cycles, launch) in cycles.iter_mut().zip(plan.launches(program)) {
+                let known = self.launches.iter().find(|(key, _)| *key == (program, launch.role));
+                if let Some((_, [fixed, per_key])) = known {
+                    cycles.fixed *= fixed;
+                    cycles.per_key *= per_key;
+                }
+            }
+        }
+        if let (Some(exchange), Some([prefill, decode, gather])) = (&mut costs.exchange, self.exchange) {
+            exchange.prefill_sum.fixed *= prefill;
+            exchange.decode_sum.fixed *= decode;
+            exchange.gather.fixed *= gather;
+        }
+        costs
     }
 }
 

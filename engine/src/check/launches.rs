@@ -133,6 +133,7 @@ pub fn launches(config: &LlamaConfig, shape: &StepShape, chip: Chip, program: Pr
         scale: (shard.head_dim as f64).powf(-0.5),
         sliding_window: None,
         soft_cap: None,
+        ..rpa::Spec::default()
     };
     Ok(vec![
         matmul("qkv", layers, [rows, hidden, stacked], compute, bias(shard.attention_bias))?,

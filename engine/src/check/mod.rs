@@ -30,7 +30,7 @@ use crate::mesh::Mesh;
 use crate::report::Report;
 use crate::sampler::Sampling;
 use compile::{Answer, Compiler, How, Unit, compile_all};
-use estimate::{Costs, Cycles, Exchange, JobTime, Source};
+use estimate::{Calibration, Costs, Cycles, Exchange, JobTime, Source};
 use launches::{Launch, Planned};
 use plan::{Plan, Program};
 
@@ -92,8 +92,8 @@ pub struct Findings {
     pub steps: Vec<StepFinding>,
     /// Cycles of every launch.
     pub costs: Costs,
-    /// The same by the planner's model: what alternatives are compared by.
-    pub modelled: Costs,
+    /// How far they stand from the planner's model: what alternatives are compared by.
+    pub calibration: Calibration,
     /// One sum over the shards in a program over the whole slice, of a decode step's rows.
     pub wide_reduce: Option<Cycles>,
     /// The job by `costs`.
@@ -196,8 +196,8 @@ pub fn find_out(
     Ok(Findings {
         compiler: compiler.version(&topology)?,
         steps: Program::ALL.into_iter().zip(steps.into_iter().zip(&step_answers)).map(finding).collect(),
+        calibration: Calibration::new(&plan, &costs),
         costs,
-        modelled,
         wide_reduce: all_of(exchanged.get(exchanges.len())),
         time,
         plan,

@@ -333,7 +333,7 @@ fn suggestions(findings: &Findings, question: &Question, one_engine: Option<&One
             ),
         });
     }
-    suggestions.extend(suggest::larger_slice(plan).map(|(slice, larger, time)| Suggestion {
+    suggestions.extend(suggest::larger_slice(plan, &findings.calibration).map(|(slice, larger, time)| Suggestion {
         kind: "slice",
         change: format!("--topology {}", slice.name()),
         effect: format!(
@@ -344,18 +344,22 @@ fn suggestions(findings: &Findings, question: &Question, one_engine: Option<&One
             Value::Seconds(time.seconds)
         ),
     }));
-    let now = suggest::modelled_time(plan);
-    suggestions
-        .extend(suggest::alternatives(plan).into_iter().map(|alternative| words(alternative, now.as_ref(), plan)));
+    let alternatives = suggest::alternatives(plan, &findings.calibration);
+    suggestions.extend(alternatives.into_iter().map(|alternative| words(alternative, findings)));
     suggestions
 }
 
-fn words(alternative: Alternative, now: Option<&estimate::JobTime>, plan: &Plan) -> Suggestion {
+fn words(alternative: Alternative, findings: &Findings) -> Suggestion {
     let Alternative { kind, change, time, why, .. } = alternative;
-    let before = now.map_or(f64::NAN, |now| now.seconds);
-    let effect = if suggest::fits(plan) {
+    let before = findings.time.seconds;
+    let effect = if suggest::fits(&findings.plan) {
+        let by = if findings.calibration.is_of_the_compiler() {
+            "by the model, scaled to the compiler's figures"
+        } else {
+            "by the planner's model"
+        };
         format!(
-            "{} instead of {} ({}), both by the planner's model: {why}",
+            "{} instead of {} ({}), {by}: {why}",
             Value::Seconds(time.seconds),
             Value::Seconds(before),
             Value::Times(before / time.seconds)

@@ -1,6 +1,6 @@
 //! What else could be done with the same prompts and lengths: other meshes, more sequences at once, more pages. Each is
-//! planned and simulated as the job itself is, by the planner's model on both sides, so that the factor between them is of
-//! one kind. Pure.
+//! planned and simulated as the job itself is, its launches by the planner's model, scaled by what the compiler's figures of
+//! the job have shown of it ([`Calibration`]). Pure.
 //!
 //! Never here: a change of prompts, of their number, of lengths.
 
@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 
 use pagoda_kernels::vmem::Bytes;
 
-use super::estimate::{Costs, JobTime, job_time};
+use super::estimate::{Calibration, JobTime, job_time};
 use super::plan::{Job, Plan, RESERVE, model_axes};
 use crate::topology::Topology;
 
@@ -40,16 +40,17 @@ pub fn fits(plan: &Plan) -> bool {
     plan.memory.total() <= room(plan)
 }
 
-/// The job by the planner's model; `None` where a prompt can never run.
-pub fn modelled_time(plan: &Plan) -> Option<JobTime> {
-    job_time(plan, &Costs::modelled(plan)).ok()
+/// A changed job's time; `None` where a prompt can never run.
+pub fn time_of(plan: &Plan, calibration: &Calibration) -> Option<JobTime> {
+    job_time(plan, &calibration.costs(plan)).ok()
 }
 
 /// All changes that make the job fit, or faster by the same estimate; the best first.
-pub fn alternatives(plan: &Plan) -> Vec<Alternative> {
-    let Some(now) = modelled_time(plan) else { return vec![] };
+pub fn alternatives(plan: &Plan, calibration: &Calibration) -> Vec<Alternative> {
+    let Some(now) = time_of(plan, calibration) else { return vec![] };
     let now_fits = fits(plan);
-    let candidates = [other_mesh(plan, now_fits), more_sequences(plan), fewer_pages(plan)];
+    let candidates =
+        [other_mesh(plan, calibration, now_fits), more_sequences(plan, calibration), fewer_pages(plan, calibration)];
     let better = |alternative: &Alternative| {
         fits(&alternative.plan) && (!now_fits || alternative.time.seconds * WORTH < now.seconds)
     };
@@ -59,7 +60,7 @@ pub fn alternatives(plan: &Plan) -> Vec<Alternative> {
 }
 
 /// The smallest larger slice of the same generation that holds a job which no mesh of this one does.
-pub fn larger_slice(plan: &Plan) -> Option<(Topology, Plan, JobTime)> {
+pub fn larger_slice(plan: &Plan, calibration: &Calibration) -> Option<(Topology, Plan, JobTime)> {
     let job = &plan.job;
     let here = model_axes(&job.config, job.topology.devices()).into_iter();
     let mut here = here.filter_map(|axis| Plan::with_model_axis(job, NonZeroUsize::new(axis)?).ok());
@@ -70,21 +71,21 @@ pub fn larger_slice(plan: &Plan) -> Option<(Topology, Plan, JobTime)> {
     larger
         .filter_map(|slice| {
             let plan = Plan::new(&Job { topology: slice.clone(), ..job.clone() }, None).ok().filter(fits)?;
-            let time = modelled_time(&plan)?;
+            let time = time_of(&plan, calibration)?;
             Some((slice, plan, time))
         })
         .next()
 }
 
 /// The fastest other model axis that fits.
-fn other_mesh(plan: &Plan, now_fits: bool) -> Option<Alternative> {
+fn other_mesh(plan: &Plan, calibration: &Calibration, now_fits: bool) -> Option<Alternative> {
     let (job, model) = (&plan.job, plan.mesh.model.get());
     let per_host = job.topology.devices_per_host();
     let axes = model_axes(&job.config, job.topology.devices()).into_iter();
     // Across hosts only where nothing within one fits.
     let axes = axes.filter(|&axis| axis != model && (axis <= per_host || !now_fits));
     let plans = axes.filter_map(|axis| Plan::with_model_axis(job, NonZeroUsize::new(axis)?).ok());
-    let timed = plans.filter(fits).filter_map(|other| Some((modelled_time(&other)?, other)));
+    let timed = plans.filter(fits).filter_map(|other| Some((time_of(&other, calibration)?, other)));
     let (time, other) = timed.min_by(|(a, _), (b, _)| a.seconds.total_cmp(&b.seconds))?;
     let (before, after) = (plan.mesh, other.mesh);
     let why = if after.model < before.model {
@@ -103,7 +104,7 @@ fn other_mesh(plan: &Plan, now_fits: bool) -> Option<Alternative> {
 }
 
 /// As many sequences at once as a replica has prompts, or as its memory has pages for.
-fn more_sequences(plan: &Plan) -> Option<Alternative> {
+fn more_sequences(plan: &Plan, calibration: &Calibration) -> Option<Alternative> {
     let job = &plan.job;
     let share = plan.shares().iter().map(Vec::len).max()?;
     let longest = job.longest_prompt() + job.max_new_tokens;
@@ -122,7 +123,7 @@ fn more_sequences(plan: &Plan) -> Option<Alternative> {
     let batch = job.prompts_per_batch.filter(|&prompts| prompts < slots).map(|_| slots);
     job.prompts_per_batch = batch.or(job.prompts_per_batch);
     let other = Plan::on(&job, plan.mesh, plan.chosen).ok()?;
-    let time = modelled_time(&other)?;
+    let time = time_of(&other, calibration)?;
     let mut change = Vec::new();
     if slots > slots_now {
         change.push(format!("engine.max_seqs: {slots}"));
@@ -142,7 +143,7 @@ fn more_sequences(plan: &Plan) -> Option<Alternative> {
 }
 
 /// As many pages as fit, where more are asked for; at least one sequence's.
-fn fewer_pages(plan: &Plan) -> Option<Alternative> {
+fn fewer_pages(plan: &Plan, calibration: &Calibration) -> Option<Alternative> {
     if fits(plan) {
         return None;
     }
@@ -155,7 +156,7 @@ fn fewer_pages(plan: &Plan) -> Option<Alternative> {
     }
     job.limits.max_pages = pages;
     let other = Plan::on(&job, plan.mesh, plan.chosen).ok()?;
-    let time = modelled_time(&other)?;
+    let time = time_of(&other, calibration)?;
     let why =
         format!("the pages take {} instead of {}, and the device has {}", other.memory.kv, plan.memory.kv, job.hbm);
     Some(Alternative { kind: "pages", change: format!("engine.max_pages: {pages}"), plan: other, time, why })

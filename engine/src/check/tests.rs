@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::compile::{Answer, Compiler, How, Unit};
-use super::estimate::{Costs, job_time, profiled_batches, step_time};
+use super::estimate::{Calibration, Costs, job_time, profiled_batches, step_time};
 use super::plan::{Job, Plan, Program, Sample};
 use super::*;
 use crate::certify::report::{Allocation, AllocationKind, KernelVmem, OutOfMemory, SpillTag};
@@ -187,9 +187,9 @@ fn what_is_too_large_is_said_with_both_numbers() {
     // 405B: 756 GiB of weights are too much for four devices; for eight with all the rest as well.
     let mut job = incident("v5p-8");
     job.config = llama(128, 8, 128, 53_248, 126, 128_256);
-    let (slice, plan, _) = suggest::larger_slice(&on(&job, 4).unwrap()).unwrap();
+    let (slice, plan, _) = suggest::larger_slice(&on(&job, 4).unwrap(), &Calibration::default()).unwrap();
     assert_eq!((slice.name().as_str(), plan.mesh.model.get()), ("v5p-32", 16));
-    assert!(suggest::larger_slice(&on(&incident("v5p-8"), 4).unwrap()).is_none());
+    assert!(suggest::larger_slice(&on(&incident("v5p-8"), 4).unwrap(), &Calibration::default()).is_none());
 }
 
 #[test]
@@ -306,13 +306,19 @@ proptest! {
         let time = job_time(&plan, &costs).unwrap();
         prop_assert_eq!(time.tokens, job.samples.len() * job.max_new_tokens);
         prop_assert!(time.seconds.is_finite() && time.seconds > 0.0);
-        for alternative in suggest::alternatives(&plan) {
+        // What takes its own costs as the compiler's takes the same time again.
+        let mut slower = costs.clone();
+        slower.decode.iter_mut().for_each(|cycles| (cycles.fixed, cycles.per_key) = (2.0 * cycles.fixed, 4.0 * cycles.per_key));
+        let calibration = Calibration::new(&plan, &slower);
+        prop_assert_eq!(calibration.costs(&plan), slower);
+        let time = suggest::time_of(&plan, &calibration).unwrap();
+        for alternative in suggest::alternatives(&plan, &calibration) {
             let changed = &alternative.plan.job;
             prop_assert!(suggest::fits(&alternative.plan));
             prop_assert_eq!((&changed.samples, changed.max_new_tokens), (&job.samples, job.max_new_tokens));
             prop_assert_eq!(changed.limits.max_seq_len, job.limits.max_seq_len);
             let again = Plan::new(changed, Some(alternative.plan.mesh)).unwrap();
-            prop_assert_eq!(suggest::modelled_time(&again), Some(alternative.time));
+            prop_assert_eq!(suggest::time_of(&again, &calibration), Some(alternative.time));
             prop_assert!(!suggest::fits(&plan) || alternative.time.seconds < time.seconds);
         }
     }

@@ -28,7 +28,7 @@
 
 use pagoda_ir::stablehlo::{Builder, Direction, Module, Tensor};
 use pagoda_ir::{Context, Element, Result, TensorType};
-use pagoda_kernels::rpa::KvLayout;
+use pagoda_kernels::rpa::{KvLayout, KvRows};
 
 use super::arguments::{Layer, Layers, Projection, Weights, weight_types};
 use super::lowering::{Activation, Batch, Kind, Linear, Lowering, Norm, Rows, lowering};
@@ -95,6 +95,7 @@ impl StepShape {
             page_size: self.page_size,
             heads: self.parallel.shard_of(config).kv_heads,
             head_dim: config.head_dim,
+            kv_rows: KvRows::Interleaved,
         }
     }
 

@@ -330,16 +330,23 @@ pub struct CostAnalysis {
     pub bytes_accessed: Option<f64>,
 }
 
-const ELEMENTS: [(Element, sys::PJRT_Buffer_Type); 13] = [
+const ELEMENTS: [(Element, sys::PJRT_Buffer_Type); 20] = [
     (Element::Pred, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_PRED),
+    (Element::I2, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_S2),
+    (Element::I4, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_S4),
     (Element::I8, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_S8),
     (Element::I16, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_S16),
     (Element::I32, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_S32),
     (Element::I64, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_S64),
+    (Element::U2, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_U2),
+    (Element::U4, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_U4),
     (Element::U8, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_U8),
     (Element::U16, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_U16),
     (Element::U32, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_U32),
     (Element::U64, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_U64),
+    (Element::F8E4M3Fn, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F8E4M3FN),
+    (Element::F8E4M3B11Fnuz, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F8E4M3B11FNUZ),
+    (Element::F8E5M2, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F8E5M2),
     (Element::Bf16, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_BF16),
     (Element::F16, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F16),
     (Element::F32, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F32),

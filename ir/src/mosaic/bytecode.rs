@@ -1,144 +1,96 @@
-//! MLIR bytecode with types that MLIR 22 does not know, such as fp8, which JAX's newer MLIR numbers.
+//! MLIR bytecode with types that MLIR 22 knows by name only, such as fp8, which JAX's newer MLIR numbers.
 //!
-//! MLIR's reader refuses such bytecode as a whole, with a number ("unknown attribute code: 24"). Here those types are
-//! replaced by stand-ins, so that the module can be read far enough to say which op uses which type, and where. Such a
-//! module must never be run: [`StandIns::first_use`] is the error.
+//! MLIR's reader refuses such bytecode as a whole, with a number ("unknown attribute code: 24"). [`readable`] writes the
+//! names of those types in the place of their numbers, as MLIR 22 itself would.
 //!
-//! Source of the format: "MLIR Bytecode Format" of LLVM's documentation; codes from `BuiltinDialectBytecode.td`.
+//! Source of the format: "MLIR Bytecode Format" of LLVM's documentation; codes from `BuiltinDialectBytecode.td`, and from
+//! what JAX 0.10.2 writes.
 
-use melior::ir::{
-    BlockLike, Module, RegionLike, ValueLike,
-    operation::{OperationLike, OperationRef},
-};
+/// The code of the first builtin type that MLIR 22 has no code for.
+const FIRST: u8 = 21;
+/// The types of that code and the following ones.
+const NAMES: [&str; 12] = [
+    "tf32",
+    "f8E5M2",
+    "f8E4M3",
+    "f8E4M3FN",
+    "f8E5M2FNUZ",
+    "f8E4M3FNUZ",
+    "f8E4M3B11FNUZ",
+    "f8E3M4",
+    "f4E2M1FN",
+    "f6E2M3FN",
+    "f6E3M2FN",
+    "f8E8M0FNU",
+];
 
-use super::{
-    location::{describe, describe_function},
-    signature::{op_name, symbol},
-};
-use crate::context::printed;
+const STRINGS: u8 = 0;
+const DIALECTS: u8 = 1;
+const ENTRIES: u8 = 2;
+const OFFSETS: u8 = 3;
 
-/// The codes of the builtin types that MLIR 22 knows are below this.
-const UNKNOWN: u64 = 21;
-/// Types that no kernel for a TPU has: their codes, and what they print as.
-const STAND_INS: [(u8, &str); 2] = [(7, "f80"), (8, "f128")];
-
-/// Bytecode that MLIR can read, and what its stand-ins stand for.
-pub(super) struct StandIns {
-    pub(super) body: Vec<u8>,
-    /// The code of the type that each of [`STAND_INS`] stands for.
-    codes: Vec<u64>,
+/// A part of a bytecode: its number, its alignment, its bytes.
+struct Section<'b> {
+    id: u8,
+    alignment: Option<u64>,
+    bytes: &'b [u8],
 }
 
-/// The type that a newer MLIR writes as `code`.
-fn name(code: u64) -> String {
-    match code {
-        24 => "f8E4M3FN".to_owned(), // as JAX 0.10.2 writes it
-        code => {
-            format!("a type that is newer than MLIR 22 (builtin type code {code}; fp8 and fp4 types have such codes)")
-        }
-    }
-}
-
-impl StandIns {
-    /// `None` where `body` is damaged, or has no unknown types, or more than there are stand-ins.
-    pub(super) fn new(body: &[u8]) -> Option<Self> {
-        let mut body = body.to_vec();
-        let mut codes = vec![];
-        for at in unknown_types(&body)? {
-            let code = u64::from(body[at] >> 1);
-            let known = codes.iter().position(|&known| known == code);
-            let stand_in = known.unwrap_or_else(|| {
-                codes.push(code);
-                codes.len() - 1
-            });
-            body[at] = STAND_INS.get(stand_in)?.0 << 1 | 1;
-        }
-        (!codes.is_empty()).then_some(Self { body, codes })
-    }
-
-    /// What the module that was read from [`body`](Self::body) wants that cannot be: the first function or op that has such
-    /// a type, and its source line.
-    pub(super) fn first_use(&self, module: &Module) -> Option<String> {
-        let first = module.body().first_operation();
-        std::iter::successors(first, |operation| operation.next_in_block()).find_map(|operation| self.use_in(operation))
-    }
-
-    fn use_in(&self, operation: OperationRef) -> Option<String> {
-        let results = operation.results().map(|value| value.r#type());
-        let types: Vec<String> =
-            operation.operands().map(|value| value.r#type()).chain(results).map(|ty| printed(&ty)).collect();
-        if let Some(code) = self.code_in(&types) {
-            let name_of_op = op_name(operation);
-            let name_of_op = name_of_op.strip_prefix(super::wire::PREFIX).unwrap_or(&name_of_op);
-            let at = describe(operation.location());
-            return Some(format!("{name_of_op} has a value of {}, which is not supported (at {at})", name(code)));
-        }
-        let nested = operation.regions().find_map(|region| {
-            let blocks = std::iter::successors(region.first_block(), |block| block.next_in_region());
-            blocks.into_iter().find_map(|block| {
-                let first = block.first_operation();
-                std::iter::successors(first, |operation| operation.next_in_block()).find_map(|inner| self.use_in(inner))
-            })
-        });
-        let of_function = || {
-            let entry = operation.region(0).ok()?.first_block()?;
-            let arguments = (0..entry.argument_count()).filter_map(|index| Some(entry.argument(index).ok()?.r#type()));
-            let code = self.code_in(&arguments.map(|ty| printed(&ty)).collect::<Vec<_>>())?;
-            let function = symbol(operation).unwrap_or_default();
-            let at = describe_function(operation);
-            Some(format!("@{function} has an argument of {}, which is not supported (at {at})", name(code)))
-        };
-        nested.or_else(of_function)
-    }
-
-    /// What stands in one of these types.
-    fn code_in(&self, types: &[String]) -> Option<u64> {
-        let is_in = |stand_in: &str| {
-            types.iter().any(|ty| {
-                ty.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| {
-                    // An element follows its sizes, `8x128xf80`.
-                    word == stand_in || word.strip_suffix(stand_in).is_some_and(|sizes| sizes.ends_with('x'))
-                })
-            })
-        };
-        self.codes.iter().zip(STAND_INS).find(|(_, (_, stand_in))| is_in(stand_in)).map(|(&code, _)| code)
-    }
-}
-
-/// Where in a bytecode the types are of one byte and of a code that MLIR 22 does not know.
-fn unknown_types(body: &[u8]) -> Option<Vec<usize>> {
-    const STRINGS: u8 = 0;
-    const DIALECTS: u8 = 1;
-    const TYPES: u8 = 2;
-    const OFFSETS: u8 = 3;
+/// `body` with names for the types of [`NAMES`]; `None` where there are none, or it is damaged.
+pub(super) fn readable(body: &[u8]) -> Option<Vec<u8>> {
     let mut reader = Reader { bytes: body, at: b"ML\xefR".len() };
     reader.number()?; // the version
     while reader.byte()? != 0 {} // who wrote it
-    let mut sections = [const { None::<(usize, usize)> }; 4];
-    while reader.at < body.len() {
-        let id = reader.byte()?;
-        let length = usize::try_from(reader.number()?).ok()?;
-        if id & 0x80 != 0 {
-            let alignment = usize::try_from(reader.number()?).ok()?;
-            reader.at = reader.at.checked_next_multiple_of(alignment)?;
+    let mut result = body[..reader.at].to_vec();
+    let sections = sections(&mut reader)?;
+    let section = |id: u8| sections.iter().find(|section| section.id == id).map(|section| section.bytes);
+    let (entries, offsets) = with_names(
+        Reader { bytes: section(ENTRIES)?, at: 0 },
+        Reader { bytes: section(OFFSETS)?, at: 0 },
+        &builtin(section(STRINGS)?, section(DIALECTS)?)?,
+    )?;
+    for Section { id, alignment, bytes } in &sections {
+        let bytes = match *id {
+            ENTRIES => &entries,
+            OFFSETS => &offsets,
+            _ => *bytes,
+        };
+        result.push(id | if alignment.is_some() { 0x80 } else { 0 });
+        write_number(&mut result, bytes.len() as u64);
+        if let Some(alignment) = *alignment {
+            write_number(&mut result, alignment);
+            let padded = result.len().checked_next_multiple_of(usize::try_from(alignment).ok()?)?;
+            // No alignment is more than a page; a damaged one may be anything.
+            result.resize(Some(padded).filter(|&padded| padded - result.len() <= 1 << 12)?, 0xcb);
         }
-        let end = reader.at.checked_add(length).filter(|&end| end <= body.len())?;
-        if let Some(section) = sections.get_mut(usize::from(id & 0x7f)) {
-            *section = Some((reader.at, end));
-        }
-        reader.at = end;
+        result.extend_from_slice(bytes);
     }
-    let section = |id: u8| {
-        let (start, end) = sections[usize::from(id)]?;
-        Some(Reader { bytes: &body[..end], at: start })
-    };
+    Some(result)
+}
+
+fn sections<'b>(reader: &mut Reader<'b>) -> Option<Vec<Section<'b>>> {
+    let mut sections = vec![];
+    while reader.at < reader.bytes.len() {
+        let id = reader.byte()?;
+        let length = reader.number()?;
+        let alignment = if id & 0x80 != 0 { Some(reader.number()?) } else { None };
+        if let Some(alignment) = alignment {
+            reader.at = reader.at.checked_next_multiple_of(usize::try_from(alignment).ok().filter(|&a| a > 0)?)?;
+        }
+        sections.push(Section { id: id & 0x7f, alignment, bytes: reader.take(length)? });
+    }
+    Some(sections)
+}
+
+/// Which dialects are the builtin one.
+fn builtin(strings: &[u8], dialects: &[u8]) -> Option<Vec<bool>> {
     // Strings: their sizes, the last one first, and at the end their bytes, each with a zero behind it.
-    let mut strings = section(STRINGS)?;
+    let mut strings = Reader { bytes: strings, at: 0 };
     let sizes = (0..strings.number()?).map(|_| strings.number()).collect::<Option<Vec<_>>>()?;
     let mut texts = sizes.iter().rev().map(|&size| strings.take(size)).collect::<Option<Vec<_>>>()?;
     texts.iter_mut().for_each(|text| *text = text.strip_suffix(b"\0").unwrap_or(text));
     // Dialects: the numbers of their names, with a bit that says whether a version follows.
-    let mut dialects = section(DIALECTS)?;
+    let mut dialects = Reader { bytes: dialects, at: 0 };
     let mut builtin = vec![];
     for _ in 0..dialects.number()? {
         let name = dialects.number()?;
@@ -148,30 +100,53 @@ fn unknown_types(body: &[u8]) -> Option<Vec<usize>> {
         }
         builtin.push(*texts.get(usize::try_from(name >> 1).ok()?)? == b"builtin");
     }
-    // Attributes and then types, grouped by dialect: sizes, with a bit that says whether they are not text.
-    let mut offsets = section(OFFSETS)?;
+    Some(builtin)
+}
+
+/// Attributes and then types, grouped by dialect: their bytes, and their sizes with a bit that says whether they are not
+/// text. Both with names for the types that are numbers of [`NAMES`]; `None` where there are none.
+fn with_names(mut entries: Reader, mut offsets: Reader, builtin: &[bool]) -> Option<(Vec<u8>, Vec<u8>)> {
+    let (mut new_entries, mut new_offsets) = (vec![], vec![]);
     let (attributes, types) = (offsets.number()?, offsets.number()?);
     let all = attributes.checked_add(types)?;
-    let mut entries = section(TYPES)?;
-    let mut found = vec![];
+    write_number(&mut new_offsets, attributes);
+    write_number(&mut new_offsets, types);
+    let mut replaced = false;
     let mut entry = 0;
     while entry < all {
-        let dialect = usize::try_from(offsets.number()?).ok()?;
-        for _ in 0..offsets.number()? {
+        let (dialect, count) = (offsets.number()?, offsets.number()?);
+        write_number(&mut new_offsets, dialect);
+        write_number(&mut new_offsets, count);
+        let is_builtin = *builtin.get(usize::try_from(dialect).ok()?)?;
+        for _ in 0..count {
             let size = offsets.number()?;
-            let at = entries.at;
             let bytes = entries.take(size >> 1)?;
             // One byte with its lowest bit set is a number below 128.
-            if let (true, true, &[byte]) = (entry >= attributes, size & 1 != 0 && *builtin.get(dialect)?, bytes)
-                && byte & 1 != 0
-                && u64::from(byte >> 1) >= UNKNOWN
-            {
-                found.push(at);
+            let name = match *bytes {
+                [byte] if entry >= attributes && size & 1 != 0 && is_builtin && byte & 1 != 0 => {
+                    (byte >> 1).checked_sub(FIRST).and_then(|code| NAMES.get(usize::from(code)))
+                }
+                _ => None,
+            };
+            match name {
+                None => {
+                    new_entries.extend_from_slice(bytes);
+                    write_number(&mut new_offsets, size);
+                }
+                Some(name) => {
+                    replaced = true;
+                    new_entries.extend_from_slice(name.as_bytes());
+                    new_entries.push(0);
+                    write_number(&mut new_offsets, (name.len() as u64 + 1) << 1);
+                }
             }
-            entry += 1;
+            entry = entry.checked_add(1)?;
         }
     }
-    Some(found)
+    // What may come behind the last entry.
+    new_offsets.extend_from_slice(offsets.bytes.get(offsets.at..)?);
+    new_entries.extend_from_slice(entries.bytes.get(entries.at..)?);
+    replaced.then_some((new_entries, new_offsets))
 }
 
 struct Reader<'b> {
@@ -204,6 +179,21 @@ impl<'b> Reader<'b> {
     }
 }
 
+/// Writes what [`Reader::number`] reads.
+fn write_number(to: &mut Vec<u8>, number: u64) {
+    let bits = (64 - number.leading_zeros()).max(1);
+    match bits.div_ceil(7) {
+        bytes @ 1..=8 => {
+            let encoded = number << bytes | 1 << (bytes - 1);
+            to.extend_from_slice(&encoded.to_le_bytes()[..bytes as usize]);
+        }
+        _ => {
+            to.push(0);
+            to.extend_from_slice(&number.to_le_bytes());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
@@ -219,18 +209,30 @@ mod tests {
     }
 
     #[test]
-    fn one_type_is_replaced() {
+    fn numbers_are_read_as_they_are_written() {
+        for shift in 0..64 {
+            for number in [1_u64 << shift, (1_u64 << shift) - 1, u64::MAX >> shift] {
+                let mut bytes = vec![];
+                write_number(&mut bytes, number);
+                let mut reader = Reader { bytes: &bytes, at: 0 };
+                assert_eq!((reader.number(), reader.at), (Some(number), bytes.len()));
+            }
+        }
+    }
+
+    #[test]
+    fn a_type_gets_its_name() {
         let body = fp8();
-        let found = StandIns::new(&body).unwrap();
-        assert_eq!(found.codes, [24]);
-        assert_eq!(body.iter().zip(&found.body).filter(|(a, b)| a != b).count(), 1);
-        assert!(StandIns::new(&found.body).is_none());
+        let named = readable(&body).unwrap();
+        assert_eq!(named.len(), body.len() + b"f8E4M3FN".len());
+        assert!(named.windows(9).any(|window| window == b"f8E4M3FN\0"));
+        assert!(readable(&named).is_none());
     }
 
     #[test]
     fn damage_is_not_a_panic() {
         let body = fp8();
-        (0..body.len()).for_each(|length| drop(StandIns::new(&body[..length])));
+        (0..body.len()).for_each(|length| drop(readable(&body[..length])));
         let mut random = SplitMix64::new(1);
         for _ in 0..20_000 {
             let mut damaged = body.clone();
@@ -238,7 +240,7 @@ mod tests {
                 let at = random.below(damaged.len());
                 damaged[at] = random.below(256) as u8;
             }
-            drop(StandIns::new(&damaged));
+            drop(readable(&damaged));
         }
     }
 }

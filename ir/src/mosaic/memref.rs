@@ -266,8 +266,8 @@ impl<'a> Ref<'a> {
         let op = "tpu.memref_bitcast";
         let mut dims = self.dims();
         let fit = match (self.element, dims.len().checked_sub(2)) {
-            (RefElement::Data(from), Some(dim)) if (dims[dim] * from.bytes()).is_multiple_of(to.bytes()) => {
-                dims[dim] = dims[dim] * from.bytes() / to.bytes();
+            (RefElement::Data(from), Some(dim)) if (dims[dim] * from.bits()).is_multiple_of(to.bits()) => {
+                dims[dim] = dims[dim] * from.bits() / to.bits();
                 true
             }
             _ => false,

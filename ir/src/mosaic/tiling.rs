@@ -13,12 +13,12 @@ pub const SUBLANES: usize = 8;
 /// Source: `infer_memref_layout` of `jaxlib/mosaic`; compared with the compiler's own report for 27 shapes (libtpu
 /// 0.0.52, v5p).
 pub fn tile_padded_bytes(element: Element, dims: &[usize]) -> usize {
-    let packing = (4 / element.bytes()).max(1);
+    let packing = (32 / element.bits()).max(1);
     let (major, rows, lanes) = match dims {
         [] => (1, 1, 1),
-        [lanes] => return lanes.next_multiple_of(LANES * packing) * element.bytes(),
+        [lanes] => return element.packed_bytes(lanes.next_multiple_of(LANES * packing)),
         [major @ .., rows, lanes] => (major.iter().product(), *rows, *lanes),
     };
-    let tile_rows = rows.next_power_of_two().clamp(packing, SUBLANES);
-    major * rows.next_multiple_of(tile_rows) * lanes.next_multiple_of(LANES) * element.bytes()
+    let tile_rows = rows.next_power_of_two().clamp(packing, SUBLANES.max(packing));
+    element.packed_bytes(major * rows.next_multiple_of(tile_rows) * lanes.next_multiple_of(LANES))
 }

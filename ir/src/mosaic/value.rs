@@ -472,11 +472,11 @@ impl<'a> Value<'a> {
             (Element::Pred, Element::I32) => "arith.extui",
             (Element::Pred, _) => return self.cast(Element::I32).cast(to),
             (_, Element::Pred) => return self.differs(0),
-            _ if from.is_float() && to.is_float() && to.bytes() > from.bytes() => "arith.extf",
+            _ if from.is_float() && to.is_float() && to.bits() > from.bits() => "arith.extf",
             _ if from.is_float() && to.is_float() => "arith.truncf",
             _ if from.is_float() && to.is_signed() => "arith.fptosi",
             _ if from.is_signed() && to.is_float() => "arith.sitofp",
-            _ if from.is_signed() && to.is_signed() && to.bytes() > from.bytes() => "arith.extsi",
+            _ if from.is_signed() && to.is_signed() && to.bits() > from.bits() => "arith.extsi",
             _ if from.is_signed() && to.is_signed() => "arith.trunci",
             _ => {
                 self.k.fail("tpu.cast", format!("{} to {to}", self.ty()));
@@ -493,14 +493,14 @@ impl<'a> Value<'a> {
     pub fn bitcast(self, to: Element) -> Value<'a> {
         let op = "tpu.bitcast";
         let mut dims = self.dims();
-        let (from_bytes, to_bytes) = (self.element().bytes(), to.bytes());
-        let packed = dims.len().checked_sub(2).map(|dim| dims[dim] * from_bytes);
+        let (from_bits, to_bits) = (self.element().bits(), to.bits());
+        let packed = dims.len().checked_sub(2).map(|dim| dims[dim] * from_bits);
         match packed {
-            Some(packed) if packed % to_bytes == 0 => {
+            Some(packed) if packed % to_bits == 0 => {
                 let dim = dims.len() - 2;
-                dims[dim] = packed / to_bytes;
+                dims[dim] = packed / to_bits;
             }
-            _ if from_bytes == to_bytes && !dims.is_empty() => {}
+            _ if from_bits == to_bits && !dims.is_empty() => {}
             _ => {
                 self.k.fail(op, format!("{} to {to}", self.ty()));
                 return self.k.placeholder_of(to, &dims);

@@ -18,7 +18,7 @@ use serde_json::{Value as Json, json};
 
 use super::{
     builder::{Kernel, Role, Semantics},
-    bytecode::StandIns,
+    bytecode::readable,
     signature::{Signature, kernel_function, op_name},
     text,
 };
@@ -64,11 +64,8 @@ pub fn serialize(module: &Module) -> Vec<u8> {
 /// When MLIR cannot read it, or its ops are of a version beyond [`OLDEST_VERSION`] to [`VERSION`].
 pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> {
     let module = match body.starts_with(b"ML\xefR") {
-        true => read_bytecode(context.melior(), body).map_err(|diagnostics| {
-            let newer = StandIns::new(body)
-                .and_then(|newer| newer.first_use(&read_bytecode(context.melior(), &newer.body).ok()?));
-            Error::mosaic(newer.unwrap_or_else(|| format!("the body is not an MLIR module: {diagnostics}")))
-        })?,
+        true => read_bytecode(context.melior(), readable(body).as_deref().unwrap_or(body))
+            .map_err(|diagnostics| Error::mosaic(format!("the body is not an MLIR module: {diagnostics}")))?,
         false => text::parse(context, &String::from_utf8_lossy(body), "the body")?,
     };
     let context = context.melior();

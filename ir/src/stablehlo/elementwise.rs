@@ -1,6 +1,5 @@
 //! Constants and ops that work element by element.
 
-use half::{bf16, f16};
 use melior::ir::{Attribute, AttributeLike, attribute::DenseElementsAttribute};
 
 use super::{
@@ -246,7 +245,7 @@ impl<'c, 'a> Builder<'c, 'a> {
         ensure((ty.element == Element::Pred) == (element == Element::Pred), op, || {
             format!("pred has no bits to share with other types: {ty} as {element}")
         })?;
-        let (from, to) = (ty.element.bytes(), element.bytes());
+        let (from, to) = (ty.element.bits(), element.bits());
         let mut dims = ty.dims.clone();
         if from > to {
             dims.push(from / to);
@@ -338,6 +337,10 @@ fn encode(element: Element, value: f64) -> Option<Vec<u8>> {
     }
     match element {
         Element::Pred => (value == 0.0 || value == 1.0).then(|| vec![value as u8]),
+        narrow if narrow.bits() < 8 => {
+            let tensor = HostTensor::from_f64(narrow, &[], &[value]);
+            (tensor.to_f64() == [value]).then(|| tensor.bytes().to_vec())
+        }
         Element::I8 => integer!(i8),
         Element::I16 => integer!(i16),
         Element::I32 => integer!(i32),
@@ -346,9 +349,6 @@ fn encode(element: Element, value: f64) -> Option<Vec<u8>> {
         Element::U16 => integer!(u16),
         Element::U32 => integer!(u32),
         Element::U64 => integer!(u64),
-        Element::Bf16 => Some(bf16::from_f64(value).to_le_bytes().to_vec()),
-        Element::F16 => Some(f16::from_f64(value).to_le_bytes().to_vec()),
-        Element::F32 => Some((value as f32).to_le_bytes().to_vec()),
-        Element::F64 => Some(value.to_le_bytes().to_vec()),
+        float => Some(HostTensor::from_f64(float, &[], &[value]).bytes().to_vec()),
     }
 }

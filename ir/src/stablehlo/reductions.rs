@@ -222,25 +222,14 @@ fn ensure_reducible(op: &str, inputs: &[Tensor], inits: &[Tensor]) -> Result<Vec
     Ok(scalars)
 }
 
-/// The largest or smallest value of a type, as a scalar; infinite for floats.
+/// The largest or smallest value of a type, as a scalar; infinite for floats that have infinities.
 fn extreme(element: Element, largest: bool) -> HostTensor {
-    macro_rules! of {
-        ($type:ty) => {
-            HostTensor::scalar(if largest { <$type>::MAX } else { <$type>::MIN })
-        };
-    }
-    match element {
-        Element::Pred => HostTensor::from_bytes(element, &[], &[u8::from(largest)]),
-        Element::I8 => of!(i8),
-        Element::I16 => of!(i16),
-        Element::I32 => of!(i32),
-        Element::I64 => of!(i64),
-        Element::U8 => of!(u8),
-        Element::U16 => of!(u16),
-        Element::U32 => of!(u32),
-        Element::U64 => of!(u64),
-        Element::Bf16 | Element::F16 | Element::F32 | Element::F64 => {
-            HostTensor::from_f64(element, &[], &[if largest { f64::INFINITY } else { f64::NEG_INFINITY }])
-        }
-    }
+    let most = match element {
+        Element::Pred => return HostTensor::from_bytes(element, &[], &[u8::from(largest)]),
+        Element::F8E4M3Fn => 448.0,
+        Element::F8E4M3B11Fnuz => 30.0,
+        // Integers saturate.
+        _ => f64::INFINITY,
+    };
+    HostTensor::from_f64(element, &[], &[if largest { most } else { -most }])
 }

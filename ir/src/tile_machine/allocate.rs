@@ -172,7 +172,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                 // One that shares an input's memory takes none.
                 Role::Output => made.next().map_or(0, |(at, ty)| {
                     let aliased = self.program.aliases.iter().any(|&(_, output)| output == at);
-                    if aliased { 0 } else { ty.len() * ty.element.bytes() }
+                    if aliased { 0 } else { ty.element.packed_bytes(ty.len()) }
                 }),
                 Role::Scratch => 0,
             };
@@ -182,7 +182,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                 (MemorySpace::Smem, ..) => ("SMEM", argument.bytes(), &argument.name),
                 (MemorySpace::Semaphore, ..) => ("semaphore memory", argument.bytes(), &argument.name),
                 (MemorySpace::Any | MemorySpace::Hbm, Role::Scratch, RefElement::Data(element)) => {
-                    ("HBM", argument.dims.iter().product::<usize>() * element.bytes(), &argument.name)
+                    ("HBM", element.packed_bytes(argument.dims.iter().product()), &argument.name)
                 }
                 (MemorySpace::Any | MemorySpace::Hbm, ..) => ("HBM", 0, &argument.name),
             });

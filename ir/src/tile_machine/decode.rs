@@ -72,7 +72,10 @@ impl Program {
 
 /// The element types that memory may hold.
 fn is_stored(element: Element) -> bool {
-    matches!(element, Element::I8 | Element::I16 | Element::I32 | Element::Bf16 | Element::F32)
+    match element {
+        Element::Pred | Element::I64 | Element::F64 => false,
+        element => element.is_float() || element.is_signed(),
+    }
 }
 
 fn is_i32(r#type: &Type) -> bool {

@@ -114,8 +114,8 @@ impl<O: Observer> Executor<'_, '_, O> {
         self.check_core(&from, self.owner, Some(origin))?;
         self.check_in_flight(&to, true, Some(origin))?;
         self.check_written(&from, origin)?;
-        let bytes = from.len() * self.buffers[from.buffer].data.element().bytes();
-        if bytes != to.len() * self.buffers[to.buffer].data.element().bytes() {
+        let bytes = self.buffers[from.buffer].data.element().packed_bytes(from.len());
+        if bytes != self.buffers[to.buffer].data.element().packed_bytes(to.len()) {
             let detail = format!("{:?} into {:?}", source.dims, destination.dims);
             return Err(self.fault_at(FaultKind::BadCall, origin, detail));
         }
@@ -228,7 +228,7 @@ impl<O: Observer> Executor<'_, '_, O> {
     pub(super) fn wait_dma(&mut self, semaphore: &View, destination: &View, origin: u32) -> Step<()> {
         let key = (semaphore.buffer, semaphore.offset);
         let to = destination.all();
-        let bytes = to.len() * self.buffers[to.buffer].data.element().bytes();
+        let bytes = self.buffers[to.buffer].data.element().packed_bytes(to.len());
         while self.semaphores.entry(key).or_default().value < bytes as i64 {
             let flying = |dma: &Dma| !dma.landed && dma.semaphore == key;
             let candidates: Vec<usize> = (0..self.dmas.len()).filter(|&index| flying(&self.dmas[index])).collect();

@@ -215,9 +215,9 @@ impl<O: Observer> Executor<'_, '_, O> {
                 (condition, then, _) if int(&condition) != 0 => then,
                 (_, _, otherwise) => otherwise,
             },
-            Op::Convert { from, to, signed } => match self.take(&operands[0]) {
-                Reg::Tile(x) => Reg::Tile(tile::convert(*from, *to, *signed, x)),
-                Reg::Scalar(x) => Reg::Scalar(tile::convert(*from, *to, *signed, tile::splat(x, 1)).get(0)),
+            Op::Convert(how) => match self.take(&operands[0]) {
+                Reg::Tile(x) => Reg::Tile(tile::convert(*how, x)),
+                Reg::Scalar(x) => Reg::Scalar(tile::convert(*how, tile::splat(x, 1)).get(0)),
                 other => other,
             },
             Op::Broadcast { from, to } => match self.take(&operands[0]) {
@@ -441,7 +441,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         // A view of narrow elements as wider ones reads them row by row.
         let mut dims = extent.sizes.clone();
         let rows = dims.len().saturating_sub(2);
-        dims[rows] *= to.bytes() / stored.bytes();
+        dims[rows] *= to.bits() / stored.bits();
         tile::bitcast(&tile, &dims, stored, to)
     }
 
@@ -465,7 +465,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             _ => None,
         };
         if stored != element {
-            let ratio = element.bytes() / stored.bytes();
+            let ratio = element.bits() / stored.bits();
             value = tile::bitcast(&value, &extent.sizes, element, stored);
             let lanes = extent.sizes.last().copied().unwrap_or(1);
             mask = mask.map(|mask| mask.chunks(lanes).flat_map(|row| row.repeat(ratio)).collect());

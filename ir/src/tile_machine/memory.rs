@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, sync::Arc};
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::tile::{self, Scalar, Tile};
 use crate::{
@@ -11,10 +11,22 @@ use crate::{
     tensor::HostTensor,
 };
 
-/// What unwritten memory holds, should its content get out: a NaN that computations keep, and an unlikely integer.
-const POISON_F32: u32 = 0x7fc0_dead;
-const POISON_BF16: u16 = 0x7fd5;
-const POISON_INT: u32 = 0x5a5a_5a5a;
+/// What a byte of an unwritten integer holds, should its content get out.
+const POISON_INT: u8 = 0x5a;
+
+/// The bytes of an unwritten element: a NaN that computations keep, or an unlikely integer.
+fn poison(element: Element) -> &'static [u8] {
+    match element {
+        Element::F32 => &[0xad, 0xde, 0xc0, 0x7f],
+        Element::Bf16 => &[0xd5, 0x7f],
+        Element::F16 => &[0xd5, 0x7e],
+        Element::F8E4M3Fn | Element::F8E5M2 => &[0x7f],
+        Element::F8E4M3B11Fnuz => &[0x80],
+        Element::I4 => &[POISON_INT & 0xf],
+        Element::I2 => &[POISON_INT & 0x3],
+        element => &[POISON_INT; 8][..element.bytes()],
+    }
+}
 
 /// The owner of an element that several parallel positions wrote.
 const CONTESTED: u32 = u32::MAX;
@@ -71,9 +83,18 @@ impl<'i> Buffer<'i> {
     pub(super) fn poison(&mut self) {
         let len = self.data.len();
         match self.data.element() {
-            Element::F32 => self.data.to_mut().as_mut_slice::<f32>().fill(f32::from_bits(POISON_F32)),
-            Element::Bf16 => self.data.to_mut().as_mut_slice::<bf16>().fill(bf16::from_bits(POISON_BF16)),
-            _ => self.data.to_mut().bytes_mut().fill(POISON_INT as u8),
+            Element::F32 => {
+                let nan = f32::from_le_bytes([0xad, 0xde, 0xc0, 0x7f]);
+                self.data.to_mut().as_mut_slice::<f32>().fill(nan);
+            }
+            element => {
+                let poison = poison(element);
+                let bytes = self.data.to_mut().bytes_mut();
+                match poison {
+                    [byte, rest @ ..] if rest.iter().all(|other| other == byte) => bytes.fill(*byte),
+                    poison => bytes.chunks_exact_mut(poison.len()).for_each(|to| to.copy_from_slice(poison)),
+                }
+            }
         }
         self.written.clear();
         self.written.resize(len, false);
@@ -102,14 +123,9 @@ impl<'i> Buffer<'i> {
 
     /// Makes one element unwritten.
     fn forget(&mut self, at: usize) {
-        match self.data.element() {
-            Element::F32 => self.data.to_mut().as_mut_slice::<f32>()[at] = f32::from_bits(POISON_F32),
-            Element::Bf16 => self.data.to_mut().as_mut_slice::<bf16>()[at] = bf16::from_bits(POISON_BF16),
-            other => {
-                let width = other.bytes();
-                self.data.to_mut().bytes_mut()[at * width..][..width].fill(POISON_INT as u8);
-            }
-        }
+        let poison = poison(self.data.element());
+        let width = poison.len();
+        self.data.to_mut().bytes_mut()[at * width..][..width].copy_from_slice(poison);
         if self.written.is_empty() {
             self.written = vec![true; self.data.len()];
         }
@@ -217,6 +233,13 @@ impl<'i> Buffer<'i> {
                 });
                 Tile::Float(Arc::new(values))
             }
+            Element::F16 => Tile::Float(Arc::new(gather(&self.data, region, |x: f16| x.to_f32()))),
+            element if element.minifloat().is_some() => {
+                Tile::Float(Arc::new(gather(&self.data, region, |x: u8| tile::float_from_bits(element, u32::from(x)))))
+            }
+            element if element.bits() < 8 => {
+                Tile::Int(Arc::new(gather(&self.data, region, |x: u8| tile::wrap(element, i32::from(x)))))
+            }
             Element::I8 => Tile::Int(Arc::new(gather(&self.data, region, |x: i8| i32::from(x)))),
             Element::I16 => Tile::Int(Arc::new(gather(&self.data, region, |x: i16| i32::from(x)))),
             _ => Tile::Int(Arc::new(gather(&self.data, region, |x: i32| x))),
@@ -252,6 +275,13 @@ impl<'i> Buffer<'i> {
         match (self.data.element(), value) {
             (Element::F32, Tile::Float(x)) => scatter(self.data.to_mut(), region, x, mask, |x| x),
             (Element::Bf16, Tile::Float(x)) => scatter(self.data.to_mut(), region, x, mask, tile::narrow),
+            (Element::F16, Tile::Float(x)) => scatter(self.data.to_mut(), region, x, mask, f16::from_f32),
+            (element, Tile::Float(x)) => {
+                scatter(self.data.to_mut(), region, x, mask, |x| tile::float_bits(element, x) as u8);
+            }
+            (element, Tile::Int(x)) if element.bits() < 8 => {
+                scatter(self.data.to_mut(), region, x, mask, |x| tile::unsigned(element, x) as u8);
+            }
             (Element::I8, Tile::Int(x)) => scatter(self.data.to_mut(), region, x, mask, |x| x as i8),
             (Element::I16, Tile::Int(x)) => scatter(self.data.to_mut(), region, x, mask, |x| x as i16),
             (_, Tile::Int(x)) => scatter(self.data.to_mut(), region, x, mask, |x| x),
@@ -294,15 +324,17 @@ impl<'i> Buffer<'i> {
     pub(super) fn read_scalar(&self, at: usize) -> Scalar {
         match self.data.element() {
             Element::F32 => Scalar::Float(self.data.as_slice::<f32>()[at]),
-            _ => Scalar::Int(self.data.as_slice::<i32>()[at]),
+            Element::I32 => Scalar::Int(self.data.as_slice::<i32>()[at]),
+            _ => self.read(&Region::new(0, at, &[], &[])).get(0),
         }
     }
 
     pub(super) fn write_scalar(&mut self, at: usize, value: Scalar) {
-        match value {
-            Scalar::Float(x) => self.data.to_mut().as_mut_slice::<f32>()[at] = x,
-            Scalar::Int(x) => self.data.to_mut().as_mut_slice::<i32>()[at] = x,
-            Scalar::Pred(x) => self.data.to_mut().as_mut_slice::<i32>()[at] = i32::from(x),
+        match (self.data.element(), value) {
+            (Element::F32, Scalar::Float(x)) => self.data.to_mut().as_mut_slice::<f32>()[at] = x,
+            (Element::I32, Scalar::Int(x)) => self.data.to_mut().as_mut_slice::<i32>()[at] = x,
+            (_, Scalar::Pred(x)) => return self.write_scalar(at, Scalar::Int(i32::from(x))),
+            (_, value) => return self.write(&Region::new(0, at, &[], &[]), &tile::splat(value, 1), None),
         }
         self.mark(at, 1, 1);
     }

@@ -11,7 +11,7 @@ use melior::ir::{Attribute, AttributeLike};
 use super::{
     decode::{Decoded, Memory, Refusal, Shape, Site, fits, scalar, unsupported},
     program::{Extent, Op},
-    tile::{self, Binary, Compare, MatmulShape, Reduction, Strides, Tile, Unary},
+    tile::{self, Binary, Compare, Conversion, MatmulShape, Reduction, Strides, Tile, Unary},
 };
 use crate::{
     context::printed,
@@ -98,7 +98,7 @@ static ROWS: &[Row] = &[
     pure("arith.xori", 2..=2, |op| binary(op, Binary::Xor)),
     pure("arith.shli", 2..=2, |op| binary(op, Binary::Shl)),
     pure("arith.shrsi", 2..=2, |op| binary(op, Binary::ShrSigned)),
-    pure("arith.shrui", 2..=2, shift_right_unsigned),
+    pure("arith.shrui", 2..=2, |op| binary(op, Binary::ShrUnsigned)),
     pure("math.powf", 2..=2, |op| binary(op, Binary::Pow)),
     pure("arith.negf", 1..=1, |op| unary(op, Unary::Neg)),
     pure("math.absf", 1..=1, |op| unary(op, Unary::Abs)),
@@ -126,12 +126,16 @@ static ROWS: &[Row] = &[
     pure("arith.sitofp", 1..=1, |op| convert(op, true)),
     pure("arith.uitofp", 1..=1, |op| convert(op, false)),
     pure("arith.fptosi", 1..=1, |op| convert(op, true)),
+    pure("arith.fptoui", 1..=1, |op| convert(op, false)),
     pure("arith.extsi", 1..=1, |op| convert(op, true)),
     pure("arith.extui", 1..=1, |op| convert(op, false)),
     pure("arith.trunci", 1..=1, |op| convert(op, true)),
-    pure("tpu.extf", 1..=1, |op| convert_to_float(op, true)),
-    pure("tpu.truncf", 1..=1, |op| convert_to_float(op, true)),
-    pure("tpu.sitofp", 1..=1, |op| convert_to_float(op, false)),
+    pure("tpu.extf", 1..=1, |op| convert_rounded(op, true, true, true)),
+    pure("tpu.truncf", 1..=1, |op| convert_rounded(op, true, true, true)),
+    pure("tpu.sitofp", 1..=1, |op| convert_rounded(op, false, true, true)),
+    pure("tpu.uitofp", 1..=1, |op| convert_rounded(op, false, true, false)),
+    pure("tpu.fptosi", 1..=1, |op| convert_rounded(op, true, false, true)),
+    pure("tpu.fptoui", 1..=1, |op| convert_rounded(op, true, false, false)),
     pure("arith.index_cast", 1..=1, |_| Ok(Op::Same)),
     pure("arith.index_castui", 1..=1, |_| Ok(Op::Same)),
     pure("arith.bitcast", 1..=1, bitcast),
@@ -235,14 +239,6 @@ fn reciprocal(op: &Site) -> Decoded<Op> {
     unary(op, Unary::Reciprocal)
 }
 
-fn shift_right_unsigned(op: &Site) -> Decoded<Op> {
-    // Narrow integers are held sign-extended.
-    match op.result()?.element {
-        Element::I32 => binary(op, Binary::ShrUnsigned),
-        _ => unsupported("a logical shift of narrow integers"),
-    }
-}
-
 /// The predicates of `arith.cmpi`, in MLIR's order.
 const INTEGER_PREDICATES: [Compare; 10] = {
     use Compare::*;
@@ -281,28 +277,38 @@ fn compare(op: &Site, predicates: &[Compare]) -> Decoded<Op> {
     known.ok_or_else(|| Refusal::Because(format!("predicate {predicate} is not supported")))
 }
 
-/// `signed` is how narrow integers are read.
+/// `signed` is how integers are read and made.
 fn convert(op: &Site, signed: bool) -> Decoded<Op> {
-    Ok(Op::Convert { from: op.shape(0)?.element, to: op.result()?.element, signed })
+    let (x, result) = (op.shape(0)?, op.result()?);
+    fits(x.dims == result.dims)?;
+    Ok(Op::Convert(Conversion { from: x.element, to: result.element, signed, nearest: false }))
 }
 
-fn convert_to_float(op: &Site, from_float: bool) -> Decoded<Op> {
-    let (x, result) = (op.tile(0)?, op.result_tile()?);
-    fits(x.dims == result.dims && x.element.is_float() == from_float && result.element.is_float())?;
-    convert(op, true)
+/// Conversions of the `tpu` dialect say how they round to integers. To floats they round to nearest even.
+fn convert_rounded(op: &Site, from_float: bool, to_float: bool, signed: bool) -> Decoded<Op> {
+    let (x, result) = (op.shape(0)?, op.result()?);
+    fits(x.dims == result.dims && x.element.is_float() == from_float && result.element.is_float() == to_float)?;
+    let mode = if op.has("rounding_mode") { op.text("rounding_mode")? } else { String::new() };
+    let nearest = mode.contains("to_nearest_even") || mode.starts_with('1');
+    if to_float && op.has("rounding_mode") && !nearest {
+        return unsupported(format!("rounding mode {mode} to a float is not supported"));
+    }
+    Ok(Op::Convert(Conversion { from: x.element, to: result.element, signed, nearest }))
 }
 
 /// Narrow elements are packed along the second-minor dimension, the first row in the low bits.
 fn bitcast(op: &Site) -> Decoded<Op> {
     let (x, result) = (op.shape(0)?, op.result()?);
-    let (Some(minor), Some(same)) = (x.dims.last(), result.dims.last()) else {
-        return unsupported("bits of a scalar");
-    };
-    let rows = x.dims.len().checked_sub(2).map(|rows| x.dims[rows] * x.element.bytes());
-    let whole = x.element.bytes() == result.element.bytes()
-        || rows.is_some_and(|bytes| bytes.is_multiple_of(result.element.bytes()));
-    let bytes = |shape: &Shape| shape.len() * shape.element.bytes();
-    fits(whole && minor == same && bytes(&x) == bytes(&result))?;
+    let same_width = x.element.bits() == result.element.bits();
+    if let ([], []) = (x.dims.as_slice(), result.dims.as_slice()) {
+        fits(same_width)?;
+        return Ok(Op::Bitcast { dims: vec![], from: x.element, to: result.element });
+    }
+    let (Some(minor), Some(same)) = (x.dims.last(), result.dims.last()) else { return Err(Refusal::Misfit) };
+    let rows = x.dims.len().checked_sub(2).map(|rows| x.dims[rows] * x.element.bits());
+    let whole = same_width || rows.is_some_and(|bits| bits.is_multiple_of(result.element.bits()));
+    let bits = |shape: &Shape| shape.len() * shape.element.bits();
+    fits(whole && minor == same && bits(&x) == bits(&result))?;
     Ok(Op::Bitcast { dims: x.dims, from: x.element, to: result.element })
 }
 
@@ -510,7 +516,7 @@ fn element(op: &Site, base: usize) -> Decoded<Extent> {
     let memory = op.memref(base)?;
     let rank = memory.dims.len();
     fits(memory.space == MemorySpace::Smem && op.operands.len() == base + 1 + rank)?;
-    fits(matches!(memory.element, RefElement::Data(Element::I32 | Element::F32)))?;
+    fits(memory.element.data().is_some())?;
     op.scalars(base + 1, rank)?;
     Ok(Extent { sizes: vec![1; rank], steps: vec![] })
 }
@@ -557,14 +563,14 @@ fn bitcast_memref(op: &Site) -> Decoded<Op> {
     };
     let rows = memory.dims.len().checked_sub(2).ok_or(Refusal::Misfit)?;
     let mut dims = memory.dims;
-    let bytes = dims[rows] * from.bytes();
-    dims[rows] = bytes / to.bytes();
-    fits(bytes.is_multiple_of(to.bytes()) && dims == result.dims)?;
+    let bits = dims[rows] * from.bits();
+    dims[rows] = bits / to.bits();
+    fits(bits.is_multiple_of(to.bits()) && dims == result.dims)?;
     fits(memory.space == result.space && memory.space != MemorySpace::Smem)?;
-    if to.bytes() < from.bytes() {
+    if to.bits() < from.bits() {
         return unsupported(format!("from {from} to the narrower {to} is not supported"));
     }
-    Ok(Op::BitcastRef { to, ratio: to.bytes() / from.bytes() })
+    Ok(Op::BitcastRef { to, ratio: to.bits() / from.bits() })
 }
 
 // ---- DMAs and semaphores ----

@@ -1,6 +1,6 @@
 //! A decoded kernel: instructions over registers. It holds no MLIR.
 
-use super::tile::{Binary, Compare, MatmulShape, Reduction, Scalar, Tile, Unary};
+use super::tile::{Binary, Compare, Conversion, MatmulShape, Reduction, Scalar, Tile, Unary};
 use crate::{element::Element, mosaic::Signature};
 
 /// A register.
@@ -66,11 +66,7 @@ pub(super) enum Op {
     },
     Compare(Compare),
     Select,
-    Convert {
-        from: Element,
-        to: Element,
-        signed: bool,
-    },
+    Convert(Conversion),
     Broadcast {
         from: Vec<usize>,
         to: Vec<usize>,

@@ -5,9 +5,9 @@
 
 use std::sync::Arc;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use crate::element::Element;
+use crate::{element::Element, minifloat::Minifloat};
 
 /// The elements of a tile, row-major. Its sizes are static and known to every op.
 #[derive(Clone, Debug)]
@@ -228,28 +228,37 @@ impl Reduction {
     }
 }
 
-/// Wraps an `i32` to a narrower integer type.
+/// Wraps an `i32` to a narrower integer type, by its sign.
 pub(super) fn wrap(element: Element, x: i32) -> i32 {
     match element {
-        Element::I8 => i32::from(x as i8),
-        Element::I16 => i32::from(x as i16),
         Element::Pred => x & 1,
-        _ => x,
+        _ => {
+            let unused = 32_usize.saturating_sub(element.bits());
+            x << unused >> unused
+        }
     }
 }
 
-/// Truncates an `f32` to an integer type, to its least or greatest number beyond them and to 0 for NaN.
-fn saturate(element: Element, x: f32) -> i32 {
-    match element {
-        Element::I8 => i32::from(x as i8),
-        Element::I16 => i32::from(x as i16),
-        _ => x as i32,
+/// Rounds an `f32` to an integer type, to its least or greatest number beyond them and to 0 for NaN.
+fn saturate(element: Element, signed: bool, nearest: bool, x: f32) -> i32 {
+    let x = if nearest { x.round_ties_even() } else { x };
+    let unused = 32_usize.saturating_sub(element.bits());
+    match signed {
+        true => (x as i32).clamp(i32::MIN >> unused, i32::MAX >> unused),
+        false => wrap(element, (x as u32).min(u32::MAX >> unused).cast_signed()),
     }
 }
 
 /// Rounds an `f32` to a narrower float type.
 pub(super) fn round(element: Element, x: f32) -> f32 {
-    if element == Element::Bf16 { round_to_bf16(x) } else { x }
+    match element {
+        Element::Bf16 => round_to_bf16(x),
+        Element::F16 => f16::from_f32(x).to_f32(),
+        Element::F8E4M3Fn => Minifloat::F8E4M3FN.round(x),
+        Element::F8E4M3B11Fnuz => Minifloat::F8E4M3B11FNUZ.round(x),
+        Element::F8E5M2 => Minifloat::F8E5M2.round(x),
+        _ => x,
+    }
 }
 
 /// Nearest even; vectorises, unlike `half`'s.
@@ -311,7 +320,11 @@ pub(super) fn unary(op: Unary, element: Element, x: Tile) -> Tile {
 }
 
 fn rounded(element: Element, x: Arc<Vec<f32>>) -> Arc<Vec<f32>> {
-    if element == Element::Bf16 { map(x, round_to_bf16) } else { x }
+    match element {
+        Element::F32 => x,
+        Element::Bf16 => map(x, round_to_bf16),
+        element => map(x, |x| round(element, x)),
+    }
 }
 
 /// `None` when an integer division by zero occurs.
@@ -341,8 +354,7 @@ pub(super) fn binary(op: Binary, element: Element, x: Tile, y: Tile) -> Option<T
                 Binary::Or => zip(x, y, |x, y| x | y),
                 op => zip(x, y, |x, y| op.int(x, y).unwrap_or(0)),
             };
-            let narrow = matches!(element, Element::I8 | Element::I16);
-            Tile::Int(if narrow { map(result, |x| wrap(element, x)) } else { result })
+            Tile::Int(if element.bits() < 32 { map(result, |x| wrap(element, x)) } else { result })
         }
         (Tile::Pred(x), Tile::Pred(y)) => Tile::Pred(match op {
             Binary::And | Binary::Mul | Binary::Min | Binary::MinNumber => zip(x, y, |x, y| x & y),
@@ -402,12 +414,25 @@ pub(super) fn select(condition: &Tile, then: Tile, otherwise: Tile) -> Tile {
     }
 }
 
-/// Conversion between element types; `signed` is how narrow integers are read. Floats become integers by truncation, and
-/// saturate where the type ends (NaN becomes 0): what XLA defines, and JAX's tests hold TPUs to.
-pub(super) fn convert(from: Element, to: Element, signed: bool, x: Tile) -> Tile {
+/// How a conversion reads and makes integers, and rounds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Conversion {
+    pub(super) from: Element,
+    pub(super) to: Element,
+    /// Whether integers have a sign.
+    pub(super) signed: bool,
+    /// Whether floats become the nearest integer (the even one of two), instead of the next one towards zero.
+    pub(super) nearest: bool,
+}
+
+/// Conversion between element types. Floats become integers that saturate where the type ends (NaN becomes 0): what XLA
+/// defines, and JAX's tests hold TPUs to.
+pub(super) fn convert(how: Conversion, x: Tile) -> Tile {
+    let Conversion { from, to, signed, nearest } = how;
     match x {
         Tile::Float(x) if to.is_float() => Tile::Float(rounded(to, x)),
-        Tile::Float(x) => Tile::Int(Arc::new(x.iter().map(|&x| saturate(to, x)).collect())),
+        Tile::Float(x) if to == Element::Pred => Tile::Pred(Arc::new(x.iter().map(|&x| x != 0.0).collect())),
+        Tile::Float(x) => Tile::Int(Arc::new(x.iter().map(|&x| saturate(to, signed, nearest, x)).collect())),
         Tile::Int(x) if to.is_float() => {
             let value = |x: i32| if signed { x as f32 } else { unsigned(from, x) as f32 };
             Tile::Float(rounded(to, Arc::new(x.iter().map(|&x| value(x)).collect())))
@@ -427,11 +452,31 @@ pub(super) fn convert(from: Element, to: Element, signed: bool, x: Tile) -> Tile
 }
 
 /// The bits of a narrow signed integer as an unsigned one.
-fn unsigned(element: Element, x: i32) -> u32 {
+pub(super) fn unsigned(element: Element, x: i32) -> u32 {
+    x.cast_unsigned() & (u32::MAX >> 32_usize.saturating_sub(element.bits()))
+}
+
+/// The bits of a number of a type, in the low bits.
+pub(super) fn float_bits(element: Element, x: f32) -> u32 {
     match element {
-        Element::I8 => u32::from(x as u8),
-        Element::I16 => u32::from(x as u16),
-        _ => x as u32,
+        Element::Bf16 => x.to_bits() >> 16,
+        Element::F16 => u32::from(f16::from_f32(x).to_bits()),
+        element => match element.minifloat() {
+            Some(format) => u32::from(format.encode(f64::from(x))),
+            None => x.to_bits(),
+        },
+    }
+}
+
+/// The number that the low bits stand for.
+pub(super) fn float_from_bits(element: Element, bits: u32) -> f32 {
+    match element {
+        Element::Bf16 => f32::from_bits(bits << 16),
+        Element::F16 => f16::from_bits(bits as u16).to_f32(),
+        element => match element.minifloat() {
+            Some(format) => format.decode(bits as u8),
+            None => f32::from_bits(bits),
+        },
     }
 }
 
@@ -630,23 +675,22 @@ fn fold<T: Copy>(x: &[T], outer: usize, size: usize, inner: usize, f: impl Fn(T,
 /// dimension, the first row in the low bits.
 pub(super) fn bitcast(x: &Tile, dims: &[usize], from: Element, to: Element) -> Tile {
     let bits: Vec<u32> = match x {
-        Tile::Float(x) if from == Element::Bf16 => x.iter().map(|x| x.to_bits() >> 16).collect(),
-        Tile::Float(x) => x.iter().map(|x| x.to_bits()).collect(),
+        Tile::Float(x) => x.iter().map(|&x| float_bits(from, x)).collect(),
         Tile::Int(x) => x.iter().map(|&x| unsigned(from, x)).collect(),
         Tile::Pred(x) => x.iter().map(|&x| u32::from(x)).collect(),
     };
-    let (narrow, wide) = (from.bytes().min(to.bytes()), from.bytes().max(to.bytes()));
+    let (narrow, wide) = (from.bits().min(to.bits()), from.bits().max(to.bits()));
     let ratio = wide / narrow;
     let lanes = dims.last().copied().unwrap_or(1);
-    let shift = |part: usize| (8 * narrow * part) as u32;
+    let shift = |part: usize| (narrow * part) as u32;
     let bits: Vec<u32> = if ratio == 1 {
         bits
-    } else if to.bytes() > from.bytes() {
+    } else if to.bits() > from.bits() {
         let groups = bits.chunks_exact(ratio * lanes);
         let word = |group: &[u32], lane: usize| (0..ratio).map(|part| group[part * lanes + lane] << shift(part)).sum();
         groups.flat_map(|group| (0..lanes).map(|lane| word(group, lane)).collect::<Vec<u32>>()).collect()
     } else {
-        let mask = (1u32 << (8 * narrow)) - 1;
+        let mask = (1u32 << narrow) - 1;
         let rows = bits.chunks_exact(lanes);
         let split =
             |row: &[u32]| (0..ratio).flat_map(|part| row.iter().map(move |x| x >> shift(part) & mask)).collect();
@@ -657,9 +701,10 @@ pub(super) fn bitcast(x: &Tile, dims: &[usize], from: Element, to: Element) -> T
 
 pub(super) fn from_bits(element: Element, bits: Vec<u32>) -> Tile {
     match element {
-        Element::Bf16 => Tile::Float(Arc::new(bits.into_iter().map(|x| f32::from_bits(x << 16)).collect())),
-        Element::F32 => Tile::Float(Arc::new(bits.into_iter().map(f32::from_bits).collect())),
         Element::Pred => Tile::Pred(Arc::new(bits.into_iter().map(|x| x & 1 != 0).collect())),
+        element if element.is_float() => {
+            Tile::Float(Arc::new(bits.into_iter().map(|x| float_from_bits(element, x)).collect()))
+        }
         element => Tile::Int(Arc::new(bits.into_iter().map(|x| wrap(element, x as i32)).collect())),
     }
 }

@@ -8,17 +8,17 @@ func.func @kd(%i: i32, %j: i32, %x: memref<8x128xf32, "vmem">)
 // error: Mosaic kernel: @kd: grid dimension 0 is of size -3; sizes are 0 or more (at refused.mlir:9)
 func.func @kd(%i: i32, %x: memref<8x128xf32, "vmem">) attributes {iteration_bounds = array<i64: -3>} { return }
 // -----
-// fp8, as an argument and as a value.
+// A float that no TPU has, as an argument and as a value.
 // run
-// error: Mosaic kernel: @kf: argument 0: unknown element type in memref<32x128xf8E4M3FN, "vmem"> (at refused.mlir:14)
-func.func @kf(%x: memref<32x128xf8E4M3FN, "vmem">, %o: memref<32x128xf32, "vmem">) { return }
+// error: Mosaic kernel: @kf: argument 0: unknown element type in memref<32x128xf8E3M4, "vmem"> (at refused.mlir:14)
+func.func @kf(%x: memref<32x128xf8E3M4, "vmem">, %o: memref<32x128xf32, "vmem">) { return }
 // -----
 // run
-// error: arith.truncf: values of type vector<32x128xf8E5M2> are not supported (at refused.mlir:21)
+// error: arith.truncf: values of type vector<32x128xf8E3M4> are not supported (at refused.mlir:21)
 func.func @kf(%o: memref<32x128xf32, "vmem">) {
   %c = arith.constant 0 : index
   %x = vector.load %o[%c, %c] : memref<32x128xf32, "vmem">, vector<32x128xf32>
-  %n = arith.truncf %x : vector<32x128xf32> to vector<32x128xf8E5M2>
+  %n = arith.truncf %x : vector<32x128xf32> to vector<32x128xf8E3M4>
   return
 }
 // -----

@@ -75,6 +75,7 @@ impl KernelArgs for Rpa {
             scale: (head_dim as f64).powf(-0.5),
             sliding_window: args.sliding_window,
             soft_cap: args.soft_cap,
+            ..Spec::default()
         })
     }
 }

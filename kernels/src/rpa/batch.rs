@@ -26,7 +26,17 @@ pub struct Sequence<'b> {
     pub pages: &'b [i32],
 }
 
+impl Sequence<'_> {
+    /// Where one of its rows stands; `None` for a row of an idle sequence, which has none of the keys.
+    pub fn position(&self, row: usize) -> Option<usize> {
+        (self.kv_len + row).checked_sub(self.q_len)
+    }
+}
+
 /// Validated metadata: lengths fit, live page ids exist, rows lie within the problem.
+///
+/// A fused kernel may be given *idle* sequences, with rows and without a key: they see nothing and write nothing. (A decode
+/// step has a row per slot, whether a sequence is there or not.)
 ///
 /// What does not belong to a live sequence (later entries of the arrays, page ids beyond a sequence's length) is kept
 /// as it was given and never looked at.
@@ -46,8 +56,8 @@ impl Batch {
     ///
     /// # Errors
     /// The first entry that breaks a limit: array sizes, `num_seqs`, `cu_q_lens` not from 0 upwards, more rows than
-    /// `tokens`, more than one row per sequence in a decode problem, `q_len > kv_len`, `kv_len` beyond the page table,
-    /// a live page id that is not a page.
+    /// `tokens`, more than one row per sequence in a decode problem, `q_len > kv_len` (unless the sequence is idle), `kv_len`
+    /// beyond the page table, a live page id that is not a page.
     pub fn new(
         problem: &Problem,
         kv_lens: &[i32],
@@ -90,7 +100,8 @@ impl Batch {
                 "use a mixed problem",
             )?;
             let limit = format!("is beyond kv_lens[{seq}] = {kv_len}");
-            check(q_len <= kv_len, &key, q_len.into(), limit, "kv_lens count the keys of the query rows too")?;
+            let idle = problem.fused.is_some() && kv_len == 0;
+            check(idle || q_len <= kv_len, &key, q_len.into(), limit, "kv_lens count the keys of the query rows too")?;
             let capacity = problem.max_kv_len();
             let limit = format!(
                 "is beyond pages_per_seq * page_size = {} * {} = {capacity}",
@@ -172,12 +183,12 @@ impl Batch {
         self.cu_q_lens[self.num_seqs[0] as usize] as usize
     }
 
-    /// Where the key and value of each of `tokens` rows go, `page * page_size + offset`; -1 for padding.
+    /// Where the key and value of each of `tokens` rows go, `page * page_size + offset`; -1 for padding and idle rows.
     pub fn kv_slots(&self, tokens: usize) -> Vec<i32> {
         let mut slots = vec![NO_SLOT; tokens];
         for sequence in self.sequences() {
             for row in 0..sequence.q_len {
-                let position = sequence.kv_len - sequence.q_len + row;
+                let Some(position) = sequence.position(row) else { continue };
                 slots[sequence.first_row + row] =
                     slot(sequence.pages[position / self.page_size], self.page_size, position) as i32;
             }

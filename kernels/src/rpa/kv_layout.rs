@@ -2,16 +2,19 @@
 //!
 //! `[layers * pages, page_size, 2 * heads, head_dim]`: a token of a page has a row for the key and a row for the value of
 //! each head, interleaved (key of head `h` in row `2h`, value in row `2h + 1`), as JAX's and tpu-inference's ragged paged
-//! attention have them. Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer,
+//! attention have them. Heads of 64 may be packed ([`KvRows::Packed`]): `[layers * pages, page_size, heads, 128]`, key and
+//! value of a head in one row, so that rows fill a TPU's 128 lanes, where its memory would be half padding. In row-major
+//! memory both are the same bytes. Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer,
 //! `page * page_size + offset`; [`NO_SLOT`] is nowhere.
 
 use std::ops::Range;
 
 use pagoda_ir::{
     Element, TensorType,
-    mosaic::{Builder, Ref, Value},
-    stablehlo::{self, Direction, Tensor},
+    mosaic::{Builder, Ref, Value, tiling::LANES},
+    stablehlo::{self, Direction, GatherDims, Tensor},
 };
+use serde::{Deserialize, Serialize};
 
 /// The slot of a row whose key and value are not written.
 pub const NO_SLOT: i32 = -1;
@@ -33,6 +36,27 @@ impl Half {
     pub const ALL: [Self; HALVES] = [Self::Key, Self::Value];
 }
 
+/// How the keys and values of a token lie in rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvRows {
+    /// A row for each head's key, and one behind it for its value.
+    #[default]
+    Interleaved,
+    /// A row for each head: its key in the first half of the lanes, its value in the second.
+    Packed,
+}
+
+impl KvRows {
+    /// The head dimension of packed rows: twice as much fills the lanes.
+    pub const PACKED_HEAD_DIM: usize = LANES / HALVES;
+
+    /// The rows that waste no lanes of a TPU.
+    pub const fn for_lanes(head_dim: usize) -> Self {
+        if head_dim == Self::PACKED_HEAD_DIM { Self::Packed } else { Self::Interleaved }
+    }
+}
+
 /// The layout of a KV buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
@@ -48,27 +72,37 @@ pub struct KvLayout {
     pub heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
+    /// How a token's rows are made up.
+    pub kv_rows: KvRows,
 }
 
 impl KvLayout {
-    /// Rows of a token of `heads` heads.
+    /// Interleaved rows of a token of `heads` heads.
     pub const fn rows_of(heads: usize) -> usize {
         HALVES * heads
     }
 
-    /// Heads of a token that has `rows` rows.
+    /// Heads of a token that has `rows` interleaved rows.
     pub const fn heads_of(rows: usize) -> usize {
         rows / HALVES
     }
 
-    /// Rows of a token.
+    /// Keys and values of a token: vectors of `head_dim` elements.
     pub const fn rows(&self) -> usize {
         Self::rows_of(self.heads)
     }
 
-    /// A token's row of one half of `head`.
+    /// A token's interleaved row of one half of `head`.
     pub const fn row(head: usize, half: Half) -> usize {
         HALVES * head + half as usize
+    }
+
+    /// A token's rows and their elements: `[2 * heads, head_dim]`, packed `[heads, 2 * head_dim]`.
+    pub const fn token_dims(&self) -> [usize; 2] {
+        match self.kv_rows {
+            KvRows::Interleaved => [HALVES * self.heads, self.head_dim],
+            KvRows::Packed => [self.heads, HALVES * self.head_dim],
+        }
     }
 
     /// Elements of a token.
@@ -76,9 +110,10 @@ impl KvLayout {
         self.rows() * self.head_dim
     }
 
-    /// `[layers * pages, page_size, 2 * heads, head_dim]`
+    /// `[layers * pages, page_size, 2 * heads, head_dim]`, packed `[layers * pages, page_size, heads, 2 * head_dim]`.
     pub fn buffer_type(&self) -> TensorType {
-        TensorType::new(self.element, &[self.layers * self.pages, self.page_size, self.rows(), self.head_dim])
+        let [rows, width] = self.token_dims();
+        TensorType::new(self.element, &[self.layers * self.pages, self.page_size, rows, width])
     }
 
     /// Slots of a layer.
@@ -102,12 +137,12 @@ impl KvLayout {
         start..start + self.token_elements()
     }
 
-    /// Where, among a token's elements, those of one half of `head` begin.
+    /// Where, among a token's elements, those of one half of `head` begin: the same for packed rows.
     pub const fn offset(&self, head: usize, half: Half) -> usize {
         Self::row(head, half) * self.head_dim
     }
 
-    /// New keys and values, `[tokens, heads, head_dim]` each, as tokens of the cache: `[tokens, 2 * heads, head_dim]`.
+    /// New keys and values, `[tokens, heads, head_dim]` each, as tokens of the cache: `[tokens, rows, elements of a row]`.
     ///
     /// # Errors
     /// When the operands do not have these types.
@@ -120,7 +155,43 @@ impl KvLayout {
         let tokens = k.dims()[0];
         let half = [tokens, self.heads, 1, self.head_dim];
         let both = b.concatenate(&[b.reshape(k, &half)?, b.reshape(v, &half)?], 2)?;
-        b.reshape(both, &[tokens, self.rows(), self.head_dim])
+        let [rows, width] = self.token_dims();
+        b.reshape(both, &[tokens, rows, width])
+    }
+
+    /// One half of every head of some pages, `i32[seqs, pages]` of the buffer: `[seqs, heads, pages * page_size, head_dim]`.
+    /// A page that the buffer does not have reads another one.
+    ///
+    /// # Errors
+    /// When the operands do not have these types.
+    pub fn gather_heads<'c, 'a>(
+        &self,
+        b: &stablehlo::Builder<'c, 'a>,
+        buffer: Tensor<'c, 'a>,
+        pages: Tensor<'c, 'a>,
+        half: Half,
+    ) -> pagoda_ir::Result<Tensor<'c, 'a>> {
+        let &[seqs, count] = &pages.dims()[..] else { unreachable!("pages of sequences") };
+        let grid = [seqs, self.heads, count, 1];
+        let ints = |value: usize| b.splat(Element::I32, &grid, value as f64);
+        let (page, head) = (b.broadcast_in_dim(pages, &grid, &[0, 2])?, b.iota(Element::I32, &grid, 1)?);
+        // [seqs, heads, pages, place in the dimensions named]
+        let (indices, start_index_map): (_, &[usize]) = match self.kv_rows {
+            KvRows::Interleaved => {
+                let row = b.add(b.multiply(head, ints(HALVES)?)?, ints(half as usize)?)?;
+                (b.concatenate(&[page, row], 3)?, &[0, 2])
+            }
+            KvRows::Packed => (b.concatenate(&[page, head, ints(half as usize * self.head_dim)?], 3)?, &[0, 2, 3]),
+        };
+        let dims = GatherDims {
+            offset_dims: &[3, 4],
+            collapsed_slice_dims: &[0, 2],
+            start_index_map,
+            index_vector_dim: 3,
+            ..GatherDims::default()
+        };
+        let blocks = b.gather(buffer, indices, dims, &[1, self.page_size, 1, self.head_dim])?;
+        b.reshape(blocks, &[seqs, self.heads, count * self.page_size, self.head_dim])
     }
 
     /// The slot of each sequence's token at `positions` (`i32[seqs]`), by its row of the page table `page_indices`
@@ -144,19 +215,6 @@ impl KvLayout {
         let page = b.reduce_sum(b.select(here, page_indices, b.splat(Element::I32, &dims, 0.0)?)?, &[1])?;
         let slot = b.add(b.multiply(page, size)?, b.remainder(positions, size)?)?;
         b.select(active, slot, b.splat(Element::I32, &dims[..1], f64::from(NO_SLOT))?)
-    }
-
-    /// A token's row of one half of each head in `heads`, an i32 array.
-    ///
-    /// # Errors
-    /// When `heads` is not an i32 array.
-    pub fn rows_of_heads<'c, 'a>(
-        b: &stablehlo::Builder<'c, 'a>,
-        heads: Tensor<'c, 'a>,
-        half: Half,
-    ) -> pagoda_ir::Result<Tensor<'c, 'a>> {
-        let ints = |value: usize| b.splat(Element::I32, &heads.dims(), value as f64);
-        b.add(b.multiply(heads, ints(HALVES)?)?, ints(half as usize)?)
     }
 }
 
@@ -220,8 +278,14 @@ mod tests {
     /// The layout that JAX's kernel takes, written out by hand: `tests/jax_attention.rs` runs that kernel on it.
     #[test]
     fn a_token_is_where_the_peers_have_it() {
-        let kv = KvLayout { element: Element::F32, layers: 2, pages: 5, page_size: 4, heads: 3, head_dim: 8 };
+        let kv_rows = KvRows::Interleaved;
+        let kv = KvLayout { element: Element::F32, layers: 2, pages: 5, page_size: 4, heads: 3, head_dim: 8, kv_rows };
         assert_eq!(kv.buffer_type().dims, [10, 4, 6, 8]);
+        // Packed, the bytes are the same.
+        let packed = KvLayout { kv_rows: KvRows::Packed, ..kv };
+        assert_eq!(packed.buffer_type().dims, [10, 4, 3, 16]);
+        assert_eq!(packed.token(5, 6), kv.token(5, 6));
+        assert_eq!(packed.offset(1, Half::Value), 16 + 8);
         // Position 6 of a sequence on pages 3 and 1: offset 2 of page 1. Layer 1 begins at page 5.
         let slot = kv.slot(&[3, 1], 6);
         assert_eq!(slot, 4 + 2);

@@ -1,6 +1,6 @@
 //! Writes new keys and values into the paged cache, in place where the buffer is donated or carried by a loop.
 //!
-//! One scatter of whole token rows (`[2 * kv_heads, head_dim]`, contiguous in a page). On XLA's CPU it costs 2 us for 8
+//! One scatter of whole tokens (all rows of one, contiguous in a page). On XLA's CPU it costs 2 us for 8
 //! rows and 5 us for 64, whatever the cache's size; a chain of `dynamic_update_slice` copies the cache per row. A scatter of
 //! *one* row is rewritten by that compiler into such an update, and copies the cache too (21 ms for 64 MiB), so a single
 //! row travels with a row of padding.
@@ -38,7 +38,8 @@ pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, args: &Named<Tensor<
     let (kv_pages, slots) = (args["kv_pages"], args["slots"]);
     let buffer = layout.buffer_type();
     let rows = layout.tokens(b, args["k"], args["v"])?;
-    let by_token = b.reshape(kv_pages, &[buffer.dims[0] * problem.page_size, layout.rows(), problem.head_dim])?;
+    let [token_rows, width] = layout.token_dims();
+    let by_token = b.reshape(kv_pages, &[buffer.dims[0] * problem.page_size, token_rows, width])?;
 
     let ints = |value: usize| b.splat(Element::I32, &[tokens], value as f64);
     let in_layer =

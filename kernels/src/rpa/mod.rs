@@ -5,11 +5,22 @@
 //! the values. Query heads share KV heads in groups (GQA). Rows from `cu_q_lens[num_seqs]` on are padding, and their
 //! results must not be used.
 //!
+//! *Fused* ([`Spec::fused`]), a kernel takes the projections of queries, keys and values as a matmul leaves them, rotates
+//! queries and keys, and writes the keys and values of its rows, the last `q_len` of a sequence, into their pages, in place,
+//! before it attends over them. A key is rounded once, to the cache's type; attention reads what is stored. A query may be
+//! rounded once to its own type, before or after it is scaled. Whatever else the pages hold stays, bit for bit. Sequences
+//! without a key may have rows ([`Batch`]): these are 0 in the results.
+//!
+//! A *sink* is a logit of a query head, neither scaled nor capped, that adds to the softmax's sum alone. The log-sum-exp is the
+//! natural logarithm of that sum, the sink included. A cache of 8 bits holds `round(x / scale)`, saturated; what is read is
+//! `stored * scale`.
+//!
 //! Invariant of every form: memory outside the live sequences (other pages, the tail of a partial page, padding rows) may
 //! hold anything, NaN included, and never reaches the result of a live row.
 #[cfg(feature = "cli")]
 mod args;
 pub mod batch;
+pub mod cached;
 mod inputs;
 pub mod kv_layout;
 pub mod kv_write;
@@ -31,8 +42,8 @@ use pagoda_ir::{
 
 pub use self::{
     batch::{Batch, Sequence},
-    kv_layout::{Half, KvLayout},
-    problem::{Kind, Precision, Problem, Spec},
+    kv_layout::{Half, KvLayout, KvRows},
+    problem::{Kind, Precision, Problem, Rotary, Spec},
 };
 use crate::{
     check::Expected,
@@ -72,6 +83,16 @@ impl Kernel for Rpa {
         if problem.layers > 1 {
             text += &format!(", {} layers", problem.layers);
         }
+        if problem.precision.kv != problem.precision.q {
+            text += &format!(", {} in the cache", problem.precision.kv);
+        }
+        let words = [
+            (problem.kv_rows == KvRows::Packed, "packed"),
+            (problem.sinks, "sinks"),
+            (problem.log_sum_exp, "log-sum-exp"),
+            (problem.fused.is_some(), "fused with rotary and KV write"),
+        ];
+        words.iter().filter(|(on, _)| *on).for_each(|(_, word)| text += &format!(", {word}"));
         text + &plan::options(problem)
     }
 
@@ -84,12 +105,13 @@ impl Kernel for Rpa {
     }
 
     /// Heads that fill a tile and heads that do not, one to four pages of one to 128 tokens, and up to five sequences:
-    /// empty ones, decode rows, chunks at the end of a longer context, whole prompts; full and partial pages.
+    /// empty ones, decode rows, chunks at the end of a longer context, whole prompts; full and partial pages. Options as far
+    /// as a Mosaic form is written for them.
     fn sample(choices: &mut Choices) -> Sample<Self> {
         let element = choices.one_of(&[Element::F32, Element::Bf16]);
         let kind = choices.one_of(&[Kind::Mixed, Kind::Decode]);
         let (tokens, kv_heads) = (choices.within(1, 40), choices.one_of(&[1, 2, 3, 4, 8]));
-        let (group, head_dim) = (choices.within(1, 8), choices.one_of(&[64, 80, 128, 256]));
+        let (group, head_dim) = (choices.within(1, 8), choices.one_of(&[64, 80, 128, 256, 96, 112, 192]));
         // Wide heads of many are slow and show nothing that fewer do not.
         let group = if kv_heads * group * head_dim > 4096 { 1 } else { group };
         let (page_size, pages_per_seq) = (choices.one_of(&[1, 7, 8, 16, 32, 64, 128]), choices.within(1, 4));
@@ -99,26 +121,6 @@ impl Kernel for Rpa {
         let (blocks, most) = (tokens.div_ceil(8), page_size * pages_per_seq);
         let tiles = plan::Tiles { queries: 8 * choices.within(1, blocks), kv_pages: choices.within(1, pages_per_seq) };
         let sequences = choices.within(0, 5);
-        let mut rows = tokens;
-        let batch = (0..sequences).map(|_| {
-            let kv_len = match choices.within(0, 7) {
-                0 => 0,
-                1..=4 => choices.within(1, most),
-                5 => page_size * choices.within(1, pages_per_seq),
-                6 => page_size * choices.within(0, pages_per_seq - 1) + 1,
-                _ => most,
-            };
-            let q_len = match choices.within(0, 8) {
-                0 => 0,
-                1..=3 => 1,
-                4..=7 => choices.within(2, 40),
-                _ => tokens,
-            };
-            let q_len = q_len.min(if kind == Kind::Decode { 1 } else { rows }).min(rows).min(kv_len);
-            rows -= q_len;
-            Lengths { q_len, kv_len }
-        });
-        let batch: Vec<_> = batch.collect();
         let max_seqs = sequences.max(1);
         let spec = Spec {
             kind,
@@ -135,12 +137,36 @@ impl Kernel for Rpa {
             scale: (head_dim as f64).powf(-0.5),
             sliding_window,
             soft_cap,
+            ..Spec::default()
         };
+        let spec = with_options(choices, spec);
+        let mut rows = tokens;
+        let batch = (0..sequences).map(|_| {
+            let kv_len = match choices.within(0, 7) {
+                0 => 0,
+                1..=4 => choices.within(1, most),
+                5 => page_size * choices.within(1, pages_per_seq),
+                6 => page_size * choices.within(0, pages_per_seq - 1) + 1,
+                _ => most,
+            };
+            let q_len = match choices.within(0, 8) {
+                0 => 0,
+                1..=3 => 1,
+                4..=7 => choices.within(2, 40),
+                _ => tokens,
+            };
+            let idle = spec.fused.is_some() && kv_len == 0;
+            let q_len = q_len.min(if kind == Kind::Decode { 1 } else { rows }).min(rows);
+            let q_len = if idle { q_len } else { q_len.min(kv_len) };
+            rows -= q_len;
+            Lengths { q_len, kv_len }
+        });
+        let batch: Vec<_> = batch.collect();
         Sample { spec, tiles, batch: Some(batch) }
     }
 
     /// Of the largest batch: every sequence as long as its row of the page table, the query rows shared out among them.
-    /// Keys and values pass once.
+    /// Keys and values pass once, and those that are written once more.
     fn cost(problem: &Problem) -> Cost {
         let (seqs, rows) = (problem.max_seqs.min(problem.tokens), problem.tokens.div_ceil(problem.max_seqs));
         let rows = if problem.kind == Kind::Decode { 1 } else { rows };
@@ -149,7 +175,9 @@ impl Kernel for Rpa {
         let seen = |row: usize| (keys - row.min(keys - 1)).min(seen); // by the row before the last, and so on
         let logits = (seqs * problem.q_heads) as u64 * (0..rows).map(|row| seen(row) as u64).sum::<u64>();
         let fetched = seqs * (seen(0) + rows - 1).min(keys) * problem.kv_layout().token_elements();
-        let moved = 2 * problem.q_type().bytes() + fetched * problem.precision.kv.bytes();
+        let written = if problem.fused.is_some() { seqs * rows * problem.kv_layout().token_elements() } else { 0 };
+        let moved = problem.q_type().bytes() + problem.output_type().bytes();
+        let moved = moved + (fetched + written) * problem.precision.kv.bytes();
         Cost { flops: 4 * problem.head_dim as u64 * logits, transcendentals: logits, bytes_accessed: moved as u64 }
     }
 
@@ -172,7 +200,7 @@ impl Kernel for Rpa {
     }
 
     fn live(problem: &Problem, inputs: &Arrays) -> Vec<usize> {
-        vec![reference::live(problem, &Batch::of(problem, inputs).expect("a batch of the problem"))]
+        reference::live(problem, &Batch::of(problem, inputs).expect("a batch of the problem"))
     }
 
     fn recognise(operands: &[(String, TensorType)]) -> Option<Problem> {
@@ -196,6 +224,7 @@ impl Kernel for Rpa {
             scale: 1.0,
             sliding_window: None,
             soft_cap: None,
+            ..Spec::default()
         });
         let problem = problem.ok()?;
         let named = problem.arguments().iter().all(|argument| ty(argument.name) == Some(&argument.ty));
@@ -203,7 +232,7 @@ impl Kernel for Rpa {
     }
 
     fn reference(problem: &Problem, inputs: &Arrays) -> Vec<Expected> {
-        vec![reference::reference(problem, inputs)]
+        reference::reference(problem, inputs)
     }
 
     fn stablehlo<'c, 'a>(
@@ -211,7 +240,7 @@ impl Kernel for Rpa {
         problem: &Problem,
         args: &Named<hlo::Tensor<'c, 'a>>,
     ) -> Result<Vec<hlo::Tensor<'c, 'a>>> {
-        Ok(vec![stablehlo::emit(b, problem, args)?])
+        stablehlo::emit(b, problem, args)
     }
 
     fn operands(problem: &Problem) -> Vec<Operand> {
@@ -285,6 +314,7 @@ impl Kernel for Rpa {
                 scale: (head_dim as f64).powf(-0.5),
                 sliding_window: None,
                 soft_cap: None,
+                ..Spec::default()
             })
         };
         heads.into_iter().flat_map(of).collect()
@@ -318,6 +348,7 @@ impl Kernel for Rpa {
             scale: (head_dim as f64).powf(-0.5),
             sliding_window: (options == 5).then_some(1024),
             soft_cap: (options == 4).then_some(30.0),
+            ..Spec::default()
         })
     }
 
@@ -325,6 +356,22 @@ impl Kernel for Rpa {
         static RECORDS: LazyLock<Records<Rpa>> = LazyLock::new(|| Records::parse(include_str!("../../tuned/rpa.json")));
         Some(&RECORDS)
     }
+}
+
+/// `spec` with some of the options that a Mosaic form is written for.
+fn with_options(choices: &mut Choices, spec: Spec) -> Spec {
+    let narrow = choices.one_of(&problem::NARROW_KV);
+    let options: [&dyn Fn(Spec) -> Spec; 5] = [
+        &|spec| Spec { fused: Some(Rotary::HalfSplit), ..spec },
+        &|spec| Spec { kv_rows: KvRows::for_lanes(spec.head_dim), ..spec },
+        &|spec| Spec { sinks: true, ..spec },
+        &|spec| Spec { log_sum_exp: true, ..spec },
+        &|spec| Spec { precision: Precision { kv: narrow, ..spec.precision }, ..spec },
+    ];
+    options.into_iter().fold(spec, |spec, option| match choices.coin().then(|| option(spec.clone())) {
+        Some(with) if plan::emitted(&with) => with,
+        _ => spec,
+    })
 }
 
 /// The layer whose pages a launch with these inputs reads.

@@ -45,6 +45,7 @@ fn set(
         scale: 0.088,
         sliding_window: Some(50),
         soft_cap: None,
+        ..Spec::default()
     };
     let problem = Problem::new(spec).expect("a problem");
     let options = Options { tiles: Some(Tiles { queries, kv_pages: 2 }), vmem_limit: None };

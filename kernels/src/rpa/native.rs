@@ -18,6 +18,7 @@ use pagoda_ir::{
 use pulp::{Simd, WithSimd};
 
 use super::{
+    cached::Cached,
     kv_layout::{Half, KvLayout},
     problem::Problem,
 };
@@ -29,7 +30,7 @@ use crate::{
 /// The custom call's name; the engine registers its handler under it.
 pub const TARGET: &str = "pagoda_rpa";
 /// Names of the options in the call's `backend_config`, all written as text.
-pub const OPTIONS: [&str; 4] = ["pages", "scale", "sliding_window", "soft_cap"];
+pub const OPTIONS: [&str; 7] = ["pages", "kv_heads", "scale", "sliding_window", "soft_cap", "sinks", "scaled"];
 
 /// Keys of one step of the online softmax.
 const KEY_BLOCK: usize = 64;
@@ -59,6 +60,10 @@ pub struct Operands<'c, 'a> {
     pub slots: Tensor<'c, 'a>,
     /// `f32[positions, head_dim]`: the cosines, then the sines of every position's rotary embedding.
     pub rotary: Tensor<'c, 'a>,
+    /// As in the problem, if it has them.
+    pub sinks: Option<Tensor<'c, 'a>>,
+    /// Those of keys and of values, if the problem has them.
+    pub scales: Option<[Tensor<'c, 'a>; 2]>,
 }
 
 /// Rotates queries and keys, writes the keys and values and attends, in one custom call: the output, feature-major
@@ -73,9 +78,12 @@ pub fn emit<'c, 'a>(
 ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
     let options = [
         Some(problem.pages.to_string()),
+        Some(problem.kv_heads.to_string()),
         Some(problem.scale.to_string()),
         problem.sliding_window.map(|window| window.to_string()),
         problem.soft_cap.map(|cap| cap.to_string()),
+        problem.sinks.then(|| "on".to_owned()),
+        problem.precision.is_scaled().then(|| "on".to_owned()),
     ];
     let options = OPTIONS.iter().zip(options);
     let options = options.filter_map(|(name, value)| Some(((*name).to_owned(), ConfigValue::Text(value?))));
@@ -84,8 +92,21 @@ pub fn emit<'c, 'a>(
         output_operand_aliases: vec![OutputOperandAlias { result: 1, operand: 1 }],
         ..CustomCall::default()
     };
-    let Operands { qkv, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page, slots, rotary } = *operands;
+    let Operands {
+        qkv,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        first_page,
+        slots,
+        rotary,
+        sinks,
+        scales,
+    } = *operands;
     let arguments = [qkv, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, first_page, slots, rotary];
+    let arguments: Vec<_> = arguments.into_iter().chain(sinks).chain(scales.into_iter().flatten()).collect();
     let output = TensorType::new(problem.precision.output, &[problem.q_heads * problem.head_dim, problem.tokens]);
     let results = b.custom_call(TARGET, &arguments, &[output, problem.kv_pages_type()], call)?;
     Ok((results[0], results[1]))
@@ -115,6 +136,10 @@ pub struct Call<'a> {
     pub sliding_window: Option<usize>,
     /// Logits `x` become `c * tanh(x / c)`.
     pub soft_cap: Option<f32>,
+    /// `[q_heads]`
+    pub sinks: Option<&'a [f32]>,
+    /// Of keys and of values, `[kv_heads]` each: what is stored is multiplied by it.
+    pub scales: Option<[&'a [f32]; 2]>,
     /// `[max_seqs]`
     pub kv_lens: &'a [i32],
     /// `[max_seqs, pages_per_seq]`
@@ -139,7 +164,12 @@ impl Call<'_> {
         self.q_heads / self.layer.kv.heads
     }
 
-    /// The rows that belong to sequences.
+    /// The factor of what is stored of one half of a KV head.
+    fn factor(&self, half: Half, head: usize) -> f32 {
+        self.scales.map_or(1.0, |scales| scales[half as usize][head])
+    }
+
+    /// The rows that belong to sequences, and stand somewhere.
     fn rows(&self) -> Vec<Row> {
         let mut rows = Vec::new();
         for sequence in 0..self.num_seqs {
@@ -161,76 +191,86 @@ impl Call<'_> {
 ///
 /// # Panics
 /// When slices do not have the sizes that the shapes give, or metadata points outside of them.
-pub fn step<T: Float>(
+pub fn step<T: Float, C: Cached>(
     call: &Call<'_>,
     qkv: &[T],
     rotary: &[f32],
     slots: &[i32],
-    kv_pages: &mut [T],
+    kv_pages: &mut [C::Code],
     out: &mut [T],
     threads: &dyn Threads,
 ) {
     let KvLayout { head_dim: dim, heads: kv_heads, .. } = call.layer.kv;
     let (tokens, queries, heads) = (slots.len(), call.q_heads * dim, call.q_heads + call.layer.kv.rows());
     assert!(qkv.len() == heads * dim * tokens && out.len() == queries * tokens, "{tokens} tokens of {heads} heads");
-    // [tokens, heads, head_dim]
-    let mut by_row = vec![T::narrow(0.0); qkv.len()];
+    // [tokens, q_heads, head_dim]
+    let mut q = vec![T::narrow(0.0); queries * tokens];
+    // Keys, then values of a row: [2, kv_heads, head_dim]
+    let mut new = vec![0.0; 2 * kv_heads * dim];
     for row in call.rows() {
+        let element = |head: usize, at: usize| qkv[(head * dim + at) * tokens + row.token].widen();
+        // The half-split form of Hugging Face's Llama.
         let (cosines, sines) = rotary[row.position * dim..][..dim].split_at(dim / 2);
-        let vectors = by_row[row.token * heads * dim..][..heads * dim].chunks_exact_mut(dim).enumerate();
-        for (head, vector) in vectors {
-            let element = |at: usize| qkv[(head * dim + at) * tokens + row.token];
-            if head >= call.q_heads + kv_heads {
-                (0..dim).for_each(|at| vector[at] = element(at));
-                continue;
-            }
-            // The half-split form of Hugging Face's Llama.
-            for (at, (cosine, sine)) in cosines.iter().zip(sines).enumerate() {
-                let (low, high) = (element(at).widen(), element(at + dim / 2).widen());
-                vector[at] = T::narrow(low * cosine - high * sine);
-                vector[at + dim / 2] = T::narrow(high * cosine + low * sine);
+        let rotated = |head: usize, at: usize| {
+            let (low, high) = (element(head, at), element(head, at + dim / 2));
+            let (cosine, sine) = (cosines[at], sines[at]);
+            [low * cosine - high * sine, high * cosine + low * sine]
+        };
+        for (head, vector) in q[row.token * queries..][..queries].chunks_exact_mut(dim).enumerate() {
+            for at in 0..dim / 2 {
+                [vector[at], vector[at + dim / 2]] = rotated(head, at).map(T::narrow);
             }
         }
+        let (keys, values) = new.split_at_mut(kv_heads * dim);
+        for (head, vector) in keys.chunks_exact_mut(dim).enumerate() {
+            for at in 0..dim / 2 {
+                [vector[at], vector[at + dim / 2]] = rotated(call.q_heads + head, at);
+            }
+        }
+        for (head, vector) in values.chunks_exact_mut(dim).enumerate() {
+            let head = call.q_heads + kv_heads + head;
+            vector.iter_mut().enumerate().for_each(|(at, value)| *value = element(head, at));
+        }
+        write::<C>(call, kv_pages, keys, values, slots[row.token]);
     }
-    let mut q = Vec::with_capacity(queries * tokens);
-    for (row, slot) in by_row.chunks_exact(heads * dim).zip(slots) {
-        let (row, kv) = row.split_at(queries);
-        let (k, v) = kv.split_at(kv_heads * dim);
-        write(kv_pages, k, v, &[*slot], &call.layer);
-        q.extend_from_slice(row);
-    }
-    let mut attended = by_row;
-    attended.truncate(queries * tokens);
-    attend(call, &q, kv_pages, &mut attended, threads);
+    let mut attended = vec![T::narrow(0.0); queries * tokens];
+    attend::<T, C>(call, &q, kv_pages, &mut attended, None, threads);
     for (feature, out) in out.chunks_exact_mut(tokens).enumerate() {
         out.iter_mut().enumerate().for_each(|(token, out)| *out = attended[token * queries + feature]);
     }
 }
 
-/// Writes `k` and `v`, each `[tokens, kv_heads, head_dim]`, at `slots` (`page * page_size + offset`) of the layer's
-/// pages. Slots outside the layer write nothing.
+/// Writes the keys and values of a row, `[kv_heads, head_dim]` each, at `slot` (`page * page_size + offset`) of the layer's
+/// pages. A slot outside the layer writes nothing.
 ///
 /// # Panics
 /// When slices do not have the sizes that the shapes give.
-pub fn write<T: Float>(kv_pages: &mut [T], k: &[T], v: &[T], slots: &[i32], layer: &Layer) {
-    let (kv, width) = (layer.kv, layer.kv.heads * layer.kv.head_dim);
-    let rows = k.chunks_exact(width).zip(v.chunks_exact(width));
-    for (slot, (k, v)) in slots.iter().zip(rows) {
-        let Some(slot) = usize::try_from(*slot).ok().filter(|&slot| slot < kv.slots()) else { continue };
-        let token = &mut kv_pages[kv.token(layer.first_page, slot)];
-        for (half, new) in [(Half::Key, k), (Half::Value, v)] {
-            for (head, new) in new.chunks_exact(kv.head_dim).enumerate() {
-                token[kv.offset(head, half)..][..kv.head_dim].copy_from_slice(new);
-            }
+pub fn write<C: Cached>(call: &Call<'_>, kv_pages: &mut [C::Code], k: &[f32], v: &[f32], slot: i32) {
+    let Layer { first_page, kv } = call.layer;
+    let Some(slot) = usize::try_from(slot).ok().filter(|&slot| slot < kv.slots()) else { return };
+    let token = &mut kv_pages[kv.token(first_page, slot)];
+    for (half, new) in [(Half::Key, k), (Half::Value, v)] {
+        for (head, new) in new.chunks_exact(kv.head_dim).enumerate() {
+            let factor = call.factor(half, head);
+            let stored = &mut token[kv.offset(head, half)..][..kv.head_dim];
+            stored.iter_mut().zip(new).for_each(|(stored, new)| *stored = C::stored(new / factor));
         }
     }
 }
 
-/// Attends; `q` and `out` are `[tokens, q_heads, head_dim]`, `out` 0 in rows of padding and in rows that see nothing.
+/// Attends; `q` and `out` are `[tokens, q_heads, head_dim]`, `lse` is `[tokens, q_heads]`; 0 in rows of padding and in rows
+/// that see nothing.
 ///
 /// # Panics
 /// When slices do not have the sizes that the shapes give, or metadata points outside of them.
-pub fn attend<T: Float>(call: &Call<'_>, q: &[T], kv_pages: &[T], out: &mut [T], threads: &dyn Threads) {
+pub fn attend<T: Float, C: Cached>(
+    call: &Call<'_>,
+    q: &[T],
+    kv_pages: &[C::Code],
+    out: &mut [T],
+    lse: Option<&mut [f32]>,
+    threads: &dyn Threads,
+) {
     let KvLayout { heads: kv_heads, head_dim, .. } = call.layer.kv;
     let width = call.group() * head_dim;
     assert!(width > 0 && call.q_heads.is_multiple_of(kv_heads) && out.len() == q.len());
@@ -239,14 +279,21 @@ pub fn attend<T: Float>(call: &Call<'_>, q: &[T], kv_pages: &[T], out: &mut [T],
     let work: usize = rows.iter().map(|row| call.layer.kv.rows() * width * (row.position + 1)).sum();
     // Every row and KV head owns its part of the output, so they can go to whichever thread is free.
     let mut parts: Vec<Option<&mut [T]>> = out.chunks_exact_mut(width).map(Some).collect();
+    let mut sums: Vec<&mut [f32]> = Vec::new();
+    if let Some(lse) = lse {
+        lse.fill(0.0);
+        sums.extend(lse.chunks_exact_mut(call.group()));
+    }
+    let mut sums: Vec<_> = sums.into_iter().map(Some).collect();
     let jobs = rows.iter().flat_map(|row| (0..kv_heads).map(move |head| (*row, head)));
     let jobs = jobs.map(|(row, head)| {
         let part = row.token * kv_heads + head;
         let out = parts[part].take().expect("rows of sequences do not overlap");
-        Job { call, q: &q[part * width..][..width], kv_pages, row, head, out }
+        let lse = sums.get_mut(part).and_then(Option::take).unwrap_or_default();
+        Job { call, q: &q[part * width..][..width], kv_pages, row, head, out, lse }
     });
-    let mut jobs: Vec<Job<'_, T>> = jobs.collect();
-    let each = |jobs: &mut [Job<'_, T>]| {
+    let mut jobs: Vec<Job<'_, T, C>> = jobs.collect();
+    let each = |jobs: &mut [Job<'_, T, C>]| {
         let mut scratch = Scratch::new(call);
         jobs.iter_mut().for_each(|job| pulp::Arch::new().dispatch(AttendRow { job, scratch: &mut scratch }));
     };
@@ -264,15 +311,17 @@ pub fn attend<T: Float>(call: &Call<'_>, q: &[T], kv_pages: &[T], out: &mut [T],
 }
 
 /// One row of one KV head's group of query heads.
-struct Job<'j, T> {
+struct Job<'j, T, C: Cached> {
     call: &'j Call<'j>,
     /// `[group, head_dim]`
     q: &'j [T],
-    kv_pages: &'j [T],
+    kv_pages: &'j [C::Code],
     row: Row,
     head: usize,
     /// `[group, head_dim]`
     out: &'j mut [T],
+    /// `[group]`, or empty.
+    lse: &'j mut [f32],
 }
 
 /// Buffers of one thread.
@@ -306,12 +355,12 @@ impl Scratch {
 }
 
 /// [`attend_row`] as `pulp` wants it: compiled once per instruction set, the best one chosen at run time.
-struct AttendRow<'s, 'j, T> {
-    job: &'s mut Job<'j, T>,
+struct AttendRow<'s, 'j, T, C: Cached> {
+    job: &'s mut Job<'j, T, C>,
     scratch: &'s mut Scratch,
 }
 
-impl<T: Float> WithSimd for AttendRow<'_, '_, T> {
+impl<T: Float, C: Cached> WithSimd for AttendRow<'_, '_, T, C> {
     type Output = ();
 
     #[inline(always)]
@@ -321,8 +370,8 @@ impl<T: Float> WithSimd for AttendRow<'_, '_, T> {
 }
 
 #[inline(always)]
-fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Scratch) {
-    let Job { call, q, kv_pages, row, head, out } = job;
+fn attend_row<S: Simd, T: Float, C: Cached>(simd: S, job: &mut Job<'_, T, C>, scratch: &mut Scratch) {
+    let Job { call, q, kv_pages, row, head, out, lse } = job;
     let (head, kv_pages) = (*head, *kv_pages);
     let Layer { first_page, kv } = call.layer;
     let KvLayout { page_size, head_dim: dim, .. } = kv;
@@ -330,7 +379,8 @@ fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Sc
     let end = row.position + 1;
     let start = call.sliding_window.map_or(0, |window| end.saturating_sub(window));
     let Scratch { q: scaled, acc, logits, vectors, max, sum } = scratch;
-    scaled.iter_mut().zip(*q).for_each(|(scaled, q)| *scaled = q.widen() * call.scale);
+    let scale = call.scale * call.factor(Half::Key, head);
+    scaled.iter_mut().zip(*q).for_each(|(scaled, q)| *scaled = q.widen() * scale);
     acc.fill(0.0);
     max.fill(f32::NEG_INFINITY);
     sum.fill(0.0);
@@ -353,7 +403,7 @@ fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Sc
         for (first, tokens) in parts(keys.clone()) {
             for (at, tokens) in tokens.chunks(TOGETHER * stride).enumerate() {
                 let (at, live) = (first + at * TOGETHER, tokens.len() / stride);
-                let keys = together(tokens, stride, kv.offset(head, Half::Key), dim, vectors);
+                let keys = together::<C>(tokens, stride, kv.offset(head, Half::Key), dim, vectors);
                 for (q, logits) in scaled.chunks_exact(dim).zip(logits.chunks_exact_mut(KEY_BLOCK)) {
                     logits[at..][..live].copy_from_slice(&dots(simd, q, keys)[..live]);
                 }
@@ -378,7 +428,7 @@ fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Sc
         for (first, tokens) in parts(keys) {
             for (at, tokens) in tokens.chunks(TOGETHER * stride).enumerate() {
                 let (at, live) = (first + at * TOGETHER, tokens.len() / stride);
-                let values = together(tokens, stride, kv.offset(head, Half::Value), dim, vectors);
+                let values = together::<C>(tokens, stride, kv.offset(head, Half::Value), dim, vectors);
                 for (acc, all) in acc.chunks_exact_mut(dim).zip(logits.chunks_exact(KEY_BLOCK)) {
                     let mut weights = [0.0; TOGETHER];
                     weights[..live].copy_from_slice(&all[at..][..live]);
@@ -387,17 +437,30 @@ fn attend_row<S: Simd, T: Float>(simd: S, job: &mut Job<'_, T>, scratch: &mut Sc
             }
         }
     }
-    for ((out, acc), sum) in out.chunks_exact_mut(dim).zip(acc.chunks_exact(dim)).zip(&*sum) {
+    let factor = call.factor(Half::Value, head);
+    let group = call.group();
+    for (member, (out, acc)) in out.chunks_exact_mut(dim).zip(acc.chunks_exact(dim)).enumerate() {
+        let (mut largest, mut total, mut factor) = (max[member], sum[member], factor);
+        if let Some(sinks) = call.sinks {
+            let sink = sinks[head * group + member];
+            let rescale = exp(largest - largest.max(sink));
+            largest = largest.max(sink);
+            total = total * rescale + exp(sink - largest);
+            factor *= rescale;
+        }
         for (out, acc) in out.iter_mut().zip(acc) {
-            *out = T::narrow(acc / sum);
+            *out = T::narrow(factor * acc / total);
+        }
+        if let Some(lse) = lse.get_mut(member) {
+            *lse = largest + total.ln();
         }
     }
 }
 
 /// One vector, at `offset`, of each of up to [`TOGETHER`] tokens; beyond the last token its vector again.
 #[inline(always)]
-fn together<'v, T: Float>(
-    tokens: &'v [T],
+fn together<'v, C: Cached>(
+    tokens: &'v [C::Code],
     stride: usize,
     offset: usize,
     dim: usize,
@@ -406,7 +469,7 @@ fn together<'v, T: Float>(
     let last = tokens.len() / stride - 1;
     let mut vectors: [&[f32]; TOGETHER] = [&[]; TOGETHER];
     for ((token, vector), wide) in vectors.iter_mut().enumerate().zip(wide.chunks_exact_mut(dim)) {
-        *vector = T::vector(&tokens[token.min(last) * stride + offset..][..dim], wide);
+        *vector = C::vector(&tokens[token.min(last) * stride + offset..][..dim], wide);
     }
     vectors
 }

@@ -23,14 +23,14 @@ use pagoda_ir::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Rpa, Spec,
-    kv_layout::KvLayout,
-    problem::Problem,
+    Rpa,
+    kv_layout::{KvLayout, KvRows},
+    problem::{Problem, Spec},
 };
 use crate::{
     chips::Chip,
     evidence,
-    kernel::TileSizes,
+    kernel::{Kernel, TileSizes},
     plan::{self, PlanError, Spilling},
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
@@ -85,9 +85,24 @@ const MAX_KV_BUFFERS: usize = 4;
 /// Most copies in flight per block that the planner chooses: each is an instruction of its own.
 const MAX_COPIES: usize = 32;
 
-/// Refuses a head dimension that no rows can be copied of, and page tables that SMEM does not hold.
+/// Whether there is a Mosaic form of a problem with these options. (Sizes are [`plannable`]'s matter.)
+pub(super) fn emitted(spec: &Spec) -> bool {
+    let Spec { fused, sinks, log_sum_exp, kv_rows, precision, .. } = spec;
+    fused.is_none() && !sinks && !log_sum_exp && *kv_rows == KvRows::Interleaved && precision.kv == precision.q
+}
+
+/// Refuses options that there is no Mosaic form of, a head dimension that no rows can be copied of, and page tables that
+/// SMEM does not hold.
 pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> {
     let info = chip.info();
+    if !emitted(problem) {
+        return Err(PlanError {
+            key: "options",
+            value: Rpa::describe(problem),
+            limit: "have no kernel for TPUs".into(),
+            fix: "leave them out, or use the StableHLO form".into(),
+        });
+    }
     if problem.head_dim > LANES && !problem.head_dim.is_multiple_of(LANES) {
         return Err(PlanError {
             key: "head_dim",
@@ -396,8 +411,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        kernel::Kernel,
-        rpa::{Kind, Precision, Spec},
+        rpa::{Kind, Precision},
         vmem::{Spills, Suggestion, Verdict},
     };
 
@@ -417,6 +431,7 @@ mod tests {
             scale: 128f64.powf(-0.5),
             sliding_window: None,
             soft_cap: None,
+            ..Spec::default()
         })
         .unwrap()
     }

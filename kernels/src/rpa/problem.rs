@@ -3,7 +3,7 @@
 use pagoda_ir::{Element, TensorType};
 use serde::{Deserialize, Serialize};
 
-use super::kv_layout::KvLayout;
+use super::kv_layout::{KvLayout, KvRows};
 use crate::{
     error::{Invalid, MAX_ELEMENTS, ensure, ensure_product},
     named::{Argument, Arguments, Named},
@@ -12,13 +12,16 @@ use crate::{
 
 const SUBJECT: &str = "rpa problem";
 
-/// Element types. Today q, KV and the output are of one type, and the accumulator is f32.
+/// What the cache may hold where that is not the type of the queries.
+pub(super) const NARROW_KV: [Element; 4] = [Element::Bf16, Element::F8E4M3Fn, Element::F8E5M2, Element::I8];
+
+/// Element types. Queries and the output are of one type, and the accumulator is f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Precision {
     /// Queries: f32 or bf16.
     pub q: Element,
-    /// Keys and values in the cache.
+    /// Keys and values in the cache: the type of q, bf16, or one of 8 bits with a scale per head.
     pub kv: Element,
     /// Running maximum, sum and weighted values.
     pub accumulator: Element,
@@ -31,6 +34,21 @@ impl Precision {
     pub const fn uniform(element: Element) -> Self {
         Self { q: element, kv: element, accumulator: Element::F32, output: element }
     }
+
+    /// The least and the largest finite number of a cache of 8 bits: what is beyond becomes one of them. All numbers for
+    /// others.
+    pub fn bounds(&self) -> [f64; 2] {
+        match (self.kv, self.kv.minifloat()) {
+            (Element::I8, _) => [i8::MIN.into(), i8::MAX.into()],
+            (_, Some(format)) => [-format.most(), format.most()].map(f64::from),
+            _ => [f64::NEG_INFINITY, f64::INFINITY],
+        }
+    }
+
+    /// Whether the cache holds numbers that are multiplied by a scale of their head: key or value = stored * scale.
+    pub const fn is_scaled(&self) -> bool {
+        self.kv.bytes() == 1
+    }
 }
 
 /// What the sequences of a batch may look like. Programs are specialised for it.
@@ -41,6 +59,15 @@ pub enum Kind {
     Decode,
     /// Any number of query rows per sequence: prefill chunks and decode rows side by side.
     Mixed,
+}
+
+/// How a fused kernel turns queries and keys by their positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rotary {
+    /// The form of Hugging Face's Llama: element `i` of the first half of a head is paired with element `i` of the second,
+    /// `(low * cos - high * sin, high * cos + low * sin)`, in f32.
+    HalfSplit,
 }
 
 /// The description of a problem. Sizes are of one device's share of the model.
@@ -75,6 +102,49 @@ pub struct Spec {
     pub sliding_window: Option<usize>,
     /// Logits `x` become `c * tanh(x / c)` (after scaling, before masking).
     pub soft_cap: Option<f64>,
+    /// The kernel takes the projections as they are: it turns queries and keys by their positions, writes the keys and
+    /// values into the pages, in place, and attends. Without it, q is turned and the pages are written before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fused: Option<Rotary>,
+    /// Each query head has a logit of its own in the softmax's sum, without a value (an attention sink, as in gpt-oss).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub sinks: bool,
+    /// The logarithm of the softmax's sum is a result too: attention over parts of a context can be merged by it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub log_sum_exp: bool,
+    /// The rows of a token in the cache.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub kv_rows: KvRows,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+impl Default for Spec {
+    /// The smallest problem: what a literal need not say.
+    fn default() -> Self {
+        Self {
+            kind: Kind::Mixed,
+            precision: Precision::uniform(Element::F32),
+            tokens: 1,
+            q_heads: 1,
+            kv_heads: 1,
+            head_dim: 128,
+            page_size: 1,
+            pages: 1,
+            layers: 1,
+            max_seqs: 1,
+            pages_per_seq: 1,
+            scale: 1.0,
+            sliding_window: None,
+            soft_cap: None,
+            fused: None,
+            sinks: false,
+            log_sum_exp: false,
+            kv_rows: KvRows::Interleaved,
+        }
+    }
 }
 
 /// A valid attention problem.
@@ -101,9 +171,11 @@ impl Specification for Spec {
         let Precision { q, kv, accumulator, output } = spec.precision;
         let (float, fix) = (matches!(q, Element::F32 | Element::Bf16), "convert the operands to one of them");
         ensure(float, SUBJECT, "precision.q", q, || "is neither f32 nor bf16".into(), fix)?;
-        for (key, element) in [("precision.kv", kv), ("precision.output", output)] {
-            ensure(element == q, SUBJECT, key, element, || format!("is not the type of q, {q}"), "give the same type")?;
-        }
+        let limit = || format!("is not the type of q, {q}");
+        ensure(output == q, SUBJECT, "precision.output", output, limit, "give the same type")?;
+        let limit = || format!("is neither the type of q, {q}, nor bf16 or a type of 8 bits");
+        let narrow = NARROW_KV.contains(&kv);
+        ensure(kv == q || narrow, SUBJECT, "precision.kv", kv, limit, "give one of them")?;
         let limit = || "is not f32".into();
         ensure(accumulator == Element::F32, SUBJECT, "precision.accumulator", accumulator, limit, "accumulate in f32")?;
         ensure(
@@ -119,7 +191,13 @@ impl Specification for Spec {
             let fix = "give a positive finite number";
             ensure(value.is_finite() && value > 0.0, SUBJECT, key, value, || "is not positive and finite".into(), fix)?;
         }
-        let rows = KvLayout::rows_of(spec.kv_heads.min(MAX_ELEMENTS));
+        let fix = "give an even one, or leave rotary out";
+        let pairs = spec.fused.is_none() || spec.head_dim.is_multiple_of(2);
+        ensure(pairs, SUBJECT, "head_dim", spec.head_dim, || "has no two halves to rotate".into(), fix)?;
+        let fits = spec.kv_rows == KvRows::Interleaved || spec.head_dim == KvRows::PACKED_HEAD_DIM;
+        let limit = || format!("is not {}, the one that packed rows have", KvRows::PACKED_HEAD_DIM);
+        ensure(fits, SUBJECT, "head_dim", spec.head_dim, limit, "give kv_rows = interleaved")?;
+        let rows = 2 * spec.kv_heads.min(MAX_ELEMENTS);
         // Positions, page ids and KV slots are i32 on the device, and a block may end one block past the context.
         let index = i32::MAX as usize;
         for (key, factors, most) in [
@@ -165,36 +243,69 @@ impl Problem {
             page_size: self.page_size,
             heads: self.kv_heads,
             head_dim: self.head_dim,
+            kv_rows: self.kv_rows,
         }
     }
 
-    /// `[tokens, q_heads, head_dim]`: queries.
+    /// Heads of a fused kernel's projections: queries, keys and values.
+    pub fn projected_heads(&self) -> usize {
+        self.q_heads + 2 * self.kv_heads
+    }
+
+    /// Queries: `[tokens, q_heads, head_dim]`. Of a fused kernel the projections as they are, row-major: `[tokens, (q_heads +
+    /// 2 * kv_heads) * head_dim]`, the heads of the queries, then those of the keys, then those of the values.
     pub fn q_type(&self) -> TensorType {
-        TensorType::new(self.precision.q, &[self.tokens, self.q_heads, self.head_dim])
+        let dims: &[usize] = match self.fused {
+            None => &[self.tokens, self.q_heads, self.head_dim],
+            Some(_) => &[self.tokens, self.projected_heads() * self.head_dim],
+        };
+        TensorType::new(self.precision.q, dims)
     }
 
-    /// `[tokens, q_heads, head_dim]`: the output.
+    /// The output: `[tokens, q_heads, head_dim]`, of a fused kernel `[tokens, q_heads * head_dim]`.
     pub fn output_type(&self) -> TensorType {
-        TensorType::new(self.precision.output, &[self.tokens, self.q_heads, self.head_dim])
+        let dims: &[usize] = match self.fused {
+            None => &[self.tokens, self.q_heads, self.head_dim],
+            Some(_) => &[self.tokens, self.q_heads * self.head_dim],
+        };
+        TensorType::new(self.precision.output, dims)
     }
 
-    /// `[layers * pages, page_size, 2 * kv_heads, head_dim]`: see [`KvLayout`].
+    /// See [`KvLayout::buffer_type`].
     pub fn kv_pages_type(&self) -> TensorType {
         self.kv_layout().buffer_type()
     }
 
-    /// `[tokens, kv_heads, head_dim]`: keys or values to be written.
+    /// `[tokens, kv_heads, head_dim]`: keys or values to be written, in the cache's type.
     pub fn new_kv_type(&self) -> TensorType {
         TensorType::new(self.precision.kv, &[self.tokens, self.kv_heads, self.head_dim])
     }
 
-    /// Queries, KV pages, `kv_lens [max_seqs]`, `page_indices [max_seqs, pages_per_seq]`, `cu_q_lens [max_seqs + 1]`,
-    /// `num_seqs [1]`, and with several layers the scalar `first_page`, where the layer's pages begin in the buffer.
+    /// In this order:
+    ///
+    /// | argument | type | |
+    /// |---|---|---|
+    /// | `q` | [`Problem::q_type`] | `qkv` of a fused kernel |
+    /// | `cos_sin` | `f32[tokens, head_dim]` | fused: the cosines of each row's angles, then their sines |
+    /// | `sinks` | `f32[q_heads]` | if there are |
+    /// | `k_scale`, `v_scale` | `f32[kv_heads]` | of a cache of 8 bits |
+    /// | `kv_pages` | [`Problem::kv_pages_type`] | fused: becomes the result of that name |
+    /// | `kv_lens` | `i32[max_seqs]` | |
+    /// | `page_indices` | `i32[max_seqs, pages_per_seq]` | |
+    /// | `cu_q_lens` | `i32[max_seqs + 1]` | |
+    /// | `num_seqs` | `i32[1]` | |
+    /// | `first_page` | `i32[]` | with several layers: where the layer's pages begin in the buffer |
     pub fn arguments(&self) -> Arguments {
         let int = |dims: &[usize]| TensorType::new(Element::I32, dims);
+        let float = |dims: &[usize]| TensorType::new(Element::F32, dims);
+        let (fused, scaled, kv_pages) = (self.fused.is_some(), self.precision.is_scaled(), self.kv_pages_type());
         Arguments::new([
-            Argument::input("q", self.q_type()),
-            Argument::input("kv_pages", self.kv_pages_type()),
+            Argument::input(if fused { "qkv" } else { "q" }, self.q_type()),
+            Argument::input("cos_sin", float(&[self.tokens, self.head_dim])).when(fused),
+            Argument::input("sinks", float(&[self.q_heads])).when(self.sinks),
+            Argument::input("k_scale", float(&[self.kv_heads])).when(scaled),
+            Argument::input("v_scale", float(&[self.kv_heads])).when(scaled),
+            if fused { Argument::donated("kv_pages", kv_pages, 1) } else { Argument::input("kv_pages", kv_pages) },
             Argument::prefetch("kv_lens", int(&[self.max_seqs])),
             Argument::prefetch("page_indices", int(&[self.max_seqs, self.pages_per_seq])),
             Argument::prefetch("cu_q_lens", int(&[self.max_seqs + 1])),
@@ -203,8 +314,11 @@ impl Problem {
         ])
     }
 
-    /// The output.
+    /// The output; of a fused kernel `kv_pages`; where it is asked for, `lse`, `f32[tokens, q_heads]`.
     pub fn results(&self) -> Named<TensorType> {
-        [("out", self.output_type())].into_iter().collect()
+        let kv_pages = self.fused.map(|_| ("kv_pages", self.kv_pages_type()));
+        let lse = TensorType::new(Element::F32, &[self.tokens, self.q_heads]);
+        let lse = self.log_sum_exp.then_some(("lse", lse));
+        [("out", self.output_type())].into_iter().chain(kv_pages).chain(lse).collect()
     }
 }

@@ -15,12 +15,13 @@
 
 use pagoda_ir::{
     Element, Result,
-    stablehlo::{Builder, Direction, DotDims, GatherDims, Precision, Tensor},
+    stablehlo::{Builder, Direction, DotDims, Precision, Tensor},
 };
 
 use super::{
     kv_layout::{Half, KvLayout},
-    problem::{Kind, Problem},
+    kv_write,
+    problem::{Kind, Problem, Rotary},
 };
 use crate::named::Named;
 
@@ -31,7 +32,7 @@ pub const QUERY_BLOCK: usize = 32;
 /// Rows per KV head up to which the logits are a multiply and reduce.
 const MULTIPLY_REDUCE_ROWS: usize = 8;
 
-/// The attention's output, `[tokens, q_heads, head_dim]`; 0 in rows of padding.
+/// The results of the problem, in its order.
 ///
 /// # Errors
 /// None for operands of the problem's types, unless MLIR fails.
@@ -39,16 +40,148 @@ pub fn emit<'c, 'a>(
     b: &Builder<'c, 'a>,
     problem: &Problem,
     operands: &Named<Tensor<'c, 'a>>,
+) -> Result<Vec<Tensor<'c, 'a>>> {
+    let Some(rotary) = problem.fused else { return attention(b, problem, operands) };
+    let operands = written(b, problem, operands, rotary)?;
+    let mut results = attention(b, problem, &operands)?;
+    results[0] = b.reshape(results[0], &problem.output_type().dims)?;
+    results.insert(1, operands["kv_pages"]);
+    Ok(results)
+}
+
+/// Rotates `x [rows, heads, head_dim]` by `cos_sin f32[rows, head_dim]`, each row's cosines and sines: f32.
+///
+/// # Errors
+/// When an operand's type does not fit.
+pub fn rotate<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    rotary: Rotary,
+    x: Tensor<'c, 'a>,
+    cos_sin: Tensor<'c, 'a>,
 ) -> Result<Tensor<'c, 'a>> {
+    let Rotary::HalfSplit = rotary;
+    let dims = x.dims();
+    let half = [dims[0], dims[1], dims[2] / 2];
+    let wide = b.convert(x, Element::F32)?;
+    let low = b.slice_in_dim(wide, 0, half[2], 2)?;
+    let high = b.slice_in_dim(wide, half[2], dims[2], 2)?;
+    let cosines = b.broadcast_in_dim(b.slice_in_dim(cos_sin, 0, half[2], 1)?, &half, &[0, 2])?;
+    let sines = b.broadcast_in_dim(b.slice_in_dim(cos_sin, half[2], dims[2], 1)?, &half, &[0, 2])?;
+    let rotated_low = b.subtract(b.multiply(low, cosines)?, b.multiply(high, sines)?)?;
+    let rotated_high = b.add(b.multiply(high, cosines)?, b.multiply(low, sines)?)?;
+    b.concatenate(&[rotated_low, rotated_high], 2)
+}
+
+/// The operands of the attention behind a fused one's first part: queries are rotated, keys and values written.
+fn written<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    problem: &Problem,
+    operands: &Named<Tensor<'c, 'a>>,
+    rotary: Rotary,
+) -> Result<Named<Tensor<'c, 'a>>> {
+    let (q_heads, kv_heads, dim) = (problem.q_heads, problem.kv_heads, problem.head_dim);
+    let heads = |first: usize, count: usize| {
+        let part = b.slice_in_dim(operands["qkv"], first * dim, (first + count) * dim, 1)?;
+        b.reshape(part, &[problem.tokens, count, dim])
+    };
+    let q = rotate(b, rotary, heads(0, q_heads)?, operands["cos_sin"])?;
+    let k = rotate(b, rotary, heads(q_heads, kv_heads)?, operands["cos_sin"])?;
+    let v = heads(q_heads + kv_heads, kv_heads)?;
+    let new = [
+        ("kv_pages", operands["kv_pages"]),
+        ("k", stored(b, problem, k, operands.get("k_scale").copied())?),
+        ("v", stored(b, problem, v, operands.get("v_scale").copied())?),
+        ("slots", Metadata::new(b, problem, operands)?.slots(b, problem)?),
+    ];
+    let first_page = operands.get("first_page").map(|&page| ("first_page", page));
+    let kv_pages = kv_write::emit(b, problem, &new.into_iter().chain(first_page).collect())?;
+    Ok(operands.clone().with("q", b.convert(q, problem.precision.q)?).with("kv_pages", kv_pages))
+}
+
+/// Keys or values `[tokens, kv_heads, head_dim]` as the cache holds them: divided by the scales of their heads, saturated,
+/// rounded to nearest even.
+fn stored<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    problem: &Problem,
+    x: Tensor<'c, 'a>,
+    scale: Option<Tensor<'c, 'a>>,
+) -> Result<Tensor<'c, 'a>> {
+    let element = problem.precision.kv;
+    let Some(scale) = scale else { return b.convert(x, element) };
+    let x = b.convert(x, Element::F32)?;
+    let x = b.divide(x, b.broadcast_in_dim(scale, &x.dims(), &[1])?)?;
+    let [least, most] = problem.precision.bounds().map(|bound| b.scalar(Element::F32, bound));
+    let x = b.clamp(least?, x, most?)?;
+    b.convert(if element.is_float() { x } else { b.round_nearest_even(x)? }, element)
+}
+
+/// Output and, where it is asked for, log-sum-exp, over pages that are written.
+fn attention<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    problem: &Problem,
+    operands: &Named<Tensor<'c, 'a>>,
+) -> Result<Vec<Tensor<'c, 'a>>> {
     let emitter = Emitter::new(b, problem, operands)?;
     let decoded = emitter.decode_pass()?;
-    match problem.kind {
-        Kind::Decode => Ok(decoded.rows),
+    let rows = match problem.kind {
+        Kind::Decode => decoded.rows,
         Kind::Mixed => {
             let prefilled = emitter.prefill_pass()?;
-            let is_decode = b.broadcast_in_dim(decoded.is_decode, &problem.q_type().dims, &[0])?;
-            b.select(is_decode, decoded.rows, prefilled)
+            let is_decode = b.broadcast_in_dim(decoded.is_decode, &decoded.rows.dims(), &[0])?;
+            b.select(is_decode, decoded.rows, prefilled)?
         }
+    };
+    if !problem.log_sum_exp {
+        return Ok(vec![rows]);
+    }
+    let (columns, dim) = (emitter.columns(), problem.head_dim);
+    let out = b.convert(b.slice_in_dim(rows, 0, dim, 2)?, problem.precision.output)?;
+    let lse = b.reshape(b.slice_in_dim(rows, dim, columns, 2)?, &[problem.tokens, problem.q_heads])?;
+    Ok(vec![out, lse])
+}
+
+/// Which rows belong to which sequence.
+struct Metadata<'c, 'a> {
+    /// `i32[max_seqs]`: one past each sequence's last row.
+    ends: Tensor<'c, 'a>,
+    /// `pred[max_seqs]`: the sequences that there are.
+    live: Tensor<'c, 'a>,
+    /// `i32[tokens]`: `num_seqs` for padding.
+    seq_of_row: Tensor<'c, 'a>,
+    /// `pred[tokens]`
+    padding: Tensor<'c, 'a>,
+    operands: [Tensor<'c, 'a>; 2],
+}
+
+impl<'c, 'a> Metadata<'c, 'a> {
+    fn new(b: &Builder<'c, 'a>, problem: &Problem, operands: &Named<Tensor<'c, 'a>>) -> Result<Self> {
+        let (seqs, tokens) = (problem.max_seqs, problem.tokens);
+        let num_seqs = b.reshape(operands["num_seqs"], &[])?;
+        let ends = b.slice_in_dim(operands["cu_q_lens"], 1, seqs + 1, 0)?;
+        let live = b.compare(b.iota(Element::I32, &[seqs], 0)?, Direction::Lt, b.broadcast_to(num_seqs, &[seqs])?)?;
+        // A row belongs to the sequence after all those that end at or before it.
+        let grid = [tokens, seqs];
+        let row = b.iota(Element::I32, &grid, 0)?;
+        let ended = b.compare(b.broadcast_in_dim(ends, &grid, &[1])?, Direction::Le, row)?;
+        let ended = b.and(ended, b.broadcast_in_dim(live, &grid, &[1])?)?;
+        let seq_of_row = b.reduce_sum(b.convert(ended, Element::I32)?, &[1])?; // [tokens]; num_seqs for padding
+        let padding = b.compare(seq_of_row, Direction::Ge, b.broadcast_to(num_seqs, &[tokens])?)?;
+        let operands = [operands["kv_lens"], operands["page_indices"]];
+        Ok(Self { ends, live, seq_of_row, padding, operands })
+    }
+
+    /// `i32[tokens]`: where the keys and values of each row go, within a layer; -1 for padding and idle rows.
+    fn slots(&self, b: &Builder<'c, 'a>, problem: &Problem) -> Result<Tensor<'c, 'a>> {
+        let tokens = [problem.tokens];
+        let zero = b.splat(Element::I32, &tokens, 0.0)?;
+        let seq = b.select(self.padding, zero, self.seq_of_row)?;
+        let [kv_lens, page_indices] = self.operands;
+        let of_row = |array| b.take(array, seq, 0);
+        let behind = b.subtract(of_row(self.ends)?, b.iota(Element::I32, &tokens, 0)?)?;
+        let position = b.subtract(of_row(kv_lens)?, behind)?;
+        let stands = b.compare(position, Direction::Ge, zero)?;
+        let stands = b.and(stands, b.not(self.padding)?)?;
+        KvLayout::slots_of(b, problem.page_size, position, of_row(page_indices)?, stands)
     }
 }
 
@@ -69,7 +202,7 @@ struct Queries<'c, 'a> {
 
 /// What the decode pass yields.
 struct Decoded<'c, 'a> {
-    /// `[tokens, q_heads, head_dim]`; 0 in rows of padding.
+    /// `[tokens, q_heads, columns]`; 0 in rows of padding.
     rows: Tensor<'c, 'a>,
     /// `pred[tokens]`: the row is its sequence's only one, or padding.
     is_decode: Tensor<'c, 'a>,
@@ -104,11 +237,9 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
     /// All sequences with one row, at once.
     fn decode_pass(&self) -> Result<Decoded<'c, 'a>> {
         let (b, problem, operands) = (self.b, self.problem, self.operands);
-        let (seqs, tokens) = (problem.max_seqs, problem.tokens);
+        let seqs = problem.max_seqs;
+        let Metadata { ends, live, seq_of_row, padding, .. } = Metadata::new(b, problem, operands)?;
         let starts = b.slice_in_dim(operands["cu_q_lens"], 0, seqs, 0)?;
-        let ends = b.slice_in_dim(operands["cu_q_lens"], 1, seqs + 1, 0)?;
-        let live =
-            b.compare(b.iota(Element::I32, &[seqs], 0)?, Direction::Lt, b.broadcast_to(self.num_seqs, &[seqs])?)?;
         let single = b.compare(b.subtract(ends, starts)?, Direction::Eq, self.ints(&[seqs], 1)?)?;
         let active = b.and(live, single)?;
         let end_key = b.select(active, operands["kv_lens"], self.ints(&[seqs], 0)?)?;
@@ -131,23 +262,15 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
             first_key,
             pages: self.pages,
         })?;
-        let attended = b.reshape(attended, &[seqs, problem.q_heads, problem.head_dim])?;
-
-        // From sequences to rows: a row belongs to the sequence after all those that end at or before it.
-        let grid = [tokens, seqs];
-        let row = b.iota(Element::I32, &grid, 0)?;
-        let ended = b.compare(b.broadcast_in_dim(ends, &grid, &[1])?, Direction::Le, row)?;
-        let ended = b.and(ended, b.broadcast_in_dim(live, &grid, &[1])?)?;
-        let seq_of_row = b.reduce_sum(b.convert(ended, Element::I32)?, &[1])?; // [tokens]; num_seqs for padding
-        let padding = b.compare(seq_of_row, Direction::Ge, b.broadcast_to(self.num_seqs, &[tokens])?)?;
-        let rows = b.take(attended, seq_of_row, 0)?; // [tokens, q_heads, head_dim]
+        let attended = b.reshape(attended, &[seqs, problem.q_heads, self.columns()])?;
+        let rows = b.take(attended, seq_of_row, 0)?; // [tokens, q_heads, columns]
         let dims = rows.dims();
         let rows = b.select(b.broadcast_in_dim(padding, &dims, &[0])?, b.splat(Element::F32, &dims, 0.0)?, rows)?;
         let is_decode = b.or(padding, b.take(single, seq_of_row, 0)?)?;
-        Ok(Decoded { rows: b.convert(rows, problem.precision.output)?, is_decode })
+        Ok(Decoded { rows: b.convert(rows, self.between())?, is_decode })
     }
 
-    /// The sequences with several rows, one after another: `[tokens, q_heads, head_dim]`.
+    /// The sequences with several rows, one after another: `[tokens, q_heads, columns]`.
     fn prefill_pass(&self) -> Result<Tensor<'c, 'a>> {
         let (b, problem, operands) = (self.b, self.problem, self.operands);
         let block = QUERY_BLOCK.min(problem.tokens);
@@ -155,7 +278,7 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
         // belong to later sequences are overwritten when their turn comes.
         let zero = b.scalar(problem.precision.q, 0.0)?;
         let q = b.pad(operands["q"], zero, &[0, 0, 0], &[block as i64, 0, 0], &[0, 0, 0])?;
-        let output = b.splat(problem.precision.output, &q.dims(), 0.0)?;
+        let output = b.splat(self.between(), &[q.dims()[0], problem.q_heads, self.columns()], 0.0)?;
         let looped = b.while_(
             &[self.int(0)?, output],
             |b, state| b.compare(state[0], Direction::Lt, self.num_seqs),
@@ -193,10 +316,10 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
                 let start = [b.add(first_row, done)?, this.int(0)?, this.int(0)?];
                 let rows = b.dynamic_slice(q, &start, &[block, problem.q_heads, problem.head_dim])?;
                 let attended = this.attend(this.prefill_block(rows, done, q_len, kv_len, pages)?)?;
-                let heads = [problem.kv_heads, block, problem.group(), problem.head_dim];
+                let heads = [problem.kv_heads, block, problem.group(), this.columns()];
                 let by_row = b.transpose(b.reshape(attended, &heads)?, &[1, 0, 2, 3])?;
-                let by_row = b.reshape(by_row, &[block, problem.q_heads, problem.head_dim])?;
-                let output = b.dynamic_update_slice(output, b.convert(by_row, problem.precision.output)?, &start)?;
+                let by_row = b.reshape(by_row, &[block, problem.q_heads, this.columns()])?;
+                let output = b.dynamic_update_slice(output, b.convert(by_row, this.between())?, &start)?;
                 Ok(vec![b.add(done, this.int(block as i64)?)?, output])
             },
         )?;
@@ -241,7 +364,17 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
         })
     }
 
-    /// Attention of `queries` over their pages: f32 `[seqs, kv_heads, rows, head_dim]`, 0 for rows that see nothing.
+    /// Elements of a head's result: the output and, where it is asked for, the log-sum-exp.
+    fn columns(&self) -> usize {
+        self.problem.head_dim + usize::from(self.problem.log_sum_exp)
+    }
+
+    /// The type of results that are put together.
+    fn between(&self) -> Element {
+        if self.problem.log_sum_exp { Element::F32 } else { self.problem.precision.output }
+    }
+
+    /// Attention of `queries` over their pages: f32 `[seqs, kv_heads, rows, columns]`, 0 for rows that see nothing.
     fn attend(&self, queries: Queries<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let b = self.b;
         let dims = queries.q.dims(); // [seqs, kv_heads, rows, head_dim]
@@ -261,10 +394,36 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
                 Ok(vec![b.add(state[0], this.int(1)?)?, m, l, accumulator])
             },
         )?;
-        let l = b.broadcast_in_dim(state[2], &dims, &[0, 1, 2])?;
-        let zero = b.splat(Element::F32, &dims, 0.0)?;
-        let sees = b.compare(l, Direction::Gt, zero)?;
-        b.select(sees, b.divide(state[3], l)?, zero)
+        let [mut m, mut l, mut accumulator] = [state[1], state[2], state[3]];
+        let sees = b.compare(l, Direction::Gt, b.splat(Element::F32, &dims[..3], 0.0)?)?;
+        if let Some(&sinks) = self.operands.get("sinks") {
+            let sinks = self.by_head(sinks, self.problem.group(), &dims)?;
+            let largest = b.maximum(m, sinks)?;
+            let decay = b.exponential(b.subtract(m, largest)?)?;
+            l = b.add(b.multiply(l, decay)?, b.exponential(b.subtract(sinks, largest)?)?)?;
+            accumulator = b.multiply(accumulator, b.broadcast_in_dim(decay, &dims, &[0, 1, 2])?)?;
+            m = largest;
+        }
+        if let Some(&scale) = self.operands.get("v_scale") {
+            accumulator = b.multiply(accumulator, b.broadcast_in_dim(scale, &dims, &[1])?)?;
+        }
+        let mut results = b.divide(accumulator, b.broadcast_in_dim(l, &dims, &[0, 1, 2])?)?;
+        if self.problem.log_sum_exp {
+            let lse = b.reshape(b.add(m, b.log(l)?)?, &[dims[0], dims[1], dims[2], 1])?;
+            results = b.concatenate(&[results, lse], 3)?;
+        }
+        let dims = results.dims();
+        let sees = b.broadcast_in_dim(sees, &dims, &[0, 1, 2])?;
+        b.select(sees, results, b.splat(Element::F32, &dims, 0.0)?)
+    }
+
+    /// A number per query head, `f32[q_heads]`, for each of `[seqs, kv_heads, rows]`: rows are groups of query heads.
+    fn by_head(&self, x: Tensor<'c, 'a>, group: usize, dims: &[usize]) -> Result<Tensor<'c, 'a>> {
+        let b = self.b;
+        let &[seqs, kv_heads, rows, ..] = dims else { unreachable!("queries of sequences") };
+        let x = b.reshape(x, &[kv_heads, group])?;
+        let x = b.broadcast_in_dim(x, &[seqs, kv_heads, rows / group, group], &[1, 3])?;
+        b.reshape(x, &[seqs, kv_heads, rows])
     }
 
     /// One step of the online softmax: block `index` of every sequence.
@@ -292,7 +451,9 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
         }
         let wide = [seqs, dims[1], rows, keys];
         let seen = b.broadcast_in_dim(seen, &wide, &[0, 2, 3])?;
-        let logits = self.logits(queries.q, self.gather_heads(pages, Half::Key)?)?;
+        let keys_of = self.gather_heads(pages, Half::Key)?;
+        // Numbers of the cache are numbers of the queries' type: those of 8 bits, bf16 where queries are f32.
+        let logits = self.logits(queries.q, b.convert(keys_of, problem.precision.q)?)?;
         let logits = b.select(seen, logits, b.splat(Element::F32, &wide, f32::MIN.into())?)?;
 
         let new_m = b.maximum(m, b.reduce_max(logits, &[3])?)?;
@@ -331,7 +492,14 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
             let dot = DotDims { batch: (&[0, 1], &[0, 1]), contract: (&[3], &[3]) };
             b.dot_general_with(q, k, dot, Element::F32, Precision::Highest)?
         };
-        let logits = b.multiply(products, b.splat(Element::F32, &wide, problem.scale)?)?;
+        let scale = match self.operands.get("k_scale") {
+            None => b.splat(Element::F32, &wide, problem.scale)?,
+            Some(&scales) => {
+                let scales = b.multiply(scales, b.splat(Element::F32, &[problem.kv_heads], problem.scale)?)?;
+                b.broadcast_in_dim(scales, &wide, &[1])?
+            }
+        };
+        let logits = b.multiply(products, scale)?;
         match problem.soft_cap {
             Some(cap) => {
                 let cap = b.splat(Element::F32, &wide, cap)?;
@@ -344,21 +512,7 @@ impl<'e, 'c, 'a> Emitter<'e, 'c, 'a> {
     /// The keys or values of `pages [seqs, pages per block]`, by head: `[seqs, kv_heads, keys, head_dim]`.
     /// Page ids outside the buffer read some page.
     fn gather_heads(&self, pages: Tensor<'c, 'a>, half: Half) -> Result<Tensor<'c, 'a>> {
-        let (b, problem) = (self.b, self.problem);
-        let seqs = pages.dims()[0];
-        let grid = [seqs, problem.kv_heads, self.pages_per_block, 1];
-        let row = KvLayout::rows_of_heads(b, b.iota(Element::I32, &grid, 1)?, half)?;
-        let indices = b.concatenate(&[b.broadcast_in_dim(pages, &grid, &[0, 2])?, row], 3)?;
-        let dims = GatherDims {
-            offset_dims: &[3, 4],
-            collapsed_slice_dims: &[0, 2],
-            start_index_map: &[0, 2],
-            index_vector_dim: 3,
-            ..GatherDims::default()
-        };
-        let slices = [1, problem.page_size, 1, problem.head_dim];
-        let blocks = b.gather(self.operands["kv_pages"], indices, dims, &slices)?;
-        b.reshape(blocks, &[seqs, problem.kv_heads, self.pages_per_block * problem.page_size, problem.head_dim])
+        self.problem.kv_layout().gather_heads(self.b, self.operands["kv_pages"], pages, half)
     }
 
     /// This emitter in the body of a loop.

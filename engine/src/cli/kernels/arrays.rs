@@ -7,7 +7,8 @@ use pagoda_ir::{Element, HostTensor, TensorType};
 
 use crate::error::{Error, Result};
 
-/// Reads an array of type `ty`. Floats of another width are rounded to it (NumPy has no bfloat16: give f32).
+/// Reads an array of type `ty`. Floats of another type are rounded to it. What `ml_dtypes` adds to NumPy (bfloat16, 8-bit
+/// floats, 4-bit and 2-bit integers) is saved as bytes without a name, which are taken for `ty` where their width fits.
 ///
 /// # Errors
 /// When the file cannot be read, is no `.npy` file, or holds another shape or kind of elements.
@@ -32,14 +33,19 @@ pub(super) fn read(path: &Path, ty: &TensorType) -> Result<HostTensor> {
         (TypeChar::Uint, 4) => Some(Element::U32),
         (TypeChar::Uint, 8) => Some(Element::U64),
         (TypeChar::Bool, 1) => Some(Element::Pred),
-        // What NumPy writes for arrays of `ml_dtypes.bfloat16`.
+        // What NumPy writes for arrays of `ml_dtypes`.
+        (TypeChar::Float, 1) => Some(Element::F8E5M2),
         (TypeChar::RawData, 2) => Some(Element::Bf16),
+        (TypeChar::RawData, 1) if ty.element.bits() < 8 || ty.element.minifloat().is_some() => Some(ty.element),
         _ => None,
     };
     let found = element.map_or(dtype.to_string(), |element| element.to_string());
     let found = format!("{found}{:?}", file.shape());
     let dims = ty.dims.iter().map(|&size| size as u64);
-    let same_kind = |element: Element| element == ty.element || (element.is_float() && ty.element.is_float());
+    // NumPy has no integers of less than 8 bits.
+    let narrow = |element: Element| ty.element.bits() < 8 && element.bits() == 8 && element.is_integer();
+    let same_kind =
+        |element: Element| element == ty.element || (element.is_float() && ty.element.is_float()) || narrow(element);
     let Some(element) = element.filter(|&element| same_kind(element) && dims.eq(file.shape().iter().copied())) else {
         let fix = format!("save an array of this shape with numpy dtype {}", numpy(ty.element));
         return Err(bad(format!("it holds {found}, not {ty}"), &fix));
@@ -52,24 +58,23 @@ pub(super) fn read(path: &Path, ty: &TensorType) -> Result<HostTensor> {
         let problem = format!("it holds {} bytes of the {} of {found}", data.len(), ty.len() * element.bytes());
         return Err(bad(problem, "copy the file again"));
     }
-    let tensor = HostTensor::from_bytes(element, &ty.dims, data);
-    Ok(if element == ty.element { tensor } else { HostTensor::from_f64(ty.element, &ty.dims, &tensor.to_f64()) })
+    Ok(HostTensor::from_bytes(element, &ty.dims, data).converted(ty.element))
 }
 
 /// NumPy's name of the type to save.
 fn numpy(element: Element) -> &'static str {
     match element {
         Element::Pred => "bool",
-        Element::I8 => "int8",
+        Element::I2 | Element::I4 | Element::I8 => "int8",
         Element::I16 => "int16",
         Element::I32 => "int32",
         Element::I64 => "int64",
-        Element::U8 => "uint8",
+        Element::U2 | Element::U4 | Element::U8 => "uint8",
         Element::U16 => "uint16",
         Element::U32 => "uint32",
         Element::U64 => "uint64",
         Element::F16 => "float16",
-        Element::Bf16 | Element::F32 => "float32",
+        Element::F8E4M3Fn | Element::F8E4M3B11Fnuz | Element::F8E5M2 | Element::Bf16 | Element::F32 => "float32",
         Element::F64 => "float64",
     }
 }

@@ -213,6 +213,7 @@ fn attention(
         scale: (config.head_dim as f64).powf(-0.5),
         sliding_window: None,
         soft_cap: None,
+        ..rpa::Spec::default()
     })
 }
 

@@ -84,6 +84,8 @@ impl<'c> Lowering<'c> for Native {
             first_page,
             slots: kv_slots,
             rotary: batch.angles,
+            sinks: None,
+            scales: None,
         };
         rpa::native::emit(b, problem, &operands)
     }

@@ -91,8 +91,7 @@ impl<'a> View<'a> {
     }
 
     fn check<T: Native>(&self) -> Result<()> {
-        let viewed = if self.element == Element::Pred { Element::U8 } else { self.element };
-        if viewed == T::ELEMENT && self.data.cast::<T>().is_aligned() {
+        if self.element.viewed() == T::ELEMENT && self.data.cast::<T>().is_aligned() {
             return Ok(());
         }
         Err(format!("an array of {} was expected, got {}", T::ELEMENT, self.element))
@@ -258,16 +257,34 @@ impl<'a> Results<'a> {
         }
         let mut slices = Vec::with_capacity(N);
         for index in 0..N {
-            let view = self.view(index)?;
-            view.check::<T>()?;
-            slices.push(match view.count {
-                0 => &mut [][..],
-                // SAFETY: as in `bytes`; no two results overlap, type and alignment were checked, and the results are
-                // used up.
-                count => unsafe { std::slice::from_raw_parts_mut(view.data.cast(), count) },
-            });
+            // SAFETY: each index once, and the results are used up.
+            slices.push(unsafe { self.slice(index)? });
         }
         Ok(slices.try_into().unwrap_or_else(|_| unreachable!("there are N of them")))
+    }
+
+    /// The elements of both results, each of its own type, row-major, to be written.
+    ///
+    /// # Errors
+    /// When there are not two results, or one has another element type.
+    pub fn pair<A: Native, B: Native>(self) -> Result<(&'a mut [A], &'a mut [B])> {
+        match self.len() {
+            // SAFETY: each index once, and the results are used up.
+            2 => Ok(unsafe { (self.slice(0)?, self.slice(1)?) }),
+            len => Err(format!("{len} results, 2 expected")),
+        }
+    }
+
+    /// # Safety
+    /// Nothing else looks at this result.
+    unsafe fn slice<T: Native>(&self, index: usize) -> Result<&'a mut [T]> {
+        let view = self.view(index)?;
+        view.check::<T>()?;
+        match view.count {
+            0 => Ok(&mut []),
+            // SAFETY: as in `bytes`; no two results overlap, type and alignment were checked.
+            count => Ok(unsafe { std::slice::from_raw_parts_mut(view.data.cast(), count) }),
+        }
     }
 }
 
@@ -315,6 +332,9 @@ fn element(dtype: c_int) -> Option<Element> {
         11 => Element::F32,
         12 => Element::F64,
         16 => Element::Bf16,
+        19 => Element::F8E5M2,
+        20 => Element::F8E4M3Fn,
+        23 => Element::F8E4M3B11Fnuz,
         _ => return None,
     })
 }

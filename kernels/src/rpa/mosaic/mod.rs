@@ -206,6 +206,7 @@ mod tests {
             scale,
             sliding_window,
             soft_cap,
+            ..Spec::default()
         })
         .unwrap()
     }
