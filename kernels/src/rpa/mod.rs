@@ -111,7 +111,7 @@ impl Kernel for Rpa {
         let element = choices.one_of(&[Element::F32, Element::Bf16]);
         let kind = choices.one_of(&[Kind::Mixed, Kind::Decode]);
         let (tokens, kv_heads) = (choices.within(1, 40), choices.one_of(&[1, 2, 3, 4, 8]));
-        let (group, head_dim) = (choices.within(1, 8), choices.one_of(&[64, 80, 128, 256, 96, 112, 192]));
+        let (group, head_dim) = (choices.within(1, 8), choices.one_of(&[64, 80, 128, 256, 96, 112]));
         // Wide heads of many are slow and show nothing that fewer do not.
         let group = if kv_heads * group * head_dim > 4096 { 1 } else { group };
         let (page_size, pages_per_seq) = (choices.one_of(&[1, 7, 8, 16, 32, 64, 128]), choices.within(1, 4));

@@ -66,8 +66,8 @@ pub type Options = plan::Options<Tiles>;
 /// A kernel for a chip, every tile and every VMEM buffer named.
 pub type Plan = plan::Plan<Rpa>;
 
-/// Rows whose logits are worked on at a time: the more, the more of them are spilled.
-pub(super) const CHUNK: usize = 256;
+/// Rows whose logits are worked on at a time. Fewer have the matrix units take the same keys more often.
+pub(super) const CHUNK: usize = 512;
 /// Most rows of a head's products that the planner chooses: more gain nothing on any chip.
 const MAX_ROWS: usize = 512;
 /// Most keys of a block that the planner chooses: more are wasted on what a causal mask hides.

@@ -501,10 +501,9 @@ impl<'a, 'p> Body<'a, 'p> {
         let of_segment = self.segment(entry, segment);
         self.limit(&of_segment, rows);
         let [begin, stop] = [&self.segments.begin, &self.segments.stop].map(|array| array.at(segment).load());
-        let chunk: usize = std::env::var("CHUNK").map_or(CHUNK, |c| c.parse().unwrap());
-        let starts = (0..self.plan.rows()).step_by(chunk);
+        let starts = (0..self.plan.rows()).step_by(CHUNK);
         let parts: Vec<_> = starts
-            .map(|start| Rows { per_head: rows, start, count: chunk.min(self.plan.rows() - start) })
+            .map(|start| Rows { per_head: rows, start, count: CHUNK.min(self.plan.rows() - start) })
             .collect();
         let slot_of_queries = entry & 1;
         let step = |block: Value<'a>, stream: Stream<'a>, is_first: bool| {
