@@ -22,6 +22,12 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// Several ops of a kernel are not known, or not supported in their form.
+    #[error("{} ops are not supported:{}", errors.len(), errors.iter().map(|error| format!("\n  {error}")).collect::<String>())]
+    Unsupported {
+        /// Each of them.
+        errors: Vec<Error>,
+    },
     /// MLIR refused an attribute or a type.
     #[error("MLIR does not accept `{text}`: {diagnostics}")]
     Text {

@@ -21,7 +21,7 @@ use std::{fmt::Write as _, fs, path::Path};
 use pagoda_ir::{
     Context, Element, HostTensor, TensorType,
     mosaic::{text, wire},
-    tile_machine::{DmaOrder, Machine, Program},
+    tile_machine::{DmaOrder, FaultKind, Machine, Program},
 };
 
 const ORDERS: [(&str, DmaOrder); 4] = [
@@ -81,6 +81,10 @@ fn machine(settings: &str) -> Machine {
             ("allow_unwritten_outputs", "true") => machine.allow_unwritten_outputs = true,
             ("allow_unwritten_reads", "true") => machine.allow_unwritten_reads = true,
             ("allow_parallel_overlaps", "true") => machine.allow_parallel_overlaps = true,
+            ("ignore", kind) => {
+                let kind = FaultKind::ALL.into_iter().find(|known| known.name() == kind);
+                machine = machine.ignoring(kind.expect("a kind of fault"));
+            }
             _ => panic!("`{setting}` is not a setting of the machine"),
         }
     }

@@ -72,7 +72,7 @@ fn the_summary_lists_buffers_and_ops() {
         ]
     );
     assert_eq!(summary.vmem_bytes, 5 * 65536);
-    assert_eq!(summary.grid, [(2, "parallel"), (1, "parallel"), (2, "arbitrary")]);
+    assert_eq!(summary.grid, [(Some(2), "parallel"), (Some(1), "parallel"), (Some(2), "arbitrary")]);
     assert_eq!((summary.ops["tpu.matmul"], summary.ops["tpu.vector_store"], summary.ops["scf.if"]), (1, 3, 2));
 }
 

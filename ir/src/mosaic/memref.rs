@@ -32,11 +32,13 @@ pub enum MemorySpace {
     Smem,
     /// Semaphores.
     Semaphore,
+    /// The host's memory; reached by DMAs only.
+    Host,
 }
 
 impl MemorySpace {
     /// All memories.
-    pub const ALL: [Self; 5] = [Self::Any, Self::Hbm, Self::Vmem, Self::Smem, Self::Semaphore];
+    pub const ALL: [Self; 6] = [Self::Any, Self::Hbm, Self::Vmem, Self::Smem, Self::Semaphore, Self::Host];
 
     /// The mnemonic in `#tpu.memory_space<...>`.
     pub const fn mnemonic(self) -> &'static str {
@@ -46,6 +48,7 @@ impl MemorySpace {
             Self::Vmem => "vmem",
             Self::Smem => "smem",
             Self::Semaphore => "semaphore_mem",
+            Self::Host => "host",
         }
     }
 }
@@ -88,7 +91,7 @@ impl fmt::Display for RefElement {
 }
 
 /// `bf16[8,128]`.
-pub(super) fn describe(element: RefElement, dims: &[usize]) -> String {
+pub(crate) fn describe(element: RefElement, dims: &[usize]) -> String {
     let sizes: Vec<_> = dims.iter().map(usize::to_string).collect();
     format!("{element}[{}]", sizes.join(","))
 }

@@ -51,6 +51,7 @@ pub mod wire;
 
 pub use builder::{Builder, Carry, Cost, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
 pub(crate) use location::{describe, describe_function};
+pub(crate) use memref::describe as describe_memref;
 pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, Signature, WindowParams};
 pub(crate) use signature::{functions, i64_array, kernel_function, op_name, read_memref, symbol};

@@ -29,8 +29,8 @@ use crate::{
 pub struct Signature {
     /// The function's symbol.
     pub name: String,
-    /// Size and semantics of each grid dimension.
-    pub grid: Vec<(usize, Semantics)>,
+    /// Size and semantics of each grid dimension; no size where the call gives it, as one of its first operands.
+    pub grid: Vec<(Option<usize>, Semantics)>,
     /// The memrefs that follow the grid indices, in order.
     pub arguments: Vec<Argument>,
 }
@@ -65,6 +65,9 @@ pub struct WindowParams {
     /// Whether a step may come back to a block of an output that an earlier one, and not the one before it, wrote
     /// (`revisit_mode` `any` of JAX's `pl.Buffered`): the pipeline then brings back what was written.
     pub revisits: bool,
+    /// For windows of JAX's `pl.Element`, whose transform counts elements instead of blocks: how many elements the array is
+    /// padded with before its first and after its last, by dimension.
+    pub element_padding: Option<Vec<(usize, usize)>>,
 }
 
 /// What `iteration_bounds` holds for a size that is an operand of the call (MLIR's `ShapedType::kDynamic`).
@@ -87,7 +90,7 @@ impl Argument {
         let cells = self.dims.iter().product::<usize>();
         let buffers = 1 + usize::from(self.window.as_ref().is_some_and(|window| window.double_buffered));
         match (self.space, self.element) {
-            (MemorySpace::Any | MemorySpace::Hbm, _) => 0,
+            (MemorySpace::Any | MemorySpace::Hbm | MemorySpace::Host, _) => 0,
             (MemorySpace::Vmem | MemorySpace::Smem, RefElement::Data(element)) => {
                 buffers * tile_padded_bytes(element, &self.dims)
             }
@@ -112,20 +115,19 @@ impl Signature {
             .enumerate()
             .map(|(dim, &size)| {
                 let parallel = semantics.get(dim).is_some_and(|text| text.contains("parallel"));
-                let size = usize::try_from(size).map_err(|_| {
-                    let size = match size {
-                        DYNAMIC => "dynamic: the call gives its size; only grids of fixed sizes are read".to_owned(),
-                        size => format!("of size {size}; sizes are 0 or more"),
-                    };
-                    Error::mosaic(format!(
-                        "@{name}: grid dimension {dim} is {size} (at {})",
-                        describe_function(function)
-                    ))
-                })?;
+                let size = match (size, usize::try_from(size)) {
+                    (DYNAMIC, _) => None,
+                    (_, Ok(size)) => Some(size),
+                    (size, Err(_)) => {
+                        let at = describe_function(function);
+                        let message = format!("grid dimension {dim} is of size {size}; sizes are 0 or more");
+                        return Err(Error::mosaic(format!("@{name}: {message} (at {at})")));
+                    }
+                };
                 Ok((size, if parallel { Semantics::Parallel } else { Semantics::Arbitrary }))
             })
             .collect::<Result<Vec<_>>>()?;
-        if !countable(grid.iter().map(|&(size, _)| size)) {
+        if !countable(grid.iter().filter_map(|&(size, _)| size)) {
             return Err(Error::mosaic(format!("@{name}: the grid {bounds:?} has more than 2^40 steps")));
         }
         let entry = function
@@ -150,7 +152,7 @@ impl Signature {
         for index in 0..memrefs {
             let position = grid.len() + index;
             let argument = entry.argument(position).map_err(|error| Error::mosaic(error.to_string()))?;
-            let (element, dims, space) = read_memref(argument.r#type()).map_err(|message| {
+            let (element, dims, space) = static_memref(argument.r#type()).map_err(|message| {
                 let at = describe_function(function);
                 Error::mosaic(format!("@{name}: argument {position}: {message} (at {at})"))
             })?;
@@ -179,6 +181,11 @@ impl Signature {
             arguments.push(Argument { name, role, element, dims, space, window });
         }
         Ok(Self { name, grid, arguments })
+    }
+
+    /// How many sizes of the grid the call gives: as many scalars are its first operands.
+    pub fn dynamic_grid_sizes(&self) -> usize {
+        self.grid.iter().filter(|(size, _)| size.is_none()).count()
     }
 
     /// Marks the last `outputs` operands before the scratch as outputs. The module itself does not say which operands are
@@ -268,21 +275,27 @@ fn array<'c>(operation: OperationRef<'c, '_>, name: &str) -> Vec<Attribute<'c>> 
 fn window_params(
     attribute: Attribute,
     functions: &[OperationRef],
-    grid: &[(usize, Semantics)],
+    grid: &[(Option<usize>, Semantics)],
 ) -> Result<Option<WindowParams>> {
     let params = DictionaryAttribute::try_from(attribute).map_err(|error| Error::mosaic(error.to_string()))?;
     let Some(bounds) = params.element_by_name("window_bounds") else {
         return Ok(None);
     };
-    if let Some(kind) = params.element_by_name("window_kind") {
-        return Err(Error::mosaic(format!("windows of kind {} are not supported", printed(&kind))));
-    }
+    let kind = params.element_by_name("window_kind").map(|kind| printed(&kind));
     let transform =
         params.element_by_name("transform_indices").and_then(|name| FlatSymbolRefAttribute::try_from(name).ok());
     // SAFETY: it is a symbol reference.
     let transform = transform.map(|name| text_of(unsafe { mlir_sys::mlirFlatSymbolRefAttrGetValue(name.to_raw()) }));
     let (Some(transform), Some(block)) = (transform, i64_array(bounds)) else {
         return Err(Error::mosaic(format!("window {} lacks transform_indices or sizes", printed(&attribute))));
+    };
+    let element_padding = match kind {
+        None => None,
+        Some(kind) => Some(
+            element_padding(&kind)
+                .filter(|padding| padding.len() == block.len())
+                .ok_or_else(|| Error::mosaic(format!("windows of kind {kind} are not supported")))?,
+        ),
     };
     let mode = params.element_by_name("pipeline_mode").map(|mode| printed(&mode)).unwrap_or_default();
     let revisits = params.element_by_name("revisit_mode").is_some_and(|mode| printed(&mode).contains("any"));
@@ -293,13 +306,23 @@ fn window_params(
         block: block.into_iter().map(|size| size as usize).collect(),
         double_buffered: !mode.contains("synchronous") && moves(*function, grid),
         revisits,
+        element_padding,
     }))
 }
 
+/// The padding in `#tpu.element_window<[0, 8],[0, 0]>`: of each dimension, before and after.
+fn element_padding(kind: &str) -> Option<Vec<(usize, usize)>> {
+    let lists = kind.strip_prefix("#tpu.element_window<")?.strip_suffix('>')?;
+    let (low, high) = lists.trim().strip_prefix('[')?.strip_suffix(']')?.split_once(']')?;
+    let list = |text: &str| text.split(',').map(|size| size.trim().parse().ok()).collect::<Option<Vec<usize>>>();
+    let (low, high) = (list(low)?, list(high.trim_start_matches([',', ' ']).strip_prefix('[')?)?);
+    (low.len() == high.len()).then(|| low.into_iter().zip(high).collect())
+}
+
 /// Whether a window's transform depends on the grid step.
-fn moves(transform: OperationRef, grid: &[(usize, Semantics)]) -> bool {
+fn moves(transform: OperationRef, grid: &[(Option<usize>, Semantics)]) -> bool {
     let Some(entry) = transform.region(0).ok().and_then(|region| region.first_block()) else { return true };
-    let still = grid.iter().enumerate().filter(|(_, (size, _))| *size == 1).map(|(dim, _)| dim);
+    let still = grid.iter().enumerate().filter(|(_, (size, _))| *size == Some(1)).map(|(dim, _)| dim);
     let still = still.chain(grid.len()..entry.argument_count()).filter_map(|index| entry.argument(index).ok());
     // Values that are the same in every step: constants, prefetched arrays, and what is computed from them.
     let mut fixed: HashSet<_> = still.map(|argument| argument.to_raw().ptr).collect();
@@ -315,19 +338,27 @@ fn moves(transform: OperationRef, grid: &[(usize, Semantics)]) -> bool {
     true
 }
 
-/// Element, sizes and memory of a memref type.
-pub(crate) fn read_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<usize>, MemorySpace), String> {
+/// Element, sizes and memory of a memref type, all sizes of which are fixed.
+fn static_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<usize>, MemorySpace), String> {
+    let (element, dims, space) = read_memref(r#type)?;
+    let dims = dims.into_iter().collect::<Option<Vec<_>>>();
+    Ok((element, dims.ok_or_else(|| format!("{} has a dynamic size", printed(&r#type)))?, space))
+}
+
+/// Element, sizes and memory of a memref type; a size that is known at run time only is `None`.
+pub(crate) fn read_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<Option<usize>>, MemorySpace), String> {
     let memref = MemRefType::try_from(r#type).map_err(|_| format!("{} is not a memref", printed(&r#type)))?;
     let dims = (0..memref.rank())
         // SAFETY: the type is a ranked memref and the dimension is within its rank.
         .map(|dim| unsafe { mlir_sys::mlirShapedTypeGetDimSize(memref.to_raw(), dim as isize) })
-        .map(|size| usize::try_from(size).map_err(|_| format!("{} has a dynamic size", printed(&r#type))))
-        .collect::<std::result::Result<Vec<_>, _>>()?;
+        .map(|size| usize::try_from(size).ok())
+        .collect();
     let space = memref.memory_space().map(|space| printed(&space)).unwrap_or_default();
     // `#tpu.memory_space<vmem>`, or the string "vmem" where the module was read from text; the same goes for semaphores,
     // which are integers then.
     let mnemonic = space.strip_prefix("#tpu.memory_space<").and_then(|rest| rest.strip_suffix('>'));
-    let mnemonic = mnemonic.unwrap_or(space.trim_matches('"'));
+    // The core whose memory it is may follow.
+    let mnemonic = mnemonic.unwrap_or(space.trim_matches('"')).split(',').next().unwrap_or_default().trim();
     let space = MemorySpace::ALL.into_iter().find(|known| known.mnemonic() == mnemonic);
     let space = space.ok_or_else(|| format!("unknown memory space in {}", printed(&r#type)))?;
     let element = memref.element();

@@ -200,6 +200,9 @@ pub fn backend_config(kernel: &Kernel) -> String {
     if let Some(cost) = kernel.cost() {
         config["custom_call_config"]["cost_estimate"] = json!(cost);
     }
+    if kernel.has_unchecked_bounds() {
+        config["custom_call_config"]["disable_bounds_checks"] = json!(true);
+    }
     config.to_string()
 }
 
@@ -462,8 +465,8 @@ pub fn op_counts(module: &Module) -> BTreeMap<String, usize> {
 pub struct Summary {
     /// The kernel's name.
     pub name: String,
-    /// Grid sizes, with `parallel` or `arbitrary`.
-    pub grid: Vec<(usize, &'static str)>,
+    /// Grid sizes, with `parallel` or `arbitrary`; no size where the call gives it.
+    pub grid: Vec<(Option<usize>, &'static str)>,
     /// Every buffer, in the order of the kernel's arguments.
     pub buffers: Vec<BufferSummary>,
     /// Bytes of VMEM declared: scratch and pipeline windows, tile-padded and double-buffered.

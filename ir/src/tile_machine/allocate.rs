@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     element::Element,
-    mosaic::{Argument, MemorySpace, RefElement, Role, Semantics},
+    mosaic::{Argument, MemorySpace, RefElement, Role, Semantics, describe_memref, tile_padded_bytes},
     shape::TensorType,
     tensor::HostTensor,
 };
@@ -35,15 +35,19 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
         outputs: &[TensorType],
     ) -> Step<Allocation> {
         let bad = |executor: &Self, detail: String| executor.fault(FaultKind::BadCall, &executor.pipeline, detail);
-        let takes = arguments.iter().filter(|a| matches!(a.role, Role::Prefetch | Role::Input)).count();
+        let dynamic = self.program.signature.dynamic_grid_sizes();
+        let takes = dynamic + arguments.iter().filter(|a| matches!(a.role, Role::Prefetch | Role::Input)).count();
         let gives = arguments.iter().filter(|a| a.role == Role::Output).count();
         if takes != inputs.len() || gives != outputs.len() {
             let detail =
                 format!("{} inputs and {} outputs for a kernel with {takes} and {gives}", inputs.len(), outputs.len());
             return Err(bad(self, detail));
         }
+        let (sizes, inputs) = inputs.split_at(dynamic);
+        self.grid_sizes(sizes)?;
         self.check_capacity(arguments, inputs, outputs)?;
-        let parallel = self.program.signature.grid.iter().any(|&(size, how)| how == Semantics::Parallel && size > 1);
+        let semantics = self.program.signature.grid.iter().map(|&(_, how)| how);
+        let parallel = self.bounds.iter().zip(semantics).any(|(&size, how)| how == Semantics::Parallel && size > 1);
         let (mut views, mut windows, mut results) = (vec![], vec![], vec![]);
         let (mut next_input, mut next_output) = (0, 0);
         let mut input_arrays = vec![];
@@ -72,7 +76,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                     let alias = self.program.aliases.iter().find(|&&(_, output)| output == next_output);
                     let array = match alias {
                         Some(&(input, _)) => {
-                            let array = input_arrays.get(input).copied();
+                            let array = input.checked_sub(dynamic).and_then(|input| input_arrays.get(input).copied());
                             let same = |&array: &usize| {
                                 let data = &self.buffers[array].data;
                                 data.element() == element && data.dims() == ty.dims
@@ -91,7 +95,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                     }
                     if parallel {
                         let unused = self.program.unused_outputs.contains(&next_output);
-                        self.buffers[array].track_owners(unused || self.machine.allow_parallel_overlaps);
+                        self.buffers[array].track_owners(unused || self.machine.overlaps());
                     }
                     next_output += 1;
                     results.push(array);
@@ -139,7 +143,94 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
             };
             views.push(Reg::View(Arc::new(View::whole(buffer, argument.element, &argument.dims))));
         }
+        let cell = HostTensor::zeros(Element::I32, &[]);
+        self.buffers.push(Buffer::holding("the barrier semaphore", MemorySpace::Semaphore, Cow::Owned(cell)));
+        self.barrier = self.buffers.len() - 1;
         Ok(Allocation { views, windows, results })
+    }
+
+    /// Sets the sizes of the grid; `given` are those that the call gives.
+    fn grid_sizes(&mut self, given: &[HostTensor]) -> Step<()> {
+        let mut given = given.iter();
+        for (dim, (size, _)) in self.program.signature.grid.iter().enumerate() {
+            let size = size.or_else(|| {
+                let tensor = given.next().filter(|size| size.element() == Element::I32 && size.len() == 1)?;
+                usize::try_from(tensor.as_slice::<i32>()[0]).ok()
+            });
+            match size {
+                Some(size) => self.bounds.push(size),
+                None => {
+                    let detail = format!("the size of grid dimension {dim} is one i32 of 0 or more");
+                    return Err(self.fault(FaultKind::BadCall, &self.pipeline, detail));
+                }
+            }
+        }
+        let steps = self.bounds.iter().try_fold(1_usize, |steps, &size| steps.checked_mul(size.max(1)));
+        match steps.is_some_and(|steps| steps <= 1 << 40) {
+            true => Ok(()),
+            false => {
+                let detail = format!("a grid of {:?} steps has more than 2^40", self.bounds);
+                Err(self.fault(FaultKind::Runaway, &self.pipeline, detail))
+            }
+        }
+    }
+
+    /// A buffer that the kernel allocates while it runs; its number.
+    pub(super) fn allocate_scoped(
+        &mut self,
+        element: RefElement,
+        dims: &[usize],
+        space: MemorySpace,
+        origin: u32,
+    ) -> Step<usize> {
+        let name = format!("{} allocated at {}", describe_memref(element, dims), self.location(origin));
+        let bytes = match element {
+            RefElement::Data(element) if matches!(space, MemorySpace::Vmem | MemorySpace::Smem) => {
+                tile_padded_bytes(element, dims)
+            }
+            RefElement::Data(element) => element.packed_bytes(dims.iter().product()),
+            _ => 4 * dims.iter().product::<usize>(),
+        };
+        let (memory, limit) = self.limit(space);
+        let taken = self.taken.entry(memory).or_default();
+        *taken += bytes;
+        let taken = *taken;
+        if memory == "VMEM" {
+            self.counters.vmem_bytes = self.counters.vmem_bytes.max(taken);
+        }
+        if taken > limit && !self.machine.ignored.contains(FaultKind::MemoryExceeded) {
+            let detail = format!("the kernel takes {taken} bytes of {memory} with this; the limit is {limit}");
+            let mut fault = self.fault_at(FaultKind::MemoryExceeded, origin, detail);
+            fault.buffer = Some(name);
+            return Err(fault);
+        }
+        let mut buffer = match element {
+            RefElement::Data(element) => Buffer::poisoned(&name, space, element, dims),
+            _ => Buffer::holding(&name, space, Cow::Owned(HostTensor::zeros(Element::I32, dims))),
+        };
+        buffer.scoped_bytes = bytes;
+        self.buffers.push(buffer);
+        Ok(self.buffers.len() - 1)
+    }
+
+    /// The name and the size of a memory.
+    fn limit(&self, space: MemorySpace) -> (&'static str, usize) {
+        match space {
+            MemorySpace::Vmem => ("VMEM", self.machine.vmem_bytes),
+            MemorySpace::Smem => ("SMEM", self.machine.smem_bytes),
+            MemorySpace::Semaphore => ("semaphore memory", self.machine.semaphore_bytes),
+            MemorySpace::Any | MemorySpace::Hbm => ("HBM", self.machine.hbm_bytes),
+            MemorySpace::Host => ("the host's memory", usize::MAX),
+        }
+    }
+
+    /// Ends the life of the buffers from `first` on.
+    pub(super) fn free(&mut self, first: usize) {
+        for buffer in self.buffers.split_off(first) {
+            let (memory, _) = self.limit(buffer.space);
+            let taken = self.taken.entry(memory).or_default();
+            *taken = taken.saturating_sub(buffer.scoped_bytes);
+        }
     }
 
     pub(super) fn put_whole_outputs(&mut self) {
@@ -178,6 +269,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
             };
             declared.push(("HBM", array, &argument.name));
             declared.push(match (argument.space, argument.role, argument.element) {
+                (MemorySpace::Host, ..) => ("the host's memory", 0, &argument.name),
                 (MemorySpace::Vmem, ..) => ("VMEM", argument.bytes(), &argument.name),
                 (MemorySpace::Smem, ..) => ("SMEM", argument.bytes(), &argument.name),
                 (MemorySpace::Semaphore, ..) => ("semaphore memory", argument.bytes(), &argument.name),
@@ -195,10 +287,11 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
         ] {
             let own = declared.iter().filter(|(of, ..)| *of == memory).map(|&(_, bytes, name)| (bytes, name));
             let taken = own.clone().fold(0_usize, |total, (bytes, _)| total.saturating_add(bytes));
+            self.taken.insert(memory, taken);
             if memory == "VMEM" {
                 self.counters.vmem_bytes = taken;
             }
-            if taken > limit {
+            if taken > limit && !self.machine.ignored.contains(FaultKind::MemoryExceeded) {
                 let detail = format!("the kernel declares {taken} bytes of {memory}; the limit is {limit}");
                 let mut fault = self.fault(FaultKind::MemoryExceeded, &self.pipeline, detail);
                 fault.buffer = own.max().map(|(_, name)| name.clone());
@@ -209,7 +302,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
     }
 
     pub(super) fn results(mut self, arrays: &[usize], types: &[TensorType]) -> Step<Run> {
-        if !self.machine.allow_unwritten_outputs {
+        if !self.machine.leaves_outputs_unwritten() {
             let unused = &self.program.unused_outputs;
             let used = arrays.iter().enumerate().filter(|(output, _)| !unused.contains(output));
             for (_, &array) in used {

@@ -8,7 +8,9 @@ use std::collections::HashMap;
 
 use melior::ir::{
     Attribute, AttributeLike, BlockLike, BlockRef, Module, RegionLike, RegionRef, Type, Value, ValueLike,
-    attribute::{ArrayAttribute, BoolAttribute, DenseI32ArrayAttribute, FloatAttribute, IntegerAttribute},
+    attribute::{
+        ArrayAttribute, BoolAttribute, DenseI32ArrayAttribute, FloatAttribute, IntegerAttribute, TypeAttribute,
+    },
     operation::{OperationLike, OperationRef},
 };
 
@@ -32,10 +34,10 @@ impl Program {
     /// Decodes the kernel of a Mosaic module in readable form (see [`wire`](crate::mosaic::wire) for the other).
     ///
     /// # Errors
-    /// Names the first op that the machine does not know, or whose form it does not support, and its source line.
+    /// Names every op that the machine does not know, or whose form it does not support, and its source line.
     pub fn decode(module: &Module) -> Result<Self> {
         let signature = Signature::read(module)?;
-        let mut decoder = Decoder { slots: HashMap::new(), origins: vec![] };
+        let mut decoder = Decoder { slots: HashMap::new(), origins: vec![], refused: vec![] };
         let kernel = kernel_function(module)?;
         let body = decoder.function(kernel)?;
         let rank = signature.grid.len();
@@ -65,6 +67,12 @@ impl Program {
             });
             transforms.push(transform.transpose()?);
         }
+        let mut refused = decoder.refused;
+        match refused.len() {
+            0 => {}
+            1 => return Err(refused.remove(0)),
+            _ => return Err(Error::Unsupported { errors: refused }),
+        }
         let (origins, slots) = (decoder.origins, decoder.slots.len());
         Ok(Self { signature, body, transforms, origins, slots, aliases: vec![], unused_outputs: vec![] })
     }
@@ -91,6 +99,8 @@ fn parameters<'c>(function: OperationRef<'c, '_>) -> Vec<Type<'c>> {
 struct Decoder {
     slots: HashMap<*const std::ffi::c_void, Slot>,
     origins: Vec<Origin>,
+    /// What the machine does not know or support, each once.
+    refused: Vec<Error>,
 }
 
 impl Decoder {
@@ -101,6 +111,12 @@ impl Decoder {
 
     fn read(&mut self, value: Value) -> Use {
         Use { slot: self.slot(value), last: false }
+    }
+
+    fn refuse(&mut self, error: Error) {
+        if !self.refused.contains(&error) {
+            self.refused.push(error);
+        }
     }
 
     fn function(&mut self, function: OperationRef) -> Result<Code> {
@@ -146,7 +162,13 @@ impl Decoder {
         let operations = std::iter::successors(block.first_operation(), |operation| operation.next_in_block());
         for operation in operations {
             let site = Site::new(operation);
-            let row = ops::row(&site.name).ok_or_else(|| site.error("the tile machine does not know this op"))?;
+            let Some(row) = ops::row(&site.name) else {
+                self.refuse(site.error("the tile machine does not know this op"));
+                for region in operation.regions() {
+                    self.region(region, &site.name)?;
+                }
+                continue;
+            };
             let decode = match row.meaning {
                 Meaning::Nothing => continue,
                 Meaning::Yield => {
@@ -159,15 +181,22 @@ impl Decoder {
                 true => decode(&site),
                 false => Err(Refusal::Misfit),
             };
-            let op = op.map_err(|refusal| match refusal {
-                Refusal::Misfit => site.misfit(),
-                Refusal::Because(reason) => site.error(&reason),
-            })?;
             let nested = |index| {
                 let region = operation.region(index).map_err(|_| site.error(&format!("region {index} is missing")))?;
                 self.region(region, &site.name)
             };
             let codes = (0..row.regions).map(nested).collect::<Result<_>>()?;
+            let op = match op {
+                Ok(op) => op,
+                Err(Refusal::Misfit) => {
+                    self.refuse(site.misfit());
+                    continue;
+                }
+                Err(Refusal::Because(reason)) => {
+                    self.refuse(site.error(&reason));
+                    continue;
+                }
+            };
             let operands = operation.operands().map(|value| self.read(value)).collect();
             let results = operation.results().map(|result| self.slot(result)).collect();
             let origin = self.origins.len() as u32;
@@ -210,11 +239,24 @@ impl Shape {
     }
 }
 
-/// Element, sizes and memory of a memref.
+/// Element, sizes and memory of a memref. A size that is `None` is known at run time.
 pub(super) struct Memory {
     pub(super) element: RefElement,
-    pub(super) dims: Vec<usize>,
+    pub(super) dims: Vec<Option<usize>>,
     pub(super) space: MemorySpace,
+}
+
+impl Memory {
+    /// The number of elements, if it is known.
+    pub(super) fn cells(&self) -> Option<usize> {
+        self.dims.iter().copied().product()
+    }
+
+    /// Whether the sizes are those of another memref, as far as they are known.
+    pub(super) fn may_have_dims_of(&self, other: &Self) -> bool {
+        let same = |(a, b): (&Option<usize>, &Option<usize>)| a.is_none() || b.is_none() || a == b;
+        self.dims.len() == other.dims.len() && self.dims.iter().zip(&other.dims).all(same)
+    }
 }
 
 /// One op of a module: what rows of the table read.
@@ -290,7 +332,7 @@ impl<'c, 'a> Site<'c, 'a> {
     /// `Misfit` unless operand `index` is one semaphore.
     pub(super) fn semaphore(&self, index: usize) -> Decoded<()> {
         let memory = self.memref(index)?;
-        fits(memory.element.data().is_none() && memory.dims.is_empty())
+        fits(memory.element.data().is_none() && memory.cells().is_none_or(|cells| cells == 1))
     }
 
     // ---- attributes ----
@@ -307,6 +349,13 @@ impl<'c, 'a> Site<'c, 'a> {
     /// What an attribute prints as.
     pub(super) fn text(&self, name: &str) -> Decoded<String> {
         Ok(printed(&self.attribute(name)?))
+    }
+
+    /// The element type that an attribute holds.
+    pub(super) fn element(&self, name: &str) -> Decoded<Element> {
+        let r#type = TypeAttribute::try_from(self.attribute(name)?)
+            .map_err(|_| Refusal::Because(format!("attribute `{name}` is not a type")))?;
+        Ok(shape(r#type.value())?.element)
     }
 
     /// A flag; absent ones are off.

@@ -9,7 +9,7 @@ use super::{
     fault::{Fault, FaultKind},
     memory::{Buffer, Region, View},
     observer::{Observer, OpEvent},
-    program::{Code, Extent, Inst, Op, Origin, Program, Slot, Use},
+    program::{Code, Extent, Inst, Op, Origin, Permutation, Program, Slot, Use},
     tile::{self, Binary, Scalar, Tile},
 };
 use crate::{element::Element, mosaic::RefElement, random::SplitMix64, shape::TensorType, tensor::HostTensor};
@@ -43,6 +43,14 @@ pub(super) struct Executor<'p, 'i, O> {
     /// Its position along the parallel dimensions alone.
     pub(super) owner: u32,
     pub(super) counters: Counters,
+    /// The sizes of the grid.
+    pub(super) bounds: Vec<usize>,
+    /// Bytes that are taken of each memory, by its name.
+    pub(super) taken: BTreeMap<&'static str, usize>,
+    /// The buffer of the barrier semaphore.
+    pub(super) barrier: usize,
+    /// The kernel's random bits.
+    prng: SplitMix64,
     /// Where faults of the pipeline come from.
     pub(super) pipeline: Origin,
 }
@@ -85,11 +93,15 @@ impl Program {
             step: vec![],
             owner: 0,
             counters: Counters::default(),
+            bounds: vec![],
+            taken: BTreeMap::new(),
+            barrier: 0,
+            prng: SplitMix64::new(machine.random_seed),
             pipeline: Origin { op: "pipeline".into(), location: "the kernel's grid".into() },
         };
         let signature = self.signature.clone().with_outputs(outputs.len());
         let mut call = executor.allocate(&signature.arguments, inputs, outputs)?;
-        executor.grid(&signature.grid, &call.views, &mut call.windows)?;
+        executor.grid(&call.views, &mut call.windows)?;
         executor.check_settled("at the end of the kernel")?;
         executor.put_whole_outputs();
         executor.results(&call.results, outputs)
@@ -134,8 +146,12 @@ impl<O: Observer> Executor<'_, '_, O> {
         for (&slot, argument) in code.parameters.iter().zip(arguments) {
             self.registers[slot as usize] = argument;
         }
+        let first = self.buffers.len();
         for inst in &code.body {
             self.execute(inst)?;
+        }
+        if self.buffers.len() > first {
+            self.end_scope(first)?;
         }
         Ok(code.yields.iter().map(|read| self.take(read)).collect())
     }
@@ -189,17 +205,25 @@ impl<O: Observer> Executor<'_, '_, O> {
             Op::Constant(tile) => Reg::Tile(tile.clone()),
             Op::Unary { op, element } => match self.take(&operands[0]) {
                 Reg::Scalar(Scalar::Float(x)) => Reg::Scalar(Scalar::Float(tile::round(*element, op.float(x)))),
-                Reg::Scalar(Scalar::Int(x)) => Reg::Scalar(Scalar::Int(tile::wrap(*element, op.int(x)))),
+                Reg::Scalar(Scalar::Int(x)) => Reg::Scalar(Scalar::Int(tile::wrap(*element, op.int(*element, x)))),
                 Reg::Tile(x) => Reg::Tile(tile::unary(*op, *element, x)),
                 other => other,
             },
             Op::Binary { op, element } => {
-                let result = match (self.take(&operands[0]), self.take(&operands[1])) {
-                    (Reg::Scalar(x), Reg::Scalar(y)) => scalar_binary(*op, *element, x, y).map(Reg::Scalar),
-                    (Reg::Tile(x), Reg::Tile(y)) => tile::binary(*op, *element, x, y).map(Reg::Tile),
-                    (x, y) => unreachable!("decoding gives operands of one shape, not {x:?} and {y:?}"),
+                let (x, y) = (self.take(&operands[0]), self.take(&operands[1]));
+                let by_zero = match &y {
+                    Reg::Scalar(Scalar::Int(y)) => op.divides() && *y == 0,
+                    Reg::Tile(y) => tile::divides_by_zero(*op, y),
+                    _ => false,
                 };
-                result.ok_or_else(|| self.fault_at(FaultKind::DivisionByZero, origin, String::new()))?
+                if by_zero && !self.machine.ignored.contains(FaultKind::DivisionByZero) {
+                    return Err(self.fault_at(FaultKind::DivisionByZero, origin, String::new()));
+                }
+                match (x, y) {
+                    (Reg::Scalar(x), Reg::Scalar(y)) => Reg::Scalar(scalar_binary(*op, *element, x, y)),
+                    (Reg::Tile(x), Reg::Tile(y)) => Reg::Tile(tile::binary(*op, *element, x, y)),
+                    (x, y) => unreachable!("decoding gives operands of one shape, not {x:?} and {y:?}"),
+                }
             }
             Op::Compare(op) => match (self.take(&operands[0]), self.take(&operands[1])) {
                 (Reg::Tile(x), Reg::Tile(y)) => Reg::Tile(tile::compare(*op, &x, &y)),
@@ -207,6 +231,11 @@ impl<O: Observer> Executor<'_, '_, O> {
                     Reg::Scalar(Scalar::Pred(op.float(x, y)))
                 }
                 (x, y) => Reg::Scalar(Scalar::Pred(op.int(int(&x), int(&y)))),
+            },
+            Op::Weird => match self.take(&operands[0]) {
+                Reg::Tile(x) => Reg::Tile(tile::weird(&x)),
+                Reg::Scalar(x) => Reg::Scalar(tile::weird(&tile::splat(x, 1)).get(0)),
+                other => other,
             },
             Op::Select => match (self.take(&operands[0]), self.take(&operands[1]), self.take(&operands[2])) {
                 (Reg::Tile(condition), Reg::Tile(then), Reg::Tile(otherwise)) => {
@@ -237,25 +266,78 @@ impl<O: Observer> Executor<'_, '_, O> {
                 let tiles: Vec<Tile> = tiles.iter().cycle().take(sizes.len()).cloned().collect();
                 Reg::Tile(tile::concatenate(&tiles, sizes, *dim))
             }
-            Op::Rotate { dims, dim } => {
-                let (x, amount) = (self.tile(&operands[0]), self.scalar(&operands[1]));
-                Reg::Tile(tile::rotate(&x, dims, *dim, i64::from(amount)))
+            Op::Rotate { dims, dim, stride } => {
+                let (x, amount) = (self.tile(&operands[0]), i64::from(self.scalar(&operands[1])));
+                Reg::Tile(match stride {
+                    None => tile::rotate(&x, dims, *dim, amount),
+                    Some(stride) => tile::rotate_strided(&x, dims, *dim, amount, *stride),
+                })
             }
             Op::Reduce { how, element, dims, over } => {
-                let (x, initial) = (self.tile(&operands[0]), self.tile(&operands[1]));
-                Reg::Tile(tile::reduce(*how, *element, x, dims, over, initial))
+                let x = self.tile(&operands[0]);
+                match self.take(&operands[1]) {
+                    Reg::Scalar(initial) => {
+                        let initial = tile::splat(initial, 1);
+                        Reg::Scalar(tile::reduce(*how, *element, x, dims, over, initial).get(0))
+                    }
+                    Reg::Tile(initial) => Reg::Tile(tile::reduce(*how, *element, x, dims, over, initial)),
+                    other => unreachable!("decoding gives a start, not {other:?}"),
+                }
             }
-            Op::Bitcast { dims, from, to } => Reg::Tile(tile::bitcast(&self.tile(&operands[0]), dims, *from, *to)),
+            Op::ReduceIndex { dims, dim, greatest } => {
+                let indices = tile::reduce_index(&self.tile(&operands[0]), dims, *dim, *greatest);
+                if dims.len() == 1 { Reg::Scalar(indices.get(0)) } else { Reg::Tile(indices) }
+            }
+            Op::Gather { dims, over, index_dims } => {
+                let (x, indices) = (self.tile(&operands[0]), self.tile(&operands[1]));
+                Reg::Tile(tile::gather(&x, dims, over, &indices, index_dims))
+            }
+            Op::Pack { from, to, result, len } => {
+                let sources: Vec<Tile> = operands.iter().map(|read| self.tile(read)).collect();
+                Reg::Tile(tile::pack(&sources, *from, *to, *result, *len))
+            }
+            Op::Unpack { from, part, index, to } => {
+                Reg::Tile(tile::unpack(&self.tile(&operands[0]), *from, *part, *index, *to))
+            }
+            Op::RoundStochastically { to, as_bits } => {
+                let (x, random) = (self.tile(&operands[0]), self.tile(&operands[1]));
+                let rounded = tile::round_stochastically(*to, &x, &random);
+                Reg::Tile(if *as_bits { tile::bits(&rounded, *to) } else { rounded })
+            }
+            Op::Seed => {
+                let mut seed = self.machine.random_seed;
+                for read in operands {
+                    let part = u64::from(self.scalar(read).cast_unsigned());
+                    seed = SplitMix64::new(seed.rotate_left(17) ^ part).bits();
+                }
+                self.prng = SplitMix64::new(seed);
+                Reg::Empty
+            }
+            Op::RandomBits { element, len } => {
+                Reg::Tile(tile::from_bits(*element, (0..*len).map(|_| self.prng.bits() as u32).collect()))
+            }
+            Op::Bitcast { dims, from, to } => match self.take(&operands[0]) {
+                Reg::Scalar(x) => Reg::Scalar(tile::bitcast(&tile::splat(x, 1), &[1], *from, *to).get(0)),
+                Reg::Tile(x) => Reg::Tile(tile::bitcast(&x, dims, *from, *to)),
+                other => other,
+            },
             Op::Extract { index } => Reg::Scalar(self.tile(&operands[0]).get(*index)),
-            Op::Matmul { shape, round } => {
+            Op::Matmul { shape, round, arrange } => {
                 self.counters.mxu_flops += shape.flops();
-                let (lhs, rhs) = (self.tile(&operands[0]), self.tile(&operands[1]));
+                let [lhs, rhs] = [0, 1].map(|side| {
+                    let x = self.tile(&operands[side]);
+                    match &arrange[side] {
+                        Some(Permutation { dims, order }) => tile::transpose(&x, dims, order),
+                        None => x,
+                    }
+                });
                 Reg::Tile(tile::matmul(shape, lhs, rhs, self.tile(&operands[2]), *round))
             }
-            Op::Load { extent, to } => {
+            Op::Load { extent, to, masked: false } => {
                 let region = self.readable(operands, extent, origin)?;
                 Reg::Tile(self.read(&region, extent, *to))
             }
+            Op::Load { extent, to, masked: true } => Reg::Tile(self.load_masked(operands, extent, *to, origin)?),
             Op::LoadScalar { extent } => {
                 let region = self.readable(operands, extent, origin)?;
                 Reg::Scalar(self.buffers[region.buffer].read_scalar(region.start()))
@@ -272,17 +354,22 @@ impl<O: Observer> Executor<'_, '_, O> {
                 self.buffers[region.buffer].write_scalar(region.start(), value);
                 Reg::Empty
             }
-            Op::SliceRef { extent } => {
-                let (view, start) = self.place(operands);
+            Op::SliceRef { sizes } => {
+                let (indices, given) = operands.split_at(1 + sizes.len());
+                let (view, start) = self.place(indices);
+                let mut given = given.iter().map(|read| i64::from(self.scalar(read)));
+                let sizes: Vec<i64> =
+                    sizes.iter().map(|size| size.map_or_else(|| given.next().unwrap_or(0), |n| n as i64)).collect();
+                // A negative size is an access before the first element.
+                let start_or_size = |dim: usize| if sizes[dim] < 0 { sizes[dim] } else { start[dim] };
+                let start: Vec<i64> = (0..sizes.len()).map(start_or_size).collect();
+                let extent = Extent { sizes: sizes.iter().map(|&size| size.max(0) as usize).collect(), steps: vec![] };
                 let sliced = view.slice(&start, &extent.sizes);
                 let sliced =
-                    sliced.map_err(|(dim, index)| self.out_of_bounds(&view, dim, index, &start, extent, origin))?;
+                    sliced.map_err(|(dim, index)| self.out_of_bounds(&view, dim, index, &start, &extent, origin))?;
                 Reg::View(Arc::new(sliced))
             }
-            Op::SqueezeRef { dims } => {
-                let view = self.view(&operands[0]);
-                self.recast(&view, view.squeeze(dims), origin)?
-            }
+            Op::SqueezeRef { keep } => Reg::View(Arc::new(self.view(&operands[0]).keep(keep))),
             Op::ReshapeRef { dims } => {
                 let view = self.view(&operands[0]);
                 self.recast(&view, view.reshape(dims), origin)?
@@ -290,6 +377,15 @@ impl<O: Observer> Executor<'_, '_, O> {
             Op::BitcastRef { to, ratio } => {
                 let view = self.view(&operands[0]);
                 self.recast(&view, view.bitcast(*to, *ratio), origin)?
+            }
+            Op::Allocate { element, dims, space } => {
+                let buffer = self.allocate_scoped(*element, dims, *space, origin)?;
+                Reg::View(Arc::new(View::whole(buffer, *element, dims)))
+            }
+            Op::BarrierSemaphore => Reg::View(Arc::new(View::whole(self.barrier, RefElement::Semaphore, &[]))),
+            Op::GridSize(dim) => {
+                let size = self.bounds.get(*dim).copied().unwrap_or(1);
+                Reg::Scalar(Scalar::Int(size as i32))
             }
             Op::StartDma => {
                 let (source, destination) = (self.view(&operands[0]), self.view(&operands[1]));
@@ -318,11 +414,17 @@ impl<O: Observer> Executor<'_, '_, O> {
             }
             Op::AssumeMultiple(multiple) => {
                 let x = self.scalar(&operands[0]);
-                if x % multiple != 0 {
+                if x % multiple != 0 && !self.machine.ignored.contains(FaultKind::BrokenAssumption) {
                     let detail = format!("{x} is not a multiple of {multiple}");
                     return Err(self.fault_at(FaultKind::BrokenAssumption, origin, detail));
                 }
                 Reg::Scalar(Scalar::Int(x))
+            }
+            Op::Assert(message) => {
+                if self.scalar(&operands[0]) == 0 && !self.machine.ignored.contains(FaultKind::BrokenAssumption) {
+                    return Err(self.fault_at(FaultKind::BrokenAssumption, origin, message.clone()));
+                }
+                Reg::Empty
             }
             Op::If => {
                 let taken = usize::from(self.scalar(&operands[0]) == 0);
@@ -439,10 +541,30 @@ impl<O: Observer> Executor<'_, '_, O> {
             return tile;
         }
         // A view of narrow elements as wider ones reads them row by row.
-        let mut dims = extent.sizes.clone();
-        let rows = dims.len().saturating_sub(2);
-        dims[rows] *= to.bits() / stored.bits();
-        tile::bitcast(&tile, &dims, stored, to)
+        tile::bitcast(&tile, &extent.sizes, stored, to)
+    }
+
+    /// Operands: the memref, its indices, the mask. What the mask leaves out need not be written, and is garbage.
+    fn load_masked(&mut self, operands: &[Use], extent: &Extent, to: Element, origin: u32) -> Step<Tile> {
+        let (indices, mask) = operands.split_at(1 + extent.sizes.len());
+        let (view, start) = self.place(indices);
+        let Tile::Pred(mask) = self.tile(&mask[0]) else { unreachable!("decoding gives a pred mask") };
+        let region = self.region(&view, &start, extent, origin)?;
+        self.check_in_flight(&region, false, Some(origin))?;
+        let buffer = &self.buffers[region.buffer];
+        if let (Some(offset), false) = (buffer.unwritten_in(&region), self.machine.reads_unwritten()) {
+            let ratio = (region.len() / mask.len().max(1)).max(1);
+            let lanes = extent.sizes.last().copied().unwrap_or(1);
+            let stored: Vec<bool> = mask.chunks(lanes).flat_map(|row| row.repeat(ratio)).collect();
+            if buffer.garbage_in(&region).iter().zip(&stored).any(|(garbage, read)| *garbage && *read) {
+                let fault = self.fault_at(FaultKind::UnwrittenRead, origin, String::new());
+                return Err(self.in_buffer(fault, region.buffer, offset));
+            }
+        }
+        let tile = self.read(&region, extent, to);
+        let garbage = if to.is_float() { Scalar::Float(f32::NAN) } else { Scalar::Int(tile::wrap(to, 0x5a5a_5a5a)) };
+        let garbage = tile::splat(garbage, mask.len());
+        Ok(tile::select(&Tile::Pred(mask), tile, garbage))
     }
 
     /// Operands: the tile, the memref, its indices, perhaps a mask.
@@ -458,7 +580,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         if add {
             self.check_written(&region, origin)?;
             let old = self.read(&region, extent, element);
-            value = tile::binary(Binary::Add, element, old, value).expect("an addition divides by nothing");
+            value = tile::binary(Binary::Add, element, old, value);
         }
         let mut mask = match mask {
             Some(Tile::Pred(mask)) => Some(mask.as_ref().clone()),
@@ -484,11 +606,11 @@ pub(super) fn int(register: &Reg) -> i32 {
     }
 }
 
-fn scalar_binary(op: Binary, element: Element, x: Scalar, y: Scalar) -> Option<Scalar> {
-    Some(match (x, y) {
+fn scalar_binary(op: Binary, element: Element, x: Scalar, y: Scalar) -> Scalar {
+    match (x, y) {
         (Scalar::Float(x), Scalar::Float(y)) => Scalar::Float(tile::round(element, op.float(x, y))),
-        (Scalar::Pred(x), Scalar::Pred(y)) => Scalar::Pred(op.int(i32::from(x), i32::from(y))? & 1 != 0),
-        (Scalar::Int(x), Scalar::Int(y)) => Scalar::Int(tile::wrap(element, op.int(x, y)?)),
+        (Scalar::Pred(x), Scalar::Pred(y)) => Scalar::Pred(op.int(Element::Pred, i32::from(x), i32::from(y)) & 1 != 0),
+        (Scalar::Int(x), Scalar::Int(y)) => Scalar::Int(tile::wrap(element, op.int(element, x, y))),
         _ => unreachable!("decoding gives both sides one type"),
-    })
+    }
 }

@@ -35,7 +35,64 @@ pub enum FaultKind {
     BadCall,
 }
 
+/// Kinds of faults, for [`Machine::ignored`](super::Machine::ignored).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FaultKinds(u16);
+
+impl FaultKinds {
+    /// With another kind.
+    pub const fn with(self, kind: FaultKind) -> Self {
+        Self(self.0 | 1 << kind as u16)
+    }
+
+    /// Whether a kind is among them.
+    pub const fn contains(self, kind: FaultKind) -> bool {
+        self.0 & 1 << kind as u16 != 0
+    }
+}
+
 impl FaultKind {
+    /// All kinds.
+    pub const ALL: [Self; 13] = [
+        Self::OutOfBounds,
+        Self::UnwrittenRead,
+        Self::ReadInFlight,
+        Self::OverwriteInFlight,
+        Self::SemaphoreUnbalanced,
+        Self::Deadlock,
+        Self::ParallelOverlap,
+        Self::MemoryExceeded,
+        Self::OutputNeverWritten,
+        Self::BrokenAssumption,
+        Self::DivisionByZero,
+        Self::Runaway,
+        Self::BadCall,
+    ];
+
+    /// Whether a run can go on after it, so that [`Machine::ignored`](super::Machine::ignored) may name it.
+    pub const fn can_be_ignored(self) -> bool {
+        !matches!(self, Self::OutOfBounds | Self::Deadlock | Self::Runaway | Self::BadCall)
+    }
+
+    /// Its name, as it is serialized: `unwritten-read`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::OutOfBounds => "out-of-bounds",
+            Self::UnwrittenRead => "unwritten-read",
+            Self::ReadInFlight => "read-in-flight",
+            Self::OverwriteInFlight => "overwrite-in-flight",
+            Self::SemaphoreUnbalanced => "semaphore-unbalanced",
+            Self::Deadlock => "deadlock",
+            Self::ParallelOverlap => "parallel-overlap",
+            Self::MemoryExceeded => "memory-exceeded",
+            Self::OutputNeverWritten => "output-never-written",
+            Self::BrokenAssumption => "broken-assumption",
+            Self::DivisionByZero => "division-by-zero",
+            Self::Runaway => "runaway",
+            Self::BadCall => "bad-call",
+        }
+    }
+
     /// In words.
     pub fn describe(self) -> &'static str {
         match self {

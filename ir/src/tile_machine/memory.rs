@@ -47,6 +47,8 @@ pub(super) struct Buffer<'i> {
     pub(super) may_overlap: bool,
     /// DMAs in flight that touch this buffer.
     pub(super) in_flight: usize,
+    /// What it takes of its memory, if the kernel allocated it while it ran.
+    pub(super) scoped_bytes: usize,
 }
 
 impl<'i> Buffer<'i> {
@@ -69,6 +71,7 @@ impl<'i> Buffer<'i> {
             owners: vec![],
             may_overlap: false,
             in_flight: 0,
+            scoped_bytes: 0,
         }
     }
 
@@ -381,6 +384,9 @@ pub(super) struct Region {
 
 impl Region {
     pub(super) fn new(buffer: usize, offset: usize, dims: &[usize], strides: &[usize]) -> Self {
+        if dims.contains(&0) {
+            return Self { buffer, offset, dims: vec![0], strides: vec![1] };
+        }
         let mut merged: Vec<(usize, usize)> = Vec::with_capacity(dims.len());
         for (&size, &stride) in dims.iter().zip(strides).filter(|&(&size, _)| size != 1) {
             match merged.last_mut() {
@@ -404,6 +410,10 @@ impl Region {
         self.offset
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.dims.contains(&0)
+    }
+
     /// One past the last element.
     fn end(&self) -> usize {
         self.offset + self.dims.iter().zip(&self.strides).map(|(size, stride)| (size - 1) * stride).sum::<usize>() + 1
@@ -411,6 +421,9 @@ impl Region {
 
     /// Calls `f(start, len, stride)` for the innermost runs, in order, until it returns something.
     fn find_run<R>(&self, mut f: impl FnMut(usize, usize, usize) -> Option<R>) -> Option<R> {
+        if self.is_empty() {
+            return None;
+        }
         let (&len, outer) = self.dims.split_last().expect("a region has a dimension");
         let stride = self.strides[outer.len()];
         let mut index = vec![0; outer.len()];
@@ -443,7 +456,10 @@ impl Region {
     /// An element that both regions hold.
     pub(super) fn overlap(&self, other: &Self) -> Option<usize> {
         let low = self.offset.max(other.offset);
-        if self.buffer != other.buffer || self.end() <= other.offset || other.end() <= self.offset {
+        if self.buffer != other.buffer || self.is_empty() || other.is_empty() {
+            return None;
+        }
+        if self.end() <= other.offset || other.end() <= self.offset {
             return None;
         }
         let contiguous = |region: &Self| region.dims.len() == 1 && region.strides[0] == 1;
@@ -495,7 +511,7 @@ impl View {
         let mut strides = Vec::with_capacity(sizes.len() + 1);
         for dim in 0..self.dims.len() {
             let step = steps.get(dim).copied().unwrap_or(1);
-            let last = start[dim] + ((sizes[dim] - 1) * step) as i64;
+            let last = start[dim] + (sizes[dim] as i64 - 1) * step as i64;
             if start[dim] < 0 || last >= self.dims[dim] as i64 {
                 return Err((dim, if start[dim] < 0 { start[dim] } else { last }));
             }
@@ -532,38 +548,57 @@ impl View {
         Ok(view)
     }
 
-    /// The view without some dimensions of size 1, to be of sizes `dims`.
-    pub(super) fn squeeze(&self, dims: &[usize]) -> Option<Self> {
-        let mut view = Self { dims: vec![], strides: vec![], ..self.clone() };
-        let mut wanted = dims.iter().rev().peekable();
-        for (&size, &stride) in self.dims.iter().zip(&self.strides).rev() {
-            if wanted.peek() == Some(&&size) {
-                wanted.next();
-                view.dims.push(size);
-                view.strides.push(stride);
-            } else if size != 1 {
-                return None;
-            }
-        }
-        view.dims.reverse();
-        view.strides.reverse();
-        wanted.next().is_none().then_some(view)
+    /// The view without its other dimensions, which are of size 1.
+    pub(super) fn keep(&self, dims: &[usize]) -> Self {
+        let of = |sizes: &[usize]| dims.iter().map(|&dim| sizes[dim]).collect();
+        Self { dims: of(&self.dims), strides: of(&self.strides), ..self.clone() }
     }
 
-    /// The elements in the same order with sizes `dims`; `None` where strides forbid it.
-    pub(super) fn reshape(&self, dims: &[usize]) -> Option<Self> {
-        let contiguous = tile::strides(&self.dims);
-        let fits = self
-            .dims
-            .iter()
-            .zip(&self.strides)
-            .zip(&contiguous)
-            .all(|((&size, stride), own)| size == 1 || stride == own);
-        (fits && self.packed.is_none()).then(|| Self {
-            dims: dims.to_vec(),
-            strides: tile::strides(dims),
-            ..self.clone()
-        })
+    /// The elements in the same order with sizes `dims`, of which one may be what is left; `None` where sizes or strides forbid
+    /// it.
+    pub(super) fn reshape(&self, dims: &[Option<usize>]) -> Option<Self> {
+        let all: usize = self.dims.iter().product();
+        let known: usize = dims.iter().flatten().product();
+        let rest = all.checked_div(known).unwrap_or(0);
+        let dims: Vec<usize> = dims.iter().map(|size| size.unwrap_or(rest)).collect();
+        if dims.iter().product::<usize>() != all || (self.packed.is_some() && dims.last() != self.dims.last()) {
+            return None;
+        }
+        let of = |dims: Vec<usize>, strides: Vec<usize>| Self { dims, strides, ..self.clone() };
+        if all == 0 {
+            let strides = vec![0; dims.len()];
+            return Some(of(dims, strides));
+        }
+        // Groups of old and new dimensions with as many elements: the old ones must lie one after another.
+        let old: Vec<(usize, usize)> =
+            self.dims.iter().copied().zip(self.strides.iter().copied()).filter(|(size, _)| *size != 1).collect();
+        let mut strides = vec![1; dims.len()];
+        let (mut from, mut to) = (0, 0);
+        while from < old.len() {
+            let (first, begin) = (from, to);
+            let (mut before, mut after) = (old[from].0, dims[to]);
+            from += 1;
+            to += 1;
+            while before != after {
+                if before < after {
+                    before *= old[from].0;
+                    from += 1;
+                } else {
+                    after *= dims[to];
+                    to += 1;
+                }
+            }
+            let group = &old[first..from];
+            if group.windows(2).any(|pair| pair[0].1 != pair[1].0 * pair[1].1) {
+                return None;
+            }
+            let mut stride = group.last().map_or(1, |(_, stride)| *stride);
+            for dim in (begin..to).rev() {
+                strides[dim] = stride;
+                stride *= dims[dim];
+            }
+        }
+        Some(of(dims, strides))
     }
 
     /// The memory read as an element type of `ratio` times the width.

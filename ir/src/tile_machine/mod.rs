@@ -120,7 +120,7 @@ mod program;
 mod tile;
 mod trace;
 
-pub use fault::{Fault, FaultKind};
+pub use fault::{Fault, FaultKind, FaultKinds};
 pub use observer::{BlockEvent, DmaEvent, Observer, OpEvent};
 pub use program::Program;
 pub use trace::Trace;
@@ -162,6 +162,31 @@ pub struct Machine {
     pub allow_parallel_overlaps: bool,
     /// How many ops may run before a loop counts as endless.
     pub max_ops: u64,
+    /// Kinds of faults that are not reported; those that [can be](FaultKind::can_be_ignored). `allow_unwritten_reads`,
+    /// `allow_unwritten_outputs` and `allow_parallel_overlaps` are three of them.
+    pub ignored: FaultKinds,
+    /// What the kernel's random bits are drawn from, with its own seeds. The generator of the hardware is not public, so
+    /// no bits are those of a chip.
+    pub random_seed: u64,
+}
+
+impl Machine {
+    /// This machine, with faults of a kind not reported.
+    pub fn ignoring(self, kind: FaultKind) -> Self {
+        Self { ignored: self.ignored.with(kind), ..self }
+    }
+
+    pub(crate) fn reads_unwritten(&self) -> bool {
+        self.allow_unwritten_reads || self.ignored.contains(FaultKind::UnwrittenRead)
+    }
+
+    pub(crate) fn leaves_outputs_unwritten(&self) -> bool {
+        self.allow_unwritten_outputs || self.ignored.contains(FaultKind::OutputNeverWritten)
+    }
+
+    pub(crate) fn overlaps(&self) -> bool {
+        self.allow_parallel_overlaps || self.ignored.contains(FaultKind::ParallelOverlap)
+    }
 }
 
 impl Default for Machine {
@@ -177,6 +202,8 @@ impl Default for Machine {
             allow_unwritten_reads: false,
             allow_parallel_overlaps: false,
             max_ops: 1 << 32,
+            ignored: FaultKinds::default(),
+            random_seed: 0,
         }
     }
 }

@@ -10,8 +10,8 @@ use melior::ir::{Attribute, AttributeLike};
 
 use super::{
     decode::{Decoded, Memory, Refusal, Shape, Site, fits, scalar, unsupported},
-    program::{Extent, Op},
-    tile::{self, Binary, Compare, Conversion, MatmulShape, Reduction, Strides, Tile, Unary},
+    program::{Extent, Op, Permutation},
+    tile::{self, Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Scalar, Strides, Tile, Unary},
 };
 use crate::{
     context::printed,
@@ -85,14 +85,18 @@ static ROWS: &[Row] = &[
     pure("arith.muli", 2..=2, |op| binary(op, Binary::Mul)),
     pure("arith.divf", 2..=2, |op| binary(op, Binary::Div)),
     pure("arith.divsi", 2..=2, |op| binary(op, Binary::Div)),
+    pure("arith.divui", 2..=2, |op| binary(op, Binary::DivUnsigned)),
     pure("arith.remf", 2..=2, |op| binary(op, Binary::Rem)),
     pure("arith.remsi", 2..=2, |op| binary(op, Binary::Rem)),
+    pure("arith.remui", 2..=2, |op| binary(op, Binary::RemUnsigned)),
     pure("arith.maximumf", 2..=2, |op| binary(op, Binary::Max)),
     pure("arith.minimumf", 2..=2, |op| binary(op, Binary::Min)),
     pure("arith.maxnumf", 2..=2, |op| binary(op, Binary::MaxNumber)),
     pure("arith.minnumf", 2..=2, |op| binary(op, Binary::MinNumber)),
     pure("arith.maxsi", 2..=2, |op| binary(op, Binary::Max)),
     pure("arith.minsi", 2..=2, |op| binary(op, Binary::Min)),
+    pure("arith.maxui", 2..=2, |op| binary(op, Binary::MaxUnsigned)),
+    pure("arith.minui", 2..=2, |op| binary(op, Binary::MinUnsigned)),
     pure("arith.andi", 2..=2, |op| binary(op, Binary::And)),
     pure("arith.ori", 2..=2, |op| binary(op, Binary::Or)),
     pure("arith.xori", 2..=2, |op| binary(op, Binary::Xor)),
@@ -100,6 +104,7 @@ static ROWS: &[Row] = &[
     pure("arith.shrsi", 2..=2, |op| binary(op, Binary::ShrSigned)),
     pure("arith.shrui", 2..=2, |op| binary(op, Binary::ShrUnsigned)),
     pure("math.powf", 2..=2, |op| binary(op, Binary::Pow)),
+    pure("math.atan2", 2..=2, |op| binary(op, Binary::Atan2)),
     pure("arith.negf", 1..=1, |op| unary(op, Unary::Neg)),
     pure("math.absf", 1..=1, |op| unary(op, Unary::Abs)),
     pure("math.absi", 1..=1, |op| unary(op, Unary::Abs)),
@@ -110,12 +115,17 @@ static ROWS: &[Row] = &[
     pure("math.tanh", 1..=1, |op| unary(op, Unary::Tanh)),
     pure("math.sin", 1..=1, |op| unary(op, Unary::Sin)),
     pure("math.cos", 1..=1, |op| unary(op, Unary::Cos)),
+    pure("math.tan", 1..=1, |op| unary(op, Unary::Tan)),
     pure("math.sqrt", 1..=1, |op| unary(op, Unary::Sqrt)),
     pure("math.rsqrt", 1..=1, |op| unary(op, Unary::Rsqrt)),
     pure("math.floor", 1..=1, |op| unary(op, Unary::Floor)),
     pure("math.ceil", 1..=1, |op| unary(op, Unary::Ceil)),
+    pure("math.round", 1..=1, |op| unary(op, Unary::Round)),
     pure("math.roundeven", 1..=1, |op| unary(op, Unary::RoundEven)),
     pure("math.erf", 1..=1, |op| unary(op, Unary::Erf)),
+    pure("math.ctlz", 1..=1, |op| unary(op, Unary::LeadingZeros)),
+    pure("math.ctpop", 1..=1, |op| unary(op, Unary::CountOnes)),
+    pure("tpu.weird", 1..=1, weird),
     pure("tpu.reciprocal", 1..=1, reciprocal),
     pure("arith.cmpi", 2..=2, |op| compare(op, &INTEGER_PREDICATES)),
     pure("arith.cmpf", 2..=2, |op| compare(op, &FLOAT_PREDICATES)),
@@ -140,10 +150,18 @@ static ROWS: &[Row] = &[
     pure("arith.index_castui", 1..=1, |_| Ok(Op::Same)),
     pure("arith.bitcast", 1..=1, bitcast),
     pure("tpu.bitcast", 1..=1, bitcast),
+    pure("tpu.pack_elementwise", 1..=usize::MAX, pack),
+    pure("tpu.unpack_elementwise", 1..=1, unpack),
+    pure("tpu.stochastic_convert", 2..=2, round_stochastically),
+    pure("tpu.stochastic_convert_elementwise", 2..=2, round_stochastically_to_bits),
+    // Random bits. Those of the hardware are not public: a run draws them from the seed.
+    effect("tpu.prng_set_seed_32", ANY, |op| op.scalars(0, op.operands.len()).map(|()| Op::Seed)),
+    effect("tpu.prng_random_bits", 0..=0, random_bits),
     // Tiles as wholes.
     pure("vector.broadcast", 1..=1, broadcast),
     pure("vector.shape_cast", 1..=1, |_| Ok(Op::Same)),
     pure("tpu.reshape", 1..=1, reshape),
+    pure("tpu.relayout", 1..=1, |_| Ok(Op::Same)),
     pure("vector.transpose", 1..=1, transpose),
     pure("tpu.transpose", 1..=1, transpose),
     pure("vector.extract_strided_slice", 1..=1, slice),
@@ -151,6 +169,8 @@ static ROWS: &[Row] = &[
     pure("tpu.concatenate", 1..=usize::MAX, concatenate),
     pure("tpu.repeat", 1..=1, repeat),
     pure("tpu.dynamic_rotate", 2..=2, rotate),
+    pure("tpu.dynamic_gather", 2..=2, gather),
+    pure("tpu.reduce_index", 1..=1, reduce_index),
     pure("tpu.iota", 0..=0, iota),
     pure("vector.multi_reduction", 2..=2, reduce),
     pure("tpu.matmul", 3..=3, matmul),
@@ -165,11 +185,15 @@ static ROWS: &[Row] = &[
     effect("memref.store", 2..=usize::MAX, store_scalar),
     pure("tpu.memref_slice", 1..=usize::MAX, slice_memref),
     pure("tpu.memref_squeeze", 1..=1, squeeze_memref),
-    pure("tpu.erase_memref_layout", 1..=1, squeeze_memref),
-    pure("memref.cast", 1..=1, squeeze_memref),
+    pure("tpu.erase_memref_layout", 1..=1, same_memref),
+    pure("tpu.assume_layout", 1..=1, same_memref),
+    pure("memref.cast", 1..=1, same_memref),
     pure("tpu.memref_reshape", 1..=1, reshape_memref),
     pure("tpu.memref_bitcast", 1..=1, bitcast_memref),
+    effect("memref.alloca", 0..=0, allocate),
     // DMAs and semaphores.
+    effect("tpu.sem_alloc", 0..=0, allocate),
+    effect("tpu.sem_barrier", 0..=0, barrier_semaphore),
     effect("tpu.enqueue_dma", 3..=usize::MAX, start_dma),
     effect("tpu.wait_dma2", 3..=usize::MAX, |op| wait_dma(op, 2)),
     effect("tpu.wait_dma", 2..=usize::MAX, |op| wait_dma(op, 1)),
@@ -177,6 +201,10 @@ static ROWS: &[Row] = &[
     effect("tpu.sem_wait", 2..=2, wait_semaphore),
     pure("tpu.sem_read", 1..=1, read_semaphore),
     effect("tpu.assume_multiple", 1..=1, assume_multiple),
+    effect("cf.assert", 1..=1, |op| Ok(Op::Assert(op.text("msg")?))),
+    // The grid and the devices.
+    pure("tpu.iteration_bound", 0..=0, |op| Ok(Op::GridSize(op.size("dim")?))),
+    pure("tpu.device_id", 0..=0, |_| Ok(Op::Scalar(Scalar::Int(0)))),
     // Control flow.
     nesting("scf.if", 1..=1, 2, |_| Ok(Op::If)),
     nesting("scf.for", 3..=usize::MAX, 1, |_| Ok(Op::For)),
@@ -191,6 +219,7 @@ static ROWS: &[Row] = &[
     ignored("tpu.trace_stop"),
     ignored("tpu.trace_value"),
     ignored("tpu.log"),
+    ignored("tpu.log_buffer"),
     ignored("tpu.delay"),
 ];
 
@@ -220,7 +249,17 @@ fn constant(op: &Site) -> Decoded<Op> {
             Element::Pred => Some(u32::from(mlir_sys::mlirDenseElementsAttrGetBoolValue(raw, index))),
             _ => None,
         });
-        let bits = bits.collect::<Option<Vec<u32>>>().ok_or_else(unreadable)?;
+        let bits = match (shape.element, shape.element.bytes()) {
+            (Element::F32 | Element::I32 | Element::Pred, _) => bits.collect::<Option<Vec<u32>>>(),
+            (_, width @ 1..=2) => {
+                let data = mlir_sys::mlirDenseElementsAttrGetRawData(raw).cast::<u8>();
+                let data = std::slice::from_raw_parts(data, shape.len() * width);
+                let element = |bytes: &[u8]| bytes.iter().rev().fold(0, |bits, &byte| bits << 8 | u32::from(byte));
+                Some(data.chunks_exact(width).map(element).collect())
+            }
+            _ => None,
+        };
+        let bits = bits.ok_or_else(unreadable)?;
         Ok(Op::Constant(tile::from_bits(shape.element, bits)))
     }
 }
@@ -385,10 +424,12 @@ fn rotate(op: &Site) -> Decoded<Op> {
     let (x, dim) = (op.tile(0)?, op.size("dimension")?);
     op.scalars(1, 1)?;
     fits(x == op.result_tile()? && dim < x.dims.len())?;
-    if op.has("stride") {
-        return unsupported("a rotation with a stride is not supported");
-    }
-    Ok(Op::Rotate { dims: x.dims, dim })
+    let stride = match op.has("stride") {
+        true => Some(RotationStride { dim: op.size("stride_dimension")?, by: op.integer("stride")? }),
+        false => None,
+    };
+    fits(stride.is_none_or(|stride| stride.dim < x.dims.len() && stride.dim != dim))?;
+    Ok(Op::Rotate { dims: x.dims, dim, stride })
 }
 
 /// Indices counted along the dimensions `over`, the first of them outermost.
@@ -407,16 +448,18 @@ fn reduce(op: &Site) -> Decoded<Op> {
     let how = match kind.trim_start_matches("#vector.kind<").trim_end_matches('>') {
         "add" => Reduction::Sum,
         "mul" => Reduction::Product,
+        "maxui" => Reduction::MaxUnsigned,
+        "minui" => Reduction::MinUnsigned,
+        "and" => Reduction::And,
+        "or" => Reduction::Or,
+        "xor" => Reduction::Xor,
         "maximumf" | "maxsi" => Reduction::Max,
         "minimumf" | "minsi" => Reduction::Min,
         "maxnumf" => Reduction::MaxNumber,
         "minnumf" => Reduction::MinNumber,
         _ => return unsupported(format!("kind {kind} is not supported")),
     };
-    let Shape { element, dims } = op.shape(0)?;
-    if op.result()?.dims.is_empty() {
-        return unsupported("a reduction to a scalar is not supported");
-    }
+    let Shape { element, dims } = op.tile(0)?;
     Ok(Op::Reduce { how, element, dims, over: op.sizes("reduction_dims")? })
 }
 
@@ -428,11 +471,16 @@ fn bracketed(text: &str) -> Vec<Vec<usize>> {
 
 fn matmul(op: &Site) -> Decoded<Op> {
     let (lhs, rhs, sum) = (op.tile(0)?, op.tile(1)?, op.tile(2)?);
-    let kind = |shape: &Shape| (shape.element.is_float(), shape.element == Element::Pred);
-    fits(kind(&lhs) == kind(&rhs) && kind(&lhs) == kind(&sum) && kind(&lhs) != (false, true))?;
-    fits(sum == op.result_tile()?)?;
+    fits(sum == op.result_tile()? && ![lhs.element, rhs.element, sum.element].contains(&Element::Pred))?;
+    // Integers beside floats are converted to them; a sum of integers is one of products of integers.
+    let exact_as_float = |side: &Shape| side.element.is_float() || side.element.bits() <= 16;
+    fits(match sum.element.is_float() {
+        true => exact_as_float(&lhs) && exact_as_float(&rhs),
+        false => !lhs.element.is_float() && !rhs.element.is_float(),
+    })?;
     let exact = op.has("precision") && op.text("precision")?.contains("fp32");
     let round = [&lhs, &rhs].map(|side| side.element == Element::F32 && !exact);
+    let to = sum.element;
     let (lhs, rhs, sum) = (lhs.dims, rhs.dims, sum.dims);
     let numbers = match op.has("dimension_numbers") {
         true => bracketed(&op.text("dimension_numbers")?),
@@ -444,34 +492,135 @@ fn matmul(op: &Site) -> Decoded<Op> {
     let [contract_l, contract_r, free_l, free_r, order, batch_l, batch_r] = numbers.as_slice() else {
         return unsupported(format!("dimension numbers {numbers:?}"));
     };
-    let one = |dims: &'_ Vec<usize>| if let [dim] = dims.as_slice() { Some(*dim) } else { None };
-    let (Some(k_l), Some(k_r), Some(m), Some(n)) = (one(contract_l), one(contract_r), one(free_l), one(free_r)) else {
-        return unsupported(format!("more than one contracted or free dimension on a side: {numbers:?}"));
+    let covers = |dims: &[usize], lists: [&Vec<usize>; 3]| {
+        let mut all: Vec<usize> = lists.into_iter().flatten().copied().collect();
+        all.sort_unstable();
+        all.into_iter().eq(0..dims.len())
     };
-    let standard: Vec<usize> = batch_l.iter().flat_map(|&dim| [0, dim]).chain([0, m, 1, n]).collect();
-    if batch_l.len() > 1 || batch_l.len() != batch_r.len() || *order != standard {
-        return unsupported(format!("dimension numbers {numbers:?}: at most one batch dimension, which leads"));
-    }
-    let size = |dims: &[usize], dim: usize| dims.get(dim).copied().unwrap_or(0);
-    let batch = batch_l.first().map(|&dim| size(&lhs, dim));
-    let expected: Vec<usize> = batch.into_iter().chain([size(&lhs, m), size(&rhs, n)]).collect();
-    let ranks = (lhs.len(), rhs.len()) == (2 + batch_l.len(), 2 + batch_r.len());
-    let batches = batch == batch_r.first().map(|&dim| size(&rhs, dim));
-    let inner = size(&lhs, k_l) == size(&rhs, k_r);
-    if !ranks || !batches || !inner || sum != expected || sum.contains(&0) || size(&lhs, k_l) == 0 {
+    let sizes = |dims: &[usize], list: &[usize]| -> Vec<usize> { list.iter().map(|&dim| dims[dim]).collect() };
+    let standard =
+        batch_l.iter().chain(free_l).flat_map(|&dim| [0, dim]).chain(free_r.iter().flat_map(|&dim| [1, dim]));
+    let fit = covers(&lhs, [batch_l, free_l, contract_l])
+        && covers(&rhs, [batch_r, free_r, contract_r])
+        && sizes(&lhs, batch_l) == sizes(&rhs, batch_r)
+        && sizes(&lhs, contract_l) == sizes(&rhs, contract_r)
+        && [sizes(&lhs, batch_l), sizes(&lhs, free_l), sizes(&rhs, free_r)].concat() == sum
+        && standard.eq(order.iter().copied())
+        && ![&lhs, &rhs].into_iter().flatten().any(|&size| size == 0);
+    if !fit {
         return unsupported(format!("{lhs:?} x {rhs:?} + {sum:?} with dimension numbers {numbers:?}"));
     }
-    let (strides_l, strides_r) = (tile::strides(&lhs), tile::strides(&rhs));
-    let batch_stride = |strides: &[usize], dims: &[usize]| dims.first().map_or(0, |&dim| strides[dim]);
+    let (arrange_l, [batch_stride_l, row_l, column_l]) = three_strides(&lhs, [batch_l, free_l, contract_l]);
+    let (arrange_r, [batch_stride_r, row_r, column_r]) = three_strides(&rhs, [batch_r, contract_r, free_r]);
+    let product = |dims: &[usize], list: &[usize]| sizes(dims, list).iter().product();
     let shape = MatmulShape {
-        batch: batch.unwrap_or(1),
-        m: lhs[m],
-        n: rhs[n],
-        k: lhs[k_l],
-        lhs: Strides { batch: batch_stride(&strides_l, batch_l), row: strides_l[m], column: strides_l[k_l] },
-        rhs: Strides { batch: batch_stride(&strides_r, batch_r), row: strides_r[k_r], column: strides_r[n] },
+        batch: product(&lhs, batch_l),
+        m: product(&lhs, free_l),
+        n: product(&rhs, free_r),
+        k: product(&lhs, contract_l),
+        lhs: Strides { batch: batch_stride_l, row: row_l, column: column_l },
+        rhs: Strides { batch: batch_stride_r, row: row_r, column: column_r },
+        to,
     };
-    Ok(Op::Matmul { shape, round })
+    Ok(Op::Matmul { shape, round, arrange: [arrange_l, arrange_r] })
+}
+
+/// Three groups of dimensions as one dimension each: their strides, and the permutation to apply before where the dimensions of
+/// a group do not follow each other in memory.
+fn three_strides(dims: &[usize], groups: [&Vec<usize>; 3]) -> (Option<Permutation>, [usize; 3]) {
+    fn of_groups(dims: &[usize], groups: [&Vec<usize>; 3]) -> Option<[usize; 3]> {
+        let strides = tile::strides(dims);
+        let mut result = [0; 3];
+        for (group, result) in groups.into_iter().zip(&mut result) {
+            let group: Vec<usize> = group.iter().copied().filter(|&dim| dims[dim] != 1).collect();
+            let follows = |pair: &[usize]| strides[pair[0]] == dims[pair[1]] * strides[pair[1]];
+            if !group.windows(2).all(follows) {
+                return None;
+            }
+            *result = group.last().map_or(0, |&dim| strides[dim]);
+        }
+        Some(result)
+    }
+    if let Some(strides) = of_groups(dims, groups) {
+        return (None, strides);
+    }
+    let order = groups.into_iter().flatten().copied().collect();
+    let size = |group: &Vec<usize>| group.iter().map(|&dim| dims[dim]).product::<usize>();
+    let [_, rows, columns] = groups.map(size);
+    (Some(Permutation { dims: dims.to_vec(), order }), [rows * columns, columns, 1])
+}
+
+fn weird(op: &Site) -> Decoded<Op> {
+    let (x, result) = (op.shape(0)?, op.result()?);
+    fits(x.element.is_float() && x.dims == result.dims && result.element == Element::Pred)?;
+    Ok(Op::Weird)
+}
+
+/// The index along `axis` of the greatest or least element.
+fn reduce_index(op: &Site) -> Decoded<Op> {
+    let (x, dim, result) = (op.tile(0)?, op.size("axis")?, op.result()?);
+    fits(dim < x.dims.len() && !x.dims.contains(&0))?;
+    let mut dims = x.dims.clone();
+    dims.remove(dim);
+    fits(result.element == Element::I32 && dims == result.dims)?;
+    let kind = op.text("kind")?;
+    // An enum of the dialect, or its number.
+    let greatest = match kind.trim_start_matches("#tpu.reduction_kind<").trim_end_matches('>') {
+        "arg_max" | "3 : i32" => true,
+        "arg_min" | "4 : i32" => false,
+        _ => return unsupported(format!("kind {kind} is not supported")),
+    };
+    Ok(Op::ReduceIndex { dims: x.dims, dim, greatest })
+}
+
+/// Operands: the source, the indices.
+fn gather(op: &Site) -> Decoded<Op> {
+    let (x, indices, result) = (op.tile(0)?, op.tile(1)?, op.result_tile()?);
+    let over = op.sizes("dimensions")?;
+    fits(x.element == result.element && indices.dims == result.dims && x.dims.len() == result.dims.len())?;
+    let kept_fit = (0..x.dims.len()).all(|dim| over.contains(&dim) || result.dims[dim] <= x.dims[dim]);
+    fits(over.iter().all(|&dim| dim < x.dims.len()) && kept_fit && !x.dims.contains(&0))?;
+    fits(!indices.element.is_float() && indices.element != Element::Pred)?;
+    Ok(Op::Gather { dims: x.dims, over, index_dims: result.dims })
+}
+
+fn pack(op: &Site) -> Decoded<Op> {
+    let (x, result, to) = (op.tile(0)?, op.result_tile()?, op.element("target_type")?);
+    let sources = (0..op.operands.len()).map(|index| op.tile(index)).collect::<Decoded<Vec<_>>>()?;
+    fits(sources.iter().all(|source| *source == x) && x.dims == result.dims)?;
+    fits(result.element.bits() == x.element.bits() && sources.len() * to.bits() == x.element.bits())?;
+    fits(x.element.is_float() == to.is_float() && result.element.is_integer())?;
+    Ok(Op::Pack { from: x.element, to, result: result.element, len: x.len() })
+}
+
+fn unpack(op: &Site) -> Decoded<Op> {
+    let (x, result, part) = (op.tile(0)?, op.result_tile()?, op.element("source_type")?);
+    let index = op.size("index")?;
+    fits(x.element.is_integer() && x.dims == result.dims && part.bits() < x.element.bits())?;
+    fits(index < x.element.bits() / part.bits() && part.is_float() == result.element.is_float())?;
+    Ok(Op::Unpack { from: x.element, part, index, to: result.element })
+}
+
+/// Operands: the tile, random bits.
+fn round_stochastically(op: &Site) -> Decoded<Op> {
+    let (x, random, result) = (op.tile(0)?, op.tile(1)?, op.result_tile()?);
+    fits(x.element == Element::F32 && random.element == Element::I32 && result.element.is_float())?;
+    fits(x.dims == random.dims && x.dims == result.dims)?;
+    Ok(Op::RoundStochastically { to: result.element, as_bits: false })
+}
+
+/// As [`round_stochastically`]; the result are bits in the low places of 32.
+fn round_stochastically_to_bits(op: &Site) -> Decoded<Op> {
+    let (x, random, result, to) = (op.tile(0)?, op.tile(1)?, op.result_tile()?, op.element("dst_type")?);
+    fits(x.element == Element::F32 && random.element == Element::I32 && result.element == Element::I32)?;
+    fits(x.dims == random.dims && x.dims == result.dims && to.is_float())?;
+    Ok(Op::RoundStochastically { to, as_bits: true })
+}
+
+fn random_bits(op: &Site) -> Decoded<Op> {
+    let result = op.result_tile()?;
+    fits(result.element.is_integer())?;
+    Ok(Op::RandomBits { element: result.element, len: result.len() })
 }
 
 // ---- memory ----
@@ -485,16 +634,19 @@ fn extent(op: &Site, memory: &Memory, tile: &Shape) -> Decoded<Extent> {
     Ok(Extent { sizes: tile.dims.clone(), steps })
 }
 
-/// Operands: the memref, an index per dimension.
+/// Operands: the memref, an index per dimension, perhaps a mask.
 fn load(op: &Site) -> Decoded<Op> {
     let (memory, result) = (op.memref(0)?, op.result_tile()?);
     let extent = extent(op, &memory, &result)?;
-    op.scalars(1, memory.dims.len())?;
-    match op.operands.len() - 1 - memory.dims.len() {
-        0 => Ok(Op::Load { extent, to: result.element }),
-        1 => unsupported("a masked load is not supported"),
-        _ => Err(Refusal::Misfit),
-    }
+    let rank = memory.dims.len();
+    op.scalars(1, rank)?;
+    let masked = match op.operands.len() - 1 - rank {
+        0 => false,
+        1 => op.tile(1 + rank)? == Shape { element: Element::Pred, dims: result.dims },
+        _ => return Err(Refusal::Misfit),
+    };
+    fits(masked || op.operands.len() == 1 + rank)?;
+    Ok(Op::Load { extent, to: result.element, masked })
 }
 
 /// Operands: the tile, the memref, an index per dimension, perhaps a mask.
@@ -529,31 +681,51 @@ fn store_scalar(op: &Site) -> Decoded<Op> {
     Ok(Op::StoreScalar { extent: element(op, 1)? })
 }
 
+/// Operands: the memref, an index per dimension, a size for each that the type does not say.
 fn slice_memref(op: &Site) -> Decoded<Op> {
     let (memory, result) = (op.memref(0)?, op.result_memref()?);
     fits(memory.element == result.element && memory.space == result.space)?;
-    fits(memory.dims.len() == result.dims.len() && !result.dims.contains(&0))?;
-    op.scalars(1, result.dims.len())?;
-    if op.operands.len() != 1 + result.dims.len() {
-        return unsupported("dynamic sizes are not supported");
-    }
-    Ok(Op::SliceRef { extent: Extent { sizes: result.dims, steps: vec![] } })
+    fits(memory.dims.len() == result.dims.len())?;
+    let operands = result.dims.len() + result.dims.iter().filter(|size| size.is_none()).count();
+    fits(op.operands.len() == 1 + operands)?;
+    op.scalars(1, operands)?;
+    Ok(Op::SliceRef { sizes: result.dims })
 }
 
-/// The sizes of a result that is the same memory in the same order.
-fn same_memory(op: &Site) -> Decoded<Vec<usize>> {
+/// Operand 0 and the result, which are the same memory in the same order.
+fn same_memory(op: &Site) -> Decoded<(Memory, Memory)> {
     let (memory, result) = (op.memref(0)?, op.result_memref()?);
-    let cells = |memory: &Memory| memory.dims.iter().product::<usize>();
-    fits(memory.element == result.element && memory.space == result.space && cells(&memory) == cells(&result))?;
-    Ok(result.dims)
+    let cells = memory.cells().is_none() || result.cells().is_none() || memory.cells() == result.cells();
+    fits(memory.element == result.element && memory.space == result.space && cells)?;
+    Ok((memory, result))
 }
 
 fn squeeze_memref(op: &Site) -> Decoded<Op> {
-    Ok(Op::SqueezeRef { dims: same_memory(op)? })
+    let (memory, result) = same_memory(op)?;
+    let mut wanted = result.dims.iter().rev().peekable();
+    let mut keep = vec![];
+    for (dim, size) in memory.dims.iter().enumerate().rev() {
+        if wanted.next_if_eq(&size).is_some() {
+            keep.push(dim);
+        } else {
+            fits(*size == Some(1))?;
+        }
+    }
+    fits(wanted.next().is_none())?;
+    keep.reverse();
+    Ok(Op::SqueezeRef { keep })
+}
+
+fn same_memref(op: &Site) -> Decoded<Op> {
+    let (memory, result) = same_memory(op)?;
+    fits(memory.may_have_dims_of(&result))?;
+    Ok(Op::Same)
 }
 
 fn reshape_memref(op: &Site) -> Decoded<Op> {
-    Ok(Op::ReshapeRef { dims: same_memory(op)? })
+    let (_, result) = same_memory(op)?;
+    fits(result.dims.iter().filter(|size| size.is_none()).count() <= 1)?;
+    Ok(Op::ReshapeRef { dims: result.dims })
 }
 
 fn bitcast_memref(op: &Site) -> Decoded<Op> {
@@ -561,16 +733,41 @@ fn bitcast_memref(op: &Site) -> Decoded<Op> {
     let (RefElement::Data(from), RefElement::Data(to)) = (memory.element, result.element) else {
         return Err(Refusal::Misfit);
     };
-    let rows = memory.dims.len().checked_sub(2).ok_or(Refusal::Misfit)?;
-    let mut dims = memory.dims;
-    let bits = dims[rows] * from.bits();
-    dims[rows] = bits / to.bits();
-    fits(bits.is_multiple_of(to.bits()) && dims == result.dims)?;
     fits(memory.space == result.space && memory.space != MemorySpace::Smem)?;
+    if to.bits() == from.bits() {
+        fits(memory.may_have_dims_of(&result))?;
+        return Ok(Op::BitcastRef { to, ratio: 1 });
+    }
     if to.bits() < from.bits() {
         return unsupported(format!("from {from} to the narrower {to} is not supported"));
     }
+    let rows = memory.dims.len().checked_sub(2).ok_or(Refusal::Misfit)?;
+    let mut expected = Memory { dims: memory.dims.clone(), ..memory };
+    if let Some(rows) = &mut expected.dims[rows] {
+        fits((*rows * from.bits()).is_multiple_of(to.bits()))?;
+        *rows = *rows * from.bits() / to.bits();
+    }
+    fits(expected.may_have_dims_of(&result))?;
     Ok(Op::BitcastRef { to, ratio: to.bits() / from.bits() })
+}
+
+/// The result: a buffer or semaphores of its own.
+fn allocate(op: &Site) -> Decoded<Op> {
+    let Memory { element, dims, space } = op.result_memref()?;
+    let of_semaphores = element.data().is_none();
+    fits(of_semaphores == (space == MemorySpace::Semaphore) && of_semaphores == (op.name == "tpu.sem_alloc"))?;
+    let Some(dims) = dims.into_iter().collect::<Option<Vec<usize>>>().filter(|dims| !dims.contains(&0)) else {
+        return unsupported("a buffer of no size, or of one that is not known");
+    };
+    let cells = dims.iter().try_fold(1_usize, |cells, &size| cells.checked_mul(size));
+    fits(cells.is_some_and(|cells| cells <= 1 << 40))?;
+    Ok(Op::Allocate { element, dims, space })
+}
+
+fn barrier_semaphore(op: &Site) -> Decoded<Op> {
+    let memory = op.result_memref()?;
+    fits(memory.element == RefElement::Semaphore && memory.cells() == Some(1))?;
+    Ok(Op::BarrierSemaphore)
 }
 
 // ---- DMAs and semaphores ----
@@ -582,7 +779,7 @@ fn start_dma(op: &Site) -> Decoded<Op> {
     }
     let (source, destination) = (op.memref(0)?, op.memref(1)?);
     fits(source.element == destination.element && source.element.data().is_some())?;
-    fits(source.dims == destination.dims)?;
+    fits(source.may_have_dims_of(&destination))?;
     op.semaphore(2)?;
     Ok(Op::StartDma)
 }

@@ -66,15 +66,17 @@ struct Inside {
 }
 
 impl<O: Observer> Executor<'_, '_, O> {
-    pub(super) fn grid(&mut self, grid: &[(usize, Semantics)], views: &[Reg], windows: &mut [Window]) -> Step<()> {
+    pub(super) fn grid(&mut self, views: &[Reg], windows: &mut [Window]) -> Step<()> {
+        let semantics = self.program.signature.grid.iter().map(|&(_, how)| how);
+        let grid: Vec<(usize, Semantics)> = self.bounds.iter().copied().zip(semantics).collect();
         let steps: usize = grid.iter().map(|&(size, _)| size).product();
         let strides = tile::strides(&grid.iter().map(|&(size, _)| size).collect::<Vec<_>>());
         let coordinates = |step: usize| -> Vec<usize> {
-            strides.iter().zip(grid).map(|(stride, &(n, _))| step / stride % n).collect()
+            strides.iter().zip(&grid).map(|(stride, &(n, _))| step / stride % n).collect()
         };
         // The position along the parallel dimensions alone.
         let owner = |at: &[usize]| {
-            let parallel = at.iter().zip(grid).filter(|(_, (_, how))| *how == Semantics::Parallel);
+            let parallel = at.iter().zip(&grid).filter(|(_, (_, how))| *how == Semantics::Parallel);
             parallel.fold(0, |owner, (&index, &(size, _))| owner * size + index) as u32
         };
         let mut next: Vec<Vec<i64>> = vec![];
@@ -205,37 +207,54 @@ impl<O: Observer> Executor<'_, '_, O> {
     }
 
     fn block_offset(&self, window: &Window, index: &[i64]) -> usize {
-        let array = &self.buffers[window.array].dims;
-        let block = &self.program.signature.arguments[window.argument].dims;
-        let strides = tile::strides(array);
-        (0..index.len()).map(|dim| index[dim].max(0) as usize * block[dim] * strides[dim]).sum()
+        let strides = tile::strides(&self.buffers[window.array].dims);
+        let start = self.block_start(window, index);
+        start.iter().zip(strides).map(|(&start, stride)| start.max(0) as usize * stride).sum()
+    }
+
+    /// The element of the array at which a block starts; before the first where the array is padded.
+    fn block_start(&self, window: &Window, index: &[i64]) -> Vec<i64> {
+        let argument = &self.program.signature.arguments[window.argument];
+        let padding = argument.window.as_ref().and_then(|window| window.element_padding.as_ref());
+        let start = |dim: usize| match padding {
+            Some(padding) => index[dim] - padding[dim].0 as i64,
+            None => index[dim].saturating_mul(argument.dims[dim] as i64),
+        };
+        (0..index.len()).map(start).collect()
     }
 
     /// The part of a block that is inside its array, to be in `buffer`.
     fn block(&self, window: &Window, index: &[i64], buffer: usize) -> Step<Inside> {
         let argument = &self.program.signature.arguments[window.argument];
         let (array, block) = (&self.buffers[window.array].dims, &argument.dims);
-        let mut offset = 0;
+        let padding = argument.window.as_ref().and_then(|window| window.element_padding.as_ref());
+        let (mut offset, mut inner) = (0, 0);
         let mut sizes = Vec::with_capacity(block.len());
-        let strides = tile::strides(array);
+        let (strides, own) = (tile::strides(array), tile::strides(block));
+        let starts = self.block_start(window, index);
         for dim in 0..block.len() {
-            let start = index[dim] * block[dim] as i64;
-            if start < 0 || start >= array[dim] as i64 {
+            let (before, after) = padding.map_or((0, 0), |padding| padding[dim]);
+            let (start, end) = (starts[dim], starts[dim].saturating_add(block[dim] as i64));
+            // Without padding, a block may hang over the end.
+            let within = start >= -(before as i64) && (after == 0 || end <= (array[dim] + after) as i64);
+            if !within || start >= array[dim] as i64 || end <= 0 {
                 let mut fault = self.fault(
                     FaultKind::OutOfBounds,
                     &self.pipeline,
                     format!("block {index:?} of sizes {block:?} starts outside the array of sizes {array:?}"),
                 );
                 fault.buffer = Some(argument.name.clone());
-                fault.index = index.iter().zip(block).map(|(&index, &size)| index * size as i64).collect();
+                fault.index = starts;
                 return Err(fault);
             }
-            offset += start as usize * strides[dim];
-            sizes.push(block[dim].min(array[dim] - start as usize));
+            let from = start.max(0) as usize;
+            offset += from * strides[dim];
+            inner += (-start).max(0) as usize * own[dim];
+            sizes.push((end as usize).min(array[dim]) - from);
         }
         Ok(Inside {
             array: Region::new(window.array, offset, &sizes, &strides),
-            window: Region::new(buffer, 0, &sizes, &tile::strides(block)),
+            window: Region::new(buffer, inner, &sizes, &own),
             whole: sizes == *block,
         })
     }

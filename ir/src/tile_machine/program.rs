@@ -1,7 +1,10 @@
 //! A decoded kernel: instructions over registers. It holds no MLIR.
 
-use super::tile::{Binary, Compare, Conversion, MatmulShape, Reduction, Scalar, Tile, Unary};
-use crate::{element::Element, mosaic::Signature};
+use super::tile::{Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Scalar, Tile, Unary};
+use crate::{
+    element::Element,
+    mosaic::{MemorySpace, RefElement, Signature},
+};
 
 /// A register.
 pub(super) type Slot = u32;
@@ -51,6 +54,13 @@ pub(super) struct Extent {
     pub(super) steps: Vec<usize>,
 }
 
+/// A tile's sizes, and the order that its dimensions are to have.
+#[derive(Debug)]
+pub(super) struct Permutation {
+    pub(super) dims: Vec<usize>,
+    pub(super) order: Vec<usize>,
+}
+
 /// What an instruction does to its operands, which are those of the MLIR op that it was decoded from.
 #[derive(Debug)]
 pub(super) enum Op {
@@ -65,6 +75,8 @@ pub(super) enum Op {
         element: Element,
     },
     Compare(Compare),
+    /// Whether numbers are infinite or NaN.
+    Weird,
     Select,
     Convert(Conversion),
     Broadcast {
@@ -92,6 +104,40 @@ pub(super) enum Op {
     Rotate {
         dims: Vec<usize>,
         dim: usize,
+        stride: Option<RotationStride>,
+    },
+    ReduceIndex {
+        dims: Vec<usize>,
+        dim: usize,
+        greatest: bool,
+    },
+    Gather {
+        dims: Vec<usize>,
+        over: Vec<usize>,
+        index_dims: Vec<usize>,
+    },
+    Pack {
+        from: Element,
+        to: Element,
+        result: Element,
+        len: usize,
+    },
+    Unpack {
+        from: Element,
+        part: Element,
+        index: usize,
+        to: Element,
+    },
+    RoundStochastically {
+        to: Element,
+        /// As bits in the low places of a 32-bit integer.
+        as_bits: bool,
+    },
+    /// Seeds the generator of random bits with its operands.
+    Seed,
+    RandomBits {
+        element: Element,
+        len: usize,
     },
     Reduce {
         how: Reduction,
@@ -110,10 +156,14 @@ pub(super) enum Op {
     Matmul {
         shape: MatmulShape,
         round: [bool; 2],
+        /// Of the sides that must be transposed first.
+        arrange: [Option<Permutation>; 2],
     },
+    /// With a mask as its last operand, if `masked`.
     Load {
         extent: Extent,
         to: Element,
+        masked: bool,
     },
     Store {
         extent: Extent,
@@ -125,19 +175,31 @@ pub(super) enum Op {
     StoreScalar {
         extent: Extent,
     },
+    /// Operands: the memref, an index per dimension, a size for each that is not known.
     SliceRef {
-        extent: Extent,
+        sizes: Vec<Option<usize>>,
     },
+    /// The dimensions that stay.
     SqueezeRef {
-        dims: Vec<usize>,
+        keep: Vec<usize>,
     },
     ReshapeRef {
-        dims: Vec<usize>,
+        dims: Vec<Option<usize>>,
     },
     BitcastRef {
         to: Element,
         ratio: usize,
     },
+    /// A buffer that lives until the end of the block that it is in.
+    Allocate {
+        element: RefElement,
+        dims: Vec<usize>,
+        space: MemorySpace,
+    },
+    /// The semaphore that the devices of a program share.
+    BarrierSemaphore,
+    /// The size of a dimension of the grid.
+    GridSize(usize),
     StartDma,
     /// A wait for as many bytes as operand `destination` has.
     WaitDma {
@@ -147,6 +209,8 @@ pub(super) enum Op {
     WaitSemaphore,
     ReadSemaphore,
     AssumeMultiple(i32),
+    /// A condition that must hold, and what is wrong where it does not.
+    Assert(String),
     If,
     For,
     While,

@@ -28,14 +28,20 @@ pub(super) enum Unary {
     Tanh,
     Sin,
     Cos,
+    Tan,
     Sqrt,
     Rsqrt,
     Floor,
     Ceil,
+    /// To the nearest integer; halves away from zero.
+    Round,
+    /// To the nearest integer; halves to the even one.
     RoundEven,
     Erf,
     Log1p,
     Reciprocal,
+    LeadingZeros,
+    CountOnes,
 }
 
 impl Unary {
@@ -49,20 +55,25 @@ impl Unary {
             Self::Tanh => x.tanh(),
             Self::Sin => x.sin(),
             Self::Cos => x.cos(),
+            Self::Tan => x.tan(),
             Self::Sqrt => x.sqrt(),
             Self::Rsqrt => 1.0 / x.sqrt(),
             Self::Floor => x.floor(),
             Self::Ceil => x.ceil(),
+            Self::Round => x.round(),
             Self::RoundEven => x.round_ties_even(),
             Self::Erf => libm::erff(x),
             Self::Log1p => x.ln_1p(),
             Self::Reciprocal => 1.0 / x,
+            Self::LeadingZeros | Self::CountOnes => f32::NAN,
         }
     }
 
-    pub(super) fn int(self, x: i32) -> i32 {
+    pub(super) fn int(self, element: Element, x: i32) -> i32 {
         match self {
             Self::Abs => x.wrapping_abs(),
+            Self::LeadingZeros => (unsigned(element, x).leading_zeros() + element.bits() as u32) as i32 - 32,
+            Self::CountOnes => unsigned(element, x).count_ones() as i32,
             _ => x.wrapping_neg(),
         }
     }
@@ -84,7 +95,12 @@ pub(super) enum Binary {
     MaxNumber,
     /// The smaller number; the other one where one is NaN.
     MinNumber,
+    MaxUnsigned,
+    MinUnsigned,
+    DivUnsigned,
+    RemUnsigned,
     Pow,
+    Atan2,
     And,
     Or,
     Xor,
@@ -106,29 +122,45 @@ impl Binary {
             Self::MaxNumber => x.max(y),
             Self::MinNumber => x.min(y),
             Self::Pow => x.powf(y),
+            Self::Atan2 => x.atan2(y),
+            Self::MaxUnsigned | Self::MinUnsigned | Self::DivUnsigned | Self::RemUnsigned => f32::NAN,
             Self::And | Self::Or | Self::Xor | Self::Shl | Self::ShrSigned | Self::ShrUnsigned => f32::NAN,
         }
     }
 
-    /// `None` where the result is undefined: division by zero.
-    pub(super) fn int(self, x: i32, y: i32) -> Option<i32> {
-        Some(match self {
+    /// Whether a second operand of 0 is a fault.
+    pub(super) fn divides(self) -> bool {
+        matches!(self, Self::Div | Self::Rem | Self::DivUnsigned | Self::RemUnsigned)
+    }
+
+    /// Of narrow integers, which are held by their sign; the result is to be wrapped. A division by zero has all bits set, and
+    /// leaves all as remainder, as XLA has it.
+    pub(super) fn int(self, element: Element, x: i32, y: i32) -> i32 {
+        let (bits, u) = (element.bits() as u32, |x: i32| unsigned(element, x));
+        match self {
             Self::Add => x.wrapping_add(y),
             Self::Sub => x.wrapping_sub(y),
             Self::Mul => x.wrapping_mul(y),
-            Self::Div => return x.checked_div(y),
-            Self::Rem => return x.checked_rem(y),
+            Self::Div if y == 0 => -1,
+            Self::Div => x.wrapping_div(y),
+            Self::Rem | Self::RemUnsigned if y == 0 => x,
+            Self::Rem => x.wrapping_rem(y),
+            Self::DivUnsigned => u(x).checked_div(u(y)).unwrap_or(u32::MAX) as i32,
+            Self::RemUnsigned => (u(x) % u(y)) as i32,
             Self::Max | Self::MaxNumber => x.max(y),
             Self::Min | Self::MinNumber => x.min(y),
+            Self::MaxUnsigned => u(x).max(u(y)) as i32,
+            Self::MinUnsigned => u(x).min(u(y)) as i32,
             Self::Pow => x.wrapping_pow(y.max(0) as u32),
+            Self::Atan2 => 0,
             Self::And => x & y,
             Self::Or => x | y,
             Self::Xor => x ^ y,
             // Shifts by the width or more leave nothing.
-            Self::Shl => x.checked_shl(y as u32).unwrap_or(0),
-            Self::ShrSigned => x >> (y as u32).min(31),
-            Self::ShrUnsigned => (x as u32).checked_shr(y as u32).unwrap_or(0) as i32,
-        })
+            Self::Shl => x.checked_shl(u(y)).unwrap_or(0),
+            Self::ShrSigned => x >> u(y).min(bits - 1),
+            Self::ShrUnsigned => u(x).checked_shr(u(y)).unwrap_or(0) as i32,
+        }
     }
 }
 
@@ -213,6 +245,11 @@ pub(super) enum Reduction {
     Min,
     MaxNumber,
     MinNumber,
+    MaxUnsigned,
+    MinUnsigned,
+    And,
+    Or,
+    Xor,
 }
 
 impl Reduction {
@@ -224,6 +261,11 @@ impl Reduction {
             Self::Min => Binary::Min,
             Self::MaxNumber => Binary::MaxNumber,
             Self::MinNumber => Binary::MinNumber,
+            Self::MaxUnsigned => Binary::MaxUnsigned,
+            Self::MinUnsigned => Binary::MinUnsigned,
+            Self::And => Binary::And,
+            Self::Or => Binary::Or,
+            Self::Xor => Binary::Xor,
         }
     }
 }
@@ -314,7 +356,7 @@ pub(super) fn unary(op: Unary, element: Element, x: Tile) -> Tile {
             };
             Tile::Float(rounded(element, x))
         }
-        Tile::Int(x) => Tile::Int(map(x, |x| wrap(element, op.int(x)))),
+        Tile::Int(x) => Tile::Int(map(x, |x| wrap(element, op.int(element, x)))),
         Tile::Pred(x) => Tile::Pred(x),
     }
 }
@@ -327,9 +369,13 @@ fn rounded(element: Element, x: Arc<Vec<f32>>) -> Arc<Vec<f32>> {
     }
 }
 
-/// `None` when an integer division by zero occurs.
-pub(super) fn binary(op: Binary, element: Element, x: Tile, y: Tile) -> Option<Tile> {
-    Some(match (x, y) {
+/// Whether an op of integers divides by a zero of `y`.
+pub(super) fn divides_by_zero(op: Binary, y: &Tile) -> bool {
+    op.divides() && matches!(y, Tile::Int(y) if y.contains(&0))
+}
+
+pub(super) fn binary(op: Binary, element: Element, x: Tile, y: Tile) -> Tile {
+    match (x, y) {
         (Tile::Float(x), Tile::Float(y)) => {
             let result = match op {
                 Binary::Add => zip(x, y, |x, y| x + y),
@@ -343,26 +389,35 @@ pub(super) fn binary(op: Binary, element: Element, x: Tile, y: Tile) -> Option<T
             Tile::Float(rounded(element, result))
         }
         (Tile::Int(x), Tile::Int(y)) => {
-            if matches!(op, Binary::Div | Binary::Rem) && y.contains(&0) {
-                return None;
-            }
             let result = match op {
                 Binary::Add => zip(x, y, i32::wrapping_add),
                 Binary::Sub => zip(x, y, i32::wrapping_sub),
                 Binary::Mul => zip(x, y, i32::wrapping_mul),
                 Binary::And => zip(x, y, |x, y| x & y),
                 Binary::Or => zip(x, y, |x, y| x | y),
-                op => zip(x, y, |x, y| op.int(x, y).unwrap_or(0)),
+                op => zip(x, y, |x, y| op.int(element, x, y)),
             };
             Tile::Int(if element.bits() < 32 { map(result, |x| wrap(element, x)) } else { result })
         }
         (Tile::Pred(x), Tile::Pred(y)) => Tile::Pred(match op {
-            Binary::And | Binary::Mul | Binary::Min | Binary::MinNumber => zip(x, y, |x, y| x & y),
-            Binary::Or | Binary::Max | Binary::MaxNumber => zip(x, y, |x, y| x | y),
+            Binary::And | Binary::Mul | Binary::Min | Binary::MinNumber | Binary::MinUnsigned => {
+                zip(x, y, |x, y| x & y)
+            }
+            Binary::Or | Binary::Max | Binary::MaxNumber | Binary::MaxUnsigned => zip(x, y, |x, y| x | y),
             _ => zip(x, y, |x, y| x ^ y),
         }),
         _ => unreachable!("decoding gives both sides one type"),
-    })
+    }
+}
+
+/// Whether each number is infinite or NaN.
+pub(super) fn weird(x: &Tile) -> Tile {
+    let weird = match x {
+        Tile::Float(x) => x.iter().map(|x| !x.is_finite()).collect(),
+        Tile::Int(x) => vec![false; x.len()],
+        Tile::Pred(x) => vec![false; x.len()],
+    };
+    Tile::Pred(Arc::new(weird))
 }
 
 pub(super) fn compare(op: Compare, x: &Tile, y: &Tile) -> Tile {
@@ -606,6 +661,128 @@ pub(super) fn rotate(x: &Tile, dims: &[usize], dim: usize, amount: i64) -> Tile 
     on_elements!(x, x => over(x, outer, size, inner, amount))
 }
 
+/// How many rotations a strided rotation takes: one for each index of another dimension.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RotationStride {
+    pub(super) dim: usize,
+    pub(super) by: i64,
+}
+
+/// As [`rotate`], by `amount + stride * index` at each index of the stride's dimension.
+pub(super) fn rotate_strided(x: &Tile, dims: &[usize], dim: usize, amount: i64, stride: RotationStride) -> Tile {
+    let own = strides(dims);
+    let size = dims[dim] as i64;
+    let from = |at: usize| {
+        let shift = amount + stride.by * (at / own[stride.dim] % dims[stride.dim]) as i64;
+        let index = at / own[dim] % dims[dim];
+        at - index * own[dim] + (index as i64 - shift).rem_euclid(size) as usize * own[dim]
+    };
+    on_elements!(x, x => (0..x.len()).map(|at| x[from(at)]).collect())
+}
+
+/// The index along `dim` of the first greatest element, or least one; NaN is greater, and less, than any other.
+pub(super) fn reduce_index(x: &Tile, dims: &[usize], dim: usize, greatest: bool) -> Tile {
+    fn over<T: Copy>(x: &[T], dims: &[usize], dim: usize, better: impl Fn(T, T) -> bool) -> Vec<i32> {
+        let (outer, size): (usize, usize) = (dims[..dim].iter().product(), dims[dim]);
+        let inner: usize = dims[dim + 1..].iter().product();
+        let best = |block: usize, lane: usize| {
+            let value = |index: usize| x[(block * size + index) * inner + lane];
+            (1..size).fold(0, |best, index| if better(value(index), value(best)) { index } else { best }) as i32
+        };
+        (0..outer).flat_map(|block| (0..inner).map(move |lane| (block, lane))).map(|(b, l)| best(b, l)).collect()
+    }
+    let better = |x: f32, y: f32| !y.is_nan() && (x.is_nan() || if greatest { x > y } else { x < y });
+    let int = |x: i32, y: i32| if greatest { x > y } else { x < y };
+    Tile::Int(Arc::new(match x {
+        Tile::Float(x) => over(x, dims, dim, better),
+        Tile::Int(x) => over(x, dims, dim, int),
+        Tile::Pred(x) => over(x, dims, dim, |x, y| int(i32::from(x), i32::from(y))),
+    }))
+}
+
+/// Element `[i0, i1, ...]` of the result is the element of `x` with the same indices, but along the dimensions `over`, which
+/// `indices[i0, i1, ...]` counts through, the first of them outermost, and again from the first after the last.
+pub(super) fn gather(x: &Tile, dims: &[usize], over: &[usize], indices: &Tile, index_dims: &[usize]) -> Tile {
+    let Tile::Int(indices) = indices else { unreachable!("decoding gives integer indices") };
+    let (own, of_result) = (strides(dims), strides(index_dims));
+    let size: usize = over.iter().map(|&dim| dims[dim]).product();
+    // The dimensions of the result are those of the source where they are kept.
+    let from = |at: usize| {
+        let kept: usize = (0..dims.len())
+            .filter(|dim| !over.contains(dim))
+            .map(|dim| at / of_result[dim] % index_dims[dim] * own[dim])
+            .sum();
+        let mut index = i64::from(indices[at]).rem_euclid(size as i64) as usize;
+        over.iter().rev().fold(kept, |from, &dim| {
+            let along = index % dims[dim];
+            index /= dims[dim];
+            from + along * own[dim]
+        })
+    };
+    on_elements!(x, x => (0..indices.len()).map(|at| x[from(at)]).collect())
+}
+
+/// The bits of an element of type `to` that `x`, of type `from`, is rounded or cut to.
+fn narrowed_bits(from: Element, to: Element, x: Scalar) -> u32 {
+    match x {
+        Scalar::Float(x) => float_bits(to, round(to, x)),
+        Scalar::Int(x) => unsigned(to, x),
+        Scalar::Pred(x) => u32::from(x) & (u32::MAX >> (32 - from.bits().min(32))),
+    }
+}
+
+/// Words of type `result`, each of the elements of all sources (of type `from`) at its place, narrowed to `to`: the first in
+/// the low bits.
+pub(super) fn pack(sources: &[Tile], from: Element, to: Element, result: Element, len: usize) -> Tile {
+    let word = |at: usize| {
+        let parts = sources.iter().enumerate();
+        parts.fold(0, |word, (part, source)| word | narrowed_bits(from, to, source.get(at)) << (part * to.bits()))
+    };
+    from_bits(result, (0..len).map(word).collect())
+}
+
+/// Part `index`, of type `part`, of each word of `x` (of type `from`), as a number of type `to`.
+pub(super) fn unpack(x: &Tile, from: Element, part: Element, index: usize, to: Element) -> Tile {
+    let Tile::Int(x) = x else { unreachable!("decoding gives words") };
+    let bits =
+        x.iter().map(|&x| unsigned(from, x) >> (index * part.bits()) & (u32::MAX >> (32 - part.bits()))).collect();
+    convert(Conversion { from: part, to, signed: true, nearest: false }, from_bits(part, bits))
+}
+
+/// Rounds f32 up or down to a narrower float, to each of its neighbours as often as the random bits that are added below the
+/// last place carry. What is not finite stays so.
+pub(super) fn round_stochastically(to: Element, x: &Tile, random: &Tile) -> Tile {
+    let (Tile::Float(x), Tile::Int(random)) = (x, random) else { unreachable!("decoding gives floats and bits") };
+    Tile::Float(Arc::new(x.iter().zip(random.iter()).map(|(&x, &random)| stochastic(to, x, random)).collect()))
+}
+
+/// The bits of floats of a type, as 32-bit integers.
+pub(super) fn bits(x: &Tile, element: Element) -> Tile {
+    let Tile::Float(x) = x else { unreachable!("decoding gives floats") };
+    Tile::Int(Arc::new(x.iter().map(|&x| float_bits(element, x) as i32).collect()))
+}
+
+/// One number of [`round_stochastically`]: truncated to the places that `to` has at its magnitude, after the random bits were
+/// added to the places beyond.
+fn stochastic(to: Element, x: f32, random: i32) -> f32 {
+    let (mantissa, least) = match to {
+        Element::F8E4M3Fn => (3, -6),
+        Element::F8E4M3B11Fnuz => (3, -10),
+        Element::F8E5M2 => (2, -14),
+        Element::F16 => (10, -14),
+        _ => (7, -126),
+    };
+    if !x.is_finite() {
+        return round(to, x);
+    }
+    let exponent = ((x.to_bits() >> 23 & 0xff) as i32 - 127).max(least);
+    let unit = f64::from(exponent - mantissa).exp2();
+    let units = f64::from(x.abs()) / unit;
+    let carry = units.fract() + f64::from(random.cast_unsigned()) / 4_294_967_296.0 >= 1.0;
+    let rounded = (units.floor() + f64::from(u8::from(carry))) * unit;
+    round(to, rounded.copysign(f64::from(x)) as f32)
+}
+
 /// Folds `x` over the dimensions `over`, starting from `initial`.
 pub(super) fn reduce(how: Reduction, element: Element, x: Tile, dims: &[usize], over: &[usize], initial: Tile) -> Tile {
     let (mut x, mut dims) = (x, dims.to_vec());
@@ -620,24 +797,25 @@ pub(super) fn reduce(how: Reduction, element: Element, x: Tile, dims: &[usize], 
                 Reduction::Product => fold(x, outer, size, inner, |x, y| x * y),
                 Reduction::Max => fold(x, outer, size, inner, maximum),
                 Reduction::Min => fold(x, outer, size, inner, minimum),
-                Reduction::MaxNumber => fold(x, outer, size, inner, f32::max),
-                Reduction::MinNumber => fold(x, outer, size, inner, f32::min),
+                how => fold(x, outer, size, inner, |x, y| how.binary().float(x, y)),
             })),
             Tile::Int(x) => Tile::Int(Arc::new(match how {
                 Reduction::Sum => fold(x, outer, size, inner, i32::wrapping_add),
-                Reduction::Product => fold(x, outer, size, inner, i32::wrapping_mul),
-                Reduction::Max | Reduction::MaxNumber => fold(x, outer, size, inner, i32::max),
-                Reduction::Min | Reduction::MinNumber => fold(x, outer, size, inner, i32::min),
+                Reduction::Max => fold(x, outer, size, inner, i32::max),
+                Reduction::Min => fold(x, outer, size, inner, i32::min),
+                how => fold(x, outer, size, inner, |x, y| wrap(element, how.binary().int(element, x, y))),
             })),
             Tile::Pred(x) => Tile::Pred(Arc::new(match how {
-                Reduction::Sum => fold(x, outer, size, inner, |x, y| x ^ y),
-                Reduction::Product | Reduction::Min | Reduction::MinNumber => fold(x, outer, size, inner, |x, y| x & y),
-                Reduction::Max | Reduction::MaxNumber => fold(x, outer, size, inner, |x, y| x | y),
+                Reduction::Sum | Reduction::Xor => fold(x, outer, size, inner, |x, y| x ^ y),
+                Reduction::Max | Reduction::MaxNumber | Reduction::MaxUnsigned | Reduction::Or => {
+                    fold(x, outer, size, inner, |x, y| x | y)
+                }
+                _ => fold(x, outer, size, inner, |x, y| x & y),
             })),
         };
         dims.remove(dim);
     }
-    binary(how.binary(), element, x, initial).unwrap_or_else(|| unreachable!("no reduction divides"))
+    binary(how.binary(), element, x, initial)
 }
 
 fn fold<T: Copy>(x: &[T], outer: usize, size: usize, inner: usize, f: impl Fn(T, T) -> T) -> Vec<T> {
@@ -744,6 +922,8 @@ pub(super) struct MatmulShape {
     pub(super) k: usize,
     pub(super) lhs: Strides,
     pub(super) rhs: Strides,
+    /// The element type of the result.
+    pub(super) to: Element,
 }
 
 impl MatmulShape {
@@ -755,6 +935,12 @@ impl MatmulShape {
 
 /// `accumulator + lhs x rhs`. The sides that `round` names are rounded to bf16 first, as the MXU does with f32.
 pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Tile, round: [bool; 2]) -> Tile {
+    // Where one side is of floats, so is the other: integers of up to 16 bits are exact as such.
+    let float = |x: Tile| match x {
+        Tile::Int(x) => Tile::Float(Arc::new(x.iter().map(|&x| x as f32).collect())),
+        x => x,
+    };
+    let (lhs, rhs) = if let Tile::Float(_) = accumulator { (float(lhs), float(rhs)) } else { (lhs, rhs) };
     match (lhs, rhs, accumulator) {
         (Tile::Float(lhs), Tile::Float(rhs), Tile::Float(sum)) => {
             let lhs = if round[0] { map(lhs, round_to_bf16) } else { lhs };
@@ -792,7 +978,7 @@ pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Til
                     );
                 }
             }
-            Tile::Float(Arc::new(sum))
+            Tile::Float(rounded(shape.to, Arc::new(sum)))
         }
         (Tile::Int(lhs), Tile::Int(rhs), Tile::Int(sum)) => {
             let mut sum = unique(sum);
@@ -809,7 +995,7 @@ pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Til
                     }
                 }
             }
-            Tile::Int(Arc::new(sum))
+            Tile::Int(map(Arc::new(sum), |x| wrap(shape.to, x)))
         }
         _ => unreachable!("decoding gives all operands one kind"),
     }

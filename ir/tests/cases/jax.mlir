@@ -10,9 +10,11 @@ module @jit__lambda attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas
 }
 // -----
 // A dynamic grid, as JAX writes it.
+// in i32[] = 2
 // in i32[1] = 2
+// in f32[16,128] = 1 -2
 // run
-// error: Mosaic kernel: @kd: grid dimension 0 is dynamic: the call gives its size; only grids of fixed sizes are read (at kernels/written/with/pallas/minimal.py:37 (kd) (get/get) (get:))
+// result 0: f32[16, 128]: 2 -4 2 -4 2 -4 2 -4 ..., sum -2048.00000, by place -1017552.000
 module @jit__lambda attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 1 : i32} {
   func.func public @main(%arg0: tensor<1xi32>, %arg1: tensor<16x128xf32>) -> (tensor<16x128xf32> {jax.result_info = "result"}) {
     %0 = stablehlo.reshape %arg0 : (tensor<1xi32>) -> tensor<i32>

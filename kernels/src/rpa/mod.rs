@@ -119,6 +119,7 @@ impl Kernel for Rpa {
         let sliding_window = choices.maybe(|choices| choices.within(1, 99));
         let soft_cap = choices.maybe(|choices| choices.within(1, 29) as f64);
         let (blocks, most) = (tokens.div_ceil(8), page_size * pages_per_seq);
+        let blocks = if kind == Kind::Decode { 1 } else { blocks };
         let tiles = plan::Tiles { queries: 8 * choices.within(1, blocks), kv_pages: choices.within(1, pages_per_seq) };
         let sequences = choices.within(0, 5);
         let max_seqs = sequences.max(1);
@@ -248,7 +249,10 @@ impl Kernel for Rpa {
     }
 
     fn returned(problem: &Problem) -> Vec<TensorType> {
-        vec![TensorType::new(problem.precision.output, &plan::padded_rows(problem))]
+        match problem.kind {
+            Kind::Decode => Self::results(problem).values().cloned().collect(),
+            Kind::Mixed => vec![TensorType::new(problem.precision.output, &plan::padded_rows(problem))],
+        }
     }
 
     fn mosaic<'a>(k: &'a Builder<'a>, plan: &plan::Plan) {

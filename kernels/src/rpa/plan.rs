@@ -11,6 +11,8 @@
 //! pages: buffers are padded to whole lanes in VMEM (counted in the report), as the compiler pads the arrays in HBM. Above,
 //! it is a multiple of 128, and rows of pages come in pieces of 128.
 
+pub(super) mod decode;
+
 use std::fmt;
 
 use pagoda_ir::{
@@ -22,10 +24,11 @@ use pagoda_ir::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use self::decode::Split;
 use super::{
     Rpa,
     kv_layout::{KvLayout, KvRows},
-    problem::{Problem, Spec},
+    problem::{Kind, Problem, Spec},
 };
 use crate::{
     chips::Chip,
@@ -68,16 +71,13 @@ pub type Plan = plan::Plan<Rpa>;
 
 /// Rows whose logits are worked on at a time. Fewer have the matrix units take the same keys more often.
 pub(super) const CHUNK: usize = 512;
-/// Most rows of a head's products that the planner chooses: more gain nothing on any chip.
-const MAX_ROWS: usize = 512;
+/// Most rows of a head's products that the planner chooses.
+const MAX_ROWS: usize = 2048;
 /// Most keys of a block that the planner chooses: more are wasted on what a causal mask hides.
 const MAX_KEYS: usize = 512;
-/// Where a block has few rows, copies are what takes time, and larger ones are better.
-const FEW_ROWS: usize = 64;
-const MAX_KEYS_OF_FEW_ROWS: usize = 1536;
 /// Most logits of a block, all heads together, that the planner chooses. The body spells them out: the compiler's time
 /// grows with them. In f32, products take six passes.
-const MAX_LOGITS: usize = 1 << 20;
+const MAX_LOGITS: usize = 1 << 21;
 const MAX_F32_LOGITS: usize = 1 << 18;
 /// Small KV blocks have more buffers, so that copies run further ahead: as many as these bytes hold, at least 2.
 const KV_BYTES: usize = 3 << 20;
@@ -129,15 +129,28 @@ pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> 
 
 /// What follows from legal tiles.
 pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
+    if problem.kind == Kind::Decode {
+        return decode::layout(problem, chip, tiles);
+    }
     let head_block = head_block(problem, chip);
-    let Tiles { queries, kv_pages } = tiles;
+    let name = format!("rpa-p{}-bq{}-kv{}", problem.page_size, tiles.queries, tiles.kv_pages);
+    let tiles = in_bands(problem, chip, tiles);
     plan::Layout {
-        name: format!("rpa-p{}-bq{queries}-kv{kv_pages}", problem.page_size),
+        name,
         grid: vec![if problem.kv_heads > head_block { problem.kv_heads / head_block } else { chip.info().cores }],
         vmem: report(problem, tiles, head_block),
         smem: plan::smem(&problem.arguments()) + lists(problem, tiles),
         spilling: spilling(problem, tiles, head_block),
-        details: Details { head_block, kv_heads: problem.kv_heads, keys: kv_pages * problem.page_size },
+        details: Details {
+            head_block,
+            kv_heads: problem.kv_heads,
+            keys: tiles.kv_pages * problem.page_size,
+            split: match chip.info().cores {
+                1 => Split::Nothing,
+                _ if head_block < problem.kv_heads => Split::Heads,
+                _ => Split::Sequences,
+            },
+        },
     }
 }
 
@@ -155,14 +168,22 @@ impl Plan {
     /// How many keys of a KV block may be worked on, the fewest first: all, a half or a quarter, if that is whole lanes.
     /// Rows at the beginning of a context, and short contexts, need no more.
     pub fn widths(&self) -> Vec<usize> {
-        let keys = self.keys();
-        let narrow = [keys / 4, keys / 2].into_iter().filter(|width| *width > 0 && width.is_multiple_of(LANES));
-        narrow.chain([keys]).collect()
+        widths(self.keys())
     }
 
     /// Rows of one KV head's matrix products: each query row once per head of the group.
     pub fn rows(&self) -> usize {
-        self.tiles().queries * self.problem().group()
+        self.block_rows() * self.problem().group()
+    }
+
+    /// Rows that copies of queries and of the output take at least: those of a tile in HBM.
+    pub fn band(&self) -> usize {
+        band(self.problem(), self.chip())
+    }
+
+    /// Query rows of a block: those of the tiles, whole bands.
+    pub fn block_rows(&self) -> usize {
+        in_bands(self.problem(), self.chip(), self.tiles()).queries
     }
 
     /// The plan of what one core does: where cores share the heads, of a launch of its heads on one core.
@@ -179,9 +200,9 @@ impl Plan {
         Self::new(Problem::new(spec)?, self.chip(), options)
     }
 
-    /// Cores whose work differs: those of the device, unless each has some of the heads and does the same with them.
+    /// Cores whose work differs: those of the device, where each has some of the sequences and blocks, and not of the heads.
     pub fn shares(&self) -> usize {
-        if self.head_block() == self.problem().kv_heads { self.grid()[0] } else { 1 }
+        if self.details().split == Split::Sequences { self.grid()[0] } else { 1 }
     }
 
     pub(super) fn kv_dims(&self) -> [usize; 5] {
@@ -200,12 +221,12 @@ impl Plan {
 
     /// Whether there are entries of more than a band.
     pub(super) fn has_blocks(&self) -> bool {
-        self.tiles().queries > SUBLANES
+        self.block_rows() > self.band()
     }
 
     /// The fewest rows of a sequence that make a block. Fewer go band by band: a block takes as long whatever it holds.
     pub(super) fn least_rows(&self) -> usize {
-        least_rows(self.tiles())
+        (self.block_rows() / 4).next_multiple_of(self.band()).max(2 * self.band())
     }
 
     /// Whether there is a step without a mask: where the matrix units are wide, masks cost more than they do.
@@ -215,14 +236,14 @@ impl Plan {
 
     /// The most entries and segments that a core's lists hold.
     pub(super) fn list_lengths(&self) -> [usize; 2] {
-        list_lengths(self.problem(), self.tiles())
+        list_lengths(self.problem(), in_bands(self.problem(), self.chip(), self.tiles()))
     }
 
     /// What a KV block takes, of a block of rows and of a band, in units of their own.
     pub(super) fn costs(&self) -> [i64; 2] {
         // Few rows take as long as bringing keys and values into the matrix units does.
         let of = |rows: usize| (rows * self.problem().group()).div_ceil(8).max(16) as i64;
-        [of(self.tiles().queries), of(SUBLANES)]
+        [of(self.block_rows()), of(self.band())]
     }
 }
 
@@ -235,12 +256,14 @@ pub struct Details {
     pub kv_heads: usize,
     /// Keys of a block.
     pub keys: usize,
+    /// What the cores share out.
+    pub split: Split,
 }
 
 impl fmt::Display for Details {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { head_block, kv_heads, keys } = self;
-        write!(f, "{:<24} {head_block} of {kv_heads} KV heads, {keys} keys", "block")
+        let Self { head_block, kv_heads, keys, split } = self;
+        write!(f, "{:<24} {head_block} of {kv_heads} KV heads, {keys} keys; {split}", "block")
     }
 }
 
@@ -265,21 +288,40 @@ pub(super) fn options(problem: &Problem) -> String {
 /// Rows and columns of q and of the output as the kernel has them: whole bands of rows, whole tiles of lanes.
 pub(super) fn padded_rows(problem: &Problem) -> [usize; 2] {
     let columns = problem.q_heads * problem.head_dim;
-    [problem.tokens.next_multiple_of(SUBLANES), columns.next_multiple_of(LANES)]
+    [problem.tokens.next_multiple_of(packed(problem)), columns.next_multiple_of(LANES)]
 }
 
 fn columns(problem: &Problem, head_block: usize) -> usize {
     (head_block * problem.group() * problem.head_dim).next_multiple_of(LANES)
 }
 
-fn least_rows(tiles: Tiles) -> usize {
-    (tiles.queries / 4).next_multiple_of(SUBLANES).max(2 * SUBLANES)
+/// See [`Plan::widths`].
+fn widths(keys: usize) -> Vec<usize> {
+    let narrow = [keys / 4, keys / 2].into_iter().filter(|width| *width > 0 && width.is_multiple_of(LANES));
+    narrow.chain([keys]).collect()
+}
+
+/// See [`Plan::band`].
+fn band(problem: &Problem, chip: Chip) -> usize {
+    match chip {
+        Chip::Tpu7x => packed(problem),
+        _ => SUBLANES,
+    }
+}
+
+/// Rows of a tile in registers.
+fn packed(problem: &Problem) -> usize {
+    SUBLANES * 4 / problem.precision.q.bytes()
+}
+
+fn in_bands(problem: &Problem, chip: Chip, tiles: Tiles) -> Tiles {
+    Tiles { queries: tiles.queries.next_multiple_of(band(problem, chip)), ..tiles }
 }
 
 /// Each sequence ends in a band and has fewer rows than a block left for others.
 fn list_lengths(problem: &Problem, tiles: Tiles) -> [usize; 2] {
     let bands = problem.tokens.div_ceil(SUBLANES);
-    let cut = problem.tokens.div_ceil(tiles.queries) + (problem.max_seqs + 1) * (least_rows(tiles) / SUBLANES + 2);
+    let cut = problem.tokens.div_ceil(tiles.queries) + (problem.max_seqs + 1) * (tiles.queries / 4 / SUBLANES + 5);
     let entries = bands.min(cut) + 1;
     [entries, entries + problem.max_seqs]
 }
@@ -293,6 +335,9 @@ fn lists(problem: &Problem, tiles: Tiles) -> Bytes {
 
 /// Whole tiles of query rows, and no more pages than a sequence has.
 pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
+    if problem.kind == Kind::Decode {
+        return decode::legal(problem, tiles);
+    }
     let most = problem.tokens.next_multiple_of(SUBLANES);
     if !tiles.queries.is_multiple_of(SUBLANES) || tiles.queries == 0 || tiles.queries > most {
         return Err(PlanError {
@@ -302,6 +347,11 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
             fix: format!("give e.g. {}", most.min(32)),
         });
     }
+    legal_pages(problem, tiles)
+}
+
+/// No more pages than a sequence has.
+fn legal_pages(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
     if tiles.kv_pages == 0 || tiles.kv_pages > problem.pages_per_seq {
         return Err(PlanError {
             key: "tiles.kv_pages",
@@ -333,13 +383,17 @@ fn pieces(problem: &Problem) -> [usize; 2] {
 /// block are one array.
 fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
     let [pieces, lanes] = pieces(problem);
-    let rows = match KvLayout::rows_of(head_block) {
-        few @ (2 | 4) => few,
-        rows => rows.next_multiple_of(SUBLANES),
-    };
-    let keys = tiles.kv_pages * problem.page_size;
+    let (keys, rows) = (tiles.kv_pages * problem.page_size, kv_rows(head_block));
     let block = tile_padded_bytes(problem.precision.kv, &[pieces, keys, rows, lanes]);
     [(KV_BYTES / block).clamp(2, MAX_KV_BUFFERS), pieces, keys, rows, lanes]
+}
+
+/// Rows of a key of `head_block` heads in VMEM.
+fn kv_rows(head_block: usize) -> usize {
+    match KvLayout::rows_of(head_block) {
+        few @ (2 | 4) => few,
+        rows => rows.next_multiple_of(SUBLANES),
+    }
 }
 
 fn kv_buffers(problem: &Problem, tiles: Tiles, head_block: usize) -> usize {
@@ -361,7 +415,7 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
         scratch("results", types.output, &[tiles.queries, columns]),
     ];
     let rest = [
-        scratch("band", types.q, &[head_block, group * SUBLANES, dim]),
+        scratch("band", types.q, &[head_block, group * packed(problem), dim]),
         scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
         scratch("last", Element::I32, &[tiles.queries, LANES]),
         scratch("max", Element::F32, &[head_block, rows, LANES]),
@@ -371,38 +425,75 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     VmemReport { buffers: first.into_iter().chain(by_head).chain(rest).collect() }
 }
 
-/// The tiles with the most work in a block that fit `limit` with room for spills; without it, if none do.
+/// The tiles of least [`cycles`] that fit `limit` with room for spills; without it, if none do.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
+    if problem.kind == Kind::Decode {
+        return decode::choose(problem, chip, limit);
+    }
     let head_block = head_block(problem, chip);
     let most_logits = if problem.precision.q == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
     let margin = |tiles| evidence::margin(&spilling(problem, tiles, head_block));
-    let mut best: Option<((bool, usize, bool, usize), Tiles)> = None;
+    let mut best: Option<((bool, f64), Tiles)> = None;
     for queries in [8, 16, 32, 64, 128, 256] {
         let rows = queries * problem.group();
         if queries > problem.tokens.next_multiple_of(SUBLANES) || (queries > SUBLANES && rows > MAX_ROWS) {
             continue;
         }
-        let most_keys = if rows <= FEW_ROWS { MAX_KEYS_OF_FEW_ROWS } else { MAX_KEYS };
         for kv_pages in 1..=problem.pages_per_seq.min(MAX_COPIES) {
             let tiles = Tiles { queries, kv_pages };
             let keys = kv_pages * problem.page_size;
             let smallest = kv_pages == 1 && queries == SUBLANES;
-            if !smallest && (keys > most_keys || head_block * rows * keys > most_logits) {
+            if !smallest && (keys > MAX_KEYS || head_block * rows * keys > most_logits) {
                 continue;
             }
-            let taken = report(problem, tiles, head_block).total();
+            let taken = report(problem, in_bands(problem, chip, tiles), head_block).total();
             if taken > limit {
                 continue;
             }
-            let divides = problem.pages_per_seq.is_multiple_of(kv_pages);
-            let score = (taken + margin(tiles) <= limit, keys.min(MAX_KEYS) * rows, divides, rows);
-            // Of equals, the last: more keys of few rows.
-            if best.is_none_or(|(most, _)| score >= most) {
-                best = Some((score, tiles));
+            let fits = taken + margin(tiles) <= limit;
+            let cycles = cycles(problem, chip, tiles, head_block);
+            let is_better = |&((other, most), _): &((bool, f64), Tiles)| (fits, -cycles) > (other, -most);
+            if best.as_ref().is_none_or(is_better) {
+                best = Some(((fits, cycles), tiles));
             }
         }
     }
     best.map(|(_, tiles)| tiles)
+}
+
+/// What a core takes, roughly, for a prompt of the problem's tokens and a chunk of as many at the end of the longest
+/// sequence: matrix units and vector units for each step, and what comes once a step, once a row and once a block (fitted to
+/// static cycles by libtpu 0.0.52 on v5p and v6e).
+fn cycles(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize) -> f64 {
+    const STEP: f64 = 430.0;
+    const BLOCK: f64 = 900.0;
+    const PER_ROW: f64 = 0.35;
+    const OPS_PER_REGISTER: f64 = 9.0;
+    const VECTOR_UNITS: f64 = 4.0;
+    let (rows, keys) = (tiles.queries * problem.group(), tiles.kv_pages * problem.page_size);
+    let dim = problem.head_dim.next_multiple_of(LANES);
+    let (heads, tokens, widths) = (head_block as f64, problem.tokens as f64, widths(keys));
+    let of_keys = |keys: f64| {
+        // Matrix units take keys and values in whole tiles of theirs, whatever rows there are.
+        let side = chip.info().mxu as f64;
+        let products = 4.0 * (rows as f64).max(side) * (keys / side).ceil() * side * dim as f64;
+        let matrix = products / chip.info().peak_flop_per_cycle_and_core as f64;
+        let vector = rows as f64 * keys / (SUBLANES * LANES) as f64 * OPS_PER_REGISTER / VECTOR_UNITS;
+        heads * matrix.max(vector)
+    };
+    let seen = |end: f64| {
+        let (steps, rest) = ((end / keys as f64).floor(), end as usize % keys);
+        let last = widths.iter().find(|&&width| rest <= width).filter(|_| rest > 0);
+        let last = last.map_or(0.0, |&width| of_keys(width as f64) + STEP);
+        steps * (of_keys(keys as f64) + STEP) + last
+    };
+    let blocks = (tokens / tiles.queries as f64).ceil();
+    let longest = problem.max_kv_len() as f64;
+    let of = |context: f64| {
+        (0..blocks as usize).map(|block| seen((context - block as f64 * tiles.queries as f64).max(1.0))).sum::<f64>()
+    };
+    let once = blocks * (BLOCK + heads * rows as f64 * PER_ROW);
+    of(tokens.min(longest)) + of(longest) / 4.0 + 2.0 * once
 }
 
 #[cfg(test)]

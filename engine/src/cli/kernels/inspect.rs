@@ -30,7 +30,11 @@ pub(in crate::cli) fn inspect(path: &Path, json: bool) -> Result<()> {
 }
 
 fn table(kernel: &Summary) -> String {
-    let grid: Vec<String> = kernel.grid.iter().map(|(size, how)| format!("{size} {how}")).collect();
+    let grid: Vec<String> = kernel
+        .grid
+        .iter()
+        .map(|(size, how)| size.map_or_else(|| format!("dynamic {how}"), |size| format!("{size} {how}")))
+        .collect();
     let grid = if grid.is_empty() { "none".into() } else { grid.join(" x ") };
     let mut lines = vec![format!("{}: grid {grid}", kernel.name)];
     for buffer in &kernel.buffers {

@@ -45,9 +45,6 @@ use crate::rpa::{
     plan::{self, CHUNK, Plan},
 };
 
-/// Rows that copies of queries and of the output take at least: those of a tile in HBM.
-const BAND: usize = SUBLANES;
-
 /// The kernel of `plan`, on `cores`; with a batch, of that batch only.
 pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan, batch: Option<&Batch>, cores: Cores) {
     Body::declare(k, plan, batch, cores).write();
@@ -161,14 +158,14 @@ impl<'a, 'p> Body<'a, 'p> {
         let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
         let out = k.hbm_output("out", types.output, &[rows, columns]);
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
-        let (block, columns) = (plan.tiles().queries, plan.columns());
+        let (block, columns) = (plan.block_rows(), plan.columns());
         let queries = scratch("queries", types.q, &[2, block, columns]);
         let results = scratch("results", types.output, &[block, columns]);
         let by_head = (!dim.is_multiple_of(LANES)).then(|| {
             let by_head = scratch("by_head", types.q, &[heads * problem.group(), block, dim]);
             [by_head, scratch("lanes", Element::F32, &[block, LANES])]
         });
-        let band = scratch("band", types.q, &[heads, problem.group() * BAND, dim]);
+        let band = scratch("band", types.q, &[heads, problem.group() * (SUBLANES * 4 / types.q.bytes()), dim]);
         let kv = scratch("kv", types.kv, &plan.kv_dims());
         let last = scratch("last", Element::I32, &[block, LANES]);
         let max = scratch("max", Element::F32, &[heads, plan.rows(), LANES]);
@@ -246,7 +243,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 || match self.plan.has_blocks() {
                     false => self.band(entry, [segment, end], stream, segments),
                     true => k.if_else(
-                        self.entries.rows.at(entry).load().greater(BAND),
+                        self.entries.rows.at(entry).load().greater(self.plan.band()),
                         || self.block(entry, segment, stream, segments),
                         || self.band(entry, [segment, end], stream, segments),
                     ),
@@ -265,8 +262,8 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// Lists what the core has to do: how many entries there are, and segments.
     fn list(&self) -> [Value<'a>; 2] {
-        let (k, problem, block) = (self.k, self.plan.problem(), self.plan.tiles().queries as i64);
-        let band = BAND as i64;
+        let (k, problem, block) = (self.k, self.plan.problem(), self.plan.block_rows() as i64);
+        let band = self.plan.band() as i64;
         let bands = |rows: Value<'a>| (rows + (band - 1)) & -band;
         let sequences = self.metadata.sequences();
         let live = bands(self.metadata.first_row(sequences));
@@ -371,18 +368,18 @@ impl<'a, 'p> Body<'a, 'p> {
         let k = self.k;
         let slot = entry & 1;
         let copy = |rows: usize| {
-            let start = self.entries.start.at(entry).load().multiple_of(BAND);
+            let start = self.entries.start.at(entry).load().multiple_of(self.plan.band());
             let from = self.columns_of(&self.q).slice(0, start, rows);
             let to = self.queries.at(slot).slice(0, 0, rows);
             act(k.make_async_copy(from, to, self.queries_arrived.at(slot)));
         };
         let [begin, end] = [entry, entry + 1].map(|entry| self.entries.segment.at(entry).load());
         k.when(begin.less(end), || match self.plan.has_blocks() {
-            false => copy(BAND),
+            false => copy(self.plan.band()),
             true => k.if_else(
-                self.entries.rows.at(entry).load().greater(BAND),
-                || copy(self.plan.tiles().queries),
-                || copy(BAND),
+                self.entries.rows.at(entry).load().greater(self.plan.band()),
+                || copy(self.plan.block_rows()),
+                || copy(self.plan.band()),
             ),
         });
     }
@@ -392,12 +389,12 @@ impl<'a, 'p> Body<'a, 'p> {
         let k = self.k;
         let [row, rows, start] =
             [&self.entries.row, &self.entries.rows, &self.entries.start].map(|array| array.at(entry).load());
-        let most = self.plan.tiles().queries / BAND;
+        let most = self.plan.block_rows() / self.plan.band();
         for power in (0..=most.ilog2()).rev() {
-            let count = BAND << power;
+            let count = self.plan.band() << power;
             let copy = |done: Value<'a>| {
-                let from = self.results.slice(0, (row - start + done).multiple_of(BAND), count);
-                let to = self.columns_of(&self.out).slice(0, (row + done).multiple_of(BAND), count);
+                let from = self.results.slice(0, (row - start + done).multiple_of(self.plan.band()), count);
+                let to = self.columns_of(&self.out).slice(0, (row + done).multiple_of(self.plan.band()), count);
                 act(k.make_async_copy(from, to, self.sent.at(0)));
             };
             match most {
@@ -496,7 +493,7 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// A block of rows of one sequence.
     fn block(&self, entry: Value<'a>, segment: Value<'a>, stream: Stream<'a>, segments: Value<'a>) -> [Value<'a>; 4] {
-        let (k, rows) = (self.k, self.plan.tiles().queries);
+        let (k, rows) = (self.k, self.plan.block_rows());
         self.split_heads(entry, rows);
         let of_segment = self.segment(entry, segment);
         self.limit(&of_segment, rows);
@@ -534,7 +531,7 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// Whether every row of a block sees every key of a KV block.
     fn sees_all(&self, segment: &Segment<'a>, first_key: Value<'a>) -> Value<'a> {
-        let (rows, keys) = (self.plan.tiles().queries as i64, self.plan.keys() as i64);
+        let (rows, keys) = (self.plan.block_rows() as i64, self.plan.keys() as i64);
         let is_whole = (segment.end - segment.first).equals(rows);
         let all = is_whole & (first_key + (keys - 1)).less_equal(segment.origin);
         match self.plan.problem().sliding_window {
@@ -552,24 +549,24 @@ impl<'a, 'p> Body<'a, 'p> {
         segments: Value<'a>,
     ) -> [Value<'a>; 4] {
         let (k, group) = (self.k, self.plan.problem().group());
-        self.split_heads(entry, BAND);
-        let part = Rows { per_head: BAND, start: 0, count: group * BAND };
+        self.split_heads(entry, self.plan.band());
+        let part = Rows { per_head: self.plan.band(), start: 0, count: group * self.plan.band() };
         for head in 0..self.plan.head_block() {
-            self.band.at(head).store(self.queries_of(entry & 1, head, &part));
+            self.band.at(head).slice(0, 0, part.count).store(self.queries_of(entry & 1, head, &part));
             self.max.at(head).slice(0, 0, part.count).store(NONE);
             self.sum.at(head).slice(0, 0, part.count).store(0.0);
             self.acc.at(head).slice(0, 0, part.count).store(0.0);
         }
         let stream = k.fold_range(segment, end, stream.flat(), |segment, stream| {
             let of_segment = self.segment(entry, segment);
-            self.limit(&of_segment, BAND);
+            self.limit(&of_segment, self.plan.band());
             let [begin, stop] = [&self.segments.begin, &self.segments.stop].map(|array| array.at(segment).load());
             k.fold_range(begin, stop, stream, |block, stream| {
                 self.step(&of_segment, block, Stream::of(stream), segments, |kv, first_key| {
                     self.narrowest(&of_segment, kv, first_key, &|keys| {
                         for head in 0..self.plan.head_block() {
                             let keys_and_values = self.keys_and_values(head, kv, keys);
-                            let queries = self.band.at(head).load();
+                            let queries = self.band.at(head).slice(0, 0, part.count).load();
                             let form = Form { is_first: false, is_masked: true };
                             self.update(head, &part, queries, keys_and_values, first_key, form);
                         }
@@ -578,7 +575,7 @@ impl<'a, 'p> Body<'a, 'p> {
             })
         });
         self.reclaim(entry);
-        self.finish(BAND);
+        self.finish(self.plan.band());
         stream
     }
 

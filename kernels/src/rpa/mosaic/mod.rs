@@ -1,7 +1,8 @@
 //! Ragged paged attention as Mosaic kernels: what they share.
 //!
-//! [`mixed`] takes any batch. Both the metadata of a launch ([`Metadata`]) and the arithmetic of registers are here.
+//! [`mixed`] takes any batch, [`decode`] those of at most one row per sequence. Both the metadata of a launch ([`Metadata`]) and the arithmetic of registers are here.
 
+mod decode;
 mod mixed;
 
 use pagoda_ir::{
@@ -12,7 +13,7 @@ use pagoda_ir::{
 use super::{
     batch::Batch,
     plan::{self, Plan},
-    problem::Problem,
+    problem::{Kind, Problem},
 };
 use crate::kernel::Operand;
 
@@ -20,6 +21,15 @@ use crate::kernel::Operand;
 const NONE: f64 = -1e30;
 /// A logit that must not count: so far below [`NONE`] that its weight is zero even where nothing else was seen.
 const MASKED: f64 = 2.0 * NONE;
+
+/// Which core a kernel of one batch is of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Core {
+    /// That of this number.
+    Number(usize),
+    /// The only one: there is nothing to share.
+    Only,
+}
 
 /// Which cores a kernel is written for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -34,7 +44,10 @@ enum Cores {
 
 /// Writes the kernel that `plan` describes. Its operands are those of [`operands`].
 pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
-    mixed::write(k, plan, None, Cores::All);
+    match plan.problem().kind {
+        Kind::Mixed => mixed::write(k, plan, None, Cores::All),
+        Kind::Decode => decode::write(k, plan, None),
+    }
 }
 
 /// The kernel of `plan` with the lengths of one batch as constants: the compiler then knows how often each loop turns, and
@@ -43,7 +56,10 @@ pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
 /// # Errors
 /// None, unless MLIR fails.
 pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
-    plan.kernel_by(context, |k| mixed::write(k, plan, Some(batch), Cores::All))
+    plan.kernel_by(context, |k| match plan.problem().kind {
+        Kind::Mixed => mixed::write(k, plan, Some(batch), Cores::All),
+        Kind::Decode => decode::write(k, plan, Some((batch, None))),
+    })
 }
 
 /// As [`kernel_of_batch`], of one core of the [`Plan::shares`], and the plan of it: where each core has some of the heads, both
@@ -54,17 +70,27 @@ pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> 
 /// None, unless MLIR fails.
 pub fn kernel_of_core<'c>(context: &'c Context, plan: &Plan, batch: &Batch, core: usize) -> Result<(Plan, Kernel<'c>)> {
     let cores = if plan.shares() > 1 { Cores::One(core) } else { Cores::Sole };
+    let core = if plan.head_block() == plan.problem().kv_heads { Core::Number(core) } else { Core::Only };
     let plan = plan.of_core().map_err(|error| pagoda_ir::Error::op("rpa", error.to_string()))?;
-    let kernel = plan.kernel_by(context, |k| mixed::write(k, &plan, Some(batch), cores))?;
+    let kernel = plan.kernel_by(context, |k| match plan.problem().kind {
+        Kind::Mixed => mixed::write(k, &plan, Some(batch), cores),
+        Kind::Decode => decode::write(k, &plan, Some((batch, Some(core)))),
+    })?;
     Ok((plan, kernel))
 }
 
-/// What the kernels take: the metadata, then q in two dimensions, whole bands of rows and tiles of lanes, and the pages.
+/// What the kernels take: the metadata, then q and the pages. Of any batch, q is in two dimensions, whole bands of rows and
+/// tiles of lanes.
 pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
     let metadata = ["kv_lens", "page_indices", "cu_q_lens", "num_seqs"].map(Operand::of);
     let first_page = (problem.layers > 1).then(|| Operand::of("first_page").reshape(&[1]));
-    let columns = problem.q_heads * problem.head_dim;
-    let q = Operand::of("q").reshape(&[problem.tokens, columns]).padded(&plan::padded_rows(problem));
+    let q = match problem.kind {
+        Kind::Decode => Operand::of("q"),
+        Kind::Mixed => {
+            let dims = [problem.tokens, problem.q_heads * problem.head_dim];
+            Operand::of("q").reshape(&dims).padded(&plan::padded_rows(problem))
+        }
+    };
     metadata.into_iter().chain(first_page).chain([q, Operand::of("kv_pages")]).collect()
 }
 
@@ -146,6 +172,12 @@ impl<'a> Strided<'a> {
 
     fn load(&self, k: &'a Builder<'a>) -> Value<'a> {
         joined(k, &self.views().map(|view| view.load()).collect::<Vec<_>>(), 1)
+    }
+
+    fn store(&self, value: Value<'a>) {
+        for (index, view) in self.views().enumerate() {
+            view.store(value.slice(&[0, index * LANES], &view.dims()));
+        }
     }
 }
 

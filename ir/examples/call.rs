@@ -1,0 +1,107 @@
+//! Runs one call of a Mosaic kernel that stands in a folder, for `scripts/jax_suite.py`:
+//!
+//! - `config.json`: the call's `backend_config`;
+//! - `call.json`: the types of its operands and results, `[["bf16", [8, 128]], ...]`, and the pairs that share memory;
+//! - `operands.bin`: the operands, row-major, one after another.
+//!
+//! Writes `results.bin` and prints one line of JSON: how far it got (`opened`, `decoded`, `ran`), the error, and which kinds
+//! of faults had to be ignored. Each kind is ignored only after a run that it ended.
+
+use std::{fs, path::Path, process::ExitCode, time::Instant};
+
+use pagoda_ir::{
+    Context, Element, HostTensor, TensorType,
+    mosaic::wire,
+    tile_machine::{DmaOrder, FaultKind, Machine, Program},
+};
+use serde_json::{Value, json};
+
+/// What a kernel may do on purpose: read and leave what nobody wrote, and use an output as scratch memory.
+const IGNORABLE: [FaultKind; 3] = [FaultKind::UnwrittenRead, FaultKind::OutputNeverWritten, FaultKind::ParallelOverlap];
+
+fn main() -> ExitCode {
+    let folder = std::env::args().nth(1).expect("a folder");
+    match run(Path::new(&folder)) {
+        Ok(report) => {
+            println!("{report}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
+    let config = fs::read_to_string(folder.join("config.json"))?;
+    let call: Value = serde_json::from_str(&fs::read_to_string(folder.join("call.json"))?)?;
+    let (operands, results) = (types(&call["operands"])?, types(&call["results"])?);
+    let aliases: Vec<(usize, usize)> = serde_json::from_value(call["aliases"].clone())?;
+
+    let context = Context::new();
+    let opened = match wire::open(&context, &config) {
+        Ok(opened) => opened,
+        Err(error) => return Ok(json!({ "got": "nowhere", "error": error.to_string() })),
+    };
+    let program = match Program::decode(&opened.module) {
+        Ok(program) => program.with_aliases(&aliases),
+        Err(error) => return Ok(json!({ "got": "opened", "error": error.to_string() })),
+    };
+
+    let bytes = fs::read(folder.join("operands.bin"))?;
+    let mut rest = bytes.as_slice();
+    let mut inputs = vec![];
+    for ty in &operands {
+        let (data, after) = rest.split_at_checked(ty.bytes()).ok_or("operands.bin is too short")?;
+        inputs.push(HostTensor::from_bytes(ty.element, &ty.dims, data));
+        rest = after;
+    }
+    let mut machine = Machine::default();
+    machine.vmem_bytes = opened.vmem_limit.unwrap_or(machine.vmem_bytes);
+    if let Some(bytes) = call["vmem_bytes"].as_u64() {
+        machine.vmem_bytes = machine.vmem_bytes.max(bytes as usize);
+    }
+    let (mut ignored, mut outputs) = (vec![], None::<Vec<HostTensor>>);
+    let began = Instant::now();
+    let mut seconds = 0.0;
+    for dma in [DmaOrder::Late, DmaOrder::Early, DmaOrder::Random(1)] {
+        machine.dma = dma;
+        let ran = loop {
+            match program.run(&machine, &inputs, &results) {
+                Ok(ran) => break ran,
+                Err(fault) if IGNORABLE.contains(&fault.kind) && !ignored.contains(&fault.kind.name()) => {
+                    ignored.push(fault.kind.name());
+                    machine = machine.ignoring(fault.kind);
+                }
+                Err(fault) => {
+                    let kind = fault.kind.name();
+                    return Ok(
+                        json!({ "got": "decoded", "fault": kind, "error": fault.to_string(), "ignored": ignored }),
+                    );
+                }
+            }
+        };
+        match &outputs {
+            None => {
+                seconds = began.elapsed().as_secs_f64();
+                outputs = Some(ran.outputs);
+            }
+            // What is unwritten may differ from order to order; where nothing is, nothing may.
+            Some(first) if ignored.is_empty() && *first != ran.outputs => {
+                return Ok(
+                    json!({ "got": "decoded", "fault": "order", "error": "the order of DMAs shows in the results" }),
+                );
+            }
+            Some(_) => {}
+        }
+    }
+    let bytes: Vec<u8> = outputs.iter().flatten().flat_map(|output| output.bytes().iter().copied()).collect();
+    fs::write(folder.join("results.bin"), bytes)?;
+    Ok(json!({ "got": "ran", "ignored": ignored, "seconds": seconds }))
+}
+
+fn types(list: &Value) -> Result<Vec<TensorType>, Box<dyn std::error::Error>> {
+    let pairs: Vec<(Element, Vec<usize>)> = serde_json::from_value(list.clone())?;
+    Ok(pairs.into_iter().map(|(element, dims)| TensorType { element, dims }).collect())
+}

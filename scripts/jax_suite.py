@@ -1,0 +1,313 @@
+#!/usr/bin/env python3
+"""JAX's own Pallas TPU tests, run on the tile machine instead of a TPU.
+
+Every `pallas_call` (and `pl.kernel`) that a test makes is lowered for TPU as JAX lowers it, and its custom call runs on the tile
+machine in the test's own process, through a callback. The test's own assertions are the reference: they compare with NumPy, with
+XLA or with another kernel, within the tolerances that hold for a TPU.
+
+    JAX_SRC=path/to/jax scripts/jax_suite.py [--only GLOB] [--out DIR] [--keep DIR]
+
+needs a Python with jax 0.10.2, absl-py, pytest and hypothesis, and a checkout of JAX's tests of the same version, which
+stays outside this repository. Prints how many modules were lowered, opened, decoded and run, how many tests agree, and the rest by
+cause. No kernel of it ever ran on a TPU here.
+"""
+
+import argparse
+import collections
+import fnmatch
+import hashlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CALL = os.environ.get("PAGODA_CALL", str(ROOT / "target/debug/examples/call"))
+FILES = [
+    "pallas_test.py",
+    "ops_test.py",
+    "indexing_test.py",
+    "pallas_vmap_test.py",
+    "tpu_pallas_test.py",
+    "tpu_ops_test.py",
+    "tpu_pallas_pipeline_test.py",
+    "tpu_pallas_async_test.py",
+    "tpu_pallas_memory_space_test.py",
+    "tpu_pallas_random_test.py",
+    "tpu_pallas_state_test.py",
+    "tpu_pallas_mpmd_test.py",
+    "tpu_fusible_matmul_test.py",
+    "tpu_gmm_test.py",
+    "tpu_splash_attention_kernel_test.py",
+    "tpu_paged_attention_kernel_test.py",
+    "tpu_ragged_paged_attention_test.py",
+    "tpu_pallas_call_print_test.py",
+    "tpu_side_effects_test.py",
+    "tpu_trace_value_test.py",
+]
+# Elements by NumPy's names.
+ELEMENTS = {
+    "bool": "pred", "float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64",
+    "float8_e4m3fn": "f8e4m3fn", "float8_e5m2": "f8e5m2", "float8_e4m3b11fnuz": "f8e4m3b11fnuz",
+    **{f"{sign}int{bits}": f"{'u' if sign else 'i'}{bits}" for sign in ("", "u") for bits in (2, 4, 8, 16, 32, 64)},
+}
+
+
+def plugin():
+    """In the process of the tests: TPU lowerings on the CPU, and a record of each call and each test."""
+    import jax
+    import numpy as np
+    # Helpers of tests that the wheel leaves out are in the checkout.
+    import jax._src.pallas
+    for package in (jax._src, jax._src.pallas):
+        package.__path__.append(str(pathlib.Path(os.environ["JAX_SRC"]) / package.__name__.replace(".", "/")))
+    from jax._src import test_util as jtu
+    from jax._src import tpu_custom_call
+    from jax._src.interpreters import mlir
+    from jax._src.pallas import pallas_call
+    from jax._src.pallas.mosaic import pallas_call_registration, tpu_info
+
+    # A few examples of each property: kernels, not draws, are what is counted.
+    import hypothesis
+    from jax._src import hypothesis_test_util
+    hypothesis.settings.register_profile("suite", max_examples=5, deadline=None, database=None, derandomize=True,
+                                         suppress_health_check=list(hypothesis.HealthCheck))
+    hypothesis_test_util.setup = lambda *a, **k: hypothesis.settings.load_profile("suite")
+
+    records = open(os.environ["PAGODA_RECORDS"], "a", buffering=1)
+    keep = pathlib.Path(os.environ["PAGODA_KEEP"])
+    current = {"test": "?"}
+    info = tpu_info.get_tpu_info_for_chip(tpu_info.ChipVersion.TPU_V5P, 1)
+
+    def record(**what):
+        records.write(json.dumps({"test": current["test"], **what}) + "\n")
+
+    # What tests and lowerings ask of a device.
+    jtu.device_under_test = lambda: "tpu"
+    jtu.is_device_tpu = lambda version=None, variant="": (version in (None, 5)) and variant in ("", "p")
+    jtu.is_device_tpu_at_least = lambda version: version <= 5
+    jtu.is_cloud_tpu = lambda: True
+    jtu.is_cloud_tpu_at_least = lambda *date: True
+    jtu.if_cloud_tpu_at_least = lambda *date: True
+    jtu.is_cloud_tpu_older_than = lambda *date: False
+    jtu.get_tpu_version = lambda: 5
+    import jax._src.cloud_tpu_init as cloud_tpu_init
+    for name in ("is_cloud_tpu_older_than",):
+        for module in list(sys.modules.values()):
+            if getattr(module, "__name__", "").startswith("jax") and hasattr(module, name):
+                setattr(module, name, lambda *a, **k: False)
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("jax"):
+            if getattr(module, "get_tpu_info", None) is not None:
+                module.get_tpu_info = lambda: info
+            if getattr(module, "is_tpu_device", None) is not None:
+                module.is_tpu_device = lambda: True
+    tpu_info.get_tpu_info = lambda: info
+    tpu_info.is_tpu_device = lambda: True
+    tpu_info.get_device_kind = lambda: "TPU v5p"
+    tpu_info.get_num_device_cores = lambda: 1
+    import jax.experimental.pallas.tpu as pltpu
+    pltpu.get_tpu_info = lambda: info
+
+    def of_type(aval):
+        return [ELEMENTS[np.dtype(aval.dtype).name], list(aval.shape)]
+
+    count = collections.Counter()
+
+    def custom_call(ctx, *in_nodes, config, kernel_name, out_avals, input_output_aliases, **_):
+        """The custom call of a kernel as a callback to the tile machine."""
+        text = config.to_json()
+        text = text.decode() if isinstance(text, bytes) else text
+        call = {
+            "kernel": kernel_name,
+            "operands": [of_type(aval) for aval in ctx.avals_in],
+            "results": [of_type(aval) for aval in ctx.avals_out],
+            "aliases": [list(pair) for pair in input_output_aliases],
+        }
+        digest = hashlib.sha256((text + json.dumps(call)).encode()).hexdigest()[:16]
+        folder = keep / digest
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(text)
+        (folder / "call.json").write_text(json.dumps(call))
+        record(event="lowered", module=digest, kernel=kernel_name)
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_out]
+
+        def run(*operands):
+            (folder / "operands.bin").write_bytes(b"".join(np.ascontiguousarray(x).tobytes() for x in operands))
+            done = subprocess.run([CALL, str(folder)], capture_output=True, text=True, timeout=300)
+            try:
+                report = json.loads(done.stdout)
+            except ValueError:
+                report = {"got": "panic", "error": (done.stderr.strip().splitlines() or ["?"])[0][:300], "rc": done.returncode}
+            record(event="run", module=digest, kernel=kernel_name, **report)
+            if report["got"] != "ran":
+                raise RuntimeError(f"pagoda: {report}")
+            data, results, at = (folder / "results.bin").read_bytes(), [], 0
+            for shape in shapes:
+                dtype = np.dtype(shape.dtype)
+                size = int(np.prod(shape.shape)) * dtype.itemsize
+                results.append(np.frombuffer(data[at : at + size], dtype).reshape(shape.shape))
+                at += size
+            return results
+
+        def call_back(*operands):
+            return jax.pure_callback(run, shapes, *operands)
+
+        return mlir.lower_fun(call_back, multiple_results=True)(ctx, *in_nodes)
+
+    tpu_custom_call._tpu_custom_call_lowering = custom_call
+    interpreted = pallas_call._pallas_call_lowering
+
+    def lowering(ctx, *in_nodes, interpret, **params):
+        if interpret:
+            return interpreted(ctx, *in_nodes, interpret=interpret, **params)
+        try:
+            return pallas_call_registration.pallas_call_tpu_lowering_rule(ctx, *in_nodes, interpret=False, **params)
+        except Exception as error:
+            record(event="not lowered", error=f"{type(error).__name__}: {error}"[:300])
+            raise
+
+    mlir.register_lowering(pallas_call.pallas_call_p, lowering, platform="cpu")
+    try:
+        from jax._src.pallas import mpmd
+        mlir.register_lowering(mpmd.mpmd_map_p, pallas_call_registration.mpmd_map_tpu_lowering_rule, platform="cpu")
+    except (ImportError, AttributeError) as error:
+        record(event="no mpmd", error=str(error))
+
+    # XLA on a TPU multiplies f32 in one bf16 pass unless asked for more; so do the references of the tests here.
+    from jax._src.lax import lax as lax_internal
+
+    def dot_general(ctx, lhs, rhs, *, precision, **params):
+        default = precision in (None, jax.lax.Precision.DEFAULT, (jax.lax.Precision.DEFAULT,) * 2)
+        rounds = default and all(aval.dtype == np.float32 for aval in ctx.avals_in)
+
+        def product(lhs, rhs):
+            if rounds:
+                lhs, rhs = (jax.lax.reduce_precision(x, 8, 7) for x in (lhs, rhs))
+            highest = (jax.lax.Precision.HIGHEST,) * 2 if rounds else precision
+            return lax_internal.dot_general_p.bind(lhs, rhs, precision=highest, **params)
+
+        if rounds:
+            return mlir.lower_fun(product, multiple_results=False)(ctx, lhs, rhs)
+        return lax_internal._dot_general_lower(ctx, lhs, rhs, precision=precision, platform="cpu", **params)
+
+    mlir.register_lowering(lax_internal.dot_general_p, dot_general, platform="cpu")
+
+    class Plugin:
+        def pytest_runtest_logstart(self, nodeid, location):
+            current["test"] = nodeid
+
+        def pytest_runtest_logreport(self, report):
+            if report.when == "call" or report.outcome != "passed":
+                text = str(report.longrepr) if report.outcome == "failed" else ""
+                if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+                    text = report.longrepr[2]
+                errors = [line for line in text.splitlines() if line.startswith("E  ")]
+                record(event="test", outcome=report.outcome, error="\n".join(errors[:6])[:1000] or text[-300:])
+
+    return Plugin()
+
+
+def inside(arguments):
+    """The process of one file's tests."""
+    import pytest
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", *arguments], plugins=[plugin()]))
+
+
+def cause(error):
+    """The kind of an error, without its numbers and places."""
+    error = re.sub(r"\(at .*", "", error or "")
+    error = re.sub(r"kernel `[^`]*`: ", "", error)
+    error = re.sub(r"\s+", " ", error)
+    found = re.search(r"(tpu|arith|math|vector|memref|scf|cf)\.\w+: (the tile machine does not know|\()", error)
+    if found:
+        op = found.group(0).split(":")[0]
+        return f"{op}: not known" if "know" in found.group(0) else f"{op}: form not supported"
+    return re.sub(r"\d+", "N", error)[:110]
+
+
+def summary(records):
+    calls, tests, lowered = {}, {}, {}
+    not_lowered = collections.Counter()
+    for line in records.read_text().splitlines():
+        event = json.loads(line)
+        match event["event"]:
+            case "lowered":
+                lowered.setdefault(event["module"], event)
+            case "run":
+                known = calls.setdefault(event["module"], event)
+                if known["got"] == "ran" and event["got"] != "ran":
+                    calls[event["module"]] = event
+            case "not lowered":
+                not_lowered[cause(event["error"])] += 1
+            case "test":
+                tests[event["test"]] = {**event, "calls": tests.get(event["test"], {}).get("calls", [])}
+        if event["event"] == "run":
+            tests.setdefault(event["test"], {"outcome": "?"}).setdefault("calls", []).append(event)
+    for line in records.read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "run":
+            tests[event["test"]].setdefault("calls", []).append(event)
+    got = collections.Counter(call["got"] for call in calls.values())
+    print(f"modules: {len(lowered)} lowered, {len(calls)} called, {sum(got.values()) - got['nowhere'] - got['panic']} opened,"
+          f" {got['decoded'] + got['ran']} decoded, {got['ran']} run; panics: {got['panic']}")
+    ignored = collections.Counter(kind for call in calls.values() for kind in call.get("ignored", []))
+    print(f"  of those that ran, with these faults ignored: {dict(ignored)}")
+    judged = {name: test for name, test in tests.items() if test.get("calls")}
+    ran = {name: test for name, test in judged.items() if all(call["got"] == "ran" for call in test["calls"])}
+    agree = [name for name, test in ran.items() if test["outcome"] == "passed"]
+    print(f"tests that run a kernel: {len(judged)}; all of their kernels run: {len(ran)}; agree: {len(agree)}"
+          f" ({100 * len(agree) / max(1, len(judged)):.1f}%)")
+    print("\nmodules that do not run, by cause:")
+    causes = collections.Counter(cause(call.get("error")) for call in calls.values() if call["got"] != "ran")
+    for what, many in causes.most_common():
+        print(f"  {many:4}  {what}")
+    print("\ntests whose kernels run and that fail:")
+    for name, test in sorted(ran.items()):
+        if test["outcome"] == "failed":
+            first = (test.get("error") or "").replace("\n", " ")[:200]
+            print(f"  {name.split('::', 1)[-1]}: {first}")
+    print("\nnot lowered by JAX:")
+    for what, many in not_lowered.most_common(15):
+        print(f"  {many:4}  {what}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="*", help="files of tests/pallas to run, a glob")
+    parser.add_argument("--tests", default="", help="pytest's -k")
+    parser.add_argument("--out", default=str(ROOT / "target/jax-suite"), help="where records and modules go")
+    parser.add_argument("--minutes", type=float, default=60, help="the most that one file may take")
+    parser.add_argument("--summary", action="store_true", help="print the table of the records that are there")
+    arguments = parser.parse_args()
+    out = pathlib.Path(arguments.out)
+    records = out / "records.jsonl"
+    if not arguments.summary:
+        source = pathlib.Path(os.environ.get("JAX_SRC") or sys.exit("set JAX_SRC to a checkout of JAX 0.10.2"))
+        out.mkdir(parents=True, exist_ok=True)
+        records.write_text("")
+        environment = {**os.environ, "PAGODA_RECORDS": str(records), "PAGODA_KEEP": str(out / "modules"), "JAX_PLATFORMS": "cpu"}
+        for file in FILES:
+            path = source / "tests/pallas" / file
+            if not fnmatch.fnmatch(file, arguments.only) or not path.exists():
+                continue
+            print(f"{file} ...", file=sys.stderr, flush=True)
+            more = ["-k", arguments.tests] if arguments.tests else []
+            command = [sys.executable, __file__, "--inside", str(path), *more]
+            try:
+                with open(out / f"{file}.log", "w") as log:
+                    subprocess.run(command, env=environment, cwd=path.parent, stdout=log, stderr=log, timeout=60 * arguments.minutes)
+            except subprocess.TimeoutExpired:
+                print(f"{file}: stopped after {arguments.minutes} minutes", file=sys.stderr)
+    summary(records)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--inside"]:
+        inside(sys.argv[2:])
+    else:
+        main()
