@@ -13,16 +13,18 @@ use std::f64::consts::LOG2_E;
 
 use pagoda_ir::{
     Element,
-    mosaic::{Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value, tiling::{LANES, SUBLANES}},
+    mosaic::{
+        Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value,
+        tiling::{LANES, SUBLANES},
+    },
 };
 
 use super::{Core, MASKED, NONE, Strided, broadcast_lanes, by_lane};
 use crate::rpa::{
     batch::Batch,
-    kv_layout::{Block, KvLayout},
+    kv_layout::{Block, Half, KvLayout},
     plan::{
-        Plan,
-        Split,
+        Plan, Split,
         decode::{self, BUFFERS},
     },
 };
@@ -430,7 +432,7 @@ impl<'a, 'p> Body<'a, 'p> {
     fn half(
         &self,
         block: &Block<'a>,
-        half: usize,
+        half: Half,
         head: usize,
         [first, count]: [usize; 2],
         live: Option<Value<'a>>,
@@ -440,12 +442,12 @@ impl<'a, 'p> Body<'a, 'p> {
         let words = |start| Strided { pieces: pieces.clone(), start: start + first * stride, count, stride }.load(k);
         block.load(head, |start| {
             let words: Value<'a> = words(start);
-            // Zero times NaN is NaN: what lies behind the last key must not reach the product.
-            match live {
+            // Zero times NaN is NaN: what lies behind the last key must not reach the product with values.
+            match live.filter(|_| half == Half::Value) {
                 None => words,
                 Some(live) => k.iota(&words.dims(), 0).less(live - first as i64).select(words, 0),
             }
-        })[half]
+        })[half as usize]
     }
 
     /// A step of the online softmax for some heads.
@@ -466,9 +468,8 @@ impl<'a, 'p> Body<'a, 'p> {
         each(&mut |head, part| {
             let [first, count] = parts[part];
             let dims = [rows, count];
-            let key = self.half(block, 0, heads[head], parts[part], live);
-            let product =
-                k.dot_general(queries[head], key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
+            let key = self.half(block, Half::Key, heads[head], parts[part], live);
+            let product = k.dot_general(queries[head], key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
             let scaled = match problem.soft_cap {
                 None => product * (problem.scale * LOG2_E),
                 Some(cap) => (product * (problem.scale / cap)).tanh() * (cap * LOG2_E),
@@ -493,7 +494,9 @@ impl<'a, 'p> Body<'a, 'p> {
                     .iter()
                     .flat_map(|part| {
                         let keys = part.dims()[1];
-                        (0..keys).step_by(LANES).map(move |lane| part.slice(&[0, lane], &[rows, LANES.min(keys - lane)]))
+                        (0..keys)
+                            .step_by(LANES)
+                            .map(move |lane| part.slice(&[0, lane], &[rows, LANES.min(keys - lane)]))
                     })
                     .collect();
                 let widest = all[0].dims()[1];
@@ -528,7 +531,7 @@ impl<'a, 'p> Body<'a, 'p> {
         }
         let mut products = vec![k.zeros(Element::F32, &[rows, problem.head_dim]); heads.len()];
         each(&mut |head, part| {
-            let value = self.half(block, 1, heads[head], parts[part], live);
+            let value = self.half(block, Half::Value, heads[head], parts[part], live);
             let weights = weights[head][part].cast(problem.precision.kv);
             products[head] = k.dot_general(weights, value, products[head], &DotDims::nn(), precision);
         });
@@ -568,7 +571,8 @@ impl Copies<'_> {
     }
 }
 
+/// The buffer after `slot`: the first one after the last.
 fn next_slot(slot: Value<'_>) -> Value<'_> {
-    let next = slot + 1;
-    next.equals(BUFFERS).select(next - next, next)
+    let [next, same] = [slot + 1; 2];
+    next.equals(BUFFERS).select(next - same, next)
 }

@@ -15,7 +15,6 @@ use serde::Serialize;
 use super::{Details, Tiles, kv_rows, pieces};
 use crate::{
     chips::Chip,
-    evidence,
     plan::{self, PlanError, Spilling},
     rpa::{kv_layout::KvLayout, problem::Problem},
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
@@ -141,29 +140,32 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
 
 /// The keys, values and logits that a block holds at once.
 fn spilling(problem: &Problem, tiles: Tiles, head_block: usize) -> Spilling {
-    let keys = tiles.kv_pages * problem.page_size;
+    let keys = tiles.kv_pages * problem.page_size * head_block;
     let copies = if problem.precision.q == Element::F32 { 4 } else { 1 };
-    let live = 4 * keys * head_block * (copies * rows(problem) + problem.head_dim.next_multiple_of(LANES));
+    let live = 4 * keys * (copies * rows(problem) + problem.head_dim.next_multiple_of(LANES));
     Spilling { family: format!("{} decode", problem.precision.q), live: Bytes(live as u64) }
 }
 
 /// Keys of a block that the planner aims at, times heads: enough to hide what is fixed per block.
 const MOST_KEYS: usize = 6144;
-/// Keys of a block of many heads, and of any block.
+/// Keys of a block of many heads.
 const SHORTEST: usize = 512;
+/// Keys of a block, at most.
 const LONGEST: usize = 2048;
+
+/// What the largest blocks spill, and more.
+const SPILLS: Bytes = Bytes::mib(2);
 
 /// The largest blocks up to what pays, that fit `limit` with room for spills; without it, if none do.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
     let head_block = head_block(problem, chip);
     let most = (MOST_KEYS / head_block).clamp(SHORTEST, LONGEST);
-    let fits = |tiles: &Tiles, margin: bool| {
-        let spills = if margin { evidence::margin(&spilling(problem, *tiles, head_block)) } else { Bytes(0) };
-        report(problem, *tiles, head_block).total() + spills <= limit
-    };
     let tiles = (1..=problem.pages_per_seq).map(|kv_pages| Tiles { queries: QUERIES, kv_pages });
-    let tiles: Vec<_> =
-        tiles.filter(|tiles| tiles.kv_pages == 1 || tiles.kv_pages * problem.page_size <= most).collect();
-    let best = |margin| tiles.iter().copied().rev().find(|tiles| fits(tiles, margin));
-    best(true).or_else(|| best(false))
+    let pays = |tiles: &Tiles| tiles.kv_pages == 1 || tiles.kv_pages * problem.page_size <= most;
+    let tiles: Vec<_> = tiles.take_while(pays).collect();
+    let largest = |spills: Bytes| {
+        let fits = |tiles: &&Tiles| report(problem, **tiles, head_block).total() + spills <= limit;
+        tiles.iter().rev().find(fits).copied()
+    };
+    largest(SPILLS).or_else(|| largest(Bytes(0)))
 }
