@@ -485,6 +485,31 @@ pub fn mosaic_module<'c, K: Kernel>(
     module::<K>(context, problem, |b, args| call::<K>(b, kernel, problem, args))
 }
 
+/// A StableHLO module whose `main` is `kernel` alone: it takes the operands as the kernel does, and no op around it makes them.
+/// The compiler's report of it is of the kernel.
+///
+/// # Errors
+/// None, unless MLIR fails.
+pub fn bare_module<'c>(context: &'c Context, kernel: &mosaic::Kernel) -> Result<Module<'c>> {
+    let module = Module::new(context, kernel.name());
+    module.function("main", &kernel.inputs(), |b, args| kernel.call(b, args))?;
+    Ok(module)
+}
+
+/// What a certification compiles: [`mosaic_module`], or [`bare_module`] where the program around the kernel would have ops of
+/// its own.
+///
+/// # Errors
+/// As those.
+pub fn certified_module<'c, K: Kernel>(
+    context: &'c Context,
+    problem: &ProblemOf<K>,
+    kernel: &mosaic::Kernel,
+) -> Result<Module<'c>> {
+    let is_padded = K::returned(problem) != K::results(problem).values().cloned().collect::<Vec<_>>();
+    if is_padded { bare_module(context, kernel) } else { mosaic_module::<K>(context, problem, kernel) }
+}
+
 fn module<'c, K: Kernel>(
     context: &'c Context,
     problem: &ProblemOf<K>,

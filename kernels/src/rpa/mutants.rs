@@ -20,12 +20,7 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let wide = set(8, 128, pages_of_128, WIDTHS, false);
     assert_eq!(wide.plan.widths(), [128, 256]);
     let with_blocks = [(1, 96), (0, 5), (33, 77), (20, 41), (1, 10)];
-    vec![
-        set(8, 16, pages_of_16, MUTANTS, false),
-        set(16, 16, with_blocks, BLOCKS, false),
-        wide,
-        decode(),
-    ]
+    vec![set(8, 16, pages_of_16, MUTANTS, false), set(16, 16, with_blocks, BLOCKS, false), wide, decode()]
 }
 
 /// Rows of two KV heads, which the cores share by sequence; blocks of two pages, full and short ones, more than there are
@@ -168,8 +163,16 @@ const MUTANTS: &[Mutant] = {
             |t| t.replaced(t.above(kv_start(t, NEXT), "cmpi slt"), "slt", "ne"),
             Fault(OutOfBounds),
         ),
-        ("last page not fetched", |t| t.replaced(t.above(kv_start(t, NEXT), "cmpi slt"), "slt", "sgt"), Fault(Deadlock)),
-        ("pages of another layer", |t| t.changed(t.above(kv_start(t, NEXT), "load %first_page["), "arith.subi", 25), Mismatch),
+        (
+            "last page not fetched",
+            |t| t.replaced(t.above(kv_start(t, NEXT), "cmpi slt"), "slt", "sgt"),
+            Fault(Deadlock),
+        ),
+        (
+            "pages of another layer",
+            |t| t.changed(t.above(kv_start(t, NEXT), "load %first_page["), "arith.subi", 25),
+            Mismatch,
+        ),
         (
             "a block fetched beyond the last one",
             |t| t.replaced(t.above(kv_start(t, SECOND), "cmpi sge"), "sge", "sgt"),
@@ -272,11 +275,7 @@ const BLOCKS: &[Mutant] = {
             |t| t.without(t.find(0, &["tpu.enqueue_dma", "memref<16x1024xbf16, #tpu.memory_space<hbm>>, memref<!tpu"])),
             Fault(Deadlock),
         ),
-        (
-            "rows of a block out of place",
-            |t| t.changed(t.find(2, &["load %entry_start["]), "arith.addi", 8),
-            Mismatch,
-        ),
+        ("rows of a block out of place", |t| t.changed(t.find(2, &["load %entry_start["]), "arith.addi", 8), Mismatch),
     ]
 };
 

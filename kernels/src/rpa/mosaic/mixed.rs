@@ -287,8 +287,10 @@ impl<'a, 'p> Body<'a, 'p> {
                 let is_padding = top.greater(live);
                 let own = top - bands(self.metadata.first_row(sequence));
                 let is_block = match self.plan.has_blocks() {
-                    true => self.metadata.first_row(sequence + 1).greater_equal(top)
-                        & own.greater_equal(self.plan.least_rows() as i64),
+                    true => {
+                        self.metadata.first_row(sequence + 1).greater_equal(top)
+                            & own.greater_equal(self.plan.least_rows() as i64)
+                    }
                     false => k.int(0).differs(0),
                 };
                 let rows = is_block.select(own.minimum(block), band);
@@ -432,14 +434,7 @@ impl<'a, 'p> Body<'a, 'p> {
     }
 
     /// The copies of a KV block into a buffer: of the pages that the sequence has. The block's first page exists.
-    fn pages(
-        &self,
-        sequence: Value<'a>,
-        kv_len: Value<'a>,
-        block: Value<'a>,
-        slot: Value<'a>,
-        act: impl Fn(Dma<'a>),
-    ) {
+    fn pages(&self, sequence: Value<'a>, kv_len: Value<'a>, block: Value<'a>, slot: Value<'a>, act: impl Fn(Dma<'a>)) {
         let (pages, page_size) = (self.plan.tiles().kv_pages, self.plan.problem().page_size);
         let first = block * pages;
         let begins = |page: usize| (first + page) * page_size;
@@ -499,9 +494,8 @@ impl<'a, 'p> Body<'a, 'p> {
         self.limit(&of_segment, rows);
         let [begin, stop] = [&self.segments.begin, &self.segments.stop].map(|array| array.at(segment).load());
         let starts = (0..self.plan.rows()).step_by(CHUNK);
-        let parts: Vec<_> = starts
-            .map(|start| Rows { per_head: rows, start, count: CHUNK.min(self.plan.rows() - start) })
-            .collect();
+        let parts: Vec<_> =
+            starts.map(|start| Rows { per_head: rows, start, count: CHUNK.min(self.plan.rows() - start) }).collect();
         let slot_of_queries = entry & 1;
         let step = |block: Value<'a>, stream: Stream<'a>, is_first: bool| {
             self.step(&of_segment, block, stream, segments, |kv, first_key| {
@@ -522,8 +516,7 @@ impl<'a, 'p> Body<'a, 'p> {
             })
         };
         let stream = step(begin, stream, true);
-        let stream =
-            k.fold_range(begin + 1, stop, stream, |block, stream| step(block, Stream::of(stream), false));
+        let stream = k.fold_range(begin + 1, stop, stream, |block, stream| step(block, Stream::of(stream), false));
         self.reclaim(entry);
         self.finish(rows);
         stream
@@ -675,8 +668,7 @@ impl<'a, 'p> Body<'a, 'p> {
             Element::F32 => Precision::Fp32,
             _ => Precision::Default,
         };
-        let [max, sum, acc] =
-            [&self.max, &self.sum, &self.acc].map(|of| of.at(head).slice(0, rows.start, rows.count));
+        let [max, sum, acc] = [&self.max, &self.sum, &self.acc].map(|of| of.at(head).slice(0, rows.start, rows.count));
         let dims = [rows.count, keys];
         let logits = k.dot_general(queries, key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
         let logits = match problem.soft_cap {
@@ -684,8 +676,7 @@ impl<'a, 'p> Body<'a, 'p> {
             Some(cap) => (logits * (problem.scale / cap)).tanh() * (cap * LOG2_E),
         };
         let logits = if form.is_masked {
-            let last: Vec<_> =
-                rows.pieces().map(|(_, start, count)| self.last.slice(0, start, count).load()).collect();
+            let last: Vec<_> = rows.pieces().map(|(_, start, count)| self.last.slice(0, start, count).load()).collect();
             let last = joined(k, &last, 0) - first_key;
             let index = k.iota(&dims, 1);
             let mut seen = index.less_equal(broadcast_lanes(k, last, keys));
