@@ -45,6 +45,8 @@ fn jax_attention_agrees_with_the_reference_under_every_order_of_copies() {
         let lengths: Vec<_> = lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
         let inputs = Rpa::draw(&problem, Some(&lengths), 3).unwrap();
         let mut operands = host_operands::<Rpa>(&problem, &inputs);
+        // Ours takes queries in two dimensions.
+        operands[4] = inputs["q"].clone();
         // Its own state: the buffer in use and the sequence that it is at.
         operands.insert(3, HostTensor::new(&[2], &[0_i32, 0]));
         assert!(operands.iter().zip(&types).all(|(array, ty)| array.dims() == ty.dims));

@@ -267,9 +267,9 @@ impl<'p, K: Kernel> Case<'p, K> {
         kernel::host_operands::<K>(self.plan.problem(), self.inputs)
     }
 
-    /// The types of the kernel's results.
+    /// The types of what the kernel returns.
     pub fn result_types(self) -> Vec<TensorType> {
-        K::results(self.plan.problem()).values().cloned().collect()
+        K::returned(self.plan.problem())
     }
 
     /// What the results must be.
@@ -283,7 +283,8 @@ impl<'p, K: Kernel> Case<'p, K> {
     /// # Errors
     /// The worst value that is off.
     pub fn compare(self, results: &[HostTensor]) -> Result<(), CheckError> {
-        compare_all(self.plan.name(), results, &K::results(self.plan.problem()), &self.expected())
+        let results = kernel::host_results::<K>(self.plan.problem(), results);
+        compare_all(self.plan.name(), &results, &K::results(self.plan.problem()), &self.expected())
     }
 
     /// Name by name and byte by byte, what `program` declares in VMEM is what the plan counted. The compiler's own

@@ -166,6 +166,11 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         of(true).chain(of(false)).collect()
     }
 
+    /// What the Mosaic kernel returns, in order: the results, perhaps as `[rows, columns]` with padding behind either.
+    fn returned(problem: &ProblemOf<Self>) -> Vec<TensorType> {
+        Self::results(problem).values().cloned().collect()
+    }
+
     /// Kernels with one thing wrong, each with what catches it.
     fn mutants() -> Vec<MutantSet<Self>> {
         vec![]
@@ -337,12 +342,13 @@ pub struct Operand {
     part: Option<[usize; 3]>,
     element: Option<Element>,
     dims: Option<Vec<usize>>,
+    padded: Option<Vec<usize>>,
 }
 
 impl Operand {
     /// The argument as it is.
     pub const fn of(argument: &'static str) -> Self {
-        Self { argument, part: None, element: None, dims: None }
+        Self { argument, part: None, element: None, dims: None, padded: None }
     }
 
     /// `size` elements from `start` on along dimension `dim`; what else is asked for comes behind it.
@@ -363,6 +369,13 @@ impl Operand {
         Self { dims: Some(dims.to_vec()), ..self }
     }
 
+    /// Padded to sizes `dims` at the end of each dimension, with what no kernel may look at. Costs nothing where the sizes are
+    /// these.
+    #[must_use]
+    pub fn padded(self, dims: &[usize]) -> Self {
+        Self { padded: Some(dims.to_vec()), ..self }
+    }
+
     fn in_program<'c, 'a>(
         &self,
         b: &stablehlo::Builder<'c, 'a>,
@@ -375,16 +388,27 @@ impl Operand {
         if let Some(element) = self.element {
             tensor = b.convert(tensor, element)?;
         }
-        self.dims.as_ref().map_or(Ok(tensor), |dims| b.reshape(tensor, dims))
+        if let Some(dims) = &self.dims {
+            tensor = b.reshape(tensor, dims)?;
+        }
+        let Some(padded) = self.padded.as_ref().filter(|padded| **padded != tensor.dims()) else { return Ok(tensor) };
+        let high: Vec<_> = padded.iter().zip(tensor.dims()).map(|(to, from)| (to - from) as i64).collect();
+        let zero = b.splat(tensor.element(), &[], 0.0)?;
+        b.pad(tensor, zero, &vec![0; high.len()], &high, &vec![0; high.len()])
     }
 
     fn on_host(&self, inputs: &Arrays) -> HostTensor {
         let part = self.part.map(|part| sliced(&inputs[self.argument], part));
         let array = part.as_ref().unwrap_or(&inputs[self.argument]);
         let (element, dims) = (self.element.unwrap_or(array.element()), self.dims.as_deref().unwrap_or(array.dims()));
-        match element == array.element() {
+        let tensor = match element == array.element() {
             true => HostTensor::from_bytes(element, dims, array.bytes()),
             false => HostTensor::from_f64(element, dims, &array.to_f64()),
+        };
+        match self.padded.as_ref().filter(|padded| padded[..] != *dims) {
+            None => tensor,
+            // Poison: a kernel that looks at it is found out.
+            Some(padded) => resized(&tensor, padded, if element.is_float() { 0xff } else { 0 }),
         }
     }
 }
@@ -397,6 +421,37 @@ fn sliced(array: &HostTensor, [dim, start, size]: [usize; 3]) -> HostTensor {
     let bytes: Vec<u8> = rows.flat_map(|row| &row[start * inner..][..size * inner]).copied().collect();
     dims[dim] = size;
     HostTensor::from_bytes(array.element(), &dims, &bytes)
+}
+
+/// A two-dimensional array of other sizes: what both have in common, and `fill` in each byte of the rest.
+fn resized(tensor: &HostTensor, dims: &[usize], fill: u8) -> HostTensor {
+    let (&[rows, columns], &[new_rows, new_columns]) = (tensor.dims(), dims) else { unreachable!("two dimensions") };
+    let size = tensor.element().bytes();
+    let mut bytes = vec![fill; new_rows * new_columns * size];
+    let width = columns.min(new_columns) * size;
+    let from = tensor.bytes().chunks_exact((columns * size).max(1)).take(rows);
+    for (to, from) in bytes.chunks_exact_mut((new_columns * size).max(1)).zip(from) {
+        to[..width].copy_from_slice(&from[..width]);
+    }
+    HostTensor::from_bytes(tensor.element(), dims, &bytes)
+}
+
+/// What a kernel returned as the results that the problem has: rows and columns of padding cut off.
+pub fn host_results<K: Kernel>(problem: &ProblemOf<K>, returned: &[HostTensor]) -> Vec<HostTensor> {
+    let types = K::results(problem);
+    let result = |((tensor, ty), kernels): ((&HostTensor, &TensorType), TensorType)| match kernels == *ty {
+        true => tensor.clone(),
+        false => {
+            let cut = resized(tensor, &rows_and_columns(ty), 0);
+            HostTensor::from_bytes(cut.element(), &ty.dims, cut.bytes())
+        }
+    };
+    returned.iter().zip(types.values()).zip(K::returned(problem)).map(result).collect()
+}
+
+/// A result as a kernel that works on rows has it, padding aside.
+fn rows_and_columns(ty: &TensorType) -> [usize; 2] {
+    [ty.dims[0], ty.dims[1..].iter().product()]
 }
 
 /// The arrays that a Mosaic kernel takes, made on the host.
@@ -417,7 +472,19 @@ pub fn call<'c, 'a, K: Kernel>(
     check_types::<K>(problem, args)?;
     let operands: Vec<_> =
         K::operands(problem).iter().map(|operand| operand.in_program(b, args)).collect::<Result<_>>()?;
-    kernel.call(b, &operands)
+    let results = K::results(problem);
+    let result = |(tensor, ty): (Tensor<'c, 'a>, &TensorType)| {
+        if tensor.dims() == ty.dims {
+            return Ok(tensor);
+        }
+        let [rows, columns] = rows_and_columns(ty);
+        let cut = match tensor.dims() == [rows, columns] {
+            true => tensor,
+            false => b.slice(tensor, &[0, 0], &[rows, columns], &[1, 1])?,
+        };
+        b.reshape(cut, &ty.dims)
+    };
+    kernel.call(b, &operands)?.into_iter().zip(results.values()).map(result).collect()
 }
 
 /// Emits the StableHLO form into a program.
@@ -458,6 +525,31 @@ pub fn mosaic_module<'c, K: Kernel>(
     matrices(arguments).try_for_each(|index| module.row_major_argument("main", index))?;
     matrices(results).try_for_each(|index| module.row_major_result("main", index))?;
     Ok(module)
+}
+
+/// A StableHLO module whose `main` is `kernel` alone: it takes the operands as the kernel does, and no op around it makes them.
+/// The compiler's report of it is of the kernel.
+///
+/// # Errors
+/// None, unless MLIR fails.
+pub fn bare_module<'c>(context: &'c Context, kernel: &mosaic::Kernel) -> Result<Module<'c>> {
+    let module = Module::new(context, kernel.name());
+    module.function("main", &kernel.inputs(), |b, args| kernel.call(b, args))?;
+    Ok(module)
+}
+
+/// What a certification compiles: [`mosaic_module`], or [`bare_module`] where the program around the kernel would have ops of
+/// its own.
+///
+/// # Errors
+/// As those.
+pub fn certified_module<'c, K: Kernel>(
+    context: &'c Context,
+    problem: &ProblemOf<K>,
+    kernel: &mosaic::Kernel,
+) -> Result<Module<'c>> {
+    let is_padded = K::returned(problem) != K::results(problem).values().cloned().collect::<Vec<_>>();
+    if is_padded { bare_module(context, kernel) } else { mosaic_module::<K>(context, problem, kernel) }
 }
 
 fn module<'c, K: Kernel>(

@@ -153,6 +153,11 @@ impl Emitted {
         line
     }
 
+    /// Whether there is an `nth` line (from 0) that holds all of `patterns`.
+    pub fn has(&self, nth: usize, patterns: &[&str]) -> bool {
+        self.lines.iter().filter(|line| patterns.iter().all(|pattern| line.contains(pattern))).nth(nth).is_some()
+    }
+
     /// The last line before `line` that holds `pattern`.
     pub fn above(&self, line: usize, pattern: &str) -> usize {
         let found = (0..line).rev().find(|&line| self.lines[line].contains(pattern));
@@ -227,11 +232,11 @@ impl Emitted {
         self.with(line, &format!("%m = {rest}\n%by = arith.constant {by} : i32\n{result} = {op} %m, %by : i32"))
     }
 
-    /// The slice in `line` is of the other one of two buffers.
+    /// The slice in `line` is of the other one of two buffers; of more, of its neighbour.
     pub fn other_slot(&self, line: usize) -> String {
         let slot = self.lines[line].split([',', ')']).nth(1).expect("an index").trim();
         let new = self.lines[line].replacen(slot, "%other", 1);
-        self.with(line, &format!("%o = arith.constant 1 : i32\n%other = arith.subi %o, {slot} : i32\n{new}"))
+        self.with(line, &format!("%o = arith.constant 1 : i32\n%other = arith.xori %o, {slot} : i32\n{new}"))
     }
 
     /// Every slice of `buffer`, of one dimension, is its first element.

@@ -6,7 +6,7 @@ use pagoda_ir::{Context, Element, Result, TensorType, stablehlo::Module};
 
 use super::{
     Kind, Problem, Rotary, Rpa, Spec, kv_write,
-    plan::{Options, Plan, Tiles, decode},
+    plan::{Plan, Tiles},
     stablehlo,
 };
 use crate::{
@@ -136,25 +136,6 @@ pub(super) fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<Til
     all.filter(fits).collect()
 }
 
-/// The launch over a core's KV heads: the windows of q and of the output are strided where cores share them. Planned for a
-/// device of two cores, it may be shared out again; then it stands for a part of a core's heads.
-pub(super) fn core_share(plan: &Plan) -> Option<(Plan, usize)> {
-    let (problem, block) = (plan.problem(), plan.head_block());
-    if problem.kind == Kind::Decode {
-        return decode::alone(plan).map(|alone| (alone, 1));
-    }
-    if block == problem.kv_heads {
-        return None;
-    }
-    let spec = Spec { q_heads: block * problem.group(), kv_heads: block, ..problem.spec().clone() };
-    let options = Options { tiles: Some(plan.tiles()), vmem_limit: Some(plan.limit()) };
-    let share = Plan::new(Problem::new(spec).ok()?, plan.chip(), options).ok()?;
-    match core_share(&share) {
-        None => Some((share, 1)),
-        Some((part, times)) => Some((part, times * block / share.head_block())),
-    }
-}
-
 /// Nothing of a fused kernel. Before another, queries and keys are rotated, keys and values are written. Behind it nothing is computed: its output's
 /// heads are the features of the next projection's input, in another layout.
 pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<Module<'c>>> {
@@ -251,11 +232,11 @@ mod tests {
     fn shares_do_all_of_the_work() {
         for (q_heads, kv_heads) in [(32, 8), (16, 16), (64, 32), (8, 1)] {
             let spec = Spec { q_heads, kv_heads, ..Rpa::common().remove(0) };
-            let plan = Plan::new(Problem::new(spec).unwrap(), Chip::V5p, Options::default()).unwrap();
+            let plan = Plan::new(Problem::new(spec).unwrap(), Chip::V5p, crate::plan::Options::default()).unwrap();
             let batch = of("1024/1024");
             let whole = work(plan.problem(), &batch).flops;
-            let launches = core_share(&plan).map_or(whole, |(share, times)| {
-                assert!(core_share(&share).is_none(), "{q_heads}/{kv_heads}");
+            let launches = Rpa::core_share(&plan).map_or(whole, |(share, times)| {
+                assert!(Rpa::core_share(&share).is_none(), "{q_heads}/{kv_heads}");
                 (2 * times) as f64 * work(share.problem(), &batch).flops
             });
             assert_eq!(launches, whole, "{q_heads}/{kv_heads}");

@@ -53,7 +53,7 @@ use crate::{
     cost::UnitWork,
     error::{Invalid, ensure},
     evidence::Records,
-    kernel::{Kernel, Sample, Work},
+    kernel::{Kernel, Operand, Sample, Work},
     mutants::MutantSet,
     named::{Arguments, Arrays, Named},
     plan::PlanError,
@@ -256,6 +256,17 @@ impl Kernel for Rpa {
         stablehlo::emit(b, problem, args)
     }
 
+    fn operands(problem: &Problem) -> Vec<Operand> {
+        mosaic::operands(problem)
+    }
+
+    fn returned(problem: &Problem) -> Vec<TensorType> {
+        match problem.kind {
+            Kind::Decode => Self::results(problem).values().cloned().collect(),
+            Kind::Mixed => vec![TensorType::new(problem.precision.output, &plan::padded_rows(problem))],
+        }
+    }
+
     fn mosaic<'a>(k: &'a Builder<'a>, plan: &plan::Plan) {
         mosaic::write(k, plan);
     }
@@ -297,7 +308,7 @@ impl Kernel for Rpa {
     }
 
     fn core_share(plan: &plan::Plan) -> Option<(plan::Plan, usize)> {
-        estimate::core_share(plan)
+        plan::alone(plan).map(|alone| (alone, 1))
     }
 
     fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<hlo::Module<'c>>> {

@@ -11,15 +11,16 @@ use crate::{
     random::Lengths,
 };
 
-/// Blocks of 8 rows with the mutants, and of 16 rows, which have two ways through a block (of few rows, and of all), with
-/// every effect dropped; and KV blocks of 256 keys, of which rows that see no more than 128 work on as many.
+/// Bands of 8 rows, and blocks of 16 rows, which are a way of their own; and KV blocks of 256 keys, of which rows that see no
+/// more than 128 work on as many.
 pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     // Decode rows, an empty sequence, chunks of prompts; one to six pages.
     let pages_of_16 = [(1, 96), (0, 5), (13, 77), (8, 41), (1, 10)];
     let pages_of_128 = [(1, 700), (0, 5), (13, 128), (8, 300), (1, 90)];
     let wide = set(8, 128, pages_of_128, WIDTHS, false);
     assert_eq!(wide.plan.widths(), [128, 256]);
-    vec![set(8, 16, pages_of_16, MUTANTS, false), set(16, 16, pages_of_16, &[], true), wide, decode()]
+    let with_blocks = [(1, 96), (0, 5), (33, 77), (20, 41), (1, 10)];
+    vec![set(8, 16, pages_of_16, MUTANTS, false), set(16, 16, with_blocks, BLOCKS, false), wide, decode()]
 }
 
 /// Rows of two KV heads, which the cores share by sequence; blocks of two pages, full and short ones, more than there are
@@ -62,7 +63,7 @@ fn set(
     let spec = Spec {
         kind: Kind::Mixed,
         precision: Precision::uniform(Element::Bf16),
-        tokens: 35,
+        tokens: lengths.iter().map(|(q_len, _)| q_len).sum::<usize>() + 12,
         q_heads: 16,
         kv_heads: 8,
         head_dim: 128,
@@ -84,17 +85,23 @@ fn set(
     MutantSet { plan, inputs, mutants: mutants.to_vec(), nothing_superfluous }
 }
 
-/// The KV copies in the text: those before the loop over KV blocks, those of the next block, and the waits.
+/// The copies of whole KV blocks of two pages and of a block's first page alone, in the order of the text: of the blocks that
+/// are fetched before the loop, then of the next one in it.
 const FIRST: usize = 0;
-const NEXT: usize = 2;
+const SECOND: usize = 3;
+const NEXT: usize = 9;
 
-fn start(t: &Emitted, number: usize) -> usize {
-    t.find(number, &["tpu.enqueue_dma"])
+fn kv_start(t: &Emitted, number: usize) -> usize {
+    t.find(number, &["tpu.enqueue_dma", "16x8x128xbf16"])
 }
 
-fn wait(t: &Emitted, number: usize) -> usize {
-    t.find(number, &["tpu.wait_dma2"])
+fn kv_wait(t: &Emitted, number: usize) -> usize {
+    t.find(number, &["tpu.wait_dma2", "16x8x128xbf16"])
 }
+
+/// The copies of a band of queries, or of the output.
+const QUERIES: &str = "memref<8x1024xbf16, #tpu.memory_space<hbm>>, memref<8x1024xbf16, #tpu.memory_space<vmem>>";
+const RESULTS: &str = "memref<8x1024xbf16, #tpu.memory_space<vmem>>, memref<8x1024xbf16, #tpu.memory_space<hbm>>";
 
 /// The rows of a KV block behind the end of the sequence, which are cleared.
 fn last_page(t: &Emitted) -> usize {
@@ -108,80 +115,71 @@ const MUTANTS: &[Mutant] = {
         UnwrittenRead,
     };
     &[
-        ("wait dropped", |t| t.without(wait(t, 0)), Fault(ReadInFlight)),
-        ("wait for a copy never started", |t| t.twice(wait(t, 1)), Fault(Deadlock)),
-        ("copy not started", |t| t.without(start(t, FIRST)), Fault(Deadlock)),
-        ("next block's copy not started", |t| t.without(start(t, NEXT)), Fault(Deadlock)),
+        ("wait dropped", |t| t.without(kv_wait(t, 0)), Fault(ReadInFlight)),
+        ("wait for a copy never started", |t| t.twice(kv_wait(t, 1)), Fault(Deadlock)),
+        ("copy not started", |t| t.without(kv_start(t, FIRST + 2)), Fault(Deadlock)),
+        ("next block's copy not started", |t| t.without(kv_start(t, NEXT)), Fault(Deadlock)),
         (
-            "semaphore of the other buffer waited for",
-            |t| t.other_slot(t.above(wait(t, 0), "memref_slice\"(%arrived, ")),
+            "semaphore of another buffer waited for",
+            |t| t.other_slot(t.above(kv_wait(t, 0), "memref_slice\"(%arrived, ")),
             Fault(ReadInFlight),
         ),
-        ("both buffers on one semaphore", |t| t.first_of("%arrived"), Fault(ReadInFlight)),
+        ("all buffers on one semaphore", |t| t.first_of("%arrived"), Fault(OverwriteInFlight)),
         (
-            "double buffers swapped",
+            "another buffer read",
             |t| t.other_slot(t.above(t.find(0, &["strided_load", "xi32>"]), "memref_slice\"(%kv, ")),
-            Fault(ReadInFlight),
+            Fault(OverwriteInFlight),
         ),
         (
-            "next block into the buffer that is read",
-            |t| {
-                let slot = t.above(start(t, NEXT), "arith.subi %c1_i32");
-                t.changed(slot, "arith.xori", 1)
-            },
+            "next block into a buffer in use",
+            |t| t.other_slot(t.above(kv_start(t, NEXT), "memref_slice\"(%kv, ")),
             Fault(OverwriteInFlight),
         ),
         (
             "copy one row short",
             |t| {
-                let first = t.above(start(t, NEXT), "memref_slice\"(%kv_pages, ");
-                t.replaced_within(first, start(t, NEXT), "16x8x128xbf16", "15x8x128xbf16")
+                let first = t.above(kv_start(t, NEXT), "memref_slice\"(%kv_pages, ");
+                t.replaced_within(first, kv_start(t, NEXT), "16x8x128xbf16", "15x8x128xbf16")
             },
             Fault(Deadlock),
         ),
         (
             "second page one row further",
-            |t| t.replaced(t.above(start(t, NEXT + 1), "arith.constant 16 : i32"), "constant 16", "constant 17"),
+            |t| t.replaced(t.above(kv_start(t, NEXT + 1), "arith.constant 16 : i32"), "constant 16", "constant 17"),
             Fault(OutOfBounds),
         ),
         (
             "second page over the first one",
-            |t| t.replaced(t.above(start(t, FIRST + 1), "arith.constant 16 : i32"), "constant 16", "constant 0"),
+            |t| t.replaced(t.above(kv_start(t, NEXT + 1), "arith.constant 16 : i32"), "constant 16", "constant 0"),
             Fault(OverwriteInFlight),
         ),
         (
             "wrong page fetched ahead",
-            |t| {
-                let number = t.above(t.above(start(t, NEXT), "load %page_indices["), "arith.muli");
-                t.changed(number, "arith.subi", 2)
-            },
+            |t| t.changed(t.above(kv_start(t, NEXT), "load %page_indices["), "arith.addi", 1),
             Mismatch,
         ),
         (
             "page table read beyond the sequence",
-            |t| t.replaced(t.above(start(t, FIRST + 1), "cmpi slt"), "slt", "ne"),
+            |t| t.replaced(t.above(kv_start(t, NEXT), "cmpi slt"), "slt", "ne"),
             Fault(OutOfBounds),
         ),
         (
             "last page not fetched",
-            |t| t.replaced(t.above(start(t, FIRST + 1), "cmpi slt"), "slt", "sgt"),
+            |t| t.replaced(t.above(kv_start(t, NEXT), "cmpi slt"), "slt", "sgt"),
             Fault(Deadlock),
         ),
-        ("pages of another layer", |t| t.changed(t.find(0, &["load %first_page["]), "arith.subi", 25), Mismatch),
+        (
+            "pages of another layer",
+            |t| t.changed(t.above(kv_start(t, NEXT), "load %first_page["), "arith.subi", 25),
+            Mismatch,
+        ),
         (
             "a block fetched beyond the last one",
-            |t| {
-                let condition = t.above(t.above(start(t, NEXT), "scf.if"), "cmpi slt");
-                t.replaced(condition, "slt", "sle")
-            },
+            |t| t.replaced(t.above(kv_start(t, SECOND), "cmpi sge"), "sge", "sgt"),
             Fault(OutOfBounds),
         ),
-        (
-            "last block not attended",
-            |t| t.changed(t.find(0, &["arith.divsi"]), "arith.subi", 1),
-            Fault(SemaphoreUnbalanced),
-        ),
-        ("mask inverted at the last page", |t| t.replaced(last_page(t), "sge", "slt"), Mismatch),
+        ("last block not attended", |t| t.changed(t.find(0, &["arith.divsi"]), "arith.subi", 1), Mismatch),
+        ("mask inverted at the last page", |t| t.replaced(last_page(t), "sge", "slt"), Fault(UnwrittenRead)),
         ("mask of the last page one row too long", |t| t.replaced(last_page(t), "sge", "sgt"), Mismatch),
         ("causal mask off by one", |t| t.replaced(t.find(0, &["cmpi sle"]), "sle", "slt"), Mismatch),
         ("no causal mask", |t| t.replaced(t.find(0, &["cmpi sle"]), "sle", "sge"), Mismatch),
@@ -189,15 +187,20 @@ const MUTANTS: &[Mutant] = {
         ("window one key long", |t| t.replaced(t.find(0, &["dense<50>"]), "50", "51"), Mismatch),
         (
             "rows of the sequence before not masked",
-            |t| t.first_operand_only(t.find(0, &["cmpi sge"]), "arith.cmpi sge,"),
+            |t| t.first_operand_only(t.find(0, &["cmpi sge", "8x128xi32"]), "arith.cmpi sge,"),
             Mismatch,
         ),
-        ("kv_len one too long", |t| t.changed(t.find(0, &["load %kv_lens["]), "arith.addi", 1), Fault(OutOfBounds)),
-        ("kv_len one too short", |t| t.changed(t.find(0, &["load %kv_lens["]), "arith.subi", 1), Mismatch),
+        (
+            "rows of the sequence behind not masked",
+            |t| t.replaced(t.find(0, &["cmpi slt", "8x128xi32"]), "slt", "sge"),
+            Mismatch,
+        ),
+        ("positions one too far", |t| t.changed(t.find(0, &["load %kv_lens["]), "arith.addi", 32), Fault(OutOfBounds)),
         ("last sequence left out", |t| t.changed(t.find(0, &["load %num_seqs["]), "arith.subi", 1), Mismatch),
         ("accumulator not zeroed", |t| t.without(t.find(0, &["vector_store", "%acc,"])), Fault(UnwrittenRead)),
         ("sum not zeroed", |t| t.without(t.find(0, &["vector_store", "%sum,"])), Fault(UnwrittenRead)),
-        ("maximum not kept", |t| t.without(t.find(1, &["vector_store", "%max,"])), Mismatch),
+        ("maximum not set", |t| t.without(t.find(0, &["vector_store", "%max,"])), Fault(UnwrittenRead)),
+        ("maximum not kept", |t| t.without(t.find(4, &["vector_store", "%max,"])), Mismatch),
         (
             "accumulator not rescaled",
             |t| {
@@ -207,31 +210,89 @@ const MUTANTS: &[Mutant] = {
             Mismatch,
         ),
         ("scale left out", |t| t.first_operand_only(t.find(0, &["mulf", "x32xf32"]), "arith.maximumf"), Mismatch),
-        ("padding rows divided by their sum", |t| t.replaced(t.find(0, &["cmpf ogt"]), "ogt", "oge"), Mismatch),
+        (
+            "rows without a key divided by nothing",
+            |t| t.first_operand_only(t.find(0, &["maximumf", "vector<8x1xf32>"]), "arith.maximumf"),
+            Mismatch,
+        ),
         (
             "heads of the first core on both",
-            |t| t.replaced(t.above(start(t, FIRST), "arith.constant 8 : i32"), "constant 8", "constant 0"),
+            |t| t.replaced(t.above(kv_start(t, NEXT), "arith.constant 8 : i32"), "constant 8", "constant 0"),
             Mismatch,
         ),
         (
             "heads that are not a multiple of what is promised",
-            |t| t.replaced(t.above(start(t, FIRST), "arith.constant 8 : i32"), "constant 8", "constant 4"),
+            |t| t.replaced(t.above(kv_start(t, NEXT), "arith.constant 8 : i32"), "constant 8", "constant 4"),
             Fault(BrokenAssumption),
+        ),
+        ("queries not waited for", |t| t.without(t.find(0, &["tpu.wait_dma2", QUERIES])), Fault(ReadInFlight)),
+        (
+            "next queries into the buffer in use",
+            |t| {
+                let next = t.find(1, &["tpu.enqueue_dma", QUERIES]);
+                t.other_slot(t.above(next, "memref_slice\"(%queries, "))
+            },
+            Fault(ReadInFlight),
+        ),
+        ("results not copied", |t| t.without(t.find(0, &["tpu.enqueue_dma", RESULTS])), Fault(Deadlock)),
+        ("results written over", |t| t.without(t.find(0, &["tpu.wait_dma2", RESULTS])), Fault(OverwriteInFlight)),
+        (
+            "last results not waited for",
+            |t| {
+                let waits = (0..).take_while(|&number| t.has(number, &["tpu.wait_dma2", RESULTS])).count();
+                t.without(t.find(waits - 1, &["tpu.wait_dma2", RESULTS]))
+            },
+            Fault(SemaphoreUnbalanced),
         ),
         (
             "output of both cores in one place",
-            |t| t.transform(2, "", "%arg1, %c0_i32, %c0_i32"),
+            |t| {
+                let copy = t.find(0, &["tpu.enqueue_dma", RESULTS]);
+                t.replaced(t.above(copy, "arith.constant 1024 : i32"), "constant 1024", "constant 0")
+            },
             Fault(ParallelOverlap),
         ),
     ]
 };
 
+/// Of a kernel with blocks of 16 rows.
+const BLOCKS: &[Mutant] = {
+    use Caught::{Fault, Mismatch};
+    use FaultKind::{Deadlock, UnwrittenRead};
+    &[
+        (
+            "accumulator of a block not written by its first step",
+            |t| t.without(t.find(0, &["vector_store", "vector<1x32x128xf32>", "%acc,"])),
+            Fault(UnwrittenRead),
+        ),
+        (
+            "first step of a block without its own maximum",
+            |t| t.first_operand_only(t.find(0, &["maximumf", "vector<32x128xf32>"]), "arith.maximumf"),
+            Mismatch,
+        ),
+        (
+            "rows of a whole block not copied",
+            |t| t.without(t.find(0, &["tpu.enqueue_dma", "memref<16x1024xbf16, #tpu.memory_space<hbm>>, memref<!tpu"])),
+            Fault(Deadlock),
+        ),
+        ("rows of a block out of place", |t| t.changed(t.find(2, &["load %entry_start["]), "arith.addi", 8), Mismatch),
+    ]
+};
+
+const FULL_BLOCK: usize = 1;
+const SHORT_BLOCK: usize = 5;
 /// Of a decode kernel: the copies of the first blocks, of the blocks ahead and of the output in the text, and the waits.
 const FIRST_BLOCKS: usize = 3;
 const AHEAD: usize = 8;
 const ROW: usize = 13;
-const FULL_BLOCK: usize = 1;
-const SHORT_BLOCK: usize = 5;
+
+fn start(t: &Emitted, number: usize) -> usize {
+    t.find(number, &["tpu.enqueue_dma"])
+}
+
+fn wait(t: &Emitted, number: usize) -> usize {
+    t.find(number, &["tpu.wait_dma2"])
+}
 
 const DECODE: &[Mutant] = {
     use Caught::{Fault, Mismatch};

@@ -1,15 +1,15 @@
-//! Planning ragged paged attention for a TPU: tiles, grid and VMEM.
+//! Planning ragged paged attention for a TPU: tiles, cores and VMEM.
 //!
-//! The grid walks blocks of KV heads (`parallel`: the cores of a device share them) and blocks of query rows. In each
-//! step the kernel fetches the KV pages of every sequence that has rows in the block, [`Tiles::kv_pages`] at a time, into
-//! one of two buffers. Pure, and far below a millisecond.
+//! The cores of a device share the KV heads, if a page can be sliced there, and else the work: blocks of query rows and
+//! sequences. See the module `mosaic::mixed` for how a core goes through its share.
 //!
 //! A block of KV heads is a slice of the second-minor dimension of a page (`2 * kv_heads` rows), and copies take whole
 //! tiles of 8 rows: blocks are multiples of 4 heads that divide the heads, or all heads.
 //!
-//! `head_dim` below 128 lanes stays as it is: buffers are padded to whole lanes in VMEM (counted in the report), as the
-//! compiler pads the arrays in HBM. Above, it is a multiple of 128, and rows come in pieces of 128. Nothing is copied around
-//! the kernel.
+//! Queries and the output are `[rows, heads * head_dim]`, as the matrix products around the kernel have them; rows and
+//! columns that are not whole tiles are padded by the program around it. `head_dim` below 128 lanes stays as it is in the
+//! pages: buffers are padded to whole lanes in VMEM (counted in the report), as the compiler pads the arrays in HBM. Above,
+//! it is a multiple of 128, and rows of pages come in pieces of 128.
 
 pub(super) mod decode;
 
@@ -17,7 +17,10 @@ use std::fmt;
 
 use pagoda_ir::{
     element::Element,
-    mosaic::tiling::{LANES, SUBLANES},
+    mosaic::{
+        tile_padded_bytes,
+        tiling::{LANES, SUBLANES},
+    },
 };
 use serde::{Deserialize, Serialize};
 
@@ -66,19 +69,19 @@ pub type Options = plan::Options<Tiles>;
 /// A kernel for a chip, every tile and every VMEM buffer named.
 pub type Plan = plan::Plan<Rpa>;
 
-/// Rows whose logits are worked on at a time: the more, the more of them are spilled.
-pub(super) const CHUNK: usize = 256;
-/// Most rows of a head's products that the planner chooses: more gain nothing on any chip.
-const MAX_ROWS: usize = 512;
+/// Rows whose logits are worked on at a time. Fewer have the matrix units take the same keys more often.
+pub(super) const CHUNK: usize = 512;
+/// Most rows of a head's products that the planner chooses.
+const MAX_ROWS: usize = 2048;
 /// Most keys of a block that the planner chooses: more are wasted on what a causal mask hides.
 const MAX_KEYS: usize = 512;
-/// Where a block has few rows, copies are what takes time, and larger ones are better.
-const FEW_ROWS: usize = 64;
-const MAX_KEYS_OF_FEW_ROWS: usize = 1536;
 /// Most logits of a block, all heads together, that the planner chooses. The body spells them out: the compiler's time
 /// grows with them. In f32, products take six passes.
-const MAX_LOGITS: usize = 1 << 20;
+const MAX_LOGITS: usize = 1 << 21;
 const MAX_F32_LOGITS: usize = 1 << 18;
+/// Small KV blocks have more buffers, so that copies run further ahead: as many as these bytes hold, at least 2.
+const KV_BYTES: usize = 3 << 20;
+const MAX_KV_BUFFERS: usize = 4;
 /// Most copies in flight per block that the planner chooses: each is an instruction of its own.
 const MAX_COPIES: usize = 32;
 
@@ -130,20 +133,47 @@ pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layou
         return decode::layout(problem, chip, tiles);
     }
     let head_block = head_block(problem, chip);
-    let Tiles { queries, kv_pages } = tiles;
+    let split = match chip.info().cores {
+        1 => Split::Nothing,
+        _ if head_block < problem.kv_heads => Split::Heads,
+        _ => Split::Sequences,
+    };
+    laid_out(problem, chip, tiles, head_block, split)
+}
+
+fn laid_out(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, split: Split) -> plan::Layout<Details> {
+    let name = format!("rpa-p{}-bq{}-kv{}", problem.page_size, tiles.queries, tiles.kv_pages);
+    let tiles = in_bands(problem, chip, tiles);
     plan::Layout {
-        name: format!("rpa-p{}-bq{queries}-kv{kv_pages}", problem.page_size),
-        grid: grid(problem, tiles, head_block).to_vec(),
+        name,
+        grid: vec![match split {
+            Split::Nothing => 1,
+            Split::Heads => problem.kv_heads / head_block,
+            Split::Sequences => chip.info().cores,
+        }],
         vmem: report(problem, tiles, head_block),
-        smem: plan::smem(&problem.arguments()),
+        smem: plan::smem(&problem.arguments()) + lists(problem, tiles),
         spilling: spilling(problem, tiles, head_block),
-        details: Details {
-            head_block,
-            kv_heads: problem.kv_heads,
-            keys: kv_pages * problem.page_size,
-            split: if head_block < problem.kv_heads { Split::Heads } else { Split::Nothing },
-        },
+        details: Details { head_block, kv_heads: problem.kv_heads, keys: tiles.kv_pages * problem.page_size, split },
     }
+}
+
+/// The launch of one core's heads on one core, where cores share the heads: copies of some heads of a page are strided, and
+/// the compiler has no estimate of them.
+pub(super) fn alone(plan: &Plan) -> Option<Plan> {
+    let (problem, heads) = (plan.problem(), plan.head_block());
+    if plan.details().split != Split::Heads {
+        return None;
+    }
+    let spec = Spec { kv_heads: heads, q_heads: heads * problem.group(), ..problem.spec().clone() };
+    let options = Options { tiles: Some(plan.tiles()), vmem_limit: Some(plan.limit()) };
+    let part = Plan::new(Problem::new(spec).ok()?, plan.chip(), options).ok()?;
+    let (problem, chip, tiles) = (part.problem(), part.chip(), part.tiles());
+    let layout = match problem.kind {
+        Kind::Decode => decode::laid_out(problem, tiles, heads, Split::Nothing, 1),
+        Kind::Mixed => laid_out(problem, chip, tiles, heads, Split::Nothing),
+    };
+    Some(part.laid_out(layout))
 }
 
 impl Plan {
@@ -160,27 +190,68 @@ impl Plan {
     /// How many keys of a KV block may be worked on, the fewest first: all, a half or a quarter, if that is whole lanes.
     /// Rows at the beginning of a context, and short contexts, need no more.
     pub fn widths(&self) -> Vec<usize> {
-        let keys = self.keys();
-        let narrow = [keys / 4, keys / 2].into_iter().filter(|width| *width > 0 && width.is_multiple_of(LANES));
-        narrow.chain([keys]).collect()
+        widths(self.keys())
     }
 
     /// Rows of one KV head's matrix products: each query row once per head of the group.
     pub fn rows(&self) -> usize {
-        self.tiles().queries * self.problem().group()
+        self.block_rows() * self.problem().group()
+    }
+
+    /// Rows that copies of queries and of the output take at least: those of a tile in HBM.
+    pub fn band(&self) -> usize {
+        band(self.problem(), self.chip())
+    }
+
+    /// Query rows of a block: those of the tiles, whole bands.
+    pub fn block_rows(&self) -> usize {
+        in_bands(self.problem(), self.chip(), self.tiles()).queries
+    }
+
+    /// Cores whose work differs: those of the device, where each has some of the sequences and blocks, and not of the heads.
+    pub fn shares(&self) -> usize {
+        if self.details().split == Split::Sequences { self.grid()[0] } else { 1 }
     }
 
     pub(super) fn kv_dims(&self) -> [usize; 5] {
         kv_dims(self.problem(), self.tiles(), self.head_block())
     }
 
-    pub(super) fn staging_dims(&self) -> [usize; 4] {
-        staging_dims(self.problem(), self.tiles(), self.head_block())
+    /// Buffers for KV blocks: copies run as many ahead, less one.
+    pub(super) fn kv_buffers(&self) -> usize {
+        kv_buffers(self.problem(), self.tiles(), self.head_block())
     }
 
-    /// Steps along KV-head blocks and query blocks.
-    pub(super) fn steps_of_grid(&self) -> [usize; 2] {
-        grid(self.problem(), self.tiles(), self.head_block())
+    /// Columns of q and of the output that a core works on.
+    pub(super) fn columns(&self) -> usize {
+        columns(self.problem(), self.head_block())
+    }
+
+    /// Whether there are entries of more than a band.
+    pub(super) fn has_blocks(&self) -> bool {
+        self.block_rows() > self.band()
+    }
+
+    /// The fewest rows of a sequence that make a block. Fewer go band by band: a block takes as long whatever it holds.
+    pub(super) fn least_rows(&self) -> usize {
+        (self.block_rows() / 4).next_multiple_of(self.band()).max(2 * self.band())
+    }
+
+    /// Whether there is a step without a mask: where the matrix units are wide, masks cost more than they do.
+    pub(super) fn has_inner_steps(&self) -> bool {
+        self.chip().info().mxu > LANES
+    }
+
+    /// The most entries and segments that a core's lists hold.
+    pub(super) fn list_lengths(&self) -> [usize; 2] {
+        list_lengths(self.problem(), in_bands(self.problem(), self.chip(), self.tiles()))
+    }
+
+    /// What a KV block takes, of a block of rows and of a band, in units of their own.
+    pub(super) fn costs(&self) -> [i64; 2] {
+        // Few rows take as long as bringing keys and values into the matrix units does.
+        let of = |rows: usize| (rows * self.problem().group()).div_ceil(8).max(16) as i64;
+        [of(self.block_rows()), of(self.band())]
     }
 }
 
@@ -222,8 +293,52 @@ pub(super) fn options(problem: &Problem) -> String {
     window + &problem.soft_cap.map_or(String::new(), |cap| format!(", soft cap {cap}"))
 }
 
-fn grid(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 2] {
-    [problem.kv_heads / head_block, problem.tokens.div_ceil(tiles.queries)]
+/// Rows and columns of q and of the output as the kernel has them: whole bands of rows, whole tiles of lanes.
+pub(super) fn padded_rows(problem: &Problem) -> [usize; 2] {
+    let columns = problem.q_heads * problem.head_dim;
+    [problem.tokens.next_multiple_of(packed(problem)), columns.next_multiple_of(LANES)]
+}
+
+fn columns(problem: &Problem, head_block: usize) -> usize {
+    (head_block * problem.group() * problem.head_dim).next_multiple_of(LANES)
+}
+
+/// See [`Plan::widths`].
+fn widths(keys: usize) -> Vec<usize> {
+    let narrow = [keys / 4, keys / 2].into_iter().filter(|width| *width > 0 && width.is_multiple_of(LANES));
+    narrow.chain([keys]).collect()
+}
+
+/// See [`Plan::band`].
+fn band(problem: &Problem, chip: Chip) -> usize {
+    match chip {
+        Chip::Tpu7x => packed(problem),
+        _ => SUBLANES,
+    }
+}
+
+/// Rows of a tile in registers.
+fn packed(problem: &Problem) -> usize {
+    SUBLANES * 4 / problem.precision.q.bytes()
+}
+
+fn in_bands(problem: &Problem, chip: Chip, tiles: Tiles) -> Tiles {
+    Tiles { queries: tiles.queries.next_multiple_of(band(problem, chip)), ..tiles }
+}
+
+/// Each sequence ends in a band and has fewer rows than a block left for others.
+fn list_lengths(problem: &Problem, tiles: Tiles) -> [usize; 2] {
+    let bands = problem.tokens.div_ceil(SUBLANES);
+    let cut = problem.tokens.div_ceil(tiles.queries) + (problem.max_seqs + 1) * (tiles.queries / 4 / SUBLANES + 5);
+    let entries = bands.min(cut) + 1;
+    [entries, entries + problem.max_seqs]
+}
+
+/// SMEM that the lists take: arrays of whole tiles.
+fn lists(problem: &Problem, tiles: Tiles) -> Bytes {
+    let [entries, segments] = list_lengths(problem, tiles);
+    let of = |len: usize| tile_padded_bytes(Element::I32, &[len]) as u64;
+    Bytes(3 * of(entries) + of(entries + 1) + 5 * of(segments))
 }
 
 /// Whole tiles of query rows, and no more pages than a sequence has.
@@ -256,14 +371,14 @@ fn legal_pages(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// Heads of a block: an equal share for each core, if a page can be sliced there.
+/// Heads of a block: an equal share for each core, if pages and rows can be sliced there.
 fn head_block(problem: &Problem, chip: Chip) -> usize {
     let heads = problem.kv_heads;
     let share = heads / chip.info().cores;
     let sliceable = share > 0
         && heads.is_multiple_of(share)
         && KvLayout::rows_of(share).is_multiple_of(SUBLANES)
-        && (share * problem.group()).is_multiple_of(SUBLANES);
+        && (share * problem.group() * problem.head_dim).is_multiple_of(LANES);
     if sliceable { share } else { heads }
 }
 
@@ -272,11 +387,13 @@ fn pieces(problem: &Problem) -> [usize; 2] {
     [problem.head_dim.div_ceil(LANES), problem.head_dim.min(LANES)]
 }
 
-/// Two KV blocks: `[2, pieces, keys, rows of a key, lanes]`. The rows of a key fill whole tiles, so that all rows of a
+/// KV blocks: `[buffers, pieces, keys, rows of a key, lanes]`. The rows of a key fill whole tiles, so that all rows of a
 /// block are one array.
 fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
     let [pieces, lanes] = pieces(problem);
-    [2, pieces, tiles.kv_pages * problem.page_size, kv_rows(head_block), lanes]
+    let (keys, rows) = (tiles.kv_pages * problem.page_size, kv_rows(head_block));
+    let block = tile_padded_bytes(problem.precision.kv, &[pieces, keys, rows, lanes]);
+    [(KV_BYTES / block).clamp(2, MAX_KV_BUFFERS), pieces, keys, rows, lanes]
 }
 
 /// Rows of a key of `head_block` heads in VMEM.
@@ -287,37 +404,36 @@ fn kv_rows(head_block: usize) -> usize {
     }
 }
 
-/// A block of q as f32: `[pieces, queries, heads, lanes]`, heads padded to whole tiles.
-fn staging_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 4] {
-    let [pieces, lanes] = pieces(problem);
-    [pieces, tiles.queries, (head_block * problem.group()).next_multiple_of(SUBLANES), lanes]
+fn kv_buffers(problem: &Problem, tiles: Tiles, head_block: usize) -> usize {
+    kv_dims(problem, tiles, head_block)[0]
 }
 
 /// Every VMEM buffer, in the order of the kernel's operands.
 fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     let (types, dim, group) = (problem.precision, problem.head_dim, problem.group());
-    let rows = tiles.queries * group;
-    let [_, query_steps] = grid(problem, tiles, head_block);
-    // A window that never moves has one buffer: there is no next block to fetch meanwhile. Blocks of heads are one to a core.
-    let copies = if query_steps > 1 { 2 } else { 1 };
-    let block = [tiles.queries, head_block * group, dim];
+    let (rows, columns) = (tiles.queries * group, columns(problem, head_block));
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
-    VmemReport {
-        buffers: vec![
-            Buffer::new("q", BufferKind::InputWindow, types.q, &block, copies),
-            Buffer::new("out", BufferKind::OutputWindow, types.output, &block, copies),
-            scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
-            scratch("queries", types.q, &[head_block, rows, dim]),
-            scratch("staging", Element::F32, &staging_dims(problem, tiles, head_block)),
-            scratch("last", Element::I32, &[rows, LANES]),
-            scratch("max", Element::F32, &[head_block, rows, LANES]),
-            scratch("sum", Element::F32, &[head_block, rows, LANES]),
-            scratch("acc", Element::F32, &[head_block, rows, dim]),
-        ],
-    }
+    let by_head = [
+        scratch("by_head", types.q, &[head_block * group, tiles.queries, dim]),
+        scratch("lanes", Element::F32, &[tiles.queries, LANES]),
+    ];
+    let by_head = by_head.into_iter().filter(|_| !dim.is_multiple_of(LANES));
+    let first = [
+        scratch("queries", types.q, &[2, tiles.queries, columns]),
+        scratch("results", types.output, &[tiles.queries, columns]),
+    ];
+    let rest = [
+        scratch("band", types.q, &[head_block, group * packed(problem), dim]),
+        scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
+        scratch("last", Element::I32, &[tiles.queries, LANES]),
+        scratch("max", Element::F32, &[head_block, rows, LANES]),
+        scratch("sum", Element::F32, &[head_block, rows, LANES]),
+        scratch("acc", Element::F32, &[head_block, rows, dim]),
+    ];
+    VmemReport { buffers: first.into_iter().chain(by_head).chain(rest).collect() }
 }
 
-/// The tiles with the most work in a block that fit `limit` with room for spills; without it, if none do.
+/// The tiles of least [`cycles`] that fit `limit` with room for spills; without it, if none do.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
     if problem.kind == Kind::Decode {
         return decode::choose(problem, chip, limit);
@@ -325,33 +441,67 @@ pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tile
     let head_block = head_block(problem, chip);
     let most_logits = if problem.precision.q == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
     let margin = |tiles| evidence::margin(&spilling(problem, tiles, head_block));
-    let mut best: Option<((bool, usize, bool, usize), Tiles)> = None;
+    let mut best: Option<((bool, f64), Tiles)> = None;
     for queries in [8, 16, 32, 64, 128, 256] {
         let rows = queries * problem.group();
         if queries > problem.tokens.next_multiple_of(SUBLANES) || (queries > SUBLANES && rows > MAX_ROWS) {
             continue;
         }
-        let most_keys = if rows <= FEW_ROWS { MAX_KEYS_OF_FEW_ROWS } else { MAX_KEYS };
         for kv_pages in 1..=problem.pages_per_seq.min(MAX_COPIES) {
             let tiles = Tiles { queries, kv_pages };
             let keys = kv_pages * problem.page_size;
             let smallest = kv_pages == 1 && queries == SUBLANES;
-            if !smallest && (keys > most_keys || head_block * rows * keys > most_logits) {
+            if !smallest && (keys > MAX_KEYS || head_block * rows * keys > most_logits) {
                 continue;
             }
-            let taken = report(problem, tiles, head_block).total();
+            let taken = report(problem, in_bands(problem, chip, tiles), head_block).total();
             if taken > limit {
                 continue;
             }
-            let divides = problem.pages_per_seq.is_multiple_of(kv_pages);
-            let score = (taken + margin(tiles) <= limit, keys.min(MAX_KEYS) * rows, divides, rows);
-            // Of equals, the last: more keys of few rows.
-            if best.is_none_or(|(most, _)| score >= most) {
-                best = Some((score, tiles));
+            let fits = taken + margin(tiles) <= limit;
+            let cycles = cycles(problem, chip, tiles, head_block);
+            let is_better = |&((other, most), _): &((bool, f64), Tiles)| (fits, -cycles) > (other, -most);
+            if best.as_ref().is_none_or(is_better) {
+                best = Some(((fits, cycles), tiles));
             }
         }
     }
     best.map(|(_, tiles)| tiles)
+}
+
+/// What a core takes, roughly, for a prompt of the problem's tokens and a chunk of as many at the end of the longest
+/// sequence: matrix units and vector units for each step, and what comes once a step, once a row and once a block (fitted to
+/// static cycles by libtpu 0.0.52 on v5p and v6e).
+fn cycles(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize) -> f64 {
+    const STEP: f64 = 430.0;
+    const BLOCK: f64 = 900.0;
+    const PER_ROW: f64 = 0.35;
+    const OPS_PER_REGISTER: f64 = 9.0;
+    const VECTOR_UNITS: f64 = 4.0;
+    let (rows, keys) = (tiles.queries * problem.group(), tiles.kv_pages * problem.page_size);
+    let dim = problem.head_dim.next_multiple_of(LANES);
+    let (heads, tokens, widths) = (head_block as f64, problem.tokens as f64, widths(keys));
+    let of_keys = |keys: f64| {
+        // Matrix units take keys and values in whole tiles of theirs, whatever rows there are.
+        let side = chip.info().mxu as f64;
+        let products = 4.0 * (rows as f64).max(side) * (keys / side).ceil() * side * dim as f64;
+        let matrix = products / chip.info().peak_flop_per_cycle_and_core as f64;
+        let vector = rows as f64 * keys / (SUBLANES * LANES) as f64 * OPS_PER_REGISTER / VECTOR_UNITS;
+        heads * matrix.max(vector)
+    };
+    let seen = |end: f64| {
+        let (steps, rest) = ((end / keys as f64).floor(), end as usize % keys);
+        let last = widths.iter().find(|&&width| rest <= width).filter(|_| rest > 0);
+        let last = last.map_or(0.0, |&width| of_keys(width as f64) + STEP);
+        steps * (of_keys(keys as f64) + STEP) + last
+    };
+    let blocks = (tokens / tiles.queries as f64).ceil();
+    let longest = problem.max_kv_len() as f64;
+    let of = |context: f64| {
+        (0..blocks as usize).map(|block| seen((context - block as f64 * tiles.queries as f64).max(1.0))).sum::<f64>()
+    };
+    let once = blocks * (BLOCK + heads * rows as f64 * PER_ROW);
+    of(tokens.min(longest)) + of(longest) / 4.0 + 2.0 * once
 }
 
 #[cfg(test)]
@@ -389,7 +539,7 @@ mod tests {
     fn the_incident_has_tiles_that_fit_and_both_cores_work() {
         let plan = Plan::new(incident(), Chip::V5p, Options::default()).unwrap();
         assert!(plan.vmem().total() < Bytes::mib(16), "{}", plan.vmem());
-        assert_eq!((plan.head_block(), plan.grid()[0]), (4, 2));
+        assert_eq!((plan.head_block(), plan.grid()), (4, &[2][..]));
         assert_eq!(36 % plan.tiles().kv_pages, 0);
     }
 

@@ -402,8 +402,10 @@ pub(in crate::cli) trait Launch {
     /// # Errors
     /// The worst value that is off.
     fn compare(&self, results: &[HostTensor], expected: &[Expected]) -> Result<(), CheckError> {
-        compare_all(self.name(), results, &self.results(), expected)
+        compare_all(self.name(), &self.unpadded(results), &self.results(), expected)
     }
+    /// What a kernel returned as the problem's results.
+    fn unpadded(&self, returned: &[HostTensor]) -> Vec<HostTensor>;
 }
 
 struct Launched<K: Kernel> {
@@ -443,6 +445,10 @@ impl<K: Kernel> Launch for Launched<K> {
 
     fn results(&self) -> Named<TensorType> {
         K::results(self.plan.problem())
+    }
+
+    fn unpadded(&self, returned: &[HostTensor]) -> Vec<HostTensor> {
+        kernel::host_results::<K>(self.plan.problem(), returned)
     }
 
     fn machine(&self) -> Machine {

@@ -1,282 +1,648 @@
-//! Ragged paged attention as a Mosaic kernel.
+//! Attention over any batch: prompts, chunks and decode rows side by side.
 //!
-//! Grid: blocks of KV heads (`parallel`) by blocks of query rows. A step goes through the sequences that have rows in its
-//! block, and through the KV blocks that those rows see; pages come in by DMAs of the kernel's own, double-buffered, as
-//! many as the sequence has. Where the rows see no more than a half or a quarter of a block, no more is worked on
-//! ([`Plan::widths`]). Rows of other sequences are masked: they add nothing to their running sums.
+//! Queries and the output are two-dimensional, `[rows, heads * head_dim]`, as the matrix products around have them: a
+//! head's queries are a slice of columns. Copies of rows take whole *bands* of 8, so work is cut at bands. An *entry* of the
+//! work list is
+//! - a block of up to [`Tiles::queries`](crate::rpa::plan::Tiles) rows of one sequence, all bands of which are the sequence's own;
+//! - a single band, where sequences meet or have few rows, with a *segment* for each sequence that has rows in it;
+//! - a block of rows that no sequence has, which are written as zeros.
+//!
+//! Each core lists its entries in SMEM first, from the last row to the first, so that of a sequence's blocks the one with
+//! the most keys comes first. Where no page can be sliced by heads, an entry goes to the core that has less to do so far.
+//! Then it walks the KV blocks of its segments as one stream:
+//!
+//! ```text
+//! copies    kv 0 | kv 1 | kv 2 | kv 3 ...            up to `Plan::kv_buffers` blocks ahead, whatever entry comes next
+//!           queries 0 | queries 1 |    ...           an entry ahead
+//! compute        kv 0 | kv 1 | finish | kv 2 | ...
+//! copies                            out 0 |          waited for when the next entry finishes
+//! ```
 //!
 //! Online softmax (Milakov and Gimelshein, 2018) with maximum, sum and accumulator in f32, and powers of two: logits are
 //! scaled by `log2 e`, so that the hardware's `2^x` needs nothing before it. The query heads of a group are one matrix
-//! product with their KV head; its rows are ordered by head, then by query, so that a head's queries come in by one
-//! strided load and need no relayout. In bf16 a 32-bit word of a page holds an element of K (low half) and of V (high
-//! half) of the same head, so one strided load brings both.
+//! product with their KV head; its rows are ordered by head, then by query. A block's first step writes maximum, sum and
+//! accumulator and reads none of them. Where the rows see no more than a half or a quarter of a KV block, no more is worked
+//! on ([`Plan::widths`]). In bf16 a 32-bit word of a page holds an element of K (low half) and of V (high half) of the same
+//! head, so one strided load brings both.
 //!
 //! Poison: logits are selected by position *after* the product; values behind a sequence's end are overwritten with zeros
-//! *before* it (zero times NaN is NaN). Rows that belong to no sequence are written as zeros.
+//! *before* it (zero times NaN is NaN). Rows that see no key are written as zeros.
 
 use std::f64::consts::LOG2_E;
 
 use pagoda_ir::{
     Element,
-    mosaic::{Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value, Window, tiling::LANES},
+    mosaic::{
+        Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value,
+        tiling::{LANES, SUBLANES},
+    },
 };
 
-use super::{MASKED, Metadata, NONE, Strided, broadcast_lanes, by_lane, joined};
+use super::{Cores, MASKED, Metadata, NONE, Strided, broadcast_lanes, by_lane, joined};
 use crate::rpa::{
     batch::Batch,
     kv_layout::{Block, KvLayout},
-    plan::{CHUNK, Plan},
+    plan::{self, CHUNK, Plan},
 };
 
-/// Query rows that are worked on where a sequence has no more in a block, as in decode: the rows of a tile of bf16 on the
-/// newest chips.
-const DECODE_ROWS: usize = 16;
+/// The kernel of `plan`, on `cores`; with a batch, of that batch only.
+pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan, batch: Option<&Batch>, cores: Cores) {
+    Body::declare(k, plan, batch, cores).write();
+}
 
-pub(super) struct Body<'a, 'p> {
+struct Body<'a, 'p> {
     k: &'a Builder<'a>,
     plan: &'p Plan,
-    head_step: Value<'a>,
-    query_step: Value<'a>,
-    metadata: Metadata<'a, 'p>,
+    /// Which core this is, and whether it does part of the work, for all heads.
+    core: Value<'a>,
+    is_shared: bool,
+    metadata: Metadata<'a>,
     q: Ref<'a>,
     kv_pages: Ref<'a>,
     out: Ref<'a>,
-    /// Two KV blocks: `[2, pieces of a row, keys, rows of a key, lanes]`.
-    kv: Ref<'a>,
-    /// The block's queries by head.
+    /// Queries of this entry and of the next: `[2, rows, columns]`.
     queries: Ref<'a>,
-    /// A block of q or of the output as f32: strided loads are of 32-bit words. `[pieces of a row, queries, heads,
-    /// lanes]`.
-    staging: Ref<'a>,
-    /// Of the sequence at work, the last key that each row sees; -1 for rows of other sequences.
+    /// The rows of the output that are being written: `[rows, columns]`.
+    results: Ref<'a>,
+    /// Where heads are not whole tiles of lanes: this entry's queries by head, `[q_heads, rows, head_dim]`, and a head's
+    /// results in whole tiles, `[rows, lanes]`.
+    by_head: Option<[Ref<'a>; 2]>,
+    /// A band's queries by KV head: `[kv_heads, group * 8, head_dim]`.
+    band: Ref<'a>,
+    /// KV blocks: `[buffers, pieces of a row, keys, rows of a key, lanes]`.
+    kv: Ref<'a>,
+    /// Of the sequence at work, the last key that each row of the entry sees; -1 for rows of other sequences.
     last: Ref<'a>,
     max: Ref<'a>,
     /// A sum per row and lane.
     sum: Ref<'a>,
     acc: Ref<'a>,
+    entries: Entries<'a>,
+    segments: Segments<'a>,
     arrived: Ref<'a>,
+    queries_arrived: Ref<'a>,
+    sent: Ref<'a>,
 }
 
-/// The rows of one sequence in a block.
+/// The core's entries, an array in SMEM for each number.
+struct Entries<'a> {
+    /// The first row that is the entry's.
+    row: Ref<'a>,
+    /// How many are: a multiple of a band.
+    rows: Ref<'a>,
+    /// The first row whose queries are copied: that of a block, where the entry's rows are the last ones of a block.
+    start: Ref<'a>,
+    /// The first of its segments; with one more element, so that an entry's segments end where the next one's begin.
+    segment: Ref<'a>,
+}
+
+/// The rows of one sequence in an entry.
+struct Segments<'a> {
+    sequence: Ref<'a>,
+    /// First and one past the last row, counted from the entry's start.
+    first: Ref<'a>,
+    end: Ref<'a>,
+    /// First and one past the last KV block that they see.
+    begin: Ref<'a>,
+    stop: Ref<'a>,
+}
+
+/// A segment, read.
 #[derive(Clone, Copy)]
-struct Rows<'a> {
+struct Segment<'a> {
     sequence: Value<'a>,
     kv_len: Value<'a>,
-    /// First and one past the last row, counted in the block.
     first: Value<'a>,
     end: Value<'a>,
-    /// Position of the block's row 0, if it belonged to the sequence.
+    /// Position of the row at the entry's start, if it belonged to the sequence.
     origin: Value<'a>,
 }
 
+/// Where a core is in its stream of KV blocks.
+#[derive(Clone, Copy)]
+struct Stream<'a> {
+    /// The buffer of the block that is worked on next.
+    slot: Value<'a>,
+    /// The segment whose blocks are fetched next, how many of them have been, and the buffer for the next one.
+    ahead: [Value<'a>; 3],
+}
+
+/// How the rows of a head's products follow from an entry's rows.
+#[derive(Clone, Copy)]
+struct Rows {
+    /// Rows of each query head of the group.
+    per_head: usize,
+    /// The part that is worked on: first, and how many.
+    start: usize,
+    count: usize,
+}
+
+/// What a step has to do beside the online softmax.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Form {
+    /// Nothing was seen before: maximum, sum and accumulator are written, not updated.
+    is_first: bool,
+    /// Some rows do not see some of the keys.
+    is_masked: bool,
+}
+
 impl<'a, 'p> Body<'a, 'p> {
-    pub fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<&'p Batch>) -> Self {
+    fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<&Batch>, cores: Cores) -> Self {
         let problem = plan.problem();
         let (types, dim, heads) = (problem.precision, problem.head_dim, plan.head_block());
-        let [head_steps, query_steps] = plan.steps_of_grid();
-        let [head_step, query_step] = k.grid([(head_steps, Semantics::Parallel), (query_steps, Semantics::Arbitrary)]);
-        let metadata = Metadata::declare(k, problem, batch);
-        let block = [plan.tiles().queries, heads * problem.group(), dim];
-        let window = || {
-            let window = Window::blocks(&block, |t| (t.grid(1), t.grid(0), 0));
-            // Blocks of heads are one to a core: without several query blocks, no core moves its window.
-            if query_steps > 1 { window } else { window.single_buffered() }
-        };
-        let q = k.input("q", types.q, &problem.q_type().dims, window());
+        let steps = if cores == Cores::All { plan.grid()[0] } else { 1 };
+        let [step] = k.grid([(steps, Semantics::Parallel)]);
+        let metadata = Metadata::declare(k, problem);
+        let [rows, columns] = plan::padded_rows(problem);
+        let q = k.hbm_input("q", types.q, &[rows, columns]);
         let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
-        let out = k.output("out", types.output, &problem.output_type().dims, window());
+        let out = k.hbm_output("out", types.output, &[rows, columns]);
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
-        let rows = plan.rows();
+        let (block, columns) = (plan.block_rows(), plan.columns());
+        let queries = scratch("queries", types.q, &[2, block, columns]);
+        let results = scratch("results", types.output, &[block, columns]);
+        let by_head = (!dim.is_multiple_of(LANES)).then(|| {
+            let by_head = scratch("by_head", types.q, &[heads * problem.group(), block, dim]);
+            [by_head, scratch("lanes", Element::F32, &[block, LANES])]
+        });
+        let band = scratch("band", types.q, &[heads, problem.group() * (SUBLANES * 4 / types.q.bytes()), dim]);
         let kv = scratch("kv", types.kv, &plan.kv_dims());
-        let queries = scratch("queries", types.q, &[heads, rows, dim]);
-        let staging = scratch("staging", Element::F32, &plan.staging_dims());
-        let last = scratch("last", Element::I32, &[rows, LANES]);
-        let max = scratch("max", Element::F32, &[heads, rows, LANES]);
-        let sum = scratch("sum", Element::F32, &[heads, rows, LANES]);
-        let acc = scratch("acc", Element::F32, &[heads, rows, dim]);
-        let arrived = k.dma_semaphores("arrived", &[2]);
+        let last = scratch("last", Element::I32, &[block, LANES]);
+        let max = scratch("max", Element::F32, &[heads, plan.rows(), LANES]);
+        let sum = scratch("sum", Element::F32, &[heads, plan.rows(), LANES]);
+        let acc = scratch("acc", Element::F32, &[heads, plan.rows(), dim]);
+        let in_smem = |name, len| k.scratch(name, MemorySpace::Smem, Element::I32, &[len]);
+        let [entries, segments] = plan.list_lengths();
+        let entries = Entries {
+            row: in_smem("entry_row", entries),
+            rows: in_smem("entry_rows", entries),
+            start: in_smem("entry_start", entries),
+            segment: in_smem("entry_segment", entries + 1),
+        };
+        let segments = Segments {
+            sequence: in_smem("segment_sequence", segments),
+            first: in_smem("segment_first", segments),
+            end: in_smem("segment_end", segments),
+            begin: in_smem("segment_begin", segments),
+            stop: in_smem("segment_stop", segments),
+        };
+        let metadata = metadata.of_batch(k, batch);
+        let arrived = k.dma_semaphores("arrived", &[plan.kv_buffers()]);
+        let queries_arrived = k.dma_semaphores("queries_arrived", &[2]);
+        let sent = k.dma_semaphores("sent", &[1]);
+        let (core, is_shared) = match cores {
+            Cores::All => (step, plan.shares() > 1),
+            Cores::One(core) => (k.int(core as i64), plan.shares() > 1),
+        };
         Self {
             k,
             plan,
-            head_step,
-            query_step,
+            core,
+            is_shared,
             metadata,
             q,
             kv_pages,
             out,
-            kv,
             queries,
-            staging,
+            results,
+            by_head,
+            band,
+            kv,
             last,
             max,
             sum,
             acc,
+            entries,
+            segments,
             arrived,
+            queries_arrived,
+            sent,
         }
     }
 
-    pub fn write(&self) {
-        let (k, block) = (self.k, self.plan.tiles().queries);
-        let block_start = self.query_step * block;
-        let num_seqs = self.metadata.sequences();
-        let live = block_start.less(self.metadata.first_row(num_seqs));
-        k.for_range(0, num_seqs, |sequence| {
-            let start = self.metadata.first_row(sequence);
-            let stop = self.metadata.first_row(sequence + 1);
-            let first = (start - block_start).maximum(0);
-            let end = (stop - block_start).minimum(block);
-            k.when(first.less(end), || {
-                let kv_len = self.metadata.kv_len(sequence);
-                let origin = kv_len - stop + block_start;
-                self.attend(Rows { sequence, kv_len, first, end, origin });
-            });
+    fn write(&self) {
+        let k = self.k;
+        let [entries, segments] = self.list();
+        k.when(entries.greater(0), || self.copy_queries(k.int(0), |dma| dma.start()));
+        let mut ahead = [k.int(0), k.int(0), k.int(0)];
+        for _ in 1..self.plan.kv_buffers() {
+            ahead = self.fetch(ahead, segments);
+        }
+        if let Some([_, lanes]) = &self.by_head {
+            lanes.store(0.0);
+        }
+        k.fold_range(0, entries, [k.int(0), ahead[0], ahead[1], ahead[2]], |entry, [slot, ahead @ ..]| {
+            k.when((entry + 1).less(entries), || self.copy_queries(entry + 1, |dma| dma.start()));
+            self.copy_queries(entry, |dma| dma.wait());
+            let segment = self.entries.segment.at(entry).load();
+            let end = self.entries.segment.at(entry + 1).load();
+            let stream = Stream { slot, ahead };
+            let stream = k.if_else(
+                segment.less(end),
+                || match self.plan.has_blocks() {
+                    false => self.band(entry, [segment, end], stream, segments),
+                    true => k.if_else(
+                        self.entries.rows.at(entry).load().greater(self.plan.band()),
+                        || self.block(entry, segment, stream, segments),
+                        || self.band(entry, [segment, end], stream, segments),
+                    ),
+                },
+                || {
+                    self.reclaim(entry);
+                    self.results.store(0.0);
+                    stream.flat()
+                },
+            );
+            self.copy_results(entry, |dma| dma.start());
+            stream
         });
-        k.if_else(live, || self.finish(), || self.out.store(0.0));
+        k.when(entries.greater(0), || self.copy_results(entries - 1, |dma| dma.wait()));
     }
 
-    /// The queries of the `member`th query head of a KV head, in [`Body::staging`]: `[queries, head_dim]`.
-    fn staged(&self, head: usize, member: usize) -> Strided<'a> {
-        let [pieces, queries, heads, lanes] = self.plan.staging_dims();
-        let piece = |piece| self.staging.at(piece).reshape(&[queries * heads, lanes]);
-        let (start, count) = (head * self.plan.problem().group() + member, queries);
-        Strided { pieces: (0..pieces).map(piece).collect(), start, count, stride: heads }
-    }
-
-    /// The pieces of a block of q or of the output: `[queries, heads, lanes]` each, and the lane that each begins at.
-    fn staging_pieces(&self) -> impl Iterator<Item = (usize, Ref<'a>)> {
-        let heads = self.plan.head_block() * self.plan.problem().group();
-        let [pieces, _, _, lanes] = self.plan.staging_dims();
-        (0..pieces).map(move |piece| (piece * lanes, self.staging.at(piece).slice(1, 0, heads)))
-    }
-
-    /// Queries by head; nothing seen yet.
-    fn begin(&self) {
-        let queries = self.plan.tiles().queries;
-        for (lane, piece) in self.staging_pieces() {
-            piece.store(self.q.slice(2, lane, piece.dims()[2]).load().cast(Element::F32));
-        }
-        for head in 0..self.plan.head_block() {
-            for member in 0..self.plan.problem().group() {
-                let staged = self.staged(head, member).load(self.k).cast(self.plan.problem().precision.q);
-                self.queries.at(head).slice(0, member * queries, queries).store(staged);
-            }
-        }
-        self.max.store(NONE);
-        self.sum.store(0.0);
-        self.acc.store(0.0);
-    }
-
-    /// Divides, and stores the block. Rows that saw no key are zeros.
-    fn finish(&self) {
-        let (problem, queries) = (self.plan.problem(), self.plan.tiles().queries);
-        for head in 0..self.plan.head_block() {
-            for member in 0..problem.group() {
-                let [sum, acc] =
-                    [&self.sum, &self.acc].map(|of| of.at(head).slice(0, member * queries, queries).load());
-                let sum = sum.sum(1);
-                self.staged(head, member).store(sum.greater(0.0).select(acc / sum, 0.0));
-            }
-        }
-        for (lane, piece) in self.staging_pieces() {
-            self.out.slice(2, lane, piece.dims()[2]).store(piece.load().cast(problem.precision.output));
-        }
-    }
-
-    /// Lets the rows of one sequence see their keys.
-    fn attend(&self, rows: Rows<'a>) {
-        let (k, keys, queries) = (self.k, self.plan.keys(), self.plan.tiles().queries);
-        let end = (rows.origin + rows.end).div_ceil(keys);
-        let begin = match self.plan.problem().sliding_window {
-            None => k.int(0),
-            Some(window) => (rows.origin + rows.first - (window as i64 - 1)).maximum(0) / keys,
-        };
-        self.pages(&rows, begin, k.int(0), |dma| dma.start());
-        // The sequence that holds the block's first row is its first one; its keys are on their way.
-        k.when(rows.first.equals(0), || self.begin());
-        self.limit(&rows);
-        let blocks = |parts: &[Part<'a>], widths: &[usize]| {
-            k.for_range(begin, end, |block| {
-                let slot = (block - begin) % 2;
-                k.when((block + 1).less(end), || self.pages(&rows, block + 1, 1 - slot, |dma| dma.start()));
-                self.pages(&rows, block, slot, |dma| dma.wait());
-                let (first_key, kv) = (block * keys, Block::new(&self.kv.at(slot), self.plan.problem().precision.kv));
-                let of = |keys: usize| {
-                    let live = rows.kv_len - first_key;
-                    k.when(live.less(keys), || kv.clear(k, live, keys));
-                    for head in 0..self.plan.head_block() {
-                        let [key, value] = self.keys_and_values(head, &kv, keys);
-                        for part in parts {
-                            self.update(head, part, key, value, first_key);
-                        }
+    /// Lists what the core has to do: how many entries there are, and segments.
+    fn list(&self) -> [Value<'a>; 2] {
+        let (k, problem, block) = (self.k, self.plan.problem(), self.plan.block_rows() as i64);
+        let band = self.plan.band() as i64;
+        let bands = |rows: Value<'a>| (rows + (band - 1)) & -band;
+        let sequences = self.metadata.sequences();
+        let live = bands(self.metadata.first_row(sequences));
+        let [block_cost, band_cost] = self.plan.costs();
+        let state = (
+            k.int(plan::padded_rows(problem)[0] as i64),
+            (sequences - 1).maximum(0),
+            [k.int(0), k.int(0)],
+            [k.int(0), k.int(0)],
+        );
+        let (_, _, [entries, segments], _) = k.while_loop(
+            state,
+            |(top, ..)| top.greater(0),
+            |(top, sequence, [entry, segment], [mine, others])| {
+                // The sequence of the last row below `top`.
+                let sequence = k.while_loop(
+                    sequence,
+                    |sequence| self.metadata.first_row(sequence).greater_equal(top),
+                    |sequence| sequence - 1,
+                );
+                let is_padding = top.greater(live);
+                let own = top - bands(self.metadata.first_row(sequence));
+                let is_block = match self.plan.has_blocks() {
+                    true => {
+                        self.metadata.first_row(sequence + 1).greater_equal(top)
+                            & own.greater_equal(self.plan.least_rows() as i64)
                     }
+                    false => k.int(0).differs(0),
                 };
-                let seen = rows.origin + rows.end - first_key;
-                self.narrowest(widths, seen, &of);
-            });
-        };
-        let widths = self.plan.widths();
-        let starts = (0..self.plan.rows()).step_by(CHUNK);
-        let all =
-            starts.map(|start| Part { starts: vec![k.int(start as i64)], rows: CHUNK.min(self.plan.rows() - start) });
-        let all: Vec<_> = all.collect();
-        if queries <= DECODE_ROWS || !queries.is_multiple_of(DECODE_ROWS) {
-            return blocks(&all, &widths);
-        }
-        // One decode row must not cost as much as a whole block of rows. Few rows have one width: their products are small.
-        let narrow = rows.first / DECODE_ROWS;
-        let members = (0..self.plan.problem().group()).map(|member| narrow * DECODE_ROWS + member * queries);
-        let few = Part { starts: members.map(|start| start.multiple_of(DECODE_ROWS)).collect(), rows: DECODE_ROWS };
-        k.if_else(narrow.equals((rows.end - 1) / DECODE_ROWS), || blocks(&[few], &[keys]), || blocks(&all, &widths));
+                let rows = is_block.select(own.minimum(block), band);
+                let rows = is_padding.select((top - live).minimum(block), rows);
+                let row = top - rows;
+                let start = is_padding.select(row, is_block.select((top - block).maximum(0), row));
+                let none = is_padding.select(k.int(-1), sequence);
+                let (_, next, blocks) = k.while_loop(
+                    (none, segment, k.int(0)),
+                    |(sequence, ..)| self.metadata.first_row(sequence + 1).greater(row),
+                    |(sequence, segment, blocks)| {
+                        let blocks_of = self.add(segment, sequence, [row, top], start);
+                        let is_one = blocks_of.greater(0);
+                        (sequence - 1, is_one.select(segment + 1, segment), blocks + blocks_of)
+                    },
+                );
+                self.entries.row.at(entry).store(row);
+                self.entries.rows.at(entry).store(rows);
+                self.entries.start.at(entry).store(start);
+                self.entries.segment.at(entry).store(segment);
+                if !self.is_shared {
+                    return (row, sequence, [entry + 1, next], [mine, others]);
+                }
+                // Both cores go through the same list and agree on whose each entry is.
+                let cost = is_block.select(k.int(block_cost), band_cost) * (blocks + 1);
+                let is_first = mine.less_equal(others);
+                let is_mine = is_first.select(k.int(0), 1).equals(self.core);
+                let loads = [is_first.select(mine + cost, mine), is_first.select(others, others + cost)];
+                (row, sequence, [is_mine.select(entry + 1, entry), is_mine.select(next, segment)], loads)
+            },
+        );
+        self.entries.segment.at(entries).store(segments);
+        [entries, segments]
     }
 
-    /// Goes on with the first of `widths` that holds the `seen` keys.
-    fn narrowest(&self, widths: &[usize], seen: Value<'a>, of: &dyn Fn(usize)) {
-        match *widths {
-            [] => {}
-            [width] => of(width),
-            [width, ref wider @ ..] => {
-                self.k.if_else(seen.less_equal(width), || of(width), || self.narrowest(wider, seen, of));
+    /// Lists the rows of a sequence among `rows` of an entry as segment `segment`; how many KV blocks they see, 0 if there are
+    /// none.
+    fn add(&self, segment: Value<'a>, sequence: Value<'a>, rows: [Value<'a>; 2], start: Value<'a>) -> Value<'a> {
+        let keys = self.plan.keys() as i64;
+        let [from, to] = [sequence, sequence + 1].map(|sequence| self.metadata.first_row(sequence));
+        let kv_len = self.metadata.kv_len(sequence);
+        let [first, end] = [from.maximum(rows[0]) - start, to.minimum(rows[1]) - start];
+        let origin = kv_len - to + start;
+        let stop = (origin + end + (keys - 1)) / keys;
+        let begin = match self.plan.problem().sliding_window {
+            None => self.k.int(0),
+            Some(window) => (origin + first - (window as i64 - 1)).maximum(0) / keys,
+        };
+        let of = &self.segments;
+        for (array, value) in
+            [(&of.sequence, sequence), (&of.first, first), (&of.end, end), (&of.begin, begin), (&of.stop, stop)]
+        {
+            array.at(segment).store(value);
+        }
+        (first.less(end) & kv_len.greater(0)).select(stop - begin, 0)
+    }
+
+    fn segment(&self, entry: Value<'a>, segment: Value<'a>) -> Segment<'a> {
+        let of = &self.segments;
+        let [sequence, first, end] = [&of.sequence, &of.first, &of.end].map(|array| array.at(segment).load());
+        let kv_len = self.metadata.kv_len(sequence);
+        let origin = kv_len - self.metadata.first_row(sequence + 1) + self.entries.start.at(entry).load();
+        Segment { sequence, kv_len, first, end, origin }
+    }
+
+    /// The columns of an array of rows that belong to the core's heads.
+    fn columns_of(&self, rows: &Ref<'a>) -> Ref<'a> {
+        let columns = self.plan.columns();
+        match rows.dims()[1] == columns {
+            true => rows.clone(),
+            false => rows.slice(1, (self.core * columns).multiple_of(LANES), columns),
+        }
+    }
+
+    /// The copy of an entry's queries, if it has segments.
+    fn copy_queries(&self, entry: Value<'a>, act: impl Fn(Dma<'a>)) {
+        let k = self.k;
+        let slot = entry & 1;
+        let copy = |rows: usize| {
+            let start = self.entries.start.at(entry).load().multiple_of(self.plan.band());
+            let from = self.columns_of(&self.q).slice(0, start, rows);
+            let to = self.queries.at(slot).slice(0, 0, rows);
+            act(k.make_async_copy(from, to, self.queries_arrived.at(slot)));
+        };
+        let [begin, end] = [entry, entry + 1].map(|entry| self.entries.segment.at(entry).load());
+        k.when(begin.less(end), || match self.plan.has_blocks() {
+            false => copy(self.plan.band()),
+            true => k.if_else(
+                self.entries.rows.at(entry).load().greater(self.plan.band()),
+                || copy(self.plan.block_rows()),
+                || copy(self.plan.band()),
+            ),
+        });
+    }
+
+    /// The copies of an entry's rows of the output: one for each power of two in the number of its bands.
+    fn copy_results(&self, entry: Value<'a>, act: impl Fn(Dma<'a>)) {
+        let k = self.k;
+        let [row, rows, start] =
+            [&self.entries.row, &self.entries.rows, &self.entries.start].map(|array| array.at(entry).load());
+        let most = self.plan.block_rows() / self.plan.band();
+        for power in (0..=most.ilog2()).rev() {
+            let count = self.plan.band() << power;
+            let copy = |done: Value<'a>| {
+                let from = self.results.slice(0, (row - start + done).multiple_of(self.plan.band()), count);
+                let to = self.columns_of(&self.out).slice(0, (row + done).multiple_of(self.plan.band()), count);
+                act(k.make_async_copy(from, to, self.sent.at(0)));
+            };
+            match most {
+                1 => copy(k.int(0)),
+                _ => k.when((rows & count as i64).differs(0), || copy(rows & -(2 * count as i64))),
             }
         }
     }
 
-    /// Writes down the last key of each row.
-    fn limit(&self, rows: &Rows<'a>) {
-        let queries = self.plan.tiles().queries;
-        let row = self.k.iota(&[queries, LANES], 0);
-        let live = row.greater_equal(rows.first) & row.less(rows.end);
-        let last = live.select(row + rows.origin, -1);
-        for member in 0..self.plan.problem().group() {
-            self.last.slice(0, member * queries, queries).store(last);
-        }
+    /// Waits until the results of the entry before are on their way, so that this one's may be written.
+    fn reclaim(&self, entry: Value<'a>) {
+        self.k.when(entry.greater(0), || self.copy_results(entry - 1, |dma| dma.wait()));
     }
 
-    /// The DMAs of KV block `block` into buffer `slot`: only the pages that the sequence owns are fetched. Callers guarantee
-    /// that the block's first page exists.
-    fn pages(&self, rows: &Rows<'a>, block: Value<'a>, slot: Value<'a>, act: impl Fn(Dma<'a>)) {
-        let pages = self.plan.tiles().kv_pages;
-        self.page(rows, block * pages, slot, 0, &act);
-        for page in 1..pages {
-            let number = block * pages + page;
-            let begins = number * self.plan.problem().page_size;
-            self.k.when(begins.less(rows.kv_len), || self.page(rows, number, slot, page, &act));
-        }
+    /// Starts the copies of the next KV block of the stream, if there is one.
+    fn fetch(&self, ahead: [Value<'a>; 3], segments: Value<'a>) -> [Value<'a>; 3] {
+        let (k, [segment, done, slot]) = (self.k, ahead);
+        k.if_else(
+            segment.less(segments),
+            || {
+                let sequence = self.segments.sequence.at(segment).load();
+                let block = self.segments.begin.at(segment).load() + done;
+                self.pages(sequence, self.metadata.kv_len(sequence), block, slot, |dma| dma.start());
+                let is_last = (block + 1).greater_equal(self.segments.stop.at(segment).load());
+                let segment = is_last.select(segment + 1, segment);
+                [segment, is_last.select(k.int(0), done + 1), self.next(slot)]
+            },
+            || [segment, done, slot],
+        )
     }
 
-    /// The DMAs of a sequence's page `number` to place `page` of buffer `slot`.
-    fn page(&self, rows: &Rows<'a>, number: Value<'a>, slot: Value<'a>, page: usize, act: &dyn Fn(Dma<'a>)) {
+    fn next(&self, slot: Value<'a>) -> Value<'a> {
+        let next = slot + 1;
+        next.equals(self.plan.kv_buffers()).select(self.k.int(0), next)
+    }
+
+    /// The copies of a KV block into a buffer: of the pages that the sequence has. The block's first page exists.
+    fn pages(&self, sequence: Value<'a>, kv_len: Value<'a>, block: Value<'a>, slot: Value<'a>, act: impl Fn(Dma<'a>)) {
+        let (pages, page_size) = (self.plan.tiles().kv_pages, self.plan.problem().page_size);
+        let first = block * pages;
+        let begins = |page: usize| (first + page) * page_size;
+        let page = |page: usize| self.page(sequence, first + page, slot, page, &act);
+        if pages == 1 {
+            return page(0);
+        }
+        self.k.if_else(
+            begins(pages - 1).less(kv_len),
+            || (0..pages).for_each(&page),
+            || {
+                page(0);
+                (1..pages - 1).for_each(|number| self.k.when(begins(number).less(kv_len), || page(number)));
+            },
+        );
+    }
+
+    /// The copies of a sequence's page `number` to place `page` of a buffer.
+    fn page(&self, sequence: Value<'a>, number: Value<'a>, slot: Value<'a>, page: usize, act: &dyn Fn(Dma<'a>)) {
         let (problem, heads) = (self.plan.problem(), self.plan.head_block());
         let kv_rows = KvLayout::rows_of(heads);
         let [_, pieces, _, _, lanes] = self.plan.kv_dims();
-        let mut source = self.kv_pages.at(self.metadata.page(rows.sequence, number));
+        let mut source = self.kv_pages.at(self.metadata.page(sequence, number));
         if heads < problem.kv_heads {
-            source = source.slice(1, (self.head_step * kv_rows).multiple_of(kv_rows), kv_rows);
+            source = source.slice(1, (self.core * kv_rows).multiple_of(kv_rows), kv_rows);
         }
         for piece in 0..pieces {
             let lanes = source.slice(2, piece * lanes, lanes);
             let destination = self.kv.at((slot, piece)).slice(0, page * problem.page_size, problem.page_size);
-            let destination = destination.slice(1, 0, kv_rows);
-            act(self.k.make_async_copy(lanes, destination, self.arrived.at(slot)));
+            act(self.k.make_async_copy(lanes, destination.slice(1, 0, kv_rows), self.arrived.at(slot)));
+        }
+    }
+
+    /// Waits for the next KV block of a segment, starts the copies of one ahead, and works on it:
+    /// `of(the block in VMEM, its first key)`.
+    fn step(
+        &self,
+        of_segment: &Segment<'a>,
+        block: Value<'a>,
+        stream: Stream<'a>,
+        segments: Value<'a>,
+        of: impl FnOnce(&Block<'a>, Value<'a>),
+    ) -> [Value<'a>; 4] {
+        let Stream { slot, ahead } = stream;
+        let ahead = self.fetch(ahead, segments);
+        let &Segment { sequence, kv_len, .. } = of_segment;
+        self.pages(sequence, kv_len, block, slot, |dma| dma.wait());
+        of(&Block::new(&self.kv.at(slot), self.plan.problem().precision.kv), block * self.plan.keys());
+        Stream { slot: self.next(slot), ahead }.flat()
+    }
+
+    /// A block of rows of one sequence.
+    fn block(&self, entry: Value<'a>, segment: Value<'a>, stream: Stream<'a>, segments: Value<'a>) -> [Value<'a>; 4] {
+        let (k, rows) = (self.k, self.plan.block_rows());
+        self.split_heads(entry, rows);
+        let of_segment = self.segment(entry, segment);
+        self.limit(&of_segment, rows);
+        let [begin, stop] = [&self.segments.begin, &self.segments.stop].map(|array| array.at(segment).load());
+        let starts = (0..self.plan.rows()).step_by(CHUNK);
+        let parts: Vec<_> =
+            starts.map(|start| Rows { per_head: rows, start, count: CHUNK.min(self.plan.rows() - start) }).collect();
+        let slot_of_queries = entry & 1;
+        let step = |block: Value<'a>, stream: Stream<'a>, is_first: bool| {
+            self.step(&of_segment, block, stream, segments, |kv, first_key| {
+                let heads = |keys: usize, is_masked: bool| {
+                    for head in 0..self.plan.head_block() {
+                        let [key, value] = self.keys_and_values(head, kv, keys);
+                        for part in &parts {
+                            let queries = self.queries_of(slot_of_queries, head, part);
+                            self.update(head, part, queries, [key, value], first_key, Form { is_first, is_masked });
+                        }
+                    }
+                };
+                let masked = || self.narrowest(&of_segment, kv, first_key, &|keys| heads(keys, true));
+                match self.plan.has_inner_steps() {
+                    false => masked(),
+                    true => k.if_else(self.sees_all(&of_segment, first_key), || heads(self.plan.keys(), false), masked),
+                }
+            })
+        };
+        let stream = step(begin, stream, true);
+        let stream = k.fold_range(begin + 1, stop, stream, |block, stream| step(block, Stream::of(stream), false));
+        self.reclaim(entry);
+        self.finish(rows);
+        stream
+    }
+
+    /// Whether every row of a block sees every key of a KV block.
+    fn sees_all(&self, segment: &Segment<'a>, first_key: Value<'a>) -> Value<'a> {
+        let (rows, keys) = (self.plan.block_rows() as i64, self.plan.keys() as i64);
+        let is_whole = (segment.end - segment.first).equals(rows);
+        let all = is_whole & (first_key + (keys - 1)).less_equal(segment.origin);
+        match self.plan.problem().sliding_window {
+            None => all,
+            Some(window) => all & first_key.greater(segment.origin + (rows - 1) - window as i64),
+        }
+    }
+
+    /// A band of rows of any sequences.
+    fn band(
+        &self,
+        entry: Value<'a>,
+        [segment, end]: [Value<'a>; 2],
+        stream: Stream<'a>,
+        segments: Value<'a>,
+    ) -> [Value<'a>; 4] {
+        let (k, group) = (self.k, self.plan.problem().group());
+        self.split_heads(entry, self.plan.band());
+        let part = Rows { per_head: self.plan.band(), start: 0, count: group * self.plan.band() };
+        for head in 0..self.plan.head_block() {
+            self.band.at(head).slice(0, 0, part.count).store(self.queries_of(entry & 1, head, &part));
+            self.max.at(head).slice(0, 0, part.count).store(NONE);
+            self.sum.at(head).slice(0, 0, part.count).store(0.0);
+            self.acc.at(head).slice(0, 0, part.count).store(0.0);
+        }
+        let stream = k.fold_range(segment, end, stream.flat(), |segment, stream| {
+            let of_segment = self.segment(entry, segment);
+            self.limit(&of_segment, self.plan.band());
+            let [begin, stop] = [&self.segments.begin, &self.segments.stop].map(|array| array.at(segment).load());
+            k.fold_range(begin, stop, stream, |block, stream| {
+                self.step(&of_segment, block, Stream::of(stream), segments, |kv, first_key| {
+                    self.narrowest(&of_segment, kv, first_key, &|keys| {
+                        for head in 0..self.plan.head_block() {
+                            let keys_and_values = self.keys_and_values(head, kv, keys);
+                            let queries = self.band.at(head).slice(0, 0, part.count).load();
+                            let form = Form { is_first: false, is_masked: true };
+                            self.update(head, &part, queries, keys_and_values, first_key, form);
+                        }
+                    });
+                })
+            })
+        });
+        self.reclaim(entry);
+        self.finish(self.plan.band());
+        stream
+    }
+
+    /// Goes on with the fewest keys that hold what the segment's rows see of a block. Values behind the sequence's end are
+    /// zeros from then on.
+    fn narrowest(&self, segment: &Segment<'a>, kv: &Block<'a>, first_key: Value<'a>, of: &dyn Fn(usize)) {
+        let [live, seen] = [segment.kv_len - first_key, segment.origin + segment.end - first_key];
+        self.narrowest_of(&self.plan.widths(), seen, &|keys| {
+            self.k.when(live.less(keys), || kv.clear(self.k, live, keys));
+            of(keys);
+        });
+    }
+
+    fn narrowest_of(&self, widths: &[usize], seen: Value<'a>, of: &dyn Fn(usize)) {
+        match *widths {
+            [] => {}
+            [width] => of(width),
+            [width, ref wider @ ..] => {
+                self.k.if_else(seen.less_equal(width), || of(width), || self.narrowest_of(wider, seen, of));
+            }
+        }
+    }
+
+    /// Writes down the last key of each of the first `rows` rows.
+    fn limit(&self, segment: &Segment<'a>, rows: usize) {
+        let row = self.k.iota(&[rows, LANES], 0);
+        let is_live = row.greater_equal(segment.first) & row.less(segment.end);
+        self.last.slice(0, 0, rows).store(is_live.select(row + segment.origin, -1));
+    }
+
+    /// Where heads are not whole tiles of lanes: brings the first `rows` rows of an entry's queries into order by head.
+    fn split_heads(&self, entry: Value<'a>, rows: usize) {
+        let (k, problem) = (self.k, self.plan.problem());
+        let Some([by_head, _]) = &self.by_head else { return };
+        let dim = problem.head_dim;
+        let tile = |index: usize| {
+            let tile = self.queries.at(entry & 1).slice(0, 0, rows).slice(1, index * LANES, LANES);
+            tile.load().cast(Element::F32)
+        };
+        for head in 0..self.plan.head_block() * problem.group() {
+            let (index, lane) = (head * dim / LANES, head * dim % LANES);
+            let from = |index: usize| match lane {
+                0 => tile(index),
+                _ => tile(index).rotate(LANES - lane, 1),
+            };
+            let mut lanes = from(index);
+            if lane + dim > LANES {
+                lanes = k.iota(&lanes.dims(), 1).less(LANES - lane).select(lanes, from(index + 1));
+            }
+            by_head.at(head).slice(0, 0, rows).store(lanes.slice(&[0, 0], &[rows, dim]).cast(problem.precision.q));
+        }
+    }
+
+    /// The queries of rows of a KV head's products: `[count, head_dim]`.
+    fn queries_of(&self, slot: Value<'a>, kv_head: usize, rows: &Rows) -> Value<'a> {
+        let (k, problem) = (self.k, self.plan.problem());
+        let (dim, group) = (problem.head_dim, problem.group());
+        let pieces: Vec<_> = rows
+            .pieces()
+            .map(|(member, start, count)| {
+                let head = kv_head * group + member;
+                match &self.by_head {
+                    Some([by_head, _]) => by_head.at(head).slice(0, start, count).load(),
+                    None => self.queries.at(slot).slice(0, start, count).slice(1, head * dim, dim).load(),
+                }
+            })
+            .collect();
+        // Registers of narrow types hold 16 rows and more.
+        let packed = SUBLANES * 4 / problem.precision.q.bytes();
+        match pieces.len() > 1 && pieces.iter().any(|piece| !piece.dims()[0].is_multiple_of(packed)) {
+            false => joined(k, &pieces, 0),
+            true => {
+                let pieces: Vec<_> = pieces.iter().map(|piece| piece.cast(Element::F32)).collect();
+                joined(k, &pieces, 0).cast(problem.precision.q)
+            }
         }
     }
 
@@ -287,55 +653,126 @@ impl<'a, 'p> Body<'a, 'p> {
     }
 
     /// One head's step of the online softmax, for a part of its rows, over the keys from `first_key` on.
-    fn update(&self, head: usize, part: &Part<'a>, key: Value<'a>, value: Value<'a>, first_key: Value<'a>) {
+    fn update(
+        &self,
+        head: usize,
+        rows: &Rows,
+        queries: Value<'a>,
+        [key, value]: [Value<'a>; 2],
+        first_key: Value<'a>,
+        form: Form,
+    ) {
         let (k, problem, keys) = (self.k, self.plan.problem(), key.dims()[0]);
         let precision = match problem.precision.kv {
             Element::F32 => Precision::Fp32,
             _ => Precision::Default,
         };
-        let [queries, max, sum, acc] = [&self.queries, &self.max, &self.sum, &self.acc].map(|of| of.at(head));
-        let queries = part.load(k, &queries);
-        let dims = [queries.dims()[0], keys];
+        let [max, sum, acc] = [&self.max, &self.sum, &self.acc].map(|of| of.at(head).slice(0, rows.start, rows.count));
+        let dims = [rows.count, keys];
         let logits = k.dot_general(queries, key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
         let logits = match problem.soft_cap {
             None => logits * (problem.scale * LOG2_E),
             Some(cap) => (logits * (problem.scale / cap)).tanh() * (cap * LOG2_E),
         };
-        let last = part.load(k, &self.last) - first_key;
-        let index = k.iota(&dims, 1);
-        let mut seen = index.less_equal(broadcast_lanes(k, last, keys));
-        if let Some(window) = problem.sliding_window {
-            seen = seen & index.greater(broadcast_lanes(k, last - window as i64, keys));
+        let logits = if form.is_masked {
+            let last: Vec<_> = rows.pieces().map(|(_, start, count)| self.last.slice(0, start, count).load()).collect();
+            let last = joined(k, &last, 0) - first_key;
+            let index = k.iota(&dims, 1);
+            let mut seen = index.less_equal(broadcast_lanes(k, last, keys));
+            if let Some(window) = problem.sliding_window {
+                seen = seen & index.greater(broadcast_lanes(k, last - window as i64, keys));
+            }
+            seen.select(logits, MASKED)
+        } else {
+            logits
+        };
+        let largest = logits.max(1);
+        let weigh = |new: Value<'a>| (logits - broadcast_lanes(k, new, keys)).exp2();
+        if form.is_first {
+            let new = k.splat(Element::F32, &max.dims(), NONE).maximum(largest);
+            let weights = weigh(new);
+            max.store(new);
+            sum.store(by_lane(weights));
+            let zeros = k.zeros(Element::F32, &acc.dims());
+            acc.store(k.dot_general(weights.cast(problem.precision.kv), value, zeros, &DotDims::nn(), precision));
+            return;
         }
-        let logits = seen.select(logits, MASKED);
-
-        let old = part.load(k, &max);
-        let new = old.maximum(logits.max(1));
+        let old = max.load();
+        let new = old.maximum(largest);
         let rescale = (old - new).exp2();
-        let weights = (logits - broadcast_lanes(k, new, keys)).exp2();
-        part.store(&max, new);
-        part.store(&sum, rescale * part.load(k, &sum) + by_lane(weights));
-        let rescaled = part.load(k, &acc) * broadcast_lanes(k, rescale, problem.head_dim);
-        part.store(&acc, k.dot_general(weights.cast(problem.precision.kv), value, rescaled, &DotDims::nn(), precision));
-    }
-}
-
-/// Rows of a head's products: as many from each start.
-struct Part<'a> {
-    starts: Vec<Value<'a>>,
-    rows: usize,
-}
-
-impl<'a> Part<'a> {
-    fn load(&self, k: &'a Builder<'a>, of: &Ref<'a>) -> Value<'a> {
-        let slices: Vec<_> = self.starts.iter().map(|&start| of.slice(0, start, self.rows).load()).collect();
-        joined(k, &slices, 0)
+        let weights = weigh(new);
+        max.store(new);
+        sum.store(rescale * sum.load() + by_lane(weights));
+        let rescaled = acc.load() * broadcast_lanes(k, rescale, problem.head_dim);
+        acc.store(k.dot_general(weights.cast(problem.precision.kv), value, rescaled, &DotDims::nn(), precision));
     }
 
-    fn store(&self, to: &Ref<'a>, value: Value<'a>) {
-        for (index, &start) in self.starts.iter().enumerate() {
-            let slice = to.slice(0, start, self.rows);
-            slice.store(value.slice(&[index * self.rows, 0], &slice.dims()));
+    /// Divides, and writes `rows` rows of results. Rows that saw no key are zeros.
+    fn finish(&self, rows: usize) {
+        let (k, problem) = (self.k, self.plan.problem());
+        let (dim, heads) = (problem.head_dim, self.plan.head_block() * problem.group());
+        let result = |head: usize| {
+            let (kv_head, start) = (head / problem.group(), head % problem.group() * rows);
+            let [sum, acc] = [&self.sum, &self.acc].map(|of| of.at(kv_head).slice(0, start, rows).load());
+            // One step of Newton's method squares the estimate's error of some 1e-3. Without a key, the accumulator is 0.
+            let sum = sum.sum(1).maximum(f64::from(f32::MIN_POSITIVE)).broadcast_to(&[rows, LANES]);
+            let estimate = sum.reciprocal(true);
+            acc * broadcast_lanes(k, estimate * (2.0 - sum * estimate), dim)
+        };
+        let results = self.results.slice(0, 0, rows);
+        let Some([_, lanes]) = &self.by_head else {
+            for head in 0..heads {
+                results.slice(1, head * dim, dim).store(result(head).cast(problem.precision.output));
+            }
+            return;
+        };
+        let lanes = lanes.slice(0, 0, rows);
+        // A tile of columns holds the ends of some heads.
+        let mut tile = k.zeros(Element::F32, &[rows, LANES]);
+        for head in 0..heads {
+            lanes.slice(1, 0, dim).store(result(head));
+            let (mut begin, end) = (head * dim, (head + 1) * dim);
+            while begin < end {
+                let lane = begin % LANES;
+                // Lane 0 of the head at the lane of the tile where it is: below 0, if it began in the tile before.
+                let moved = (LANES + head * dim - begin + lane) % LANES;
+                let loaded = lanes.load();
+                let moved = if moved == 0 { loaded } else { loaded.rotate(moved, 1) };
+                tile = match lane {
+                    0 => moved,
+                    _ => k.iota(&[rows, LANES], 1).less(lane).select(tile, moved),
+                };
+                let stop = (begin / LANES + 1) * LANES;
+                if stop <= end || head + 1 == heads {
+                    let columns = results.slice(1, begin / LANES * LANES, LANES);
+                    columns.store(tile.cast(problem.precision.output));
+                }
+                begin = stop.min(end);
+            }
         }
+    }
+}
+
+impl<'a> Stream<'a> {
+    fn flat(self) -> [Value<'a>; 4] {
+        let Self { slot, ahead: [segment, done, into] } = self;
+        [slot, segment, done, into]
+    }
+
+    fn of([slot, ahead @ ..]: [Value<'a>; 4]) -> Self {
+        Self { slot, ahead }
+    }
+}
+
+impl Rows {
+    /// The member of the group, its first row and how many, for each member that has rows in the part.
+    fn pieces(self) -> impl Iterator<Item = (usize, usize, usize)> {
+        let Self { per_head, start, count } = self;
+        let end = start + count;
+        (start / per_head..end.div_ceil(per_head)).map(move |member| {
+            let from = start.max(member * per_head);
+            let to = end.min((member + 1) * per_head);
+            (member, from - member * per_head, to - from)
+        })
     }
 }

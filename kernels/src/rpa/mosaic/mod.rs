@@ -7,7 +7,7 @@ mod mixed;
 
 use pagoda_ir::{
     Context, Element, Result,
-    mosaic::{Builder, Kernel, Ref, Value, tiling::LANES},
+    mosaic::{Builder, Kernel, MemorySpace, Ref, Value, tiling::LANES},
 };
 
 use super::{
@@ -15,17 +15,26 @@ use super::{
     plan::{self, Plan},
     problem::{Kind, Problem},
 };
+use crate::kernel::Operand;
 
 /// The maximum of no logits: stands for minus infinity where two of them may be subtracted.
 const NONE: f64 = -1e30;
 /// A logit that must not count: so far below [`NONE`] that its weight is zero even where nothing else was seen.
 const MASKED: f64 = 2.0 * NONE;
 
-/// Writes the kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several layers
-/// `first_page [1]`, then `q` and `kv_pages`.
+/// Which cores a kernel is written for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cores {
+    /// All of the device: a `parallel` grid dimension.
+    All,
+    /// One of them, which does its share and no more.
+    One(usize),
+}
+
+/// Writes the kernel that `plan` describes. Its operands are those of [`operands`].
 pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
     match plan.problem().kind {
-        Kind::Mixed => mixed::Body::declare(k, plan, None).write(),
+        Kind::Mixed => mixed::write(k, plan, None, Cores::All),
         Kind::Decode => decode::write(k, plan, None),
     }
 }
@@ -37,21 +46,23 @@ pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
 /// None, unless MLIR fails.
 pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
     plan.kernel_by(context, |k| match plan.problem().kind {
-        Kind::Mixed => mixed::Body::declare(k, plan, Some(batch)).write(),
+        Kind::Mixed => mixed::write(k, plan, Some(batch), Cores::All),
         Kind::Decode => decode::write(k, plan, Some((batch, None))),
     })
 }
 
-/// As [`kernel_of_batch`], of the core of a decode kernel that has the most to do: the estimate is what it is for. Where the
-/// cores share heads, it takes the plan of a core alone ([`Kernel::core_share`](crate::Kernel::core_share)).
+/// As [`kernel_of_batch`], of one core, where cores share the sequences: the estimate is what it is for. Where they share heads,
+/// it takes the plan of a core alone ([`Kernel::core_share`](crate::Kernel::core_share)). The core is the one with the most to
+/// do in decode; else the first, whose work is that of the other to within one entry of its list.
 ///
 /// # Errors
 /// None, unless MLIR fails.
 pub(super) fn kernel_of_busiest<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
-    match plan.problem().kind {
-        Kind::Mixed => kernel_of_batch(context, plan, batch),
-        Kind::Decode => kernel_of_core(context, plan, batch, plan::decode::busiest(plan, batch)),
-    }
+    let core = match plan.problem().kind {
+        Kind::Mixed => 0,
+        Kind::Decode => plan::decode::busiest(plan, batch),
+    };
+    kernel_of_core(context, plan, batch, core)
 }
 
 /// As [`kernel_of_batch`], of one core of those that share the sequences: only its rows of the output are written.
@@ -59,17 +70,30 @@ pub(super) fn kernel_of_busiest<'c>(context: &'c Context, plan: &Plan, batch: &B
 /// # Errors
 /// None, unless MLIR fails.
 pub fn kernel_of_core<'c>(context: &'c Context, plan: &Plan, batch: &Batch, core: usize) -> Result<Kernel<'c>> {
+    let cores = if plan.shares() > 1 { Cores::One(core) } else { Cores::All };
     plan.kernel_by(context, |k| match plan.problem().kind {
-        Kind::Mixed => mixed::Body::declare(k, plan, Some(batch)).write(),
+        Kind::Mixed => mixed::write(k, plan, Some(batch), cores),
         Kind::Decode => decode::write(k, plan, Some((batch, Some(core)))),
     })
 }
 
-/// The ragged metadata of a launch: read from SMEM, or one batch's own as constants.
-struct Metadata<'a, 'p> {
-    k: &'a Builder<'a>,
-    /// The batch, if the kernel is for one only.
-    batch: Option<&'p Batch>,
+/// What the kernels take: the metadata, then q and the pages. Of any batch, q is in two dimensions, whole bands of rows and
+/// tiles of lanes.
+pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
+    let metadata = ["kv_lens", "page_indices", "cu_q_lens", "num_seqs"].map(Operand::of);
+    let first_page = (problem.layers > 1).then(|| Operand::of("first_page").reshape(&[1]));
+    let q = match problem.kind {
+        Kind::Decode => Operand::of("q"),
+        Kind::Mixed => {
+            let dims = [problem.tokens, problem.q_heads * problem.head_dim];
+            Operand::of("q").reshape(&dims).padded(&plan::padded_rows(problem))
+        }
+    };
+    metadata.into_iter().chain(first_page).chain([q, Operand::of("kv_pages")]).collect()
+}
+
+/// The ragged metadata of a launch: read from SMEM, or one batch's own, put there as constants.
+struct Metadata<'a> {
     kv_lens: Ref<'a>,
     page_indices: Ref<'a>,
     cu_q_lens: Ref<'a>,
@@ -77,13 +101,11 @@ struct Metadata<'a, 'p> {
     first_page: Option<Ref<'a>>,
 }
 
-impl<'a, 'p> Metadata<'a, 'p> {
+impl<'a> Metadata<'a> {
     /// Declares the prefetched arrays.
-    fn declare(k: &'a Builder<'a>, problem: &Problem, batch: Option<&'p Batch>) -> Self {
+    fn declare(k: &'a Builder<'a>, problem: &Problem) -> Self {
         let scalars = |name, dims: &[usize]| k.prefetch(name, Element::I32, dims);
         Self {
-            k,
-            batch,
             kv_lens: scalars("kv_lens", &[problem.max_seqs]),
             page_indices: scalars("page_indices", &[problem.max_seqs, problem.pages_per_seq]),
             cu_q_lens: scalars("cu_q_lens", &[problem.max_seqs + 1]),
@@ -92,19 +114,35 @@ impl<'a, 'p> Metadata<'a, 'p> {
         }
     }
 
+    /// With a batch, the metadata of that batch, whatever the arguments are, page indices aside.
+    fn of_batch(self, k: &'a Builder<'a>, batch: Option<&Batch>) -> Self {
+        let Some(batch) = batch else { return self };
+        let constants = |name, numbers: &[i32]| {
+            let array = k.scratch(name, MemorySpace::Smem, Element::I32, &[numbers.len()]);
+            numbers.iter().enumerate().for_each(|(at, &number)| array.at(at).store(number));
+            array
+        };
+        Self {
+            kv_lens: constants("kv_lens_of_batch", batch.kv_lens()),
+            cu_q_lens: constants("cu_q_lens_of_batch", batch.cu_q_lens()),
+            num_seqs: constants("num_seqs_of_batch", batch.num_seqs()),
+            ..self
+        }
+    }
+
     /// Sequences of the batch.
     fn sequences(&self) -> Value<'a> {
-        self.scalar(&self.num_seqs, Batch::num_seqs, self.k.int(0))
+        self.num_seqs.at(0).load()
     }
 
     /// The first row of a sequence; one past the last row of the one before.
     fn first_row(&self, sequence: Value<'a>) -> Value<'a> {
-        self.scalar(&self.cu_q_lens, Batch::cu_q_lens, sequence)
+        self.cu_q_lens.at(sequence).load()
     }
 
     /// Keys of a sequence.
     fn kv_len(&self, sequence: Value<'a>) -> Value<'a> {
-        self.scalar(&self.kv_lens, Batch::kv_lens, sequence)
+        self.kv_lens.at(sequence).load()
     }
 
     /// Where page `number` of a sequence is in the buffer of all layers.
@@ -114,16 +152,6 @@ impl<'a, 'p> Metadata<'a, 'p> {
             Some(first) => index + first.at(0).load(),
             None => index,
         }
-    }
-
-    /// A number of the metadata: read, or the batch's own.
-    fn scalar(&self, array: &Ref<'a>, of: fn(&Batch) -> &[i32], index: Value<'a>) -> Value<'a> {
-        let Some(batch) = self.batch else { return array.at(index).load() };
-        let numbers = of(batch);
-        let changes = (1..numbers.len()).filter(|&at| numbers[at] != numbers[at - 1]);
-        changes.fold(self.k.int(numbers[0].into()), |number, at| {
-            index.greater_equal(at).select(self.k.int(numbers[at].into()), number)
-        })
     }
 }
 

@@ -12,15 +12,11 @@ use pagoda_ir::{
 };
 use serde::Serialize;
 
-use super::{Details, Options, Plan, Tiles, kv_rows, pieces};
+use super::{Details, Plan, Tiles, kv_rows, pieces};
 use crate::{
     chips::Chip,
     plan::{self, PlanError, Spilling},
-    rpa::{
-        Batch,
-        kv_layout::KvLayout,
-        problem::{Problem, Spec},
-    },
+    rpa::{Batch, kv_layout::KvLayout, problem::Problem},
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
@@ -120,7 +116,13 @@ pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layou
     laid_out(problem, tiles, head_block(problem, chip), split(problem, chip), chip.info().cores)
 }
 
-fn laid_out(problem: &Problem, tiles: Tiles, head_block: usize, split: Split, cores: usize) -> plan::Layout<Details> {
+pub(super) fn laid_out(
+    problem: &Problem,
+    tiles: Tiles,
+    head_block: usize,
+    split: Split,
+    cores: usize,
+) -> plan::Layout<Details> {
     plan::Layout {
         name: format!("rpa-decode-p{}-kv{}", problem.page_size, tiles.kv_pages),
         grid: vec![if split == Split::Nothing { 1 } else { cores }],
@@ -129,19 +131,6 @@ fn laid_out(problem: &Problem, tiles: Tiles, head_block: usize, split: Split, co
         spilling: spilling(problem, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: tiles.kv_pages * problem.page_size, split },
     }
-}
-
-/// The launch of one core's heads on one core, where cores share the heads.
-pub(in crate::rpa) fn alone(plan: &Plan) -> Option<Plan> {
-    let (problem, heads) = (plan.problem(), plan.head_block());
-    if plan.details().split != Split::Heads {
-        return None;
-    }
-    let spec = Spec { kv_heads: heads, q_heads: heads * problem.group(), ..problem.spec().clone() };
-    let options = Options { tiles: Some(plan.tiles()), vmem_limit: Some(plan.limit()) };
-    let part = Plan::new(Problem::new(spec).ok()?, plan.chip(), options).ok()?;
-    let layout = laid_out(part.problem(), part.tiles(), heads, Split::Nothing, 1);
-    Some(part.laid_out(layout))
 }
 
 /// The core with the most keys of a batch, where cores share the sequences; as the kernel shares them.
