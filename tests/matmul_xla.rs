@@ -29,8 +29,9 @@ fn draw(seed: u64, index: u64) -> Spec {
     let (k, n) = (size(&mut choices, 512, 6144), size(&mut choices, 512, 8192));
     let spec = Spec::new([m, k, n], Element::Bf16);
     let transposed = Spec { layout: Layout::WeightTransposed, ..spec };
-    let quantized = |group, activations| {
-        Spec { quantized: Some(Quantized { weight: Element::I8, group, activations }), ..transposed }
+    let quantized = |group, activations| Spec {
+        quantized: Some(Quantized { weight: Element::I8, group, activations }),
+        ..transposed
     };
     match index % 12 {
         0..=3 => spec,
@@ -107,7 +108,8 @@ fn at_or_under_xlas_own_product() {
                 .certify(chip.info().topology, Program { module: &module.bytecode(), replicas: 1 })
                 .expect("XLA's own compiles");
             let ours = Certified::new(&plan, &certifier).expect("the kernel compiles");
-            let sum = |cycles: &[pagoda_engine::certify::OpCycles]| cycles.iter().map(|op| op.cycles).sum::<u64>() as f64;
+            let sum =
+                |cycles: &[pagoda_engine::certify::OpCycles]| cycles.iter().map(|op| op.cycles).sum::<u64>() as f64;
             let floor = |bytes: u64| bytes as f64 / chip.info().hbm_bytes_per_cycle();
             let least = floor(kernel::passes_once::<Matmul>(&problem));
             let [of_ours, of_xla] = [sum(&ours.certificate.cycles), sum(&xla.cycles)];

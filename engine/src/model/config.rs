@@ -165,7 +165,8 @@ impl LlamaConfig {
         }
         let vocab_size = object.size("vocab_size", None)?;
         let intermediate_size = object.size("intermediate_size", None)?;
-        let quantization = object.get("quantization_config").map(|value| Quantization::parse(path, value)).transpose()?;
+        let quantization =
+            object.get("quantization_config").map(|value| Quantization::parse(path, value)).transpose()?;
         if let Some(group) = quantization.and_then(Quantization::group) {
             for (key, size) in [
                 ("hidden_size", hidden_size),

@@ -97,7 +97,11 @@ impl Quantization {
                 Some(group) if group > 0 && group.is_multiple_of(128) => Scales::Group(group as usize),
                 _ => return Err(size.refuse("is not 8, 16, 32, 64 or a multiple of 128", "use another model")),
             },
-            _ => return Err(strategy.refuse("is not supported", "use a model with \"tensor\", \"channel\" or \"group\"")),
+            _ => {
+                return Err(
+                    strategy.refuse("is not supported", "use a model with \"tensor\", \"channel\" or \"group\"")
+                );
+            }
         };
         let inputs = group.at("input_activations");
         let activations = !inputs.value.is_null();
@@ -244,7 +248,10 @@ mod tests {
         };
         let weights = "/config_groups/group_0/weights";
         for (value, message) in [
-            (json!({"quant_method": "gptq", "bits": 4}), "quantization_config.quant_method = \"gptq\" is not supported"),
+            (
+                json!({"quant_method": "gptq", "bits": 4}),
+                "quantization_config.quant_method = \"gptq\" is not supported",
+            ),
             (json!({"bits": 4}), "quantization_config.quant_method = null is not supported"),
             (
                 json!({"quant_method": "fp8", "activation_scheme": "static"}),

@@ -85,7 +85,9 @@ impl Kernel for Matmul {
         let (m, k, n) = (choices.within(1, 72), choices.within(1, 400), choices.within(1, 300));
         let quantized = choices.maybe(|choices| Quantized {
             weight: choices.one_of(&Quantized::ELEMENTS),
-            group: choices.maybe(|choices| choices.one_of(&[128, 32, 256, 8, 64]).min(128 * (k / 128))).filter(|&g| g > 0),
+            group: choices
+                .maybe(|choices| choices.one_of(&[128, 32, 256, 8, 64]).min(128 * (k / 128)))
+                .filter(|&g| g > 0),
             activations: choices.coin(),
         });
         let unit = if quantized.is_some() { 32 } else { 8 };
@@ -204,12 +206,7 @@ impl Kernel for Matmul {
         let gated = Epilogue { activation: Activation::SiluGate, ..Epilogue::NONE };
         let added = Epilogue { residual: true, ..Epilogue::NONE };
         let quantized = Quantized { weight: Element::I8, group: None, activations: false };
-        let of_layers = [
-            (4096, 6144, Epilogue::NONE),
-            (4096, 4096, added),
-            (4096, 14336, gated),
-            (14336, 4096, added),
-        ];
+        let of_layers = [(4096, 6144, Epilogue::NONE), (4096, 4096, added), (4096, 14336, gated), (14336, 4096, added)];
         let stacked = [None, Some(quantized)].into_iter().flat_map(|quantized| {
             of_layers.map(|(k, n, epilogue)| {
                 let layout = Layout::WeightTransposed;

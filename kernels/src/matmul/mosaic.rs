@@ -17,7 +17,10 @@ use std::ops::Range;
 
 use pagoda_ir::{
     Element,
-    mosaic::{Builder, DotDims, IntoOperand, MemorySpace, Precision, Ref, Semantics, Value, Window, tiling::{LANES, SUBLANES}},
+    mosaic::{
+        Builder, DotDims, IntoOperand, MemorySpace, Precision, Ref, Semantics, Value, Window,
+        tiling::{LANES, SUBLANES},
+    },
 };
 
 use super::{
@@ -345,7 +348,14 @@ impl<'a, 'p> Body<'a, 'p> {
     }
 
     /// The scales of a chunk's columns (feature-major: rows) in the group that the step's feature `at` belongs to.
-    fn group_scale(&self, half: usize, row: (usize, usize), column: (usize, usize), at: usize, group: usize) -> Value<'a> {
+    fn group_scale(
+        &self,
+        half: usize,
+        row: (usize, usize),
+        column: (usize, usize),
+        at: usize,
+        group: usize,
+    ) -> Value<'a> {
         let [_, _, depth] = self.plan.blocks();
         let index = match self.plan.steps() {
             1 => (at / group).literal(),
@@ -419,7 +429,8 @@ impl<'b, 'a, 'p> Sides<'b, 'a, 'p> {
     fn multiply(&self, (from, size): (usize, usize), kept: Range<usize>, real: usize, sum: Value<'a>) -> Value<'a> {
         let (k, problem) = (self.body.k, self.body.plan.problem());
         let Arithmetic { operand, .. } = self.body.plan.arithmetic();
-        let (mut lhs, mut rhs) = (self.lhs.slice(1, from, size).load(), self.rhs.slice(self.rhs_depth, from, size).load());
+        let (mut lhs, mut rhs) =
+            (self.lhs.slice(1, from, size).load(), self.rhs.slice(self.rhs_depth, from, size).load());
         let of_x = kept.start.saturating_sub(from)..(kept.end - from).min(size);
         // Zeros of x do where the weight is finite, as integers always are.
         let of_w = if problem.weight_element().is_float() { 0..(real - from).min(size) } else { 0..size };

@@ -376,9 +376,18 @@ mod tests {
                 let activation = if bits & 2 == 0 { Activation::Identity } else { Activation::SiluGate };
                 let epilogue = Epilogue { bias: false, activation, residual: bits & 4 != 0 };
                 let layout = Layout::FeatureMajor;
-                let problem =
-                    Problem::new(Spec { m, k, n, input: element, output: element, layout, epilogue, layers: 1, quantized: None })
-                        .unwrap();
+                let problem = Problem::new(Spec {
+                    m,
+                    k,
+                    n,
+                    input: element,
+                    output: element,
+                    layout,
+                    epilogue,
+                    layers: 1,
+                    quantized: None,
+                })
+                .unwrap();
                 let arguments = problem.arguments();
                 let arrays = arguments.iter().zip([5, 0, 11]);
                 let inputs = arguments.name(arrays.map(|(argument, first)| tensor(element, &argument.ty.dims, first)));

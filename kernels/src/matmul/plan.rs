@@ -308,9 +308,8 @@ pub(super) fn windows(problem: &Problem) -> Vec<ArrayWindow> {
         Layout::WeightTransposed => ([Rows, Depth], [Columns, Depth], [[Groups, Columns], [Rows, One]], [One, Columns]),
         Layout::FeatureMajor => ([Depth, Columns], [Rows, Depth], [[Rows, Groups], [One, Columns]], [Rows, One]),
     };
-    let whole = |name, side, element, axes| {
-        vec![ArrayWindow { name, side, element, axes, part: Part::Whole, stacked: false }]
-    };
+    let whole =
+        |name, side, element, axes| vec![ArrayWindow { name, side, element, axes, part: Part::Whole, stacked: false }];
     let stacked = problem.layers > 1;
     let split = |names: &[&'static str], parts: &[Part], side, element, axes| -> Vec<ArrayWindow> {
         let window = |(&name, &part)| ArrayWindow { name, side, element, axes, part, stacked };
@@ -400,7 +399,9 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
         return Err(PlanError {
             key: "tiles.k",
             value: tiles.k.to_string(),
-            limit: format!("neither divides the group of {group} features with a scale of their own, nor is a multiple"),
+            limit: format!(
+                "neither divides the group of {group} features with a scale of their own, nor is a multiple"
+            ),
             fix: format!("give {}", group.next_multiple_of(LANES).min(problem.k)),
         });
     }
@@ -591,7 +592,9 @@ impl<'p> Blocks<'p> {
         let mut buffers: Vec<Buffer> = windows(self.problem).iter().map(|window| self.buffer(window, chip)).collect();
         let [rows, columns, depth] = self.block;
         if let Some(cut) = self.cut() {
-            for (name, features) in names(self.problem, "sum", "sum_gate", "sum_up").into_iter().zip([cut.block, cut.ups()]) {
+            for (name, features) in
+                names(self.problem, "sum", "sum_gate", "sum_up").into_iter().zip([cut.block, cut.ups()])
+            {
                 let dims = sum_dims(self.block, self.features(), features);
                 buffers.push(Buffer::new(name, BufferKind::Scratch, accumulator(self.problem, chip), &dims, 1));
             }
@@ -841,8 +844,11 @@ fn every(problem: &Problem) -> impl Iterator<Item = Tiles> {
     if is_cut(problem) {
         // Least is fetched twice where a block begins shortly before the first up.
         let (unit, before) = (up_unit(problem), problem.n / up_unit(problem));
-        let parts = (1..=before.isqrt()).flat_map(|part| [part, before / part]).filter(|part| before.is_multiple_of(*part));
-        ns.extend(parts.map(|part| part * unit).chain([problem.n.next_multiple_of(unit)]).filter(|&tile| tile <= MAX_TILE));
+        let parts =
+            (1..=before.isqrt()).flat_map(|part| [part, before / part]).filter(|part| before.is_multiple_of(*part));
+        ns.extend(
+            parts.map(|part| part * unit).chain([problem.n.next_multiple_of(unit)]).filter(|&tile| tile <= MAX_TILE),
+        );
         ns.sort_unstable();
         ns.dedup();
     }
