@@ -193,6 +193,14 @@ impl Kernel for Matmul {
         plan::choose(problem, chip, limit)
     }
 
+    fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<plan::Tiles> {
+        plan::fitting(problem, chip, limit)
+    }
+
+    fn model(plan: &plan::Plan, _: Option<&[Lengths]>) -> Option<f64> {
+        Some(plan.estimate().cycles)
+    }
+
     fn layout(problem: &Problem, chip: Chip, tiles: plan::Tiles) -> crate::plan::Layout<plan::Details> {
         plan::layout(problem, chip, tiles)
     }
