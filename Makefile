@@ -1,5 +1,5 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools mpi-tools demo test nightly multihost bench bench-peers certify-all certify-sample tpu-static peers
+.PHONY: help setup tpu-tools mpi-tools demo test nightly multihost python bench bench-peers certify-all certify-sample tpu-static peers
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
@@ -7,8 +7,9 @@ help:
 	@echo "make nightly      10,000 random problems, tiles and batches through the Mosaic kernels (make test: 500);"
 	@echo "                  then each fuzz target for PAGODA_FUZZ_SECONDS (60) with a fresh seed"
 	@echo "make multihost    installs Open MPI; one model over two and four CPU processes, and processes that are killed"
+	@echo "make python       the Python package in virtual environments with JAX 0.10.2 and the newest (PAGODA_BIN=... builds no wheel)"
 	@echo "make bench        criterion benches (CPU)"
-	@echo "make bench-peers  tokens/s against plain JAX on this machine"
+	@echo "make bench-peers  tokens/s against plain JAX on this machine (ARGS=\"--models tiny,135m,1b --busy\")"
 	@echo "make tpu-tools    libtpu, the TPU compiler, for certification without a TPU"
 	@echo "make certify-all  every certification by the TPU compiler (a quarter of an hour; PAGODA_RECORD=1 renews the tables)"
 	@echo "make certify-sample N=200  problems that no table has, by the TPU compiler: how right the verdicts are"
@@ -43,11 +44,14 @@ nightly: setup
 multihost: mpi-tools
 	cargo test --features mpi --test multihost
 
+python: setup
+	@scripts/python.sh
+
 bench: tpu-tools
 	cargo bench --workspace
 
 bench-peers: setup
-	@scripts/bench-peers.sh
+	@scripts/bench-peers.sh $(ARGS)
 
 certify-all: tpu-tools
 	cargo test --test certify -- --include-ignored --skip a_sample_of_problems

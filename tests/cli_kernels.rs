@@ -211,7 +211,10 @@ fn arrays_come_from_numpy() {
         ("matmul --m 8 --n 24 --k 16 --input x=text.npy", &["text.npy", "no .npy file"]),
         ("matmul --m 8 --n 24 --k 16 --input x=short.npy", &["100 bytes of the 512"]),
         ("matmul --m 8 --n 24 --k 16 --input x=one.npy", &["f32[16, 24], not bf16[8,16]", "numpy dtype float32"]),
-        ("matmul --m 8 --n 24 --k 16 --input y=x.npy", &["input = y names no operand", "x bf16[8,16], w bf16[16,24]"]),
+        (
+            "matmul --m 8 --n 24 --k 16 --input y=x.npy",
+            &["input = y names no operand", "x (or 0) bf16[8,16], w (or 1) bf16[16,24]"],
+        ),
         ("matmul --m 8 --n 24 --k 16 --input x", &["input = x is not NAME=FILE.npy"]),
         ("matmul --m 8 --n 24 --k 16 --input x=x.npy --input x=x.npy", &["input = x is given twice"]),
         (&format!("rpa {RPA} --input kv_lens=long.npy"), &["i64[4], not i32[4]", "numpy dtype int32"]),
@@ -262,9 +265,9 @@ fn kernels_of_others_are_inspected_and_run() {
     fs::write(dir.path().join("twice.bc"), module.bytecode()).unwrap();
     let kernels = json(&done(dir.path(), "inspect twice.bc --json"));
     assert_eq!((&kernels[0]["name"], &kernels[0]["buffers"][1]["name"]), (&"twice".into(), &"y".into()), "{kernels}");
-    refused(dir.path(), "run twice.bc", 2, &["the sizes of its arrays", "as text"]);
+    let from_bytecode = json(&done(dir.path(), "run twice.bc --dma all --json"));
     fs::write(dir.path().join("twice.mlir"), module.text()).unwrap();
-    done(dir.path(), "run twice.mlir --dma all");
+    assert_eq!(json(&done(dir.path(), "run twice.mlir --dma all --json")), from_bytecode);
     // A plain module.
     let plain = "module { func.func @main(%a: tensor<2x2xf32>) -> tensor<2x2xf32> {
         %0 = stablehlo.add %a, %a : tensor<2x2xf32> return %0 : tensor<2x2xf32> } }";
@@ -447,6 +450,168 @@ fn bad_files_are_one_clear_error() {
             .flatten()
             .all(|entry| !entry.file_name().to_string_lossy().contains("pagoda"))
     );
+}
+
+#[test]
+fn results_are_written_and_held_against_what_is_expected() {
+    let dir = TempDir::new().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    npy(&path("x.npy"), "<f4", "(8, 16)", &floats((0..128).map(|value| value as f32)));
+    npy(&path("one.npy"), "<f4", "(16, 24)", &floats((0..384).map(|_| 1.0)));
+    let matmul = "matmul --m 8 --n 24 --k 16 --input 0=x.npy --input w=one.npy";
+    let report = json(&done(dir.path(), &format!("run {matmul} --output out/deep --json")));
+    let (name, file) = (&report[0]["outputs"][0]["name"], &report[0]["outputs"][0]["file"]);
+    let (name, file) = (name.as_str().unwrap(), file.as_str().unwrap());
+    assert_eq!(file, format!("out/deep/{name}.npy"));
+    // Sums of the rows 0..16, 16..32, ... in bf16, which come as f32 and can be read again.
+    let bytes = fs::read(path(file)).unwrap();
+    assert!(bytes.len() == 128 + 4 * 8 * 24 && bytes.ends_with(&1912_f32.to_le_bytes()));
+    let agreed = json(&done(dir.path(), &format!("run {matmul} --expect 0={file} --json")));
+    assert_eq!(agreed[0]["expectations"][0]["agrees"], true, "{agreed}");
+    let mut off = floats((0..8 * 24).map(|at| [120.0, 376.0, 632.0, 888.0, 1144.0, 1400.0, 1656.0, 1912.0][at / 24]));
+    off[4 * 29..4 * 30].copy_from_slice(&377_f32.to_le_bytes());
+    off[4 * 190..4 * 191].copy_from_slice(&f32::NAN.to_le_bytes());
+    npy(&path("off.npy"), "<f4", "(8, 24)", &off);
+    let expect = format!("run {matmul} --expect {name}=off.npy");
+    let words = [
+        "not as expected: ",
+        &format!("{name}[1, 5] is 376, expected 377 (rtol 0, atol 0); 2 of 192"),
+        "[7, 22]: 1912",
+    ];
+    refused(dir.path(), &expect, 1, &words);
+    refused(dir.path(), &format!("{expect} --atol 1"), 1, &["[7, 22] is 1912, expected NaN", "1 of 192"]);
+    for (line, words) in [
+        ("--expect 0=x.npy", &["x.npy", "f32[8, 16], not bf16[8,24]"][..]),
+        ("--expect 1=off.npy", &["expect = 1 names no result", "use one of: "]),
+        ("--expect off.npy", &["expect = off.npy is not NAME=FILE.npy"]),
+        ("--rtol -1", &["rtol"]),
+        ("--ignore deadlock", &["deadlock", "a run goes on after: unwritten-read, "]),
+        ("--expect 0=off.npy --rtol nan", &["rtol = NaN is not a tolerance"]),
+        ("--random-int x=3..3", &["random-int = x=3..3 is not NAME=LOW..HIGH"]),
+        ("--random-int 0=0..3", &["input = 0 is given twice"]),
+        ("--random-int x=0..3", &["input = x is given twice: x is operand 0 too"]),
+        ("--kernel 0", &["kernel"]),
+    ] {
+        let line = if line.starts_with("--kernel") {
+            format!("run readable.mlir {line}")
+        } else {
+            format!("run {matmul} {line}")
+        };
+        if line.contains("readable") {
+            done(dir.path(), &format!("emit matmul {MATMUL} --out readable.mlir"));
+        }
+        refused(dir.path(), &line, 2, words);
+    }
+    let jax = concat!(env!("CARGO_MANIFEST_DIR"), "/ir/tests/data/scaled_sums.mlir");
+    let drawn = json(&done(dir.path(), &format!("run {jax} --random-int 0=1..4 --dma all --json")));
+    assert_eq!(drawn, json(&done(dir.path(), &format!("run {jax} --random-int arg1=1..4 --dma all --json"))));
+    refused(
+        dir.path(),
+        &format!("run {jax} --random-int 0=0..3000000000"),
+        2,
+        &["is not within -2147483648 to 2147483647"],
+    );
+    refused(dir.path(), &format!("run {jax} --random-int 0=1..4 --kernel 1"), 2, &["kernel = 1 is not one of the 1"]);
+}
+
+#[test]
+fn a_program_runs_whole_with_its_kernels_in_their_places() {
+    let dir = TempDir::new().unwrap();
+    let exported = |form: &str| format!("{}/ir/tests/data/exported.{form}", env!("CARGO_MANIFEST_DIR"));
+    npy(&dir.path().join("x.npy"), "<f4", "(8, 128)", &floats((0..1024).map(|at| at as f32 / 1024.0)));
+    npy(&dir.path().join("y.npy"), "<f4", "(8, 128)", &floats((0..1024).map(|_| 1.0)));
+    // The square of 2 x + y, and the sum of it.
+    let square: Vec<f32> = (0..1024).map(|at| (2.0 * (at as f32 / 1024.0) + 1.0).powi(2)).collect();
+    npy(&dir.path().join("b.npy"), "<f4", "(8, 128)", &floats(square.iter().copied()));
+    npy(&dir.path().join("a.npy"), "<f4", "()", &floats([square.iter().sum::<f32>()].into_iter()));
+    let expect = "--expect 0=a.npy --expect result1=b.npy --rtol 1e-5 --dma all --json";
+    let run = |form: &str, inputs: &str| {
+        json(&done(dir.path(), &format!("run {} {inputs} {expect} --output {form}", exported(form))))
+    };
+    let text = run("mlir", "--input x=x.npy --input arg1=y.npy");
+    let bytecode = run("bc", "--input arg0=x.npy --input 1=y.npy");
+    for reports in [&text, &bytecode] {
+        let [kernel, program] = &reports.as_array().unwrap()[..] else { panic!("{reports}") };
+        assert_eq!((&kernel["kernel"], &kernel["on"]), (&"kernel".into(), &"tile machine".into()));
+        assert_eq!(program["on"], "cpu, its kernels on the tile machine");
+        assert!(program["expectations"].as_array().unwrap().iter().all(|one| one["agrees"] == true), "{program}");
+    }
+    let checksums = |reports: &Value| {
+        reports[1]["outputs"].as_array().unwrap().iter().map(|output| output["checksum"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(checksums(&text), checksums(&bytecode));
+    // The module within what `jax.export` serialises.
+    let module = fs::read(exported("bc")).unwrap();
+    let length = (module.len() as u32).to_le_bytes();
+    fs::write(dir.path().join("program.bin"), [&[8, 0, 0, 0][..], &length, &module, &[0; 11]].concat()).unwrap();
+    let serialised = json(&done(dir.path(), "run program.bin --input 0=x.npy --input 1=y.npy --json"));
+    assert_eq!(checksums(&serialised), checksums(&text));
+    // The kernel alone.
+    let alone = json(&done(dir.path(), &format!("run {} --kernel 0 --input 0=x.npy --json", exported("mlir"))));
+    assert_eq!(
+        (alone.as_array().unwrap().len(), &alone[0]["outputs"][0]["type"]),
+        (1, &"f32[8,128]".into()),
+        "{alone}"
+    );
+    refused(
+        dir.path(),
+        &format!("run {} --expect 'result2=b.npy'", exported("mlir")),
+        2,
+        &["names no result", "result['a']"],
+    );
+    // A fault of a kernel within a program, with its source line; the file is not here to be read.
+    let text = fs::read_to_string(exported("mlir")).unwrap();
+    let jax = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/ir/tests/cases/jax.mlir")).unwrap();
+    let config = |text: &str, kernel: &str| {
+        let line = text.lines().find(|line| line.contains(&format!("kernel_name = \"{kernel}\""))).expect("a call");
+        line.split_once("backend_config = ").unwrap().1.split_once(", kernel_name").unwrap().0.to_owned()
+    };
+    let faulty = text.replacen(&config(&text, "kernel"), &config(&jax, "kn"), 1);
+    fs::write(dir.path().join("faulty.mlir"), faulty).unwrap();
+    let words = [
+        "kernel `kn`: read of unwritten memory",
+        "kernels/written/with/pallas/minimal.py:33 in kn",
+        "exported.py:",
+        "again",
+    ];
+    refused(dir.path(), "run faulty.mlir", 1, &words);
+}
+
+#[test]
+fn a_profile_counts_and_draws() {
+    let dir = TempDir::new().unwrap();
+    let line = format!("run matmul {MATMUL} --tiles 16,128,128 --counts --timeline t.json --html p.html");
+    let report = json(&done(dir.path(), &format!("{line} --json")));
+    let (counts, counters) = (&report[0]["counts"], &report[0]["counters"]);
+    let moved = |from: &str, to: &str| -> u64 {
+        let all = counts["total"]["moved"].as_array().unwrap().iter();
+        all.filter(|one| one["from"] == from && one["to"] == to && one["by"] != "load" && one["by"] != "store")
+            .map(|one| one["bytes"].as_u64().unwrap())
+            .sum()
+    };
+    assert_eq!(Some(moved("hbm", "vmem")), counters["hbm_bytes_read"].as_u64(), "{report}");
+    assert_eq!(Some(moved("vmem", "hbm")), counters["hbm_bytes_written"].as_u64(), "{report}");
+    let multiplied = &counts["total"]["multiplied"];
+    assert_eq!(multiplied["flops"], counters["mxu_flops"]);
+    // 16 rows, 128 columns and 128 of the inner dimension fill the MXU of a v5p.
+    assert_eq!((&multiplied["utilisation"], &multiplied["passes"]), (&1.0.into(), &multiplied["products"]));
+    assert_eq!(counts["steps"].as_array().unwrap().len() as u64, counters["grid_steps"].as_u64().unwrap());
+    let timeline = json(&fs::read_to_string(dir.path().join("t.json")).unwrap());
+    let events = timeline["traceEvents"].as_array().unwrap();
+    let of = |category: &str| events.iter().filter(|event| event["cat"] == category).count() as u64;
+    assert_eq!(
+        (of("grid steps"), of("MXU")),
+        (counters["grid_steps"].as_u64().unwrap(), multiplied["products"].as_u64().unwrap())
+    );
+    assert!(of("windows in") > 0 && of("windows out") > 0 && of("waits") > 0);
+    let page = fs::read_to_string(dir.path().join("p.html")).unwrap();
+    assert!(page.contains("<svg") && page.contains("grid steps") && !page.contains("http"), "{page}");
+    let text = done(dir.path(), &line);
+    for words in ["on the model's clock", "Grid steps", "not padding", "A model's clock, measured on no TPU"] {
+        assert!(text.contains(words), "lacks `{words}`:\n{text}");
+    }
+    refused(dir.path(), &format!("{line} --rates-of v4"), 2, &["chip = v4", "use v5e, v5p or v6e"]);
+    refused(dir.path(), "run x.mlir --plugin cpu --counts", 2, &["--counts = true is of use on the tile machine only"]);
 }
 
 #[test]

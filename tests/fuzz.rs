@@ -21,7 +21,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use melior::ir::Module;
 use melior::ir::operation::OperationLike;
 use pagoda_engine::child::{self, Ended, Limits};
-use pagoda_ir::mosaic::{self, MemorySpace, Semantics, Window, text, wire};
+use pagoda_ir::mosaic::{self, MemorySpace, Semantics, Window, hosted, text, wire};
 use pagoda_ir::random::SplitMix64;
 use pagoda_ir::tile_machine::Program;
 use pagoda_ir::{Context, Element, HostTensor, stablehlo};
@@ -47,7 +47,7 @@ const WORKER: &str = "--fuzz-worker";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Target {
-    /// `wire::find_custom_calls` and `wire::main_arguments`, on StableHLO modules as text and as bytecode.
+    /// `wire::find_custom_calls` and `hosted::host`, on StableHLO modules as text and as bytecode.
     Scanner,
     /// `wire::open` on configurations of custom calls, then what `pagoda inspect` does with the kernel.
     Open,
@@ -74,8 +74,9 @@ impl Target {
         let used = |opened: &wire::Opened| wire::summarize(opened).is_ok() && Program::decode(&opened.module).is_ok();
         match self {
             Self::Scanner => {
-                let arguments = wire::main_arguments(&String::from_utf8_lossy(input)).is_some();
-                wire::find_custom_calls(input).is_ok_and(|calls| !calls.is_empty() || arguments)
+                let hosted =
+                    |calls: &[_]| hosted::host(input, calls, "host", &|_| vec![("call", String::new())]).is_ok();
+                wire::find_custom_calls(input).is_ok_and(|calls| !calls.is_empty() | hosted(&calls))
             }
             Self::Open => wire::open(context, &String::from_utf8_lossy(input)).is_ok_and(|opened| used(&opened)),
             Self::Text | Self::Decode => text::parse(context, &String::from_utf8_lossy(input), "fuzz")

@@ -1,6 +1,7 @@
 //! Kernels on the host for the CPU plugin: handlers of the custom calls that `pagoda_kernels` emits, in Rust, and of
 //! Mosaic kernels, which the tile machine runs.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
@@ -15,7 +16,7 @@ use pagoda_kernels::rpa::native::{self, Call, Layer};
 use pagoda_kernels::rpa::{KvLayout, KvRows};
 
 use crate::pjrt::custom_call::{CustomCall, Frame, Options, register};
-use crate::pjrt::{Plugin, Result};
+use crate::pjrt::{Plugin, Result, guard};
 
 type Outcome = std::result::Result<(), String>;
 
@@ -25,6 +26,7 @@ type Outcome = std::result::Result<(), String>;
 /// When the plugin takes no custom calls.
 pub fn register_all(plugin: &Plugin) -> Result<()> {
     register::<TileMachine>(plugin)?;
+    register::<HostCall>(plugin)?;
     register::<Attention>(plugin)?;
     register::<Matmul>(plugin)
 }
@@ -69,7 +71,8 @@ fn multiply<T: Float>(frame: Frame<'_>) -> Outcome {
     let residual = if options.string(residual).is_some() { Some(next()?.values::<T>()?) } else { None };
     let activation = if options.string(gate).is_some() { Activation::SiluGate } else { Activation::Identity };
     let around = Around { norm, activation, residual };
-    let call = matmul::native::Call { w: w.values::<T>()?, x: x.values()?, columns: columns as usize, around };
+    let w = w.values::<T>()?;
+    let call = matmul::native::Call { w, x: x.values()?, columns: columns as usize, around, resident: guard(w) };
     let threads = options.threads();
     if results.ty(0)?.0 == Element::F32 {
         let [y] = results.values::<f32, 1>()?;
@@ -223,24 +226,89 @@ impl CustomCall for TileMachine {
     const TARGET: &'static str = wire::TILE_MACHINE;
 
     fn call(frame: Frame<'_>) -> Outcome {
-        let Frame { operands, mut results, options } = frame;
-        let loaded = Self::load(options)?;
+        let loaded = Self::load(frame.options)?;
         let (program, machine) = &*loaded;
-        let sizes = |dims: &[i64]| dims.iter().map(|&dim| dim as usize).collect::<Vec<_>>();
-        let inputs = (0..operands.len()).map(|index| {
-            let operand = operands.get(index)?;
-            Ok(HostTensor::from_bytes(operand.element, &sizes(operand.dims), operand.bytes()?))
-        });
-        let inputs = inputs.collect::<std::result::Result<Vec<_>, String>>()?;
-        let outputs = (0..results.len())
-            .map(|index| results.ty(index).map(|(element, dims)| TensorType::new(element, &sizes(dims))));
-        let outputs = outputs.collect::<std::result::Result<Vec<_>, String>>()?;
-        let run = program.run(machine, &inputs, &outputs).map_err(|fault| fault.to_string())?;
-        for (index, output) in run.outputs.iter().enumerate() {
-            results.bytes(index)?.copy_from_slice(output.bytes());
-        }
-        Ok(())
+        with_arrays(frame, |inputs, outputs| {
+            let run = program.run(machine, inputs, outputs).map_err(|fault| fault.to_string())?;
+            Ok(run.outputs)
+        })
     }
+}
+
+/// A function of this process that programs call: which call it is, its operands, and the types of its results.
+pub type HostFunction =
+    dyn Fn(usize, &[HostTensor], &[TensorType]) -> std::result::Result<Vec<HostTensor>, String> + Send + Sync;
+
+/// The functions that programs may call now, by number.
+static HOST_FUNCTIONS: Mutex<BTreeMap<u64, Arc<HostFunction>>> = Mutex::new(BTreeMap::new());
+
+/// A function that programs may call for as long as this lives.
+#[derive(Debug)]
+pub struct HostCalls {
+    number: u64,
+}
+
+impl HostCalls {
+    /// The custom call by which a program calls it.
+    pub const TARGET: &'static str = "pagoda_host_call";
+    const FUNCTION: &'static str = "function";
+    const CALL: &'static str = "call";
+
+    /// Lets programs call `function`, from any thread, several at once.
+    pub fn new(function: Arc<HostFunction>) -> Self {
+        let mut functions = HOST_FUNCTIONS.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = functions.last_key_value().map_or(0, |(last, _)| last + 1);
+        functions.insert(number, function);
+        Self { number }
+    }
+
+    /// The options of call `call`.
+    pub fn options(&self, call: usize) -> Vec<(&'static str, String)> {
+        vec![(Self::FUNCTION, self.number.to_string()), (Self::CALL, call.to_string())]
+    }
+}
+
+impl Drop for HostCalls {
+    fn drop(&mut self) {
+        HOST_FUNCTIONS.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
+    }
+}
+
+/// `pagoda_host_call`: calls a function of this process.
+struct HostCall;
+
+impl CustomCall for HostCall {
+    const TARGET: &'static str = HostCalls::TARGET;
+
+    fn call(frame: Frame<'_>) -> Outcome {
+        let missing = |name: &str| format!("the option `{name}` is missing");
+        let number = |name| number::<u64>(frame.options, name)?.ok_or_else(|| missing(name));
+        let (function, call) = (number(HostCalls::FUNCTION)?, number(HostCalls::CALL)?);
+        let function = HOST_FUNCTIONS.lock().unwrap_or_else(PoisonError::into_inner).get(&function).cloned();
+        let function = function.ok_or("the function that it calls is gone")?;
+        with_arrays(frame, |operands, results| function(call as usize, operands, results))
+    }
+}
+
+/// Hands the arrays of a call to `function`, and its results back.
+fn with_arrays(
+    frame: Frame<'_>,
+    function: impl FnOnce(&[HostTensor], &[TensorType]) -> std::result::Result<Vec<HostTensor>, String>,
+) -> Outcome {
+    let Frame { operands, mut results, .. } = frame;
+    let sizes = |dims: &[i64]| dims.iter().map(|&dim| dim as usize).collect::<Vec<_>>();
+    let inputs = (0..operands.len()).map(|index| {
+        let operand = operands.get(index)?;
+        Ok(HostTensor::from_bytes(operand.element, &sizes(operand.dims), operand.bytes()?))
+    });
+    let inputs = inputs.collect::<std::result::Result<Vec<_>, String>>()?;
+    let types =
+        (0..results.len()).map(|index| results.ty(index).map(|(element, dims)| TensorType::new(element, &sizes(dims))));
+    let types = types.collect::<std::result::Result<Vec<_>, String>>()?;
+    for (index, output) in function(&inputs, &types)?.iter().enumerate() {
+        results.bytes(index)?.copy_from_slice(output.bytes());
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use pagoda_ir::{
     Context, Element, HostTensor,
     mosaic::{self, MemorySpace, Semantics, Window},
-    tile_machine::{DmaOrder, Machine, Observer, Program, Trace},
+    tile_machine::{Cell, DmaOrder, Machine, Observer, Program, Trace},
 };
 use serde_json::Value as Json;
 
@@ -101,4 +101,27 @@ fn a_trace_covers_the_run() {
         .map(|b| b["name"].as_str().unwrap())
         .collect();
     assert_eq!(blocks, ["in y [0,0]", "out out [0,0]", "in y [1,0]", "out out [1,0]"]);
+}
+
+#[test]
+fn an_element_has_a_past() {
+    let context = Context::new();
+    let (program, outputs) = program(&context);
+    let past = |output, offset| {
+        let cell = Cell::Output { output, offset };
+        let past = program.history(&Machine::default(), &inputs(), &outputs, cell);
+        past.into_iter().map(|past| (past.what, past.location.is_some(), past.grid_step)).collect::<Vec<_>>()
+    };
+    // An element of the second block: written back from its window, where the step stored it twice.
+    let expected = [
+        ("array `out` written back from its window (block [1, 0])", false, [1]),
+        ("`out` written by vector.store", true, [1]),
+        ("`out` written by vector.store", true, [1]),
+        ("unwritten again: a new block of the output begins", false, [1]),
+    ];
+    let seen = past(0, 8 * 128 + 5);
+    assert!(seen.len() >= 4, "{seen:?}");
+    for ((what, has_line, step), (seen, with_line, at)) in expected.iter().zip(&seen) {
+        assert_eq!((*what, *has_line, &step[..]), (seen.as_str(), *with_line, at.as_slice()));
+    }
 }

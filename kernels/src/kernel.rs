@@ -29,6 +29,7 @@ use crate::{
     plan::{Layout, Plan, PlanError},
     problem::{Problem, Specification},
     random::{self, Lengths},
+    threads::Threads,
     vmem::Bytes,
 };
 
@@ -116,6 +117,12 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         Cost { flops: 0, transcendentals: 0, bytes_accessed: passes_once::<Self>(problem) }
     }
 
+    /// The lengths of the sequences in `inputs`, where what a launch does depends on them.
+    fn lengths(problem: &ProblemOf<Self>, inputs: &Arrays) -> Option<Vec<Lengths>> {
+        let _ = (problem, inputs);
+        None
+    }
+
     /// Leading elements of each result that are results; those behind them are padding. Cheap: no result is computed.
     fn live(problem: &ProblemOf<Self>, inputs: &Arrays) -> Vec<usize> {
         let _ = inputs;
@@ -136,6 +143,12 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         problem: &ProblemOf<Self>,
         args: &Named<Tensor<'c, 'a>>,
     ) -> Result<Vec<Tensor<'c, 'a>>>;
+
+    /// The results by the kernel in Rust, on the host's own processor; `None` where there is none for the problem.
+    fn native(problem: &ProblemOf<Self>, inputs: &Arrays, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
+        let _ = (problem, inputs, threads);
+        None
+    }
 
     /// Declares and writes the Mosaic kernel of `plan`. Its operands are those of [`Kernel::operands`], in that order.
     fn mosaic<'a>(k: &'a mosaic::Builder<'a>, plan: &Plan<Self>);

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use half::bf16;
 use pagoda_engine::generate::{EngineOptions, SamplingOptions};
-use pagoda_engine::llama::{Parallel, Target};
+use pagoda_engine::llama::{KvCache, Parallel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::quantization::{Quantization, Scales};
 use pagoda_engine::scheduler::Limits;
@@ -231,6 +231,7 @@ fn check(name: &str, changes: &Value, seed: u64, forms: &[(Target, usize)]) {
         let options = EngineOptions {
             limits,
             compute: Element::F32,
+            kv_cache: KvCache::of(Element::F32),
             target,
             sampling: SamplingOptions::GREEDY,
             stop: StopRule::default(),

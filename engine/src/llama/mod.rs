@@ -5,6 +5,7 @@
 
 mod arguments;
 mod executor;
+mod kv_cache;
 mod lowering;
 pub mod parallel;
 mod rotary;
@@ -14,6 +15,8 @@ mod target;
 
 pub use arguments::weight_types;
 pub use executor::{Call, Executor};
+pub use kv_cache::KvCache;
+pub(crate) use lowering::attention_kernel;
 pub use parallel::{Group, Member, Parallel, Reduce};
 pub use target::Target;
 
@@ -89,6 +92,9 @@ impl DeviceModel {
             if shard.of.get() > 1 {
                 buffers.push(client.upload(&HostTensor::scalar(shard.index as i32), *device)?);
             }
+        }
+        if shape.target == Target::Host {
+            buffers.iter_mut().flatten().try_for_each(Buffer::stay)?;
         }
         Ok(Self { config: config.clone(), group, buffers })
     }
@@ -245,6 +251,7 @@ mod tests {
             max_positions: 32,
             max_rounds: 1,
             compute: Element::Bf16,
+            kv_cache: KvCache::of(Element::Bf16),
             target: Target::Portable,
             parallel: Parallel::group(model),
         };

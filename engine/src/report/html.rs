@@ -6,7 +6,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::{
     Bar, Block, Cell, Figure, HeatMap, MeshDrawing, Report, Roofline, RooflinePoint, Section, Share, Status,
-    Suggestion, Table, Timeline, Value, Verdict,
+    Suggestion, Table, Timeline, Tracks, Value, Verdict,
 };
 
 /// Colours of the style sheet.
@@ -102,6 +102,7 @@ fn section(section: &Section) -> Markup {
                     Block::Bars(bars) => @for bar in bars { (self::bar(bar)) },
                     Block::Roofline(roofline) => (self::roofline(roofline)),
                     Block::Timeline(timeline) => (self::timeline(timeline)),
+                    Block::Tracks(tracks) => (self::tracks(tracks)),
                     Block::Mesh(mesh) => (self::mesh(mesh)),
                     Block::Heat(map) => (self::heat(map)),
                     Block::Shares(shares) => (self::shares(shares)),
@@ -194,6 +195,39 @@ fn timeline(timeline: &Timeline) -> Markup {
                 div.legend {
                     @for (at, span) in lane.spans.iter().enumerate() {
                         span { b class=(colour(at)) {} (span.label) " " (Value::Seconds(span.seconds).to_string()) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Spans at their places; of tracks with very many, those that last longest.
+fn tracks(tracks: &Tracks) -> Markup {
+    const WIDTH: f64 = 860.0;
+    const LEFT: f64 = 150.0;
+    const ROW: f64 = 24.0;
+    const MOST: usize = 1500;
+    let end = tracks.end().max(f64::MIN_POSITIVE);
+    let x = |time: f64| LEFT + time / end * (WIDTH - LEFT);
+    let rows = tracks.tracks.len() as f64;
+    let ticks: Vec<f64> = (0..=4).map(|tick| end * f64::from(tick) / 4.0).collect();
+    html! {
+        svg viewBox=(format!("0 0 {WIDTH} {}", rows * ROW + 22.0)) role="img" aria-label="timeline" {
+            @for tick in &ticks {
+                line.grid x1=(format!("{:.1}", x(*tick))) x2=(format!("{:.1}", x(*tick))) y1="0" y2=(rows * ROW) {}
+                text x=(format!("{:.1}", x(*tick).min(WIDTH - 2.0))) y=(rows * ROW + 16.0)
+                    text-anchor=(if *tick == 0.0 { "start" } else { "end" }) { (Value::Seconds(*tick).to_string()) }
+            }
+            @for (row, track) in tracks.tracks.iter().enumerate() {
+                @let y = row as f64 * ROW;
+                @let mut shortest = track.spans.iter().map(|span| span.to - span.from).collect::<Vec<_>>();
+                @let least = { shortest.sort_by(|a, b| b.total_cmp(a)); shortest.get(MOST).copied().unwrap_or(0.0) };
+                text x="0" y=(format!("{:.1}", y + 15.0)) { (track.label) " " (Value::Share(track.busy() / end).to_string()) }
+                @for span in track.spans.iter().filter(|span| span.to - span.from >= least).take(MOST) {
+                    rect class=(colour(row)) x=(format!("{:.2}", x(span.from))) y=(format!("{:.1}", y + 3.0))
+                        width=(format!("{:.2}", (x(span.to) - x(span.from)).max(0.6))) height=(format!("{:.1}", ROW - 7.0)) {
+                        title { (span.label) ": " (Value::Seconds(span.to - span.from).to_string()) }
                     }
                 }
             }

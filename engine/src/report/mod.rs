@@ -203,6 +203,8 @@ pub enum Block {
     Roofline(Roofline),
     /// Spans of time, side by side.
     Timeline(Timeline),
+    /// Spans at their places in time.
+    Tracks(Tracks),
     /// Devices, hosts and replicas.
     Mesh(MeshDrawing),
     /// What was tried, along two settings.
@@ -354,6 +356,52 @@ pub struct Span {
     pub label: String,
     /// How long it takes.
     pub seconds: f64,
+}
+
+/// Tracks below each other, all from 0.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Tracks {
+    /// The tracks.
+    pub tracks: Vec<TrackDrawing>,
+}
+
+impl Tracks {
+    /// When the last span ends.
+    fn end(&self) -> f64 {
+        self.tracks.iter().flat_map(|track| &track.spans).map(|span| span.to).fold(0.0, f64::max)
+    }
+}
+
+/// One track.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TrackDrawing {
+    /// What it shows.
+    pub label: String,
+    /// In the order in which they begin; they may overlap.
+    pub spans: Vec<Placed>,
+}
+
+impl TrackDrawing {
+    /// How long at least one span lasts.
+    fn busy(&self) -> f64 {
+        let (mut busy, mut end) = (0.0, 0.0_f64);
+        for Placed { from, to, .. } in &self.spans {
+            busy += (to - from.max(end)).max(0.0);
+            end = end.max(*to);
+        }
+        busy
+    }
+}
+
+/// A span of a track, in seconds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Placed {
+    /// What takes the time.
+    pub label: String,
+    /// When it begins.
+    pub from: f64,
+    /// When it ends.
+    pub to: f64,
 }
 
 /// Replicas and hosts of a slice.

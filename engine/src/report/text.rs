@@ -2,7 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::{Bar, Block, HeatMap, MeshDrawing, Report, Roofline, Section, Share, Status, Table, Timeline, Value};
+use super::{
+    Bar, Block, HeatMap, MeshDrawing, Report, Roofline, Section, Share, Status, Table, Timeline, Tracks, Value,
+};
 
 /// Characters of a full bar.
 const BAR: usize = 40;
@@ -57,6 +59,7 @@ fn section(out: &mut String, section: &Section) {
             Block::Bars(bars) => self::bars(out, bars),
             Block::Roofline(roofline) => self::roofline(out, roofline),
             Block::Timeline(timeline) => self::timeline(out, timeline),
+            Block::Tracks(tracks) => self::tracks(out, tracks),
             Block::Mesh(mesh) => self::mesh(out, mesh),
             Block::Heat(map) => self::heat(out, map),
             Block::Shares(shares) => self::shares(out, shares),
@@ -199,6 +202,25 @@ fn timeline(out: &mut String, timeline: &Timeline) {
                 Value::Share(if total > 0.0 { span.seconds / total } else { 0.0 }).to_string(),
             );
         }
+    }
+}
+
+/// Each track as one line: where it is busy, and how much of the time.
+fn tracks(out: &mut String, tracks: &Tracks) {
+    const WIDTH: usize = 60;
+    let end = tracks.end();
+    let names = tracks.tracks.iter().map(|track| track.label.chars().count()).max().unwrap_or(0);
+    for track in &tracks.tracks {
+        let mut line = ['\u{2591}'; WIDTH];
+        let at = |time: f64| if end > 0.0 { (time / end * WIDTH as f64) as usize } else { 0 };
+        for span in track.spans.iter().filter(|span| span.to > span.from) {
+            let first = at(span.from).min(WIDTH - 1);
+            let last = (at(span.to).max(first + 1)).min(WIDTH);
+            line[first..last].fill('\u{2588}');
+        }
+        let share = if end > 0.0 { track.busy() / end } else { 0.0 };
+        let line: String = line.iter().collect();
+        let _ = writeln!(out, "  {:<names$} {line} {:>4}", track.label, Value::Share(share).to_string());
     }
 }
 

@@ -41,6 +41,8 @@
 
 mod builder;
 mod bytecode;
+mod debug;
+pub mod hosted;
 mod location;
 mod memref;
 mod signature;
@@ -50,7 +52,8 @@ mod value;
 pub mod wire;
 
 pub use builder::{Builder, Carry, Cost, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
-pub(crate) use location::{describe, describe_function};
+pub use location::Frame;
+pub(crate) use location::{Place, describe, describe_function, place_of_function};
 pub(crate) use memref::describe as describe_memref;
 pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, Signature, WindowParams};

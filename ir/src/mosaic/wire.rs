@@ -4,7 +4,9 @@
 //! that vocabulary ([`VERSION`]); types and attributes keep their names. It is written as MLIR bytecode, in base64,
 //! into a JSON object, beside the limit of scoped VMEM. Source: `tpu_custom_call.py` and `serde.cc` of JAX 0.10.2.
 
+use std::cell::LazyCell;
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use melior::ir::{
@@ -19,6 +21,8 @@ use serde_json::{Value as Json, json};
 use super::{
     builder::{Kernel, Role, Semantics},
     bytecode::readable,
+    debug::Locations,
+    location::Frame,
     signature::{Signature, kernel_function, op_name},
     text,
 };
@@ -80,6 +84,16 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
     let module = renamed(context, &module, &|name| name.strip_prefix(PREFIX).unwrap_or(name).to_owned())?;
     let (valid, diagnostics) = diagnosed(context, || module.as_operation().verify());
     if valid { Ok(module) } else { Err(Error::Verify { module: "the kernel".to_owned(), diagnostics }) }
+}
+
+/// A StableHLO module that was written without StableHLO's own encoding, as Pagoda writes them, as text.
+///
+/// # Errors
+/// When MLIR cannot read it.
+pub fn bytecode_as_text(context: &Context, module: &[u8]) -> Result<String> {
+    let module = read_bytecode(context.melior(), module)
+        .map_err(|diagnostics| Error::mosaic(format!("the bytecode is not an MLIR module: {diagnostics}")))?;
+    Ok(text::print(&module))
 }
 
 /// The module, or what MLIR says.
@@ -200,6 +214,9 @@ pub fn backend_config(kernel: &Kernel) -> String {
     if let Some(cost) = kernel.cost() {
         config["custom_call_config"]["cost_estimate"] = json!(cost);
     }
+    if kernel.has_unchecked_bounds() {
+        config["custom_call_config"]["disable_bounds_checks"] = json!(true);
+    }
     config.to_string()
 }
 
@@ -250,6 +267,10 @@ pub struct CallSite {
     ///
     /// [`Program::with_unused_outputs`]: crate::tile_machine::Program::with_unused_outputs
     pub unused: Vec<usize>,
+    /// Where its line is in the text; `None` in bytecode.
+    pub line: Option<Range<usize>>,
+    /// The source line of the call and those that called it, the innermost first, as far as the text has them.
+    pub frames: Vec<Frame>,
 }
 
 /// Every Mosaic custom call in a StableHLO module, in order of appearance. Takes MLIR text in any form with one op a line, and
@@ -267,6 +288,7 @@ pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
     let mut found = Vec::new();
     let mut line = Line::default();
     let mut in_module = None;
+    let locations = LazyCell::new(|| Locations::of(module));
     // What was looked at before: keys, and configurations that were found.
     let mut at = 0;
     while let Some(offset) = position(&module[at..], KEY) {
@@ -298,7 +320,8 @@ pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
             continue;
         };
         at = end.max(at);
-        let (mut types, mut aliases, mut unused) = (None, vec![], vec![]);
+        let (mut types, mut aliases, mut unused, mut frames) = (None, vec![], vec![], vec![]);
+        let span = in_text.then_some(line.start..line.end);
         if in_text {
             if std::mem::replace(&mut line.called, true) {
                 let message =
@@ -310,8 +333,9 @@ pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
             aliases = if types.is_some() { call_aliases(&text) } else { vec![] };
             let results = types.as_ref().map_or(0, |(_, results)| results.len());
             unused = unused_results(&text, results, &module[line.end..]);
+            frames = locations.frames(&text);
         }
-        found.push(CallSite { backend_config: config.to_string(), types, aliases, unused });
+        found.push(CallSite { backend_config: config.to_string(), types, aliases, unused, line: span, frames });
     }
     Ok(found)
 }
@@ -408,22 +432,8 @@ fn call_types(line: &str) -> Option<(Vec<TensorType>, Vec<TensorType>)> {
     Some((list(operands)?, list(results)?))
 }
 
-/// Names and types of the arguments of a StableHLO module's `@main`, from its text; `None` when they cannot be read.
-///
-/// As [`find_custom_calls`], without StableHLO's dialect.
-pub fn main_arguments(module: &str) -> Option<Vec<(String, TensorType)>> {
-    let (_, rest) = module.split_once("@main(")?;
-    // Attributes may hold anything, but no `%name: tensor<`.
-    let (list, _) = rest.split_once(" -> ").or_else(|| rest.split_once('{'))?;
-    let arguments = list.split('%').skip(1).map(|argument| {
-        let (name, ty) = argument.split_once(": tensor<")?;
-        Some((name.to_owned(), tensor_type(ty)?))
-    });
-    arguments.collect()
-}
-
 /// `8x128xbf16>...`
-fn tensor_type(text: &str) -> Option<TensorType> {
+pub(super) fn tensor_type(text: &str) -> Option<TensorType> {
     let mut parts: Vec<_> = text.split(['>', ',']).next()?.split('x').collect();
     let element = Element::from_mlir(parts.pop()?.trim())?;
     let dims = parts.into_iter().map(|size| size.trim().parse().ok()).collect::<Option<Vec<usize>>>()?;

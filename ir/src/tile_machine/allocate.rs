@@ -126,7 +126,10 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                             return Err(bad(self, detail));
                         }
                         Role::Output => self.whole_outputs.push((buffer, array)),
-                        _ => self.counters.hbm_bytes_read += self.buffers[array].data.bytes().len() as u64,
+                        _ => {
+                            self.counters.hbm_bytes_read += self.buffers[array].data.bytes().len() as u64;
+                            self.observe_whole(array, buffer, false);
+                        }
                     }
                     buffer
                 }
@@ -236,6 +239,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
     pub(super) fn put_whole_outputs(&mut self) {
         for (buffer, array) in std::mem::take(&mut self.whole_outputs) {
             self.counters.hbm_bytes_written += self.carry(&self.whole(buffer), &self.whole(array));
+            self.observe_whole(array, buffer, true);
         }
     }
 

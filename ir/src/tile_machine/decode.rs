@@ -25,8 +25,8 @@ use crate::{
     element::Element,
     error::{Error, Result},
     mosaic::{
-        MemorySpace, RefElement, Role, Signature, describe, describe_function, functions, i64_array, kernel_function,
-        op_name, read_memref, scalar_element, symbol, vector_dims,
+        MemorySpace, Place, RefElement, Role, Signature, describe, describe_function, functions, i64_array,
+        kernel_function, op_name, place_of_function, read_memref, scalar_element, symbol, vector_dims,
     },
 };
 
@@ -51,7 +51,7 @@ impl Program {
             return Err(Error::op("func.func", format!("{message} (at {})", describe_function(kernel))));
         }
         let functions = functions(module);
-        let mut transforms = Vec::new();
+        let (mut transforms, mut transform_frames) = (Vec::new(), Vec::new());
         for argument in &signature.arguments {
             let element = argument.element.data();
             if element.is_some_and(|element| !is_stored(element)) || argument.dims.contains(&0) {
@@ -63,9 +63,12 @@ impl Program {
                 let named = |function: &&OperationRef| symbol(**function).is_ok_and(|name| name == window.transform);
                 let function = functions.iter().find(named);
                 let function = function.ok_or_else(|| Error::mosaic(format!("no function @{}", window.transform)))?;
-                decoder.transform(*function, &window.transform, &of_transform, window.block.len())
+                let code = decoder.transform(*function, &window.transform, &of_transform, window.block.len())?;
+                Ok((code, place_of_function(*function).frames))
             });
-            transforms.push(transform.transpose()?);
+            let (code, frames) = transform.transpose()?.unzip();
+            transforms.push(code);
+            transform_frames.push(frames.unwrap_or_default());
         }
         let mut refused = decoder.refused;
         match refused.len() {
@@ -74,7 +77,9 @@ impl Program {
             _ => return Err(Error::Unsupported { errors: refused }),
         }
         let (origins, slots) = (decoder.origins, decoder.slots.len());
-        Ok(Self { signature, body, transforms, origins, slots, aliases: vec![], unused_outputs: vec![] })
+        let frames = place_of_function(kernel).frames;
+        let (aliases, unused_outputs) = (vec![], vec![]);
+        Ok(Self { signature, body, transforms, origins, slots, aliases, unused_outputs, frames, transform_frames })
     }
 }
 
@@ -200,7 +205,10 @@ impl Decoder {
             let operands = operation.operands().map(|value| self.read(value)).collect();
             let results = operation.results().map(|result| self.slot(result)).collect();
             let origin = self.origins.len() as u32;
-            self.origins.push(Origin { op: site.name.clone(), location: describe(operation.location()) });
+            let place = Place::of(operation.location());
+            let location = place.describe().unwrap_or_else(|| "unknown".into());
+            let elements = site.result().map_or(0, |result| result.len());
+            self.origins.push(Origin { op: site.name.clone(), location, frames: place.frames, elements });
             code.body.push(Inst { op, pure: row.pure, operands, codes, results, kills: vec![], origin });
         }
         Ok(code)
@@ -344,6 +352,12 @@ impl<'c, 'a> Site<'c, 'a> {
 
     pub(super) fn has(&self, name: &str) -> bool {
         self.operation.has_attribute(name)
+    }
+
+    /// The text of a string.
+    pub(super) fn string(&self, name: &str) -> Option<String> {
+        let printed = self.text(name).ok()?;
+        Some(printed.strip_prefix('"')?.strip_suffix('"')?.to_owned())
     }
 
     /// What an attribute prints as.

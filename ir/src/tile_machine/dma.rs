@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use super::{
     DmaOrder,
-    exec::{Executor, Step},
+    exec::{Executor, Step, side},
     fault::FaultKind,
     memory::{Region, View},
     observer::{DmaEvent, Observer},
@@ -185,9 +185,10 @@ impl<O: Observer> Executor<'_, '_, O> {
         self.semaphores.entry(dma.semaphore).or_default().origin = origin;
         self.observer.dma_start(&DmaEvent {
             id: dma.id,
-            from: &self.buffers[from].name,
-            to: &self.buffers[to].name,
+            from: side(&self.buffers, &dma.source),
+            to: side(&self.buffers, &dma.destination),
             bytes,
+            semaphore: (&self.buffers[dma.semaphore.0].name, dma.semaphore.1),
             location: &self.program.origins[origin as usize].location,
         });
         self.dmas.push(dma);

@@ -8,9 +8,9 @@ use super::{
     dma::{Dma, Semaphore},
     fault::{Fault, FaultKind},
     memory::{Buffer, Region, View},
-    observer::{Observer, OpEvent},
+    observer::{AccessEvent, MatmulEvent, Observer, OpEvent, Side},
     program::{Code, Extent, Inst, Op, Origin, Permutation, Program, Slot, Use},
-    tile::{self, Binary, Scalar, Tile},
+    tile::{self, Binary, MatmulShape, Scalar, Tile},
 };
 use crate::{element::Element, mosaic::RefElement, random::SplitMix64, shape::TensorType, tensor::HostTensor};
 
@@ -97,10 +97,16 @@ impl Program {
             taken: BTreeMap::new(),
             barrier: 0,
             prng: SplitMix64::new(machine.random_seed),
-            pipeline: Origin { op: "pipeline".into(), location: "the kernel's grid".into() },
+            pipeline: Origin {
+                op: "pipeline".into(),
+                location: "the kernel's grid".into(),
+                frames: self.frames.clone(),
+                elements: 0,
+            },
         };
         let signature = self.signature.clone().with_outputs(outputs.len());
         let mut call = executor.allocate(&signature.arguments, inputs, outputs)?;
+        executor.observer.begin(&call.results);
         executor.grid(&call.views, &mut call.windows)?;
         executor.check_settled("at the end of the kernel")?;
         executor.put_whole_outputs();
@@ -117,8 +123,10 @@ impl<O: Observer> Executor<'_, '_, O> {
             kernel: self.program.signature.name.clone(),
             op: origin.op.clone(),
             location: origin.location.clone(),
+            frames: origin.frames.clone(),
             buffer: None,
             index: vec![],
+            cell: None,
             grid_step: self.step.clone(),
             dma: None,
             detail,
@@ -132,6 +140,7 @@ impl<O: Observer> Executor<'_, '_, O> {
     pub(super) fn in_buffer(&self, mut fault: Box<Fault>, buffer: usize, offset: usize) -> Box<Fault> {
         fault.buffer = Some(self.buffers[buffer].name.clone());
         fault.index = self.buffers[buffer].unravel(offset);
+        fault.cell = Some((buffer, offset));
         fault
     }
 
@@ -192,13 +201,23 @@ impl<O: Observer> Executor<'_, '_, O> {
             let detail = format!("more than {} (`Machine::max_ops`): a loop that never ends?", self.machine.max_ops);
             return Err(self.fault_at(FaultKind::Runaway, origin, detail));
         }
-        let Origin { op, location } = &self.program.origins[origin as usize];
-        self.observer.op(&OpEvent { number: origin, op, location });
+        let Origin { op, location, frames, elements } = &self.program.origins[origin as usize];
+        self.observer.op(&OpEvent { number: origin, op, location, frames, elements: *elements });
         Ok(())
     }
 
     fn execute(&mut self, inst: &Inst) -> Step<()> {
-        self.count_op(inst.origin)?;
+        match &inst.op {
+            Op::RegionStart(name) => {
+                self.observer.region_start(name);
+                return Ok(());
+            }
+            Op::RegionStop => {
+                self.observer.region_stop();
+                return Ok(());
+            }
+            _ => self.count_op(inst.origin)?,
+        }
         let (origin, operands) = (inst.origin, inst.operands.as_slice());
         let result = match &inst.op {
             Op::Scalar(scalar) => Reg::Scalar(*scalar),
@@ -322,8 +341,11 @@ impl<O: Observer> Executor<'_, '_, O> {
                 other => other,
             },
             Op::Extract { index } => Reg::Scalar(self.tile(&operands[0]).get(*index)),
-            Op::Matmul { shape, round, arrange } => {
+            Op::Matmul { shape, round, arrange, elements: [left, right] } => {
                 self.counters.mxu_flops += shape.flops();
+                let MatmulShape { batch, m, n, k, .. } = *shape;
+                let exact = *left == Element::F32 && !round[0];
+                self.observer.matmul(&MatmulEvent { batch, m, n, k, lhs: *left, rhs: *right, exact });
                 let [lhs, rhs] = [0, 1].map(|side| {
                     let x = self.tile(&operands[side]);
                     match &arrange[side] {
@@ -335,11 +357,13 @@ impl<O: Observer> Executor<'_, '_, O> {
             }
             Op::Load { extent, to, masked: false } => {
                 let region = self.readable(operands, extent, origin)?;
+                self.observe_access(&region, false, None);
                 Reg::Tile(self.read(&region, extent, *to))
             }
             Op::Load { extent, to, masked: true } => Reg::Tile(self.load_masked(operands, extent, *to, origin)?),
             Op::LoadScalar { extent } => {
                 let region = self.readable(operands, extent, origin)?;
+                self.observe_access(&region, false, None);
                 Reg::Scalar(self.buffers[region.buffer].read_scalar(region.start()))
             }
             Op::Store { extent, add } => {
@@ -351,6 +375,7 @@ impl<O: Observer> Executor<'_, '_, O> {
                 let (view, start) = self.place(&operands[1..]);
                 let region = self.region(&view, &start, extent, origin)?;
                 self.check_in_flight(&region, true, Some(origin))?;
+                self.observe_access(&region, true, None);
                 self.buffers[region.buffer].write_scalar(region.start(), value);
                 Reg::Empty
             }
@@ -420,6 +445,7 @@ impl<O: Observer> Executor<'_, '_, O> {
                 }
                 Reg::Scalar(Scalar::Int(x))
             }
+            Op::RegionStart(_) | Op::RegionStop => unreachable!("they have begun and ended"),
             Op::Assert(message) => {
                 if self.scalar(&operands[0]) == 0 && !self.machine.ignored.contains(FaultKind::BrokenAssumption) {
                     return Err(self.fault_at(FaultKind::BrokenAssumption, origin, message.clone()));
@@ -561,6 +587,7 @@ impl<O: Observer> Executor<'_, '_, O> {
                 return Err(self.in_buffer(fault, region.buffer, offset));
             }
         }
+        self.observe_access(&region, false, None);
         let tile = self.read(&region, extent, to);
         let garbage = if to.is_float() { Scalar::Float(f32::NAN) } else { Scalar::Int(tile::wrap(to, 0x5a5a_5a5a)) };
         let garbage = tile::splat(garbage, mask.len());
@@ -592,9 +619,21 @@ impl<O: Observer> Executor<'_, '_, O> {
             let lanes = extent.sizes.last().copied().unwrap_or(1);
             mask = mask.map(|mask| mask.chunks(lanes).flat_map(|row| row.repeat(ratio)).collect());
         }
+        self.observe_access(&region, true, mask.as_deref());
         self.buffers[region.buffer].write(&region, &value, mask.as_deref());
         Ok(())
     }
+
+    fn observe_access(&mut self, region: &Region, write: bool, mask: Option<&[bool]>) {
+        let bytes = (region.len() * self.buffers[region.buffer].data.element().bytes()) as u64;
+        self.observer.access(&AccessEvent { side: side(&self.buffers, region), bytes, write, mask });
+    }
+}
+
+/// A region as observers see it.
+pub(super) fn side<'s>(buffers: &'s [Buffer], region: &'s Region) -> Side<'s> {
+    let Buffer { name, space, .. } = &buffers[region.buffer];
+    Side { buffer: region.buffer, name, space: *space, region }
 }
 
 /// A scalar register as an integer.

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::mosaic::Frame;
+
 /// Kinds of faults. Their meaning stands in the [module docs](super).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -124,10 +126,16 @@ pub struct Fault {
     pub op: String,
     /// The op's source line, `file:line`.
     pub location: String,
+    /// The op's source line and those that called it, the innermost first; of the pipeline, where the window's transform or
+    /// the kernel is.
+    pub frames: Vec<Frame>,
     /// The buffer, by its name.
     pub buffer: Option<String>,
     /// The index of the first offending element in that buffer.
     pub index: Vec<i64>,
+    /// The buffer's number and that element's offset, for [`Program::history`](super::Program::history).
+    #[serde(skip)]
+    pub cell: Option<(usize, usize)>,
     /// The grid step.
     pub grid_step: Vec<usize>,
     /// The DMA that is involved: where it was started.

@@ -420,7 +420,7 @@ impl Region {
     }
 
     /// Calls `f(start, len, stride)` for the innermost runs, in order, until it returns something.
-    fn find_run<R>(&self, mut f: impl FnMut(usize, usize, usize) -> Option<R>) -> Option<R> {
+    pub(super) fn find_run<R>(&self, mut f: impl FnMut(usize, usize, usize) -> Option<R>) -> Option<R> {
         if self.is_empty() {
             return None;
         }

@@ -103,25 +103,30 @@
 //! # Where things are
 //! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness`
 //! finishes. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data.
-//! `tile` computes. Only `decode` and `ops` see MLIR. `ir/tests/states.rs` holds the machine to the tables by random
-//! kernels, and `ir/tests/cases` has a kernel for every fault.
+//! `history` and `profile` watch: what happened to one element, and what was moved when. `tile` computes. Only `decode` and
+//! `ops` see MLIR. `ir/tests/states.rs` holds the machine to the tables by random kernels, and `ir/tests/cases` has a kernel
+//! for every fault.
 
 mod allocate;
 mod decode;
 mod dma;
 mod exec;
 mod fault;
+mod history;
 mod liveness;
 mod memory;
 mod observer;
 mod ops;
 mod pipeline;
+mod profile;
 mod program;
 mod tile;
 mod trace;
 
 pub use fault::{Fault, FaultKind, FaultKinds};
-pub use observer::{BlockEvent, DmaEvent, Observer, OpEvent};
+pub use history::{Cell, Past};
+pub use observer::{AccessEvent, BlockEvent, DmaEvent, MatmulEvent, Observer, OpEvent, Side};
+pub use profile::{Counts, Moved, Multiplied, Profile, Rates, Span, Step, Tally, Track};
 pub use program::Program;
 pub use trace::Trace;
 

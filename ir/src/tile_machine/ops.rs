@@ -215,8 +215,8 @@ static ROWS: &[Row] = &[
     yields("scf.yield"),
     yields("scf.condition"),
     yields("tpu.yield"),
-    ignored("tpu.trace_start"),
-    ignored("tpu.trace_stop"),
+    effect("tpu.trace_start", 0..=0, |op| Ok(Op::RegionStart(op.string("message").unwrap_or_default()))),
+    effect("tpu.trace_stop", 0..=0, |_| Ok(Op::RegionStop)),
     ignored("tpu.trace_value"),
     ignored("tpu.log"),
     ignored("tpu.log_buffer"),
@@ -480,6 +480,7 @@ fn matmul(op: &Site) -> Decoded<Op> {
     })?;
     let exact = op.has("precision") && op.text("precision")?.contains("fp32");
     let round = [&lhs, &rhs].map(|side| side.element == Element::F32 && !exact);
+    let elements = [lhs.element, rhs.element];
     let to = sum.element;
     let (lhs, rhs, sum) = (lhs.dims, rhs.dims, sum.dims);
     let numbers = match op.has("dimension_numbers") {
@@ -522,7 +523,7 @@ fn matmul(op: &Site) -> Decoded<Op> {
         rhs: Strides { batch: batch_stride_r, row: row_r, column: column_r },
         to,
     };
-    Ok(Op::Matmul { shape, round, arrange: [arrange_l, arrange_r] })
+    Ok(Op::Matmul { shape, round, arrange: [arrange_l, arrange_r], elements })
 }
 
 /// Three groups of dimensions as one dimension each: their strides, and the permutation to apply before where the dimensions of

@@ -4,8 +4,8 @@ use std::{collections::HashSet, sync::Arc};
 
 use super::{
     DmaOrder,
-    exec::{Executor, Reg, Step, int},
-    fault::FaultKind,
+    exec::{Executor, Reg, Step, int, side},
+    fault::{Fault, FaultKind},
     memory::{Region, View},
     observer::{BlockEvent, Observer},
     tile::{self, Scalar},
@@ -53,6 +53,17 @@ impl Window {
     fn other_buffer(&self) -> usize {
         self.buffers[(self.current + 1) % self.buffers.len()]
     }
+}
+
+/// Where a block goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Into the window of this step.
+    In,
+    /// Into the window of the next one.
+    Ahead,
+    /// Out of the window.
+    Back,
 }
 
 /// The part of a block that is inside its array.
@@ -130,6 +141,8 @@ impl<O: Observer> Executor<'_, '_, O> {
         for (argument, view) in self.program.signature.arguments.iter().zip(views) {
             if let (Role::Scratch, RefElement::Data(_), Reg::View(view)) = (argument.role, argument.element, view) {
                 self.buffers[view.buffer].poison();
+                self.observer
+                    .forget(view.buffer, "a step at another parallel position, perhaps on another core, begins");
             }
         }
         Ok(())
@@ -155,9 +168,9 @@ impl<O: Observer> Executor<'_, '_, O> {
         // An output's window of another core is not this one's, whatever its block is.
         let crossed = window.output && window.owner != self.owner;
         if !moved && crossed && !self.buffers[window.array].may_overlap {
-            let fault = self.fault(
+            let fault = self.window_fault(
+                window,
                 FaultKind::ParallelOverlap,
-                &self.pipeline,
                 format!("block {index:?} belongs to this step and to the one before it, at another parallel position"),
             );
             return Err(self.in_buffer(fault, window.array, self.block_offset(window, index)));
@@ -195,13 +208,14 @@ impl<O: Observer> Executor<'_, '_, O> {
         let buffer = window.buffer();
         self.check_in_flight(&self.whole(buffer), true, None)?;
         self.buffers[buffer].poison();
+        self.observer.forget(buffer, "a new block of the output begins");
         let block = self.block(window, index, buffer)?;
         if window.visited.contains(index) {
             self.check_in_flight(&block.array, false, None)?;
             self.check_core(&block.array, self.owner, None)?;
             let bytes = self.carry(&block.array, &block.window);
             self.counters.hbm_bytes_read += bytes;
-            self.observe_block(window, index, bytes, false);
+            self.observe_block(window, index, &block, bytes, Way::In);
         }
         Ok(())
     }
@@ -238,9 +252,9 @@ impl<O: Observer> Executor<'_, '_, O> {
             // Without padding, a block may hang over the end.
             let within = start >= -(before as i64) && (after == 0 || end <= (array[dim] + after) as i64);
             if !within || start >= array[dim] as i64 || end <= 0 {
-                let mut fault = self.fault(
+                let mut fault = self.window_fault(
+                    window,
                     FaultKind::OutOfBounds,
-                    &self.pipeline,
                     format!("block {index:?} of sizes {block:?} starts outside the array of sizes {array:?}"),
                 );
                 fault.buffer = Some(argument.name.clone());
@@ -271,36 +285,52 @@ impl<O: Observer> Executor<'_, '_, O> {
         self.buffers[buffer].all_written();
         let bytes = self.carry(&block.array, &block.window);
         self.counters.hbm_bytes_read += bytes;
-        self.observe_block(window, index, bytes, false);
+        let way = if buffer == window.buffer() { Way::In } else { Way::Ahead };
+        self.observe_block(window, index, &block, bytes, way);
         Ok(())
     }
 
     fn write_back(&mut self, window: &mut Window) -> Step<()> {
         let index = window.index.clone();
-        let Inside { array, window: made, .. } = self.block(window, &index, window.buffer())?;
-        self.check_in_flight(&array, true, None)?;
-        self.check_in_flight(&made, false, None)?;
-        if let Some((offset, other)) = self.buffers[window.array].claim(&array, self.owner) {
-            let fault = self.fault(
+        let block = self.block(window, &index, window.buffer())?;
+        let Inside { array, window: made, .. } = &block;
+        self.check_in_flight(array, true, None)?;
+        self.check_in_flight(made, false, None)?;
+        if let Some((offset, other)) = self.buffers[window.array].claim(array, self.owner) {
+            let fault = self.window_fault(
+                window,
                 FaultKind::ParallelOverlap,
-                &self.pipeline,
                 format!("block {index:?} was already written at parallel position {other}, now at {}", self.owner),
             );
             return Err(self.in_buffer(fault, window.array, offset));
         }
-        let bytes = self.carry(&made, &array);
+        let bytes = self.carry(made, array);
         self.counters.hbm_bytes_written += bytes;
-        self.buffers[window.array].contest(&array, self.owner);
-        self.observe_block(window, &index, bytes, true);
+        self.buffers[window.array].contest(array, self.owner);
+        self.observe_block(window, &index, &block, bytes, Way::Back);
         if window.revisits {
             window.visited.insert(index);
         }
         Ok(())
     }
 
-    fn observe_block(&mut self, window: &Window, index: &[i64], bytes: u64, written_back: bool) {
+    /// A fault of the pipeline: where the window's transform is, if that is known.
+    fn window_fault(&self, window: &Window, kind: FaultKind, detail: String) -> Box<Fault> {
+        let mut fault = self.fault(kind, &self.pipeline, detail);
+        let frames = &self.program.transform_frames[window.argument];
+        if !frames.is_empty() {
+            fault.frames.clone_from(frames);
+        }
+        fault
+    }
+
+    fn observe_block(&mut self, window: &Window, index: &[i64], block: &Inside, bytes: u64, way: Way) {
         let array = &self.buffers[window.array].name;
-        self.observer.block(&BlockEvent { array, index, bytes, written_back });
+        let (outside, inside) = (side(&self.buffers, &block.array), side(&self.buffers, &block.window));
+        let written_back = way == Way::Back;
+        let (from, to) = if written_back { (inside, outside) } else { (outside, inside) };
+        let (double_buffered, ahead) = (window.buffers.len() > 1, way == Way::Ahead);
+        self.observer.block(&BlockEvent { array, index, bytes, written_back, from, to, double_buffered, ahead });
     }
 
     /// Copies between an array and its window; what is unwritten in one is unwritten in the other. The number of bytes.
@@ -312,6 +342,17 @@ impl<O: Observer> Executor<'_, '_, O> {
             self.buffers[to.buffer].spoil(to, &garbage);
         }
         bytes.len() as u64
+    }
+
+    /// An array without a window was copied between HBM and the memory that the kernel sees it in.
+    pub(super) fn observe_whole(&mut self, array: usize, buffer: usize, written_back: bool) {
+        let (outside, inside) = (self.whole(array), self.whole(buffer));
+        let (outside, inside) = (side(&self.buffers, &outside), side(&self.buffers, &inside));
+        let (from, to) = if written_back { (inside, outside) } else { (outside, inside) };
+        let bytes = self.buffers[array].data.bytes().len() as u64;
+        let (double_buffered, ahead) = (false, false);
+        let array = &self.buffers[array].name;
+        self.observer.block(&BlockEvent { array, index: &[], bytes, written_back, from, to, double_buffered, ahead });
     }
 
     /// All of a buffer.

@@ -3,7 +3,7 @@
 use super::tile::{Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Scalar, Tile, Unary};
 use crate::{
     element::Element,
-    mosaic::{MemorySpace, RefElement, Signature},
+    mosaic::{Frame, MemorySpace, RefElement, Signature},
 };
 
 /// A register.
@@ -45,6 +45,10 @@ pub(super) struct Inst {
 pub(super) struct Origin {
     pub(super) op: String,
     pub(super) location: String,
+    /// The source line and those that called it, the innermost first.
+    pub(super) frames: Vec<Frame>,
+    /// How many elements the first result has.
+    pub(super) elements: usize,
 }
 
 /// The extent of a box in a memref: sizes, and steps where they are not 1.
@@ -156,6 +160,8 @@ pub(super) enum Op {
     Matmul {
         shape: MatmulShape,
         round: [bool; 2],
+        /// What the two sides hold.
+        elements: [Element; 2],
         /// Of the sides that must be transposed first.
         arrange: [Option<Permutation>; 2],
     },
@@ -209,6 +215,9 @@ pub(super) enum Op {
     WaitSemaphore,
     ReadSemaphore,
     AssumeMultiple(i32),
+    /// A named region begins. Profilers' marks count as no ops.
+    RegionStart(String),
+    RegionStop,
     /// A condition that must hold, and what is wrong where it does not.
     Assert(String),
     If,
@@ -228,6 +237,10 @@ pub struct Program {
     pub(super) slots: usize,
     pub(super) aliases: Vec<(usize, usize)>,
     pub(super) unused_outputs: Vec<usize>,
+    /// Where the kernel function is, as far as its module says.
+    pub(super) frames: Vec<Frame>,
+    /// Where the transform of each argument's window is.
+    pub(super) transform_frames: Vec<Vec<Frame>>,
 }
 
 impl Program {
@@ -242,6 +255,19 @@ impl Program {
     pub fn with_unused_outputs(mut self, outputs: &[usize]) -> Self {
         self.unused_outputs = outputs.to_vec();
         self
+    }
+
+    /// Gives the arguments other names, as many as there are: those that the kernel's author gave them.
+    pub fn with_names(mut self, names: &[String]) -> Self {
+        for (argument, name) in self.signature.arguments.iter_mut().zip(names) {
+            argument.name.clone_from(name);
+        }
+        self
+    }
+
+    /// The source line of the kernel function, or of its first op that has one, and those that called it.
+    pub fn frames(&self) -> &[Frame] {
+        &self.frames
     }
 
     /// The kernel's grid and arguments.

@@ -116,7 +116,7 @@ impl Observer for Trace {
     }
 
     fn block(&mut self, block: &BlockEvent) {
-        let BlockEvent { array, index, bytes, written_back } = *block;
+        let BlockEvent { array, index, bytes, written_back, .. } = *block;
         let args = json!({ "array": array, "index": index, "bytes": bytes, "written_back": written_back });
         self.blocks.push((self.now, args));
     }

@@ -2,7 +2,7 @@
 // in f32[8,128] = 0
 // out f32[8,128]
 // run
-// fault: out-of-bounds: kernel `kn`: access out of bounds: vector.load at kernel.py:7 (kn) (get:), buffer `x` at [1, 1], grid step []: element 8 of dimension 0 in a view of sizes [8, 128] (from [1, 1], sizes [8, 128])
+// fault: out-of-bounds: kernel `kn`: access out of bounds: vector.load at kernel.py:7 in kn (get), buffer `x` at [1, 1], grid step []: element 8 of dimension 0 in a view of sizes [8, 128] (from [1, 1], sizes [8, 128])
 func.func @kn(%x: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">) {
   %c = arith.constant 1 : index
   %x0 = vector.load %x[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>

@@ -31,6 +31,7 @@ use crate::{
     named::{Argument, Arguments, Arrays, Named, Role},
     plan::PlanError,
     random::{self, Lengths, Random},
+    threads::Threads,
     vmem::Bytes,
 };
 
@@ -163,6 +164,10 @@ impl Kernel for Matmul {
 
     fn reference(problem: &Problem, inputs: &Arrays) -> Vec<Expected> {
         vec![reference::reference(problem, inputs)]
+    }
+
+    fn native(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
+        native::run(problem, inputs, threads)
     }
 
     fn stablehlo<'c, 'a>(

@@ -1,11 +1,13 @@
-//! Arrays from NumPy's `.npy` files.
+//! Arrays from NumPy's `.npy` files, and back.
 
+use std::io::Write as _;
 use std::path::Path;
 
 use npyz::{DType, Endianness, NpyFile, Order, TypeChar};
 use pagoda_ir::{Element, HostTensor, TensorType};
 
 use crate::error::{Error, Result};
+use crate::output::write_atomically;
 
 /// Reads an array of type `ty`. Floats of another type are rounded to it. What `ml_dtypes` adds to NumPy (bfloat16, 8-bit
 /// floats, 4-bit and 2-bit integers) is saved as bytes without a name, which are taken for `ty` where their width fits.
@@ -13,6 +15,14 @@ use crate::error::{Error, Result};
 /// # Errors
 /// When the file cannot be read, is no `.npy` file, or holds another shape or kind of elements.
 pub(super) fn read(path: &Path, ty: &TensorType) -> Result<HostTensor> {
+    Ok(read_as_saved(path, ty)?.converted(ty.element))
+}
+
+/// Reads an array of the sizes of `ty` and its kind of elements: floats of any width are left as they are.
+///
+/// # Errors
+/// As [`read`].
+pub(super) fn read_as_saved(path: &Path, ty: &TensorType) -> Result<HostTensor> {
     let bad = |problem: String, fix: &str| Error::file(path, problem, fix);
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
     let file = NpyFile::new(&bytes[..])
@@ -58,7 +68,40 @@ pub(super) fn read(path: &Path, ty: &TensorType) -> Result<HostTensor> {
         let problem = format!("it holds {} bytes of the {} of {found}", data.len(), ty.len() * element.bytes());
         return Err(bad(problem, "copy the file again"));
     }
-    Ok(HostTensor::from_bytes(element, &ty.dims, data).converted(ty.element))
+    Ok(HostTensor::from_bytes(element, &ty.dims, data))
+}
+
+/// Writes an array, whole or not at all. What NumPy has no type for is widened: bf16 and narrower floats to
+/// float32, narrow integers to 8 bits.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(super) fn write(path: &Path, array: &HostTensor) -> Result<()> {
+    let wide = match array.element() {
+        element if numpy(element) == "float32" => Element::F32,
+        element if numpy(element) == "int8" => Element::I8,
+        element if numpy(element) == "uint8" => Element::U8,
+        element => element,
+    };
+    let widened = (wide != array.element()).then(|| array.clone().converted(wide));
+    let array = widened.as_ref().unwrap_or(array);
+    let kind = match array.element() {
+        Element::Pred => 'b',
+        element if element.is_float() => 'f',
+        element if element.mlir().starts_with("ui") => 'u',
+        _ => 'i',
+    };
+    let sizes: Vec<String> = array.dims().iter().map(usize::to_string).collect();
+    let shape = if let [size] = sizes.as_slice() { format!("{size},") } else { sizes.join(", ") };
+    let descr = format!("{}{kind}{}", if array.element().bytes() == 1 { '|' } else { '<' }, array.element().bytes());
+    // Version 1.0 of the format: the header is filled up with spaces to a multiple of 64 bytes.
+    let header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shape}), }}");
+    let length = (10 + header.len() + 1).next_multiple_of(64) - 10;
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((length as u16).to_le_bytes());
+    writeln!(bytes, "{header:<width$}", width = length - 1).map_err(Error::io("write", path))?;
+    bytes.extend(array.bytes());
+    write_atomically(path, &bytes)
 }
 
 /// NumPy's name of the type to save.

@@ -8,8 +8,8 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use pagoda_ir::Context;
-use pagoda_ir::mosaic::text;
 use pagoda_ir::mosaic::wire::{self, CallSite, Opened};
+use pagoda_ir::mosaic::{hosted, text};
 use pagoda_ir::tile_machine::Program;
 
 use crate::child::{self, Ended, Limits};
@@ -44,7 +44,7 @@ impl File {
     /// # Errors
     /// When it cannot be read, is neither a StableHLO module nor a Mosaic kernel, or crashes MLIR's reader.
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let file = Self::classify(path)?;
+        let mut file = Self::classify(path)?;
         if file.is_plain() {
             return Ok(file); // MLIR is not asked about it
         }
@@ -52,7 +52,10 @@ impl File {
         let mut worker = Command::new(&program);
         worker.arg(WORKER_ARGUMENT).arg(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let outcome = match child::run(&mut worker, LIMITS).map_err(Error::io("run", &program))? {
-            Ended::Exited(status) if status.success() => return Ok(file),
+            Ended::Exited(status) if status.success() => {
+                file.read_as_text();
+                return Ok(file);
+            }
             Ended::Exited(status) => format!("crashes on it ({status})"),
             Ended::OutOfTime => format!("does not come to an end of it within {} s", LIMITS.time.as_secs()),
             Ended::OutOfMemory => format!("takes more than {} GiB of memory for it", LIMITS.memory >> 30),
@@ -61,7 +64,10 @@ impl File {
     }
 
     fn classify(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let mut bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        if let Some(module) = exported(&bytes).map(<[u8]>::to_vec) {
+            bytes = module;
+        }
         let calls = wire::find_custom_calls(&bytes).map_err(|error| Error::file(path, error, EMIT_AGAIN))?;
         let has = |word: &str| bytes.windows(word.len()).any(|window| window == word.as_bytes());
         let content = if !calls.is_empty() {
@@ -78,6 +84,32 @@ impl File {
             return Err(Error::file(path, "it is neither a StableHLO module nor a Mosaic kernel", fix));
         };
         Ok(Self { path: path.to_owned(), bytes, content })
+    }
+
+    /// Turns a program in bytecode that is not StableHLO's own, as Pagoda writes it, into text.
+    fn read_as_text(&mut self) {
+        let Content::Module(calls) = &self.content else { return };
+        if self.is_bytecode()
+            && hosted::host(&self.bytes, calls, "", &|_| vec![]).is_err()
+            && let Ok(text) = wire::bytecode_as_text(&Context::new(), &self.bytes)
+            && let Ok(calls) = wire::find_custom_calls(text.as_bytes())
+        {
+            (self.bytes, self.content) = (text.into_bytes(), Content::Module(calls));
+        }
+    }
+
+    /// Whether there is more in the program than the call of a kernel.
+    pub(super) fn is_program(&self) -> bool {
+        let Content::Module(calls) = &self.content else { return false };
+        !hosted::is_bare_call(&self.bytes, calls)
+    }
+
+    /// The calls of kernels.
+    pub(super) fn calls(&self) -> &[CallSite] {
+        match &self.content {
+            Content::Module(calls) => calls,
+            Content::Kernel => &[],
+        }
     }
 
     /// Whether it is a StableHLO module without Mosaic kernels.
@@ -114,6 +146,15 @@ impl File {
     }
 }
 
+/// The module in what `jax.export` serialises: a FlatBuffer, which has the module's length in front of it.
+fn exported(file: &[u8]) -> Option<&[u8]> {
+    let at = file.windows(BYTECODE.len()).position(|window| window == BYTECODE).filter(|&at| at >= 4)?;
+    // The version of the bytecode, and who wrote it.
+    file.get(at + BYTECODE.len() + 1..)?.strip_prefix(b"StableHLO_v")?;
+    let length = u32::from_le_bytes(file[at - 4..at].try_into().ok()?);
+    file.get(at..at.checked_add(length as usize)?)
+}
+
 /// Opens a file and ends, if the arguments of this process say so.
 pub(in crate::cli) fn run_if_asked() -> Option<ExitCode> {
     let path = child::asked(WORKER_ARGUMENT)?;
@@ -122,12 +163,14 @@ pub(in crate::cli) fn run_if_asked() -> Option<ExitCode> {
     }
     let context = Context::new();
     // An error is not a crash: whoever started this finds it again, and reports it.
-    if let Ok(file) = File::classify(&path)
+    if let Ok(mut file) = File::classify(&path)
         && let Ok(kernels) = file.kernels(&context)
     {
         for (kernel, _) in &kernels {
             let _ = wire::summarize(kernel).map(|_| Program::decode(&kernel.module));
         }
+        drop(kernels);
+        file.read_as_text();
     }
     Some(ExitCode::SUCCESS)
 }

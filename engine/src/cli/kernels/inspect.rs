@@ -26,7 +26,11 @@ pub(in crate::cli) fn inspect(path: &Path, json: bool) -> Result<()> {
     if summaries.is_empty() {
         return print(&format!("{}: a StableHLO module without Mosaic kernels", path.display()));
     }
-    print(&summaries.iter().map(table).collect::<Vec<_>>().join("\n\n"))
+    let numbered = |(number, kernel): (usize, &Summary)| match summaries.len() {
+        1 => table(kernel),
+        _ => format!("kernel {number}: {}", table(kernel)),
+    };
+    print(&summaries.iter().enumerate().map(numbered).collect::<Vec<_>>().join("\n\n"))
 }
 
 fn table(kernel: &Summary) -> String {

@@ -1,12 +1,18 @@
 //! `pagoda plan | certify | emit | inspect | run`: one kernel at a time, from its problem to its verdict.
 
 mod arrays;
+mod explain;
 mod file;
 mod inspect;
+mod module;
 mod operands;
 mod problem;
+mod profile;
+mod program;
 mod report;
+mod results;
 mod run;
+mod sources;
 mod tune;
 
 use std::fmt::Display;
@@ -25,12 +31,13 @@ use crate::output::write_atomically;
 
 pub(super) use file::run_if_asked;
 pub(super) use inspect::inspect;
-pub(super) use problem::KernelCommand;
+pub(super) use module::{ModuleArgs, certify_module};
+pub(super) use problem::{KernelCommand, Launch, NAMES};
 pub(super) use run::{RunArgs, run};
 pub(super) use tune::{TuneArgs, tune};
 
 /// What a command answers: a table for people, JSON for machines.
-trait Answer {
+pub(super) trait Answer {
     fn table(&self) -> String;
     fn json(&self) -> serde_json::Result<String>;
 }

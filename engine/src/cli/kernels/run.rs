@@ -4,15 +4,20 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use pagoda_ir::mosaic::{Role, wire};
-use pagoda_ir::tile_machine::{DmaOrder, Machine, Program, Trace};
+use pagoda_ir::mosaic::{Argument, Frame, Role, hosted};
+use pagoda_ir::tile_machine::{Cell, DmaOrder, FaultKind, FaultKinds, Machine, Profile, Program, Rates, Trace};
 use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
+use pagoda_kernels::chips::Chip;
 
 use super::super::client;
+use super::explain::{Explanation, Known, again};
 use super::file::File;
-use super::operands::{Given, ensure_fits, operands};
+use super::operands::{Given, Name, ensure_fits, operands};
 use super::problem::{KernelCommand, Launch, NAMES, Planned};
-use super::report::{Against, Check, Output, Report, print_reports};
+use super::report::{Against, Check, Report, print_reports};
+use super::results::ResultArgs;
+use super::sources::Sources;
+use super::{profile, program};
 use crate::error::{Error, Result};
 use crate::output::write_atomically;
 use crate::pjrt::{self, Client, Executable};
@@ -36,14 +41,27 @@ pub(in crate::cli) struct RunArgs {
     /// Run the module, or the kernel's StableHLO form, on this PJRT plugin: cpu, cuda, tpu or a path. With --tile-machine,
     /// where --check-against stablehlo runs [default there: cpu].
     #[arg(long, global = true, value_name = "P")]
-    plugin: Option<String>,
-    /// The array of an operand, from NumPy's .npy file; f32 files also give bf16 operands. Repeatable.
+    pub(super) plugin: Option<String>,
+    /// Of a module with several Mosaic kernels, this one alone, counted from 0, on operands of its own.
+    #[arg(long = "kernel", global = true, value_name = "N")]
+    only: Option<usize>,
+    /// The array of an operand, by name or position (counted from 0), from NumPy's .npy file; f32 files also give bf16
+    /// operands. Repeatable.
     #[arg(long = "input", global = true, value_name = "NAME=FILE.npy")]
     inputs: Vec<String>,
+    /// Draw an operand, by name or position, from the integers LOW <= x < HIGH. Repeatable.
+    #[arg(long = "random-int", global = true, value_name = "NAME=LOW..HIGH", allow_hyphen_values = true)]
+    integers: Vec<String>,
+    /// The names of a kernel's arrays, scratch included, for reports and files [default: those in its Python source, if that can be
+    /// read]. With N=, of kernel N alone. Repeatable.
+    #[arg(long, global = true, value_name = "[N=]NAME,...")]
+    names: Vec<String>,
     /// Draw the other operands from this seed: floats in (-2, 2), ragged batches where the kernel has them. Integers of
-    /// kernels from elsewhere must be given with --input.
+    /// kernels from elsewhere must be given with --input or --random-int.
     #[arg(long, global = true, value_name = "SEED", default_value_t = 0)]
-    random: u64,
+    pub(super) random: u64,
+    #[command(flatten)]
+    pub(super) results: ResultArgs,
     /// Compare the result: with the f64 reference, or with the StableHLO form on a plugin.
     #[arg(long, global = true, value_enum)]
     check_against: Option<Against>,
@@ -63,18 +81,42 @@ pub(in crate::cli) struct RunArgs {
     /// Let positions of a parallel grid dimension write the same elements of an output, which are then NaN.
     #[arg(long, global = true)]
     allow_parallel_overlaps: bool,
+    /// Report no faults of this kind, such as `semaphore-unbalanced`; what is read or left then is garbage. Repeatable.
+    #[arg(long = "ignore", global = true, value_name = "KIND", value_parser = ignorable)]
+    ignored: Vec<FaultKind>,
     /// Write the run's timeline, for Perfetto (ui.perfetto.dev): with several orders of DMAs or kernels, that of the last one.
     #[arg(long, global = true, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Write the run's timeline on a model's clock, of libtpu's rates of DMAs and the MXU's, for Perfetto: grid steps, windows, DMAs
+    /// from start to landing to wait, products, waits, and regions that the kernel names.
+    #[arg(long, global = true, value_name = "FILE", conflicts_with = "trace")]
+    timeline: Option<PathBuf>,
+    /// Print what is moved between which memories, sizes of DMAs, passes of the MXU and how full they are: per grid step and in all.
+    #[arg(long, global = true, conflicts_with = "trace")]
+    counts: bool,
+    /// Write counts and timeline as one HTML page.
+    #[arg(long, global = true, value_name = "FILE", conflicts_with = "trace")]
+    html: Option<PathBuf>,
+    /// The chip whose rates --timeline, --counts and --html take: v5e, v5p or v6e.
+    #[arg(long = "rates-of", global = true, value_name = "CHIP", default_value = "v5p", value_parser = Chip::parse)]
+    rates_of: Chip,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
 }
 
+/// A kind of fault by its name, if a run can go on after it.
+fn ignorable(name: &str) -> std::result::Result<FaultKind, String> {
+    let kinds = || FaultKind::ALL.into_iter().filter(|kind| kind.can_be_ignored());
+    let names = || kinds().map(FaultKind::name).collect::<Vec<_>>().join(", ");
+    kinds().find(|kind| kind.name() == name).ok_or_else(|| format!("a run goes on after: {}", names()))
+}
+
 /// `pagoda run`: succeeds when nothing faults and everything compared agrees.
 pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
-    let dma = dma_orders(args)?;
-    let mut given = Given::parse(&args.inputs)?;
+    let running = Running::new(args)?;
+    let given = Given::parse(&args.inputs, &args.integers)?;
+    args.results.check()?;
     let on_machine = args.tile_machine || args.plugin.is_none();
     if !on_machine && args.check_against == Some(Against::Stablehlo) {
         let fix = "drop --plugin, give --tile-machine too, or check against the reference";
@@ -86,6 +128,9 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
         ("--allow-unwritten-outputs", args.allow_unwritten_outputs.then_some("true")),
         ("--allow-parallel-overlaps", args.allow_parallel_overlaps.then_some("true")),
         ("--trace", args.trace.as_ref().and_then(|path| path.to_str())),
+        ("--timeline", args.timeline.as_ref().and_then(|path| path.to_str())),
+        ("--html", args.html.as_ref().and_then(|path| path.to_str())),
+        ("--counts", args.counts.then_some("true")),
     ];
     if !on_machine && let Some((key, value)) = of_machine.iter().find_map(|&(key, value)| Some((key, value?))) {
         let limit = "is of use on the tile machine only";
@@ -105,8 +150,11 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
             ));
         }
         (None, Some(kernel)) => {
-            let launch = launch(args, &*kernel.plan()?, &mut given)?;
-            vec![if on_machine { on_tile_machine(args, &dma, &*launch)? } else { on_plugin(args, &*launch)? }]
+            let launch = launch(args, &*kernel.plan()?, &given)?;
+            vec![match on_machine {
+                true => on_tile_machine(args, &running, &given, &*launch)?,
+                false => on_plugin(args, &given, &*launch)?,
+            }]
         }
         (Some(path), None) => {
             let file = File::read(path)?;
@@ -115,18 +163,25 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
                 let problem = "it has no Mosaic kernel for the tile machine";
                 return Err(Error::file(path, problem, "run it with --plugin cpu"));
             }
+            if let Some(only) = args.only.filter(|_| known.is_some() || !on_machine) {
+                let limit = "chooses among kernels of unknown origin on the tile machine";
+                return Err(Error::setting("kernel", only, limit, "leave it out"));
+            }
             if let (None, Some(lengths)) = (&known, &args.lengths) {
                 let limit = format!("is of no use: line 1 of {} names no kernel", path.display());
                 return Err(Error::setting("lengths", lengths, limit, "give the metadata with --input"));
             }
             match (on_machine, known) {
-                (true, Some(kernel)) => vec![emitted_on_tile_machine(args, &dma, &mut given, &file, &kernel)?],
-                (true, None) => all_on_tile_machine(args, &dma, &mut given, &file)?,
-                (false, known) => vec![module_on_plugin(args, &mut given, &file, known.as_ref())?],
+                (true, Some(kernel)) => vec![emitted_on_tile_machine(args, &running, &given, &file, &kernel)?],
+                (true, None) if args.only.is_none() && file.is_program() => {
+                    no_check(args, &file)?;
+                    program::run(args, &running, &given, &file)?
+                }
+                (true, None) => all_on_tile_machine(args, &running, &given, &file)?,
+                (false, known) => vec![module_on_plugin(args, &given, &file, known.as_ref())?],
             }
         }
     };
-    given.all_used()?;
     print_reports(&reports, args.json)
 }
 
@@ -150,30 +205,104 @@ fn order_name(dma: DmaOrder) -> String {
     }
 }
 
+/// How kernels run on the tile machine.
+#[derive(Clone, Debug)]
+pub(super) struct Running {
+    orders: Vec<DmaOrder>,
+    allow_unwritten_reads: bool,
+    allow_unwritten_outputs: bool,
+    allow_parallel_overlaps: bool,
+    ignored: FaultKinds,
+    trace: Option<PathBuf>,
+    profile: Option<Profiled>,
+}
+
+/// What is wanted of a run's profile.
+#[derive(Clone, Debug)]
+struct Profiled {
+    chip: Chip,
+    rates: Rates,
+    timeline: Option<PathBuf>,
+    html: Option<PathBuf>,
+    counts: bool,
+}
+
+impl Running {
+    fn new(args: &RunArgs) -> Result<Self> {
+        Ok(Self {
+            orders: dma_orders(args)?,
+            allow_unwritten_reads: args.allow_unwritten_reads,
+            allow_unwritten_outputs: args.allow_unwritten_outputs,
+            allow_parallel_overlaps: args.allow_parallel_overlaps,
+            ignored: args.ignored.iter().fold(FaultKinds::default(), |kinds, &kind| kinds.with(kind)),
+            trace: args.trace.clone(),
+            profile: match args.counts || args.timeline.is_some() || args.html.is_some() {
+                true => Some(Profiled {
+                    chip: args.rates_of,
+                    rates: profile::rates(args.rates_of)?,
+                    timeline: args.timeline.clone(),
+                    html: args.html.clone(),
+                    counts: args.counts,
+                }),
+                false => None,
+            },
+        })
+    }
+
+    /// `machine` with an order of DMAs, and what is allowed.
+    fn machine(&self, machine: Machine, dma: DmaOrder) -> Machine {
+        let Self { allow_unwritten_reads, allow_unwritten_outputs, allow_parallel_overlaps, ignored, .. } = *self;
+        Machine { dma, allow_unwritten_reads, allow_unwritten_outputs, allow_parallel_overlaps, ignored, ..machine }
+    }
+
+    /// The orders, as they are typed.
+    pub(super) fn orders_text(&self) -> String {
+        self.orders.iter().map(|&order| order_name(order)).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl Profiled {
+    /// Writes what is wanted as files, and puts the rest into the report.
+    fn write(&self, kernel: &str, profile: &Profile, report: &mut Report) -> Result<()> {
+        let page = profile::page(kernel, self.chip, profile);
+        if let Some(path) = &self.timeline {
+            let mut text = Vec::new();
+            profile.write(kernel, &mut text).map_err(Error::io("write", path))?;
+            write_atomically(path, &text)?;
+        }
+        if let Some(path) = &self.html {
+            write_atomically(path, page.html().as_bytes())?;
+        }
+        if self.counts {
+            (report.counts, report.page) = (Some(profile.counts()), Some(page.text()));
+        }
+        Ok(())
+    }
+}
+
 /// A planned kernel with its inputs: given ones, the rest drawn at random.
-fn launch(args: &RunArgs, plan: &dyn Planned, given: &mut Given) -> Result<Box<dyn Launch>> {
+fn launch(args: &RunArgs, plan: &dyn Planned, given: &Given) -> Result<Box<dyn Launch>> {
     let arguments = plan.arguments();
     ensure_fits(&arguments.types())?;
-    let mut arrays = Vec::new();
-    for argument in arguments.iter() {
-        arrays.extend(given.take(argument.name, &argument.ty)?.map(|array| (argument.name, array)));
-    }
-    given.all_used()?;
-    plan.launch(args.random, args.lengths.as_deref(), arrays)
+    let names: Vec<_> = arguments.iter().map(|argument| Name::new(argument.name)).collect();
+    let types: Vec<_> = arguments.iter().map(|argument| argument.ty.clone()).collect();
+    let arrays = given.arrays(&names, &types, args.random)?;
+    let arrays = arguments.iter().zip(arrays).filter_map(|(argument, array)| Some((argument.name, array?)));
+    plan.launch(args.random, args.lengths.as_deref(), arrays.collect())
 }
 
 /// A kernel that is emitted here.
-fn on_tile_machine(args: &RunArgs, dma: &[DmaOrder], launch: &dyn Launch) -> Result<Report> {
+fn on_tile_machine(args: &RunArgs, running: &Running, given: &Given, launch: &dyn Launch) -> Result<Report> {
     let context = Context::new();
     let kernel = launch.plan().kernel(&context)?;
-    run_launch(args, dma, launch, &kernel, Program::decode(kernel.module())?)
+    run_launch(args, running, given, launch, &kernel, Program::decode(kernel.module())?)
 }
 
 /// A kernel that `pagoda emit` wrote, and perhaps somebody edited.
 fn emitted_on_tile_machine(
     args: &RunArgs,
-    dma: &[DmaOrder],
-    given: &mut Given,
+    running: &Running,
+    given: &Given,
     file: &File,
     kernel: &KernelCommand,
 ) -> Result<Report> {
@@ -185,16 +314,17 @@ fn emitted_on_tile_machine(
         return Err(Error::file(&file.path, "line 1 names one kernel, and there is not one", "emit the kernel again"));
     };
     let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
-    run_launch(args, dma, &*launch, &emitted, program)
+    run_launch(args, running, given, &*launch, &emitted, program)
 }
 
-fn unknown_op(path: &Path, error: pagoda_ir::Error) -> Error {
+pub(super) fn unknown_op(path: &Path, error: pagoda_ir::Error) -> Error {
     Error::file(path, error, "use ops that the tile machine knows")
 }
 
 fn run_launch(
     args: &RunArgs,
-    dma: &[DmaOrder],
+    running: &Running,
+    given: &Given,
     launch: &dyn Launch,
     kernel: &mosaic::Kernel,
     program: Program,
@@ -202,13 +332,14 @@ fn run_launch(
     let call = Call {
         operands: &launch.operands(),
         results: &kernel.outputs(),
-        aliases: kernel.aliases(),
-        unused: &[],
-        inputs: inputs_line(args, launch.batch()),
+        inputs: inputs_line(args, given, launch.batch()),
+        prefix: String::new(),
+        frames: &[],
     };
+    let program = program.with_aliases(kernel.aliases());
     // What the plan counted belongs to what is checked.
     let vmem = args.check_against.map_or(Ok(()), |_| launch.check_vmem(&program));
-    let Executed { mut report, results } = execute(args, program, launch.machine(), dma, call)?;
+    let Executed { mut report, results } = execute(running, Some(&args.results), &program, launch.machine(), call)?;
     report.unplanned = vmem.err().map(|error| error.to_string());
     if let (Some(against), Some(results)) = (args.check_against, results) {
         report.check = Some(check(args, against, launch, &results)?);
@@ -216,10 +347,10 @@ fn run_launch(
     Ok(report)
 }
 
-fn inputs_line(args: &RunArgs, batch: Option<String>) -> String {
+pub(super) fn inputs_line(args: &RunArgs, given: &Given, batch: Option<String>) -> String {
     let mut line = format!("random, seed {}", args.random);
-    if !args.inputs.is_empty() {
-        let names: Vec<_> = args.inputs.iter().filter_map(|input| Some(input.split_once('=')?.0)).collect();
+    let names: Vec<_> = given.names().collect();
+    if !names.is_empty() {
         line += &format!(", but {} given", names.join(", "));
     }
     if let Some(batch) = batch {
@@ -228,89 +359,136 @@ fn inputs_line(args: &RunArgs, batch: Option<String>) -> String {
     line
 }
 
-/// Every Mosaic kernel of a module of unknown origin, each on operands of its own.
-fn all_on_tile_machine(args: &RunArgs, dma: &[DmaOrder], given: &mut Given, file: &File) -> Result<Vec<Report>> {
-    if args.check_against.is_some() {
-        let fix = format!("check a kernel that `pagoda emit` wrote, or one of {}", NAMES.join(", "));
-        return Err(Error::file(&file.path, "its first line does not say which problem it solves", fix));
+/// Refuses to check a module of unknown origin.
+fn no_check(args: &RunArgs, file: &File) -> Result<()> {
+    if args.check_against.is_none() {
+        return Ok(());
     }
+    let fix = format!("check a kernel that `pagoda emit` wrote, or one of {}; or give --expect", NAMES.join(", "));
+    Err(Error::file(&file.path, "its first line does not say which problem it solves", fix))
+}
+
+/// Mosaic kernels of a module of unknown origin, each on operands of its own.
+fn all_on_tile_machine(args: &RunArgs, running: &Running, given: &Given, file: &File) -> Result<Vec<Report>> {
+    no_check(args, file)?;
     let context = Context::new();
+    let kernels = file.kernels(&context)?;
+    let count = kernels.len();
+    if let Some(only) = args.only.filter(|&only| only >= count) {
+        let limit = format!("is not one of the {count} of {}, which are counted from 0", file.path.display());
+        return Err(Error::setting("kernel", only, limit, "see `pagoda inspect`"));
+    }
     let mut reports = Vec::new();
-    for (opened, call) in file.kernels(&context)? {
+    for (at, (opened, call)) in
+        kernels.into_iter().enumerate().filter(|(at, _)| args.only.is_none_or(|only| only == *at))
+    {
         let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
-        let Some((call, (operand_types, results))) = call.and_then(|call| Some((call, call.types.as_ref()?))) else {
+        let Some((call, (types, results))) = call.and_then(|call| Some((call, call.types.as_ref()?))) else {
             let problem = "the sizes of its arrays stand neither in it nor in a first line from `pagoda emit`";
             return Err(Error::file(&file.path, problem, "give the StableHLO module around it, as text"));
         };
-        let named = program.signature().clone().with_outputs(results.len());
-        let names = named.arguments.iter().filter(|argument| matches!(argument.role, Role::Prefetch | Role::Input));
-        let names: Vec<String> = names.map(|argument| argument.name.clone()).collect();
-        if names.len() != operand_types.len() {
-            let problem = format!("a call gives {} operands to a kernel of {}", operand_types.len(), names.len());
+        let (program, names) = with_authors_names(args, at, program, results.len())?;
+        let program = program.with_aliases(&call.aliases).with_unused_outputs(&call.unused);
+        if names.len() != types.len() {
+            let problem = format!("a call gives {} operands to a kernel of {}", types.len(), names.len());
             return Err(Error::file(&file.path, problem, "write the module again"));
         }
-        let named: Vec<_> = names.into_iter().zip(operand_types.iter().cloned()).collect();
         ensure_fits(results)?;
         let default = Machine::default();
         let machine = Machine { vmem_bytes: opened.vmem_limit.unwrap_or(default.vmem_bytes), ..default };
+        let prefix = if count > 1 && args.only.is_none() { format!("{at}.") } else { String::new() };
         let call = Call {
-            operands: &operands(given, &named, args.random)?,
+            operands: &operands(given, &names, types, args.random)?,
             results,
-            aliases: &call.aliases,
-            unused: &call.unused,
-            inputs: inputs_line(args, None),
+            inputs: inputs_line(args, given, None),
+            prefix,
+            frames: &call.frames,
         };
-        reports.push(execute(args, program, machine, dma, call)?.report);
+        reports.push(execute(running, Some(&args.results), &program, machine, call)?.report);
     }
     Ok(reports)
 }
 
+/// A kernel whose arguments have the names of `--names`, or those in its source, if that can be read; and what its operands are
+/// called: by these and by the names of the module.
+pub(super) fn with_authors_names(
+    args: &RunArgs,
+    at: usize,
+    program: Program,
+    results: usize,
+) -> Result<(Program, Vec<Name>)> {
+    let written = program.signature().clone().with_outputs(results);
+    let count = written.arguments.len();
+    let prefix = format!("{at}=");
+    let given = args.names.iter().find_map(|names| names.strip_prefix(&prefix)).or_else(|| {
+        let for_all = args.names.iter().find(|names| !names.contains('='));
+        for_all.map(String::as_str)
+    });
+    let named = match given.map(|names| names.split(',').map(str::to_owned).collect::<Vec<_>>()) {
+        Some(names) if names.len() != count => {
+            let limit = format!("are {} names for the {count} arguments of `{}`", names.len(), written.name);
+            return Err(Error::setting("names", names.join(","), limit, "name every array of the kernel, scratch too"));
+        }
+        Some(names) => Some(names),
+        None => {
+            let nameless =
+                |argument: &Argument| argument.name.strip_prefix("arg").is_some_and(|n| n.parse::<u32>().is_ok());
+            let nameless = written.arguments.iter().all(nameless);
+            let found = Sources::default().kernel(program.frames(), count).filter(|_| nameless);
+            found.map(|(_, names)| names)
+        }
+    };
+    let operands = |argument: &&Argument| matches!(argument.role, Role::Prefetch | Role::Input);
+    let old = written.arguments.iter().enumerate().filter(|(_, argument)| operands(argument));
+    let names = old.map(|(position, argument)| match &named {
+        Some(names) => Name { name: names[position].clone(), alias: Some(argument.name.clone()) },
+        None => Name::new(&argument.name),
+    });
+    // Sizes of a grid that the call gives come first.
+    let sizes = (0..written.dynamic_grid_sizes()).map(|at| Name::new(format!("grid{at}")));
+    let names = sizes.chain(names).collect();
+    Ok((named.iter().fold(program, |program, names| program.with_names(names)), names))
+}
+
 /// One call of a kernel.
-struct Call<'c> {
-    operands: &'c [HostTensor],
-    results: &'c [TensorType],
-    aliases: &'c [(usize, usize)],
-    /// Results that the module around the call does not use.
-    unused: &'c [usize],
-    inputs: String,
+pub(super) struct Call<'c> {
+    pub(super) operands: &'c [HostTensor],
+    pub(super) results: &'c [TensorType],
+    pub(super) inputs: String,
+    /// In front of the names of files with its results.
+    pub(super) prefix: String,
+    /// Where the module around it calls it.
+    pub(super) frames: &'c [Frame],
 }
 
 /// The report of a run, and its results for comparison, if it came to its end.
-struct Executed {
-    report: Report,
-    results: Option<Vec<HostTensor>>,
+pub(super) struct Executed {
+    pub(super) report: Report,
+    pub(super) results: Option<Vec<HostTensor>>,
 }
 
-/// Runs the call once under each of `orders`, until one faults or gives another result than the first.
-fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrder], call: Call) -> Result<Executed> {
-    let program = program.with_aliases(call.aliases).with_unused_outputs(call.unused);
+/// Runs the call once under each order of DMAs, until one faults or gives another result than the first.
+pub(super) fn execute(
+    running: &Running,
+    wanted: Option<&ResultArgs>,
+    program: &Program,
+    machine: Machine,
+    call: Call,
+) -> Result<Executed> {
     let signature = program.signature().clone().with_outputs(call.results.len());
-    let mut report = Report {
-        kernel: signature.name.clone(),
-        on: "tile machine".into(),
-        dma: None,
-        inputs: call.inputs,
-        counters: None,
-        outputs: vec![],
-        fault: None,
-        order_dependent: None,
-        unplanned: None,
-        check: None,
-    };
+    let mut report = Report::new(&signature.name, "tile machine", call.inputs);
+    let names = signature.arguments.iter().filter(|argument| argument.role == Role::Output);
+    let names: Vec<_> = names.map(|argument| Name::new(&argument.name)).collect();
+    let known = Known { signature: &signature, frames: program.frames(), call: call.frames };
+    let with = |dma| running.machine(machine, dma);
     let mut outputs: Option<Vec<HostTensor>> = None;
     let mut done: Vec<String> = vec![];
-    for &dma in orders {
+    for &dma in &running.orders {
         done.push(order_name(dma));
-        let machine = Machine {
-            dma,
-            allow_unwritten_reads: args.allow_unwritten_reads,
-            allow_unwritten_outputs: args.allow_unwritten_outputs,
-            allow_parallel_overlaps: args.allow_parallel_overlaps,
-            ..machine
-        };
-        let run = match &args.trace {
-            None => program.run(&machine, call.operands, call.results),
-            Some(path) => {
+        let machine = with(dma);
+        let run = match (&running.trace, &running.profile) {
+            (None, None) => program.run(&machine, call.operands, call.results),
+            (Some(path), _) => {
                 let mut trace = Trace::new(&signature.name);
                 let run = program.run_observed(&machine, call.operands, call.results, &mut trace);
                 let mut text = Vec::new();
@@ -318,18 +496,26 @@ fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrde
                 write_atomically(path, &text)?;
                 run
             }
+            (None, Some(wanted)) => {
+                let mut profile = Profile::new(wanted.rates);
+                let run = program.run_observed(&machine, call.operands, call.results, &mut profile);
+                profile.finish();
+                wanted.write(&signature.name, &profile, &mut report)?;
+                run
+            }
         };
         match run {
             Err(fault) => {
+                let cell = fault.cell.map(|(buffer, offset)| Cell::Buffer { buffer, offset });
+                let past = |cell| program.history(&machine, call.operands, call.results, cell);
+                let history = cell.map_or_else(Vec::new, past);
+                report.explanation = Some(Explanation::of_fault(&fault, &known, history, again(dma)));
                 // Which order found it.
                 (report.dma, report.fault) = (done.pop(), Some(fault));
                 return Ok(Executed { report, results: None });
             }
             Ok(run) => match &outputs {
                 None => {
-                    let names = signature.arguments.iter().filter(|argument| argument.role == Role::Output);
-                    let named = names.zip(&run.outputs);
-                    report.outputs = named.map(|(argument, array)| Output::of(&argument.name, array)).collect();
                     report.counters = Some(run.counters);
                     outputs = Some(run.outputs);
                 }
@@ -344,18 +530,28 @@ fn execute(args: &RunArgs, program: Program, machine: Machine, orders: &[DmaOrde
         }
     }
     report.dma = Some(done.join(", "));
+    if let (Some(outputs), Some(wanted)) = (&outputs, wanted) {
+        report.finish(wanted, &call.prefix, &names, outputs)?;
+        for wrong in report.expectations.iter_mut() {
+            let Some(first) = &wrong.first else { continue };
+            let cell = Cell::Output { output: wrong.position, offset: first.offset };
+            let history = program.history(&with(running.orders[0]), call.operands, call.results, cell);
+            wrong.explanation = Some(Explanation::of_value(&wrong.output, &known, history, again(running.orders[0])));
+        }
+    }
     Ok(Executed { report, results: outputs })
 }
 
 /// The StableHLO form of a kernel.
-fn on_plugin(args: &RunArgs, launch: &dyn Launch) -> Result<Report> {
+fn on_plugin(args: &RunArgs, given: &Given, launch: &dyn Launch) -> Result<Report> {
     let client = client(args.plugin.as_deref().unwrap_or("cpu"), 1)?;
     let program = client.compile(launch.plan().stablehlo()?, 1)?;
-    plugin_report(args, &client, &program, launch.name(), Some(launch), &launch.arguments())
+    let ran = Ran { name: launch.name(), launch: Some(launch), arrays: &launch.arguments() };
+    plugin_report(args, given, &client, &program, ran)
 }
 
 /// A StableHLO module from a file.
-fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Option<&KernelCommand>) -> Result<Report> {
+fn module_on_plugin(args: &RunArgs, given: &Given, file: &File, known: Option<&KernelCommand>) -> Result<Report> {
     let client = client(args.plugin.as_deref().unwrap_or("cpu"), 1)?;
     if !file.is_plain() && !client.platform().eq_ignore_ascii_case("tpu") {
         let problem = format!("it holds a Mosaic kernel, which the plugin for {} cannot run", client.platform());
@@ -363,27 +559,28 @@ fn module_on_plugin(args: &RunArgs, given: &mut Given, file: &File, known: Optio
     }
     if let Some(kernel) = known {
         let launch = launch(args, &*kernel.plan()?, given)?;
-        let program = compiled(&client, file)?;
-        return plugin_report(args, &client, &program, &file_name(&file.path), Some(&*launch), &launch.arguments());
+        let program = compiled(&client, file, &file.bytes)?;
+        let ran = Ran { name: &file_name(&file.path), launch: Some(&*launch), arrays: &launch.arguments() };
+        return plugin_report(args, given, &client, &program, ran);
     }
     if args.check_against.is_some() {
         let fix = "check a module that `pagoda emit --stablehlo` wrote";
         return Err(Error::file(&file.path, "its first line does not say which problem it solves", fix));
     }
-    let arguments = match file.is_bytecode() {
-        true => None,
-        false => wire::main_arguments(&String::from_utf8_lossy(&file.bytes)),
-    };
-    let arguments = arguments.ok_or_else(|| {
+    let arguments = hosted::host(&file.bytes, &[], "", &|_| vec![]).map(|hosted| hosted.arguments).map_err(|_| {
         let fix = "give a module as text, with a function @main of arrays of known sizes";
         Error::file(&file.path, "the types of its arguments cannot be read", fix)
     })?;
-    let arrays = operands(given, &arguments, args.random)?;
-    plugin_report(args, &client, &compiled(&client, file)?, &file_name(&file.path), None, &arrays)
+    let (names, types): (Vec<_>, Vec<_>) =
+        arguments.into_iter().map(|(name, alias, ty)| (Name { name, alias }, ty)).unzip();
+    let arrays = operands(given, &names, &types, args.random)?;
+    let ran = Ran { name: &file_name(&file.path), launch: None, arrays: &arrays };
+    plugin_report(args, given, &client, &compiled(&client, file, &file.bytes)?, ran)
 }
 
-fn compiled(client: &Client, file: &File) -> Result<Executable> {
-    client.compile(&file.bytes, 1).map_err(|error| match error {
+/// Compiles `module`, which is `file`'s.
+pub(super) fn compiled(client: &Client, file: &File, module: &[u8]) -> Result<Executable> {
+    client.compile(module, 1).map_err(|error| match error {
         // What plugins call a program that they cannot parse, or do not know an op of.
         pjrt::Error::Plugin {
             code: "INVALID_ARGUMENT" | "UNKNOWN" | "UNIMPLEMENTED" | "NOT_FOUND", message, ..
@@ -396,18 +593,19 @@ fn compiled(client: &Client, file: &File) -> Result<Executable> {
     })
 }
 
-fn file_name(path: &Path) -> String {
+pub(super) fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-fn plugin_report(
-    args: &RunArgs,
-    client: &Client,
-    program: &Executable,
-    name: &str,
-    launch: Option<&dyn Launch>,
-    arrays: &[HostTensor],
-) -> Result<Report> {
+/// What runs on a plugin.
+struct Ran<'r> {
+    name: &'r str,
+    launch: Option<&'r dyn Launch>,
+    arrays: &'r [HostTensor],
+}
+
+fn plugin_report(args: &RunArgs, given: &Given, client: &Client, program: &Executable, ran: Ran) -> Result<Report> {
+    let Ran { name, launch, arrays } = ran;
     let mut outputs = program.call(arrays)?;
     let mut checked = None;
     if let Some(launch) = launch {
@@ -424,18 +622,11 @@ fn plugin_report(
         without_padding(launch, &mut outputs);
         checked = args.check_against.map(|against| check(args, against, launch, &outputs)).transpose()?;
     }
-    Ok(Report {
-        kernel: name.to_owned(),
-        on: client.platform(),
-        dma: None,
-        inputs: inputs_line(args, launch.and_then(Launch::batch)),
-        counters: None,
-        outputs: outputs.iter().enumerate().map(|(at, array)| Output::of(&format!("result{at}"), array)).collect(),
-        fault: None,
-        order_dependent: None,
-        unplanned: None,
-        check: checked,
-    })
+    let inputs = inputs_line(args, given, launch.and_then(Launch::batch));
+    let mut report = Report { check: checked, ..Report::new(name, &client.platform(), inputs) };
+    let names: Vec<_> = (0..outputs.len()).map(|at| Name::new(format!("result{at}"))).collect();
+    report.finish(&args.results, "", &names, &outputs)?;
+    Ok(report)
 }
 
 /// Zeros what a StableHLO form leaves unspecified.

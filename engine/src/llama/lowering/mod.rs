@@ -182,20 +182,40 @@ pub(super) fn lowering<'c>(
     kind: Kind,
 ) -> crate::Result<Box<dyn Lowering<'c> + 'c>> {
     let attention = attention(config, shape, rows, kind)?;
-    let plain = |orientation| stablehlo::Stablehlo::new(attention.clone(), orientation);
+    let scale = shape.kv_cache.scale();
+    let plain = |orientation| stablehlo::Stablehlo::new(attention.clone(), scale, orientation);
     Ok(match shape.target {
         Target::Portable => Box::new(plain(Orientation::FeatureMajor)),
         Target::Host => Box::new(native::Native::new(plain(Orientation::FeatureMajor))),
         Target::TileMachine(chip) => {
-            Box::new(mosaic::Mosaic::new(context, plain(Orientation::RowMajor), chip, mosaic::Runner::TileMachine)?)
+            let (plain, kernel) = (plain(Orientation::RowMajor), attention_kernel(config, shape, rows, kind)?);
+            Box::new(mosaic::Mosaic::new(context, plain, kernel, chip, mosaic::Runner::TileMachine)?)
         }
         Target::Tpu(chip) => {
-            Box::new(mosaic::Mosaic::new(context, plain(Orientation::RowMajor), chip, mosaic::Runner::Tpu)?)
+            let (plain, kernel) = (plain(Orientation::RowMajor), attention_kernel(config, shape, rows, kind)?);
+            Box::new(mosaic::Mosaic::new(context, plain, kernel, chip, mosaic::Runner::Tpu)?)
         }
     })
 }
 
-/// The attention of one shard over `rows` query rows.
+/// The attention of one shard over `rows` query rows as there is a TPU kernel for it: whole, or after rotation and KV write.
+///
+/// # Errors
+/// When the sizes do not make a valid problem.
+pub(crate) fn attention_kernel(
+    config: &LlamaConfig,
+    shape: &StepShape,
+    rows: usize,
+    kind: Kind,
+) -> std::result::Result<rpa::Problem, Invalid> {
+    let attention = attention(config, shape, rows, kind)?;
+    match rpa::plan::emitted(&attention) {
+        true => Ok(attention),
+        false => rpa::Problem::new(rpa::Spec { fused: None, ..attention.spec().clone() }),
+    }
+}
+
+/// The attention of one shard over `rows` query rows, with rotation and KV write.
 fn attention(
     config: &LlamaConfig,
     shape: &StepShape,
@@ -205,7 +225,7 @@ fn attention(
     let config = shape.parallel.shard_of(config);
     rpa::Problem::new(rpa::Spec {
         kind,
-        precision: rpa::Precision::uniform(shape.compute),
+        precision: rpa::Precision { kv: shape.kv_cache.element(), ..rpa::Precision::uniform(shape.compute) },
         tokens: rows,
         q_heads: config.q_heads,
         kv_heads: config.kv_heads,
@@ -218,6 +238,8 @@ fn attention(
         scale: (config.head_dim as f64).powf(-0.5),
         sliding_window: None,
         soft_cap: None,
+        fused: Some(rpa::Rotary::HalfSplit),
+        kv_rows: shape.target.kv_rows(config.head_dim),
         ..rpa::Spec::default()
     })
 }

@@ -1,0 +1,131 @@
+"""run, check and certify, as people call them."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+import pagoda
+
+
+def double_kernel(x_ref, o_ref):
+    o_ref[...] = x_ref[...] * 2
+
+
+def double(x):
+    call = pl.pallas_call(
+        double_kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(x.shape[0] // 8,),
+        in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((8, 128), lambda i: (i, 0)),
+        interpret=True,
+    )
+    return call(x)
+
+
+def around(x, y, *, scale):
+    """Two kernels, and what XLA does around them."""
+    inner = double(x * scale + y)
+    return {"sum": jnp.sum(double(inner)), "inner": inner, "rows": jnp.argmax(inner, axis=0)}
+
+
+X = np.random.default_rng(3).uniform(-2, 2, (16, 128)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32], ids=lambda dtype: dtype.__name__)
+def test_a_kernel_alone(dtype):
+    x = jnp.asarray(X * 10, dtype)
+    out = pagoda.run(double, x)
+    assert isinstance(out, np.ndarray) and out.dtype == x.dtype
+    np.testing.assert_array_equal(out, np.asarray(x) * 2)
+
+
+def test_a_program_around_kernels():
+    scaled = functools.partial(around, scale=3.0)
+    out = pagoda.run(scaled, X, X + 1, dma="all")
+    inner = 2 * (3 * X + X + 1)
+    np.testing.assert_allclose(out["inner"], inner, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(out["sum"], 2 * inner.sum(), rtol=1e-4)
+    np.testing.assert_array_equal(out["rows"], np.argmax(out["inner"], axis=0))
+    assert out["sum"].shape == () and out["rows"].dtype == np.int32
+
+
+def test_arguments_that_are_not_used_are_left_out():
+    np.testing.assert_array_equal(pagoda.run(lambda unused, x: double(x), X + 1, X), X * 2)
+
+
+def test_what_is_as_expected_passes():
+    out = pagoda.check(jax.jit(double), X, expect=lambda x: 2 * x, rtol=0, atol=0)
+    np.testing.assert_array_equal(out, X * 2)
+    pagoda.check(double, X, expect=X.astype(np.float64) * 2)
+
+
+def test_a_wrong_value_is_named_at_the_line_that_wrote_it():
+    wrong = np.array(X * 2)
+    wrong[9, 5] += 1
+    with pytest.raises(pagoda.PagodaMismatch) as caught:
+        pagoda.check(double, X, expect=wrong)
+    error = caught.value
+    assert isinstance(error, AssertionError)
+    assert (error.index, error.mismatches, error.elements) == ([9, 5], 1, X.size)
+    line = double_kernel.__code__.co_firstlineno + 1
+    assert (error.file, error.line, error.function) == (__file__, line, "double_kernel"), str(error)
+    assert "rtol 0.01" in str(error)
+
+
+def test_faults_have_a_history():
+    def kernel(x_ref, o_ref, scratch_ref, sem):
+        scratch_ref[...] = jnp.zeros((8, 128), jnp.float32)
+        copy = pltpu.make_async_copy(x_ref, scratch_ref, sem)
+        copy.start()
+        o_ref[...] = scratch_ref[...]
+        copy.wait()
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.HBM)],
+        scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA],
+    )
+    with pytest.raises(pagoda.PagodaFault, match="read of a buffer whose DMA is in flight") as caught:
+        pagoda.run(call, X[:8])
+    fault = caught.value
+    first = kernel.__code__.co_firstlineno
+    assert (fault.kind, fault.buffer, fault.line) == ("read-in-flight", "scratch_ref", first + 4)
+    past = fault.explanation["history"]
+    assert "DMA 0 from `x_ref` to `scratch_ref`" in past[0]["what"] and past[0]["frames"][0]["line"] == first + 3
+    assert "written by" in past[1]["what"] and past[1]["frames"][0]["line"] == first + 1
+    assert fault.explanation["call"]["file"] == __file__
+
+
+def test_bad_input_says_what_to_change():
+    with pytest.raises(pagoda.PagodaError, match="is not an order of DMAs: use early, late"):
+        pagoda.run(double, X, dma="sideways")
+    with pytest.raises(pagoda.PagodaError, match="2 arrays are expected of a function that returns 1"):
+        pagoda.check(double, X, expect=(X, X))
+
+
+def test_the_program_is_there():
+    done = subprocess.run([sys.executable, "-m", "pagoda", "--help"], capture_output=True, text=True, check=True)
+    assert "inspect" in done.stdout and os.path.isfile(pagoda.find_pagoda())
+
+
+def test_libtpu_certifies():
+    try:
+        certificate = pagoda.certify(double, X, chip="v5p")
+    except pagoda.PagodaError as error:
+        if "libtpu" not in str(error) or "tpu-tools" not in str(error):
+            raise
+        pytest.skip(f"libtpu is not installed: {error}")
+    assert certificate.compiles, certificate
+    (kernel,) = certificate.kernels
+    assert sum(size for _, size in kernel.buffers) >= 4 * 8 * 128 * 4 and kernel.spills == 0 and kernel.cycles > 0
+    assert "static cycles" in str(certificate)

@@ -1,0 +1,53 @@
+"""`pytest --pagoda`, in a pytest of its own."""
+
+pytest_plugins = ["pytester"]
+
+TESTS = """
+import jax, jax.numpy as jnp, numpy as np, pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+def call(kernel, **more):
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32), interpret=True, **more)
+
+def right(x_ref, o_ref):
+    o_ref[...] = x_ref[...] + 1
+
+def reads_scratch(x_ref, o_ref, scratch_ref):
+    o_ref[...] = x_ref[...] + 0 * jnp.nan_to_num(scratch_ref[...])
+
+X = jnp.ones((8, 128))
+
+def test_right():
+    np.testing.assert_array_equal(jax.jit(call(right))(X), X + 1)
+    np.testing.assert_array_equal(jax.vmap(call(right))(jnp.stack([X, X])), jnp.stack([X, X]) + 1)
+
+def test_fault():
+    call(reads_scratch, scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32)])(X).block_until_ready()
+
+MARK
+
+def test_marked():
+    call(reads_scratch, scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32)])(X).block_until_ready()
+"""
+
+
+def run(pytester, mark, *flags):
+    pytester.makepyfile(test_kernels=TESTS.replace("MARK", mark))
+    return pytester.runpytest_subprocess("-p", "pagoda.pytest_plugin", "-p", "no:cacheprovider", *flags)
+
+
+def test_faults_fail_tests_at_the_kernels_line(pytester):
+    result = run(pytester, "", "--pagoda", "--pagoda-dma", "all")
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(["*test_kernels.py:12: kernel `reads_scratch`: read of unwritten memory*"])
+    result.stdout.fnmatch_lines([">*scratch_ref[[]...[]])*"])
+
+
+def test_without_the_flag_nothing_changes(pytester):
+    run(pytester, "").assert_outcomes(passed=3)
+
+
+def test_a_test_alone_is_marked(pytester):
+    result = run(pytester, "@pytest.mark.pagoda(dma='early')")
+    result.assert_outcomes(passed=2, failed=1)
