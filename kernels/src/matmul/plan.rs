@@ -711,28 +711,38 @@ impl<'p> Blocks<'p> {
         Estimate { cycles: steps_take.max(bytes_take), mxu_cycles: turns * matrix, bytes_moved: bytes as u64 }
     }
 
-    /// The cheaper order; of two that cost about the same, the one in which the larger side's blocks stay.
+    /// The order in which less is fetched again, unless the matrix units hide both; what the kernel costs in it.
     fn better_order(&self, chip: Chip) -> (Order, Estimate) {
-        let [rows, columns] = [Order::RowsOuter, Order::ColumnsOuter].map(|order| (order, self.estimate(chip, order)));
-        let [row_blocks, column_blocks, _] = self.counts;
+        let info = chip.info();
+        let [rows, columns, depth] = self.block.map(|size| size as f64);
+        let [row_blocks, column_blocks, steps] = self.counts.map(|count| count as f64);
         let weight = self.products() * self.problem.weight_element().bytes() as f64;
         let x = self.problem.x_element().bytes() as f64;
         let [lhs, rhs] = if self.problem.layout == Layout::FeatureMajor { [weight, x] } else { [x, weight] };
-        // Bytes of a side's blocks per element of the depth, and how often the other order fetches them again.
-        let again_by_columns = lhs * self.block[0] as f64 * (row_blocks * (column_blocks - 1)) as f64;
-        let again_by_rows = rhs * self.block[1] as f64 * (column_blocks * (row_blocks - 1)) as f64;
-        let (least, most) = (rows.1.cycles.min(columns.1.cycles), rows.1.cycles.max(columns.1.cycles));
-        let columns_are_better = match most > 1.02 * least {
-            true => columns.1.cycles < rows.1.cycles,
-            false => self.counts[2] == 1 && again_by_columns < again_by_rows,
+        let residual = f64::from(u8::from(self.problem.epilogue.residual));
+        let out = rows * columns * self.problem.output.bytes() as f64 * (1.0 + residual);
+        let turns = row_blocks * column_blocks * steps;
+        let step = |order| {
+            let (lhs_fetches, rhs_fetches) = match (steps > 1.0, order) {
+                (true, _) => (turns, turns),
+                (false, Order::RowsOuter) => (row_blocks, turns),
+                (false, Order::ColumnsOuter) => (turns, column_blocks),
+            };
+            let bytes = lhs_fetches * lhs * rows * depth + rhs_fetches * rhs * depth * columns;
+            let bytes = (bytes + row_blocks * column_blocks * out) / turns;
+            let copies = 700.0 + bytes * info.cores as f64 / info.hbm_bytes_per_cycle();
+            let work = self.products()
+                * (self.mxu_cycles_per_step(chip) + if steps > 1.0 { rows * columns / 1024.0 } else { 0.0 });
+            (work + 250.0).max(copies)
         };
-        if columns_are_better { columns } else { rows }
+        let columns_are_better = step(Order::ColumnsOuter) < step(Order::RowsOuter);
+        let order = if columns_are_better { Order::ColumnsOuter } else { Order::RowsOuter };
+        (order, self.estimate(chip, order))
     }
 
-    /// What the kernel costs in the better order.
+    /// What the kernel costs.
     fn cycles(&self, chip: Chip) -> f64 {
-        let [rows, columns] = [Order::RowsOuter, Order::ColumnsOuter].map(|order| self.estimate(chip, order).cycles);
-        rows.min(columns)
+        self.better_order(chip).1.cycles
     }
 
     /// Cycles of the vector units that convert stored elements to what the matrix unit takes, in one step: the weight once
