@@ -1,5 +1,5 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools mpi-tools demo test nightly multihost python bench bench-peers certify-all certify-sample tpu-static peers
+.PHONY: help setup tpu-tools mpi-tools demo test nightly multihost python bench bench-peers certify-all certify-sample tpu-static tpu-grid cost-points peers
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
@@ -14,6 +14,8 @@ help:
 	@echo "make certify-all  every certification by the TPU compiler (a quarter of an hour; PAGODA_RECORD=1 renews the tables)"
 	@echo "make certify-sample N=200  problems that no table has, by the TPU compiler: how right the verdicts are"
 	@echo "make tpu-static   static cycles of the TPU kernels beside the peers'"
+	@echo "make tpu-grid N=40 the same over problems and batches that are drawn (SEED=1), beside v3"
+	@echo "make cost-points  records what the models of cost are fitted to (PAGODA_COST_SECONDS=600)"
 	@echo "make peers        measures the peers' static cycles anew (hours; ARGS=\"--only v2 --quick\" and the like)"
 
 setup:
@@ -63,6 +65,13 @@ certify-sample: tpu-tools
 
 tpu-static: tpu-tools
 	cargo bench --bench tpu_static
+
+tpu-grid: tpu-tools
+	cargo bench --bench tpu_static -- grid $(or $(N),40) --seed $(or $(SEED),1)
+
+cost-points: tpu-tools
+	cargo test --test cost -- --ignored --nocapture record
+	cargo bench --bench cost
 
 peers: tpu-tools
 	@scripts/peers.py $(ARGS)
