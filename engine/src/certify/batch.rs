@@ -9,7 +9,7 @@ use std::fmt;
 
 use pagoda_ir::Context;
 use pagoda_kernels::Kernel;
-use pagoda_kernels::kernel::mosaic_module;
+use pagoda_kernels::kernel::certified_module;
 use pagoda_kernels::plan::Plan;
 use pagoda_kernels::random::{Lengths, batch_text};
 use pagoda_kernels::vmem::Bytes;
@@ -159,7 +159,7 @@ fn launched<K: Kernel>(plan: &Plan<K>, batch: Option<&[Lengths]>, compiler: &dyn
 /// # Errors
 /// When the batch is not one of the problem.
 pub fn launch_module<K: Kernel>(context: &Context, plan: &Plan<K>, batch: Option<&[Lengths]>) -> Result<Vec<u8>> {
-    let module = mosaic_module::<K>(context, plan.problem(), &K::kernel_of_batch(context, plan, batch)?)?;
+    let module = certified_module::<K>(context, plan.problem(), &K::kernel_of_batch(context, plan, batch)?)?;
     let (arguments, results) = module.function_types("main")?;
     let wide = |types: &[pagoda_ir::TensorType]| -> Vec<usize> {
         types.iter().enumerate().filter(|(_, ty)| ty.dims.len() > 1).map(|(at, _)| at).collect()

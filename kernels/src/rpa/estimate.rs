@@ -6,7 +6,7 @@ use pagoda_ir::{Context, Element, Result, TensorType, stablehlo::Module};
 
 use super::{
     Kind, Problem, Rotary, Rpa, Spec, kv_write,
-    plan::{Plan, Tiles},
+    plan::{self, Plan, Tiles},
     stablehlo,
 };
 use crate::{
@@ -136,8 +136,9 @@ pub(super) fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<Til
     all.filter(fits).collect()
 }
 
-/// Nothing of a fused kernel. Before another, queries and keys are rotated, keys and values are written. Behind it nothing is computed: its output's
-/// heads are the features of the next projection's input, in another layout.
+/// Nothing of a fused kernel. Before another, queries and keys are rotated, keys and values are written. Behind it nothing is
+/// computed. A kernel of any batch takes q and gives its output as the projections around it have them, in two dimensions,
+/// rows of padding aside; that of decode has heads, in another layout.
 pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<Module<'c>>> {
     let &Spec { tokens, q_heads, kv_heads, head_dim, .. } = problem.spec();
     if problem.fused.is_some() {
@@ -146,6 +147,7 @@ pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<
     let types_of = problem.precision;
     let (q, f32) = (types_of.q, Element::F32);
     let heads = q_heads + 2 * kv_heads;
+    let (flat, features, padded) = (problem.kind == Kind::Mixed, q_heads * head_dim, plan::padded_rows(problem));
     let before = Module::new(context, "before_attention");
     let write = kv_write::arguments(problem);
     let written = ["kv_pages", "slots", "first_page"];
@@ -156,7 +158,12 @@ pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<
         let projected = b.reshape(args[0], &[tokens, heads, head_dim])?;
         let part = |from: usize, count: usize| b.slice_in_dim(projected, from, from + count, 1);
         let rotated = |from, count| stablehlo::rotate(b, Rotary::HalfSplit, part(from, count)?, args[1]);
-        let q = b.convert(rotated(0, q_heads)?, types_of.q)?;
+        let mut q = b.convert(rotated(0, q_heads)?, types_of.q)?;
+        if flat {
+            q = b.reshape(q, &[tokens, features])?;
+            let high = [padded[0] - tokens, padded[1] - features].map(|by| by as i64);
+            q = b.pad(q, b.scalar(types_of.q, 0.0)?, &[0, 0], &high, &[0, 0])?;
+        }
         let k = b.convert(rotated(q_heads, kv_heads)?, types_of.kv)?;
         let v = b.convert(part(q_heads + kv_heads, kv_heads)?, types_of.kv)?;
         let given = write.iter().map(|argument| argument.name).zip(args[2..].iter().copied());
@@ -170,9 +177,17 @@ pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<
         }
     }
     [0, 1].into_iter().try_for_each(|result| before.row_major_result("main", result))?;
+    if flat && padded == [tokens, features] {
+        return Ok(vec![before]);
+    }
     let after = Module::new(context, "after_attention");
-    after.function("main", &[problem.output_type()], |b, args| {
-        Ok(vec![b.reshape(args[0], &[tokens, q_heads * head_dim])?])
+    let output = problem.output_type();
+    let given = if flat { TensorType::new(output.element, &padded) } else { output };
+    after.function("main", &[given], |b, args| {
+        Ok(vec![match flat {
+            true => b.slice_in_dim(b.slice_in_dim(args[0], 0, tokens, 0)?, 0, features, 1)?,
+            false => b.reshape(args[0], &[tokens, features])?,
+        }])
     })?;
     after.row_major_argument("main", 0)?;
     after.row_major_result("main", 0)?;
