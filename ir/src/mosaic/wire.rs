@@ -318,7 +318,7 @@ pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
         };
         at = end.max(at);
         let (mut types, mut aliases, mut unused, mut frames) = (None, vec![], vec![], vec![]);
-        let span = in_text.then(|| line.start..line.end);
+        let span = in_text.then_some(line.start..line.end);
         if in_text {
             if std::mem::replace(&mut line.called, true) {
                 let message =

@@ -89,7 +89,7 @@ impl ResultArgs {
     /// When one cannot be meant.
     pub(super) fn check(&self) -> Result<()> {
         for (key, value) in [("rtol", self.rtol), ("atol", self.atol)] {
-            if !(value >= 0.0) {
+            if value.is_nan() || value < 0.0 {
                 return Err(Error::setting(key, value, "is not a tolerance", "give 0 or a positive number"));
             }
         }
