@@ -1,4 +1,5 @@
-//! Static cycles of our TPU kernels by the real compiler, beside the peers': `cargo bench --bench tpu_static [-- [matmul] [rpa] [--json]]`.
+//! Static cycles of our TPU kernels by the real compiler, beside the peers': `cargo bench --bench tpu_static [-- [matmul] [rpa] [--json]]`;
+//! and over the seeded grid: `cargo bench --bench tpu_static -- grid N [--seed S] [--chip v5p|v6e] [--json]`.
 //!
 //! Nothing runs on a TPU and nothing is timed: libtpu compiles each kernel for v5p and estimates it, and the estimate is
 //! the same every time. It knows matrix units, loads, stores and copies of one core; it does not know that two cores and
@@ -9,20 +10,29 @@
 //! the compiler cannot estimate the pipeline's strided copies of half of q's heads (`dma-general`), while for a launch of
 //! half the heads they are plain ones. The peers have all heads on one core; half of their figures is what they would take
 //! on both.
+//!
+//! The grid compares what a step pays: everything from the projections' outputs to the output projection's input. What the
+//! compiler said of a program is kept in the user's cache, so a grid that was stopped goes on where it was.
 
 use std::process::ExitCode;
+use std::sync::Mutex;
 use std::time::Duration;
 
+use pagoda_engine::certify::batch::BatchCycles;
 use pagoda_engine::certify::kernel::Certified;
 use pagoda_engine::certify::{Certifier, run_if_asked};
+use pagoda_engine::check::compile::{Cached, user_cache};
 use pagoda_ir::{Context, Element};
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::matmul::{self, Matmul};
-use pagoda_kernels::plan::{Options, Plan};
+use pagoda_kernels::plan::{Options, Plan, PlanError};
 use pagoda_kernels::rpa::{self, Batch, Kind, KvLayout, Rpa, mosaic};
 use pagoda_kernels::vmem::Bytes;
 use pagoda_kernels::{Kernel, Problem};
 
+#[path = "common/grid.rs"]
+#[expect(dead_code, reason = "tests/peers.rs reads the rest")]
+mod grid;
 #[path = "common/peers.rs"]
 mod peers;
 
@@ -35,13 +45,148 @@ fn main() -> ExitCode {
     if let Some(code) = run_if_asked() {
         return code;
     }
-    match measure(std::env::args().any(|argument| argument == "--json")) {
+    let json = std::env::args().any(|argument| argument == "--json");
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let after = |word: &str| words.iter().position(|known| known == word).and_then(|at| words.get(at + 1));
+    let outcome = match after("grid").map(|count| count.parse()) {
+        None => measure(json),
+        Some(Ok(count)) => {
+            let seed = after("--seed").map_or(Ok(1), |seed| seed.parse());
+            let chips =
+                after("--chip").map_or(Ok(vec![Chip::V5p, Chip::V6e]), |chip| Chip::parse(chip).map(|chip| vec![chip]));
+            match (seed, chips) {
+                (Ok(seed), Ok(chips)) => chips.into_iter().try_for_each(|chip| over_grid(count, seed, chip, json)),
+                _ => return usage(),
+            }
+        }
+        Some(Err(_)) => return usage(),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error}");
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+fn usage() -> ExitCode {
+    eprintln!("error: write grid N [--seed S] [--chip v5p|v6e] [--json]");
+    ExitCode::from(2)
+}
+
+/// A line of the grid.
+struct Line {
+    name: String,
+    ours: std::result::Result<BatchCycles, String>,
+    /// The peer's kernel and what stands around it; within any limit.
+    peer: Option<(u64, u64)>,
+    any: Option<u64>,
+}
+
+impl Line {
+    fn total(&self) -> Option<u64> {
+        self.ours.as_ref().ok()?.total()
+    }
+
+    fn ratio(&self) -> Option<f64> {
+        let (kernel, around) = self.peer?;
+        Some(self.total()? as f64 / (kernel + around) as f64)
+    }
+
+    fn print(&self) {
+        let number = |cycles: Option<u64>| cycles.map_or("none".into(), |cycles| cycles.to_string());
+        let ours = match &self.ours {
+            Ok(ours) => {
+                let (device, around) = (number(ours.device_cycles), number(ours.around_cycles));
+                let (floor, mib) = (ours.floor(), ours.vmem.as_mib());
+                format!("{:>9} = {device} + {around} @ {mib:.1} ({}), floor {floor}", number(self.total()), ours.tiles)
+            }
+            Err(error) => format!("none: {error}"),
+        };
+        let peer = self
+            .peer
+            .map_or("not measured".into(), |(kernel, around)| format!("{} = {kernel} + {around}", kernel + around));
+        let ratio = self.ratio().map_or("-".into(), |ratio| format!("{ratio:.2}"));
+        let any = self.any.map_or(String::new(), |any| format!(", {any} at any limit"));
+        println!("{:<44} | {ours:<64} | {peer}{any} | {ratio}", self.name);
+    }
+}
+
+/// The first `count` points of the grid of `seed` on a chip.
+fn over_grid(count: u64, seed: u64, chip: Chip, json: bool) -> pagoda_engine::Result<()> {
+    let measured = grid::Measured::read().expect("a file that tests/peers.rs holds complete");
+    let certifier =
+        Certifier::of_this_executable()?.timeout(Duration::from_secs(900)).profile_timeout(Duration::from_secs(900));
+    let library = pagoda_engine::pjrt::PluginChoice::Named(pagoda_engine::pjrt::Kind::Tpu).locate()?.path;
+    let compiler = Cached::new(certifier, &library, &user_cache()?.join("kernels"))?;
+    let next = Mutex::new(0..count);
+    let lines = Mutex::new(Vec::new());
+    if !json {
+        println!(
+            "{chip}, seed {seed}: what a step pays = kernel + around @ MiB (tiles) | v3's best within the default limit | ratio"
+        );
+    }
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let Some(index) = next.lock().expect("no holder panics").next() else { break };
+                    let point = grid::Point::drawn(seed, index);
+                    let estimate = || {
+                        let mut plans = point.forms().into_iter().map(|spec| plan_on::<Rpa>(spec, chip, None));
+                        let refused = plans.next_back().expect("three forms");
+                        let plan = plans.find_map(Result::ok).map_or(refused, Ok).map_err(|error| error.to_string())?;
+                        let cycles = BatchCycles::new(&plan, Some(&point.lengths), &compiler);
+                        cycles.map_err(|error| error.to_string())
+                    };
+                    let peer = measured.of(chip.name(), seed, index);
+                    let around = peer.map_or(0, |peer| peer.around.before + peer.around.after);
+                    let best = peer.and_then(|peer| peer.default_limit.as_ref().or(peer.any_limit.as_ref()));
+                    let line = Line {
+                        name: format!("{index} {}", point.name()),
+                        ours: estimate(),
+                        peer: best.map(|best| (best.cycles, around)),
+                        any: peer.and_then(|peer| peer.any_limit.as_ref()).map(|best| best.cycles + around),
+                    };
+                    if !json {
+                        line.print();
+                    }
+                    lines.lock().expect("no holder panics").push((index, point.batch(), line));
+                }
+            });
+        }
+    });
+    let mut lines = lines.into_inner().expect("no holder panics");
+    lines.sort_by_key(|(index, ..)| *index);
+    if json {
+        let lines = lines.iter().map(|(index, lengths, line)| {
+            let Line { name, ours, peer, any } = line;
+            let (ours, error) = (ours.as_ref().ok(), ours.as_ref().err());
+            serde_json::json!({ "index": index, "name": name, "lengths": lengths, "ours": ours, "error": error,
+                "peer_kernel": peer.map(|peer| peer.0), "peer_around": peer.map(|peer| peer.1),
+                "peer_any_limit": any, "ratio": line.ratio() })
+        });
+        println!("{}", serde_json::json!({ "chip": chip, "seed": seed, "points": lines.collect::<Vec<_>>() }));
+        return Ok(());
+    }
+    let mut ratios: Vec<_> =
+        lines.iter().filter_map(|(_, _, line)| Some((line.ratio()?, line.name.as_str()))).collect();
+    ratios.sort_by(|(one, _), (other, _)| one.total_cmp(other));
+    if let Some(&(worst, name)) = ratios.last() {
+        let at = |share: f64| ratios[((ratios.len() - 1) as f64 * share).round() as usize].0;
+        println!(
+            "{chip}: {} of {count} points have a peer's figure; ratio: median {:.2}, 90th percentile {:.2}, worst {worst:.2} ({name}); \
+             {} above 1.0",
+            ratios.len(),
+            at(0.5),
+            at(0.9),
+            ratios.iter().filter(|(ratio, _)| *ratio > 1.0).count()
+        );
+    }
+    let failed = lines.iter().filter(|(_, _, line)| line.total().is_none()).count();
+    println!("{chip}: {failed} of {count} points without a figure of ours");
+    Ok(())
 }
 
 fn measure(json: bool) -> pagoda_engine::Result<()> {
@@ -144,8 +289,11 @@ fn attentions(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine
 
 /// The planner's kernel on v5p.
 fn plan<K: Kernel>(spec: K::Spec, vmem_limit: Option<Bytes>) -> Plan<K> {
-    let problem = Problem::new(spec).expect("a valid problem");
-    Plan::new(problem, Chip::V5p, Options { tiles: None, vmem_limit }).expect("a plan")
+    plan_on(spec, Chip::V5p, vmem_limit).expect("a plan")
+}
+
+fn plan_on<K: Kernel>(spec: K::Spec, chip: Chip, vmem_limit: Option<Bytes>) -> Result<Plan<K>, PlanError> {
+    Plan::new(Problem::new(spec)?, chip, Options { tiles: None, vmem_limit })
 }
 
 fn matmuls(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {

@@ -1,29 +1,36 @@
 #!/usr/bin/env python3
-"""Regenerates the peers' static cycles that `make tpu-static` prints: benches/peers/tpu_static.json.
+"""Regenerates the peers' static cycles that `make tpu-static` prints: benches/peers/tpu_static.json, and grid.json there.
 
   scripts/peers.py [--only matmul|xla|v2|v3 ...] [--quick] [--jobs N] [--dir DIR]
+  scripts/peers.py --grid N [--seed S] [--chip v5p|v6e ...]      the first N points of the seeded grid, v3 at each
 
 No TPU is needed: libtpu compiles each peer for v5p, one child process per point (benches/peers/tpu_static.py), and its
 static profile says how many cycles the kernel takes. Tiles are searched by climbing: from those that the file names, one
-rung of one ladder up or down at a time, while that is faster. --quick measures the named tiles only.
+rung of one ladder up or down at a time, while that is faster. --quick measures the named tiles only. A point of the grid
+(drawn as benches/common/grid.rs draws it) is measured at six choices of tiles, within the chip's default limit as
+far as can be foreseen, the first with accumulators of either type; what stands around v3's kernel (rotary embedding, its own copies of q, K, V
+and the output) is measured beside it.
 
 Every measured point is kept in DIR/points (DIR: .pagoda/peers), so a run that was stopped goes on where it was; a figure
 changes in the file once its search is done. libtpu is the one that `make tpu-tools` fetched; jax is installed into the
 venv DIR. No registry has tpu-inference (v3): PAGODA_TPU_INFERENCE=CHECKOUT names it, and its figures stay as they are
 without. The file's "from" says what a figure was measured by; one line is one figure.
 """
-import argparse, json, os, re, signal, subprocess, sys, tempfile, time, venv
+import argparse, json, math, os, re, signal, subprocess, sys, tempfile, threading, time, venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benches/peers/tpu_static.json"
+GRID = ROOT / "benches/peers/grid.json"
 CHILD = ROOT / "benches/peers/tpu_static.py"
 PLUGINS = ROOT / ".pagoda/plugins"
 JAX = "0.10.2"
 # MiB of v5p's 64; the compiler keeps some for itself.
 LARGEST = 60
-SECONDS, GIB = 1800, 8  # that a child may take
+SECONDS, GIB = 1800, 8  # that a point may take
+# A chip's default limit, MiB; HBM bytes per cycle of a device; flop per cycle of a core (kernels/src/chips.rs).
+CHIPS = {"v5p": (16, 2.765e12 / 1.75e9, 131072), "v6e": (32, 1.64e12 / 1.75e9, 524288)}
 
 # What the bench prints: a figure's name, its peer, and the MiB of VMEM that its kernel may take; the least first, for a
 # search with more room starts at what was found with less, too.
@@ -69,13 +76,14 @@ def neighbours(tiles, peer, rungs):
 
 
 def kernel_name(peer, shape):
-    """How the peer's op starts in libtpu's reports; XLA's own dot is whatever its program consists of."""
-    v3 = "RPAd-" if shape.get("q_len") == 1 else "RPAm-"
-    return {"xla": "", "pallas": "matmul", "v2": "ragged_paged_attention_kernel", "v3": v3, "v3_f32": v3}[peer]
+    """How the peer's ops start in libtpu's reports; of a program of XLA's own, all count."""
+    if "lengths" not in shape and peer.startswith("v3"):  # its other launch is idle
+        return "RPAd-" if shape["q_len"] == 1 else "RPAm-"
+    return {"pallas": "matmul", "v2": "ragged_paged_attention_kernel", "v3": "RPA", "v3_f32": "RPA", "v3_hd64": "RPA"}.get(peer, "")
 
 
 def read_reports(folder, name):
-    """(cycles, MiB) of the ops whose names start with `name`; None where libtpu wrote none."""
+    """{op: [cycles, MiB]} of the ops whose names start with `name`; None where libtpu wrote none."""
     cycles, taken = {}, {}
     for path in sorted(folder.glob("*_static_llo_profile.textproto")):
         # An estimate without its closing brace was cut.
@@ -87,9 +95,55 @@ def read_reports(folder, name):
         for op, report in json.JSONDecoder().raw_decode(html, start)[0]["hlo_breakdowns"].items():
             blocks = [block["block_size"] for block in report["blocks"] if block["block_type"] == "SCOPED"]
             if not op.startswith("<") and blocks:
-                taken[op] = sum(blocks)
-    mine = [[count for op, count in of.items() if op.startswith(name)] for of in (cycles, taken)]
-    return tuple(sum(counts) if counts else None for counts in mine)
+                taken[op] = round(sum(blocks) / 2**20, 2)
+    ops = [op for op in dict.fromkeys([*cycles, *taken]) if op.startswith(name)]
+    return {op: [cycles.get(op), taken.get(op)] for op in ops}
+
+
+# What takes no time of its own in a program of XLA's.
+FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all"}
+
+
+def program_cycles(folder, rate):
+    """{"cycles", "unknown"} of a program of XLA's: each op's estimate, as often as libtpu says that it is there. One that it
+    has no estimate of (`dma-general`, where it dies) counts as the bytes that pass at the memory's rate: "unknown" of them."""
+    estimates = {}
+    for path in sorted(folder.glob("*_static_llo_profile.textproto")):
+        for op, count, times in re.findall(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)\s+num_equivalent_hlos: (\d+)[^}]*}',
+                                           path.read_text()):
+            estimates[op] = (int(count), int(times))
+    programs = sorted(folder.glob("*-TLP-hlo.txt"))
+    if not programs:
+        return None
+    entry = programs[-1].read_text(errors="replace").split("\nENTRY ")[1].split("\n}")[0]
+    ops = re.findall(r"^  (?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, |$)", entry, re.M)
+    types = {name: kind for name, kind, _, _ in ops}
+
+    def size(kind):
+        total = 0
+        for element, dims, order, tile in re.findall(r"([a-z]+\d+)\[([\d,]*)\](?:{([\d,]*)(?::T\(([\d,]+)\))?)?", kind):
+            sizes = [int(of) for of in dims.split(",") if of]
+            minor = [sizes[int(at)] for at in order.split(",")] if order else sizes[::-1]
+            for at, unit in enumerate(int(of) for of in tile.split(",")[::-1]) if tile else ():
+                if at < len(minor):
+                    minor[at] = -(-minor[at] // unit) * unit
+            total += int(math.prod(minor) * int(re.search(r"\d+", element)[0]) / 8)
+        return total
+
+    cycles = sum(count * times for count, times in estimates.values())
+    # An estimate speaks for equal ops, too.
+    spoken = [(types.get(op), times - 1) for op, (_, times) in estimates.items() if times > 1]
+    unknown = []
+    for name, kind, opcode, operands in ops:
+        if opcode in FREE or name in estimates:
+            continue
+        equal = next((at for at, (its, left) in enumerate(spoken) if its == kind and left), None)
+        if equal is not None:
+            spoken[equal] = (kind, spoken[equal][1] - 1)
+            continue
+        passed = size(kind) + sum(size(types.get(of, "")) for of in re.findall(r"%([\w.-]+)", operands))
+        unknown.append(round(passed / rate))
+    return {"cycles": cycles + sum(unknown), "mib": None, "unknown": [len(unknown), sum(unknown)]}
 
 
 class Peers:
@@ -128,29 +182,49 @@ class Peers:
 
     def point(self, peer, case, shape, tiles):
         """{"cycles", "mib"} of a peer at some tiles, or {"error"}; measured once."""
-        tags = [peer, case, "x".join(map(str, tiles)), self.version(peer), f"jax {JAX}", f"libtpu {self.libtpu_version}"]
-        kept = self.folder / "points" / ("_".join(tag for tag in tags if tag).replace(" ", "-") + ".json")
-        if kept.exists():
-            return json.loads(kept.read_text())
-        start = time.monotonic()
-        result = self.measure(peer, shape, tiles)
-        # Kept are what was compiled and what does not fit; a quieter machine, or a mended one, may do the rest.
-        if not result.pop("again", False):
-            kept.write_text(json.dumps(result))
-        said = result.get("error") or f"{result['cycles']} cycles @ {result['mib']} MiB"
-        say(f"  {' '.join(map(str, [case, peer, *tiles]))}: {said} ({time.monotonic() - start:.0f} s)")
-        return result
+        return self.points("v5p", case, shape, [(peer, tiles)])[0]
 
-    def measure(self, peer, shape, tiles):
+    def points(self, chip, case, shape, asked):
+        """As `point`, of several peers and tiles of one case, in one child as far as it lives. What has several launches
+        has "ops" beside: {name: [cycles, mib]}."""
+        def kept(peer, tiles):
+            words = json.dumps(tiles, separators=(",", ":")) if isinstance(tiles, dict) else "x".join(map(str, tiles))
+            versions = [self.version(peer), f"jax {JAX}", f"libtpu {self.libtpu_version}"]
+            name = "_".join(tag for tag in [peer, case, re.sub(r"[^0-9a-z,x]", "", words), *versions] if tag)
+            return self.folder / "points" / (name.replace(" ", "-") + ".json")
+
+        results = {}
+        for number, (peer, tiles) in enumerate(asked):
+            if kept(peer, tiles).exists():
+                results[number] = json.loads(kept(peer, tiles).read_text())
+        while missing := [number for number in range(len(asked)) if number not in results]:
+            start = time.monotonic()
+            points = [{"peer": asked[at][0], "chip": chip, "shape": shape, "tiles": asked[at][1], "limit": LARGEST}
+                      for at in missing]
+            for at, result in zip(missing, self.measure(chip, points)):
+                # Kept are what was compiled and what does not fit; a quieter machine, or a mended one, may do the rest.
+                again = result.pop("again", False)
+                results[at] = result
+                if not again:
+                    kept(*asked[at]).write_text(json.dumps(result))
+                said = result.get("error") or f"{result['cycles']} cycles @ {result['mib']} MiB"
+                say(f"  {case} {asked[at][0]} {asked[at][1]}: {said}")
+            say(f"  ({time.monotonic() - start:.0f} s)")
+        return [results[number] for number in range(len(asked))]
+
+    def measure(self, chip, points):
+        """Results of the first points: all, or up to the one that the child died of."""
         with tempfile.TemporaryDirectory(prefix="pagoda-peers-") as name:
             folder = Path(name)
-            (folder / "dumps").mkdir()
-            (folder / "tmp").mkdir()
+            for part in ("dumps", "done", "tmp"):
+                (folder / part).mkdir()
+            peers = {point["peer"] for point in points}
             flags = ["--xla_jf_dump_to=dumps", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=vmem_report",
                      "--xla_jf_dump_static_llo_profile_to=dumps", "--xla_tpu_check_llo_types=false"]
-            if peer != "xla":  # XLA places no operand in VMEM beside the kernel: what it takes is its own
-                flags.append("--xla_vf_vmem_memory_space_assignment=false")
-            if peer == "pallas":
+            if "xla" not in peers:  # XLA places no operand in VMEM beside the kernel: what it takes is its own
+                generation = "gf" if chip == "v6e" else "vf"
+                flags.append(f"--xla_{generation}_vmem_memory_space_assignment=false")
+            if "pallas" in peers:
                 flags.append(f"--xla_tpu_scoped_vmem_limit_kib={LARGEST << 10}")
             environment = dict(os.environ, TMPDIR=str(folder / "tmp"), LIBTPU_INIT_ARGS=" ".join(flags),
                                TPU_LIBRARY_PATH=str(self.libtpu.resolve()), TPU_MIN_LOG_LEVEL="3", TPU_SKIP_MDS_QUERY="1",
@@ -158,32 +232,52 @@ class Peers:
                                ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu", PYTHONDONTWRITEBYTECODE="1")
             if self.tpu_inference:
                 environment["PAGODA_TPU_INFERENCE"] = str(self.tpu_inference)
-            point = {"peer": peer, "shape": shape, "tiles": tiles, "limit": LARGEST}
+            request = {"chip": chip, "points": points}
             with open(folder / "log", "wb") as log:
-                child = subprocess.Popen([self.python, CHILD, json.dumps(point)], cwd=folder, env=environment,
+                child = subprocess.Popen([self.python, CHILD, json.dumps(request)], cwd=folder, env=environment,
                                          stdin=subprocess.DEVNULL, stdout=log, stderr=log)
                 self.children.add(child)
-                stopped = wait(child)
+                stopped = wait(child, folder / "done")
                 self.children.remove(child)
-            if stopped:
-                return {"error": stopped, "again": True}
             log = (folder / "log").read_text(errors="replace")
-            if "RESOURCE_EXHAUSTED" in log:
-                needs = re.search(r"(Scoped allocation with size|Used) \S+ (and limit|of) \S+", log)
-                return {"error": f"does not fit: {needs[0] if needs else 'RESOURCE_EXHAUSTED'}"}
-            # libtpu may die after it has written its reports.
-            cycles, taken = read_reports(folder / "dumps", kernel_name(peer, shape))
-            if cycles is None or (taken is None and peer != "xla"):
-                said = log.strip().splitlines() or [f"exit status {child.returncode}"]
-                return {"error": said[-1][:300], "again": True}
-            return {"cycles": cycles, "mib": taken and round(taken / 2**20, 2)}
+            said = log.strip().splitlines() or [f"exit status {child.returncode}"]
+            results = []
+            for number, point in enumerate(points):
+                done = folder / "done" / str(number)
+                if done.exists():
+                    error = done / "error"
+                    results.append(self.result(done, point, error.read_text() if error.exists() else ""))
+                elif stopped:
+                    return [*results, {"error": stopped, "again": True}]
+                else:  # libtpu may die after it has written its reports
+                    return [*results, self.result(folder / "dumps", point, said[-1][:300])]
+            return results
+
+    def result(self, folder, point, error):
+        if point["peer"] in ("before", "after"):
+            rate = CHIPS[point["chip"]][1]
+            return program_cycles(folder, rate) or {"error": (error or "libtpu wrote no program").strip()[-300:], "again": True}
+        if "RESOURCE_EXHAUSTED" in error:
+            needs = re.search(r"(Scoped allocation with size|Used) \S+ (and limit|of) \S+", error)
+            return {"error": f"does not fit: {needs[0] if needs else 'RESOURCE_EXHAUSTED'}"}
+        peer = point["peer"]
+        ops = read_reports(folder, kernel_name(peer, point["shape"]))
+        cycles, taken = ([of[at] for of in ops.values() if of[at] is not None] for at in (0, 1))
+        if not cycles or (not taken and peer not in ("xla", "before", "after")):
+            lines = error.strip().splitlines() or ["libtpu wrote no estimate"]
+            return {"error": lines[-1][:300], "again": bool(error)}
+        launches = {op: of for op, of in ops.items() if of[0] is not None}
+        several = {"ops": launches} if len(launches) > 1 else {}
+        return {"cycles": sum(cycles), "mib": max(taken) if taken else None, **several}
 
 
-def wait(child):
-    """Waits for a child within its limits; says what it ran out of."""
-    deadline = time.monotonic() + SECONDS
+def wait(child, done):
+    """Waits for a child within its limits, the time for each point anew; says what it ran out of."""
+    deadline, count = time.monotonic() + SECONDS, 0
     while child.poll() is None:
         time.sleep(0.2)
+        if (finished := len(list(done.iterdir()))) > count:
+            deadline, count = time.monotonic() + SECONDS, finished
         try:
             pages = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1])
         except (OSError, IndexError):
@@ -223,12 +317,187 @@ def search(peers, pool, peer, limit, case, shape, starts, quick):
     return None if seen[tiles][0] > 0 else (tiles, len(seen))
 
 
-def write(data):
+def write(file, data):
     # Innermost objects, the figures, on one line each.
     text = re.sub(r"{[^{}]*}", lambda object: " ".join(object[0].split()), json.dumps(data, indent=1))
-    new = FILE.with_suffix(".new")
+    new = file.with_suffix(".new")
     new.write_text(text + "\n")
-    os.replace(new, FILE)
+    os.replace(new, file)
+
+
+class Choices:
+    """The numbers that a case is drawn from (kernels/src/choices.rs): SplitMix64 of a seed."""
+
+    def __init__(self, seed):
+        self.state = seed
+
+    def within(self, first, last):
+        mask = (1 << 64) - 1
+        self.state = (self.state + 0x9E3779B97F4A7C15) & mask
+        mixed = ((self.state ^ (self.state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+        return first + (((mixed ^ (mixed >> 31)) * (last - first + 1)) >> 64)
+
+    def one_of(self, values):
+        return values[self.within(0, len(values) - 1)]
+
+
+KINDS = ["prompt", "chunk", "decode", "mixed"]
+HEADS = [(8, 1), (16, 2), (28, 4), (32, 8), (40, 8), (64, 8), (16, 16), (48, 8)]
+
+
+def grid_point(seed, index):
+    """Sizes and lengths of a point, as benches/common/grid.rs draws them; tests/peers.rs compares."""
+    choices = Choices(seed << 32 | index)
+    kind = KINDS[index % 4]
+    q_heads, kv_heads = HEADS[(seed + index + index // 8) % 8]  # each with each kind in 32 points
+    head_dim, page = choices.one_of([128, 64, 256]), choices.one_of([128, 16, 32, 64, 256])
+
+    def prompts(most, rows, longest):
+        count = choices.within(1, most)
+        drawn = [(choices.within(rows // 16, rows // count), choices.within(0, longest)) for _ in range(count)]
+        return [[q_len, q_len + context] for q_len, context in drawn]
+
+    def decode(most, longest):
+        return [[1, choices.within(100, longest)] for _ in range(choices.within(4, most))]
+
+    lengths = {
+        "prompt": lambda: prompts(4, 1024, 0),
+        "chunk": lambda: prompts(2, 512, 3000),
+        "decode": lambda: decode(32, 4000),
+        "mixed": lambda: [*decode(16, 2000), *prompts(2, 256, 500)],
+    }[kind]()
+    longest = max(kv_len for _, kv_len in lengths)
+    return kind, {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page, "lengths": lengths,
+                  "max_seqs": len(lengths), "pages_per_seq": -(-longest // page),
+                  "tokens": -(-sum(q_len for q_len, _ in lengths) // 8) * 8}
+
+
+def grid_tiles(shape, chip):
+    """Candidates of v3's mixed launch and of its decode launch, rows and tokens fetched, then computed at a time: six,
+    which should stay within the chip's default limit where as many do."""
+    heads, page = shape["kv_heads"], shape["page_size"]
+    group, dim = shape["q_heads"] // heads, -(-shape["head_dim"] // 128) * 128
+    group += group % 2
+    longest_q = max(q_len for q_len, _ in shape["lengths"])
+    longest_kv = max(kv_len for _, kv_len in shape["lengths"])
+    packed = shape["head_dim"] == 64  # a token's K and V share 128 lanes
+
+    def tiles(rows, fetched, computed):
+        queries = max(1, rows // (1 << (group - 1).bit_length()))
+        while queries >= 2 * longest_q:
+            queries //= 2
+        fetched = min(max(fetched, page), -(-longest_kv // page) * page)
+        computed = min(max(computed, page), fetched)
+        return (queries, fetched, queries, computed if fetched % computed == 0 else fetched)
+
+    def mib(tiles):
+        queries, fetched, _, computed = tiles
+        rows = queries * group
+        kv = 2 * fetched * (heads + heads % 2 if packed else 2 * heads + 2) * dim * 2
+        return 1.1 * (kv + heads * rows * (8 * dim + 4 * (256 + dim)) + 24 * rows * computed) / 2**20
+
+    def chosen(ladder):
+        candidates = list(dict.fromkeys(tiles(*rungs) for rungs in ladder))
+        limit = CHIPS[chip][0]
+        inside = [of for of in candidates if mib(of) <= limit][:6]
+        beyond = [of for of in candidates if limit < mib(of) <= LARGEST]
+        return inside + beyond[:6 - len(inside)]
+
+    mixed = [(256, 512, 256), (256, 512, 512), (512, 256, 256), (512, 512, 256), (128, 512, 512), (512, 512, 512),
+             (128, 1024, 512), (512, 128, 128), (256, 256, 256), (128, 256, 256), (1024, 256, 256), (64, 512, 512),
+             (64, 256, 256), (128, 128, 128), (64, 128, 128), (32, 256, 256), (32, 128, 128)]
+    decode = [(1, size, size) for size in (512, 1024, 256, 768, 1536, 2048, 384, 128, 640, 3072, 4096)]
+    return chosen(mixed), chosen(decode)
+
+
+def measure_grid(peers, chip, seed, index):
+    """The figures of a point: v3's best within the chip's default limit and within any, and what stands around it."""
+    kind, shape = grid_point(seed, index)
+    case = f"grid-{chip}-{seed}-{index}"
+    mixed, decode = grid_tiles(shape, chip)
+    if kind == "decode":
+        mixed = []
+    elif kind != "mixed":
+        decode = []
+    if shape["head_dim"] == 64:  # one launch
+        candidates = [("v3_hd64", [queries, tokens]) for queries, tokens, *_ in mixed or [(8, *of[1:]) for of in decode]]
+        if mixed and decode:
+            candidates += [("v3_hd64", [mixed[0][0], tokens]) for _, tokens, *_ in decode[:2]]
+        candidates = [(peer, list(tiles)) for peer, tiles in dict.fromkeys((peer, tuple(tiles)) for peer, tiles in candidates)]
+    else:
+        count = max(len(mixed), len(decode))
+        pairs = [{name: list(of[at % len(of)]) for name, of in (("decode", decode), ("mixed", mixed)) if of}
+                 for at in range(count)]
+        # Accumulators in f32, which is faster as a rule; in bf16 where it is not.
+        candidates = [("v3_f32", pair) for pair in pairs] + [("v3", pairs[0])]
+    around = [("before", []), ("after", [])]
+    *results, before, after = peers.points(chip, case, shape, [*candidates, *around])
+    if candidates[-1][0] == "v3" and results[-1].get("cycles", float("inf")) < results[0].get("cycles", float("inf")):
+        others = [("v3", pair) for _, pair in candidates[1:-1]]
+        candidates += others
+        results += peers.points(chip, case, shape, others)
+
+    limit, _, flop_rate = CHIPS[chip]
+    # No core multiplies faster: an estimate below that lost count of a loop.
+    seen = sum(q_len * (kv_len - (q_len - 1) / 2) for q_len, kv_len in shape["lengths"])
+    least = 4 * shape["head_dim"] * shape["q_heads"] * seen / flop_rate
+
+    def best(limit):
+        """Of each launch the best tiles on their own."""
+        launches = {}
+        for (peer, tiles), result in zip(candidates, results):
+            if result.get("cycles", 0) < least:
+                continue
+            for op, (cycles, mib) in result.get("ops", {"RPA": [result["cycles"], result["mib"]]}).items():
+                launch = "decode" if op.startswith("RPAd") else "mixed" if op.startswith("RPAm") else "both"
+                its = tiles[launch] if isinstance(tiles, dict) and launch in tiles else None if isinstance(tiles, dict) else tiles
+                known = launches.get(launch)
+                mib = mib or 0  # an idle one may take none
+                if mib <= limit and (not known or cycles < known["cycles"]):
+                    launches[launch] = {"cycles": cycles, "mib": mib, "tiles": its, "peer": peer}
+        wanted = 1 if shape["head_dim"] == 64 else 2
+        if len(launches) < wanted:
+            return None
+        return {"cycles": sum(of["cycles"] for of in launches.values()), "mib": max(of["mib"] for of in launches.values()),
+                "tiles": {launch: of["tiles"] for launch, of in launches.items() if of["tiles"]},
+                "peer": "/".join(sorted({of["peer"] for of in launches.values()})), "points": len(candidates)}
+
+    around = {"before": before["cycles"], "after": after["cycles"], "without_estimate": [before["unknown"], after["unknown"]]}
+    batch = ",".join(f"{q_len}/{kv_len}" for q_len, kv_len in shape["lengths"])
+    sizes = {name: shape[name] for name in ("q_heads", "kv_heads", "head_dim", "page_size")}
+    return {"chip": chip, "seed": seed, "index": index, "kind": kind, **sizes, "lengths": batch,
+            "default_limit": best(limit), "any_limit": best(LARGEST), "around": around}
+
+
+def run_grid(peers, pool, options):
+    if peers.commit is None:
+        sys.exit("peers: PAGODA_TPU_INFERENCE is not set: the grid is of v3")
+    data = json.loads(GRID.read_text()) if GRID.exists() else {"points": []}
+    versions = {"libtpu": peers.libtpu_version, "jax": JAX, "tpu_inference": peers.commit, "from": "scripts/peers.py"}
+    if data["points"] and any(data.get(name) != version for name, version in versions.items()):
+        sys.exit(f"peers: {GRID} is of other versions than {versions}: move it away")
+    known = {(point["chip"], point["seed"], point["index"]) for point in data["points"]}
+    wanted = [(chip, options.seed, index) for index in range(options.grid) for chip in options.chip or CHIPS]
+    lock = threading.Lock()
+
+    def measure(name):
+        point = measure_grid(peers, *name)
+        with lock:
+            points = sorted([*data["points"], point], key=lambda of: (of["chip"], of["seed"], of["index"]))
+            data.update(versions, points=points)
+            write(GRID, data)
+        best = point["default_limit"]
+        say(f"grid {name[0]} {name[2]} ({point['kind']}): {best and best['cycles']} and {point['around']} around")
+
+    failures = []
+    for name, done in [(name, pool.submit(measure, name)) for name in wanted if name not in known]:
+        try:
+            done.result()
+        except Exception as error:  # the others may be measured
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+    if failures:
+        sys.exit("peers: " + "\npeers: ".join(failures))
 
 
 def main():
@@ -236,6 +505,9 @@ def main():
     parser.add_argument("--only", action="append", choices=ONLY, help="these peers; may be given more than once")
     parser.add_argument("--case", action="append", help="these products or batches, e.g. 1024x1024x1024 or decode8")
     parser.add_argument("--quick", action="store_true", help="measure at the tiles that the file names; no search")
+    parser.add_argument("--grid", type=int, help="measure the first N points of the grid")
+    parser.add_argument("--seed", type=int, default=1, help="the grid's seed")
+    parser.add_argument("--chip", action="append", choices=CHIPS, help="chips of the grid; may be given more than once")
     parser.add_argument("--jobs", type=int, default=1, help="children at once, some GiB and a core each")
     parser.add_argument("--dir", type=Path, default=ROOT / ".pagoda/peers", help="venv and measured points")
     options = parser.parse_args()
@@ -246,7 +518,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
-            run(peers, pool, wanted, options)
+            run_grid(peers, pool, options) if options.grid else run(peers, pool, wanted, options)
         finally:
             for child in list(peers.children):
                 child.kill()
@@ -279,7 +551,7 @@ def run(peers, pool, wanted, options):
                 "cycles": point["cycles"], "mib": point["mib"], "tiles": list(tiles) or None, "peer": peers.version(peer),
                 "libtpu": peers.libtpu_version, "from": "scripts/peers.py", "points": points}
             say(f"{name} {figure}: {point['cycles']}, " + ("as before" if point["cycles"] == was else f"was {was}"))
-            write(data)
+            write(FILE, data)
 
 
 if __name__ == "__main__":

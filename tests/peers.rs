@@ -1,5 +1,8 @@
 //! The peers' figures that `make tpu-static` prints are all there, and each says where it comes from.
 
+#[path = "../benches/common/grid.rs"]
+#[expect(dead_code, reason = "the bench reads the rest")]
+mod grid;
 #[path = "../benches/common/peers.rs"]
 #[expect(dead_code, reason = "that it parses is what counts here; the bench reads the rest")]
 mod peers;
@@ -34,5 +37,28 @@ fn every_figure_that_the_bench_prints_is_in_the_file_with_its_origin() {
                 assert!(any.as_u64().is_none_or(|any| any <= figure["cycles"].as_u64().unwrap()), "{what}");
             }
         }
+    }
+}
+
+#[test]
+fn the_grid_is_drawn_alike_here_and_by_the_script() {
+    let measured = grid::Measured::read().expect("benches/peers/grid.json has what the bench prints");
+    assert!(!measured.points.is_empty() && !measured.libtpu.is_empty());
+    for peer in &measured.points {
+        let point = grid::Point::drawn(peer.seed, peer.index);
+        let text = |lengths: &str| pagoda_kernels::random::parse_batch(lengths).unwrap();
+        let drawn = (peer.kind.as_str(), peer.q_heads, peer.kv_heads, peer.head_dim, peer.page_size);
+        assert_eq!(
+            drawn,
+            (point.kind, point.q_heads, point.kv_heads, point.head_dim, point.page_size),
+            "{}",
+            peer.index
+        );
+        assert_eq!(text(&peer.lengths), point.lengths, "{}", peer.index);
+        pagoda_kernels::Problem::new(point.spec()).unwrap();
+        for best in [&peer.default_limit, &peer.any_limit].into_iter().flatten() {
+            assert!(best.cycles > 0 && best.mib > 0.0 && best.points >= 6, "{}: {}", point.name(), best.points);
+        }
+        assert!(peer.total() >= peer.any_limit.as_ref().map(|any| any.cycles), "more room is never slower");
     }
 }

@@ -1,8 +1,9 @@
-"""One peer kernel at one choice of tiles, compiled ahead of time for a v5p that need not be there: the child of scripts/peers.py.
+"""Peer kernels at choices of tiles, compiled ahead of time for a TPU that need not be there: the child of scripts/peers.py.
 
-  PYTHON tpu_static.py '{"peer": "v2", "shape": {...}, "tiles": [32, 4], "limit": 60}'      limit in MiB of VMEM
+  PYTHON tpu_static.py '{"chip": "v5p", "points": [{"peer": "v2", "shape": {...}, "tiles": [32, 4], "limit": 60}]}'
 
-libtpu leaves its reports where LIBTPU_INIT_ARGS asks for them; the parent reads them, also when libtpu dies after it has
+The limit is in MiB of VMEM. libtpu leaves its reports in the folder that LIBTPU_INIT_ARGS names; those of point N are
+moved to done/N, and what it refused is written to done/N/error. The parent reads them, also when libtpu dies after it has
 written them. This file lowers and compiles, and nothing else. It holds no kernel of its own: each peer is called through
 its own module, and what is changed in one is said beside the change.
 
@@ -11,15 +12,38 @@ first step, so that the compiler resolves every loop and estimates that batch. P
 depends on them. A launch has as many query rows as the batch: v2 would take a step for each block of rows that nobody has
 (decode8 in a launch of 1024 rows: 278844 cycles where 239687 do).
 """
-import functools, importlib, json, os, resource, sys, types
+import functools, importlib, json, os, resource, shutil, sys, traceback, types
 
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 
 BF16 = jnp.bfloat16
-# The model of benches/tpu_static.rs: 32 query and 8 KV heads of 128, pages of 128 tokens, 36 pages for each of 8 sequences.
-Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, PAGES, SEQUENCES = 32, 8, 128, 128, 36, 8
+TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+CHIP = json.loads(sys.argv[1])["chip"]
+
+
+class Model:
+    """What attention works on: sizes of a `shape`, which are those of benches/tpu_static.rs where it does not say."""
+
+    def __init__(self, shape):
+        equal = [[shape.get("q_len"), shape.get("kv_len")]] * shape.get("sequences", 0)
+        self.lengths = shape.get("lengths", equal)  # [q_len, kv_len] of each sequence, decode rows first
+        self.q_heads, self.kv_heads = shape.get("q_heads", 32), shape.get("kv_heads", 8)
+        self.head_dim, self.page = shape.get("head_dim", 128), shape.get("page_size", 128)
+        self.sequences = shape.get("max_seqs", 8)
+        self.pages = shape.get("pages_per_seq", 36)
+        self.tokens = shape.get("tokens") or sum(q_len for q_len, _ in self.lengths)
+        self.decode = sum(q_len == 1 for q_len, _ in self.lengths)
+
+    def metadata(self):
+        """kv_lens [sequences], page_indices [sequences, pages] in order, cu_q_lens [sequences + 1], all int32."""
+        idle = self.sequences - len(self.lengths)
+        kv_lens = [kv_len for _, kv_len in self.lengths] + [0] * idle
+        rows = np.cumsum([0] + [q_len for q_len, _ in self.lengths] + [0] * idle)
+        pages = np.arange(self.sequences * self.pages).reshape(self.sequences, self.pages)
+        return [np.array(array, np.int32) for array in (kv_lens, pages, rows)]
 
 
 def xla(shape, tiles, limit):
@@ -34,15 +58,6 @@ def pallas(shape, tiles, limit):
     bm, bn, bk = tiles
     m, k, n = shape["m"], shape["k"], shape["n"]
     return lambda x, y: matmul(x, y, block_shape=(bm, bn), block_k=bk), [(m, k), (k, n)]
-
-
-def metadata(shape):
-    """kv_lens [SEQUENCES], page_indices [SEQUENCES, PAGES] in order, cu_q_lens [SEQUENCES + 1], all int32."""
-    sequences, at = shape["sequences"], np.arange(SEQUENCES + 1)
-    kv_lens = np.where(at[:-1] < sequences, shape["kv_len"], 0)
-    rows = np.minimum(at, sequences) * shape["q_len"]
-    pages = np.arange(SEQUENCES * PAGES).reshape(SEQUENCES, PAGES)
-    return [array.astype(np.int32) for array in (kv_lens, pages, rows)]
 
 
 def baked(kernel, constants, grid_dims):
@@ -66,57 +81,152 @@ def v2(shape, tiles, limit):
     """JAX's ragged paged attention; tiles are query rows and KV pages of a block."""
     peer = importlib.import_module("jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel")
     queries, pages = tiles
-    kv_lens, page_indices, rows = metadata(shape)
-    count = np.array([shape["sequences"]], np.int32)
+    model = Model(shape)
+    kv_lens, page_indices, rows = model.metadata()
+    count = np.array([len(model.lengths)], np.int32)
     sequence_and_buffer = np.zeros(2, np.int32)  # as its wrapper starts them
     constants = [kv_lens, None, rows, sequence_and_buffer, count]
     peer.ragged_paged_attention_kernel = baked(peer.ragged_paged_attention_kernel, constants, grid_dims=2)
 
     def attention(q, kv):
         return peer.ragged_paged_attention(
-            q, kv, kv_lens, page_indices, rows, count, sm_scale=HEAD_DIM**-0.5,
+            q, kv, kv_lens, page_indices, rows, count, sm_scale=model.head_dim**-0.5,
             num_queries_per_block=queries, num_kv_pages_per_block=pages, vmem_limit_bytes=limit << 20)
 
-    tokens = shape["sequences"] * shape["q_len"]
-    return attention, [(tokens, Q_HEADS, HEAD_DIM), (SEQUENCES * PAGES, PAGE, 2 * KV_HEADS, HEAD_DIM)]
+    cache = (model.sequences * model.pages, model.page, 2 * model.kv_heads, model.head_dim)
+    return attention, [(model.tokens, model.q_heads, model.head_dim), cache]
+
+
+WHERE = "tpu_inference.kernels.ragged_paged_attention.v3"
+
+
+def tpu_inference(module):
+    """A fresh copy of a module of v3: kernels are changed in place."""
+    # The package's own __init__ wants vLLM; its kernels do not.
+    package = types.ModuleType("tpu_inference")
+    package.__path__ = [os.path.join(os.environ["PAGODA_TPU_INFERENCE"], "tpu_inference")]
+    sys.modules["tpu_inference"] = package
+    # The tables of tuned tiles, which are not asked, import vLLM's logger and a device's name.
+    for name, needs in [("logger", "init_logger"), ("utils", "get_device_name")]:
+        stub = types.ModuleType(f"tpu_inference.{name}")
+        setattr(stub, needs, lambda *_: None)
+        sys.modules[stub.__name__] = stub
+    # It asks JAX's first device, which here is the CPU.
+    importlib.import_module(f"{WHERE}.util").get_tpu_version = lambda: int(CHIP[1])
+    sys.modules.pop(f"{WHERE}.{module}", None)
+    return importlib.import_module(f"{WHERE}.{module}")
+
+
+# As its wrappers start them: semaphores, blocks of the output and of the KV that are on their way.
+STATE = [np.zeros(3, np.int32), np.full(4, -1, np.int32), np.full(6, -1, np.int32)]
 
 
 def v3(shape, tiles, limit, f32=False):
-    """tpu-inference's ragged paged attention; tiles are query rows and KV tokens fetched, then those computed at a time."""
-    folder = os.environ["PAGODA_TPU_INFERENCE"]
-    # The package's own __init__ wants vLLM; its kernels do not.
-    package = types.ModuleType("tpu_inference")
-    package.__path__ = [os.path.join(folder, "tpu_inference")]
-    sys.modules["tpu_inference"] = package
-    where = "tpu_inference.kernels.ragged_paged_attention.v3"
-    # It asks JAX's first device, which here is the CPU.
-    importlib.import_module(f"{where}.util").get_tpu_version = lambda: 5
-    peer = importlib.import_module(f"{where}.kernel")
+    """tpu-inference's ragged paged attention; tiles are query rows and KV tokens fetched, then those computed at a time,
+    of the one launch that has work, or {"decode": ..., "mixed": ...}."""
+    peer = tpu_inference("kernel")
     if f32:
         f32_accumulators(peer)
-
-    kv_lens, page_indices, rows = metadata(shape)
-    sequences, decode = shape["sequences"], shape["q_len"] == 1
-    ends = np.array([sequences * decode, sequences * decode, sequences], np.int32)  # of decode, prefill, mixed
-    state = [np.zeros(3, np.int32), np.full(4, -1, np.int32), np.full(6, -1, np.int32)]  # as its wrapper starts it
+    model = Model(shape)
+    kv_lens, page_indices, rows = model.metadata()
+    ends = np.array([model.decode, model.decode, len(model.lengths)], np.int32)  # of decode, prefill, mixed
     kernel = peer._ragged_paged_attention_kernel
-    peer._ragged_paged_attention_kernel = baked(kernel, [kv_lens, None, rows, ends, *state], grid_dims=1)
+    peer._ragged_paged_attention_kernel = baked(kernel, [kv_lens, None, rows, ends, *STATE], grid_dims=1)
+    idle = (1, model.page, 1, model.page)  # a launch that has no sequence to work on
+    if not isinstance(tiles, dict):
+        tiles = {"decode" if model.decode else "mixed": tiles}
+    heads, group, dim = model.kv_heads, even(model.q_heads // model.kv_heads), lanes(model.head_dim)
 
     def attention(q, kv, cache):
-        # q, K and V as its kernel takes them. What it does to them before and after are copies of XLA's, which the
-        # compiler cannot estimate ("dma-general") and which its figure leaves out.
+        # q, K and V as its kernel takes them. What it does to them before and after are copies of XLA's: see `around`.
         peer.prepare_inputs = lambda *_: (q, kv)
         peer.prepare_outputs = lambda out, *_: out
-        shapes = [jnp.zeros((kv.shape[0], heads, HEAD_DIM), BF16) for heads in (Q_HEADS, KV_HEADS, KV_HEADS)]
-        idle = (1, PAGE, 1, PAGE)  # its other launch has no sequence to work on
+        kinds = (model.q_heads, heads, heads)
+        shapes = [jnp.zeros((model.tokens, heads, model.head_dim), BF16) for heads in kinds]
         return peer.ragged_paged_attention.__wrapped__(
-            *shapes, cache, kv_lens, page_indices.ravel(), rows, ends, sm_scale=HEAD_DIM**-0.5,
-            d_block_sizes=tuple(tiles) if decode else idle, m_block_sizes=idle if decode else tuple(tiles),
+            *shapes, cache, kv_lens, page_indices.ravel(), rows, ends, sm_scale=model.head_dim**-0.5,
+            d_block_sizes=tuple(tiles.get("decode") or idle), m_block_sizes=tuple(tiles.get("mixed") or idle),
             vmem_limit_bytes=limit << 20, out_dtype=jnp.float32 if f32 else None)
 
-    tokens = sequences * shape["q_len"]
-    cache = peer.get_kv_cache_shape(SEQUENCES * PAGES, PAGE, KV_HEADS, HEAD_DIM, BF16)
-    return attention, [(KV_HEADS, tokens, Q_HEADS // KV_HEADS // 2, 2, HEAD_DIM), (tokens, KV_HEADS, 2, HEAD_DIM), cache]
+    cache = peer.get_kv_cache_shape(model.sequences * model.pages, model.page, heads, model.head_dim, BF16)
+    kv = (model.tokens, even(2 * heads) // 2, 2, dim)
+    return attention, [(heads, model.tokens, group // 2, 2, dim), kv, cache]
+
+
+def v3_hd64(shape, tiles, limit):
+    """Its form for heads of 64, whose accumulators are f32; tiles are query rows and KV tokens of a block."""
+    peer = tpu_inference("kernel_hd64")
+    model = Model(shape)
+    kv_lens, page_indices, rows = model.metadata()
+
+    class Pltpu:
+        """Its grid is a value of the program; here a number, so that the estimate knows it."""
+
+        def __getattr__(self, name):
+            return getattr(pltpu, name)
+
+        def PrefetchScalarGridSpec(self, *, grid, **options):
+            return pltpu.PrefetchScalarGridSpec(grid=(len(model.lengths),), **options)
+
+    peer.pltpu = Pltpu()
+    ends = np.array([model.decode, model.decode, len(model.lengths)], np.int32)
+    kernel = peer._ragged_paged_attention_kernel
+    peer._ragged_paged_attention_kernel = baked(kernel, [kv_lens, None, rows, ends, *STATE], grid_dims=1)
+    heads, group = model.kv_heads, even(model.q_heads // model.kv_heads)
+
+    def attention(q, kv, cache):
+        peer.prepare_inputs = lambda *_: (q, kv, None)
+        peer.prepare_outputs = lambda out, *_: out
+        kinds = (model.q_heads, heads, heads)
+        shapes = [jnp.zeros((model.tokens, heads, model.head_dim), BF16) for heads in kinds]
+        return peer.ragged_paged_attention_hd64.__wrapped__(
+            *shapes, cache, kv_lens, page_indices.ravel(), rows, ends, sm_scale=model.head_dim**-0.5,
+            num_queries_per_block=tiles[0], num_kv_pages_per_block=tiles[1] // model.page,
+            vmem_limit_bytes=limit << 20)
+
+    cache = peer.get_kv_cache_shape(model.sequences * model.pages, model.page, heads, model.head_dim, BF16)
+    return attention, [(heads, model.tokens, group // 2, 2, 128), (model.tokens, even(heads) // 2, 2, 128), cache]
+
+
+def before(shape, tiles, limit):
+    """What stands between the projections' outputs and v3's kernel: rotary embedding, and its own copies."""
+    model = Model(shape)
+    peer = tpu_inference("kernel_hd64" if model.head_dim == 64 else "kernel")
+
+    def function(qkv, cos_sin):
+        ends = np.cumsum([model.q_heads, model.kv_heads]) * model.head_dim
+        q, k, v = [x.reshape(model.tokens, -1, model.head_dim) for x in jnp.split(qkv, ends, axis=1)]
+        cos, sin = jnp.split(cos_sin[:, None, :], 2, axis=-1)
+
+        def rotate(x):
+            low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+            return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(BF16)
+
+        return peer.prepare_inputs(rotate(q), rotate(k), v)[:2]
+
+    columns = (model.q_heads + 2 * model.kv_heads) * model.head_dim
+    return function, [(model.tokens, columns), jax.ShapeDtypeStruct((model.tokens, model.head_dim), jnp.float32)]
+
+
+def after(shape, tiles, limit):
+    """What stands between v3's kernel and the output projection's input."""
+    model = Model(shape)
+    peer = tpu_inference("kernel_hd64" if model.head_dim == 64 else "kernel")
+    group = model.q_heads // model.kv_heads
+
+    def function(out):
+        return peer.prepare_outputs(out, group, model.head_dim).reshape(model.tokens, -1)
+
+    return function, [(model.kv_heads, model.tokens, even(group) // 2, 2, lanes(model.head_dim))]
+
+
+def even(count):
+    """Rows of bf16 come in pairs."""
+    return count + count % 2
+
+
+def lanes(dim):
+    return -(-dim // 128) * 128
 
 
 def f32_accumulators(peer):
@@ -131,23 +241,38 @@ def f32_accumulators(peer):
     exec(compile(source, peer.__file__, "exec"), peer.__dict__)
 
 
-PEERS = {"xla": xla, "pallas": pallas, "v2": v2, "v3": v3, "v3_f32": functools.partial(v3, f32=True)}
+PEERS = {"xla": xla, "pallas": pallas, "v2": v2, "v3": v3, "v3_f32": functools.partial(v3, f32=True), "v3_hd64": v3_hd64,
+         "before": before, "after": after}
 
 
 def main():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))  # a dying libtpu can fill the disk
-    point = json.loads(sys.argv[1])
-    device = topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[0]
+    points = json.loads(sys.argv[1])["points"]
+    device = topologies.get_topology_desc(TOPOLOGIES[CHIP], "tpu").devices[0]
     mesh = jax.sharding.Mesh(np.array([device]), ("device",))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     # Under the mesh, Pallas lowers for the mesh's device.
     with jax.sharding.set_mesh(mesh):
-        function, shapes = PEERS[point["peer"]](point["shape"], point["tiles"], point["limit"])
-        arguments = [jax.ShapeDtypeStruct(shape, BF16, sharding=place) for shape in shapes]
-        # v3 writes into q and the cache.
-        donated = (0, 2) if len(shapes) == 3 else ()
-        jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        for number, point in enumerate(points):
+            error = None
+            try:
+                function, shapes = PEERS[point["peer"]](point["shape"], point["tiles"], point["limit"])
+                types = [(shape, BF16) if isinstance(shape, tuple) else (shape.shape, shape.dtype) for shape in shapes]
+                arguments = [jax.ShapeDtypeStruct(*of, sharding=place) for of in types]
+                # v3 writes into q and the cache.
+                donated = (0, 2) if len(shapes) == 3 else ()
+                jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+            except Exception:
+                error = traceback.format_exc()
+            partial, done = f"done/{number}.partial", f"done/{number}"
+            os.makedirs(partial)
+            for name in os.listdir("dumps"):
+                shutil.move(f"dumps/{name}", partial)
+            if error:
+                with open(f"{partial}/error", "w") as file:
+                    file.write(error)
+            os.rename(partial, done)
 
 
 if __name__ == "__main__":

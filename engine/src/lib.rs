@@ -26,6 +26,7 @@ pub mod scheduler;
 pub mod stop;
 pub mod timeline;
 pub mod topology;
+pub mod tune;
 pub mod units;
 pub mod watchdog;
 

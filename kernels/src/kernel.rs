@@ -21,6 +21,7 @@ use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
+    cost::UnitWork,
     error::Invalid,
     evidence::Records,
     mutants::MutantSet,
@@ -157,6 +158,64 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         vec![]
     }
 
+    // A ragged batch that is known beforehand.
+
+    /// Refuses a batch that is not one of the problem.
+    ///
+    /// # Errors
+    /// The first length that breaks a limit; any batch, where the kernel works on none.
+    fn check_batch(problem: &ProblemOf<Self>, batch: Option<&[Lengths]>) -> std::result::Result<(), Invalid> {
+        let _ = problem;
+        random::without_batch(Self::NAME, batch)
+    }
+
+    /// Batches of the problem that serving meets, by name: what a plan is for where nobody says more. None for a kernel that
+    /// works on no batch.
+    fn spread(problem: &ProblemOf<Self>) -> Vec<(&'static str, Vec<Lengths>)> {
+        let _ = problem;
+        vec![]
+    }
+
+    /// What a launch computes and moves at least; over sequences of the lengths in `batch`, where there is one. By default
+    /// what it costs at most.
+    fn work(problem: &ProblemOf<Self>, batch: Option<&[Lengths]>) -> Work {
+        let _ = batch;
+        let Cost { flops, bytes_accessed, .. } = Self::cost(problem);
+        Work { flops: flops as f64, bytes: bytes_accessed as f64 }
+    }
+
+    /// The Mosaic kernel of `plan` for sequences of the lengths in `batch` alone: they are constants of it, so that the
+    /// compiler knows how often each loop turns, and its static estimate is of this batch. Operands are the same. By default
+    /// the kernel as it is.
+    ///
+    /// # Errors
+    /// When `batch` is not a batch of the problem.
+    fn kernel_of_batch<'c>(
+        context: &'c Context,
+        plan: &Plan<Self>,
+        batch: Option<&[Lengths]>,
+    ) -> Result<mosaic::Kernel<'c>> {
+        let _ = batch;
+        plan.kernel(context)
+    }
+
+    /// A smaller launch, and how many of it do what each core does in a launch of `plan`: the compiler cannot estimate
+    /// kernels whose cores take strided parts of one array (`dma-general`). `None` where a launch is what a core does.
+    fn core_share(plan: &Plan<Self>) -> Option<(Plan<Self>, usize)> {
+        let _ = plan;
+        None
+    }
+
+    /// Programs that a step runs beside the kernel, from the projections' outputs to the next projection's input: rotary
+    /// embedding, writes of K and V, changes of layout. By default none.
+    ///
+    /// # Errors
+    /// None for a valid problem, unless MLIR fails.
+    fn around<'c>(context: &'c Context, problem: &ProblemOf<Self>) -> Result<Vec<Module<'c>>> {
+        let _ = (context, problem);
+        Ok(vec![])
+    }
+
     // Planning.
 
     /// Refuses a problem that no tiles can be planned for.
@@ -177,6 +236,24 @@ pub trait Kernel: Sized + Send + Sync + 'static {
     /// The best legal tiles whose buffers fit `limit`, with room for spills where there are some; `None` if none fit.
     fn choose(problem: &ProblemOf<Self>, chip: Chip, limit: Bytes) -> Option<Self::Tiles>;
 
+    /// Legal tiles whose buffers fit `limit`: what is worth a compilation. By default the planner's choice alone.
+    fn candidates(problem: &ProblemOf<Self>, chip: Chip, limit: Bytes) -> Vec<Self::Tiles> {
+        Self::choose(problem, chip, limit).into_iter().collect()
+    }
+
+    /// The work of the busiest core in a launch of `plan` over `batch`, by unit: what a model of its cycles is fitted to
+    /// ([`crate::cost`]). `None` for a kernel that does not say.
+    fn work_of_units(plan: &Plan<Self>, batch: Option<&[Lengths]>) -> Option<UnitWork> {
+        let _ = (plan, batch);
+        None
+    }
+
+    /// Cycles of a launch of `plan` over `batch` by the kernel's model. `None` for a kernel, or a chip, without one.
+    fn model(plan: &Plan<Self>, batch: Option<&[Lengths]>) -> Option<f64> {
+        let _ = (plan, batch);
+        None
+    }
+
     /// What follows from legal tiles: name, grid, every VMEM buffer.
     fn layout(problem: &ProblemOf<Self>, chip: Chip, tiles: Self::Tiles) -> Layout<Self::Details>;
 
@@ -196,6 +273,27 @@ pub trait Kernel: Sized + Send + Sync + 'static {
     /// What the compiler is on record to have said about kernels of this sort.
     fn records() -> Option<&'static Records<Self>> {
         None
+    }
+}
+
+/// What a launch computes and moves at least, whatever its tiles are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Work {
+    /// Floating-point operations of the matrix unit.
+    pub flops: f64,
+    /// Bytes between HBM and VMEM.
+    pub bytes: f64,
+}
+
+impl Work {
+    /// Cycles that a device's memory takes at least.
+    pub fn hbm_cycles(&self, chip: Chip) -> f64 {
+        self.bytes / chip.info().hbm_bytes_per_cycle()
+    }
+
+    /// Cycles that the matrix units of all cores of a device take at least.
+    pub fn mxu_cycles(&self, chip: Chip) -> f64 {
+        self.flops / chip.info().peak_flop_per_cycle()
     }
 }
 

@@ -11,6 +11,7 @@ pub mod chips;
 pub mod choices;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod cost;
 pub mod drawn;
 pub mod error;
 pub mod evidence;

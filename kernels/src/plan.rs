@@ -15,6 +15,7 @@ use crate::{
     error::Invalid,
     kernel::{self, Kernel, ProblemOf},
     named::{Arguments, Role},
+    random::Lengths,
     vmem::{Bytes, Spills, Suggestion, Verdict, VmemReport},
 };
 
@@ -112,6 +113,25 @@ impl<K: Kernel> Plan<K> {
             })?,
         };
         Ok(Self::with(problem, chip, tiles, limit))
+    }
+
+    /// Every plan of `problem` on `chip` within the limit that is worth a compilation, the cheapest by the kernel's model
+    /// first; `batch` is what the model is asked about. The planner's choice is among them.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn all(
+        problem: &ProblemOf<K>,
+        chip: Chip,
+        vmem_limit: Option<Bytes>,
+        batch: Option<&[Lengths]>,
+    ) -> Result<Vec<Self>, PlanError> {
+        let chosen = Self::new(problem.clone(), chip, Options { tiles: None, vmem_limit })?;
+        let others = K::candidates(problem, chip, chosen.limit).into_iter().filter(|&tiles| tiles != chosen.tiles);
+        let others = others.map(|tiles| Self::with(problem.clone(), chip, tiles, chosen.limit));
+        let mut plans: Vec<Self> = std::iter::once(chosen.clone()).chain(others).collect();
+        plans.sort_by_cached_key(|plan| K::model(plan, batch).unwrap_or(0.0) as u64);
+        Ok(plans)
     }
 
     fn with(problem: ProblemOf<K>, chip: Chip, tiles: K::Tiles, limit: Bytes) -> Self {

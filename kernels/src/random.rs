@@ -83,30 +83,40 @@ pub struct Lengths {
     pub kv_len: usize,
 }
 
-/// A batch as the command line takes it: `9/48,1/55`, or `none`.
+/// More sequences than a batch has that somebody means.
+const MAX_SEQUENCES: usize = 1 << 16;
+
+/// A batch as the command line takes it, equal neighbours counted: `9/48,1/4608x8`, or `none`.
 pub fn batch_text(batch: &[Lengths]) -> String {
-    match batch {
-        [] => "none".to_owned(),
-        batch => batch.iter().map(|of| format!("{}/{}", of.q_len, of.kv_len)).collect::<Vec<_>>().join(","),
-    }
+    let runs = batch.chunk_by(|one, next| one == next).map(|run| {
+        let Lengths { q_len, kv_len } = run[0];
+        if run.len() > 1 { format!("{q_len}/{kv_len}x{}", run.len()) } else { format!("{q_len}/{kv_len}") }
+    });
+    if batch.is_empty() { "none".to_owned() } else { runs.collect::<Vec<_>>().join(",") }
 }
 
-/// Reads [`batch_text`].
+/// Reads [`batch_text`]: query rows, KV tokens (those of the rows included) and how many such sequences, `Q/KV[xN],...`.
 ///
 /// # Errors
 /// When the text is not that.
 pub fn parse_batch(text: &str) -> Result<Vec<Lengths>, Invalid> {
-    let sequence = |part: &str| {
+    let sequences = |part: &str| {
         let (q_len, kv_len) = part.trim().split_once('/')?;
-        Some(Lengths { q_len: q_len.parse().ok()?, kv_len: kv_len.parse().ok()? })
+        let (kv_len, count) = kv_len.split_once('x').unwrap_or((kv_len, "1"));
+        let count: usize = count.parse().ok().filter(|&count| count > 0)?;
+        Some((Lengths { q_len: q_len.parse().ok()?, kv_len: kv_len.parse().ok()? }, count))
     };
-    let lengths: Option<Vec<_>> = match text {
+    let runs: Option<Vec<_>> = match text.trim() {
         "none" => Some(vec![]),
-        text => text.split(',').map(sequence).collect(),
+        text => text.split(',').map(sequences).collect(),
     };
-    let fix = "write e.g. 1/60,13/13, or none";
-    ensure(lengths.is_some(), "batch", "lengths", text, || "is not ROWS/TOKENS,...".into(), fix)?;
-    Ok(lengths.unwrap_or_default())
+    let fix = "write e.g. 1024/1024,1/4608x8 (the count is 1 where it is left out), or none";
+    ensure(runs.is_some(), "batch", "lengths", text, || "is not Q/KV[xN],...".into(), fix)?;
+    let runs = runs.unwrap_or_default();
+    let count = runs.iter().fold(0_usize, |sum, (_, count)| sum.saturating_add(*count));
+    let limit = || format!("has more than {MAX_SEQUENCES} sequences");
+    ensure(count <= MAX_SEQUENCES, "batch", "lengths", text, limit, "give fewer")?;
+    Ok(runs.into_iter().flat_map(|(of, count)| std::iter::repeat_n(of, count)).collect())
 }
 
 /// Refuses a batch that is given to a kernel without one.
@@ -138,10 +148,11 @@ mod tests {
 
     #[test]
     fn a_batch_is_read_as_it_is_written() {
-        for text in ["none", "9/48", "1/60,13/13,0/0"] {
+        for text in ["none", "9/48", "1/60,13/13,0/0", "1024/1024,1/4608x8,1/7,1/4608x2"] {
             assert_eq!(batch_text(&parse_batch(text).unwrap()), text);
         }
-        for bad in ["", "9", "9/", "a/b", "1/2,"] {
+        assert_eq!(parse_batch("1/9x3, 2/2x1").unwrap().len(), 4);
+        for bad in ["", "9", "9/", "a/b", "1/2,", "1/2x", "1/2x0", "1/2x-1", "1x2/3", "1/2x3x4", "1/2x99999999999"] {
             assert!(parse_batch(bad).is_err(), "{bad}");
         }
     }

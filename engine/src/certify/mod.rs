@@ -12,6 +12,7 @@
 //! Invariants: nothing of a worker outlives the call (process and folder are gone); a program that does not compile is
 //! never reported as certified; what the compiler did not report is absent, not zero.
 
+pub mod batch;
 pub mod kernel;
 pub mod report;
 pub mod worker;
@@ -27,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::child::{self, Ended, Limits};
 use crate::pjrt::{Kind, MemoryStats, PluginChoice};
-use report::{KernelVmem, OutOfMemory};
+use report::{Bundles, KernelVmem, OutOfMemory};
 
 pub use worker::{WORKER_ARGUMENT, run_if_asked};
 
@@ -118,6 +119,12 @@ pub struct Certificate {
     pub profile: Profile,
     /// Static cycles of each op that takes any, kernels among them.
     pub cycles: Vec<OpCycles>,
+    /// What each kernel's code uses of the core's units.
+    #[serde(default)]
+    pub bundles: Vec<Bundles>,
+    /// Where there is a profile: ops that it has no estimate of.
+    #[serde(default)]
+    pub unestimated: Vec<OpBytes>,
     /// Device memory of the program.
     pub memory: Option<MemoryStats>,
     /// Seconds that the compiler took, start of the worker included.
@@ -148,13 +155,29 @@ pub enum Profile {
     None,
 }
 
-/// The compiler's static estimate for one op of the compiled program.
+/// The compiler's static estimate for one op of the compiled program, or for several equal ones.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpCycles {
-    /// The op's name in the compiled program.
+    /// The name of one of them in the compiled program.
     pub op: String,
-    /// Cycles.
+    /// Cycles of all.
     pub cycles: u64,
+    /// How many they are.
+    #[serde(default = "one")]
+    pub equal: u64,
+}
+
+fn one() -> u64 {
+    1
+}
+
+/// An op that the compiler has no estimate of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpBytes {
+    /// Its name in the compiled program.
+    pub op: String,
+    /// What it takes and gives.
+    pub bytes: Bytes,
 }
 
 impl Certificate {
@@ -168,6 +191,18 @@ impl Certificate {
         let kernels = self.cycles.iter().filter(|op| self.kernels.iter().any(|kernel| kernel.name == op.op));
         let cycles: u64 = kernels.map(|op| op.cycles).sum();
         (cycles > 0).then_some(cycles)
+    }
+
+    /// Cycles of what is not a Mosaic kernel, and of these the ones that no estimate stands behind: what takes bytes at the
+    /// rate of the chip's memory. `None` without a profile.
+    pub fn other_cycles(&self) -> Option<(u64, u64)> {
+        let rate = Chip::of_topology(&self.topology)?.info().hbm_bytes_per_cycle();
+        let kernel = |name: &str| self.kernels.iter().any(|kernel| kernel.name == name);
+        let estimated: u64 = self.cycles.iter().filter(|op| !kernel(&op.op)).map(|op| op.cycles).sum();
+        let bytes = self.unestimated.iter().filter(|op| !kernel(&op.op)).map(|op| op.bytes.0);
+        let without = bytes.map(|bytes| (bytes as f64 / rate).ceil() as u64).sum::<u64>();
+        (self.profile != Profile::None && self.profile != Profile::Stopped || estimated + without > 0)
+            .then_some((estimated + without, without))
     }
 
     /// Spills of all Mosaic kernels: the largest.
@@ -193,6 +228,10 @@ impl fmt::Display for Certificate {
                 [memory.code, memory.arguments, memory.outputs, memory.temporaries]
                     .map(|bytes| Bytes(bytes.max(0) as u64));
             writeln!(f, "  HBM: {arguments} arguments, {outputs} results, {temporaries} temporaries, {code} code")?;
+        }
+        if let Some((_, without)) = self.other_cycles().filter(|&(_, without)| without > 0) {
+            let count = self.unestimated.len();
+            writeln!(f, "  {:<53} {without:>12} cycles by the bytes of {count} ops", "without an estimate")?;
         }
         if self.compiles() && self.kernel_cycles().is_none() {
             let why = match self.profile {
@@ -295,10 +334,10 @@ impl Certifier {
         let chip = Chip::of_topology(topology).ok_or_else(|| Error::Topology(topology.to_owned()))?;
         let start = Instant::now();
         let profiled = self.profiled && chip.has_static_profile();
-        let (answer, kernels, cycles, profile) = match self.attempt(topology, program, profiled, executable)? {
+        let (answer, dumps, profile) = match self.attempt(topology, program, profiled, executable)? {
             (Ok(answer), dumps) => {
                 let profile = if dumps.cycles.is_empty() { Profile::None } else { Profile::Complete };
-                (answer, dumps.kernels, dumps.cycles, profile)
+                (answer, dumps, profile)
             }
 
             // The profiler checks types more strictly than the compiler and aborts on some packed stores, after it has
@@ -311,7 +350,7 @@ impl Certifier {
                         Error::Timeout { .. } | Error::Memory { .. } => Profile::Stopped,
                         _ => Profile::None,
                     };
-                    (answer, second.kernels, first.cycles, profile)
+                    (answer, Dumps { cycles: first.cycles, ..second }, profile)
                 }
                 (Err(crash), _) => return Err(crash),
             },
@@ -325,6 +364,9 @@ impl Certifier {
             },
         };
         let compiles = verdict == Verdict::Compiles;
+        let Dumps { kernels, cycles, program, mut bundles } = dumps;
+        bundles.retain(|of| kernels.iter().any(|kernel| kernel.name == of.name));
+        let unestimated = if profiled && compiles { report::unestimated(&program, &cycles) } else { vec![] };
         Ok(Certificate {
             compiler: answer.compiler,
             topology: topology.to_owned(),
@@ -332,6 +374,8 @@ impl Certifier {
             kernels,
             profile,
             cycles: if compiles { cycles } else { vec![] },
+            bundles,
+            unestimated,
             memory: answer.memory,
             // Whole milliseconds: a number of few digits is the same after it was written and read.
             seconds: start.elapsed().as_millis() as f64 / 1e3,
@@ -408,7 +452,7 @@ impl Certifier {
     /// its flags at spaces.
     fn flags(&self, profiled: bool) -> String {
         let mut flags = format!("--xla_jf_dump_to={DUMPS} --xla_jf_dump_llo_text=true");
-        flags += " --xla_jf_dump_llo_pass_label_regex=vmem_report";
+        flags += " --xla_jf_dump_llo_pass_label_regex=vmem_report|final_hlo-static-per-bundle-utilization";
         if !self.in_program {
             // v5 and before; v6 and after.
             flags += " --xla_vf_vmem_memory_space_assignment=false --xla_gf_vmem_memory_space_assignment=false";
@@ -419,6 +463,9 @@ impl Certifier {
         flags
     }
 }
+
+/// How the file of a kernel's use of units ends.
+const BUNDLES: &str = "-final_hlo-static-per-bundle-utilization.txt";
 
 /// Where libtpu writes its reports, in the worker's folder.
 const DUMPS: &str = "dumps";
@@ -445,6 +492,9 @@ fn environment(folder: &Path) -> [(&'static str, std::ffi::OsString); 7] {
 struct Dumps {
     kernels: Vec<KernelVmem>,
     cycles: Vec<OpCycles>,
+    /// The program's text, as it is scheduled.
+    program: String,
+    bundles: Vec<Bundles>,
 }
 
 impl Dumps {
@@ -462,6 +512,12 @@ impl Dumps {
                     dumps.kernels.retain(|known| known.name != kernel.name);
                     dumps.kernels.push(kernel);
                 }
+            } else if let Some(op) = name.strip_suffix(BUNDLES) {
+                // `1795890013677727112-name.1-70-final_...`
+                let op = op.split_once('-').and_then(|(_, op)| op.rsplit_once('-')).map_or("", |(op, _)| op);
+                dumps.bundles.extend(report::bundles(op, &read()?));
+            } else if name.ends_with("-TLP-hlo.txt") {
+                dumps.program = read()?;
             } else if name.ends_with("_static_llo_profile.textproto") {
                 for op in report::static_cycles(&read()?)? {
                     dumps.cycles.retain(|known| known.op != op.op);

@@ -6,7 +6,7 @@ use pagoda_kernels::vmem::{BufferKind, Bytes};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use super::{Error, OpCycles};
+use super::{Error, OpBytes, OpCycles};
 
 /// VMEM that one Mosaic kernel took, by the compiler's report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,7 +140,8 @@ fn allocation(size: u64, tag: &str) -> Result<Allocation, String> {
     Ok(Allocation { kind, bytes: Bytes(size), levels: levels.ok_or_else(|| format!("`{tag}`"))?, tag: tag.to_owned() })
 }
 
-/// Parses a `*_static_llo_profile.textproto`.
+/// Parses a `*_static_llo_profile.textproto`. libtpu estimates one of several equal ops, and says how many they are: their
+/// cycles are of all of them together.
 ///
 /// # Errors
 /// When an estimate lacks its name or its cycles.
@@ -153,12 +154,154 @@ pub fn static_cycles(text: &str) -> Result<Vec<OpCycles>, Error> {
     let parsed = estimates.map(|block| {
         // What ends before its brace was cut, maybe within the number.
         block.find('}')?;
-        Some(OpCycles { op: field(block, "hlo_op_name")?, cycles: field(block, "estimated_cycles")?.parse().ok()? })
+        let cycles: u64 = field(block, "estimated_cycles")?.parse().ok()?;
+        let equal: u64 = field(block, "num_equivalent_hlos").map_or(Some(1), |count| count.parse().ok())?;
+        Some(OpCycles {
+            op: field(block, "hlo_op_name")?,
+            cycles: cycles.checked_mul(equal.max(1))?,
+            equal: equal.max(1),
+        })
     });
     parsed.collect::<Option<_>>().ok_or_else(|| Error::Report {
         report: "static profile",
         message: "an estimate lacks `hlo_op_name`, a whole number of `estimated_cycles` or its end".into(),
     })
+}
+
+/// What a kernel's bundles (VLIW instructions) use of the core's units, each bundle counted once, however often it runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bundles {
+    /// The op's name in the compiled program.
+    pub name: String,
+    /// Bundles of its code.
+    pub count: u64,
+    /// The units.
+    pub units: Vec<Unit>,
+}
+
+/// A unit of a core.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unit {
+    /// The compiler's name: `MATMUL`, `VALU`, `VSTORE`, `VSTORE:SPILL`.
+    pub name: String,
+    /// Slots of a bundle.
+    pub slots: u64,
+    /// Slots that are used, all bundles together.
+    pub used: u64,
+}
+
+impl Bundles {
+    /// The part of the bundles that a unit needs at least.
+    pub fn share(&self, unit: &Unit) -> f64 {
+        unit.used as f64 / (unit.slots * self.count).max(1) as f64
+    }
+}
+
+/// Parses a `*-final_hlo-static-per-bundle-utilization.txt`; `None` if it is not of the form that libtpu 0.0.52 writes.
+pub fn bundles(name: &str, text: &str) -> Option<Bundles> {
+    let (header, lines) = text.split_once("UTILIZATION:")?;
+    let mut header = header.lines().skip(1);
+    let names: Vec<&str> = header.next()?.split(',').map(str::trim).collect();
+    let slots: Vec<u64> = header.next()?.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?;
+    let (mut used, mut count) = (vec![0_u64; names.len()], 0);
+    for line in lines.lines().filter(|line| !line.trim().is_empty()) {
+        let numbers: Vec<u64> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?;
+        if numbers.len() != names.len() {
+            return None;
+        }
+        used.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
+        count += 1;
+    }
+    let units = names.iter().zip(slots).zip(used);
+    let units = units.map(|((name, slots), used)| Unit { name: (*name).to_owned(), slots, used }).collect();
+    Some(Bundles { name: name.to_owned(), count, units })
+}
+
+/// What takes no time of its own in a program of XLA's.
+const FREE: [&str; 6] = ["parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all"];
+
+/// The ops of a program (a `*-TLP-hlo.txt`: the entry computation as it is scheduled) that `estimates` do not speak of, with
+/// the bytes that each takes and gives, padded as they lie (of an array that is updated in place, nothing). An estimate speaks for its equals, which are of its type.
+pub fn unestimated(program: &str, estimates: &[OpCycles]) -> Vec<OpBytes> {
+    let entry = program.split_once("\nENTRY ").map_or("", |(_, entry)| entry);
+    let ops: Vec<Op> = entry.split("\n}").next().unwrap_or_default().lines().filter_map(Op::parse).collect();
+    let ty = |name: &str| ops.iter().find(|op| op.name == name).map(|op| op.ty);
+    let equals = estimates.iter().filter(|estimate| estimate.equal > 1);
+    let mut spoken: Vec<_> = equals.filter_map(|estimate| Some((ty(&estimate.op)?, estimate.equal - 1))).collect();
+    let mut unestimated = Vec::new();
+    for op in &ops {
+        if FREE.contains(&op.code) || estimates.iter().any(|estimate| estimate.op == op.name) {
+            continue;
+        }
+        if let Some((_, left)) = spoken.iter_mut().find(|(ty, left)| *ty == op.ty && *left > 0) {
+            *left -= 1;
+            continue;
+        }
+        let operands = op.operands.split('%').skip(1).filter_map(|rest| ty(rest.split([',', ' ', ')']).next()?));
+        let in_place = ["scatter", "dynamic-update-slice", "dynamic_update_slice", "while"];
+        let in_place = in_place.iter().any(|word| op.code == *word || op.name.contains(word));
+        let mut result = Some(op.ty);
+        let mut bytes = 0;
+        for operand in operands {
+            if in_place && result == Some(operand) {
+                result = None;
+            } else {
+                bytes += padded_bytes(operand);
+            }
+        }
+        let bytes = bytes + result.map_or(0, padded_bytes);
+        unestimated.push(OpBytes { op: op.name.to_owned(), bytes: Bytes(bytes) });
+    }
+    unestimated
+}
+
+/// `%name = type code(operands), ...`
+struct Op<'t> {
+    name: &'t str,
+    ty: &'t str,
+    code: &'t str,
+    operands: &'t str,
+}
+
+impl<'t> Op<'t> {
+    fn parse(line: &'t str) -> Option<Self> {
+        let line = line.trim_start();
+        let (name, rest) = line.strip_prefix("ROOT ").unwrap_or(line).strip_prefix('%')?.split_once(" = ")?;
+        // A tuple's type has spaces, and layouts have parentheses.
+        let end = match rest.starts_with('(') {
+            true => rest.find(") ")? + 1,
+            false => rest.find(' ')?,
+        };
+        let (ty, rest) = rest.split_at(end);
+        let (code, operands) = rest.trim_start().split_once('(')?;
+        let operands = operands.split("), ").next().unwrap_or(operands);
+        Some(Self { name, ty, code, operands })
+    }
+}
+
+/// Bytes of a type as it lies: `bf16[336,2,1,128]{3,1,0,2:T(2,128)(2,1)}` has tiles of 2 x 128 of its two minor dimensions.
+fn padded_bytes(ty: &str) -> u64 {
+    let numbers = |text: &str| text.split(',').filter_map(|of| of.trim().parse::<u64>().ok()).collect::<Vec<_>>();
+    let arrays = ty.split('[').collect::<Vec<_>>();
+    let of = |pair: &[&str]| {
+        let element = pair[0].rsplit(|c: char| !c.is_ascii_alphanumeric()).next()?;
+        let bits: u64 =
+            element.trim_start_matches(|c: char| c.is_ascii_alphabetic()).split('e').next()?.parse().ok()?;
+        let (dims, layout) = pair[1].split_once(']')?;
+        let dims = numbers(dims);
+        let layout = layout.strip_prefix('{').unwrap_or_default();
+        let order = numbers(layout.split([':', '}']).next().unwrap_or_default());
+        let tile = layout.split_once(":T(").and_then(|(_, tile)| tile.split_once(')'));
+        let tile = numbers(tile.map_or("", |(tile, _)| tile));
+        // Minor dimension first.
+        let mut minor: Vec<u64> = order.iter().filter_map(|&at| dims.get(at as usize).copied()).collect();
+        if minor.len() != dims.len() {
+            minor = dims.iter().rev().copied().collect();
+        }
+        minor.iter_mut().zip(tile.iter().rev()).for_each(|(size, &unit)| *size = size.next_multiple_of(unit.max(1)));
+        Some(minor.iter().product::<u64>() * bits / 8)
+    };
+    arrays.windows(2).filter_map(of).sum()
 }
 
 /// What the compiler ran out of.
@@ -263,10 +406,44 @@ mod tests {
     #[test]
     fn static_cycles_are_read() {
         let text = "hlo_op_estimate {\n  hlo_op_name: \"name.1\"\n  estimated_cycles: 11367\n  scalar_inputs: 0\n}\n\
-                    hlo_op_estimate {\n  hlo_op_name: \"copy.2\"\n  estimated_cycles: 7\n}\n";
+                    hlo_op_estimate {\n  hlo_op_name: \"copy.2\"\n  estimated_cycles: 7\n  num_equivalent_hlos: 2\n}\n";
         let cycles: Vec<_> = static_cycles(text).unwrap().into_iter().map(|op| (op.op, op.cycles)).collect();
-        assert_eq!(cycles, [("name.1".into(), 11367), ("copy.2".into(), 7)]);
+        assert_eq!(cycles, [("name.1".into(), 11367), ("copy.2".into(), 14)]);
         assert_eq!(static_cycles("").unwrap(), []);
+    }
+
+    #[test]
+    fn bundles_are_added_up() {
+        let text = "== CAPACTIY:\nMATMUL, VALU, VSTORE:SPILL\n   4     4     1\n== UTILIZATION:\n0 1 0\n4 2 1\n";
+        let bundles = bundles("k", text).unwrap();
+        let used: Vec<_> =
+            bundles.units.iter().map(|unit| (unit.name.as_str(), unit.used, bundles.share(unit))).collect();
+        assert_eq!(used, [("MATMUL", 4, 0.5), ("VALU", 3, 0.375), ("VSTORE:SPILL", 1, 0.5)]);
+        assert_eq!(super::bundles("k", &text.replace("0 1 0", "0 1")), None);
+        assert_eq!(super::bundles("k", ""), None);
+    }
+
+    #[test]
+    fn ops_without_an_estimate_count_their_bytes() {
+        let program = "HloModule m\n\nENTRY %main.3 (x.1: bf16[336,4,64]) -> (f32[336,4,64]) {\n  \
+            %x.1 = bf16[336,4,64]{2,1,0:T(8,128)(2,1)} parameter(0), metadata={op_name=\"x\"}\n  \
+            %fusion = (bf16[336,64]{1,0:T(8,128)(2,1)}, f32[7]{0:T(128)}) fusion(%x.1), kind=kLoop, calls=%f\n  \
+            %copy.1 = f32[4,336,64]{2,1,0:T(8,128)} copy(%fusion)\n  %copy.2 = f32[4,336,64]{2,1,0:T(8,128)} copy(%fusion)\n  \
+            %bitcast.9 = f32[336,4,64]{2,0,1:T(8,128)} bitcast(%copy.1)\n  \
+            %scatter.3 = bf16[336,4,64]{2,1,0:T(8,128)(2,1)} scatter(%x.1, %fusion), to_apply=%g\n  \
+            ROOT %tuple.2 = (f32[336,4,64]{2,1,0:T(8,128)}) tuple(%bitcast.9)\n}\n";
+        let [fusion, copy] = [2 * 336 * 128 + 4 * 128, 4 * 4 * 336 * 128].map(|bytes: u64| bytes);
+        let names = |estimates: &[OpCycles]| {
+            let ops = unestimated(program, estimates).into_iter();
+            ops.map(|op| (op.op, op.bytes.0)).collect::<Vec<_>>()
+        };
+        let one = OpCycles { op: "copy.1".into(), cycles: 9, equal: 1 };
+        let other = ("copy.2".to_owned(), copy + fusion);
+        let first = ("fusion".to_owned(), fusion + 2 * 336 * 8 * 128);
+        let scatter = ("scatter.3".to_owned(), fusion);
+        assert_eq!(names(std::slice::from_ref(&one)), [first.clone(), other, scatter.clone()]);
+        assert_eq!(names(&[OpCycles { equal: 2, ..one }]), [first, scatter]);
+        assert_eq!(unestimated("", &[]), []);
     }
 
     #[test]

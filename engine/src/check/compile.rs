@@ -15,6 +15,7 @@ use pagoda_ir::{Context, Element, TensorType};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::certify::batch::Compile;
 use crate::certify::{Certificate, Certifier, Program, Verdict};
 use crate::error::{Error, Result};
 use crate::mesh::Mesh;
@@ -49,7 +50,7 @@ pub enum How {
 #[derive(Clone, Debug)]
 pub enum Answer {
     /// It compiles, or a memory is too small.
-    Certified(Certificate),
+    Certified(Box<Certificate>),
     /// Nothing could be said: a crash, a time limit, a refusal.
     Failed(String),
 }
@@ -147,7 +148,8 @@ impl Cached {
     /// The key of a unit.
     fn key(&self, unit: &Unit) -> Result<String> {
         let version = self.version(&unit.topology)?;
-        let options = format!("{}\n{}\n{:?}\n{version}\n", unit.topology, unit.replicas, unit.how);
+        // An entry of another form is another entry.
+        let options = format!("3\n{}\n{}\n{:?}\n{version}\n", unit.topology, unit.replicas, unit.how);
         let hash = Sha256::new().chain_update(&options).chain_update(&unit.module).finalize();
         Ok(hash.iter().map(|byte| format!("{byte:02x}")).collect())
     }
@@ -192,7 +194,7 @@ impl Compiler for Cached {
         // A damaged entry, or one whose executable was deleted, is made anew.
         let usable = |entry: &Entry| unit.how != How::Whole || !entry.certificate.compiles() || executable.is_file();
         if let Some(entry) = entry.filter(usable) {
-            return Ok(Answer::Certified(entry.certificate));
+            return Ok(Answer::Certified(Box::new(entry.certificate)));
         }
         let certifier = match unit.how {
             How::Profiled => self.certifier.clone(),
@@ -214,12 +216,25 @@ impl Compiler for Cached {
         }
         let entry = Entry { name: unit.name.clone(), certificate: certificate.clone() };
         self.write(&known, &serde_json::to_vec_pretty(&entry).map_err(Error::runtime("writing JSON"))?)?;
-        Ok(Answer::Certified(certificate))
+        Ok(Answer::Certified(Box::new(certificate)))
     }
 
     fn executable(&self, unit: &Unit) -> Option<PathBuf> {
         let path = self.file(&self.key(unit).ok()?, "pjrt");
         path.is_file().then_some(path)
+    }
+}
+
+impl Compile for Cached {
+    fn certificate(&self, topology: &str, name: &str, module: Vec<u8>) -> Result<Certificate> {
+        let unit = Unit { name: name.into(), module, topology: topology.into(), replicas: 1, how: How::Profiled };
+        match Compiler::compile(self, &unit)? {
+            Answer::Certified(certificate) => Ok(*certificate),
+            Answer::Failed(problem) => {
+                let fix = "raise the time limit (--timeout), or use smaller tiles".into();
+                Err(Error::Plugin { plugin: "tpu".into(), problem, fix })
+            }
+        }
     }
 }
 

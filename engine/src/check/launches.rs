@@ -7,10 +7,11 @@ use pagoda_ir::{Context, Element};
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::evidence::{self, Digest, Record};
 use pagoda_kernels::kernel::Kernel;
+pub use pagoda_kernels::kernel::Work;
 use pagoda_kernels::matmul::{self, Activation, Epilogue, Layout, Matmul};
 use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::random::Lengths;
-use pagoda_kernels::rpa::{self, Batch, Kind, Rpa};
+use pagoda_kernels::rpa::{self, Kind, Rpa};
 use pagoda_kernels::vmem::{Bytes, Spills, Verdict, VmemReport};
 
 use super::plan::Program;
@@ -36,15 +37,6 @@ pub enum Planned {
     Matmul(Plan<Matmul>),
     /// Attention over the KV pages.
     Attention(Plan<Rpa>),
-}
-
-/// Floating-point operations of a launch, and the bytes that it moves through HBM at least.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Work {
-    /// Operations.
-    pub flops: f64,
-    /// Bytes.
-    pub bytes: f64,
 }
 
 /// Calls a method of either plan.
@@ -157,32 +149,11 @@ fn unplanned(role: &str, chip: Chip, error: &dyn std::fmt::Display) -> Error {
 }
 
 impl Launch {
-    /// What the launch computes and moves: a matmul its operands and result once; attention of `batch` the pages that the
-    /// sequences fill, queries and results.
+    /// What the launch computes and moves at least: attention, over sequences of the lengths in `batch`.
     pub fn work(&self, batch: &[Lengths]) -> Work {
         match &self.plan {
-            Planned::Matmul(plan) => {
-                let problem = plan.problem();
-                let matmul::Spec { m, k, n, input, output, epilogue, .. } = **problem;
-                let columns = problem.weight_columns();
-                let results = m * n * output.bytes() * if epilogue.residual { 2 } else { 1 };
-                let operands = (m * k + k * columns) * input.bytes();
-                Work { flops: 2.0 * m as f64 * k as f64 * columns as f64, bytes: (operands + results) as f64 }
-            }
-            Planned::Attention(plan) => {
-                let problem = plan.problem();
-                let layout = problem.kv_layout();
-                let token = (layout.token_elements() * problem.precision.kv.bytes()) as f64;
-                let row = 2.0 * (problem.q_heads * problem.head_dim * problem.precision.q.bytes()) as f64;
-                let (mut flops, mut bytes) = (0.0, 0.0);
-                for &Lengths { q_len, kv_len } in batch {
-                    // Row i of the last q_len sees kv_len - q_len + i + 1 keys.
-                    let seen = q_len as f64 * (kv_len as f64 - (q_len as f64 - 1.0) / 2.0);
-                    flops += 4.0 * seen * (problem.q_heads * problem.head_dim) as f64;
-                    bytes += token * kv_len.next_multiple_of(problem.page_size) as f64 + row * q_len as f64;
-                }
-                Work { flops, bytes }
-            }
+            Planned::Matmul(plan) => Matmul::work(plan.problem(), None),
+            Planned::Attention(plan) => Rpa::work(plan.problem(), Some(batch)),
         }
     }
 }
@@ -217,27 +188,12 @@ pub fn module(planned: &Planned, batch: &[Lengths]) -> Result<Vec<u8>> {
     match planned {
         Planned::Matmul(plan) => Ok(plan.module(&context)?.bytecode().to_vec()),
         Planned::Attention(plan) => {
-            let kernel = rpa::mosaic::kernel_of_batch(&context, plan, &metadata(plan.problem(), batch)?)?;
+            Rpa::check_batch(plan.problem(), Some(batch))?;
+            let kernel = Rpa::kernel_of_batch(&context, plan, Some(batch))?;
             let module = pagoda_kernels::kernel::mosaic_module::<Rpa>(&context, plan.problem(), &kernel)?;
             Ok(module.bytecode().to_vec())
         }
     }
-}
-
-/// The ragged metadata of sequences of these lengths, their pages in order.
-fn metadata(problem: &rpa::Problem, batch: &[Lengths]) -> Result<Batch> {
-    let seqs = problem.max_seqs;
-    let mut kv_lens = vec![0i32; seqs];
-    let mut rows = vec![0i32; seqs + 1];
-    for (at, lengths) in batch.iter().enumerate().take(seqs) {
-        kv_lens[at] = lengths.kv_len as i32;
-        rows[at + 1] = rows[at] + lengths.q_len as i32;
-    }
-    let last = rows[batch.len().min(seqs)];
-    rows[batch.len().min(seqs) + 1..].fill(last);
-    let pages = (seqs * problem.pages_per_seq) as i32;
-    let table: Vec<i32> = (0..pages).map(|page| page % problem.pages as i32).collect();
-    Ok(Batch::new(problem, &kv_lens, &table, &rows, batch.len().min(seqs))?)
 }
 
 /// Cycles on record for exactly this matmul: its body and its limit.

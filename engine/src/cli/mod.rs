@@ -1,4 +1,4 @@
-//! The command line: `pagoda check | sample | merge | doctor | bench | plan | certify | emit | inspect | run`.
+//! The command line: `pagoda check | sample | merge | doctor | bench | plan | certify | tune | emit | inspect | run`.
 //!
 //! Samples and other machine-readable output go to stdout, logs and progress to stderr. Exit codes: 0 done, 1 failed
 //! on good input, 2 the input must change, 130 interrupted (what was finished is kept).
@@ -68,19 +68,25 @@ enum Command {
     Certify {
         #[command(subcommand)]
         kernel: kernels::KernelCommand,
-        /// Seconds for one compilation.
-        #[arg(long, global = true, value_name = "SECONDS", default_value_t = 180)]
-        timeout: u64,
-        /// Seconds for a first compilation, with the compiler's static profile; after that the kernel is compiled again
-        /// without the profile, and no cycle count is reported.
-        #[arg(long, global = true, value_name = "SECONDS", default_value_t = 60)]
-        profile_timeout: u64,
+        #[command(flatten)]
+        compiler: kernels::CompilerArgs,
+        /// Also estimate a launch over this batch: query rows, KV tokens and how many such sequences, e.g.
+        /// 1024/1024,1/4608x8. Its lengths are constants of the kernel that is compiled for it.
+        #[arg(long, global = true, value_name = "Q/KV[xN],...")]
+        lengths: Option<String>,
         /// Print JSON.
         #[arg(long, global = true)]
         json: bool,
     },
     /// Compile a StableHLO module of any origin with libtpu: VMEM of its kernels by buffer, spills, static cycles.
     CertifyModule(kernels::ModuleArgs),
+    /// Compile a kernel's candidate tiles with libtpu and rank them by static cycles; no TPU needed.
+    Tune {
+        #[command(subcommand)]
+        kernel: kernels::KernelCommand,
+        #[command(flatten)]
+        args: kernels::TuneArgs,
+    },
     /// Write a kernel: readable Mosaic, or the StableHLO module that carries it.
     Emit {
         #[command(subcommand)]
@@ -237,10 +243,11 @@ pub fn main() -> ExitCode {
             doctor::doctor(json).map(|works| if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Plan { kernel, json } => kernels::plan(&kernel, json),
-        Command::Certify { kernel, timeout, profile_timeout, json } => {
-            kernels::certify(&kernel, timeout, profile_timeout, json)
+        Command::Certify { kernel, compiler, lengths, json } => {
+            kernels::certify(&kernel, &compiler, lengths.as_deref(), json)
         }
         Command::CertifyModule(args) => kernels::certify_module(&args),
+        Command::Tune { kernel, args } => kernels::tune(&kernel, &args),
         Command::Emit { kernel, form } => kernels::emit(&kernel, &form),
         Command::Inspect { file, json } => kernels::inspect(&file, json).map(|()| ExitCode::SUCCESS),
         Command::Run(args) => kernels::run(&args),

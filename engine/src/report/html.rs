@@ -5,8 +5,8 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::{
-    Bar, Block, Figure, MeshDrawing, Report, Roofline, RooflinePoint, Section, Status, Suggestion, Table, Timeline,
-    Tracks, Value, Verdict,
+    Bar, Block, Cell, Figure, HeatMap, MeshDrawing, Report, Roofline, RooflinePoint, Section, Share, Status,
+    Suggestion, Table, Timeline, Tracks, Value, Verdict,
 };
 
 /// Colours of the style sheet.
@@ -104,6 +104,8 @@ fn section(section: &Section) -> Markup {
                     Block::Timeline(timeline) => (self::timeline(timeline)),
                     Block::Tracks(tracks) => (self::tracks(tracks)),
                     Block::Mesh(mesh) => (self::mesh(mesh)),
+                    Block::Heat(map) => (self::heat(map)),
+                    Block::Shares(shares) => (self::shares(shares)),
                 }
             }
         }
@@ -250,6 +252,54 @@ fn mesh(mesh: &MeshDrawing) -> Markup {
             }
         }
         @if mesh.hosts > MOST { p { "... and " (mesh.hosts - MOST) " hosts more" } }
+    }
+}
+
+/// The best is filled with the colour, one that takes three times as long with none of it.
+fn heat(map: &HeatMap) -> Markup {
+    let tone = |cell: &Cell| match cell.times_best {
+        Some(times) => format!("--heat:{}", percent((1.0 - (times.max(1.0).log2() / 3f64.log2())).clamp(0.0, 1.0))),
+        None => String::new(),
+    };
+    let class = |cell: &Cell| match (cell.times_best, cell.chosen) {
+        (None, _) => "cell out",
+        (_, true) => "cell chosen",
+        _ => "cell",
+    };
+    let [rows, columns] = &map.axes;
+    html! {
+        div.scroll {
+            table.heat {
+                thead { tr { th { (rows) " \\ " (columns) } @for name in &map.columns { th { (name) } } } }
+                tbody {
+                    @for (name, cells) in &map.rows {
+                        tr {
+                            th { (name) }
+                            @for cell in cells {
+                                @match cell {
+                                    None => td {},
+                                    Some(cell) => td class=(class(cell)) style=(tone(cell)) title=(cell.note) {
+                                        b { (cell.value.to_string()) }
+                                        small { (cell.note) }
+                                    },
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn shares(shares: &[Share]) -> Markup {
+    html! {
+        @for (at, share) in shares.iter().enumerate() {
+            div.bar {
+                div.head { span { (share.label) } span { (Value::Share(share.share).to_string()) " " (share.note) } }
+                div.track { i class=(colour(at)) style=(format!("width:{}", percent(share.share.clamp(0.0, 1.0)))) {} }
+            }
+        }
     }
 }
 

@@ -207,6 +207,10 @@ pub enum Block {
     Tracks(Tracks),
     /// Devices, hosts and replicas.
     Mesh(MeshDrawing),
+    /// What was tried, along two settings.
+    Heat(HeatMap),
+    /// Parts of a whole, each on its own.
+    Shares(Vec<Share>),
 }
 
 /// Rows and columns.
@@ -285,6 +289,41 @@ pub struct RooflinePoint {
     pub bytes: f64,
     /// Seconds of a launch.
     pub seconds: f64,
+}
+
+/// A number for each pair of two settings.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct HeatMap {
+    /// The setting of the rows, and that of the columns.
+    pub axes: [String; 2],
+    /// Its values.
+    pub columns: Vec<String>,
+    /// The other's values, each with a cell per column.
+    pub rows: Vec<(String, Vec<Option<Cell>>)>,
+}
+
+/// A cell of a heat map.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cell {
+    /// The number; [`Value::Missing`] where there is none.
+    pub value: Value,
+    /// A few words more.
+    pub note: String,
+    /// How many times the best one it is; `None` where it does not count.
+    pub times_best: Option<f64>,
+    /// Whether it is the one that is used.
+    pub chosen: bool,
+}
+
+/// A part of a whole.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Share {
+    /// What it is.
+    pub label: String,
+    /// From 0 to 1.
+    pub share: f64,
+    /// A few words more.
+    pub note: String,
 }
 
 /// Spans of time in lanes below each other, all from 0.

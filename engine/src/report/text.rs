@@ -2,7 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::{Bar, Block, MeshDrawing, Report, Roofline, Section, Status, Table, Timeline, Tracks, Value};
+use super::{
+    Bar, Block, HeatMap, MeshDrawing, Report, Roofline, Section, Share, Status, Table, Timeline, Tracks, Value,
+};
 
 /// Characters of a full bar.
 const BAR: usize = 40;
@@ -59,7 +61,35 @@ fn section(out: &mut String, section: &Section) {
             Block::Timeline(timeline) => self::timeline(out, timeline),
             Block::Tracks(tracks) => self::tracks(out, tracks),
             Block::Mesh(mesh) => self::mesh(out, mesh),
+            Block::Heat(map) => self::heat(out, map),
+            Block::Shares(shares) => self::shares(out, shares),
         }
+    }
+}
+
+/// A table of the numbers; the one that is used has a star.
+fn heat(out: &mut String, map: &HeatMap) {
+    let [rows, columns] = &map.axes;
+    let corner = format!("{rows} \\ {columns}");
+    let names: Vec<&str> = std::iter::once(corner.as_str()).chain(map.columns.iter().map(String::as_str)).collect();
+    let mut table = Table::new(&names);
+    for (name, cells) in &map.rows {
+        let cells = cells.iter().map(|cell| match cell {
+            None => Value::Text(String::new()),
+            Some(cell) if cell.times_best.is_none() => "x".into(),
+            Some(cell) => format!("{}{}", cell.value, if cell.chosen { "*" } else { "" }).into(),
+        });
+        table.row(std::iter::once(name.as_str().into()).chain(cells).collect());
+    }
+    self::table(out, &table);
+}
+
+fn shares(out: &mut String, shares: &[Share]) {
+    let width = shares.iter().map(|share| share.label.chars().count()).max().unwrap_or(0);
+    for Share { label, share, note } in shares {
+        let bar = blocks(share.clamp(0.0, 1.0), BAR);
+        let line = format!("  {label:<width$} {bar} {:>4}  {note}", Value::Share(*share).to_string());
+        let _ = writeln!(out, "{}", line.trim_end());
     }
 }
 

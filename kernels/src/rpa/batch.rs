@@ -3,12 +3,14 @@
 use pagoda_ir::HostTensor;
 
 use super::{
+    inputs,
     kv_layout::{NO_SLOT, slot},
     problem::{Kind, Problem},
 };
 use crate::{
     error::{Invalid, ensure},
     named::Arrays,
+    random::Lengths,
 };
 
 const SUBJECT: &str = "rpa batch";
@@ -134,6 +136,26 @@ impl Batch {
             pages_per_seq: problem.pages_per_seq,
             page_size: problem.page_size,
         })
+    }
+
+    /// The metadata of sequences of these lengths, their pages one after another.
+    ///
+    /// # Errors
+    /// When `lengths` are not a batch of the problem.
+    pub fn of_lengths(problem: &Problem, lengths: &[Lengths]) -> Result<Self, Invalid> {
+        inputs::check_lengths(problem, lengths)?;
+        let (seqs, count) = (problem.max_seqs, lengths.len());
+        let mut kv_lens = vec![0_i32; seqs];
+        let mut cu_q_lens = vec![0_i32; seqs + 1];
+        for (seq, of) in lengths.iter().enumerate() {
+            kv_lens[seq] = of.kv_len as i32;
+            cu_q_lens[seq + 1] = cu_q_lens[seq] + of.q_len as i32;
+        }
+        let rows = cu_q_lens[count];
+        cu_q_lens[count + 1..].fill(rows);
+        let pages = problem.pages as i32;
+        let page_indices: Vec<i32> = (0..(seqs * problem.pages_per_seq) as i32).map(|page| page % pages).collect();
+        Self::new(problem, &kv_lens, &page_indices, &cu_q_lens, count)
     }
 
     /// Validates the metadata among `inputs`.

@@ -50,7 +50,7 @@ pub(super) fn draw(problem: &Problem, batch: Option<&[Lengths]>, seed: u64) -> R
 }
 
 /// Refuses lengths that do not fit the problem.
-fn check_lengths(problem: &Problem, batch: &[Lengths]) -> Result<(), Invalid> {
+pub(super) fn check_lengths(problem: &Problem, batch: &[Lengths]) -> Result<(), Invalid> {
     let refuse =
         |holds, limit: String, fix: &str| ensure(holds, "rpa batch", "lengths", batch_text(batch), || limit, fix);
     let limit = format!("is more than max-seqs = {} sequences", problem.max_seqs);

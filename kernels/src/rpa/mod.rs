@@ -21,6 +21,7 @@
 mod args;
 pub mod batch;
 pub mod cached;
+mod estimate;
 mod inputs;
 pub mod kv_layout;
 pub mod kv_write;
@@ -35,7 +36,7 @@ pub mod stablehlo;
 use std::sync::LazyLock;
 
 use pagoda_ir::{
-    Element, Result, TensorType,
+    Context, Element, Result, TensorType,
     mosaic::{Builder, Cost},
     stablehlo as hlo,
 };
@@ -49,9 +50,10 @@ use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
+    cost::UnitWork,
     error::{Invalid, ensure},
     evidence::Records,
-    kernel::{Kernel, Sample},
+    kernel::{Kernel, Sample, Work},
     mutants::MutantSet,
     named::{Arguments, Arrays, Named},
     plan::PlanError,
@@ -251,6 +253,46 @@ impl Kernel for Rpa {
         mutants::sets()
     }
 
+    fn check_batch(problem: &Problem, batch: Option<&[Lengths]>) -> std::result::Result<(), Invalid> {
+        batch.map_or(Ok(()), |batch| inputs::check_lengths(problem, batch))
+    }
+
+    fn spread(problem: &Problem) -> Vec<(&'static str, Vec<Lengths>)> {
+        estimate::spread(problem)
+    }
+
+    fn work(problem: &Problem, batch: Option<&[Lengths]>) -> Work {
+        match batch {
+            Some(batch) => estimate::work(problem, batch),
+            None => {
+                let Cost { flops, bytes_accessed, .. } = Self::cost(problem);
+                Work { flops: flops as f64, bytes: bytes_accessed as f64 }
+            }
+        }
+    }
+
+    fn kernel_of_batch<'c>(
+        context: &'c Context,
+        plan: &plan::Plan,
+        batch: Option<&[Lengths]>,
+    ) -> Result<pagoda_ir::mosaic::Kernel<'c>> {
+        let Some(lengths) = batch else { return plan.kernel(context) };
+        let batch = Batch::of_lengths(plan.problem(), lengths);
+        mosaic::kernel_of_batch(
+            context,
+            plan,
+            &batch.map_err(|invalid| pagoda_ir::Error::op(Self::NAME, invalid.to_string()))?,
+        )
+    }
+
+    fn core_share(plan: &plan::Plan) -> Option<(plan::Plan, usize)> {
+        estimate::core_share(plan)
+    }
+
+    fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<hlo::Module<'c>>> {
+        estimate::around(context, problem)
+    }
+
     fn plannable(problem: &Problem, chip: Chip) -> std::result::Result<(), PlanError> {
         plan::plannable(problem, chip)
     }
@@ -261,6 +303,22 @@ impl Kernel for Rpa {
 
     fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<plan::Tiles> {
         plan::choose(problem, chip, limit)
+    }
+
+    fn work_of_units(plan: &plan::Plan, batch: Option<&[Lengths]>) -> Option<UnitWork> {
+        Some(estimate::work_of_units(plan, batch?))
+    }
+
+    /// Over a batch; or the sum over those that serving meets.
+    fn model(plan: &plan::Plan, batch: Option<&[Lengths]>) -> Option<f64> {
+        match batch {
+            Some(batch) => estimate::model(plan, batch),
+            None => estimate::spread(plan.problem()).iter().map(|(_, batch)| estimate::model(plan, batch)).sum(),
+        }
+    }
+
+    fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<plan::Tiles> {
+        estimate::candidates(problem, chip, limit)
     }
 
     fn layout(problem: &Problem, chip: Chip, tiles: plan::Tiles) -> crate::plan::Layout<plan::Details> {

@@ -13,6 +13,7 @@ mod report;
 mod results;
 mod run;
 mod sources;
+mod tune;
 
 use std::fmt::Display;
 use std::path::PathBuf;
@@ -33,6 +34,7 @@ pub(super) use inspect::inspect;
 pub(super) use module::{ModuleArgs, certify_module};
 pub(super) use problem::KernelCommand;
 pub(super) use run::{RunArgs, run};
+pub(super) use tune::{TuneArgs, tune};
 
 /// What a command answers: a table for people, JSON for machines.
 trait Answer {
@@ -61,17 +63,40 @@ pub(super) fn plan(kernel: &KernelCommand, json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// `pagoda certify`: succeeds when the kernel compiles.
-pub(super) fn certify(kernel: &KernelCommand, timeout: u64, profile_timeout: u64, json: bool) -> Result<ExitCode> {
-    if timeout == 0 {
-        return Err(Error::setting("timeout", timeout, "leaves the compiler no time", "give at least 1 second"));
+/// How long the compiler may take.
+#[derive(Debug, Args)]
+pub(super) struct CompilerArgs {
+    /// Seconds for one compilation.
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 180)]
+    timeout: u64,
+    /// Seconds for a first compilation, with the compiler's static profile; after that the kernel is compiled again without
+    /// the profile, and no cycle count is reported.
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 60)]
+    profile_timeout: u64,
+}
+
+impl CompilerArgs {
+    fn certifier(&self) -> Result<Certifier> {
+        let &Self { timeout, profile_timeout } = self;
+        if timeout == 0 {
+            return Err(Error::setting("timeout", timeout, "leaves the compiler no time", "give at least 1 second"));
+        }
+        let [timeout, profile_timeout] = [timeout, profile_timeout].map(Duration::from_secs);
+        Ok(Certifier::of_this_executable()?.timeout(timeout).profile_timeout(profile_timeout))
     }
+}
+
+/// `pagoda certify`: succeeds when the kernel compiles.
+pub(super) fn certify(
+    kernel: &KernelCommand,
+    compiler: &CompilerArgs,
+    lengths: Option<&str>,
+    json: bool,
+) -> Result<ExitCode> {
     // What is wrong with the problem is printed before libtpu is looked for.
     let plan = kernel.plan()?;
-    let certifier = Certifier::of_this_executable()?
-        .timeout(Duration::from_secs(timeout))
-        .profile_timeout(Duration::from_secs(profile_timeout));
-    let (certified, compiles) = plan.certified(&certifier)?;
+    plan.check_lengths(lengths)?;
+    let (certified, compiles) = plan.certified(&compiler.certifier()?, lengths)?;
     print_answer(&*certified, json)?;
     Ok(if compiles { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -20,9 +20,12 @@ use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::random::{batch_text, parse_batch};
 use pagoda_kernels::vmem::Bytes;
 use pagoda_kernels::{Arguments, Arrays, Invalid, Kernel, Named, PlanError, Problem};
+use serde::Serialize;
 
 use crate::certify::{self, Certifier};
 use crate::error::{Error, Result};
+use crate::pjrt::Client;
+use crate::tune::NamedBatch;
 
 /// What the first line of an emitted text begins with.
 const HEADER: &str = "// pagoda emit ";
@@ -207,8 +210,33 @@ impl<K: Kernel> Asked for Request<K> {
 pub(super) trait Planned {
     /// `pagoda plan`: the plan, with the verdict that the records allow.
     fn answer(&self) -> Box<dyn super::Answer>;
-    /// `pagoda certify`: the plan and the compiler's answer, and whether the kernel compiles.
-    fn certified(&self, certifier: &Certifier) -> Result<(Box<dyn super::Answer>, bool)>;
+    /// `pagoda certify`: the plan and the compiler's answer, over a batch of these `lengths` if there are some, and whether
+    /// the kernel compiles.
+    ///
+    /// # Errors
+    /// When the lengths are not a batch of the problem, or the compiler gives no answer.
+    fn certified(&self, certifier: &Certifier, lengths: Option<&str>) -> Result<(Box<dyn super::Answer>, bool)>;
+    /// `pagoda tune`: candidates compiled for named batches (of the kernel's own spread, where none are given) and ranked.
+    ///
+    /// # Errors
+    /// When a batch is not one of the problem, or the compiler is missing.
+    fn tuned(
+        &self,
+        batches: &[(String, String)],
+        how: (usize, usize),
+        compiler: &dyn certify::batch::Compile,
+        done: &(dyn Fn(usize, usize) + Sync),
+    ) -> Result<crate::tune::Tuned>;
+    /// `pagoda tune --measure`: times what was tuned on a device.
+    ///
+    /// # Errors
+    /// When a candidate does not run.
+    fn measured(&self, client: &Client, batches: &[(String, String)], tuned: &mut crate::tune::Tuned) -> Result<()>;
+    /// Refuses lengths that are not a batch of the problem.
+    ///
+    /// # Errors
+    /// The first that breaks a limit.
+    fn check_lengths(&self, lengths: Option<&str>) -> Result<()>;
     /// The first line of an emission: the command that writes the same again.
     fn header(&self) -> String;
     /// The Mosaic kernel.
@@ -236,10 +264,33 @@ impl<K: Kernel> Planned for Plan<K> {
         Box::new(certify::kernel::Planned::new(self))
     }
 
-    fn certified(&self, certifier: &Certifier) -> Result<(Box<dyn super::Answer>, bool)> {
+    fn certified(&self, certifier: &Certifier, lengths: Option<&str>) -> Result<(Box<dyn super::Answer>, bool)> {
         let certified = certify::kernel::Certified::new(self, certifier)?;
         let compiles = certified.certificate.compiles();
-        Ok((Box::new(certified), compiles))
+        let batch = lengths.map(parse_batch).transpose().map_err(invalid)?;
+        let batch = batch.filter(|_| compiles);
+        let batch = batch.map(|batch| certify::batch::BatchCycles::new(self, Some(&batch), certifier)).transpose()?;
+        Ok((Box::new(OverBatch { certified, batch }), compiles))
+    }
+
+    fn tuned(
+        &self,
+        batches: &[(String, String)],
+        how: (usize, usize),
+        compiler: &dyn certify::batch::Compile,
+        done: &(dyn Fn(usize, usize) + Sync),
+    ) -> Result<crate::tune::Tuned> {
+        let named = named_batches(self, batches)?;
+        crate::tune::tune(self, &named, how, compiler, done)
+    }
+
+    fn measured(&self, client: &Client, batches: &[(String, String)], tuned: &mut crate::tune::Tuned) -> Result<()> {
+        crate::tune::measure(self, &named_batches(self, batches)?, client, tuned)
+    }
+
+    fn check_lengths(&self, lengths: Option<&str>) -> Result<()> {
+        let batch = lengths.map(parse_batch).transpose().map_err(invalid)?;
+        K::check_batch(self.problem(), batch.as_deref()).map_err(invalid)
     }
 
     fn header(&self) -> String {
@@ -277,6 +328,40 @@ impl<K: Kernel> Planned for Plan<K> {
         let inputs = given.into_iter().fold(drawn, |inputs, (name, array)| inputs.with(name, array));
         K::check_inputs(self.problem(), &inputs).map_err(invalid)?;
         Ok(Box::new(Launched { plan: self.clone(), inputs }))
+    }
+}
+
+/// The batches to tune for: the given ones, else the kernel's own, else one launch.
+fn named_batches<K: Kernel>(plan: &Plan<K>, given: &[(String, String)]) -> Result<Vec<NamedBatch>> {
+    let named = |(name, lengths): &(String, String)| {
+        let lengths = Some(parse_batch(lengths).map_err(invalid)?);
+        Ok::<_, Error>(NamedBatch { name: name.clone(), lengths })
+    };
+    let mut named: Vec<_> = given.iter().map(named).collect::<Result<_>>()?;
+    if named.is_empty() {
+        let spread = K::spread(plan.problem()).into_iter();
+        named = spread.map(|(name, of)| NamedBatch { name: name.into(), lengths: Some(of) }).collect();
+    }
+    if named.is_empty() {
+        named = vec![NamedBatch { name: "launch".into(), lengths: None }];
+    }
+    Ok(named)
+}
+
+/// What the compiler says of a kernel, and of it over one batch.
+#[derive(Serialize)]
+#[serde(bound = "")]
+struct OverBatch<K: Kernel> {
+    #[serde(flatten)]
+    certified: certify::kernel::Certified<K>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batch: Option<certify::batch::BatchCycles>,
+}
+
+impl<K: Kernel> fmt::Display for OverBatch<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.certified)?;
+        self.batch.as_ref().map_or(Ok(()), |batch| write!(f, "\n{batch}"))
     }
 }
 

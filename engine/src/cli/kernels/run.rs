@@ -65,8 +65,8 @@ pub(in crate::cli) struct RunArgs {
     /// Compare the result: with the f64 reference, or with the StableHLO form on a plugin.
     #[arg(long, global = true, value_enum)]
     check_against: Option<Against>,
-    /// Query rows and KV tokens of each sequence of a ragged batch, or none, instead of random ones.
-    #[arg(long, global = true, value_name = "ROWS/TOKENS,...")]
+    /// Query rows, KV tokens and how many such sequences of a ragged batch, e.g. 9/48,1/55x3, or none; instead of random ones.
+    #[arg(long, global = true, value_name = "Q/KV[xN],...")]
     lengths: Option<String>,
     /// When DMAs land on the tile machine: early, late, random:SEED, or all: each of them, random with the seed of
     /// --random, and the results must be the same bits [default: late].

@@ -1,0 +1,261 @@
+//! What a launch over a known batch takes: its work, the part of each core, and the programs around it.
+
+use std::{collections::BTreeMap, sync::LazyLock};
+
+use pagoda_ir::{Context, Element, Result, TensorType, stablehlo::Module};
+
+use super::{
+    Kind, Problem, Rotary, Rpa, Spec, kv_write,
+    plan::{Options, Plan, Tiles},
+    stablehlo,
+};
+use crate::{
+    chips::Chip,
+    cost::{self, UnitWork, Weights},
+    kernel::{Kernel, Work},
+    named::Named,
+    random::Lengths,
+    vmem::Bytes,
+};
+
+/// Two products of two operations for every row, key that it sees, and element; K and V of every page with a key that is
+/// seen, q and the output once.
+pub(super) fn work(problem: &Problem, batch: &[Lengths]) -> Work {
+    let token = (problem.kv_layout().token_elements() * problem.precision.kv.bytes()) as f64;
+    let features = (problem.q_heads * problem.head_dim) as f64;
+    let q = problem.precision.q.bytes();
+    let row = match problem.fused {
+        None => 2.0 * features * q as f64,
+        // The projections and the angles come in; the output, and the keys and values of the row, go out.
+        Some(_) => {
+            let projected = (problem.projected_heads() * q + Element::F32.bytes()) * problem.head_dim;
+            projected as f64 + features * q as f64 + token
+        }
+    };
+    let (page, window) = (problem.page_size, problem.sliding_window.unwrap_or(usize::MAX));
+    let of = |&Lengths { q_len, kv_len }: &Lengths| {
+        // Row i of the last q_len stands at kv_len - q_len + i, and sees the keys up to it.
+        let q_len = q_len.min(kv_len);
+        let first = kv_len - q_len;
+        let all = window.saturating_sub(first).min(q_len); // rows whose window reaches back to the first key
+        let seen = all * (first + 1) + all * all.saturating_sub(1) / 2 + (q_len - all) * window.min(kv_len);
+        let unseen = (first + 1).saturating_sub(window) / page * page;
+        let pages = if q_len > 0 { kv_len.next_multiple_of(page) - unseen } else { 0 };
+        Work { flops: 4.0 * seen as f64 * features, bytes: token * pages as f64 + row * q_len as f64 }
+    };
+    batch
+        .iter()
+        .map(of)
+        .fold(Work::default(), |sum, of| Work { flops: sum.flops + of.flops, bytes: sum.bytes + of.bytes })
+}
+
+/// Online softmax over the blocks of each sequence, for one core's heads: rows that are padding work like others.
+pub(super) fn work_of_units(plan: &Plan, batch: &[Lengths]) -> UnitWork {
+    let (problem, info) = (plan.problem(), plan.chip().info());
+    let (queries, keys, group) = (plan.tiles().queries, plan.keys(), problem.group());
+    // Blocks of heads are shared out over the cores.
+    let blocks = problem.kv_heads / plan.head_block();
+    let heads = (plan.head_block() * blocks.div_ceil(info.cores)) as f64;
+    let dim = problem.head_dim.next_multiple_of(128) as f64;
+    let widths = plan.widths();
+    let mut work = UnitWork::default();
+    let mut first_row = 0;
+    for &Lengths { q_len, kv_len } in batch {
+        let stop = first_row + q_len;
+        for block in first_row / queries..stop.div_ceil(queries) {
+            let end = (kv_len + ((block + 1) * queries).min(stop)).saturating_sub(stop);
+            let begin = problem.sliding_window.map_or(0, |window| {
+                let first = (kv_len + (block * queries).max(first_row)).saturating_sub(stop);
+                (first + 1).saturating_sub(window) / keys * keys
+            });
+            let rows =
+                ((stop.min((block + 1) * queries) - first_row.max(block * queries)).next_multiple_of(16)).min(queries);
+            let rows = (rows * group) as f64;
+            let mut worked = 0.0;
+            for start in (begin..end).step_by(keys) {
+                worked += widths.iter().copied().find(|&width| end - start <= width).unwrap_or(keys) as f64;
+                work.steps += 1.0;
+                let fetched = (kv_len - start).min(keys).div_ceil(problem.page_size);
+                work.copies += fetched as f64;
+                let token = problem.kv_layout().token_elements() / problem.kv_heads * problem.precision.kv.bytes();
+                work.bytes += heads * (fetched * problem.page_size * token) as f64;
+            }
+            work.matrix += heads * worked * rows.max(64.0) * dim * 4.0 / info.peak_flop_per_cycle_and_core as f64;
+            work.vector += heads * worked * rows / 1024.0;
+            work.loads += heads * worked * dim / 1024.0;
+            work.stores += heads * rows * (worked / keys as f64) * (dim + 256.0) / 1024.0;
+        }
+        // Begin and finish of the blocks that the sequence is in.
+        let all = (stop.div_ceil(queries) - first_row / queries) as f64;
+        work.stores += all * heads * (queries * group) as f64 * (2.0 * dim + 256.0) / 1024.0;
+        first_row = stop;
+    }
+    work
+}
+
+/// Cycles by the weights that fit the points on record; `None` for a chip without any.
+pub(super) fn model(plan: &Plan, batch: &[Lengths]) -> Option<f64> {
+    static WEIGHTS: LazyLock<BTreeMap<Chip, Weights>> = LazyLock::new(|| cost::weights::<Rpa>(cost::points()));
+    Some(WEIGHTS.get(&plan.chip())?.cycles(&work_of_units(plan, batch)))
+}
+
+/// Decode rows over ragged contexts; of a mixed problem also one prompt, a chunk behind a long context, and half of the rows
+/// beside decode rows.
+pub(super) fn spread(problem: &Problem) -> Vec<(&'static str, Vec<Lengths>)> {
+    let (most, rows) = (problem.max_kv_len().min(problem.pages * problem.page_size), problem.tokens);
+    let pages = problem.pages / problem.max_seqs.min(problem.pages); // of a sequence, if all are as long
+    let longest = most.min(pages * problem.page_size).max(1);
+    // From an eighth of the longest to all of it, in an order that is not sorted.
+    let decode = |count: usize| -> Vec<Lengths> {
+        let context = |at: usize| (longest * (1 + 5 * at % 8)).div_ceil(8);
+        (0..count).map(|at| Lengths { q_len: 1, kv_len: context(at) }).collect()
+    };
+    let decoding = ("decode", decode(problem.max_seqs.min(rows).min(problem.pages)));
+    if problem.kind == Kind::Decode {
+        return vec![decoding];
+    }
+    let prompt = |q_len: usize| Lengths { q_len: q_len.min(most), kv_len: q_len.min(most) };
+    let chunk = Lengths { q_len: rows.min(most), kv_len: most };
+    let beside = decode((problem.max_seqs - 1).min(rows / 2).min(problem.pages));
+    let pages_left = problem.pages - beside.iter().map(|of| of.kv_len.div_ceil(problem.page_size)).sum::<usize>();
+    let half = (rows / 2).min(pages_left * problem.page_size);
+    let mixed = beside.into_iter().chain((half > 0).then(|| prompt(half))).collect();
+    vec![("prompt", vec![prompt(rows)]), ("chunk", vec![chunk]), ("mixed", mixed), decoding]
+}
+
+/// Powers of two of query rows, and blocks of 128 to 4096 keys, with powers of two and three times such.
+pub(super) fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<Tiles> {
+    let queries = [8, 16, 32, 64, 128, 256, 512];
+    let keys = [128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096];
+    let mut pages: Vec<usize> = keys.map(|keys| (keys / problem.page_size).clamp(1, problem.pages_per_seq)).to_vec();
+    pages.dedup();
+    let all = queries.into_iter().flat_map(|queries| pages.iter().map(move |&kv_pages| Tiles { queries, kv_pages }));
+    let fits = |tiles: &Tiles| {
+        Rpa::legal(problem, chip, *tiles).is_ok() && Rpa::layout(problem, chip, *tiles).vmem.total() <= limit
+    };
+    all.filter(fits).collect()
+}
+
+/// The launch over a core's KV heads: the windows of q and of the output are strided where cores share them. Planned for a
+/// device of two cores, it may be shared out again; then it stands for a part of a core's heads.
+pub(super) fn core_share(plan: &Plan) -> Option<(Plan, usize)> {
+    let (problem, block) = (plan.problem(), plan.head_block());
+    if block == problem.kv_heads {
+        return None;
+    }
+    let spec = Spec { q_heads: block * problem.group(), kv_heads: block, ..problem.spec().clone() };
+    let options = Options { tiles: Some(plan.tiles()), vmem_limit: Some(plan.limit()) };
+    let share = Plan::new(Problem::new(spec).ok()?, plan.chip(), options).ok()?;
+    match core_share(&share) {
+        None => Some((share, 1)),
+        Some((part, times)) => Some((part, times * block / share.head_block())),
+    }
+}
+
+/// Nothing of a fused kernel. Before another, queries and keys are rotated, keys and values are written. Behind it nothing is computed: its output's
+/// heads are the features of the next projection's input, in another layout.
+pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<Module<'c>>> {
+    let &Spec { tokens, q_heads, kv_heads, head_dim, .. } = problem.spec();
+    if problem.fused.is_some() {
+        return Ok(vec![]);
+    }
+    let types_of = problem.precision;
+    let (q, f32) = (types_of.q, Element::F32);
+    let heads = q_heads + 2 * kv_heads;
+    let before = Module::new(context, "before_attention");
+    let write = kv_write::arguments(problem);
+    let written = ["kv_pages", "slots", "first_page"];
+    let write: Vec<_> = write.iter().filter(|argument| written.contains(&argument.name)).collect();
+    let own = [TensorType::new(q, &[tokens, heads * head_dim]), TensorType::new(f32, &[tokens, head_dim])];
+    let types: Vec<_> = own.into_iter().chain(write.iter().map(|argument| argument.ty.clone())).collect();
+    before.function("main", &types, |b, args| {
+        let projected = b.reshape(args[0], &[tokens, heads, head_dim])?;
+        let part = |from: usize, count: usize| b.slice_in_dim(projected, from, from + count, 1);
+        let rotated = |from, count| stablehlo::rotate(b, Rotary::HalfSplit, part(from, count)?, args[1]);
+        let q = b.convert(rotated(0, q_heads)?, types_of.q)?;
+        let k = b.convert(rotated(q_heads, kv_heads)?, types_of.kv)?;
+        let v = b.convert(part(q_heads + kv_heads, kv_heads)?, types_of.kv)?;
+        let given = write.iter().map(|argument| argument.name).zip(args[2..].iter().copied());
+        let args: Named<_> = given.chain([("k", k), ("v", v)]).collect();
+        Ok(vec![q, kv_write::emit(b, problem, &args)?])
+    })?;
+    before.donate("main", 2, 1)?;
+    for (argument, ty) in types.iter().enumerate() {
+        if ty.dims.len() > 1 {
+            before.row_major_argument("main", argument)?;
+        }
+    }
+    [0, 1].into_iter().try_for_each(|result| before.row_major_result("main", result))?;
+    let after = Module::new(context, "after_attention");
+    after.function("main", &[problem.output_type()], |b, args| {
+        Ok(vec![b.reshape(args[0], &[tokens, q_heads * head_dim])?])
+    })?;
+    after.row_major_argument("main", 0)?;
+    after.row_major_result("main", 0)?;
+    Ok(vec![before, after])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::choices::Choices;
+
+    fn of(text: &str) -> Vec<Lengths> {
+        crate::random::parse_batch(text).unwrap()
+    }
+
+    /// The logits that the reference computes, and the pages that it reads, counted one by one.
+    #[test]
+    fn work_is_what_the_definition_counts() {
+        for seed in 0..50 {
+            let spec = Spec { layers: 1, ..Rpa::workload(&mut Choices::of_seed(seed)).unwrap() };
+            let problem = Problem::new(spec).unwrap();
+            for (_, batch) in spread(&problem) {
+                let (mut logits, mut pages, mut rows) = (0, 0, 0);
+                for &Lengths { q_len, kv_len } in &batch {
+                    let sees =
+                        |position: usize| position + 1 - problem.sliding_window.unwrap_or(usize::MAX).min(position + 1);
+                    logits += (kv_len - q_len..kv_len).map(|at| at + 1 - sees(at)).sum::<usize>();
+                    let first = if q_len > 0 { sees(kv_len - q_len) / problem.page_size } else { 0 };
+                    pages += if q_len > 0 { kv_len.div_ceil(problem.page_size) - first } else { 0 };
+                    rows += q_len;
+                }
+                let work = work(&problem, &batch);
+                assert_eq!(work.flops, (4 * logits * problem.q_heads * problem.head_dim) as f64, "{seed}");
+                let token = problem.kv_layout().token_elements() * problem.precision.kv.bytes();
+                let row = 2 * problem.q_heads * problem.head_dim * problem.precision.q.bytes();
+                assert_eq!(work.bytes, (pages * problem.page_size * token + rows * row) as f64, "{seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_spread_is_batches_of_any_problem() {
+        for seed in 0..200 {
+            let problem = Problem::new(Rpa::workload(&mut Choices::of_seed(seed)).unwrap()).unwrap();
+            for (name, batch) in spread(&problem) {
+                Rpa::check_batch(&problem, Some(&batch)).unwrap_or_else(|error| panic!("{seed} {name}: {error}"));
+            }
+            let sample = Rpa::sample(&mut Choices::of_seed(seed));
+            let problem = Problem::new(sample.spec).unwrap();
+            for (name, batch) in spread(&problem) {
+                Rpa::check_batch(&problem, Some(&batch)).unwrap_or_else(|error| panic!("{seed} {name}: {error}"));
+            }
+        }
+    }
+
+    #[test]
+    fn shares_do_all_of_the_work() {
+        for (q_heads, kv_heads) in [(32, 8), (16, 16), (64, 32), (8, 1)] {
+            let spec = Spec { q_heads, kv_heads, ..Rpa::common().remove(0) };
+            let plan = Plan::new(Problem::new(spec).unwrap(), Chip::V5p, Options::default()).unwrap();
+            let batch = of("1024/1024");
+            let whole = work(plan.problem(), &batch).flops;
+            let launches = core_share(&plan).map_or(whole, |(share, times)| {
+                assert!(core_share(&share).is_none(), "{q_heads}/{kv_heads}");
+                (2 * times) as f64 * work(share.problem(), &batch).flops
+            });
+            assert_eq!(launches, whole, "{q_heads}/{kv_heads}");
+        }
+    }
+}
