@@ -9,7 +9,7 @@ help:
 	@echo "make multihost    installs Open MPI; one model over two and four CPU processes, and processes that are killed"
 	@echo "make python       the Python package in virtual environments with JAX 0.10.2 and the newest (PAGODA_BIN=... builds no wheel)"
 	@echo "make bench        criterion benches (CPU)"
-	@echo "make bench-peers  tokens/s against plain JAX on this machine"
+	@echo "make bench-peers  tokens/s against plain JAX on this machine (ARGS=\"--models tiny,135m,1b --busy\")"
 	@echo "make tpu-tools    libtpu, the TPU compiler, for certification without a TPU"
 	@echo "make certify-all  every certification by the TPU compiler (a quarter of an hour; PAGODA_RECORD=1 renews the tables)"
 	@echo "make certify-sample N=200  problems that no table has, by the TPU compiler: how right the verdicts are"
@@ -51,7 +51,7 @@ bench: tpu-tools
 	cargo bench --workspace
 
 bench-peers: setup
-	@scripts/bench-peers.sh
+	@scripts/bench-peers.sh $(ARGS)
 
 certify-all: tpu-tools
 	cargo test --test certify -- --include-ignored --skip a_sample_of_problems

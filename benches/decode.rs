@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion};
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions, Timing};
-use pagoda_engine::llama::{DeviceModel, Parallel, Target};
+use pagoda_engine::llama::{DeviceModel, KvCache, Parallel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::weights::Weights;
 use pagoda_engine::pjrt::{Client, Plugin, PluginChoice};
@@ -36,6 +36,7 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
     let options = EngineOptions {
         limits,
         compute: Element::F32,
+        kv_cache: KvCache::of(Element::F32),
         target,
         sampling,
         stop: StopRule::default(),

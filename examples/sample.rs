@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
-use pagoda_engine::llama::{DeviceModel, Parallel, Target};
+use pagoda_engine::llama::{DeviceModel, KvCache, Parallel, Target};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::tokenizer::Tokenizer;
 use pagoda_engine::model::weights::Weights;
@@ -44,6 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = EngineOptions {
         limits,
         compute: Element::F32,
+        kv_cache: KvCache::of(Element::F32),
         target: Target::Portable,
         sampling: SamplingOptions { temperature: 0.8, top_k: None, top_p: Some(0.95), seed: 1 },
         stop: StopRule::new(config.eos_token_ids.clone(), vec![]),

@@ -290,7 +290,10 @@ fn bad_problems_are_one_clear_error() {
         ("matmul --m 1000000000 --n 8 --k 1000000000", &["m * k = 1000000000000000000 is beyond 1099511627776"]),
         ("matmul --m 8 --n 8 --k -1", &["--k"]),
         ("matmul --m 8 --n 8", &["--k"]),
-        ("matmul --m 8 --n 200 --k 8 --silu-gate", &["n = 200 is not a multiple of 128", "pad n to 256"]),
+        (
+            "matmul --m 8 --n 200 --k 8 --silu-gate --tiles 8,200,8",
+            &["tiles.n = 200 is not a multiple of 128", "give 256"],
+        ),
         ("matmul --m 8 --n 8 --k 8 --dtype fp8", &["fp8", "bf16"]),
         ("matmul --m 256 --n 256 --k 256 --tiles 100,100,100", &["tiles", "100"]),
         ("matmul --m 256 --n 256 --k 256 --tiles 8,128", &["tiles = 8,128 is not three positive numbers"]),

@@ -200,7 +200,7 @@ fn matmul_at_sizes_that_no_tile_divides() {
                 [(Element::F32, Element::F32), (Element::Bf16, Element::F32), (Element::Bf16, Element::Bf16)]
             {
                 let epilogue = [Epilogue::NONE, gated, biased, gated][index];
-                problems.push(matmul::Spec { m, k, n, input, output, layout, epilogue, layers: 1 });
+                problems.push(matmul::Spec { m, k, n, input, output, layout, epilogue, layers: 1, quantized: None });
             }
         }
     }
@@ -295,6 +295,7 @@ fn bad_problems_and_batches_are_refused_by_name() {
         layout: Layout::RowMajor,
         epilogue: Epilogue::NONE,
         layers: 1,
+        quantized: None,
     };
     assert!(matmul::Problem::new(zero).unwrap_err().to_string().contains("m = 0 is below 1"));
 }

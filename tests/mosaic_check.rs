@@ -147,7 +147,7 @@ fn planned_tiles_agree_with_the_reference() {
         ([16, 1024, 768], Bf16, Bf16, Layout::FeatureMajor, gated),
     ] {
         let [m, k, n] = sizes;
-        agrees::<Matmul>(matmul::Spec { m, k, n, input, output, layout, epilogue, layers: 1 }, None);
+        agrees::<Matmul>(matmul::Spec { m, k, n, input, output, layout, epilogue, layers: 1, quantized: None }, None);
     }
     let lengths = [(1, 1280), (150, 700), (30, 30), (1, 129)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
     for (element, head_dim) in [(Bf16, 128), (F32, 64)] {

@@ -8,7 +8,7 @@ use pagoda_kernels::check::compare_all;
 use pagoda_kernels::float::Float;
 use pagoda_kernels::random::Lengths;
 use pagoda_kernels::rpa::cached::{self, Cached};
-use pagoda_kernels::rpa::native::{Call, Layer, attend, step, write};
+use pagoda_kernels::rpa::native::{Call, Layer, call, step, write};
 use pagoda_kernels::rpa::reference::reference;
 use pagoda_kernels::rpa::{Batch, Kind, KvRows, Precision, Problem, Rotary, Rpa, Spec};
 use pagoda_kernels::strategies::{inputs, tensor};
@@ -37,39 +37,9 @@ fn spec() -> Spec {
     }
 }
 
-/// The call on the metadata among `inputs`.
-fn call<'m>(problem: &Problem, inputs: &'m Arrays) -> Call<'m> {
-    let floats = |name| inputs.get(name).map(|array| array.as_slice::<f32>());
-    Call {
-        layer: layer(problem, inputs.get("first_page").map_or(0, |page| page.as_slice::<i32>()[0] as usize)),
-        q_heads: problem.q_heads,
-        pages_per_seq: problem.pages_per_seq,
-        scale: problem.scale as f32,
-        sliding_window: problem.sliding_window,
-        soft_cap: problem.soft_cap.map(|cap| cap as f32),
-        sinks: floats("sinks"),
-        scales: floats("k_scale").zip(floats("v_scale")).map(|(k, v)| [k, v]),
-        kv_lens: inputs["kv_lens"].as_slice(),
-        page_indices: inputs["page_indices"].as_slice(),
-        cu_q_lens: inputs["cu_q_lens"].as_slice(),
-        num_seqs: inputs["num_seqs"].as_slice::<i32>()[0] as usize,
-    }
-}
-
 /// An array of NaN.
 fn unwritten(ty: &TensorType) -> HostTensor {
     HostTensor::from_f64(ty.element, &ty.dims, &vec![f64::NAN; ty.len()])
-}
-
-/// The results of a problem that is not fused.
-fn run<T: Float, C: Cached>(problem: &Problem, inputs: &Arrays) -> Vec<HostTensor> {
-    let results = problem.results();
-    let mut out = unwritten(&results["out"]);
-    let mut lse = results.get("lse").map(unwritten);
-    let (q, kv_pages) = (inputs["q"].as_slice::<T>(), inputs["kv_pages"].as_slice());
-    let sums = lse.as_mut().map(HostTensor::as_mut_slice);
-    attend::<T, C>(&call(problem, inputs), q, kv_pages, out.as_mut_slice(), sums, &Scoped(2));
-    [Some(out), lse].into_iter().flatten().collect()
 }
 
 /// The results of a fused problem. Projections and output are feature-major; angles are those of positions.
@@ -114,22 +84,24 @@ fn layer(problem: &Problem, first_page: usize) -> Layer {
     Layer { first_page, kv: problem.kv_layout() }
 }
 
-fn results_of<T: Float, C: Cached>(problem: &Problem, inputs: &Arrays) -> Vec<HostTensor> {
-    if problem.fused.is_some() { run_step::<T, C>(problem, inputs) } else { run::<T, C>(problem, inputs) }
+/// The results of a problem that is not fused.
+fn run(problem: &Problem, inputs: &Arrays) -> Vec<HostTensor> {
+    Rpa::native(problem, inputs, &Scoped(2)).expect("a form in Rust")
 }
 
 fn check(problem: &Problem, inputs: &Arrays) -> Result<(), TestCaseError> {
     let inputs = if problem.fused.is_some() { &by_position(problem, inputs.clone()) } else { inputs };
     let actual = match (problem.precision.q, problem.precision.kv) {
-        (Element::F32, Element::F32) => results_of::<f32, f32>(problem, inputs),
-        (Element::F32, Element::Bf16) => results_of::<f32, bf16>(problem, inputs),
-        (Element::F32, Element::F8E4M3Fn) => results_of::<f32, cached::F8E4M3Fn>(problem, inputs),
-        (Element::F32, Element::F8E5M2) => results_of::<f32, cached::F8E5M2>(problem, inputs),
-        (Element::F32, Element::I8) => results_of::<f32, i8>(problem, inputs),
-        (Element::Bf16, Element::Bf16) => results_of::<bf16, bf16>(problem, inputs),
-        (Element::Bf16, Element::F8E4M3Fn) => results_of::<bf16, cached::F8E4M3Fn>(problem, inputs),
-        (Element::Bf16, Element::F8E5M2) => results_of::<bf16, cached::F8E5M2>(problem, inputs),
-        (Element::Bf16, Element::I8) => results_of::<bf16, i8>(problem, inputs),
+        _ if problem.fused.is_none() => run(problem, inputs),
+        (Element::F32, Element::F32) => run_step::<f32, f32>(problem, inputs),
+        (Element::F32, Element::Bf16) => run_step::<f32, bf16>(problem, inputs),
+        (Element::F32, Element::F8E4M3Fn) => run_step::<f32, cached::F8E4M3Fn>(problem, inputs),
+        (Element::F32, Element::F8E5M2) => run_step::<f32, cached::F8E5M2>(problem, inputs),
+        (Element::F32, Element::I8) => run_step::<f32, i8>(problem, inputs),
+        (Element::Bf16, Element::Bf16) => run_step::<bf16, bf16>(problem, inputs),
+        (Element::Bf16, Element::F8E4M3Fn) => run_step::<bf16, cached::F8E4M3Fn>(problem, inputs),
+        (Element::Bf16, Element::F8E5M2) => run_step::<bf16, cached::F8E5M2>(problem, inputs),
+        (Element::Bf16, Element::I8) => run_step::<bf16, i8>(problem, inputs),
         (q, kv) => panic!("queries of {q}, a cache of {kv}"),
     };
     compare_all("native", &actual, &problem.results(), &reference(problem, inputs))
@@ -186,7 +158,7 @@ fn work_for_several_threads_gives_the_same_bits_as_work_for_one() {
     let problem = Problem::new(spec.clone()).unwrap();
     let inputs = Rpa::draw(&problem, Some(&[Lengths { q_len: 300, kv_len: 1200 }]), 7).unwrap();
     check(&problem, &inputs).unwrap();
-    let together = run::<f32, f32>(&problem, &inputs).remove(0);
+    let together = run(&problem, &inputs).remove(0);
     // The last row alone is too little work for a second thread.
     let alone = Problem::new(Spec { tokens: 1, ..spec }).unwrap();
     let width = problem.q_heads * problem.head_dim;
@@ -194,7 +166,7 @@ fn work_for_several_threads_gives_the_same_bits_as_work_for_one() {
     let q = HostTensor::new(&alone.q_type().dims, last);
     let single = inputs.with("q", q).with("cu_q_lens", HostTensor::new(&[6], &[0, 1, 1, 1, 1, 1]));
     Rpa::check_inputs(&alone, &single).unwrap();
-    assert_eq!(run::<f32, f32>(&alone, &single)[0].as_slice::<f32>(), &together.as_slice::<f32>()[299 * width..]);
+    assert_eq!(run(&alone, &single)[0].as_slice::<f32>(), &together.as_slice::<f32>()[299 * width..]);
 }
 
 #[test]

@@ -6,6 +6,10 @@ fn main() -> ExitCode {
     if let Some(code) = pagoda_engine::certify::run_if_asked() {
         return code;
     }
+    // So does each check of a bring-up.
+    if let Some(code) = pagoda_engine::bringup::run_if_asked() {
+        return code;
+    }
     // The plugins' own messages on stderr, unless they were asked for.
     if std::env::var_os("TF_CPP_MIN_LOG_LEVEL").is_none() {
         // SAFETY: this thread is the process's only one.

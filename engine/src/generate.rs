@@ -22,7 +22,7 @@ use pagoda_kernels::rpa::kv_layout::{NO_SLOT, slot};
 
 use crate::error::Result;
 use crate::llama::step::StepShape;
-use crate::llama::{Call, DeviceModel, Executor, Parallel, Target};
+use crate::llama::{Call, DeviceModel, Executor, KvCache, Parallel, Target};
 use crate::memory::Room;
 use crate::model::config::LlamaConfig;
 use crate::pjrt::{Client, Executable};
@@ -199,8 +199,10 @@ impl Timing {
 pub struct EngineOptions {
     /// Slots, pages and step sizes.
     pub limits: Limits,
-    /// Type of weights, activations and KV: f32 or bf16.
+    /// Type of weights and activations: f32 or bf16.
     pub compute: Element,
+    /// What the KV cache holds.
+    pub kv_cache: KvCache,
     /// What the step programs are emitted for.
     pub target: Target,
     /// How tokens are chosen.
@@ -219,7 +221,7 @@ pub struct EngineOptions {
 impl EngineOptions {
     /// The step programs' static sizes, for a model that is split like this.
     pub fn shape(&self, parallel: &Parallel) -> StepShape {
-        StepShape::of(&self.limits, self.compute, self.target, parallel.clone())
+        StepShape::of(&self.limits, self.compute, self.kv_cache, self.target, parallel.clone())
     }
 
     /// Whether the KV caches of some devices fit in the memory that is left. [`Engine::new`] asks again: a caller who asks before

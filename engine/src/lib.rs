@@ -1,4 +1,5 @@
 //! The engine: PJRT plugins, the Llama step program, paged KV, the scheduler, the sampler, hosts, and the command line.
+pub mod bringup;
 pub mod certify;
 pub mod check;
 pub mod child;
@@ -9,6 +10,7 @@ pub mod generate;
 pub mod hosts;
 pub mod launcher;
 pub mod llama;
+pub mod measure;
 pub mod memory;
 pub mod mesh;
 pub mod model;

@@ -16,7 +16,7 @@ use pagoda_kernels::rpa::native::{self, Call, Layer};
 use pagoda_kernels::rpa::{KvLayout, KvRows};
 
 use crate::pjrt::custom_call::{CustomCall, Frame, Options, register};
-use crate::pjrt::{Plugin, Result};
+use crate::pjrt::{Plugin, Result, guard};
 
 type Outcome = std::result::Result<(), String>;
 
@@ -71,7 +71,8 @@ fn multiply<T: Float>(frame: Frame<'_>) -> Outcome {
     let residual = if options.string(residual).is_some() { Some(next()?.values::<T>()?) } else { None };
     let activation = if options.string(gate).is_some() { Activation::SiluGate } else { Activation::Identity };
     let around = Around { norm, activation, residual };
-    let call = matmul::native::Call { w: w.values::<T>()?, x: x.values()?, columns: columns as usize, around };
+    let w = w.values::<T>()?;
+    let call = matmul::native::Call { w, x: x.values()?, columns: columns as usize, around, resident: guard(w) };
     let threads = options.threads();
     if results.ty(0)?.0 == Element::F32 {
         let [y] = results.values::<f32, 1>()?;

@@ -10,6 +10,7 @@
 
 use std::fmt;
 
+use pagoda_ir::Element;
 use serde::{Deserialize, Serialize};
 
 use crate::vmem::Bytes;
@@ -78,6 +79,19 @@ pub struct ChipInfo {
 impl Chip {
     /// All generations, oldest first.
     pub const ALL: [Self; 5] = [Self::V4, Self::V5e, Self::V5p, Self::V6e, Self::Tpu7x];
+
+    /// The generation of a device by the kind that its plugin calls it (libtpu 0.0.52: `TPU v5` is v5p, `TPU v5 lite` is
+    /// v5e); `None` for another.
+    pub fn of_kind(kind: &str) -> Option<Self> {
+        Some(match kind.trim().strip_prefix("TPU")?.trim() {
+            "v4" => Self::V4,
+            "v5" | "v5p" => Self::V5p,
+            "v5 lite" | "v5e" => Self::V5e,
+            "v6 lite" | "v6e" => Self::V6e,
+            "7x" | "v7x" => Self::Tpu7x,
+            _ => return None,
+        })
+    }
 
     /// The name on the command line.
     pub const fn name(self) -> &'static str {
@@ -191,6 +205,14 @@ impl Chip {
         !matches!(self, Self::V4)
     }
 
+    /// Whether the matrix units multiply elements of this narrow type, by libtpu 0.0.52.
+    pub const fn multiplies(self, element: Element) -> bool {
+        match element {
+            Element::I8 => matches!(self, Self::V5e | Self::V5p | Self::V6e),
+            _ => false,
+        }
+    }
+
     /// The generation of a topology name such as `v5p:2x2x1` or `v5p:2x4x4`.
     pub fn of_topology(topology: &str) -> Option<Self> {
         Self::parse(topology.split(':').next()?).ok()
@@ -228,6 +250,13 @@ pub struct UnknownChip(pub String);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kinds_that_plugins_name() {
+        let kinds = ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"];
+        assert_eq!(kinds.map(Chip::of_kind), Chip::ALL.map(Some));
+        assert_eq!(["cpu", "TPU v3", "TPU v4 lite", ""].map(Chip::of_kind), [None; 4]);
+    }
 
     #[test]
     fn names_and_rates() {

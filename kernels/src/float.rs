@@ -3,6 +3,11 @@
 use half::bf16;
 use pagoda_ir::element::Native;
 
+use crate::{
+    matmul::native::multiply::{Group, Pack, Part},
+    simd,
+};
+
 /// An element of a kernel's arrays.
 pub trait Float: Native {
     /// Exact widening.
@@ -11,6 +16,10 @@ pub trait Float: Native {
     fn narrow(value: f32) -> Self;
     /// A vector in f32: itself, or widened into `wide`.
     fn vector<'v>(narrow: &'v [Self], wide: &'v mut [f32]) -> &'v [f32];
+    /// Packs columns for a matmul. This and the next are not generic, so that what they run is compiled once, here.
+    fn pack(columns: Pack<'_, Self>) -> Vec<Group>;
+    /// Does a part of a matmul.
+    fn part(part: Part<'_, Self>);
 }
 
 impl Float for f32 {
@@ -28,6 +37,14 @@ impl Float for f32 {
     fn vector<'v>(narrow: &'v [Self], _: &'v mut [f32]) -> &'v [f32] {
         narrow
     }
+
+    fn pack(columns: Pack<'_, Self>) -> Vec<Group> {
+        simd::with_f32(columns)
+    }
+
+    fn part(part: Part<'_, Self>) {
+        simd::with_f32(part);
+    }
 }
 
 impl Float for bf16 {
@@ -36,15 +53,26 @@ impl Float for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
+    /// Without branches, so that loops of it become vector instructions.
     #[inline(always)]
     fn narrow(value: f32) -> Self {
-        Self::from_f32(value)
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        Self::from_bits(if value.is_nan() { bits >> 16 | 0x40 } else { rounded } as u16)
     }
 
     #[inline(always)]
     fn vector<'v>(narrow: &'v [Self], wide: &'v mut [f32]) -> &'v [f32] {
         wide.iter_mut().zip(narrow).for_each(|(wide, narrow)| *wide = narrow.widen());
         wide
+    }
+
+    fn pack(columns: Pack<'_, Self>) -> Vec<Group> {
+        simd::with_bf16(columns)
+    }
+
+    fn part(part: Part<'_, Self>) {
+        simd::with_bf16(part);
     }
 }
 

@@ -29,6 +29,7 @@ use crate::{
     plan::{Layout, Plan, PlanError},
     problem::{Problem, Specification},
     random::{self, Lengths},
+    threads::Threads,
     vmem::Bytes,
 };
 
@@ -116,6 +117,12 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         Cost { flops: 0, transcendentals: 0, bytes_accessed: passes_once::<Self>(problem) }
     }
 
+    /// The lengths of the sequences in `inputs`, where what a launch does depends on them.
+    fn lengths(problem: &ProblemOf<Self>, inputs: &Arrays) -> Option<Vec<Lengths>> {
+        let _ = (problem, inputs);
+        None
+    }
+
     /// Leading elements of each result that are results; those behind them are padding. Cheap: no result is computed.
     fn live(problem: &ProblemOf<Self>, inputs: &Arrays) -> Vec<usize> {
         let _ = inputs;
@@ -136,6 +143,12 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         problem: &ProblemOf<Self>,
         args: &Named<Tensor<'c, 'a>>,
     ) -> Result<Vec<Tensor<'c, 'a>>>;
+
+    /// The results by the kernel in Rust, on the host's own processor; `None` where there is none for the problem.
+    fn native(problem: &ProblemOf<Self>, inputs: &Arrays, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
+        let _ = (problem, inputs, threads);
+        None
+    }
 
     /// Declares and writes the Mosaic kernel of `plan`. Its operands are those of [`Kernel::operands`], in that order.
     fn mosaic<'a>(k: &'a mosaic::Builder<'a>, plan: &Plan<Self>);
@@ -320,6 +333,8 @@ pub struct Sample<K: Kernel> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Operand {
     argument: &'static str,
+    /// Dimension, start and size.
+    part: Option<[usize; 3]>,
     element: Option<Element>,
     dims: Option<Vec<usize>>,
 }
@@ -327,7 +342,13 @@ pub struct Operand {
 impl Operand {
     /// The argument as it is.
     pub const fn of(argument: &'static str) -> Self {
-        Self { argument, element: None, dims: None }
+        Self { argument, part: None, element: None, dims: None }
+    }
+
+    /// `size` elements from `start` on along dimension `dim`; what else is asked for comes behind it.
+    #[must_use]
+    pub fn slice(self, dim: usize, start: usize, size: usize) -> Self {
+        Self { part: Some([dim, start, size]), ..self }
     }
 
     /// Converted to `element`.
@@ -348,6 +369,9 @@ impl Operand {
         args: &Named<Tensor<'c, 'a>>,
     ) -> Result<Tensor<'c, 'a>> {
         let mut tensor = args[self.argument];
+        if let Some([dim, start, size]) = self.part {
+            tensor = b.slice_in_dim(tensor, start, start + size, dim)?;
+        }
         if let Some(element) = self.element {
             tensor = b.convert(tensor, element)?;
         }
@@ -355,13 +379,24 @@ impl Operand {
     }
 
     fn on_host(&self, inputs: &Arrays) -> HostTensor {
-        let array = &inputs[self.argument];
+        let part = self.part.map(|part| sliced(&inputs[self.argument], part));
+        let array = part.as_ref().unwrap_or(&inputs[self.argument]);
         let (element, dims) = (self.element.unwrap_or(array.element()), self.dims.as_deref().unwrap_or(array.dims()));
         match element == array.element() {
             true => HostTensor::from_bytes(element, dims, array.bytes()),
             false => HostTensor::from_f64(element, dims, &array.to_f64()),
         }
     }
+}
+
+/// `size` elements from `start` on along dimension `dim`.
+fn sliced(array: &HostTensor, [dim, start, size]: [usize; 3]) -> HostTensor {
+    let mut dims = array.dims().to_vec();
+    let inner = dims[dim + 1..].iter().product::<usize>() * array.element().bytes();
+    let rows = array.bytes().chunks_exact((dims[dim] * inner).max(1));
+    let bytes: Vec<u8> = rows.flat_map(|row| &row[start * inner..][..size * inner]).copied().collect();
+    dims[dim] = size;
+    HostTensor::from_bytes(array.element(), &dims, &bytes)
 }
 
 /// The arrays that a Mosaic kernel takes, made on the host.
@@ -406,7 +441,9 @@ pub fn stablehlo_module<'c, K: Kernel>(context: &'c Context, problem: &ProblemOf
     module::<K>(context, problem, |b, args| K::stablehlo(b, problem, args))
 }
 
-/// A StableHLO module whose `main` runs `kernel`, a Mosaic kernel of the problem, on the problem's arguments.
+/// A StableHLO module whose `main` runs `kernel`, a Mosaic kernel of the problem, on the problem's arguments. Arrays are
+/// row-major in the device's memory, as kernels take them: of a size that is no multiple of 128 lanes, a TPU's compiler
+/// would choose the order that pads less, and copy the whole array on every launch.
 ///
 /// # Errors
 /// When the kernel is not one of the problem.
@@ -415,7 +452,12 @@ pub fn mosaic_module<'c, K: Kernel>(
     problem: &ProblemOf<K>,
     kernel: &mosaic::Kernel,
 ) -> Result<Module<'c>> {
-    module::<K>(context, problem, |b, args| call::<K>(b, kernel, problem, args))
+    let module = module::<K>(context, problem, |b, args| call::<K>(b, kernel, problem, args))?;
+    let (arguments, results) = module.function_types("main")?;
+    let matrices = |types: Vec<TensorType>| (0..types.len()).filter(move |&index| types[index].rank() > 1);
+    matrices(arguments).try_for_each(|index| module.row_major_argument("main", index))?;
+    matrices(results).try_for_each(|index| module.row_major_result("main", index))?;
+    Ok(module)
 }
 
 fn module<'c, K: Kernel>(

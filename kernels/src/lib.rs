@@ -23,10 +23,12 @@ pub mod named;
 pub mod plan;
 pub mod problem;
 pub mod random;
+pub mod rates;
 pub mod registry;
 pub mod report;
 pub mod rms_norm;
 pub mod rpa;
+pub mod simd;
 #[cfg(any(test, feature = "strategies"))]
 pub mod strategies;
 pub mod threads;

@@ -3,9 +3,12 @@
 //! A kernel splits its work into pieces that own their part of the result and asks [`Threads`] to run them; which thread
 //! runs which piece never shows in the result.
 
-use std::sync::{
-    Mutex, PoisonError,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    any::Any,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 /// Something that runs pieces of work side by side.
@@ -15,7 +18,21 @@ pub trait Threads: Sync {
 
     /// Calls `work` once for every piece in `0..pieces`, and returns when all are done.
     fn run(&self, pieces: usize, work: &(dyn Fn(usize) + Sync));
+
+    /// Has the caller and whoever is free do the pieces `0..pieces`, and calls `take` once for each, on the caller's thread:
+    /// with what `work` made of it elsewhere, or with nothing where the caller is to do it itself. Returns when all are taken,
+    /// however late another thread is: that one's work is dropped.
+    fn race(&self, pieces: usize, work: Arc<Elsewhere>, take: &mut dyn FnMut(usize, Option<Vec<f32>>)) {
+        let _ = work;
+        (0..pieces).for_each(|piece| take(piece, None));
+    }
 }
+
+/// Makes a piece, and owns all that it reads: it may still run when nobody waits for it any more.
+pub type Elsewhere = dyn Fn(usize) -> Vec<f32> + Send + Sync;
+
+/// Keeps an array where it is, unwritten, for as long as it lives.
+pub type Guard = Arc<dyn Any + Send + Sync>;
 
 /// The caller's thread alone.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +65,17 @@ impl Threads for Scoped {
             }
         };
         std::thread::scope(|scope| (0..self.0.min(pieces)).for_each(|_| drop(scope.spawn(take))));
+    }
+
+    /// Every other piece is made elsewhere, at the same time.
+    fn race(&self, pieces: usize, work: Arc<Elsewhere>, take: &mut dyn FnMut(usize, Option<Vec<f32>>)) {
+        std::thread::scope(|scope| {
+            let work = &*work;
+            let made: Vec<_> = (1..pieces).step_by(2).map(|piece| scope.spawn(move || work(piece))).collect();
+            (0..pieces).step_by(2).for_each(|piece| take(piece, None));
+            // A piece that panicked is the caller's, and panics there.
+            made.into_iter().enumerate().for_each(|(index, made)| take(2 * index + 1, made.join().ok()));
+        });
     }
 }
 

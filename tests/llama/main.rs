@@ -10,12 +10,14 @@ mod variants;
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 
-use pagoda_engine::generate::{Engine, SamplingOptions};
-use pagoda_engine::llama::Target;
+use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
+use pagoda_engine::llama::step::StepShape;
+use pagoda_engine::llama::{KvCache, Parallel, Target};
 use pagoda_engine::scheduler::{Finished, Limits, Request};
 use pagoda_engine::stop::{FinishReason, StopRule};
 use pagoda_engine::units::{PageSize, SampleId};
 use pagoda_ir::Element;
+use pagoda_kernels::check::unit_roundoff;
 
 use support::*;
 
@@ -92,6 +94,52 @@ fn bf16_logits_stay_within_the_error_of_their_roundings() {
             eprintln!("{target}, bf16, prefilled by {rows}: {worst:.4}, {bound:.4} is allowed");
         }
     }
+}
+
+/// Keys and values are rounded once each in every layer, and nothing else is that shows: the error of `2 layers` roundings in
+/// series, which grows with the root of their number (see [`bf16_error`]). Both forms round to the same numbers.
+#[test]
+fn a_narrow_cache_costs_the_roundings_of_its_numbers() {
+    let (model, client) = (Model::tiny(), client());
+    pagoda_engine::native::register_all(client.plugin()).unwrap();
+    let (prompt, new) = golden().swap_remove(0);
+    let tokens = [prompt, new].concat();
+    let expected = model.reference().logits(&tokens);
+    for (cache, roundoff) in [
+        (KvCache::of(Element::Bf16), unit_roundoff(Element::Bf16)),
+        (KvCache::scaled(Element::F8E4M3Fn, 1.0), unit_roundoff(Element::F8E4M3Fn)),
+        (KvCache::scaled(Element::F8E5M2, 0.25), unit_roundoff(Element::F8E5M2)),
+        // Steps of 0.1 are within 2^-4 of numbers of order 1.
+        (KvCache::scaled(Element::I8, 0.1), unit_roundoff(Element::F8E4M3Fn)),
+    ] {
+        let bound = ((2 * model.config.layers) as f64).sqrt() * roundoff;
+        let of = |target| logits_by_cache(&client, &model, (Element::F32, cache, target), &[&tokens], 16).remove(0);
+        let [portable, host] = [Target::Portable, Target::Host].map(of);
+        for (target, logits) in [("stablehlo", &portable), ("native", &host)] {
+            let worst = largest_relative_error(logits, &expected);
+            eprintln!("{cache}, {target}: {worst:.4}, {bound:.4} is allowed");
+            assert!(worst <= bound && worst > bound / 64.0, "{cache}, {target}: {worst:.4}, {bound:.4} is allowed");
+        }
+        let other: Vec<Vec<f64>> = host.iter().map(|row| row.iter().map(|&x| x.into()).collect()).collect();
+        let apart = largest_relative_error(&portable, &other);
+        assert!(apart <= bound / 16.0, "{cache}: the forms are {apart:.5} apart");
+    }
+    let shape = |target| {
+        let options = EngineOptions {
+            limits: limits(),
+            compute: Element::Bf16,
+            kv_cache: KvCache::scaled(Element::F8E4M3Fn, 1.0),
+            target,
+            sampling: SamplingOptions::GREEDY,
+            stop: StopRule::default(),
+            mixed_steps: false,
+        };
+        options.shape(&Parallel::ONE)
+    };
+    // Half the memory.
+    let narrow = shape(Target::Host);
+    let wide = StepShape { kv_cache: KvCache::of(Element::Bf16), ..narrow.clone() };
+    assert_eq!(2 * narrow.kv_type(&model.config).bytes(), wide.kv_type(&model.config).bytes());
 }
 
 #[test]

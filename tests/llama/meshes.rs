@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use pagoda_engine::generate::{EngineOptions, SamplingOptions};
-use pagoda_engine::llama::{Group, Parallel, Target};
+use pagoda_engine::llama::{Group, KvCache, Parallel, Target};
 use pagoda_engine::mesh::Mesh;
 use pagoda_engine::replicas::Replicas;
 use pagoda_engine::scheduler::{Finished, Limits};
@@ -35,7 +35,15 @@ impl Case {
             ..limits()
         };
         let (compute, stop, mixed_steps) = (Element::F32, StopRule::default(), true);
-        EngineOptions { limits, compute, target: self.target, sampling, stop, mixed_steps }
+        EngineOptions {
+            limits,
+            compute,
+            kv_cache: KvCache::of(compute),
+            target: self.target,
+            sampling,
+            stop,
+            mixed_steps,
+        }
     }
 
     fn run(&self, sampling: SamplingOptions) -> BTreeMap<usize, Finished> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions, StepKind, Timing};
-use pagoda_engine::llama::{Parallel, Target};
+use pagoda_engine::llama::{KvCache, Parallel, Target};
 use pagoda_engine::scheduler::{Finished, Limits, Request};
 use pagoda_engine::stop::{FinishReason, StopRule};
 use pagoda_engine::units::{PageSize, SampleId};
@@ -47,7 +47,15 @@ fn engine(cut: &Cut, target: Target, sampling: SamplingOptions) -> Engine {
         max_rounds: cut.max_rounds,
     };
     let (client, compute, mixed_steps) = (client(), Element::F32, cut.mixed_steps);
-    let options = EngineOptions { limits, compute, target, sampling, stop: StopRule::default(), mixed_steps };
+    let options = EngineOptions {
+        limits,
+        compute,
+        kv_cache: KvCache::of(compute),
+        target,
+        sampling,
+        stop: StopRule::default(),
+        mixed_steps,
+    };
     let model = Model::tiny().on_device(&client, &options.shape(&Parallel::ONE));
     Engine::new(&client, model, options).unwrap()
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
 use pagoda_engine::llama::step::{self, Output, StepShape};
-use pagoda_engine::llama::{DeviceModel, Group, Parallel, Target};
+use pagoda_engine::llama::{DeviceModel, Group, KvCache, Parallel, Target};
 use pagoda_engine::mesh::Mesh;
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::model::reference::Reference;
@@ -19,6 +19,7 @@ use pagoda_engine::stop::StopRule;
 use pagoda_engine::units::{PageSize, SampleId};
 use pagoda_ir::{Context, Element, HostTensor};
 use pagoda_kernels::chips::Chip;
+use pagoda_kernels::random::poisoned;
 
 pub fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/tiny-llama-kjv")
@@ -93,7 +94,8 @@ impl Model {
         stop: StopRule,
     ) -> Engine {
         let client = client();
-        let options = EngineOptions { limits, compute, target, sampling, stop, mixed_steps: false };
+        let kv_cache = KvCache::of(compute);
+        let options = EngineOptions { limits, compute, kv_cache, target, sampling, stop, mixed_steps: false };
         let model = self.on_device(&client, &options.shape(&Parallel::ONE));
         Engine::new(&client, model, options).unwrap()
     }
@@ -146,6 +148,17 @@ pub fn logits_in_chunks(
     texts: &[&[u32]],
     rows: usize,
 ) -> Vec<Vec<Vec<f32>>> {
+    logits_by_cache(client, model, (compute, KvCache::of(compute), target), texts, rows)
+}
+
+/// As [`logits_in_chunks`], with a KV cache of any type.
+pub fn logits_by_cache(
+    client: &Client,
+    model: &Model,
+    (compute, kv_cache, target): (Element, KvCache, Target),
+    texts: &[&[u32]],
+    rows: usize,
+) -> Vec<Vec<Vec<f32>>> {
     let config = &model.config;
     let group = Group::replica(mesh(1, client.devices()), 0);
     let longest = texts.iter().map(|tokens| tokens.len()).max().unwrap();
@@ -159,6 +172,7 @@ pub fn logits_in_chunks(
         max_positions: longest,
         max_rounds: 1,
         compute,
+        kv_cache,
         target,
         parallel: group.parallel().clone(),
     };
@@ -168,8 +182,7 @@ pub fn logits_in_chunks(
     let logits = |tokens: &[u32]| {
         let kv_type = shape.kv_type(config);
         // Poison: whatever is read before it was written shows.
-        let poison = vec![f64::NAN; kv_type.len()];
-        let poison = HostTensor::from_f64(compute, &kv_type.dims, &poison);
+        let poison = poisoned(&kv_type);
         let mut kv: Vec<_> = (0..client.devices()).map(|device| client.upload(&poison, device).unwrap()).collect();
         let table: Vec<i32> = (0..pages_per_seq as i32).map(|page| 2 * page + 1).rev().collect();
         let mut logits = Vec::new();

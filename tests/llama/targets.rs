@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pagoda_engine::certify::report::KernelVmem;
 use pagoda_engine::certify::{Certifier, Program};
 use pagoda_engine::llama::step::{self, Output, StepShape};
-use pagoda_engine::llama::{Parallel, Target, weight_types};
+use pagoda_engine::llama::{KvCache, Parallel, Target, weight_types};
 use pagoda_engine::model::config::LlamaConfig;
 use pagoda_engine::mpi;
 use pagoda_engine::sampler::Sampling;
@@ -30,6 +30,7 @@ fn shape(target: Target) -> StepShape {
         max_positions: 512,
         max_rounds: 16,
         compute: Element::Bf16,
+        kv_cache: KvCache::of(Element::Bf16),
         target,
         parallel: Parallel::ONE,
     }
@@ -191,6 +192,7 @@ fn drawn(seed: u64) -> (LlamaConfig, StepShape) {
         "attention_bias": choices.coin(), "mlp_bias": choices.coin(), "tie_word_embeddings": choices.coin(),
     });
     let page_size = choices.one_of(&[16, 32, 64, 128, 256]);
+    let compute = choices.one_of(&[Element::Bf16, Element::F32]);
     let (slots, pages_per_seq) = (choices.within(1, 64), choices.within(1, 4096 / page_size));
     let shape = StepShape {
         prefill_rows: choices.within(1, 1024),
@@ -199,7 +201,8 @@ fn drawn(seed: u64) -> (LlamaConfig, StepShape) {
         page_size,
         pages_per_seq,
         max_positions: page_size * pages_per_seq,
-        compute: choices.one_of(&[Element::Bf16, Element::F32]),
+        compute,
+        kv_cache: KvCache::of(compute),
         ..shape(Target::Tpu(choices.one_of(&Chip::ALL)))
     };
     (LlamaConfig::parse(Path::new("config.json"), &config).unwrap(), shape)

@@ -7,13 +7,14 @@ use std::path::Path;
 
 use half::bf16;
 use pagoda_engine::generate::{EngineOptions, SamplingOptions};
-use pagoda_engine::llama::{Parallel, Target};
+use pagoda_engine::llama::{KvCache, Parallel, Target};
 use pagoda_engine::model::config::LlamaConfig;
+use pagoda_engine::model::quantization::{Quantization, Scales};
 use pagoda_engine::scheduler::Limits;
 use pagoda_engine::stop::StopRule;
 use pagoda_engine::units::PageSize;
-use pagoda_ir::Element;
 use pagoda_ir::random::SplitMix64;
+use pagoda_ir::{Element, HostTensor};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
@@ -22,7 +23,14 @@ use super::support::*;
 const VOCAB: usize = 256;
 
 /// What the variants differ in, beside the defaults of [`write`].
-fn variants() -> [(&'static str, Value); 5] {
+fn variants() -> [(&'static str, Value); 9] {
+    let compressed = |kind: &str, strategy: &str, group: Option<usize>, inputs: bool| {
+        let token = json!({"num_bits": 8, "type": kind, "strategy": "token", "symmetric": true, "dynamic": true});
+        json!({"quant_method": "compressed-tensors", "format": format!("{kind}-quantized"),
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": kind,
+                "strategy": strategy, "group_size": group, "symmetric": true, "dynamic": false},
+                "input_activations": if inputs { token } else { Value::Null }}}})
+    };
     [
         (
             "biases around attention, linear rope, no architectures",
@@ -48,11 +56,60 @@ fn variants() -> [(&'static str, Value); 5] {
             json!({"num_hidden_layers": 1, "attention_bias": true, "mlp_bias": true,
                 "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
         ),
+        (
+            "i8, a scale per output feature, all biases, untied: the head too",
+            json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false,
+                "quantization_config": compressed("int", "channel", None, false)}),
+        ),
+        ("e4m3 in groups of 64", json!({"quantization_config": compressed("float", "group", Some(64), false)})),
+        (
+            "i8 on both sides, one layer",
+            json!({"num_hidden_layers": 1, "quantization_config": compressed("int", "channel", None, true)}),
+        ),
+        (
+            "fp8 of vLLM, untied",
+            json!({"tie_word_embeddings": false, "quantization_config": {"quant_method": "fp8",
+                "activation_scheme": "dynamic", "ignored_layers": ["lm_head"]}}),
+        ),
     ]
 }
 
-/// Writes a model: a configuration with `changes`, and weights drawn from `seed`, in bf16, so that both compute types
-/// have the same ones.
+/// A projection as the file has it, of values around 0 with a deviation: in bf16, or quantized as `how` says.
+fn projection(
+    random: &mut SplitMix64,
+    name: &str,
+    [out, from]: [usize; 2],
+    deviation: f64,
+    how: Option<&Quantization>,
+) -> Vec<(String, Vec<usize>, Dtype, Vec<u8>)> {
+    let mut uniform = |count: usize, most: f64| -> Vec<f64> {
+        (0..count).map(|_| most * ((random.bits() >> 11) as f64 / (1u64 << 52) as f64 - 1.0)).collect()
+    };
+    let of = |name: String, dims: &[usize], dtype, element, values: &[f64]| {
+        (name, dims.to_vec(), dtype, HostTensor::from_f64(element, &[values.len()], values).bytes().to_vec())
+    };
+    let Some(how) = how else {
+        let values = uniform(out * from, deviation * 3f64.sqrt());
+        return vec![of(format!("{name}.weight"), &[out, from], Dtype::BF16, Element::Bf16, &values)];
+    };
+    let dtype = if how.weight == Element::I8 { Dtype::I8 } else { Dtype::F8_E4M3 };
+    let stored = uniform(out * from, Quantization::most(how.weight));
+    let dims = match how.scales {
+        Scales::Tensor => vec![],
+        Scales::Channel => vec![out, 1],
+        Scales::Group(group) => vec![out, from / group],
+    };
+    // Between one half and three halves of what gives the deviation.
+    let usual = deviation * 3f64.sqrt() / Quantization::most(how.weight);
+    let scales: Vec<f64> = uniform(dims.iter().product(), 0.5).into_iter().map(|part| usual * (1.0 + part)).collect();
+    vec![
+        of(format!("{name}.weight"), &[out, from], dtype, how.weight, &stored),
+        of(format!("{name}.weight_scale"), &dims, Dtype::F32, Element::F32, &scales),
+    ]
+}
+
+/// Writes a model: a configuration with `changes`, and weights drawn from `seed`, in bf16 (quantized ones: in 8 bits), so
+/// that both compute types have the same ones.
 fn write(folder: &Path, changes: &Value, seed: u64) {
     let mut config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 128,
@@ -68,20 +125,23 @@ fn write(folder: &Path, changes: &Value, seed: u64) {
     let [q, kv] = ["num_attention_heads", "num_key_value_heads"].map(|heads| size(heads) * size("head_dim"));
     let on = |key: &str| config[key] == true;
 
+    let parsed = LlamaConfig::parse(Path::new("config.json"), &config).unwrap();
+    let quantization = parsed.quantization.as_ref();
     let mut random = SplitMix64::new(seed);
     // Uniform around `mean`, with the deviation given.
-    let mut draw = |name: String, dims: &[usize], mean: f64, deviation: f64| {
+    let draw = |random: &mut SplitMix64, name: String, dims: &[usize], mean: f64, deviation: f64| {
         let values = (0..dims.iter().product()).flat_map(|_| {
             let unit = (random.bits() >> 11) as f64 / (1u64 << 52) as f64 - 1.0;
             bf16::from_f64(mean + deviation * 3f64.sqrt() * unit).to_le_bytes()
         });
-        (name, dims.to_vec(), values.collect::<Vec<u8>>())
+        (name, dims.to_vec(), Dtype::BF16, values.collect::<Vec<u8>>())
     };
-    let mut tensors = vec![draw("model.embed_tokens.weight".into(), &[vocab, hidden], 0.0, 0.5)];
+    let random = &mut random;
+    let mut tensors = vec![draw(random, "model.embed_tokens.weight".into(), &[vocab, hidden], 0.0, 0.5)];
     for layer in 0..layers {
         let prefix = format!("model.layers.{layer}");
         for norm in ["input_layernorm", "post_attention_layernorm"] {
-            tensors.push(draw(format!("{prefix}.{norm}.weight"), &[hidden], 1.0, 0.3));
+            tensors.push(draw(random, format!("{prefix}.{norm}.weight"), &[hidden], 1.0, 0.3));
         }
         for (name, out, from, bias) in [
             ("self_attn.q_proj", q, hidden, "attention_bias"),
@@ -94,19 +154,20 @@ fn write(folder: &Path, changes: &Value, seed: u64) {
         ] {
             // A gain of one: layers do not amplify errors.
             let deviation = 1.0 / (from as f64).sqrt();
-            tensors.push(draw(format!("{prefix}.{name}.weight"), &[out, from], 0.0, deviation));
+            tensors.extend(projection(random, &format!("{prefix}.{name}"), [out, from], deviation, quantization));
             if on(bias) {
-                tensors.push(draw(format!("{prefix}.{name}.bias"), &[out], 0.0, 0.5));
+                tensors.push(draw(random, format!("{prefix}.{name}.bias"), &[out], 0.0, 0.5));
             }
         }
     }
-    tensors.push(draw("model.norm.weight".into(), &[hidden], 1.0, 0.3));
+    tensors.push(draw(random, "model.norm.weight".into(), &[hidden], 1.0, 0.3));
     if !on("tie_word_embeddings") {
-        tensors.push(draw("lm_head.weight".into(), &[vocab, hidden], 0.0, 0.5));
+        let quantization = quantization.filter(|quantization| quantization.head);
+        tensors.extend(projection(random, "lm_head", [vocab, hidden], 0.5, quantization));
     }
     let views = tensors
         .iter()
-        .map(|(name, dims, bytes)| (name.as_str(), TensorView::new(Dtype::BF16, dims.clone(), bytes).unwrap()));
+        .map(|(name, dims, dtype, bytes)| (name.as_str(), TensorView::new(*dtype, dims.clone(), bytes).unwrap()));
     fs::write(folder.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
 }
@@ -148,6 +209,7 @@ fn check(name: &str, changes: &Value, seed: u64, forms: &[(Target, usize)]) {
         let options = EngineOptions {
             limits,
             compute: Element::F32,
+            kv_cache: KvCache::of(Element::F32),
             target,
             sampling: SamplingOptions::GREEDY,
             stop: StopRule::default(),

@@ -11,11 +11,12 @@ pub use pagoda_kernels::kernel::Work;
 use pagoda_kernels::matmul::{self, Activation, Epilogue, Layout, Matmul};
 use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::random::Lengths;
-use pagoda_kernels::rpa::{self, Kind, Rpa};
+use pagoda_kernels::rpa::{Kind, Rpa};
 use pagoda_kernels::vmem::{Bytes, Spills, Verdict, VmemReport};
 
 use super::plan::Program;
 use crate::error::{Error, Result};
+use crate::llama::attention_kernel;
 use crate::llama::step::StepShape;
 use crate::model::config::LlamaConfig;
 
@@ -99,37 +100,33 @@ pub fn launches(config: &LlamaConfig, shape: &StepShape, chip: Chip, program: Pr
     let gate = Epilogue { activation: Activation::SiluGate, ..bias(shard.mlp_bias) };
     let closing = |has_bias: bool| Epilogue { residual, ..bias(has_bias && !split) };
     let stack = if shape.stacks_layers(config) { layers } else { 1 };
+    let quantized = |head: bool| {
+        let quantization = config.quantization.filter(|quantization| !head || quantization.head)?;
+        let (group, activations) = (quantization.group(), quantization.activations);
+        Some(matmul::Quantized { weight: quantization.weight, group, activations })
+    };
     let matmul = |role, count, [m, k, n]: [usize; 3], output, epilogue| {
         let spec = matmul::Spec {
             output,
             layout: Layout::WeightTransposed,
             epilogue,
             layers: if role == "head" { 1 } else { stack },
+            quantized: quantized(role == "head"),
             ..matmul::Spec::new([m, k, n], compute)
         };
         let plan = plan::<Matmul>(role, spec, chip)?;
         Ok::<_, Error>(Launch { role, count, plan: Planned::Matmul(plan) })
     };
-    let attention = rpa::Spec {
-        kind: if program == Program::Decode { Kind::Decode } else { Kind::Mixed },
-        precision: rpa::Precision::uniform(compute),
-        tokens: rows,
-        q_heads: shard.q_heads,
-        kv_heads: shard.kv_heads,
-        head_dim: shard.head_dim,
-        page_size: shape.page_size,
-        pages: shape.pages,
-        layers,
-        max_seqs: shape.slots,
-        pages_per_seq: shape.pages_per_seq,
-        scale: (shard.head_dim as f64).powf(-0.5),
-        sliding_window: None,
-        soft_cap: None,
-        ..rpa::Spec::default()
-    };
+    let kind = if program == Program::Decode { Kind::Decode } else { Kind::Mixed };
+    let attention =
+        attention_kernel(config, shape, rows, kind).map_err(|error| unplanned("attention", chip, &error))?;
     Ok(vec![
         matmul("qkv", layers, [rows, hidden, stacked], compute, bias(shard.attention_bias))?,
-        Launch { role: "attention", count: layers, plan: Planned::Attention(plan("attention", attention, chip)?) },
+        Launch {
+            role: "attention",
+            count: layers,
+            plan: Planned::Attention(plan::<Rpa>("attention", attention.spec().clone(), chip)?),
+        },
         matmul("output", layers, [rows, heads, hidden], partial, closing(shard.attention_bias))?,
         matmul("gate_up", layers, [rows, hidden, inner], compute, gate)?,
         matmul("down", layers, [rows, inner, hidden], partial, closing(shard.mlp_bias))?,

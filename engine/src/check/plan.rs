@@ -11,7 +11,7 @@ use pagoda_kernels::vmem::Bytes;
 use super::launches::{Launch, launches};
 use crate::error::{Error, Result};
 use crate::llama::step::StepShape;
-use crate::llama::{Parallel, Target, weight_types};
+use crate::llama::{KvCache, Parallel, Target, weight_types};
 use crate::mesh::Mesh;
 use crate::model::config::LlamaConfig;
 use crate::scheduler::Limits;
@@ -25,8 +25,10 @@ pub struct Job {
     pub config: LlamaConfig,
     /// Sizes of one engine.
     pub limits: Limits,
-    /// Type of weights, activations and KV.
+    /// Type of weights and activations.
     pub compute: Element,
+    /// What the KV cache holds.
+    pub kv_cache: KvCache,
     /// New tokens of a sample.
     pub max_new_tokens: usize,
     /// The samples, in the run's order.
@@ -250,7 +252,8 @@ fn devices(job: &Job) -> NonZeroUsize {
 
 /// Sizes of the step programs.
 fn shape(job: &Job, model: NonZeroUsize) -> StepShape {
-    StepShape::of(&job.limits, job.compute, Target::Tpu(job.topology.chip()), Parallel::group(model))
+    let target = Target::Tpu(job.topology.chip());
+    StepShape::of(&job.limits, job.compute, job.kv_cache, target, Parallel::group(model))
 }
 
 /// The model axes that a model can have on so many devices: they divide the devices and the query heads, and divide the KV

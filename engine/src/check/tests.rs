@@ -15,6 +15,7 @@ use super::plan::{Job, Plan, Program, Sample};
 use super::*;
 use crate::certify::report::{Allocation, AllocationKind, KernelVmem, OutOfMemory, SpillTag};
 use crate::certify::{Certificate, OpCycles, Profile};
+use crate::llama::KvCache;
 use crate::model::config::LlamaConfig;
 use crate::pjrt::MemoryStats;
 use crate::report::Status;
@@ -54,6 +55,7 @@ fn incident(topology: &str) -> Job {
             max_rounds: 64,
         },
         compute: Element::Bf16,
+        kv_cache: KvCache::of(Element::Bf16),
         max_new_tokens: 4096,
         samples: samples(&[25; 100]),
         prefill_asked: 1024,
@@ -271,6 +273,7 @@ fn any_job() -> impl Strategy<Value = (Job, Option<usize>)> {
                 config: llama(q, kv, head_dim, 128 * inner, layers, 128 * vocab),
                 limits,
                 compute: Element::Bf16,
+                kv_cache: KvCache::of(Element::Bf16),
                 max_new_tokens: new,
                 samples: samples(&prompts),
                 prefill_asked: prefill,

@@ -70,6 +70,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let mut job = Job {
         limits,
         compute: settings.compute().element(),
+        kv_cache: settings.kv_cache(),
         max_new_tokens: settings.max_new_tokens,
         samples: samples(&lengths, &settings),
         prefill_asked: settings.engine.max_prefill_size.unwrap_or(limits.max_prefill_size),

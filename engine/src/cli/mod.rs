@@ -4,6 +4,7 @@
 //! on good input, 2 the input must change, 130 interrupted (what was finished is kept).
 
 mod bench;
+mod bringup;
 mod check;
 mod doctor;
 mod kernels;
@@ -104,15 +105,23 @@ enum Command {
     },
     /// Run a kernel on the tile machine, or a module on a plugin, and compare the result.
     Run(Box<kernels::RunArgs>),
-    /// Measure this machine.
+    /// Measure a device: a kernel of the registry, the steps of a model, or greedy decode.
     Bench {
         #[command(subcommand)]
         what: Bench,
     },
+    /// Check and time everything on a device that Pagoda has not met: every kernel and form against the f64 reference, and a
+    /// step of a small model against golden tokens. One file to send back.
+    Bringup(bringup::BringupArgs),
 }
 
 #[derive(Debug, Subcommand)]
 enum Bench {
+    /// A kernel in the form that the plugin takes, repeated until its median is known; JSON.
+    #[command(flatten)]
+    Kernel(bench::KernelBench),
+    /// Prefill and decode steps of a model beside what the device needs for them at least; JSON, one object per slot count.
+    Step(bench::StepArgs),
     /// Tokens/s of greedy decode with all slots busy; compile and load left out.
     Decode {
         /// The model's folder.
@@ -148,10 +157,10 @@ enum Kernels {
 
 #[derive(Clone, Debug, Args)]
 struct PluginArgs {
-    /// The form of the kernels [default: native on the CPU plugin, stablehlo elsewhere].
+    /// The form of the kernels [default: native on the CPU plugin, mosaic on a TPU whose kind is known, stablehlo elsewhere].
     #[arg(long, value_enum)]
     kernels: Option<Kernels>,
-    /// With --kernels mosaic: the chip that they are planned for, v4, v5e, v5p, v6e or tpu7x [default: v5p].
+    /// The chip that Mosaic kernels are planned for, v4, v5e, v5p, v6e or tpu7x [default: the device's; v5p elsewhere].
     #[arg(long, value_name = "CHIP", value_parser = Chip::parse)]
     chip: Option<Chip>,
     /// The PJRT plugin: cpu, cuda, tpu, or the path of a shared library.
@@ -163,14 +172,28 @@ impl PluginArgs {
     /// What programs are emitted for: the kernels that were asked for, or the ones that suit the client.
     fn target(&self, client: &Client) -> Result<Target> {
         let runs_on = |platform| client.platform().eq_ignore_ascii_case(platform);
+        let on_tpu = runs_on("tpu");
+        let kind = if on_tpu { client.device_kind(0).unwrap_or_default() } else { String::new() };
         let target = match self.kernels {
             Some(Kernels::Stablehlo) => Target::Portable,
             Some(Kernels::Native) => Target::Host,
             Some(Kernels::Mosaic) => {
-                let chip = self.chip.unwrap_or(Chip::V5p);
-                return Ok(if runs_on("tpu") { Target::Tpu(chip) } else { Target::TileMachine(chip) });
+                let chip = self.chip.or(Chip::of_kind(&kind)).unwrap_or(Chip::V5p);
+                return Ok(if on_tpu { Target::Tpu(chip) } else { Target::TileMachine(chip) });
             }
             None if runs_on("cpu") => Target::Host,
+            None if on_tpu => match self.chip.or(Chip::of_kind(&kind)) {
+                Some(chip) => {
+                    eprintln!("# device kind {kind}: Mosaic kernels for {chip} (--kernels stablehlo: none)");
+                    return Ok(Target::Tpu(chip));
+                }
+                None => {
+                    eprintln!(
+                        "# device kind {kind} is not a known TPU: StableHLO kernels (or --kernels mosaic --chip CHIP)"
+                    );
+                    Target::Portable
+                }
+            },
             None => Target::Portable,
         };
         match self.chip {
@@ -251,6 +274,9 @@ pub fn main() -> ExitCode {
         Command::Emit { kernel, form } => kernels::emit(&kernel, &form),
         Command::Inspect { file, json } => kernels::inspect(&file, json).map(|()| ExitCode::SUCCESS),
         Command::Run(args) => kernels::run(&args),
+        Command::Bringup(args) => bringup::bringup(&args),
+        Command::Bench { what: Bench::Kernel(bench) } => bench::kernel(&bench).map(|()| ExitCode::SUCCESS),
+        Command::Bench { what: Bench::Step(args) } => bench::step(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench { what: Bench::Decode { model, slots, new, compute, plugin, json } } => plugin
             .client(1)
             .and_then(|client| {

@@ -117,6 +117,7 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
     let options = EngineOptions {
         limits,
         compute,
+        kv_cache: settings.kv_cache(),
         target: Target::Portable, // settled with the client
         sampling: SamplingOptions {
             temperature: settings.temperature,

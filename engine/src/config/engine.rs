@@ -53,9 +53,16 @@ settings! {
         /// Seed of sampling.
         #[arg(long, value_name = "S")]
         pub seed: u64 = 0,
-        /// Type of weights, activations and KV [default: that of trainer.mp, else bf16].
+        /// Type of weights and activations [default: that of trainer.mp, else bf16].
         #[arg(long = "compute", value_enum, value_name = "TYPE")]
         pub compute_dtype: Option<Compute> = None,
+        /// Type of the KV cache's numbers. Those of 8 bits halve its memory; each stands for its value times kv_cache_scale.
+        #[arg(long, value_enum, value_name = "TYPE")]
+        pub kv_cache_dtype: CacheType = CacheType::Auto,
+        /// What numbers of 8 bits in the KV cache are multiplied by: keys and values beyond the type's largest times this are
+        /// cut off [default: 1 for fp8].
+        #[arg(long, value_name = "FACTOR")]
+        pub kv_cache_scale: Option<f64> = None,
         /// Decode calls between two lines of progress, where stderr is no terminal; 0 for none.
         #[arg(long, value_name = "N")]
         pub debug_stats_every_n: usize = 10,
@@ -100,6 +107,28 @@ impl EngineSettings {
             let limit = "is not above 0 and at most 1";
             return Err(Error::setting("engine.hbm_utilization", self.hbm_utilization, limit, "use 0.9"));
         }
+        self.check_cache()
+    }
+
+    fn check_cache(&self) -> Result<()> {
+        let Some(scale) = self.kv_cache_scale else {
+            // Keys are of order 10: integers of 8 bits with a scale of 1 would hold none of their digits.
+            let (limit, fix) =
+                ("needs engine.kv_cache_scale", "give the largest key or value of the model, divided by 127");
+            return match self.kv_cache_dtype {
+                CacheType::Int8 => Err(Error::setting("engine.kv_cache_dtype", "int8", limit, fix)),
+                _ => Ok(()),
+            };
+        };
+        let written = scale as f32;
+        if !(written.is_normal() && written > 0.0) {
+            let limit = "is not a positive number of single precision";
+            return Err(Error::setting("engine.kv_cache_scale", scale, limit, "give e.g. 0.05, or leave it out"));
+        }
+        if !matches!(self.kv_cache_dtype, CacheType::Fp8E4m3 | CacheType::Fp8E5m2 | CacheType::Int8) {
+            let limit = "is of a KV cache of 8 bits, which engine.kv_cache_dtype does not ask for";
+            return Err(Error::setting("engine.kv_cache_scale", scale, limit, "leave it out"));
+        }
         Ok(())
     }
 }
@@ -123,6 +152,43 @@ impl Compute {
         match self {
             Self::F32 => Element::F32,
             Self::Bf16 => Element::Bf16,
+        }
+    }
+}
+
+/// What the KV cache may hold, as vLLM calls it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum CacheType {
+    /// The type that is computed in.
+    #[default]
+    Auto,
+    /// bfloat16.
+    #[serde(alias = "bfloat16")]
+    #[value(alias = "bfloat16")]
+    Bf16,
+    /// Floats of 8 bits with 4 exponent bits.
+    #[serde(rename = "fp8_e4m3", alias = "fp8")]
+    #[value(name = "fp8_e4m3", alias = "fp8")]
+    Fp8E4m3,
+    /// Floats of 8 bits with 5 exponent bits.
+    #[serde(rename = "fp8_e5m2")]
+    #[value(name = "fp8_e5m2")]
+    Fp8E5m2,
+    /// Integers of 8 bits.
+    Int8,
+}
+
+impl CacheType {
+    /// The element type, where weights and activations are of `compute`.
+    pub const fn element(self, compute: Element) -> Element {
+        match self {
+            Self::Auto => compute,
+            Self::Bf16 => Element::Bf16,
+            Self::Fp8E4m3 => Element::F8E4M3Fn,
+            Self::Fp8E5m2 => Element::F8E5M2,
+            Self::Int8 => Element::I8,
         }
     }
 }

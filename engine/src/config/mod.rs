@@ -38,6 +38,7 @@ pub use model::{Architecture, ModelSettings};
 pub use trainer::{MeshSettings, Policy, TrainerSettings};
 
 use crate::error::{Error, Result};
+use crate::llama::KvCache;
 use crate::mesh::MeshRequest;
 use crate::model::source::{Files, Source};
 use crate::units::SampleId;
@@ -253,10 +254,17 @@ impl Settings {
         self.update_from_arg_matches(&flags.0).map_err(Error::runtime("reading the flags"))
     }
 
-    /// The type of weights, activations and KV: `engine.compute_dtype`, else that of `trainer.mp`, else bf16.
+    /// The type of weights and activations: `engine.compute_dtype`, else that of `trainer.mp`, else bf16.
     pub fn compute(&self) -> Compute {
         let of_trainer = self.trainer.mp.as_ref().map(Policy::compute);
         self.engine.compute_dtype.or(of_trainer).unwrap_or(Compute::Bf16)
+    }
+
+    /// What the KV cache holds.
+    pub fn kv_cache(&self) -> KvCache {
+        let (compute, engine) = (self.compute().element(), &self.engine);
+        let element = engine.kv_cache_dtype.element(compute);
+        KvCache::scaled(element, engine.kv_cache_scale.unwrap_or(1.0) as f32)
     }
 
     fn settle_compute(&mut self) {
@@ -417,6 +425,11 @@ impl Settings {
         deciding.insert("prompts".into(), self.prompts.clone().into());
         deciding.insert("seed".into(), self.engine.seed.into());
         deciding.insert("compute_dtype".into(), self.compute().element().to_string().into());
+        // As before there was this key: a cache of the compute type is not mentioned.
+        let kv_cache = self.kv_cache();
+        if kv_cache != KvCache::of(self.compute().element()) {
+            deciding.insert("kv_cache".into(), kv_cache.to_string().into());
+        }
         all.to_string()
     }
 }

@@ -5,7 +5,7 @@ use pagoda_kernels::chips::Chip;
 use proptest::prelude::*;
 
 use super::*;
-use crate::llama::Target;
+use crate::llama::{KvCache, Target};
 use crate::memory::Room;
 
 const MODEL: &str = "models/tiny-llama-kjv";
@@ -67,7 +67,7 @@ fn what_took_effect_is_printed_as_yaml() {
         max_seq_len: 256\n  max_pages: 128\n  hbm_utilization: 0.9\n  page_size: 16\n  max_seqs: 8\n  \
         max_seqs_in_prefill: 8\n  max_prefill_size: 64\n  max_tokens_per_round: null\n  max_rounds: 16\n  \
         mixed_steps: false\n  max_queued_tokens: 512\n  max_stop_seqs: 4\n  max_stop_tokens: 16\n  seed: 0\n  compute_dtype: f32\n  \
-        debug_stats_every_n: 10\n  log_decode_perf_summary: true\n  reset_mode: physical\n  cleanup_mode: end\nmodel:\n  \
+        kv_cache_dtype: auto\n  kv_cache_scale: null\n  debug_stats_every_n: 10\n  log_decode_perf_summary: true\n  reset_mode: physical\n  cleanup_mode: end\nmodel:\n  \
         type: llama\n  use_tpu_ragged_paged_attention: null\n  ragged_paged_q_block_size: null\n  \
         ragged_paged_kv_block_pages: null\ntrainer:\n  mp: null\n  mesh:\n    axes: null\n";
     assert_eq!(printed, expected);
@@ -179,6 +179,15 @@ fn bad_input_is_named() {
         ("engine: {reset_mode: soft}", "engine.reset_mode = soft is not one of physical, logical"),
         ("engine: {cleanup_mode: late}", "engine.cleanup_mode = late is not one of none, end, incremental"),
         ("prompts: a\nengine: {hbm_utilization: 1.5}", "engine.hbm_utilization = 1.5 is not above 0 and at most 1"),
+        ("prompts: a\nengine: {kv_cache_dtype: int8}", "engine.kv_cache_dtype = int8 needs engine.kv_cache_scale"),
+        (
+            "prompts: a\nengine: {kv_cache_scale: 0.1}",
+            "engine.kv_cache_scale = 0.1 is of a KV cache of 8 bits, which engine.kv_cache_dtype does not ask for",
+        ),
+        (
+            "prompts: a\nengine: {kv_cache_dtype: fp8, kv_cache_scale: 0.0}",
+            "engine.kv_cache_scale = 0 is not a positive number of single precision",
+        ),
         ("prompts: a\nengine: {max_stop_seqs: 0}", "engine.max_stop_seqs = 0 turns stop sequences off, but there is"),
         ("prompts: a\nmax_prompts_per_batch: 0", "max_prompts_per_batch = 0 is below 1"),
         ("# a\n\nzzz: {b: 1}", "line 3: zzz is not a known key: known here are chat, checkpoint_path, engine, "),
@@ -339,6 +348,28 @@ fn what_is_not_taken_as_it_is_written_is_noted() {
     assert_eq!(resolve("prompts: a\ntrainer: {mp: 'p=f32,c=f32'}", &[]).unwrap().compute(), Compute::F32);
 }
 
+#[test]
+fn the_cache_has_the_type_that_is_asked_for() {
+    for (keys, flags, expected) in [
+        ("{}", &[][..], KvCache::of(Element::Bf16)),
+        ("{compute_dtype: f32}", &[], KvCache::of(Element::F32)),
+        ("{compute_dtype: f32, kv_cache_dtype: bfloat16}", &[], KvCache::of(Element::Bf16)),
+        ("{kv_cache_dtype: fp8}", &[], KvCache::of(Element::F8E4M3Fn)),
+        ("{kv_cache_dtype: fp8_e4m3, kv_cache_scale: 0.5}", &[], KvCache::scaled(Element::F8E4M3Fn, 0.5)),
+        ("{}", &["--kv-cache-dtype", "fp8_e5m2"], KvCache::of(Element::F8E5M2)),
+        ("{kv_cache_dtype: auto}", &["--kv-cache-dtype=int8", "--kv-cache-scale=0.125"], {
+            KvCache::scaled(Element::I8, 0.125)
+        }),
+    ] {
+        let settings = resolve(&format!("prompts: a\nengine: {keys}"), flags).unwrap();
+        assert_eq!(settings.kv_cache(), expected, "{keys} {flags:?}");
+    }
+    // It decides the texts, where it is not the compute type.
+    let identity = |keys: &str| resolve(&format!("prompts: a\nengine: {keys}"), &[]).unwrap().identity();
+    assert_eq!(identity("{kv_cache_dtype: bf16}"), identity("{}"));
+    assert_ne!(identity("{kv_cache_dtype: fp8}"), identity("{}"));
+}
+
 /// The shapes of sampler files in Levanter's and Marin's repositories (2025-06 to 2026-02): all keys that they use, with
 /// prompts of our own.
 const REAL: [&str; 5] = [
@@ -454,6 +485,7 @@ fn drawn_key() -> impl Strategy<Value = (&'static [&'static str], String)> {
         (&["engine", "max_stop_tokens"], count()),
         (&["engine", "seed"], any::<u64>().prop_map(|seed| seed.to_string()).boxed()),
         (&["engine", "compute_dtype"], one_of(&["f32", "bf16"])),
+        (&["engine", "kv_cache_dtype"], one_of(&["auto", "bf16", "fp8_e4m3", "fp8_e5m2"])),
         (&["engine", "debug_stats_every_n"], count()),
         (&["engine", "log_decode_perf_summary"], flag()),
         (&["engine", "reset_mode"], one_of(&["physical", "logical"])),

@@ -6,17 +6,33 @@ use pagoda_ir::{Element, TensorType};
 
 use super::step::StepShape;
 use crate::model::config::LlamaConfig;
+use crate::model::quantization::Quantization;
 
-/// A weight `[out, in]` and, where the model has them, its biases `[out]`.
+/// A weight `[out, in]` and, where the model has them, its scales and its biases `[out]`.
 #[derive(Clone, Copy)]
 pub(super) struct Projection<T> {
     pub(super) weight: T,
+    /// f32: `[out, groups]`, for a row-major [`Target`](super::Target) `[groups, out]`.
+    pub(super) scale: Option<T>,
     pub(super) bias: Option<T>,
 }
 
 impl<T> Projection<T> {
-    fn each(dims: [usize; 2], bias: bool, mut next: impl FnMut(&[usize]) -> T) -> Self {
-        Self { weight: next(&dims), bias: bias.then(|| next(&dims[..1])) }
+    fn each(
+        shape: &StepShape,
+        quantization: Option<Quantization>,
+        [out, from]: [usize; 2],
+        bias: bool,
+        mut next: impl FnMut(Element, &[usize]) -> T,
+    ) -> Self {
+        let element = quantization.map_or(shape.compute, |quantization| quantization.weight);
+        let groups = quantization.and_then(Quantization::group).map_or(1, |group| from / group);
+        let scales = if shape.target.is_row_major() { [groups, out] } else { [out, groups] };
+        Self {
+            weight: next(element, &[out, from]),
+            scale: quantization.map(|_| next(Element::F32, &scales)),
+            bias: bias.then(|| next(shape.compute, &[out])),
+        }
     }
 }
 
@@ -37,17 +53,18 @@ pub(super) struct Layer<T> {
 }
 
 impl<T> Layer<T> {
-    fn each(config: &LlamaConfig, mut next: impl FnMut(&[usize]) -> T) -> Self {
+    fn each(config: &LlamaConfig, shape: &StepShape, mut next: impl FnMut(Element, &[usize]) -> T) -> Self {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let heads = config.q_heads * config.head_dim;
         let stacked = heads + 2 * config.kv_heads * config.head_dim;
+        let quantization = config.quantization;
         Self {
-            input_norm: next(&[hidden]),
-            qkv: Projection::each([stacked, hidden], config.attention_bias, &mut next),
-            output: Projection::each([hidden, heads], config.attention_bias, &mut next),
-            post_norm: next(&[hidden]),
-            gate_up: Projection::each([2 * inner, hidden], config.mlp_bias, &mut next),
-            down: Projection::each([hidden, inner], config.mlp_bias, &mut next),
+            input_norm: next(shape.compute, &[hidden]),
+            qkv: Projection::each(shape, quantization, [stacked, hidden], config.attention_bias, &mut next),
+            output: Projection::each(shape, quantization, [hidden, heads], config.attention_bias, &mut next),
+            post_norm: next(shape.compute, &[hidden]),
+            gate_up: Projection::each(shape, quantization, [2 * inner, hidden], config.mlp_bias, &mut next),
+            down: Projection::each(shape, quantization, [hidden, inner], config.mlp_bias, &mut next),
         }
     }
 }
@@ -68,7 +85,7 @@ pub(super) struct Weights<T> {
     /// `[hidden]`
     pub(super) norm: T,
     /// `[vocab, hidden]`, unless it is the embedding.
-    head: Option<T>,
+    head: Option<Projection<T>>,
     /// `f32[max_positions, head_dim]`: the table of [`rotary`](super::rotary).
     pub(super) rotary: T,
     /// `i32[]`: which shard of the model these weights are, where it is split.
@@ -80,14 +97,20 @@ impl<T> Weights<T> {
     fn each(config: &LlamaConfig, shape: &StepShape, mut next: impl FnMut(TensorType) -> T) -> Self {
         let config = &shape.parallel.shard_of(config);
         let hidden = config.hidden_size;
-        let mut weight = |dims: &[usize]| next(TensorType::new(shape.compute, dims));
-        let embedding = weight(&[config.vocab_size, hidden]);
+        let mut weight = |element: Element, dims: &[usize]| next(TensorType::new(element, dims));
+        let embedding = weight(shape.compute, &[config.vocab_size, hidden]);
         let layers = match shape.stacks_layers(config) {
-            false => Layers::Apart((0..config.layers).map(|_| Layer::each(config, &mut weight)).collect()),
-            true => Layers::Stacked(Layer::each(config, |dims| weight(&[&[config.layers], dims].concat()))),
+            false => Layers::Apart((0..config.layers).map(|_| Layer::each(config, shape, &mut weight)).collect()),
+            true => {
+                let stacked = |element: Element, dims: &[usize]| weight(element, &[&[config.layers], dims].concat());
+                Layers::Stacked(Layer::each(config, shape, stacked))
+            }
         };
-        let norm = weight(&[hidden]);
-        let head = (!config.tie_word_embeddings).then(|| weight(&[config.vocab_size, hidden]));
+        let norm = weight(shape.compute, &[hidden]);
+        let head = (!config.tie_word_embeddings).then(|| {
+            let quantization = config.quantization.filter(|quantization| quantization.head);
+            Projection::each(shape, quantization, [config.vocab_size, hidden], false, &mut weight)
+        });
         let rotary = next(TensorType::new(Element::F32, &[shape.max_positions, config.head_dim]));
         let shard = (shape.parallel.model().get() > 1).then(|| next(TensorType::scalar(Element::I32)));
         Self { embedding, layers, norm, head, rotary, shard }
@@ -110,14 +133,14 @@ impl<'c, 'a> Weights<Tensor<'c, 'a>> {
     }
 
     /// `[vocab, hidden]`: the output projection.
-    pub(super) fn head(&self) -> Tensor<'c, 'a> {
-        self.head.unwrap_or(self.embedding)
+    pub(super) fn head(&self) -> Projection<Tensor<'c, 'a>> {
+        self.head.unwrap_or(Projection { weight: self.embedding, scale: None, bias: None })
     }
 }
 
 /// The types of the weight arguments, which come first in both programs: embedding; per layer the norm before
 /// attention, the stacked query, key and value projection, the output projection, the norm before the MLP, the stacked
-/// gate and up projection, the down projection (each followed by its biases, where the model has them); final norm;
+/// gate and up projection, the down projection (each followed by its scales and its biases, where the model has them); final norm;
 /// (untied only) head; rotary table; (split models only) the number of the shard. Each weight is the shard's part of it.
 /// Where the program [loops](StepShape::stacks_layers), there is one of each of a layer's for all layers, a stack
 /// `[layers, ...]`.

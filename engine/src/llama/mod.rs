@@ -5,6 +5,7 @@
 
 mod arguments;
 mod executor;
+mod kv_cache;
 mod lowering;
 pub mod parallel;
 mod rotary;
@@ -14,6 +15,8 @@ mod target;
 
 pub use arguments::weight_types;
 pub use executor::{Call, Executor};
+pub use kv_cache::KvCache;
+pub(crate) use lowering::attention_kernel;
 pub use parallel::{Group, Member, Parallel, Reduce};
 pub use target::Target;
 
@@ -23,7 +26,7 @@ use pagoda_ir::{Context, Element, HostTensor, TensorType};
 use crate::error::{Error, Result};
 use crate::mesh::Shard;
 use crate::model::config::LlamaConfig;
-use crate::model::weights::{TensorGroups, TensorSpec, Tensors, Weights, tensor_groups};
+use crate::model::weights::{Holds, TensorGroups, TensorSpec, Tensors, Weights, tensor_groups};
 use crate::pjrt::{Arg, Buffer, Client, Executable};
 use executor::zeros;
 use step::StepShape;
@@ -66,13 +69,12 @@ impl DeviceModel {
         for argument in arguments_of(&tensor_groups(config), shape.stacks_layers(config)) {
             let stacks = group.members().iter().map(|&Member { shard, device }| match argument[..] {
                 [_] => Ok(None),
-                _ => Stack::new(client, shape.compute, argument.len(), &stacked_dims(argument[0], shard), device)
-                    .map(Some),
+                _ => Stack::new(client, argument.len(), &argument_type(argument[0], shard, shape), device).map(Some),
             });
             let mut stacks = stacks.collect::<Result<Vec<_>>>()?;
             for (layer, tensors) in argument.iter().enumerate() {
                 for ((member, stack), buffers) in group.members().iter().zip(&mut stacks).zip(&mut buffers) {
-                    let part = upload(client, weights, tensors, *member, shape.compute)?;
+                    let part = upload(client, weights, tensors, *member, shape)?;
                     match stack.take() {
                         None => buffers.push(part),
                         Some(filled) => *stack = Some(filled.put(client, part, layer)?),
@@ -90,6 +92,9 @@ impl DeviceModel {
             if shard.of.get() > 1 {
                 buffers.push(client.upload(&HostTensor::scalar(shard.index as i32), *device)?);
             }
+        }
+        if shape.target == Target::Host {
+            buffers.iter_mut().flatten().try_for_each(Buffer::stay)?;
         }
         Ok(Self { config: config.clone(), group, buffers })
     }
@@ -130,11 +135,10 @@ struct Stack {
 }
 
 impl Stack {
-    fn new(client: &Client, compute: Element, layers: usize, part: &[usize], device: usize) -> Result<Self> {
-        let part = TensorType::new(compute, part);
-        let whole = TensorType::new(compute, &[&[layers], &part.dims[..]].concat());
+    fn new(client: &Client, layers: usize, part: &TensorType, device: usize) -> Result<Self> {
+        let whole = TensorType::new(part.element, &[&[layers], &part.dims[..]].concat());
         let context = Context::new();
-        let (empty, put) = (zeros(&context, &whole, 1)?, put(&context, &whole, &part)?);
+        let (empty, put) = (zeros(&context, &whole, 1)?, put(&context, &whole, part)?);
         // As the step programs have them.
         if step::is_stack(&whole) {
             empty.row_major_result("main", 0)?;
@@ -175,11 +179,20 @@ fn put<'c>(context: &'c Context, stack: &TensorType, part: &TensorType) -> pagod
     Ok(module)
 }
 
-/// The shape of a shard's parts of tensors of equal width (or vectors), one below the other.
-fn stacked_dims(tensors: &[TensorSpec], shard: Shard) -> Vec<usize> {
+/// The argument that a shard's parts of tensors of equal width (or vectors) make, one below the other; scales lie as
+/// activations do.
+fn argument_type(tensors: &[TensorSpec], shard: Shard, shape: &StepShape) -> TensorType {
     let mut dims = tensors[0].dims_of(shard);
     dims[0] = tensors.iter().map(|spec| spec.dims_of(shard)[0]).sum();
-    dims
+    if is_turned(&tensors[0], shape) {
+        dims.reverse();
+    }
+    TensorType::new(tensors[0].element(shape.compute), &dims)
+}
+
+/// Whether the programs take `[groups, out]` of what files hold as `[out, groups]`.
+fn is_turned(spec: &TensorSpec, shape: &StepShape) -> bool {
+    spec.holds == Holds::Scales && shape.target.is_row_major()
 }
 
 /// Uploads a member's parts of tensors as one.
@@ -188,20 +201,28 @@ fn upload(
     weights: &Weights,
     tensors: &[TensorSpec],
     Member { shard, device }: Member,
-    compute: Element,
+    shape: &StepShape,
 ) -> Result<Buffer> {
-    let dims = stacked_dims(tensors, shard);
-    if let [spec] = tensors {
-        let data = weights.load(spec, shard, compute)?;
-        return Ok(client.upload_bytes(compute, &dims, data.bytes(), device)?);
+    let TensorType { element, dims } = argument_type(tensors, shard, shape);
+    let load = |spec| weights.load(spec, shard, element);
+    if let [spec] = tensors
+        && !is_turned(spec, shape)
+    {
+        return Ok(client.upload_bytes(element, &dims, load(spec)?.bytes(), device)?);
     }
-    let mut stacked = HostTensor::zeros(compute, &dims);
+    let mut stacked = HostTensor::zeros(element, &dims);
     let mut rest = stacked.bytes_mut();
     for spec in tensors {
-        let data = weights.load(spec, shard, compute)?;
+        let data = load(spec)?;
         let (part, after) = rest.split_at_mut(data.bytes().len());
         part.copy_from_slice(data.bytes());
         rest = after;
+    }
+    if is_turned(&tensors[0], shape) {
+        let (groups, rows) = (dims[0], dims[1]);
+        let values = stacked.as_slice::<f32>();
+        let turned: Vec<f32> = (0..groups * rows).map(|at| values[at % rows * groups + at / rows]).collect();
+        stacked = HostTensor::new(&dims, &turned);
     }
     Ok(client.upload(&stacked, device)?)
 }
@@ -214,6 +235,7 @@ mod tests {
     use pagoda_kernels::chips::Chip;
 
     use super::*;
+    use crate::model::quantization::{Quantization, Scales};
 
     /// What is uploaded is what the programs take, in their order.
     #[test]
@@ -229,25 +251,31 @@ mod tests {
             max_positions: 32,
             max_rounds: 1,
             compute: Element::Bf16,
+            kv_cache: KvCache::of(Element::Bf16),
             target: Target::Portable,
             parallel: Parallel::group(model),
         };
-        for (bits, model) in (0..16).flat_map(|bits| [1, 2, 4].map(|model| (bits, model))) {
+        let quantized = |scales| Quantization { weight: Element::I8, scales, activations: false, head: true };
+        let quantizations = [None, Some(quantized(Scales::Channel)), Some(quantized(Scales::Group(32)))];
+        for (bits, model) in (0..48).flat_map(|bits| [1, 2, 4].map(|model| (bits, model))) {
+            let quantization = quantizations[bits / 16];
             let [attention_bias, mlp_bias, tie_word_embeddings, stacked] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
-            let config = LlamaConfig { attention_bias, mlp_bias, tie_word_embeddings, ..tiny.clone() };
+            let config = LlamaConfig { attention_bias, mlp_bias, tie_word_embeddings, quantization, ..tiny.clone() };
             let target = if stacked { Target::Tpu(Chip::V5p) } else { Target::Portable };
             let shape = StepShape { target, ..shape(NonZeroUsize::new(model).unwrap()) };
-            let arguments: Vec<_> = weight_types(&config, &shape).into_iter().map(|ty| ty.dims).collect();
+            let arguments = weight_types(&config, &shape);
             for shard in Shard::all(shape.parallel.model()) {
                 let groups = tensor_groups(&config);
                 let uploads = arguments_of(&groups, stacked).into_iter().map(|argument| {
-                    let part = stacked_dims(argument[0], shard);
-                    assert!(argument.iter().all(|tensors| stacked_dims(tensors, shard) == part));
-                    if argument.len() > 1 { [vec![argument.len()], part].concat() } else { part }
+                    let TensorType { element, dims } = argument_type(argument[0], shard, &shape);
+                    assert!(argument.iter().all(|tensors| argument_type(tensors, shard, &shape).dims == dims));
+                    let stacked = if argument.len() > 1 { vec![argument.len()] } else { vec![] };
+                    TensorType::new(element, &[stacked, dims].concat())
                 });
-                let table = rotary::table(&config, shape.max_positions).dims().to_vec();
-                let uploads: Vec<_> = uploads.chain([table]).chain((model > 1).then(Vec::new)).collect();
-                assert_eq!(uploads, arguments, "biases {attention_bias} {mlp_bias}, stacked {stacked}, {shard:?}");
+                let table = TensorType::new(Element::F32, rotary::table(&config, shape.max_positions).dims());
+                let number = (model > 1).then(|| TensorType::scalar(Element::I32));
+                let uploads: Vec<_> = uploads.chain([table]).chain(number).collect();
+                assert_eq!(uploads, arguments, "{config:?}, stacked {stacked}, {shard:?}");
             }
         }
     }

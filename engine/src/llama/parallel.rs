@@ -21,6 +21,7 @@ use pagoda_ir::{Element, Result};
 use crate::error::Error;
 use crate::mesh::{Mesh, Shard};
 use crate::model::config::LlamaConfig;
+use crate::model::quantization::Quantization;
 use crate::{mpi, sampler};
 
 /// The most rows of a vocabulary that one shard may hold: their numbers are exchanged as f32.
@@ -132,6 +133,18 @@ fn refusal(config: &LlamaConfig, model: usize) -> Option<String> {
     for (key, size) in [("vocab_size", vocab_size), ("intermediate_size", intermediate_size)] {
         if size < model {
             return Some(format!("exceeds {key} = {size}"));
+        }
+    }
+    if let Some(group) = config.quantization.and_then(Quantization::group)
+        && model > 1
+    {
+        for (key, width) in [
+            ("num_attention_heads * head_dim", q_heads / model * config.head_dim),
+            ("intermediate_size", intermediate_size.div_ceil(model)),
+        ] {
+            if !width.is_multiple_of(group) {
+                return Some(format!("cuts a group of {group} features of {key} that share a scale"));
+            }
         }
     }
     (model > 1 && vocab_size.div_ceil(model) > MAX_ROWS)

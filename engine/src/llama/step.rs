@@ -24,12 +24,13 @@
 //! *Split over devices* ([`Parallel`]), a program is one device's: its weights are a shard, and it exchanges sums where
 //! features that are split are summed over.
 //!
-//! Numerics: weights, activations and KV in the compute type; normalisation, softmax, logits and sampling in f32.
+//! Numerics: weights and activations in the compute type, KV in the cache's; normalisation, softmax, logits and sampling in f32.
 
 use pagoda_ir::stablehlo::{Builder, Direction, Module, Tensor};
 use pagoda_ir::{Context, Element, Result, TensorType};
-use pagoda_kernels::rpa::{KvLayout, KvRows};
+use pagoda_kernels::rpa::KvLayout;
 
+use super::KvCache;
 use super::arguments::{Layer, Layers, Projection, Weights, weight_types};
 use super::lowering::{Activation, Batch, Kind, Linear, Lowering, Norm, Rows, lowering};
 use super::parallel::{Exchange, Parallel};
@@ -56,8 +57,10 @@ pub struct StepShape {
     pub max_positions: usize,
     /// Most decode steps of one call.
     pub max_rounds: usize,
-    /// Type of weights, activations and KV.
+    /// Type of weights and activations.
     pub compute: Element,
+    /// What the KV cache holds.
+    pub kv_cache: KvCache,
     /// What the program is emitted for.
     pub target: Target,
     /// Over how many devices the model is split.
@@ -66,7 +69,7 @@ pub struct StepShape {
 
 impl StepShape {
     /// The sizes of an engine with these limits.
-    pub fn of(limits: &Limits, compute: Element, target: Target, parallel: Parallel) -> Self {
+    pub fn of(limits: &Limits, compute: Element, kv_cache: KvCache, target: Target, parallel: Parallel) -> Self {
         Self {
             prefill_rows: limits.max_prefill_size,
             slots: limits.max_seqs,
@@ -76,6 +79,7 @@ impl StepShape {
             max_positions: limits.max_seq_len,
             max_rounds: limits.max_rounds,
             compute,
+            kv_cache,
             target,
             parallel,
         }
@@ -89,13 +93,13 @@ impl StepShape {
     /// How keys and values lie in the KV buffer of one device.
     pub fn kv_layout(&self, config: &LlamaConfig) -> KvLayout {
         KvLayout {
-            element: self.compute,
+            element: self.kv_cache.element(),
             layers: config.layers,
             pages: self.pages,
             page_size: self.page_size,
             heads: self.parallel.shard_of(config).kv_heads,
             head_dim: config.head_dim,
-            kv_rows: KvRows::Interleaved,
+            kv_rows: self.target.kv_rows(config.head_dim),
         }
     }
 
@@ -230,9 +234,19 @@ impl<'c> Graph<'_, 'c> {
 
     /// The bare projection, in the compute type.
     fn projection<'a>(&self, projection: Projection<Tensor<'c, 'a>>) -> Linear<'c, 'a> {
-        let Projection { weight, bias } = projection;
-        let result = self.shape.compute;
-        Linear { norm: None, weight, bias, layer: None, activation: Activation::Identity, residual: None, result }
+        let Projection { weight, scale, bias } = projection;
+        let quantized = self.config.quantization.zip(scale);
+        Linear {
+            norm: None,
+            weight,
+            scale,
+            quantizes_x: quantized.is_some_and(|(quantization, _)| quantization.activations),
+            bias,
+            layer: None,
+            activation: Activation::Identity,
+            residual: None,
+            result: self.shape.compute,
+        }
     }
 
     fn norm<'a>(&self, weight: Tensor<'c, 'a>) -> Norm<'c, 'a> {
@@ -246,7 +260,7 @@ impl<'c> Graph<'_, 'c> {
         weights: &Weights<Tensor<'c, 'a>>,
         hidden: Tensor<'c, 'a>,
     ) -> Result<Tensor<'c, 'a>> {
-        let head = self.projection(Projection { weight: weights.head(), bias: None });
+        let head = self.projection(weights.head());
         let head = Linear { norm: Some(self.norm(weights.norm)), result: Element::F32, ..head };
         self.lowering.by_row(&b.named("head"), hidden, &head)
     }

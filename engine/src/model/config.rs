@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::quantization::Quantization;
 use super::read_json;
 use crate::error::{Error, Result};
 
@@ -42,6 +43,8 @@ pub struct LlamaConfig {
     pub max_position_embeddings: usize,
     /// Whether the output projection is the embedding table.
     pub tie_word_embeddings: bool,
+    /// How the projections are stored, where it is in 8 bits.
+    pub quantization: Option<Quantization>,
     /// The token before every text.
     pub bos_token_id: Option<u32>,
     /// Tokens that end a text: those of `generation_config.json` if it names any, else those of `config.json`.
@@ -75,10 +78,9 @@ pub struct Llama3Scaling {
 }
 
 /// Keys that must be absent, null, or have one of these values, because anything else changes the model.
-const FIXED: [(&str, &[&str]); 9] = [
+const FIXED: [(&str, &[&str]); 8] = [
     ("model_type", &["\"llama\""]),
     ("hidden_act", &["\"silu\""]),
-    ("quantization_config", &[]),
     ("sliding_window", &[]),
     ("use_sliding_window", &["false"]),
     ("attn_logit_softcapping", &[]),
@@ -162,6 +164,21 @@ impl LlamaConfig {
             ));
         }
         let vocab_size = object.size("vocab_size", None)?;
+        let intermediate_size = object.size("intermediate_size", None)?;
+        let quantization =
+            object.get("quantization_config").map(|value| Quantization::parse(path, value)).transpose()?;
+        if let Some(group) = quantization.and_then(Quantization::group) {
+            for (key, size) in [
+                ("hidden_size", hidden_size),
+                ("num_attention_heads * head_dim", q_heads * head_dim),
+                ("intermediate_size", intermediate_size),
+            ] {
+                if !size.is_multiple_of(group) {
+                    let limit = format!("is not a multiple of the {group} features that share a scale");
+                    return Err(object.refuse(key, size, limit, "repair config.json"));
+                }
+            }
+        }
 
         // Transformers 5 moved `rope_theta` and `rope_scaling` into `rope_parameters`.
         let rope = object.object("rope_parameters")?;
@@ -170,7 +187,8 @@ impl LlamaConfig {
         Ok(Self {
             vocab_size,
             hidden_size,
-            intermediate_size: object.size("intermediate_size", None)?,
+            intermediate_size,
+            quantization,
             layers: object.size("num_hidden_layers", None)?,
             q_heads,
             kv_heads,
@@ -426,7 +444,7 @@ mod tests {
             (json!({"architectures": null, "model_type": "mistral"}), "model_type = \"mistral\" is not supported"),
             (json!({"attention_bias": 1}), "attention_bias = 1 is not true or false"),
             (json!({"sliding_window": 4096}), "sliding_window = 4096 is not supported"),
-            (json!({"quantization_config": {"bits": 4}}), "quantization_config = {\"bits\":4} is not supported"),
+            (json!({"quantization_config": {"bits": 4}}), "quantization_config.quant_method = null is not supported"),
             (json!({"rope_scaling": {"type": "yarn"}}), "rope_scaling.type = \"yarn\" is not supported"),
             (
                 json!({"rope_scaling": llama3(4.0)}),

@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod identity;
+pub mod quantization;
 pub mod reference;
 pub mod source;
 pub mod tokenizer;

@@ -4,14 +4,18 @@
 //! numbers and the weights. It sees one whole sequence, without pages, batches or chunks. It must never be used to make
 //! text for users: a weight takes 8 bytes here, and nothing is blocked, fused or threaded.
 
+use pagoda_ir::{Element, HostTensor};
+
 use super::config::{Llama3Scaling, LlamaConfig, RopeScaling};
-use super::weights::{TensorSpec, Weights, expected_tensors};
+use super::weights::Weights;
 use crate::error::Result;
 
 /// A projection: its matrix `[out, in]` and, where the model has them, its biases `[out]`.
 struct Projection {
     matrix: Vec<f64>,
     bias: Option<Vec<f64>>,
+    /// The type that its input is quantized to.
+    quantizes: Option<Element>,
 }
 
 struct Layer {
@@ -33,7 +37,7 @@ pub struct Reference {
     layers: Vec<Layer>,
     final_norm: Vec<f64>,
     /// The output projection, unless it is the embedding.
-    head: Option<Vec<f64>>,
+    head: Option<Projection>,
 }
 
 /// One sequence: the keys and values of all tokens so far.
@@ -51,17 +55,14 @@ impl Reference {
     /// # Errors
     /// When a tensor is missing or has the wrong shape or type.
     pub fn new(config: &LlamaConfig, weights: &Weights) -> Result<Self> {
-        let specs = expected_tensors(config);
-        let load = |name: &str| -> Result<Vec<f64>> {
-            let missing = TensorSpec::whole(name, &[]);
-            let spec = specs.iter().find(|spec| spec.name == name).unwrap_or(&missing);
-            Ok(weights.tensor(spec)?.to_f64())
-        };
+        let load = |name: &str| weights.values(config, name);
+        let quantization = config.quantization.filter(|quantization| quantization.activations);
+        let quantizes = quantization.map(|quantization| quantization.weight);
         let layer = |at: usize| -> Result<Layer> {
             let in_layer = |name: &str, part: &str| load(&format!("model.layers.{at}.{name}.{part}"));
             let project = |name: &str, biased: bool| -> Result<Projection> {
                 let bias = if biased { Some(in_layer(name, "bias")?) } else { None };
-                Ok(Projection { matrix: in_layer(name, "weight")?, bias })
+                Ok(Projection { matrix: in_layer(name, "weight")?, bias, quantizes })
             };
             Ok(Layer {
                 input_norm: in_layer("input_layernorm", "weight")?,
@@ -79,7 +80,13 @@ impl Reference {
             embedding: load("model.embed_tokens.weight")?,
             layers: (0..config.layers).map(layer).collect::<Result<_>>()?,
             final_norm: load("model.norm.weight")?,
-            head: if config.tie_word_embeddings { None } else { Some(load("lm_head.weight")?) },
+            head: match config.tie_word_embeddings {
+                true => None,
+                false => {
+                    let quantizes = quantizes.filter(|_| quantization.is_some_and(|quantization| quantization.head));
+                    Some(Projection { matrix: load("lm_head.weight")?, bias: None, quantizes })
+                }
+            },
             config: config.clone(),
         })
     }
@@ -141,7 +148,8 @@ impl Session<'_> {
             add(&mut x, &layer.down.apply(&inner));
         }
         self.position += 1;
-        multiply(head.as_ref().unwrap_or(embedding), &rms_norm(&x, final_norm, config.rms_norm_eps))
+        let normed = rms_norm(&x, final_norm, config.rms_norm_eps);
+        head.as_ref().map_or_else(|| multiply(embedding, &normed), |head| head.apply(&normed))
     }
 }
 
@@ -154,12 +162,27 @@ fn rms_norm(x: &[f64], weight: &[f64], epsilon: f64) -> Vec<f64> {
 
 impl Projection {
     fn apply(&self, x: &[f64]) -> Vec<f64> {
-        let mut y = multiply(&self.matrix, x);
+        let mut y = match self.quantizes {
+            None => multiply(&self.matrix, x),
+            Some(element) => multiply(&self.matrix, &quantized(x, element)),
+        };
         if let Some(bias) = &self.bias {
             add(&mut y, bias);
         }
         y
     }
+}
+
+/// Values as elements of 8 bits, the largest of which stands for the largest value, and back.
+fn quantized(x: &[f64], element: Element) -> Vec<f64> {
+    let most = if element == Element::I8 { 127.0 } else { 448.0 };
+    let scale = x.iter().fold(f64::MIN_POSITIVE, |most, v| most.max(v.abs())) / most;
+    let elements: Vec<f64> = x.iter().map(|v| (v / scale).clamp(-most, most)).collect();
+    let elements = match element {
+        Element::I8 => elements.iter().map(|v| v.round_ties_even()).collect(),
+        _ => HostTensor::from_f64(element, &[x.len()], &elements).to_f64(),
+    };
+    elements.iter().map(|v| v * scale).collect()
 }
 
 /// `matrix [out, in] * x [in]`.

@@ -30,8 +30,22 @@ pub struct TensorSpec {
     pub name: String,
     /// Its shape, row-major. Projections are `[out, in]`.
     pub dims: Vec<usize>,
+    /// What its values are.
+    pub holds: Holds,
     /// The dimension along which it is split over shards, and into what; without one, every shard has all of it.
     split: Option<(usize, Units)>,
+}
+
+/// What the values of a tensor are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holds {
+    /// Numbers of some float type, converted to the one that is computed in.
+    Numbers,
+    /// Elements of 8 bits, each standing for itself times a scale: loaded as they are.
+    Quantized(Element),
+    /// The scales of another tensor, `[out, groups of in]`: loaded as f32. A file may leave out a last dimension of 1, or
+    /// give one scale for all.
+    Scales,
 }
 
 /// What a dimension is split into: equal units that stay whole (heads, rows of the vocabulary, values between the MLP's
@@ -59,13 +73,37 @@ impl Axis {
     const fn split(count: usize, width: usize, multiple: usize) -> Self {
         Self { size: count * width, units: Some(Units { count, multiple }) }
     }
+
+    /// The groups of features that have scales of their own. Units are smaller than a group, or whole groups: where shards
+    /// would cut one, [`Parallel::check`](crate::llama::Parallel::check) refuses the model.
+    fn groups(self, group: Option<usize>) -> Self {
+        let Some(group) = group else { return Self::whole(1) };
+        let Some(Units { count, multiple }) = self.units else { return Self::whole(self.size / group) };
+        match self.size / count {
+            width if width.is_multiple_of(group) => Self::split(count, width / group, multiple),
+            _ => Self::split(self.size / group, 1, multiple.div_ceil(group)),
+        }
+    }
 }
 
 impl TensorSpec {
     fn new(name: String, axes: impl IntoIterator<Item = Axis>) -> Self {
         let axes = Vec::from_iter(axes);
         let split = axes.iter().enumerate().find_map(|(at, axis)| Some((at, axis.units?)));
-        Self { name, dims: axes.iter().map(|axis| axis.size).collect(), split }
+        Self { name, dims: axes.iter().map(|axis| axis.size).collect(), holds: Holds::Numbers, split }
+    }
+
+    fn holding(self, holds: Holds) -> Self {
+        Self { holds, ..self }
+    }
+
+    /// The type that it is loaded as, where numbers are computed in `compute`.
+    pub fn element(&self, compute: Element) -> Element {
+        match self.holds {
+            Holds::Numbers => compute,
+            Holds::Quantized(element) => element,
+            Holds::Scales => Element::F32,
+        }
     }
 
     /// A tensor that every shard has all of.
@@ -125,12 +163,12 @@ pub struct TensorGroups {
     pub embedding: Tensors,
     /// Those of each layer, as many of the same sizes in every one.
     pub layers: Vec<Vec<Tensors>>,
-    /// The final norm, and the head if it is not the embedding.
+    /// The final norm, and the head (and its scales) if it is not the embedding.
     pub last: Vec<Tensors>,
 }
 
-/// As [`expected_tensors`], in groups. Query, key and value projections are a group, their biases are, gate and up; all
-/// others stand alone. A shard's part of a group is its part of each tensor.
+/// As [`expected_tensors`], in groups. Query, key and value projections are a group, their scales and their biases are,
+/// gate and up; all others stand alone. A shard's part of a group is its part of each tensor.
 pub fn tensor_groups(config: &LlamaConfig) -> TensorGroups {
     let hidden = Axis::whole(config.hidden_size);
     let inner = Axis::split(config.intermediate_size, 1, LANES);
@@ -149,22 +187,41 @@ pub fn tensor_groups(config: &LlamaConfig) -> TensorGroups {
             Together { tensors: &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)], columns: Some(hidden), bias: mlp },
             Together { tensors: &[("mlp.down_proj", hidden)], columns: Some(inner), bias: mlp },
         ] {
-            let group = |kind: &str, columns: Option<Axis>| -> Vec<TensorSpec> {
+            let group = |kind: &str, columns: Option<Axis>, holds: Holds| -> Vec<TensorSpec> {
                 let specs = part.tensors.iter().map(|&(name, rows)| {
-                    TensorSpec::new(format!("model.layers.{layer}.{name}.{kind}"), [rows].into_iter().chain(columns))
+                    let name = format!("model.layers.{layer}.{name}.{kind}");
+                    TensorSpec::new(name, [rows].into_iter().chain(columns)).holding(holds)
                 });
                 specs.collect()
             };
-            groups.push(group("weight", part.columns));
-            groups.extend(part.bias.then(|| group("bias", None)));
+            match config.quantization.zip(part.columns) {
+                None => groups.push(group("weight", part.columns, Holds::Numbers)),
+                Some((quantization, columns)) => {
+                    groups.push(group("weight", Some(columns), Holds::Quantized(quantization.weight)));
+                    let scales = columns.groups(quantization.group());
+                    groups.push(group("weight_scale", Some(scales), Holds::Scales));
+                }
+            }
+            groups.extend(part.bias.then(|| group("bias", None, Holds::Numbers)));
         }
         groups
     };
-    let head = (!config.tie_word_embeddings).then(|| alone("lm_head.weight", &[vocab, hidden]));
+    let mut last = vec![alone("model.norm.weight", &[hidden])];
+    if !config.tie_word_embeddings {
+        let head = TensorSpec::new("lm_head.weight".into(), [vocab, hidden]);
+        match config.quantization.filter(|quantization| quantization.head) {
+            None => last.push(vec![head]),
+            Some(quantization) => {
+                let scales = [vocab, hidden.groups(quantization.group())];
+                last.push(vec![head.holding(Holds::Quantized(quantization.weight))]);
+                last.push(vec![TensorSpec::new("lm_head.weight_scale".into(), scales).holding(Holds::Scales)]);
+            }
+        }
+    }
     TensorGroups {
         embedding: alone("model.embed_tokens.weight", &[vocab, hidden]),
         layers: (0..config.layers).map(of_layer).collect(),
-        last: std::iter::once(alone("model.norm.weight", &[hidden])).chain(head).collect(),
+        last,
     }
 }
 
@@ -187,7 +244,7 @@ pub struct Weights {
 /// A tensor in a mapped file.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorView<'a> {
-    /// Element type: BF16, F16 or F32.
+    /// Element type: BF16, F16 or F32, or of quantized elements.
     pub element: Element,
     /// Shape, row-major.
     pub dims: &'a [usize],
@@ -247,6 +304,7 @@ impl<'a> TensorView<'a> {
             Element::F32 => self.fill_runs(&runs, tensor.as_mut_slice::<f32>(), |value| value),
             Element::Bf16 => self.fill_runs(&runs, tensor.as_mut_slice::<bf16>(), bf16::from_f32),
             Element::F16 => self.fill_runs(&runs, tensor.as_mut_slice::<f16>(), f16::from_f32),
+            Element::F64 => self.fill_runs(&runs, tensor.as_mut_slice::<f64>(), f64::from),
             other => panic!("weights cannot be converted to {other}"),
         }
         TensorData::Converted(tensor)
@@ -269,11 +327,20 @@ impl<'a> TensorView<'a> {
         value[0]
     }
 
-    /// Every value as f64, exactly.
+    /// Every value as f64, exactly; of quantized elements without their scales.
     pub fn to_f64(&self) -> Vec<f64> {
+        if self.element.bytes() == 1 {
+            return HostTensor::from_bytes(self.element, self.dims, self.bytes).to_f64();
+        }
         let mut values = vec![0.0; self.dims.iter().product()];
         self.fill(&mut values, f64::from);
         values
+    }
+
+    /// The scales of each row and group, of which a file may have but one.
+    fn scales(&self, spec: &TensorSpec) -> Vec<f64> {
+        let values = self.to_f64();
+        if is_one(self.dims) { vec![values[0]; spec.dims.iter().product()] } else { values }
     }
 
     fn fill<T>(&self, out: &mut [T], convert: impl Fn(f32) -> T) {
@@ -290,6 +357,11 @@ impl<'a> TensorView<'a> {
             other => unreachable!("a view is never made of {other}"),
         }
     }
+}
+
+/// Whether an array has one element.
+fn is_one(dims: &[usize]) -> bool {
+    dims.iter().product::<usize>() == 1
 }
 
 /// Equally long runs of values, at equal distances in a tensor and in a part of it.
@@ -376,7 +448,7 @@ impl Weights {
     /// A tensor, which must have the shape of `spec`.
     ///
     /// # Errors
-    /// When it is missing, has another shape, or is not BF16, F16 or F32.
+    /// When it is missing, has another shape, or is not BF16, F16 or F32 (quantized elements: not of their type).
     pub fn tensor(&self, spec: &TensorSpec) -> Result<TensorView<'_>> {
         let Some((shard, info)) = self.find(&spec.name) else {
             let problem = format!("tensor {} is missing", spec.name);
@@ -388,13 +460,19 @@ impl Weights {
             expected,
             found,
         };
-        let element = match info.dtype {
-            Dtype::BF16 => Element::Bf16,
-            Dtype::F16 => Element::F16,
-            Dtype::F32 => Element::F32,
-            other => return Err(mismatch("BF16, F16 or F32".into(), format!("{other:?}"))),
+        let element = match (info.dtype, spec.holds) {
+            (Dtype::I8, Holds::Quantized(Element::I8)) => Element::I8,
+            (Dtype::F8_E4M3, Holds::Quantized(Element::F8E4M3Fn)) => Element::F8E4M3Fn,
+            (Dtype::F8_E5M2, Holds::Quantized(Element::F8E5M2)) => Element::F8E5M2,
+            (other, Holds::Quantized(element)) => return Err(mismatch(element.to_string(), format!("{other:?}"))),
+            (Dtype::BF16, _) => Element::Bf16,
+            (Dtype::F16, _) => Element::F16,
+            (Dtype::F32, _) => Element::F32,
+            (other, _) => return Err(mismatch("BF16, F16 or F32".into(), format!("{other:?}"))),
         };
-        if info.shape != spec.dims {
+        let one_per_row = spec.holds == Holds::Scales && spec.dims[1] == 1;
+        let fits = info.shape == spec.dims || one_per_row && (info.shape == [spec.dims[0]] || is_one(&info.shape));
+        if !fits {
             return Err(mismatch(format!("{:?}", spec.dims), format!("{:?}", info.shape)));
         }
         let (start, end) = info.data_offsets;
@@ -411,10 +489,21 @@ impl Weights {
     /// As [`TensorView::to_element`].
     pub fn load(&self, spec: &TensorSpec, shard: mesh::Shard, element: Element) -> Result<TensorData<'_>> {
         let (view, part) = (self.tensor(spec)?, spec.part(shard));
-        let data = view.part(&part, element);
+        let data = match spec.holds {
+            Holds::Numbers | Holds::Quantized(_) => view.part(&part, element),
+            Holds::Scales => {
+                let all = HostTensor::from_f64(Element::F32, &spec.dims, &view.scales(spec));
+                let whole = TensorView { element: Element::F32, dims: &spec.dims, bytes: all.bytes() };
+                let data = whole.part(&part, element);
+                TensorData::Converted(HostTensor::from_bytes(element, &part.dims, data.bytes()))
+            }
+        };
         let Some(at) = first_not_finite(element, data.bytes()) else { return Ok(data) };
         let mut index = index_of(at, &part.dims);
         index[part.axis] += part.range.start;
+        if spec.holds != Holds::Numbers && view.dims.len() != index.len() {
+            index.fill(0);
+        }
         let value = view.value(index.iter().zip(view.dims).fold(0, |at, (index, dim)| at * dim + index));
         let place = format!("tensor {}{index:?} = {value:e}", spec.name);
         if value.is_finite() {
@@ -423,6 +512,24 @@ impl Weights {
         }
         let path = self.find(&spec.name).map_or(&self.folder, |(shard, _)| &shard.path);
         Err(Error::file(path, format!("{place} is not finite"), "download the file again, or repair the training"))
+    }
+
+    /// The values of a tensor in f64, exactly: of quantized elements what they stand for.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor).
+    pub fn values(&self, config: &LlamaConfig, name: &str) -> Result<Vec<f64>> {
+        let specs = expected_tensors(config);
+        let missing = TensorSpec::whole(name, &[]);
+        let find = |name: &str| specs.iter().find(|spec| spec.name == name);
+        let spec = find(name).unwrap_or(&missing);
+        let mut values = self.tensor(spec)?.to_f64();
+        if let Some(scale) = find(&format!("{name}_scale")) {
+            let scales = self.tensor(scale)?.scales(scale);
+            let group = spec.dims[1] / scale.dims[1];
+            values.iter_mut().enumerate().for_each(|(at, value)| *value *= scales[at / group]);
+        }
+        Ok(values)
     }
 
     /// Lets the system drop a tensor's file pages from this process's memory: for after it was uploaded.
@@ -499,6 +606,9 @@ fn first_not_finite(element: Element, bytes: &[u8]) -> Option<usize> {
     // All bits of the exponent are set.
     let half = |mask: u16| first(bytes, move |&value| u16::from_le_bytes(value) & mask == mask);
     match element {
+        Element::I8 => None,
+        Element::F8E4M3Fn => first(bytes, |&[value]: &[u8; 1]| value & 0x7f == 0x7f),
+        Element::F8E5M2 => first(bytes, |&[value]: &[u8; 1]| value & 0x7c == 0x7c),
         Element::Bf16 => half(0x7f80),
         Element::F16 => half(0x7c00),
         _ => first(bytes, |&value| u32::from_le_bytes(value) & 0x7f80_0000 == 0x7f80_0000),

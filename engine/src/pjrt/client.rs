@@ -11,6 +11,7 @@ use pjrt_sys as sys;
 
 use super::error::{Error, Result};
 use super::plugin::Plugin;
+use super::resident::Resident;
 use super::table::{self, HostElement};
 
 /// A client of one plugin with its addressable devices. Cheap to clone; threads may share it.
@@ -36,6 +37,14 @@ impl Plugin {
             return Err(Error::Misuse(format!("{devices} devices were asked for; {} has {found}", client.platform())));
         }
         Ok(client)
+    }
+
+    /// Creates a client of as many devices as the plugin has, of itself.
+    ///
+    /// # Errors
+    /// When the plugin cannot create a client.
+    pub fn client_of_any_size(&self) -> Result<Client> {
+        self.client_with(&[])
     }
 
     fn client_with(&self, options: &[NamedValue]) -> Result<Client> {
@@ -69,6 +78,14 @@ impl Client {
     pub fn describe_devices(&self) -> Vec<String> {
         let describe = |device| self.raw.describe_device(device).unwrap_or_else(|error| error.to_string());
         (0..self.devices()).map(describe).collect()
+    }
+
+    /// What the plugin calls the sort of a device, e.g. `TPU v5 lite`.
+    ///
+    /// # Errors
+    /// When there is no such device, or the plugin does not say.
+    pub fn device_kind(&self, device: usize) -> Result<String> {
+        self.raw.device_kind(device)
     }
 
     /// What buffers can still take of a device's memory; `None` where the plugin does not report it.
@@ -124,7 +141,7 @@ impl Client {
             return Err(Error::Misuse(format!("{got} bytes uploaded as {element}{dims:?}, which takes {takes}")));
         }
         let raw = self.raw.buffer_from_host_buffer(bytes, to_pjrt(element), dims, device)?;
-        Ok(Buffer { raw, element, dims: dims.to_vec() })
+        Ok(Buffer { resident: None, raw, element, dims: dims.to_vec() })
     }
 }
 
@@ -136,6 +153,8 @@ impl fmt::Debug for Client {
 
 /// An array on a device.
 pub struct Buffer {
+    /// Before the array itself: it goes first.
+    resident: Option<Resident>,
     raw: table::Buffer,
     element: Element,
     dims: Vec<usize>,
@@ -147,7 +166,7 @@ impl Buffer {
         let code = raw.element_type()?;
         let element = from_pjrt(code).ok_or(Error::ElementType(code))?;
         let dims = raw.dimensions()?;
-        Ok(Self { raw, element, dims })
+        Ok(Self { resident: None, raw, element, dims })
     }
 
     /// The element type.
@@ -179,6 +198,20 @@ impl Buffer {
             return Err(Error::WrongElement { found: self.element, expected: T::ELEMENT });
         }
         Ok(self.download()?.as_slice::<T>().to_vec())
+    }
+
+    /// Keeps an array of the CPU plugin where it is, unwritten: from now on it cannot be donated, and custom calls may go on
+    /// reading it after they returned ([`guard`](super::guard)).
+    ///
+    /// # Errors
+    /// When the plugin does not say where it is, or the program that computes it failed.
+    pub fn stay(&mut self) -> Result<()> {
+        self.wait()?;
+        let bytes = self.dims.iter().product::<usize>() * self.element.bytes();
+        let start = self.raw.address()?;
+        // SAFETY: the array lives as long as this buffer, and nothing writes it that is not donated.
+        self.resident = (bytes > 0).then(|| unsafe { Resident::new(start, bytes) });
+        Ok(())
     }
 
     /// Waits until the array is there.
@@ -253,6 +286,9 @@ impl Executable {
         let kept = |list: &[Arg<'_>]| -> Vec<i64> {
             list.iter().enumerate().filter(|(_, arg)| matches!(arg, Arg::Keep(_))).map(|(i, _)| i as i64).collect()
         };
+        if args.iter().flatten().any(|arg| matches!(arg, Arg::Donate(buffer) if buffer.resident.is_some())) {
+            return Err(Error::Misuse("an array that stays where it is was donated".into()));
+        }
         let not_donatable = kept(&args[0]);
         if args.iter().any(|list| list.len() != args[0].len() || kept(list) != not_donatable) {
             return Err(Error::Misuse("replicas must take, and donate, the same arguments".into()));

@@ -15,8 +15,10 @@ mod client;
 pub mod custom_call;
 mod error;
 mod plugin;
+mod resident;
 mod table;
 
 pub use client::{Arg, Buffer, Client, CostAnalysis, Executable, MemoryStats};
 pub use error::{Error, Result};
 pub use plugin::{Found, Kind, Plugin, PluginChoice, Source};
+pub use resident::guard;

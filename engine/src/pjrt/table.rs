@@ -198,6 +198,18 @@ impl Client {
         Ok(args.id.into())
     }
 
+    /// `PJRT_DeviceDescription_Kind` of the `device`th device.
+    pub(super) fn device_kind(&self, device: usize) -> Result<String> {
+        let name = "PJRT_DeviceDescription_Kind";
+        let mut args = sys::PJRT_DeviceDescription_Kind_Args::new();
+        args.device_description = self.description(device)?.as_ptr();
+        // SAFETY: the description is live, and owns the text for as long as it lives.
+        unsafe {
+            self.table.call(name, self.table.0.PJRT_DeviceDescription_Kind, &mut args)?;
+            Ok(text(args.device_kind, args.device_kind_size))
+        }
+    }
+
     /// `PJRT_DeviceDescription_ToString` of the `device`th device.
     pub(super) fn describe_device(&self, device: usize) -> Result<String> {
         let name = "PJRT_DeviceDescription_ToString";
@@ -422,6 +434,16 @@ impl Buffer {
         // by its size, and `to` stays borrowed until the event says that it was written.
         unsafe { table.call("PJRT_Buffer_ToHostBuffer", table.0.PJRT_Buffer_ToHostBuffer, &mut args)? };
         Event::of(&self.client, args.event).wait()
+    }
+
+    /// `PJRT_Buffer_UnsafePointer`: the address, on the host only where the device is.
+    pub(super) fn address(&self) -> Result<usize> {
+        let (name, table) = ("PJRT_Buffer_UnsafePointer", self.client.table);
+        let mut args = sys::PJRT_Buffer_UnsafePointer_Args::new();
+        args.buffer = self.raw.as_ptr();
+        // SAFETY: the buffer is live.
+        unsafe { table.call(name, table.0.PJRT_Buffer_UnsafePointer, &mut args)? };
+        Ok(args.buffer_pointer)
     }
 
     /// `PJRT_Buffer_ReadyEvent`, waited for.

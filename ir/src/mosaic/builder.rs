@@ -143,6 +143,7 @@ struct Signature {
     aliases: Vec<(usize, usize)>,
     vmem_limit: Option<usize>,
     cost: Option<Cost>,
+    unchecked: bool,
 }
 
 /// What one launch of a kernel costs at most, for XLA's cost analysis and scheduler, which cannot look into a kernel.
@@ -165,6 +166,7 @@ pub struct Kernel<'c> {
     vmem_limit: Option<usize>,
     cost: Option<Cost>,
     aliases: Vec<(usize, usize)>,
+    unchecked: bool,
     on_tile_machine: bool,
     /// The wire form, written with the first call: a program may call a kernel once a layer.
     pub(super) wire: std::cell::OnceCell<String>,
@@ -230,6 +232,11 @@ impl<'c> Kernel<'c> {
     /// What a launch costs at most, if the kernel says.
     pub fn cost(&self) -> Option<Cost> {
         self.cost
+    }
+
+    /// Whether the compiler leaves out its checks of the bounds of DMAs.
+    pub fn has_unchecked_bounds(&self) -> bool {
+        self.unchecked
     }
 
     /// Pairs (input, output) that share memory, counted as in [`inputs`](Self::inputs) and [`outputs`](Self::outputs).
@@ -358,6 +365,7 @@ pub fn kernel<'c>(context: &'c Context, name: &str, body: impl for<'a> FnOnce(&'
         vmem_limit: signature.vmem_limit,
         cost: signature.cost,
         aliases: signature.aliases,
+        unchecked: signature.unchecked,
         on_tile_machine: false,
         wire: std::cell::OnceCell::new(),
     })
@@ -555,6 +563,12 @@ impl<'a> Builder<'a> {
         self.state.signature.borrow_mut().vmem_limit = Some(bytes);
     }
 
+    /// Has the compiler leave out its checks of the bounds of DMAs (Pallas: `disable_bounds_checks`), which take more than
+    /// half of the scalar work of one. The tile machine checks them in any case.
+    pub fn unchecked_bounds(&self) {
+        self.state.signature.borrow_mut().unchecked = true;
+    }
+
     /// Says what a launch costs at most.
     pub fn cost(&self, cost: Cost) {
         self.state.signature.borrow_mut().cost = Some(cost);
@@ -660,8 +674,9 @@ fn unfit(element: RefElement, dims: &[usize], block: &[usize], space: MemorySpac
     }
     if let RefElement::Data(element) = element
         && !matches!(element, Element::I8 | Element::I16 | Element::I32 | Element::Bf16 | Element::F32)
+        && !matches!(element, Element::F8E4M3Fn | Element::F8E5M2)
     {
-        return Some(format!("Mosaic memory holds i8, i16, i32, bf16 and f32, not {element}"));
+        return Some(format!("Mosaic memory holds i8, i16, i32, f8e4m3fn, f8e5m2, bf16 and f32, not {element}"));
     }
     if space == MemorySpace::Smem
         && element != RefElement::Data(Element::I32)

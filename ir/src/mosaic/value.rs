@@ -767,10 +767,10 @@ impl<'a> Builder<'a> {
         let op = "tpu.matmul";
         let (left, right, sum) = (lhs.ty(), rhs.ty(), accumulator.ty());
         let accumulates = match left.element {
-            Element::Bf16 | Element::F32 => Element::F32,
+            Element::Bf16 | Element::F32 | Element::F8E4M3Fn | Element::F8E5M2 => Element::F32,
             Element::I8 => Element::I32,
             other => {
-                self.fail(op, format!("the MXU multiplies bf16, f32 and i8, not {other}"));
+                self.fail(op, format!("the MXU multiplies bf16, f32, fp8 and i8, not {other}"));
                 return accumulator;
             }
         };

@@ -214,6 +214,9 @@ pub fn backend_config(kernel: &Kernel) -> String {
     if let Some(cost) = kernel.cost() {
         config["custom_call_config"]["cost_estimate"] = json!(cost);
     }
+    if kernel.has_unchecked_bounds() {
+        config["custom_call_config"]["disable_bounds_checks"] = json!(true);
+    }
     config.to_string()
 }
 

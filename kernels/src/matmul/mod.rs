@@ -19,7 +19,7 @@ use pagoda_ir::{
     stablehlo as hlo,
 };
 
-pub use self::problem::{Activation, Epilogue, Layout, Problem, Spec};
+pub use self::problem::{Activation, Epilogue, Layout, Problem, Quantized, Spec};
 use crate::{
     check::Expected,
     chips::Chip,
@@ -31,6 +31,7 @@ use crate::{
     named::{Argument, Arguments, Arrays, Named, Role},
     plan::PlanError,
     random::{self, Lengths, Random},
+    threads::Threads,
     vmem::Bytes,
 };
 
@@ -47,8 +48,12 @@ impl Kernel for Matmul {
     type Details = plan::Details;
 
     fn describe(problem: &Problem) -> String {
-        let Spec { m, k, n, input, output, layout, epilogue, layers } = **problem;
+        let Spec { m, k, n, input, output, layout, epilogue, layers, quantized } = **problem;
         let mut text = format!("{m}x{k}x{n} {input} -> {output} {layout:?}");
+        if let Some(Quantized { weight, group, activations }) = quantized {
+            text += &format!(", {} {weight}", if activations { "x and w" } else { "w" });
+            text += &group.map_or(String::new(), |group| format!(" in groups of {group}"));
+        }
         for (set, name) in [
             (epilogue.bias, "bias"),
             (epilogue.activation == Activation::SiluGate, "silu-gate"),
@@ -79,10 +84,18 @@ impl Kernel for Matmul {
         let float = [Element::F32, Element::Bf16];
         let (input, output) = (choices.one_of(&float), choices.one_of(&float));
         let (m, k, n) = (choices.within(1, 72), choices.within(1, 400), choices.within(1, 300));
-        let (unit_m, unit_n) = if layout == Layout::FeatureMajor { (128, 8) } else { (8, 128) };
+        let quantized = choices.maybe(|choices| Quantized {
+            weight: choices.one_of(&Quantized::ELEMENTS),
+            group: choices
+                .maybe(|choices| choices.one_of(&[128, 32, 256, 8, 64]).min(128 * (k / 128)))
+                .filter(|&g| g > 0),
+            activations: choices.coin(),
+        });
+        let unit = if quantized.is_some() { 32 } else { 8 };
+        let (unit_m, unit_n) = if layout == Layout::FeatureMajor { (128, unit) } else { (unit, 128) };
         let gate = choices.coin();
-        // A gated weight is cut where the ups begin: its blocks divide n.
-        let n = if gate { n.next_multiple_of(unit_n) } else { n };
+        // As often as not a block can start at the first up.
+        let n = if gate && choices.coin() { n.next_multiple_of(unit_n) } else { n };
         let activation = if gate { Activation::SiluGate } else { Activation::Identity };
         let epilogue = Epilogue { bias: choices.coin(), activation, residual: choices.coin() };
         // All of a dimension, or a few units of it.
@@ -91,11 +104,14 @@ impl Kernel for Matmul {
             _ => size,
         };
         let mut tiles = plan::Tiles { m: tile(m, unit_m, 4), n: tile(n, unit_n, 3), k: tile(k, 128, 3) };
-        if gate && !n.is_multiple_of(tiles.n) {
+        if quantized.and_then(|quantized| quantized.group).is_some_and(|group| !plan::groups_align(k, group, tiles.k)) {
+            tiles.k = 128;
+        }
+        if gate && (!tiles.n.is_multiple_of(unit_n) || n.is_multiple_of(unit_n) && !n.is_multiple_of(tiles.n)) {
             tiles.n = unit_n;
         }
         let layers = choices.one_of(&[1, 1, 2, 3]);
-        Sample { spec: Spec { m, k, n, input, output, layout, epilogue, layers }, tiles, batch: None }
+        Sample { spec: Spec { m, k, n, input, output, layout, epilogue, layers, quantized }, tiles, batch: None }
     }
 
     /// Of a stack, only the layer's part is drawn; the others are NaN.
@@ -105,7 +121,7 @@ impl Kernel for Matmul {
         let layer = if problem.layers > 1 { random.within(0, problem.layers - 1) } else { 0 };
         let array = |Argument { name, ty, role, .. }: &Argument| match (role, *name) {
             (Role::Prefetch, _) => HostTensor::scalar(layer as i32),
-            (_, "w" | "bias") => {
+            (_, "w" | "w_scale" | "bias") => {
                 let (mut stack, size) = (random::poisoned(ty), ty.len() / problem.layers);
                 random.fill(&mut stack, layer * size, size);
                 stack
@@ -134,8 +150,7 @@ impl Kernel for Matmul {
     fn cost(problem: &Problem) -> Cost {
         let Spec { m, k, layers, .. } = **problem;
         let columns = problem.weight_columns();
-        let bias = if problem.epilogue.bias { columns } else { 0 };
-        let others = (layers - 1) * (k * columns + bias) * problem.input.bytes();
+        let others = (layers - 1) * problem.weight_bytes();
         Cost {
             flops: 2 * (m * k * columns) as u64,
             transcendentals: if problem.epilogue.activation == Activation::SiluGate {
@@ -149,6 +164,10 @@ impl Kernel for Matmul {
 
     fn reference(problem: &Problem, inputs: &Arrays) -> Vec<Expected> {
         vec![reference::reference(problem, inputs)]
+    }
+
+    fn native(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
+        native::run(problem, inputs, threads)
     }
 
     fn stablehlo<'c, 'a>(
@@ -169,10 +188,6 @@ impl Kernel for Matmul {
 
     fn mutants() -> Vec<MutantSet<Self>> {
         mutants::sets()
-    }
-
-    fn plannable(problem: &Problem, _: Chip) -> std::result::Result<(), PlanError> {
-        plan::plannable(problem)
     }
 
     fn legal(problem: &Problem, _: Chip, tiles: plan::Tiles) -> std::result::Result<(), PlanError> {
@@ -207,11 +222,22 @@ impl Kernel for Matmul {
     }
 
     /// The products of Llama 3.1 8B, each for a decode step, a chunk and a long prompt; those of equal sizes (q and o, k and
-    /// v, gate and up) are one.
+    /// v, gate and up) are one. And those of its step program, whose layers are stacks, in bf16 and in 8 bits.
     fn common() -> Vec<Spec> {
         let sizes = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (4096, 128_256)];
         let rows = [8, 512, 4096];
-        rows.iter().flat_map(|&m| sizes.map(|(k, n)| Spec::new([m, k, n], Element::Bf16))).collect()
+        let alone = rows.iter().flat_map(|&m| sizes.map(|(k, n)| Spec::new([m, k, n], Element::Bf16)));
+        let gated = Epilogue { activation: Activation::SiluGate, ..Epilogue::NONE };
+        let added = Epilogue { residual: true, ..Epilogue::NONE };
+        let quantized = Quantized { weight: Element::I8, group: None, activations: false };
+        let of_layers = [(4096, 6144, Epilogue::NONE), (4096, 4096, added), (4096, 14336, gated), (14336, 4096, added)];
+        let stacked = [None, Some(quantized)].into_iter().flat_map(|quantized| {
+            of_layers.map(|(k, n, epilogue)| {
+                let layout = Layout::WeightTransposed;
+                Spec { layout, epilogue, layers: 32, quantized, ..Spec::new([8, k, n], Element::Bf16) }
+            })
+        });
+        alone.chain(stacked).collect()
     }
 
     /// The projections of decoders, of one device or a part of one: rows of decode steps and prefill chunks, hidden sizes

@@ -2,7 +2,7 @@
 
 use pagoda_ir::{Element, tile_machine::FaultKind};
 
-use super::{Activation, Epilogue, Layout, Matmul, Problem, Spec, plan::Tiles};
+use super::{Activation, Epilogue, Layout, Matmul, Problem, Quantized, Spec, plan::Tiles};
 use crate::{
     chips::Chip,
     kernel::Kernel,
@@ -14,18 +14,78 @@ use crate::{
 pub(super) fn sets() -> Vec<MutantSet<Matmul>> {
     let (input, output, layout) = (Element::Bf16, Element::F32, Layout::RowMajor);
     let epilogue = Epilogue { bias: true, activation: Activation::Identity, residual: true };
-    let set = |layers, mutants: &[Mutant], nothing_superfluous| {
-        let spec = Spec { m: 40, k: 600, n: 300, input, output, layout, epilogue, layers };
+    let set = |spec: Spec, tiles, mutants: &[Mutant], nothing_superfluous| {
+        let layers = spec.layers;
         let problem = Problem::new(spec).expect("a problem");
-        let options = Options { tiles: Some(Tiles { m: 16, n: 128, k: 256 }), vmem_limit: None };
+        let options = Options { tiles: Some(tiles), vmem_limit: None };
         let plan = Plan::new(problem, Chip::V5p, options).expect("legal tiles");
         let mut drawn = (1..).map(|seed| Matmul::draw(&problem, None, seed).expect("no batch"));
         // Of a stack, neither the first layer nor the last.
         let inputs = drawn.find(|inputs| super::layer_of(inputs) as usize == layers / 2).expect("some seed");
         MutantSet { plan, inputs, mutants: mutants.to_vec(), nothing_superfluous }
     };
-    vec![set(1, MUTANTS, true), set(3, STACKED, false)]
+    let plain = Spec { output, layout, epilogue, ..Spec::new([40, 600, 300], input) };
+    let layout = Layout::WeightTransposed;
+    let quantized = Quantized { weight: Element::I8, group: Some(32), activations: true };
+    let gated = Epilogue { bias: true, activation: Activation::SiluGate, residual: false };
+    let cut = Spec { output, layout, epilogue: gated, ..Spec::new([24, 300, 130], input) };
+    vec![
+        set(plain, Tiles { m: 16, n: 128, k: 256 }, MUTANTS, true),
+        set(Spec { layers: 3, ..plain }, Tiles { m: 16, n: 128, k: 256 }, STACKED, false),
+        set(Spec { layout, quantized: Some(quantized), ..plain }, Tiles { m: 32, n: 128, k: 256 }, QUANTIZED, false),
+        set(cut, Tiles { m: 16, n: 128, k: 128 }, CUT, false),
+    ]
 }
+
+/// Of i8 on both sides in groups of 32: windows are x, w, w_scale, x_scale, bias, residual, out. The last step comes first in
+/// the text; it has three groups, the last of them a part of one.
+const QUANTIZED: &[Mutant] = {
+    use Caught::Mismatch;
+    &[
+        (
+            "scales of the row block's number",
+            |t| t.replaced(t.find(0, &["arith.muli %grid2"]), "%grid2", "%grid0"),
+            Mismatch,
+        ),
+        ("scale of the group before", |t| t.replaced(t.find(1, &["arith.addi"]), "addi", "subi"), Mismatch),
+        ("group not scaled", |t| t.first_operand_only(t.find(0, &["mulf"]), "arith.maximumf"), Mismatch),
+        ("rows not scaled", |t| t.first_operand_only(t.find(3, &["mulf"]), "arith.maximumf"), Mismatch),
+        ("scales of columns do not move", |t| t.transform(2, "%z = arith.constant 0 : i32", "%z, %z"), Mismatch),
+        ("scales of rows do not move", |t| t.transform(3, "%z = arith.constant 0 : i32", "%z, %z"), Mismatch),
+        ("a lane of the next group", |t| t.replaced(t.find(0, &["dense<32>"]), "dense<32>", "dense<33>"), Mismatch),
+        ("all groups but one", |t| t.replaced(t.find(0, &["cmpi slt"]), "slt", "sge"), Mismatch),
+        ("lanes of two groups", |t| t.replaced(t.find(0, &["andi"]), "andi", "ori"), Mismatch),
+        ("a group's sum left out", |t| t.first_operand_only(t.find(1, &["addf"]), "arith.maximumf"), Mismatch),
+    ]
+};
+
+/// Of a gated weight whose ups begin two features after a block does: windows are x, gates, ups, what is behind them, both
+/// biases, out.
+const CUT: &[Mutant] = {
+    use Caught::{Fault, Mismatch};
+    use FaultKind::{OutOfBounds, UnwrittenRead};
+    &[
+        ("ups shifted too far", |t| t.replaced(t.find(0, &["constant 254 : i32"]), "254", "253"), Mismatch),
+        ("ups from the first block on", |t| t.transform(2, "", "%arg1, %arg2"), Mismatch),
+        (
+            "the ups' own block behind them",
+            |t| t.transform(3, "%o = arith.constant 1 : i32\n%l = arith.addi %arg1, %o : i32", "%l, %arg2"),
+            Mismatch,
+        ),
+        (
+            "gates of the next block",
+            |t| t.transform(1, "%o = arith.constant 1 : i32\n%l = arith.addi %arg1, %o : i32", "%l, %arg2"),
+            Mismatch,
+        ),
+        (
+            "a block beyond the last",
+            |t| t.replaced(t.find(1, &["arith.minsi"]), "arith.minsi", "arith.maxsi"),
+            Fault(OutOfBounds),
+        ),
+        ("sums of ups not zeroed", |t| t.without(t.find(0, &["vector_store", "%sum_up,"])), Fault(UnwrittenRead)),
+        ("biases of ups do not move", |t| t.transform(5, "%z = arith.constant 0 : i32", "%z, %z"), Mismatch),
+    ]
+};
 
 /// Of a kernel whose weights are stacks of layers: windows are x, w, bias, residual, out.
 const STACKED: &[Mutant] = {

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Matmul,
-    problem::{Activation, Layout, Problem},
+    problem::{Activation, Layout, Problem, Quantized},
 };
 use crate::{
     chips::{Chip, ChipInfo},
@@ -122,27 +122,11 @@ impl fmt::Display for Details {
     }
 }
 
-/// Refuses a gated weight that no block can be cut where its ups begin.
-pub(super) fn plannable(problem: &Problem) -> Result<(), PlanError> {
-    let unit = up_unit(problem);
-    if gated(problem) && !problem.n.is_multiple_of(unit) {
-        return Err(PlanError {
-            key: "n",
-            value: problem.n.to_string(),
-            limit: format!(
-                "is not a multiple of {unit}, so that no block of the gated weight can start at the first up"
-            ),
-            fix: format!("pad n to {}, or compute gates and ups by two products", problem.n.next_multiple_of(unit)),
-        });
-    }
-    Ok(())
-}
-
 /// What follows from legal tiles, in the better of both orders.
 pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
     let (blocks, info) = (Blocks::new(problem, tiles), chip.info());
     let (order, estimate) = [Order::RowsOuter, Order::ColumnsOuter]
-        .map(|order| (order, blocks.estimate(&info, order)))
+        .map(|order| (order, blocks.estimate(chip, order)))
         .into_iter()
         .min_by(|(_, a), (_, b)| a.cycles.total_cmp(&b.cycles))
         .expect("two orders");
@@ -173,6 +157,19 @@ impl Plan {
         self.details().estimate
     }
 
+    /// How ups are cut from within blocks, where none can start at the first.
+    pub(super) fn cut(&self) -> Option<Cut> {
+        cut(self.problem(), self.tiles().n)
+    }
+
+    /// Size of a window's array and of its block along an axis.
+    pub(super) fn of_window(&self, window: &ArrayWindow, axis: Axis) -> (usize, usize) {
+        let features = axis == if self.problem().layout == Layout::FeatureMajor { Axis::Rows } else { Axis::Columns };
+        let copies = if features && window.part != Part::Whole { 2 } else { 1 };
+        let block = Blocks::new(self.problem(), self.tiles()).of_window(window, axis).0;
+        (copies * self.along(axis).0, block)
+    }
+
     /// Size of the whole dimension, size of a block, and number of blocks along an axis.
     pub(super) fn along(&self, axis: Axis) -> (usize, usize, usize) {
         let Shape { rows, columns, depth } = shape(self.problem());
@@ -180,6 +177,7 @@ impl Plan {
             Axis::Rows => rows,
             Axis::Columns => columns,
             Axis::Depth => depth,
+            Axis::Groups => self.problem().groups(),
             Axis::One => 1,
         };
         let (block, count) = Blocks::new(self.problem(), self.tiles()).along(axis);
@@ -206,10 +204,43 @@ impl Plan {
         self.steps_of_grid()[2]
     }
 
+    /// What the matrix units multiply and add up in.
+    pub(super) fn arithmetic(&self) -> Arithmetic {
+        arithmetic(self.problem(), self.chip())
+    }
+
+    /// The type of the sums that are kept from one step along `k` to the next.
+    pub(super) fn accumulator(&self) -> Element {
+        accumulator(self.problem(), self.chip())
+    }
+
     /// Real elements of the last step along `k`; 0 if all are.
     pub(super) fn edge(&self) -> usize {
         self.problem().k % self.tiles().k
     }
+}
+
+/// What the matrix units multiply, and what they add up in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Arithmetic {
+    /// The type of both operands; what is stored otherwise is converted in VMEM, which loses nothing.
+    pub operand: Element,
+    /// The type of their products' sums.
+    pub sum: Element,
+}
+
+fn arithmetic(problem: &Problem, chip: Chip) -> Arithmetic {
+    let operand = match problem.quantized {
+        Some(quantized) if quantized.activations && chip.multiplies(quantized.weight) => quantized.weight,
+        Some(quantized) if quantized.activations => Element::Bf16,
+        _ => problem.input,
+    };
+    Arithmetic { operand, sum: if operand == Element::I8 { Element::I32 } else { Element::F32 } }
+}
+
+/// Sums of several groups are scaled, and so in f32.
+fn accumulator(problem: &Problem, chip: Chip) -> Element {
+    if problem.group().is_some() { Element::F32 } else { arithmetic(problem, chip).sum }
 }
 
 /// What a dimension of an array is to the kernel.
@@ -221,6 +252,8 @@ pub(super) enum Axis {
     Columns,
     /// What is summed over.
     Depth,
+    /// Parts of the depth that have scales of their own.
+    Groups,
     /// Size 1.
     One,
 }
@@ -230,9 +263,26 @@ pub(super) enum Axis {
 pub(super) enum Side {
     Left,
     Right,
+    /// Scales of the weight.
+    Scale,
+    /// Scales of the rows of `x`.
+    RowScale,
     Bias,
     Residual,
     Out,
+}
+
+/// Which part of an array a window walks over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// All of it.
+    Whole,
+    /// One of two halves of its features: gates, then ups.
+    Half(usize),
+    /// Of the features of a gated weight that is [`Cut`]: gates, the block that ups begin in, the block behind it.
+    Gates,
+    Ups,
+    UpsBehind,
 }
 
 /// One window of the kernel: the part of an array that a grid step sees.
@@ -242,39 +292,62 @@ pub(super) struct ArrayWindow {
     pub side: Side,
     pub element: Element,
     pub axes: [Axis; 2],
-    /// Which half of the array it walks over, and of how many: gates are the first half of a gated weight, ups the second.
-    pub half: usize,
-    pub halves: usize,
+    /// Which part of the array it walks over.
+    pub part: Part,
     /// Whether the array is a stack of all layers, along a dimension of its own before `axes`.
     pub stacked: bool,
 }
 
-/// The windows of a problem's kernel, in the order of its operands: left side, right side, bias, residual, output.
+/// The windows of a problem's kernel, in the order of its operands: left side, right side, scales of the weight and of
+/// `x`, bias, residual, output.
 pub(super) fn windows(problem: &Problem) -> Vec<ArrayWindow> {
-    use Axis::{Columns, Depth, One, Rows};
-    let (input, output) = (problem.input, problem.output);
-    let (x, w, bias) = match problem.layout {
-        Layout::RowMajor => ([Rows, Depth], [Depth, Columns], [One, Columns]),
-        Layout::WeightTransposed => ([Rows, Depth], [Columns, Depth], [One, Columns]),
-        Layout::FeatureMajor => ([Depth, Columns], [Rows, Depth], [Rows, One]),
+    use Axis::{Columns, Depth, Groups, One, Rows};
+    let output = problem.output;
+    let (x, w, [scale, row_scale], bias) = match problem.layout {
+        Layout::RowMajor => ([Rows, Depth], [Depth, Columns], [[Groups, Columns], [Rows, One]], [One, Columns]),
+        Layout::WeightTransposed => ([Rows, Depth], [Columns, Depth], [[Groups, Columns], [Rows, One]], [One, Columns]),
+        Layout::FeatureMajor => ([Depth, Columns], [Rows, Depth], [[Rows, Groups], [One, Columns]], [Rows, One]),
     };
     let whole =
-        |name, side, element, axes| vec![ArrayWindow { name, side, element, axes, half: 0, halves: 1, stacked: false }];
-    let split = |names: Vec<&'static str>, side, element, axes| -> Vec<ArrayWindow> {
-        let halves = names.len();
-        let stacked = problem.layers > 1;
-        let window = |(half, name)| ArrayWindow { name, side, element, axes, half, halves, stacked };
-        names.into_iter().enumerate().map(window).collect()
+        |name, side, element, axes| vec![ArrayWindow { name, side, element, axes, part: Part::Whole, stacked: false }];
+    let stacked = problem.layers > 1;
+    let split = |names: &[&'static str], parts: &[Part], side, element, axes| -> Vec<ArrayWindow> {
+        let window = |(&name, &part)| ArrayWindow { name, side, element, axes, part, stacked };
+        names.iter().zip(parts).map(window).collect()
     };
-    let weights = |side| split(names(problem, "w", "w_gate", "w_up"), side, input, w);
+    let halves = [Part::Half(0), Part::Half(1)];
+    // Of what lies as the weight does, and of what has one value for each of its features, which the program cuts in two
+    // where no block can start at the first up.
+    let like_weight = |names: [&'static str; 4], side, element, axes| match (gated(problem), is_cut(problem)) {
+        (false, _) => split(&names[..1], &[Part::Whole], side, element, axes),
+        (true, false) => split(&names[1..3], &halves, side, element, axes),
+        (true, true) => split(&names[1..], &[Part::Gates, Part::Ups, Part::UpsBehind], side, element, axes),
+    };
+    let per_feature = |names: [&'static str; 3], side, element, axes| match (gated(problem), is_cut(problem)) {
+        (false, _) => split(&names[..1], &[Part::Whole], side, element, axes),
+        (true, false) => split(&names[1..], &halves, side, element, axes),
+        (true, true) => split(&names[1..], &[Part::Whole; 2], side, element, axes),
+    };
+    let weights = |side| like_weight(["w", "w_gate", "w_up", "w_up_behind"], side, problem.weight_element(), w);
+    let x = |side| whole("x", side, problem.x_element(), x);
     let mut windows = match problem.layout {
-        Layout::FeatureMajor => [weights(Side::Left), whole("x", Side::Right, input, x)],
-        Layout::RowMajor | Layout::WeightTransposed => [whole("x", Side::Left, input, x), weights(Side::Right)],
+        Layout::FeatureMajor => [weights(Side::Left), x(Side::Right)],
+        Layout::RowMajor | Layout::WeightTransposed => [x(Side::Left), weights(Side::Right)],
     }
     .concat();
+    if problem.quantized.is_some() {
+        let names = ["w_scale", "w_scale_gate", "w_scale_up", "w_scale_up_behind"];
+        windows.extend(match problem.group() {
+            None => per_feature([names[0], names[1], names[2]], Side::Scale, Element::F32, scale),
+            Some(_) => like_weight(names, Side::Scale, Element::F32, scale),
+        });
+    }
+    if problem.quantized_x() {
+        windows.extend(whole("x_scale", Side::RowScale, Element::F32, row_scale));
+    }
     if problem.epilogue.bias {
         // As f32: broadcasting a packed row takes scratch on v4, and the bias is small.
-        windows.extend(split(names(problem, "bias", "bias_gate", "bias_up"), Side::Bias, Element::F32, bias));
+        windows.extend(per_feature(["bias", "bias_gate", "bias_up"], Side::Bias, Element::F32, bias));
     }
     if problem.epilogue.residual {
         windows.extend(whole("residual", Side::Residual, output, [Rows, Columns]));
@@ -296,22 +369,23 @@ fn shape(problem: &Problem) -> Shape {
     Shape { rows, columns, depth: problem.k }
 }
 
+/// Whether products are of f32: the matrix unit multiplies each operand's three bf16 parts.
+fn splits(problem: &Problem) -> bool {
+    problem.input == Element::F32 && !problem.quantized_x()
+}
+
 fn gated(problem: &Problem) -> bool {
     problem.epilogue.activation == Activation::SiluGate
 }
 
 /// The rule of the pipeline's DMAs: a block spans the array, or is a multiple of a tile's rows or lanes.
 pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
-    let (lane_m, lane_n) = match problem.layout {
-        Layout::FeatureMajor => (true, false),
-        Layout::RowMajor | Layout::WeightTransposed => (false, true),
-    };
-    for (key, tile, size, lanes) in [
-        ("tiles.m", tiles.m, problem.m, lane_m),
-        ("tiles.n", tiles.n, problem.n, lane_n),
-        ("tiles.k", tiles.k, problem.k, true),
+    let (unit_m, unit_n) = units(problem);
+    for (key, tile, size, unit) in [
+        ("tiles.m", tiles.m, problem.m, unit_m),
+        ("tiles.n", tiles.n, problem.n, unit_n),
+        ("tiles.k", tiles.k, problem.k, LANES),
     ] {
-        let unit = if lanes { LANES } else { SUBLANES };
         if tile == 0 || tile > size.next_multiple_of(unit) || (tile != size && !tile.is_multiple_of(unit)) {
             return Err(PlanError {
                 key,
@@ -321,29 +395,101 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
             });
         }
     }
-    if gated(problem) && !halves_align(problem, tiles.n) {
+    if let Some(group) = problem.group().filter(|&group| !groups_align(problem.k, group, tiles.k)) {
         return Err(PlanError {
-            key: "tiles.n",
-            value: tiles.n.to_string(),
-            limit: format!("does not divide the {} gates, so that no block could start at the first up", problem.n),
-            fix: format!("give a divisor of n that is a multiple of {}", up_unit(problem)),
+            key: "tiles.k",
+            value: tiles.k.to_string(),
+            limit: format!(
+                "neither divides the group of {group} features with a scale of their own, nor is a multiple"
+            ),
+            fix: format!("give {}", group.next_multiple_of(LANES).min(problem.k)),
         });
+    }
+    if gated(problem) && !halves_align(problem, tiles.n) {
+        let unit = up_unit(problem);
+        let (limit, fix) = match problem.n.is_multiple_of(unit) {
+            true => (
+                format!("does not divide the {} gates, so that no block could start at the first up", problem.n),
+                format!("give a divisor of n that is a multiple of {unit}"),
+            ),
+            false => (
+                format!("is not a multiple of {unit}, of which blocks are made where none can start at the first up"),
+                format!("give {} or another multiple of {unit}", tiles.n.next_multiple_of(unit)),
+            ),
+        };
+        return Err(PlanError { key: "tiles.n", value: tiles.n.to_string(), limit, fix });
     }
     Ok(())
 }
 
-/// Whether a window of `tile` features can start at the first up of a gated weight.
-fn halves_align(problem: &Problem, tile: usize) -> bool {
-    problem.n.is_multiple_of(tile) && tile.is_multiple_of(up_unit(problem))
+/// What tiles along `m` and `n` are multiples of, where they do not span the dimension.
+fn units(problem: &Problem) -> (usize, usize) {
+    match problem.layout {
+        Layout::FeatureMajor => (LANES, sublanes(problem.weight_element())),
+        Layout::RowMajor | Layout::WeightTransposed => (sublanes(problem.x_element()), LANES),
+    }
 }
 
-/// What the first up's index in a gated weight must be a multiple of: features are lanes of the weight, or its rows; those
-/// of a bias beside rows of activations are lanes in any case.
-fn up_unit(problem: &Problem) -> usize {
+/// Rows of a tile of `element` in HBM: 32-bit words hold several rows of narrow elements. (Blocks of 8 rows of bf16 are
+/// legal, too.)
+fn sublanes(element: Element) -> usize {
+    if element.bytes() == 1 { 4 * SUBLANES } else { SUBLANES }
+}
+
+/// Whether every step along `k` has whole groups, or a part of one.
+pub(super) fn groups_align(k: usize, group: usize, tile: usize) -> bool {
+    tile == k || tile.is_multiple_of(group) || group.is_multiple_of(tile)
+}
+
+/// Whether a gated weight can be cut into blocks of `tile` features: one starts at the first up, or none can ([`Cut`]).
+fn halves_align(problem: &Problem, tile: usize) -> bool {
+    let unit = up_unit(problem);
+    tile.is_multiple_of(unit) && (problem.n.is_multiple_of(tile) || !problem.n.is_multiple_of(unit))
+}
+
+/// A gated weight in which no block can start at the first up: the block that holds it is taken, and what follows behind
+/// it, and the products are shifted into place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cut {
+    /// Features of a block of gates, and of the block that a block's first up is in.
+    pub block: usize,
+    /// Features of the block behind that: as few as will do where ups begin within the first few of a block.
+    pub extra: usize,
+    /// The block that the first up is in, and where in it.
+    pub first: usize,
+    pub shift: usize,
+    /// The first block of `extra` features, and how many further the next one is.
+    pub first_extra: usize,
+    pub extra_step: usize,
+}
+
+/// Whether ups are cut from within blocks.
+pub(super) fn is_cut(problem: &Problem) -> bool {
+    gated(problem) && !problem.n.is_multiple_of(up_unit(problem))
+}
+
+fn cut(problem: &Problem, tile: usize) -> Option<Cut> {
+    let unit = up_unit(problem);
+    let first = problem.n / tile;
+    let shift = problem.n - first * tile;
+    let extra = if shift < unit { unit } else { tile };
+    let (first_extra, extra_step) = ((first + 1) * tile / extra, tile / extra);
+    is_cut(problem).then_some(Cut { block: tile, extra, first, shift, first_extra, extra_step })
+}
+
+impl Cut {
+    /// Features of the sums that ups are shifted out of.
+    pub fn ups(&self) -> usize {
+        self.block + self.extra
+    }
+}
+
+/// What the index of the first of a block's features is a multiple of: features are lanes of sums and biases beside rows of
+/// activations; else they are rows, of the weight too.
+pub(super) fn up_unit(problem: &Problem) -> usize {
     match problem.layout {
-        Layout::RowMajor => LANES,
-        Layout::WeightTransposed if problem.epilogue.bias => LANES,
-        Layout::WeightTransposed | Layout::FeatureMajor => SUBLANES,
+        Layout::RowMajor | Layout::WeightTransposed => LANES,
+        Layout::FeatureMajor => sublanes(problem.weight_element()),
     }
 }
 
@@ -390,12 +536,49 @@ impl<'p> Blocks<'p> {
             Layout::WeightTransposed => columns.next_multiple_of(SUBLANES),
             Layout::RowMajor | Layout::FeatureMajor => lanes,
         };
-        let live = match self.problem.input {
-            Element::F32 => self.block[2] * (left * rows + right * columns) * 6,
-            _ => products * rows * lanes * 4 + (depth * columns * 2).min(HELD_OF_WEIGHT),
+        let live = match splits(self.problem) {
+            true => self.block[2] * (left * rows + right * columns) * 6,
+            false => products * rows * lanes * 4 + (depth * columns * 2).min(HELD_OF_WEIGHT),
         };
-        let gated = if gated(self.problem) { " gated" } else { "" };
-        Spilling { family: format!("{}{gated}", self.problem.input), live: Bytes(live as u64) }
+        let mut family = if splits(self.problem) { "f32" } else { "bf16" }.to_owned();
+        if let Some(Quantized { weight, group, activations }) = self.problem.quantized {
+            family += &format!(" {weight}");
+            family += if activations { " on both sides" } else { "" };
+            family += if group.is_some() { " in groups" } else { "" };
+        }
+        family += if gated(self.problem) { " gated" } else { "" };
+        Spilling { family, live: Bytes(live as u64) }
+    }
+
+    fn cut(&self) -> Option<Cut> {
+        cut(self.problem, self.block[self.features()])
+    }
+
+    /// Which of `block` the weight's features are.
+    fn features(&self) -> usize {
+        if self.problem.layout == Layout::FeatureMajor { 0 } else { 1 }
+    }
+
+    /// Size of a window's block along an axis, and number of blocks that it walks over.
+    fn of_window(&self, window: &ArrayWindow, axis: Axis) -> (usize, usize) {
+        let (block, count) = self.along(axis);
+        let feature_axis = if self.features() == 0 { Axis::Rows } else { Axis::Columns };
+        let all = 2 * self.problem.n;
+        let size = match (window.part, self.cut()) {
+            (Part::Gates | Part::Ups, Some(cut)) if axis == feature_axis => cut.block.min(all),
+            (Part::UpsBehind, Some(cut)) if axis == feature_axis => cut.extra.min(all),
+            _ => block,
+        };
+        (size, count)
+    }
+
+    /// How many products of a block of gates' size one block takes.
+    fn products(&self) -> f64 {
+        match (gated(self.problem), self.cut()) {
+            (false, _) => 1.0,
+            (true, None) => 2.0,
+            (true, Some(cut)) => (cut.block + cut.ups()) as f64 / cut.block as f64,
+        }
     }
 
     /// Windows of each side: the weight of a gated product has two.
@@ -408,10 +591,22 @@ impl<'p> Blocks<'p> {
     fn report(&self, chip: Chip) -> VmemReport {
         let mut buffers: Vec<Buffer> = windows(self.problem).iter().map(|window| self.buffer(window, chip)).collect();
         let [rows, columns, depth] = self.block;
-        if self.counts[2] > 1 {
-            for name in names(self.problem, "sum", "sum_gate", "sum_up") {
-                buffers.push(Buffer::new(name, BufferKind::Scratch, Element::F32, &[rows, columns], 1));
+        if let Some(cut) = self.cut() {
+            for (name, features) in
+                names(self.problem, "sum", "sum_gate", "sum_up").into_iter().zip([cut.block, cut.ups()])
+            {
+                let dims = sum_dims(self.block, self.features(), features);
+                buffers.push(Buffer::new(name, BufferKind::Scratch, accumulator(self.problem, chip), &dims, 1));
             }
+        } else if self.counts[2] > 1 {
+            for name in names(self.problem, "sum", "sum_gate", "sum_up") {
+                let element = accumulator(self.problem, chip);
+                buffers.push(Buffer::new(name, BufferKind::Scratch, element, &[rows, columns], 1));
+            }
+        }
+        if chip == Chip::V4 && self.problem.quantized.is_some() {
+            // Elements of 8 bits are unpacked through a register's worth of scratch (measured for every layout).
+            buffers.push(Buffer::new("unpacking", BufferKind::InternalScratch, Element::I32, &[SUBLANES, LANES], 1));
         }
         if chip == Chip::V4 && self.problem.input == Element::Bf16 && rows <= 4 && depth > LANES {
             // Rows packed into less than a tile are spread over one before the product: on v4 through 36 KiB of scratch
@@ -425,7 +620,7 @@ impl<'p> Blocks<'p> {
         let kind = if window.side == Side::Out { BufferKind::OutputWindow } else { BufferKind::InputWindow };
         // A window that never moves has one buffer: there is no next block to fetch meanwhile.
         let moves = window.axes.iter().any(|&axis| self.along(axis).1 > 1) && !self.one_step_per_core(chip);
-        let block = window.axes.map(|axis| self.along(axis).0);
+        let block = window.axes.map(|axis| self.of_window(window, axis).0);
         Buffer::new(window.name, kind, window.element, &block, if moves { 2 } else { 1 })
     }
 
@@ -441,137 +636,249 @@ impl<'p> Blocks<'p> {
             Axis::Rows => (self.block[0], self.counts[0]),
             Axis::Columns => (self.block[1], self.counts[1]),
             Axis::Depth => (self.block[2], self.counts[2]),
+            Axis::Groups => (self.problem.groups(), 1),
             Axis::One => (1, 1),
         }
     }
 
     /// Multiplications in the text of the body: the first and the last step along `k` have their own copies of it.
     fn multiplications(&self) -> usize {
-        let [left, right] = self.sides();
-        self.block.iter().product::<usize>() * left.max(right) * self.counts[2].min(2)
+        self.block.iter().product::<usize>() * self.counts[2].min(2) * self.products().ceil() as usize
     }
 
-    fn estimate(&self, info: &ChipInfo, order: Order) -> Estimate {
+    /// What the kernel costs: what its steps take, or what its bytes take, whichever is more. The model is of the
+    /// compiler's static estimate, to whose records it is fitted (half of them within 5%, 95% within 20%), and of HBM,
+    /// which that leaves out.
+    ///
+    /// A step asks for the next step's blocks, waits for its own, and works. Where a copy takes longer than the work, two
+    /// are under way at a time, each at full speed: two steps then take a copy and the work of one.
+    fn estimate(&self, chip: Chip, order: Order) -> Estimate {
+        let info = &chip.info();
         let [rows, columns, depth] = self.block.map(|size| size as f64);
         let [row_blocks, column_blocks, steps] = self.counts.map(|count| count as f64);
-        let (input, output) = (self.problem.input.bytes() as f64, self.problem.output.bytes() as f64);
-        let [lhs_windows, rhs_windows] = self.sides().map(|count| count as f64);
-        let products = lhs_windows.max(rhs_windows);
-        let lhs_tile = lhs_windows * rows * depth * input;
-        let rhs_tile = rhs_windows * depth * columns * input;
+        let products = self.products();
+        let feature_major = self.problem.layout == Layout::FeatureMajor;
+        // Bytes of a block of each side, and of one of its windows.
+        let x = self.problem.x_element().bytes() as f64 * depth * if feature_major { columns } else { rows };
+        let w = self.problem.weight_element().bytes() as f64 * depth * if feature_major { rows } else { columns };
+        let (lhs, rhs) = if feature_major { ((w * products, w), (x, x)) } else { ((x, x), (w * products, w)) };
+        let out = rows * columns * self.problem.output.bytes() as f64;
         let residual = f64::from(u8::from(self.problem.epilogue.residual));
-        let out_tile = rows * columns * output * (1.0 + residual);
+
         // A side whose block stays the same from one step to the next is not fetched again.
-        let (lhs_fetches, rhs_fetches) = match (steps > 1.0, order) {
-            (true, _) => (row_blocks * column_blocks * steps, row_blocks * column_blocks * steps),
-            (false, Order::RowsOuter) => (row_blocks, row_blocks * column_blocks),
-            (false, Order::ColumnsOuter) => (row_blocks * column_blocks, column_blocks),
+        let blocks = row_blocks * column_blocks;
+        let (outer_blocks, inner_blocks) = match order {
+            Order::RowsOuter => (row_blocks, column_blocks),
+            Order::ColumnsOuter => (column_blocks, row_blocks),
         };
-        let bytes = lhs_fetches * lhs_tile + rhs_fetches * rhs_tile + row_blocks * column_blocks * out_tile;
+        let inner_fetches = if steps > 1.0 || inner_blocks > 1.0 { blocks * steps } else { 1.0 };
+        let outer_fetches = if steps > 1.0 { blocks * steps } else { outer_blocks };
+        let (lhs_fetches, rhs_fetches) = match order {
+            Order::RowsOuter => (outer_fetches, inner_fetches),
+            Order::ColumnsOuter => (inner_fetches, outer_fetches),
+        };
+        let bytes = lhs_fetches * lhs.0 + rhs_fetches * rhs.0 + blocks * out * (1.0 + residual);
 
         // A parallel dimension is split over the cores; the first that splits evenly, else the outer one.
-        let cores = info.cores as f64;
-        let blocks = row_blocks * column_blocks;
-        let per_core = (blocks / cores).ceil();
-        let mxu_step = products * self.mxu_cycles_per_step(info);
-        let bandwidth = info.hbm_bytes_per_cycle() / cores;
-        // The next tiles are asked for when a step begins and must be there when it ends.
-        let dma_step = DMA_LATENCY + bytes / (blocks * steps) / bandwidth;
-        let accumulate = if steps > 1.0 { products * rows * columns / ACCUMULATE_PER_CYCLE } else { 0.0 };
-        let body = per_core * steps * (mxu_step + STEP_OVERHEAD + accumulate).max(dma_step);
-        // The first tiles come in and the last goes out with nothing beside them.
-        let ends = 2.0 * DMA_LATENCY + (lhs_tile + rhs_tile + out_tile) / bandwidth;
-        Estimate { cycles: body + ends, mxu_cycles: per_core * steps * mxu_step, bytes_moved: bytes as u64 }
+        let per_core = (blocks / info.cores as f64).ceil();
+        let matrix = products * self.mxu_cycles_per_step(chip);
+        let of_elements = |each: f64| products * rows * columns * each / (LANES * SUBLANES) as f64;
+        let accumulate = if steps > 1.0 { of_elements(ACCUMULATE) } else { 0.0 };
+        let groups = self.problem.group().map_or(0.0, |group| of_elements(SCALE) * (depth / group as f64).ceil());
+        let epilogue = of_elements(if gated(self.problem) { GATE } else { EPILOGUE }) / steps;
+        let work = (matrix + accumulate + groups).max(self.conversion()) + epilogue + STEP_OVERHEAD;
+
+        let copy = |bytes: f64, strided: bool| copy_cycles(chip, bytes, strided);
+        let (cut_depth, cut_columns) = (steps > 1.0, column_blocks > 1.0);
+        let lhs_copy = copy(lhs.1, cut_depth);
+        let rhs_copy = match self.problem.layout {
+            Layout::WeightTransposed => copy(rhs.1, cut_depth),
+            Layout::RowMajor | Layout::FeatureMajor => copy(rhs.1, cut_columns),
+        };
+        let (inner_copy, outer_copy) = match order {
+            Order::RowsOuter => (rhs_copy, lhs_copy),
+            Order::ColumnsOuter => (lhs_copy, rhs_copy),
+        };
+        let both = lhs_copy.max(rhs_copy);
+        let step = |copy: f64| if copy <= work { work } else { (work + copy) / 2.0 };
+        let body = match (steps > 1.0, inner_blocks > 1.0) {
+            (true, _) => step(both),
+            (false, true) => step(inner_copy) + (step(both) - step(inner_copy)) / inner_blocks,
+            (false, false) => step(outer_copy),
+        };
+        let turns = per_core * steps;
+        let first = if turns > 1.0 && both > work { work } else { both };
+        let ends = first + copy(out, cut_columns) + HEAD;
+        let steps_take = turns * body + ends;
+        // The last block's work has nothing to overlap with.
+        let bytes_take = bytes / info.hbm_bytes_per_cycle() + if turns > 1.0 { work } else { 0.0 };
+        Estimate { cycles: steps_take.max(bytes_take), mxu_cycles: turns * matrix, bytes_moved: bytes as u64 }
+    }
+
+    /// What the kernel costs in the better order.
+    fn cycles(&self, chip: Chip) -> f64 {
+        let [rows, columns] = [Order::RowsOuter, Order::ColumnsOuter].map(|order| self.estimate(chip, order).cycles);
+        rows.min(columns)
+    }
+
+    /// Cycles of the vector units that convert stored elements to what the matrix unit takes, in one step: the weight once
+    /// for each chunk of rows.
+    fn conversion(&self) -> f64 {
+        let Some(quantized) = self.problem.quantized else { return 0.0 };
+        if quantized.activations {
+            return 0.0;
+        }
+        let [rows, columns, depth] = self.block;
+        let (features, repeats) = match self.problem.layout {
+            Layout::FeatureMajor => (rows, columns.div_ceil(LANES)),
+            Layout::RowMajor | Layout::WeightTransposed => (columns, rows.div_ceil(MOST_ROWS)),
+        };
+        self.products() * (features * depth * repeats) as f64 * CONVERT / (LANES * SUBLANES) as f64
     }
 
     /// Cycles of the matrix units for one step: for each weight tile they hold, the rows that stream through it, but no
     /// less than it takes to load the next one.
-    fn mxu_cycles_per_step(&self, info: &ChipInfo) -> f64 {
+    fn mxu_cycles_per_step(&self, chip: Chip) -> f64 {
+        let info = chip.info();
         let [rows, columns, depth] = self.block;
         let side = info.mxu;
-        let weight_tiles = (columns.div_ceil(side) * depth.div_ceil(side)) as f64;
+        // Lanes of x that belong to other groups are multiplied as zeros.
+        let parts = self.problem.group().map_or(1, |group| (LANES / group).max(1));
+        let weight_tiles = (columns.div_ceil(side) * depth.div_ceil(side) * parts) as f64;
         let units = info.peak_flop_per_cycle_and_core as f64 / (2 * side * side) as f64;
-        let passes = if self.problem.input == Element::F32 { F32_PASSES } else { 1.0 };
+        let passes = match arithmetic(self.problem, chip).operand {
+            Element::F32 => F32_PASSES,
+            narrow if narrow.bytes() == 1 => 0.5,
+            _ => 1.0,
+        };
         let streamed = (rows.next_multiple_of(SUBLANES) as f64).max(WEIGHT_LOAD * side as f64);
         passes * weight_tiles * streamed / units
     }
 }
 
+/// Cycles of one copy between HBM and VMEM, by the compiler's static estimate: latency and rate, fitted to kernels that
+/// do nothing else (libtpu 0.0.52; v4, of which it has no estimate, as v5p). On v5p it counts only the latency of copies
+/// of parts of rows.
+fn copy_cycles(chip: Chip, bytes: f64, strided: bool) -> f64 {
+    let (latency, rate) = match chip {
+        Chip::V5e => (1143.0, 489.0),
+        Chip::V4 | Chip::V5p => (678.0, 1236.0),
+        Chip::V6e => (557.0, 772.0),
+        Chip::Tpu7x => (600.0, 1580.0),
+    };
+    match chip {
+        Chip::V4 | Chip::V5p if strided => latency,
+        _ => latency + bytes / rate,
+    }
+}
+
+/// Sizes of the sums of `features` of a [`Cut`] weight, in whole registers.
+pub(super) fn sum_dims(block: [usize; 3], axis: usize, features: usize) -> [usize; 2] {
+    let mut dims = [block[0], block[1]];
+    dims[axis] = features;
+    dims[0] = dims[0].next_multiple_of(SUBLANES);
+    dims
+}
+
 /// Bytes of a narrow weight that are held at once: however deep a chunk is, the compiler loads it piece by piece.
 const HELD_OF_WEIGHT: usize = 256 << 10;
 /// Cycles of a grid step besides its work: index arithmetic, semaphores, pipeline fill.
-const STEP_OVERHEAD: f64 = 250.0;
-/// f32 accumulator elements read, added and written back per cycle, beside the matrix units' work.
-const ACCUMULATE_PER_CYCLE: f64 = 1024.0;
-/// Cycles until a copy's first byte arrives.
-const DMA_LATENCY: f64 = 700.0;
+const STEP_OVERHEAD: f64 = 300.0;
+/// Cycles of a kernel besides its steps.
+const HEAD: f64 = 200.0;
+/// Cycles per register of 1024 f32: an accumulator read, added and written back; the sum of a group scaled and added; a
+/// result rounded and stored, or gated before that; a stored weight made bf16.
+const ACCUMULATE: f64 = 0.25;
+const SCALE: f64 = 0.75;
+const EPILOGUE: f64 = 0.5;
+const GATE: f64 = 1.0;
+const CONVERT: f64 = 1.5;
 /// Cycles to load the next weight tile, as a part of its side (measured on 8 rows: 86 of 128).
 const WEIGHT_LOAD: f64 = 0.67;
 /// bf16 passes of a true f32 product.
 const F32_PASSES: f64 = 6.0;
+
+/// Rows of a chunk of narrow elements.
+const MOST_ROWS: usize = 256;
+/// Depth of a chunk of a gated product of narrow elements: as much of x is held for gates and ups (at a depth of 8192, 4 MiB
+/// of spills were seen).
+const MOST_DEPTH: usize = 512;
 
 /// The chunk of a tile: few enough values for the registers, as many columns as a matrix unit has (half of them halve
 /// the speed on v6e and tpu7x). More rows than 256 gain no cycles and spill. True f32 products split each operand into
 /// three bf16 parts, all of which are live: they go through the depth in pieces.
 fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
     let [rows, columns, depth] = blocks.block;
-    let (most_rows, most_depth) = if blocks.problem.input == Element::F32 { (128, 128) } else { (256, depth) };
+    let (most_rows, most_depth) = match (splits(blocks.problem), gated(blocks.problem)) {
+        (true, _) => (128, 128),
+        (false, true) => (MOST_ROWS, MOST_DEPTH),
+        (false, false) => (MOST_ROWS, depth),
+    };
     Chunk { rows: rows.min(most_rows), columns: columns.min(info.mxu), depth: depth.min(most_depth) }
 }
 
 /// The cheapest tiles that fit `limit` with room for spills; without it, if none do.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
-    let info = &chip.info();
-    let lane_m = problem.layout == Layout::FeatureMajor;
-    let (ms, ns) = (candidates(problem.m, lane_m, MAX_TILE), candidates(problem.n, !lane_m, MAX_TILE));
-    let ks = candidates(problem.k, true, MAX_DEPTH);
     let mut best: Option<(bool, f64, Tiles)> = None;
-    for &m in &ms {
-        for &n in &ns {
-            if gated(problem) && !halves_align(problem, n) {
-                continue;
-            }
-            for &k in &ks {
-                let tiles = Tiles { m, n, k };
-                let blocks = Blocks::new(problem, tiles);
-                let cycles = [Order::RowsOuter, Order::ColumnsOuter]
-                    .map(|order| blocks.estimate(info, order).cycles)
-                    .into_iter()
-                    .fold(f64::INFINITY, f64::min);
-                // The report allocates: it is made for tiles that may win.
-                let beaten = best.is_some_and(|(roomy, least, _)| roomy && cycles >= least);
-                if beaten || blocks.multiplications() > MAX_MULTIPLICATIONS {
-                    continue;
-                }
-                let taken = blocks.report(chip).total();
-                let roomy = taken + evidence::margin(&blocks.spilling(info)) <= limit;
-                let better = best.is_none_or(|(most, least, _)| (roomy, -cycles) > (most, -least));
-                if taken <= limit && better {
-                    best = Some((roomy, cycles, tiles));
-                }
-            }
+    for tiles in every(problem) {
+        let blocks = Blocks::new(problem, tiles);
+        let cycles = blocks.cycles(chip);
+        // The report allocates: it is made for tiles that may win.
+        if best.is_some_and(|(roomy, least, _)| roomy && cycles >= least) {
+            continue;
+        }
+        let taken = blocks.report(chip).total();
+        let roomy = taken + evidence::margin(&blocks.spilling(&chip.info())) <= limit;
+        let better = best.is_none_or(|(most, least, _)| (roomy, -cycles) > (most, -least));
+        if taken <= limit && better {
+            best = Some((roomy, cycles, tiles));
         }
     }
     best.map(|(_, _, tiles)| tiles)
 }
 
-const MAX_TILE: usize = 2048;
+/// Tiles worth trying, those that the kernel can be written with and that the compiler gets through.
+fn every(problem: &Problem) -> impl Iterator<Item = Tiles> {
+    let (unit_m, unit_n) = units(problem);
+    let (ms, mut ns) = (candidates(problem.m, unit_m, MAX_TILE), candidates(problem.n, unit_n, MAX_TILE));
+    if is_cut(problem) {
+        // Least is fetched twice where a block begins shortly before the first up.
+        let (unit, before) = (up_unit(problem), problem.n / up_unit(problem));
+        let parts =
+            (1..=before.isqrt()).flat_map(|part| [part, before / part]).filter(|part| before.is_multiple_of(*part));
+        ns.extend(
+            parts.map(|part| part * unit).chain([problem.n.next_multiple_of(unit)]).filter(|&tile| tile <= MAX_TILE),
+        );
+        ns.sort_unstable();
+        ns.dedup();
+    }
+    ns.retain(|&n| !gated(problem) || halves_align(problem, n));
+    let mut ks = candidates(problem.k, LANES, MAX_DEPTH);
+    ks.retain(|&k| problem.group().is_none_or(|group| groups_align(problem.k, group, k)));
+    let all = ms.into_iter().flat_map(move |m| {
+        let ks = ks.clone();
+        ns.clone().into_iter().flat_map(move |n| ks.clone().into_iter().map(move |k| Tiles { m, n, k }))
+    });
+    all.filter(move |&tiles| Blocks::new(problem, tiles).multiplications() <= MAX_MULTIPLICATIONS)
+}
+
+const MAX_TILE: usize = 4096;
 const MAX_DEPTH: usize = 8192;
 /// Multiplications that the body may spell out. It is straight-line code, so they are what the compiler's time (about a
 /// minute at 2^32) and the program's size grow with.
 const MAX_MULTIPLICATIONS: usize = 1 << 31;
 
-/// Tile sizes worth trying along one dimension: all of it, powers of two, and three times powers of two.
-fn candidates(size: usize, lanes: bool, most: usize) -> Vec<usize> {
-    let unit = if lanes { LANES } else { SUBLANES };
-    let mut sizes: Vec<usize> = (0..16)
-        .flat_map(|power| [unit << power, (unit * 3) << power])
-        .filter(|&tile| tile < size && tile <= most)
-        .collect();
+/// Tile sizes worth trying along one dimension: all of it, powers of two, three times powers of two, and what cuts it into
+/// a few even parts.
+fn candidates(size: usize, unit: usize, most: usize) -> Vec<usize> {
+    let powers = (0..16).flat_map(|power| [unit << power, (unit * 3) << power]);
+    let even = (2..=8).map(|parts| size.div_ceil(parts).next_multiple_of(unit));
+    let mut sizes: Vec<usize> = powers.chain(even).filter(|&tile| tile < size && tile <= most).collect();
     if size <= most {
         sizes.push(size);
     }
     sizes.sort_unstable();
+    sizes.dedup();
     sizes
 }
 
@@ -620,7 +927,7 @@ mod tests {
     /// Planning must stay far below a millisecond: a few thousand candidates of a few dozen operations.
     #[test]
     fn candidates_are_few() {
-        let many = [4096, 14336, 128_256].map(|size| candidates(size, true, MAX_DEPTH).len());
+        let many = [4096, 14336, 128_256].map(|size| candidates(size, LANES, MAX_DEPTH).len());
         assert!(many.iter().product::<usize>() < 10_000, "{many:?}");
     }
 
@@ -632,12 +939,13 @@ mod tests {
             ..*problem(64, 256, 384)
         };
         let halves = plan(Problem::new(gated).unwrap(), Chip::V5p, Some("64,256,256"), None).unwrap_err().to_string();
-        let biased = Spec {
-            layout: Layout::WeightTransposed,
-            epilogue: Epilogue { bias: true, activation: Activation::SiluGate, residual: false },
-            ..*problem(64, 256, 160)
-        };
-        let biased = plan(Problem::new(biased).unwrap(), Chip::V5p, None, None).unwrap_err().to_string();
+        let cut = Spec { layout: Layout::WeightTransposed, ..*problem(64, 256, 160) };
+        let cut = Spec { epilogue: gated.epilogue, ..cut };
+        let cut = plan(Problem::new(cut).unwrap(), Chip::V5p, Some("64,160,256"), None).unwrap_err().to_string();
+        let quantized = Quantized { weight: Element::I8, group: Some(384), activations: false };
+        let quantized = Spec { quantized: Some(quantized), ..*problem(64, 1024, 256) };
+        let quantized = Problem::new(quantized).unwrap();
+        let grouped = plan(quantized, Chip::V5p, Some("64,128,512"), None).unwrap_err().to_string();
         let lines = [
             refusal(Some("10,128,128"), None),
             refusal(Some("100,100,128"), None),
@@ -647,7 +955,8 @@ mod tests {
             refusal(None, Some(65)),
             refusal(None, Some(0)),
             halves,
-            biased,
+            cut,
+            grouped,
         ];
         insta::assert_snapshot!(lines.join("\n"));
     }

@@ -1,6 +1,6 @@
 //! What a matmul kernel is asked to do: validated sizes, types, memory layout and epilogue.
 
-use pagoda_ir::{Element, TensorType};
+use pagoda_ir::{Element, TensorType, mosaic::tiling::LANES};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -43,7 +43,7 @@ pub struct Epilogue {
     /// Add a bias per output feature of the weight, of the input type.
     #[cfg_attr(feature = "cli", arg(long))]
     pub bias: bool,
-    /// w has 2n output features, gates before ups: out = silu(gate) * up. n is a multiple of 128 (row-major) or 8.
+    /// w has 2n output features, gates before ups: out = silu(gate) * up.
     #[cfg_attr(feature = "cli", arg(
         long = "silu-gate",
         action = clap::ArgAction::SetTrue,
@@ -60,6 +60,27 @@ impl Epilogue {
     pub const NONE: Self = Self { bias: false, activation: Activation::Identity, residual: false };
 }
 
+/// A weight of 8-bit elements, each standing for its value times a scale.
+///
+/// The scale is one per output feature of the weight, or one per output feature and *group* of that many consecutive
+/// features of k. Formats: `int8` and `float-quantized` of compressed-tensors, fp8 of vLLM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(feature = "cli", derive(clap::Args))]
+pub struct Quantized {
+    /// Type of w, if it is quantized: w_scale holds a scale per output feature, or per output feature and group.
+    #[cfg_attr(feature = "cli", arg(long = "weight-dtype", value_parser = elements(), required = false))]
+    pub weight: Element,
+    /// Consecutive features of k that share a scale of a quantized w: a multiple of 128, or 8 to 64 [default: all].
+    #[cfg_attr(feature = "cli", arg(long = "group", requires = "weight"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<usize>,
+    /// x is of the quantized weight's type too, with a scale per row in x_scale.
+    #[cfg_attr(feature = "cli", arg(long = "quantized-x", requires = "weight"))]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub activations: bool,
+}
+
 /// The description of a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -74,7 +95,7 @@ pub struct Spec {
     /// Output features (after the activation).
     #[cfg_attr(feature = "cli", arg(long))]
     pub n: usize,
-    /// Type of x, w and bias. Sums are f32.
+    /// Type of x, w (unless it is quantized) and bias. Sums are f32.
     #[cfg_attr(feature = "cli", arg(long = "dtype", value_parser = crate::cli::float(), default_value = "bf16"))]
     pub input: Element,
     /// Type of the output and of the residual [default: that of x].
@@ -97,6 +118,21 @@ pub struct Spec {
     #[cfg_attr(feature = "cli", arg(long, default_value_t = 1))]
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub layers: usize,
+    /// How w, and perhaps x, are quantized.
+    #[cfg_attr(feature = "cli", command(flatten))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantized: Option<Quantized>,
+}
+
+/// Reads a type of quantized weights.
+#[cfg(feature = "cli")]
+fn elements() -> impl clap::builder::TypedValueParser<Value = Element> {
+    use clap::builder::{PossibleValuesParser, TypedValueParser};
+    const NAMES: [&str; Quantized::ELEMENTS.len()] = ["i8", "f8e4m3fn", "f8e5m2"];
+    PossibleValuesParser::new(NAMES).map(|name| {
+        let at = NAMES.iter().position(|&known| known == name).expect("one of the possible values");
+        Quantized::ELEMENTS[at]
+    })
 }
 
 const fn one() -> usize {
@@ -111,7 +147,8 @@ const fn is_one(layers: &usize) -> bool {
 impl Spec {
     /// A row-major product of sizes `m`, `k` and `n`, all of one type, with nothing fused.
     pub const fn new([m, k, n]: [usize; 3], element: Element) -> Self {
-        Self { m, k, n, input: element, output: element, layout: Layout::RowMajor, epilogue: Epilogue::NONE, layers: 1 }
+        let (layout, epilogue) = (Layout::RowMajor, Epilogue::NONE);
+        Self { m, k, n, input: element, output: element, layout, epilogue, layers: 1, quantized: None }
     }
 }
 
@@ -134,7 +171,33 @@ impl Specification for Spec {
             let fix = "convert it to one of them";
             ensure(float, SUBJECT, key, element, || "is neither f32 nor bf16".into(), fix)?;
         }
-        Ok(())
+        self.quantized.map_or(Ok(()), |quantized| quantized.validate(self.k))
+    }
+}
+
+/// Most features that products of i8 may be summed over in i32: so many times 128^2 is below 2^31.
+const MOST_I8: usize = (1 << 17) - 1;
+
+impl Quantized {
+    /// Types that a quantized weight may have.
+    pub const ELEMENTS: [Element; 3] = [Element::I8, Element::F8E4M3Fn, Element::F8E5M2];
+
+    fn validate(self, k: usize) -> Result<(), Invalid> {
+        let Self { weight, group, activations } = self;
+        let limit = || "is not a type of quantized weights".to_owned();
+        let fix = "use i8, f8e4m3fn or f8e5m2";
+        ensure(Self::ELEMENTS.contains(&weight), SUBJECT, "quantized.weight", weight, limit, fix)?;
+        if let Some(group) = group {
+            let whole = group.is_multiple_of(LANES) || [8, 16, 32, 64].contains(&group);
+            let limit = || format!("is neither a multiple of {LANES} nor 8, 16, 32 or 64");
+            ensure(group > 0 && whole, SUBJECT, "quantized.group", group, limit, "use a scale per output feature")?;
+            let limit = || format!("is beyond k = {k}");
+            ensure(group <= k, SUBJECT, "quantized.group", group, limit, "use a scale per output feature")?;
+        }
+        let summed = group.unwrap_or(k);
+        let limit = || format!("is beyond {MOST_I8} products of i8, which i32 holds");
+        let fits = !activations || weight.is_float() || summed <= MOST_I8;
+        ensure(fits, SUBJECT, "k", summed, limit, "use a group of fewer")
     }
 }
 
@@ -150,6 +213,38 @@ impl Problem {
         }
     }
 
+    /// The type of w.
+    pub fn weight_element(&self) -> Element {
+        self.quantized.map_or(self.input, |quantized| quantized.weight)
+    }
+
+    /// The type of x.
+    pub fn x_element(&self) -> Element {
+        self.quantized.filter(|quantized| quantized.activations).map_or(self.input, |quantized| quantized.weight)
+    }
+
+    /// Whether x is quantized.
+    pub fn quantized_x(&self) -> bool {
+        self.quantized.is_some_and(|quantized| quantized.activations)
+    }
+
+    /// Features of k that share a scale, where not all of them do.
+    pub fn group(&self) -> Option<usize> {
+        self.quantized?.group
+    }
+
+    /// Scales of an output feature: 1 without groups.
+    pub fn groups(&self) -> usize {
+        self.group().map_or(1, |group| self.k.div_ceil(group))
+    }
+
+    /// Bytes of what a launch reads of weight, scales and bias: of a stack one layer.
+    pub fn weight_bytes(&self) -> usize {
+        let scales = if self.quantized.is_some() { 4 * self.groups() } else { 0 };
+        let bias = if self.epilogue.bias { self.input.bytes() } else { 0 };
+        self.weight_columns() * (self.k * self.weight_element().bytes() + scales + bias)
+    }
+
     /// `dims` of one layer, or of the stack of all.
     fn stack(&self, dims: &[usize]) -> Vec<usize> {
         (self.layers > 1).then_some(self.layers).into_iter().chain(dims.iter().copied()).collect()
@@ -161,8 +256,10 @@ impl Problem {
         TensorType::new(self.output, &dims)
     }
 
-    /// `x`, `w`, and as the epilogue says the bias `[weight columns]` and the residual. With several layers `w` and the bias
-    /// are stacks, `[layers, ...]`, and the scalar `layer` comes last.
+    /// `x`, `w`, and as the epilogue says the bias `[weight columns]` and the residual. A quantized `w` has scales f32
+    /// `[groups, weight columns]`, feature-major `[weight columns, groups]`, with one group for all of `k` unless the
+    /// problem has smaller ones; a quantized `x` has `x_scale f32 [m, 1]`, feature-major `[1, m]`. With several layers `w`, its scales and the bias are
+    /// stacks, `[layers, ...]`, and the scalar `layer` comes last.
     pub fn arguments(&self) -> Arguments {
         let (m, k, columns) = (self.m, self.k, self.weight_columns());
         let (x, w) = match self.layout {
@@ -170,9 +267,16 @@ impl Problem {
             Layout::WeightTransposed => ([m, k], [columns, k]),
             Layout::FeatureMajor => ([k, m], [columns, k]),
         };
+        let (scales, x_scale) = match self.layout {
+            Layout::FeatureMajor => ([columns, self.groups()], [1, m]),
+            Layout::RowMajor | Layout::WeightTransposed => ([self.groups(), columns], [m, 1]),
+        };
         Arguments::new([
-            Argument::input("x", TensorType::new(self.input, &x)),
-            Argument::input("w", TensorType::new(self.input, &self.stack(&w))),
+            Argument::input("x", TensorType::new(self.x_element(), &x)),
+            Argument::input("w", TensorType::new(self.weight_element(), &self.stack(&w))),
+            Argument::input("w_scale", TensorType::new(Element::F32, &self.stack(&scales)))
+                .when(self.quantized.is_some()),
+            Argument::input("x_scale", TensorType::new(Element::F32, &x_scale)).when(self.quantized_x()),
             Argument::input("bias", TensorType::new(self.input, &self.stack(&[columns]))).when(self.epilogue.bias),
             Argument::input("residual", self.output_type()).when(self.epilogue.residual),
             Argument::prefetch("layer", TensorType::scalar(Element::I32)).when(self.layers > 1),

@@ -8,7 +8,8 @@ use crate::{
 
 /// Computes the product of `inputs` and its epilogue, row-major in the problem's layout.
 ///
-/// The output is rounded once; before that, f32 sums of `k` terms and the epilogue's few.
+/// The output is rounded once; before that, f32 sums of `k` terms and the epilogue's few. Quantized elements are exact, and
+/// so are products of two (8 significant bits at most, of bf16 too): scales add two roundings to a group's sum.
 pub fn reference(problem: &Problem, inputs: &Arrays) -> Expected {
     let (m, k, n) = (problem.m, problem.k, problem.n);
     let layer = super::layer_of(inputs) as usize;
@@ -20,16 +21,28 @@ pub fn reference(problem: &Problem, inputs: &Arrays) -> Expected {
     let (x, w) = (inputs["x"].to_f64(), part(inputs["w"].to_f64()));
     let bias = inputs.get("bias").map(|bias| part(bias.to_f64()));
     let residual = inputs.get("residual").map(|residual| residual.to_f64());
+    let w_scale = inputs.get("w_scale").map(|scale| part(scale.to_f64()));
+    let x_scale = inputs.get("x_scale").map(|scale| scale.to_f64());
     let columns = w.len() / k;
+    let (groups, group) = (problem.groups(), problem.group().unwrap_or(k));
+    // What a stored product stands for.
+    let scale = |row: usize, feature: usize, column: usize| {
+        let of_w = w_scale.as_ref().map_or(1.0, |scale| match problem.layout {
+            Layout::FeatureMajor => scale[column * groups + feature / group],
+            _ => scale[feature / group * columns + column],
+        });
+        of_w * x_scale.as_ref().map_or(1.0, |scale| scale[row])
+    };
     // The sum over the features and the sum of the absolute terms.
     let product = |row: usize, column: usize| {
         let start = bias.as_ref().map_or(0.0, |bias| bias[column]);
         (0..k).fold((start, start.abs()), |(sum, magnitude), feature| {
-            let term = match problem.layout {
+            let stored = match problem.layout {
                 Layout::RowMajor => x[row * k + feature] * w[feature * columns + column],
                 Layout::WeightTransposed => x[row * k + feature] * w[column * k + feature],
                 Layout::FeatureMajor => x[feature * m + row] * w[column * k + feature],
             };
+            let term = stored * scale(row, feature, column);
             (sum + term, magnitude + term.abs())
         })
     };

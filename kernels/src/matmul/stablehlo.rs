@@ -19,15 +19,32 @@ pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, args: &Named<Tensor<
         None => Ok(stack),
         Some(&layer) => b.part(stack, layer),
     };
-    let (x, w) = (args["x"], part(args["w"])?);
+    let (mut x, mut w) = (args["x"], part(args["w"])?);
+    let features = if problem.layout == Layout::FeatureMajor { 0 } else { 1 };
+    let scale = args.get("w_scale").map(|&scale| part(scale)).transpose()?;
+    if let Some(scale) = scale {
+        // Stored elements are exact in either type; with a scale per group they are scaled before the product.
+        let wide = if problem.quantized_x() || problem.group().is_some() { Element::F32 } else { problem.input };
+        (x, w) = (b.convert(x, wide)?, b.convert(w, wide)?);
+        if let Some(group) = problem.group() {
+            w = b.multiply(w, spread(b, problem, scale, group)?)?;
+        }
+    }
     let (lhs, rhs, contract): (_, _, (&[usize], &[usize])) = match problem.layout {
         Layout::RowMajor => (x, w, (&[1], &[0])),
         Layout::WeightTransposed => (x, w, (&[1], &[1])),
         Layout::FeatureMajor => (w, x, (&[1], &[0])),
     };
-    let features = if problem.layout == Layout::FeatureMajor { 0 } else { 1 };
     let dot = DotDims { batch: (&[], &[]), contract };
     let mut result = b.dot_general_with(lhs, rhs, dot, Element::F32, Precision::Highest)?;
+    if let (Some(scale), None) = (scale, problem.group()) {
+        let scale = b.reshape(scale, &[problem.weight_columns()])?;
+        result = b.multiply(result, b.broadcast_in_dim(scale, &result.dims(), &[features])?)?;
+    }
+    if let Some(&scale) = args.get("x_scale") {
+        let scale = b.reshape(scale, &[problem.m])?;
+        result = b.multiply(result, b.broadcast_in_dim(scale, &result.dims(), &[1 - features])?)?;
+    }
     if let Some(&bias) = args.get("bias") {
         let bias = b.convert(part(bias)?, Element::F32)?;
         result = b.add(result, b.broadcast_in_dim(bias, &result.dims(), &[features])?)?;
@@ -41,4 +58,23 @@ pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, args: &Named<Tensor<
         result = b.add(result, b.convert(residual, Element::F32)?)?;
     }
     b.convert(result, problem.output)
+}
+
+/// The scale of each element of the weight, in its layout.
+fn spread<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    problem: &Problem,
+    scale: Tensor<'c, 'a>,
+    group: usize,
+) -> Result<Tensor<'c, 'a>> {
+    let (k, columns, groups) = (problem.k, problem.weight_columns(), problem.groups());
+    // [columns, groups, group] or [groups, group, columns], then without what is beyond k.
+    let (scale, dims, map, depth) = match problem.layout {
+        Layout::RowMajor => (scale, [groups, group, columns], [0, 2], 0),
+        Layout::WeightTransposed => (b.transpose(scale, &[1, 0])?, [columns, groups, group], [0, 1], 1),
+        Layout::FeatureMajor => (scale, [columns, groups, group], [0, 1], 1),
+    };
+    let spread = b.broadcast_in_dim(scale, &dims, &map)?;
+    let flat = if depth == 0 { [groups * group, columns] } else { [columns, groups * group] };
+    b.slice_in_dim(b.reshape(spread, &flat)?, 0, k, depth)
 }

@@ -1,9 +1,10 @@
 //! The attention's flags: one device's share, one layer, as many pages as all sequences together can fill.
 
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use pagoda_ir::Element;
 
-use super::{Kind, Precision, Rpa, Spec};
+use super::{Kind, KvRows, Precision, Rotary, Rpa, Spec};
 use crate::{
     cli::KernelArgs,
     error::{Invalid, ensure},
@@ -30,6 +31,21 @@ pub struct RpaArgs {
     /// Type of queries, keys, values and outputs.
     #[arg(long, value_parser = crate::cli::float(), default_value = "bf16")]
     dtype: Element,
+    /// Type of the cache's numbers, where it is not that of the queries; those of 8 bits have a scale per head.
+    #[arg(long, value_parser = cache(), value_name = "TYPE")]
+    kv_dtype: Option<Element>,
+    /// The kernel takes the projections as they are, rotates queries and keys, and writes keys and values.
+    #[arg(long)]
+    fused: bool,
+    /// A head's key and value share a row of the cache (heads of 64).
+    #[arg(long)]
+    packed: bool,
+    /// Every query head has a logit of its own in the softmax's sum.
+    #[arg(long)]
+    sinks: bool,
+    /// The logarithm of the softmax's sum is a result too.
+    #[arg(long)]
+    log_sum_exp: bool,
     /// Layers whose pages share the KV buffer, one after another.
     #[arg(long, default_value_t = 1)]
     layers: usize,
@@ -42,6 +58,19 @@ pub struct RpaArgs {
     /// Batches of decode rows only: at most one row per sequence.
     #[arg(long)]
     decode: bool,
+}
+
+/// Reads the type of a cache.
+fn cache() -> impl TypedValueParser<Value = Element> {
+    const TYPES: [(&str, Element); 5] = [
+        ("f32", Element::F32),
+        ("bf16", Element::Bf16),
+        ("f8e4m3fn", Element::F8E4M3Fn),
+        ("f8e5m2", Element::F8E5M2),
+        ("i8", Element::I8),
+    ];
+    let of = |name: String| TYPES.into_iter().find_map(|(known, element)| (known == name).then_some(element));
+    PossibleValuesParser::new(TYPES.map(|(name, _)| name)).try_map(move |name| of(name).ok_or("is not one of them"))
 }
 
 impl KernelArgs for Rpa {
@@ -62,7 +91,7 @@ impl KernelArgs for Rpa {
         ensure(pages.is_some(), "rpa problem", "max-seqs", args.max_seqs, limit, "give fewer")?;
         Ok(Spec {
             kind: if args.decode { Kind::Decode } else { Kind::Mixed },
-            precision: Precision::uniform(args.dtype),
+            precision: Precision { kv: args.kv_dtype.unwrap_or(args.dtype), ..Precision::uniform(args.dtype) },
             tokens,
             q_heads,
             kv_heads: args.kv_heads,
@@ -75,7 +104,10 @@ impl KernelArgs for Rpa {
             scale: (head_dim as f64).powf(-0.5),
             sliding_window: args.sliding_window,
             soft_cap: args.soft_cap,
-            ..Spec::default()
+            fused: args.fused.then_some(Rotary::HalfSplit),
+            sinks: args.sinks,
+            log_sum_exp: args.log_sum_exp,
+            kv_rows: if args.packed { KvRows::Packed } else { KvRows::Interleaved },
         })
     }
 }

@@ -36,7 +36,7 @@ pub mod stablehlo;
 use std::sync::LazyLock;
 
 use pagoda_ir::{
-    Context, Element, Result, TensorType,
+    Context, Element, HostTensor, Result, TensorType,
     mosaic::{Builder, Cost},
     stablehlo as hlo,
 };
@@ -58,6 +58,7 @@ use crate::{
     named::{Arguments, Arrays, Named},
     plan::PlanError,
     random::Lengths,
+    threads::Threads,
     vmem::Bytes,
 };
 
@@ -121,6 +122,7 @@ impl Kernel for Rpa {
         let sliding_window = choices.maybe(|choices| choices.within(1, 99));
         let soft_cap = choices.maybe(|choices| choices.within(1, 29) as f64);
         let (blocks, most) = (tokens.div_ceil(8), page_size * pages_per_seq);
+        let blocks = if kind == Kind::Decode { 1 } else { blocks };
         let tiles = plan::Tiles { queries: 8 * choices.within(1, blocks), kv_pages: choices.within(1, pages_per_seq) };
         let sequences = choices.within(0, 5);
         let max_seqs = sequences.max(1);
@@ -183,6 +185,11 @@ impl Kernel for Rpa {
         Cost { flops: 4 * problem.head_dim as u64 * logits, transcendentals: logits, bytes_accessed: moved as u64 }
     }
 
+    fn lengths(problem: &Problem, inputs: &Arrays) -> Option<Vec<Lengths>> {
+        let batch = Batch::of(problem, inputs).ok()?;
+        Some(batch.sequences().map(|Sequence { q_len, kv_len, .. }| Lengths { q_len, kv_len }).collect())
+    }
+
     fn draw(problem: &Problem, batch: Option<&[Lengths]>, seed: u64) -> std::result::Result<Arrays, Invalid> {
         inputs::draw(problem, batch, seed)
     }
@@ -235,6 +242,10 @@ impl Kernel for Rpa {
 
     fn reference(problem: &Problem, inputs: &Arrays) -> Vec<Expected> {
         reference::reference(problem, inputs)
+    }
+
+    fn native(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
+        native::run(problem, inputs, threads)
     }
 
     fn stablehlo<'c, 'a>(

@@ -19,7 +19,36 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let pages_of_128 = [(1, 700), (0, 5), (13, 128), (8, 300), (1, 90)];
     let wide = set(8, 128, pages_of_128, WIDTHS, false);
     assert_eq!(wide.plan.widths(), [128, 256]);
-    vec![set(8, 16, pages_of_16, MUTANTS, false), set(16, 16, pages_of_16, &[], true), wide]
+    vec![set(8, 16, pages_of_16, MUTANTS, false), set(16, 16, pages_of_16, &[], true), wide, decode()]
+}
+
+/// Rows of two KV heads, which the cores share by sequence; blocks of two pages, full and short ones, more than there are
+/// buffers; an empty sequence, two layers, padding rows.
+fn decode() -> MutantSet<Rpa> {
+    let spec = Spec {
+        kind: Kind::Decode,
+        precision: Precision::uniform(Element::Bf16),
+        tokens: 7,
+        q_heads: 6,
+        kv_heads: 2,
+        head_dim: 128,
+        page_size: 64,
+        pages: 40,
+        layers: 2,
+        max_seqs: 8,
+        pages_per_seq: 10,
+        scale: 0.088,
+        sliding_window: Some(300),
+        soft_cap: None,
+        ..Spec::default()
+    };
+    let problem = Problem::new(spec).expect("a problem");
+    let options = Options { tiles: Some(Tiles { queries: 8, kv_pages: 4 }), vmem_limit: None };
+    let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
+    let lengths = [(1, 20), (1, 600), (0, 5), (1, 129), (1, 256), (1, 64), (1, 300)];
+    let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+    let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
+    MutantSet { plan, inputs, mutants: DECODE.to_vec(), nothing_superfluous: false }
 }
 
 /// Blocks of `queries` rows, padding rows in the last one; two blocks of heads, two layers, two pages to a KV block.
@@ -196,6 +225,62 @@ const MUTANTS: &[Mutant] = {
         ),
     ]
 };
+
+/// Of a decode kernel: the copies of the first blocks, of the blocks ahead and of the output in the text, and the waits.
+const FIRST_BLOCKS: usize = 3;
+const AHEAD: usize = 8;
+const ROW: usize = 13;
+const FULL_BLOCK: usize = 1;
+const SHORT_BLOCK: usize = 5;
+
+const DECODE: &[Mutant] = {
+    use Caught::{Fault, Mismatch};
+    use FaultKind::{Deadlock, ReadInFlight, SemaphoreUnbalanced, UnwrittenRead};
+    &[
+        ("queries not waited for", |t| t.without(wait(t, 0)), Fault(ReadInFlight)),
+        ("a page of a full block not waited for", |t| t.without(wait(t, FULL_BLOCK)), Fault(ReadInFlight)),
+        ("a page of a short block not waited for", |t| t.without(wait(t, SHORT_BLOCK)), Fault(ReadInFlight)),
+        ("a first block not fetched", |t| t.without(start(t, FIRST_BLOCKS)), Fault(Deadlock)),
+        ("a block ahead not fetched", |t| t.without(start(t, AHEAD)), Fault(Deadlock)),
+        ("a row not sent", |t| t.without(start(t, ROW)), Fault(Deadlock)),
+        ("a buffer for ever", |t| t.replaced(t.above(start(t, ROW), "arith.cmpi eq"), " eq", " ne"), Fault(Deadlock)),
+        (
+            "a block beyond the last one",
+            |t| t.replaced(t.above(t.above(start(t, ROW), "arith.cmpi eq"), "arith.cmpi slt"), "slt", "sle"),
+            Fault(Deadlock),
+        ),
+        ("pages of another layer", |t| t.changed(t.find(0, &["load %first_page["]), "arith.subi", 40), Mismatch),
+        ("buffers not cleared", |t| t.without(t.find(0, &["vector_store", "%kv,"])), Fault(UnwrittenRead)),
+        ("a key too many", |t| t.replaced(t.find(0, LIVE), "slt", "sle"), Mismatch),
+        ("values behind the end", |t| t.replaced(t.find(0, LIVE_VALUES), "slt", "ne"), Mismatch),
+        (
+            "window one key long",
+            |t| t.changed(t.above(t.find(2, &["cmpi sge", "vector<8x"]), "arith.subi"), "arith.subi", 1),
+            Mismatch,
+        ),
+        ("sum of the row before", |t| t.without(t.find(0, &["vector_store", "%sum,"])), Fault(UnwrittenRead)),
+        ("accumulator of the row before", |t| t.without(t.find(0, &["vector_store", "%acc,"])), Fault(UnwrittenRead)),
+        ("maximum not kept", |t| t.without(t.find(1, &["vector_store", "%max,"])), Mismatch),
+        (
+            "accumulator not rescaled",
+            |t| {
+                let store = t.find(1, &["vector_store", "%acc,"]);
+                t.first_operand_only(t.above(store, "mulf"), "arith.maximumf")
+            },
+            Mismatch,
+        ),
+        ("scale left out", |t| t.first_operand_only(t.find(0, &["mulf", "8x128xf32"]), "arith.maximumf"), Mismatch),
+        (
+            "a row one key short",
+            |t| t.changed(t.find(3, &["load %kv_lens["]), "arith.subi", 1),
+            Fault(SemaphoreUnbalanced),
+        ),
+    ]
+};
+
+/// The comparisons of keys, and of values, with what is live of a block.
+const LIVE: &[&str] = &["cmpi slt", "vector<8x"];
+const LIVE_VALUES: &[&str] = &["cmpi slt", "x128xi32>"];
 
 const WIDTHS: &[Mutant] = &[
     ("many keys taken for few", |t| t.replaced(t.find(0, WIDTH), "sle", "sge"), Caught::Mismatch),

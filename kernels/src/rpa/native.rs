@@ -5,39 +5,30 @@
 //! CPU plugin. Sums, softmax and accumulator are f32; loops run over rows of `head_dim` in
 //! the widest registers that the processor has.
 //!
-//! Masks are loop bounds here: a key that a row does not see is never read, so it may be anything. A row's result does
-//! not depend on what else is in the batch, nor on how many threads there are.
+//! Masks are loop bounds here: a key that no row sees is never read, so it may be anything. A row's result does not depend on
+//! what else is in the batch, nor on how many threads there are.
 
-use std::ops::Range;
-
+use half::bf16;
 use pagoda_ir::{
-    Result, TensorType,
+    Element, HostTensor, Result, TensorType,
     stablehlo::{BackendConfig, Builder, ConfigValue, CustomCall, OutputOperandAlias, Tensor},
 };
 
-use pulp::{Simd, WithSimd};
-
 use super::{
-    cached::Cached,
+    cached::{self, Cached},
     kv_layout::{Half, KvLayout},
     problem::Problem,
 };
-use crate::{
-    float::{Float, exp},
-    threads::{self, Threads},
-};
+use crate::{float::Float, named::Arrays, threads::Threads};
+
+mod attend;
+
+pub use attend::attend;
 
 /// The custom call's name; the engine registers its handler under it.
 pub const TARGET: &str = "pagoda_rpa";
 /// Names of the options in the call's `backend_config`, all written as text.
 pub const OPTIONS: [&str; 7] = ["pages", "kv_heads", "scale", "sliding_window", "soft_cap", "sinks", "scaled"];
-
-/// Keys of one step of the online softmax.
-const KEY_BLOCK: usize = 64;
-/// Keys, or values, that are worked on together.
-const TOGETHER: usize = 4;
-/// Multiply-adds that are worth a second thread.
-const THREADED_WORK: usize = 1 << 16;
 
 /// The operands of the custom call, in its order.
 #[derive(Clone, Copy, Debug)]
@@ -203,40 +194,65 @@ pub fn step<T: Float, C: Cached>(
     let KvLayout { head_dim: dim, heads: kv_heads, .. } = call.layer.kv;
     let (tokens, queries, heads) = (slots.len(), call.q_heads * dim, call.q_heads + call.layer.kv.rows());
     assert!(qkv.len() == heads * dim * tokens && out.len() == queries * tokens, "{tokens} tokens of {heads} heads");
+    let (half, width) = (dim / 2, heads * dim);
+    // [tokens, heads, head_dim]
+    let by_row = transposed(qkv, width, tokens);
     // [tokens, q_heads, head_dim]
     let mut q = vec![T::narrow(0.0); queries * tokens];
     // Keys, then values of a row: [2, kv_heads, head_dim]
     let mut new = vec![0.0; 2 * kv_heads * dim];
     for row in call.rows() {
-        let element = |head: usize, at: usize| qkv[(head * dim + at) * tokens + row.token].widen();
         // The half-split form of Hugging Face's Llama.
-        let (cosines, sines) = rotary[row.position * dim..][..dim].split_at(dim / 2);
-        let rotated = |head: usize, at: usize| {
-            let (low, high) = (element(head, at), element(head, at + dim / 2));
+        let (cosines, sines) = rotary[row.position * dim..][..dim].split_at(half);
+        let rotated = |vector: &[T], at: usize| {
+            let (low, high) = (vector[at].widen(), vector[at + half].widen());
             let (cosine, sine) = (cosines[at], sines[at]);
             [low * cosine - high * sine, high * cosine + low * sine]
         };
-        for (head, vector) in q[row.token * queries..][..queries].chunks_exact_mut(dim).enumerate() {
-            for at in 0..dim / 2 {
-                [vector[at], vector[at + dim / 2]] = rotated(head, at).map(T::narrow);
+        let (own, others) = by_row[row.token * width..][..width].split_at(queries);
+        let (keys, values) = others.split_at(kv_heads * dim);
+        let rotated_q = q[row.token * queries..][..queries].chunks_exact_mut(dim);
+        for (rotated_q, vector) in rotated_q.zip(own.chunks_exact(dim)) {
+            for at in 0..half {
+                [rotated_q[at], rotated_q[at + half]] = rotated(vector, at).map(T::narrow);
             }
         }
-        let (keys, values) = new.split_at_mut(kv_heads * dim);
-        for (head, vector) in keys.chunks_exact_mut(dim).enumerate() {
-            for at in 0..dim / 2 {
-                [vector[at], vector[at + dim / 2]] = rotated(call.q_heads + head, at);
+        let (new_keys, new_values) = new.split_at_mut(kv_heads * dim);
+        for (new, vector) in new_keys.chunks_exact_mut(dim).zip(keys.chunks_exact(dim)) {
+            for at in 0..half {
+                [new[at], new[at + half]] = rotated(vector, at);
             }
         }
-        for (head, vector) in values.chunks_exact_mut(dim).enumerate() {
-            let head = call.q_heads + kv_heads + head;
-            vector.iter_mut().enumerate().for_each(|(at, value)| *value = element(head, at));
-        }
-        write::<C>(call, kv_pages, keys, values, slots[row.token]);
+        new_values.iter_mut().zip(values).for_each(|(new, value)| *new = value.widen());
+        write::<C>(call, kv_pages, new_keys, new_values, slots[row.token]);
     }
     let mut attended = vec![T::narrow(0.0); queries * tokens];
     attend::<T, C>(call, &q, kv_pages, &mut attended, None, threads);
-    for (feature, out) in out.chunks_exact_mut(tokens).enumerate() {
-        out.iter_mut().enumerate().for_each(|(token, out)| *out = attended[token * queries + feature]);
+    transpose(&attended, tokens, queries, out);
+}
+
+/// `from [rows, columns]` as `[columns, rows]`.
+fn transposed<T: Float>(from: &[T], rows: usize, columns: usize) -> Vec<T> {
+    if columns == 1 {
+        return from.to_vec();
+    }
+    let mut to = vec![T::narrow(0.0); from.len()];
+    transpose(from, rows, columns, &mut to);
+    to
+}
+
+/// `from [rows, columns]` to `to [columns, rows]`, by squares that stay in the nearest cache.
+fn transpose<T: Float>(from: &[T], rows: usize, columns: usize, to: &mut [T]) {
+    const SIDE: usize = 16;
+    for first in (0..rows).step_by(SIDE) {
+        for start in (0..columns).step_by(SIDE) {
+            for row in first..rows.min(first + SIDE) {
+                let line = &from[row * columns..][..columns];
+                for column in start..columns.min(start + SIDE) {
+                    to[column * rows + row] = line[column];
+                }
+            }
+        }
     }
 }
 
@@ -258,290 +274,52 @@ pub fn write<C: Cached>(call: &Call<'_>, kv_pages: &mut [C::Code], k: &[f32], v:
     }
 }
 
-/// Attends; `q` and `out` are `[tokens, q_heads, head_dim]`, `lse` is `[tokens, q_heads]`; 0 in rows of padding and in rows
-/// that see nothing.
-///
-/// # Panics
-/// When slices do not have the sizes that the shapes give, or metadata points outside of them.
-pub fn attend<T: Float, C: Cached>(
-    call: &Call<'_>,
-    q: &[T],
-    kv_pages: &[C::Code],
-    out: &mut [T],
-    lse: Option<&mut [f32]>,
-    threads: &dyn Threads,
-) {
-    let KvLayout { heads: kv_heads, head_dim, .. } = call.layer.kv;
-    let width = call.group() * head_dim;
-    assert!(width > 0 && call.q_heads.is_multiple_of(kv_heads) && out.len() == q.len());
-    out.fill(T::narrow(0.0));
-    let rows = call.rows();
-    let work: usize = rows.iter().map(|row| call.layer.kv.rows() * width * (row.position + 1)).sum();
-    // Every row and KV head owns its part of the output, so they can go to whichever thread is free.
-    let mut parts: Vec<Option<&mut [T]>> = out.chunks_exact_mut(width).map(Some).collect();
-    let mut sums: Vec<&mut [f32]> = Vec::new();
-    if let Some(lse) = lse {
-        lse.fill(0.0);
-        sums.extend(lse.chunks_exact_mut(call.group()));
+/// The call on the metadata among a problem's inputs.
+pub fn call<'m>(problem: &Problem, inputs: &'m Arrays) -> Call<'m> {
+    let floats = |name| inputs.get(name).map(HostTensor::as_slice::<f32>);
+    let first_page = inputs.get("first_page").map_or(0, |page| page.as_slice::<i32>()[0] as usize);
+    Call {
+        layer: Layer { first_page, kv: problem.kv_layout() },
+        q_heads: problem.q_heads,
+        pages_per_seq: problem.pages_per_seq,
+        scale: problem.scale as f32,
+        sliding_window: problem.sliding_window,
+        soft_cap: problem.soft_cap.map(|cap| cap as f32),
+        sinks: floats("sinks"),
+        scales: floats("k_scale").zip(floats("v_scale")).map(|(k, v)| [k, v]),
+        kv_lens: inputs["kv_lens"].as_slice(),
+        page_indices: inputs["page_indices"].as_slice(),
+        cu_q_lens: inputs["cu_q_lens"].as_slice(),
+        num_seqs: inputs["num_seqs"].as_slice::<i32>()[0] as usize,
     }
-    let mut sums: Vec<_> = sums.into_iter().map(Some).collect();
-    let jobs = rows.iter().flat_map(|row| (0..kv_heads).map(move |head| (*row, head)));
-    let jobs = jobs.map(|(row, head)| {
-        let part = row.token * kv_heads + head;
-        let out = parts[part].take().expect("rows of sequences do not overlap");
-        let lse = sums.get_mut(part).and_then(Option::take).unwrap_or_default();
-        Job { call, q: &q[part * width..][..width], kv_pages, row, head, out, lse }
-    });
-    let mut jobs: Vec<Job<'_, T, C>> = jobs.collect();
-    let each = |jobs: &mut [Job<'_, T, C>]| {
-        let mut scratch = Scratch::new(call);
-        jobs.iter_mut().for_each(|job| pulp::Arch::new().dispatch(AttendRow { job, scratch: &mut scratch }));
+}
+
+/// The results of a problem that is not fused.
+pub(super) fn run(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
+    if problem.fused.is_some() {
+        return None;
+    }
+    let run = match (problem.precision.q, problem.precision.kv) {
+        (Element::F32, Element::F32) => run_as::<f32, f32>,
+        (Element::F32, Element::Bf16) => run_as::<f32, bf16>,
+        (Element::F32, Element::I8) => run_as::<f32, i8>,
+        (Element::F32, Element::F8E4M3Fn) => run_as::<f32, cached::F8E4M3Fn>,
+        (Element::F32, Element::F8E5M2) => run_as::<f32, cached::F8E5M2>,
+        (Element::Bf16, Element::Bf16) => run_as::<bf16, bf16>,
+        (Element::Bf16, Element::I8) => run_as::<bf16, i8>,
+        (Element::Bf16, Element::F8E4M3Fn) => run_as::<bf16, cached::F8E4M3Fn>,
+        (Element::Bf16, Element::F8E5M2) => run_as::<bf16, cached::F8E5M2>,
+        _ => return None,
     };
-    if work < THREADED_WORK {
-        return each(&mut jobs);
-    }
-    // Rows of one sequence grow with their position: many small pieces even out.
-    let pieces = jobs.len().min(8 * threads.count());
-    let (mut jobs, mut lists) = (jobs.into_iter(), Vec::with_capacity(pieces));
-    for piece in (1..=pieces).rev() {
-        let count = jobs.len().div_ceil(piece);
-        lists.push(jobs.by_ref().take(count).collect::<Vec<_>>());
-    }
-    threads::for_each(threads, lists, |mut jobs| each(&mut jobs));
+    Some(run(problem, inputs, threads))
 }
 
-/// One row of one KV head's group of query heads.
-struct Job<'j, T, C: Cached> {
-    call: &'j Call<'j>,
-    /// `[group, head_dim]`
-    q: &'j [T],
-    kv_pages: &'j [C::Code],
-    row: Row,
-    head: usize,
-    /// `[group, head_dim]`
-    out: &'j mut [T],
-    /// `[group]`, or empty.
-    lse: &'j mut [f32],
-}
-
-/// Buffers of one thread.
-struct Scratch {
-    /// Scaled queries of one KV head, `[group, head_dim]`.
-    q: Vec<f32>,
-    /// Accumulators, `[group, head_dim]`.
-    acc: Vec<f32>,
-    /// Logits, then weights, of one block: `[group, KEY_BLOCK]`.
-    logits: Vec<f32>,
-    /// Keys or values in f32, `[TOGETHER, head_dim]`.
-    vectors: Vec<f32>,
-    /// Largest logit so far, `[group]`.
-    max: Vec<f32>,
-    /// Sum of the weights so far, `[group]`.
-    sum: Vec<f32>,
-}
-
-impl Scratch {
-    fn new(call: &Call<'_>) -> Self {
-        let (group, dim) = (call.group(), call.layer.kv.head_dim);
-        Self {
-            q: vec![0.0; group * dim],
-            acc: vec![0.0; group * dim],
-            logits: vec![0.0; group * KEY_BLOCK],
-            vectors: vec![0.0; TOGETHER * dim],
-            max: vec![0.0; group],
-            sum: vec![0.0; group],
-        }
-    }
-}
-
-/// [`attend_row`] as `pulp` wants it: compiled once per instruction set, the best one chosen at run time.
-struct AttendRow<'s, 'j, T, C: Cached> {
-    job: &'s mut Job<'j, T, C>,
-    scratch: &'s mut Scratch,
-}
-
-impl<T: Float, C: Cached> WithSimd for AttendRow<'_, '_, T, C> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        attend_row(simd, self.job, self.scratch);
-    }
-}
-
-#[inline(always)]
-fn attend_row<S: Simd, T: Float, C: Cached>(simd: S, job: &mut Job<'_, T, C>, scratch: &mut Scratch) {
-    let Job { call, q, kv_pages, row, head, out, lse } = job;
-    let (head, kv_pages) = (*head, *kv_pages);
-    let Layer { first_page, kv } = call.layer;
-    let KvLayout { page_size, head_dim: dim, .. } = kv;
-    let table = &call.page_indices[row.sequence * call.pages_per_seq..][..call.pages_per_seq];
-    let end = row.position + 1;
-    let start = call.sliding_window.map_or(0, |window| end.saturating_sub(window));
-    let Scratch { q: scaled, acc, logits, vectors, max, sum } = scratch;
-    let scale = call.scale * call.factor(Half::Key, head);
-    scaled.iter_mut().zip(*q).for_each(|(scaled, q)| *scaled = q.widen() * scale);
-    acc.fill(0.0);
-    max.fill(f32::NEG_INFINITY);
-    sum.fill(0.0);
-    let stride = kv.token_elements();
-    // The parts of pages that hold some keys: (ordinal of the first key, its tokens).
-    let parts = |keys: Range<usize>| {
-        let mut key = keys.start;
-        std::iter::from_fn(move || {
-            let (ordinal, offset) = (key / page_size, key % page_size);
-            let count = (page_size - offset).min(keys.end - key);
-            let page = first_page + *table.get(ordinal).filter(|_| count > 0)? as usize;
-            let at = key - keys.start;
-            key += count;
-            Some((at, &kv_pages[kv.token(page, offset).start..][..count * stride]))
-        })
-    };
-    for block in (start..end).step_by(KEY_BLOCK) {
-        let keys = block..(block + KEY_BLOCK).min(end);
-        let count = keys.len();
-        for (first, tokens) in parts(keys.clone()) {
-            for (at, tokens) in tokens.chunks(TOGETHER * stride).enumerate() {
-                let (at, live) = (first + at * TOGETHER, tokens.len() / stride);
-                let keys = together::<C>(tokens, stride, kv.offset(head, Half::Key), dim, vectors);
-                for (q, logits) in scaled.chunks_exact(dim).zip(logits.chunks_exact_mut(KEY_BLOCK)) {
-                    logits[at..][..live].copy_from_slice(&dots(simd, q, keys)[..live]);
-                }
-            }
-        }
-        let groups = acc.chunks_exact_mut(dim).zip(logits.chunks_exact_mut(KEY_BLOCK));
-        for ((acc, logits), (max, sum)) in groups.zip(max.iter_mut().zip(sum.iter_mut())) {
-            if let Some(cap) = call.soft_cap {
-                logits[..count].iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
-            }
-            // Beyond the last key: weight zero, so that whole registers can be summed.
-            let logits = &mut logits[..count.next_multiple_of(8)];
-            logits[count..].fill(f32::NEG_INFINITY);
-            let new_max = max.max(largest(logits));
-            let rescale = exp(*max - new_max);
-            logits.iter_mut().for_each(|weight| *weight = exp(*weight - new_max));
-            logits[count..].fill(0.0);
-            acc.iter_mut().for_each(|x| *x *= rescale);
-            *sum = *sum * rescale + total(logits);
-            *max = new_max;
-        }
-        for (first, tokens) in parts(keys) {
-            for (at, tokens) in tokens.chunks(TOGETHER * stride).enumerate() {
-                let (at, live) = (first + at * TOGETHER, tokens.len() / stride);
-                let values = together::<C>(tokens, stride, kv.offset(head, Half::Value), dim, vectors);
-                for (acc, all) in acc.chunks_exact_mut(dim).zip(logits.chunks_exact(KEY_BLOCK)) {
-                    let mut weights = [0.0; TOGETHER];
-                    weights[..live].copy_from_slice(&all[at..][..live]);
-                    add_scaled(simd, acc, weights, values);
-                }
-            }
-        }
-    }
-    let factor = call.factor(Half::Value, head);
-    let group = call.group();
-    for (member, (out, acc)) in out.chunks_exact_mut(dim).zip(acc.chunks_exact(dim)).enumerate() {
-        let (mut largest, mut total, mut factor) = (max[member], sum[member], factor);
-        if let Some(sinks) = call.sinks {
-            let sink = sinks[head * group + member];
-            let rescale = exp(largest - largest.max(sink));
-            largest = largest.max(sink);
-            total = total * rescale + exp(sink - largest);
-            factor *= rescale;
-        }
-        for (out, acc) in out.iter_mut().zip(acc) {
-            *out = T::narrow(factor * acc / total);
-        }
-        if let Some(lse) = lse.get_mut(member) {
-            *lse = largest + total.ln();
-        }
-    }
-}
-
-/// One vector, at `offset`, of each of up to [`TOGETHER`] tokens; beyond the last token its vector again.
-#[inline(always)]
-fn together<'v, C: Cached>(
-    tokens: &'v [C::Code],
-    stride: usize,
-    offset: usize,
-    dim: usize,
-    wide: &'v mut [f32],
-) -> [&'v [f32]; TOGETHER] {
-    let last = tokens.len() / stride - 1;
-    let mut vectors: [&[f32]; TOGETHER] = [&[]; TOGETHER];
-    for ((token, vector), wide) in vectors.iter_mut().enumerate().zip(wide.chunks_exact_mut(dim)) {
-        *vector = C::vector(&tokens[token.min(last) * stride + offset..][..dim], wide);
-    }
-    vectors
-}
-
-/// The largest of a block of logits, lane by lane.
-#[inline(always)]
-fn largest(logits: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 8];
-    for logits in logits.as_chunks::<8>().0 {
-        for lane in 0..8 {
-            lanes[lane] = if logits[lane] > lanes[lane] { logits[lane] } else { lanes[lane] };
-        }
-    }
-    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
-}
-
-/// The sum of a block of weights, lane by lane.
-#[inline(always)]
-fn total(weights: &[f32]) -> f32 {
-    let mut lanes = [0f32; 8];
-    for weights in weights.as_chunks::<8>().0 {
-        for lane in 0..8 {
-            lanes[lane] += weights[lane];
-        }
-    }
-    lanes.into_iter().sum()
-}
-
-/// The products of `a` with each of `b`. (Loops, not closures: a closure is compiled without the instruction set.)
-#[inline(always)]
-fn dots<S: Simd, const N: usize>(simd: S, a: &[f32], b: [&[f32]; N]) -> [f32; N] {
-    let (a, a_rest) = S::as_simd_f32s(a);
-    let mut sums = [simd.splat_f32s(0.0); N];
-    let mut vectors: [&[S::f32s]; N] = [&[]; N];
-    for n in 0..N {
-        // Slices of one length, so that no index is checked in the loop.
-        vectors[n] = &S::as_simd_f32s(b[n]).0[..a.len()];
-    }
-    for (at, a) in a.iter().enumerate() {
-        for n in 0..N {
-            sums[n] = simd.mul_add_f32s(*a, vectors[n][at], sums[n]);
-        }
-    }
-    let mut products = [0.0; N];
-    for n in 0..N {
-        let rest = S::as_simd_f32s(b[n]).1;
-        products[n] = simd.reduce_sum_f32s(sums[n]);
-        for (a, b) in a_rest.iter().zip(rest) {
-            products[n] += a * b;
-        }
-    }
-    products
-}
-
-/// `acc += factors . x`, one after the other.
-#[inline(always)]
-fn add_scaled<S: Simd, const N: usize>(simd: S, acc: &mut [f32], factors: [f32; N], x: [&[f32]; N]) {
-    let (acc, acc_rest) = S::as_mut_simd_f32s(acc);
-    let mut vectors: [&[S::f32s]; N] = [&[]; N];
-    let mut wide = [simd.splat_f32s(0.0); N];
-    for n in 0..N {
-        vectors[n] = &S::as_simd_f32s(x[n]).0[..acc.len()];
-        wide[n] = simd.splat_f32s(factors[n]);
-    }
-    for (at, acc) in acc.iter_mut().enumerate() {
-        for n in 0..N {
-            *acc = simd.mul_add_f32s(wide[n], vectors[n][at], *acc);
-        }
-    }
-    for (at, acc) in acc_rest.iter_mut().enumerate() {
-        for n in 0..N {
-            *acc += factors[n] * S::as_simd_f32s(x[n]).1[at];
-        }
-    }
+fn run_as<T: Float, C: Cached>(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> Vec<HostTensor> {
+    let results = problem.results();
+    let array = |ty: &TensorType| HostTensor::zeros(ty.element, &ty.dims);
+    let (mut out, mut lse) = (array(&results["out"]), results.get("lse").map(array));
+    let (q, kv_pages) = (inputs["q"].as_slice(), inputs["kv_pages"].as_slice());
+    let sums = lse.as_mut().map(HostTensor::as_mut_slice);
+    attend::<T, C>(&call(problem, inputs), q, kv_pages, out.as_mut_slice(), sums, threads);
+    [Some(out), lse].into_iter().flatten().collect()
 }

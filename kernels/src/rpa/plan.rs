@@ -11,6 +11,8 @@
 //! compiler pads the arrays in HBM. Above, it is a multiple of 128, and rows come in pieces of 128. Nothing is copied around
 //! the kernel.
 
+pub(super) mod decode;
+
 use std::fmt;
 
 use pagoda_ir::{
@@ -19,10 +21,11 @@ use pagoda_ir::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use self::decode::Split;
 use super::{
     Rpa,
     kv_layout::{KvLayout, KvRows},
-    problem::{Problem, Spec},
+    problem::{Kind, Problem, Spec},
 };
 use crate::{
     chips::Chip,
@@ -79,8 +82,8 @@ const MAX_F32_LOGITS: usize = 1 << 18;
 /// Most copies in flight per block that the planner chooses: each is an instruction of its own.
 const MAX_COPIES: usize = 32;
 
-/// Whether there is a Mosaic form of a problem with these options. (Sizes are [`plannable`]'s matter.)
-pub(super) fn emitted(spec: &Spec) -> bool {
+/// Whether there is a Mosaic form of a problem with these options. (Sizes are `plannable`'s matter.)
+pub fn emitted(spec: &Spec) -> bool {
     let Spec { fused, sinks, log_sum_exp, kv_rows, precision, .. } = spec;
     fused.is_none() && !sinks && !log_sum_exp && *kv_rows == KvRows::Interleaved && precision.kv == precision.q
 }
@@ -123,6 +126,9 @@ pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> 
 
 /// What follows from legal tiles.
 pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
+    if problem.kind == Kind::Decode {
+        return decode::layout(problem, chip, tiles);
+    }
     let head_block = head_block(problem, chip);
     let Tiles { queries, kv_pages } = tiles;
     plan::Layout {
@@ -131,7 +137,12 @@ pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layou
         vmem: report(problem, tiles, head_block),
         smem: plan::smem(&problem.arguments()),
         spilling: spilling(problem, tiles, head_block),
-        details: Details { head_block, kv_heads: problem.kv_heads, keys: kv_pages * problem.page_size },
+        details: Details {
+            head_block,
+            kv_heads: problem.kv_heads,
+            keys: kv_pages * problem.page_size,
+            split: if head_block < problem.kv_heads { Split::Heads } else { Split::Nothing },
+        },
     }
 }
 
@@ -182,12 +193,14 @@ pub struct Details {
     pub kv_heads: usize,
     /// Keys of a block.
     pub keys: usize,
+    /// What the cores share out.
+    pub split: Split,
 }
 
 impl fmt::Display for Details {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { head_block, kv_heads, keys } = self;
-        write!(f, "{:<24} {head_block} of {kv_heads} KV heads, {keys} keys", "block")
+        let Self { head_block, kv_heads, keys, split } = self;
+        write!(f, "{:<24} {head_block} of {kv_heads} KV heads, {keys} keys; {split}", "block")
     }
 }
 
@@ -215,6 +228,9 @@ fn grid(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 2] {
 
 /// Whole tiles of query rows, and no more pages than a sequence has.
 pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
+    if problem.kind == Kind::Decode {
+        return decode::legal(problem, tiles);
+    }
     let most = problem.tokens.next_multiple_of(SUBLANES);
     if !tiles.queries.is_multiple_of(SUBLANES) || tiles.queries == 0 || tiles.queries > most {
         return Err(PlanError {
@@ -224,6 +240,11 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
             fix: format!("give e.g. {}", most.min(32)),
         });
     }
+    legal_pages(problem, tiles)
+}
+
+/// No more pages than a sequence has.
+fn legal_pages(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
     if tiles.kv_pages == 0 || tiles.kv_pages > problem.pages_per_seq {
         return Err(PlanError {
             key: "tiles.kv_pages",
@@ -255,11 +276,15 @@ fn pieces(problem: &Problem) -> [usize; 2] {
 /// block are one array.
 fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
     let [pieces, lanes] = pieces(problem);
-    let rows = match KvLayout::rows_of(head_block) {
+    [2, pieces, tiles.kv_pages * problem.page_size, kv_rows(head_block), lanes]
+}
+
+/// Rows of a key of `head_block` heads in VMEM.
+fn kv_rows(head_block: usize) -> usize {
+    match KvLayout::rows_of(head_block) {
         few @ (2 | 4) => few,
         rows => rows.next_multiple_of(SUBLANES),
-    };
-    [2, pieces, tiles.kv_pages * problem.page_size, rows, lanes]
+    }
 }
 
 /// A block of q as f32: `[pieces, queries, heads, lanes]`, heads padded to whole tiles.
@@ -294,6 +319,9 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
 
 /// The tiles with the most work in a block that fit `limit` with room for spills; without it, if none do.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
+    if problem.kind == Kind::Decode {
+        return decode::choose(problem, chip, limit);
+    }
     let head_block = head_block(problem, chip);
     let most_logits = if problem.precision.q == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
     let margin = |tiles| evidence::margin(&spilling(problem, tiles, head_block));

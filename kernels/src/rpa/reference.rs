@@ -119,7 +119,7 @@ fn written_by_rows(problem: &Problem, inputs: &Arrays, batch: &Batch, rotary: Ro
         let scales = scales(problem, inputs, half);
         for (sequence, row, position) in rows(batch) {
             let token = layout.token(first_page, layout.slot(sequence.pages, position)).start;
-            for kv_head in 0..problem.kv_heads {
+            for (kv_head, scale) in scales.iter().enumerate() {
                 let first = problem.q_heads + half as usize * problem.kv_heads;
                 let new = head(problem, &qkv, row, first + kv_head);
                 let [new, terms] = match half {
@@ -129,9 +129,9 @@ fn written_by_rows(problem: &Problem, inputs: &Arrays, batch: &Batch, rotary: Ro
                     Half::Value => [new.to_vec(), vec![0.0; new.len()]],
                 };
                 // What is rounded: the number, and both ends of what f32 arithmetic may make of it.
-                let error = |terms: f64| NEW_KEY * f32_roundoff * (terms / scales[kv_head]).abs();
+                let error = |terms: f64| NEW_KEY * f32_roundoff * (terms / scale).abs();
                 let [of, below, above] = [0.0, -1.0, 1.0].map(|side| {
-                    let numbers = new.iter().zip(&terms).map(|(x, &terms)| x / scales[kv_head] + side * error(terms));
+                    let numbers = new.iter().zip(&terms).map(|(x, &terms)| x / scale + side * error(terms));
                     rounded(problem.precision, numbers).to_f64()
                 });
                 let at = token + layout.offset(kv_head, half);
@@ -222,8 +222,9 @@ fn attention(problem: &Problem, inputs: &Arrays, batch: &Batch, cache: &Cache) -
                     out[1][start + index] += weight * value_off / tolerance.terms;
                 }
             }
-            for index in start..start + dim {
-                out[1][index] += out[0][index].abs() * sum_off / tolerance.terms;
+            let [values, magnitudes] = &mut out;
+            for (magnitude, value) in magnitudes[start..][..dim].iter_mut().zip(&values[start..]) {
+                *magnitude += value.abs() * sum_off / tolerance.terms;
             }
             let at = row * problem.q_heads + q_head;
             lse[0][at] = largest + total.ln();

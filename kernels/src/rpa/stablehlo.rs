@@ -41,8 +41,10 @@ pub fn emit<'c, 'a>(
     problem: &Problem,
     operands: &Named<Tensor<'c, 'a>>,
 ) -> Result<Vec<Tensor<'c, 'a>>> {
-    let Some(rotary) = problem.fused else { return attention(b, problem, operands) };
-    let operands = written(b, problem, operands, rotary)?;
+    if problem.fused.is_none() {
+        return attention(b, problem, operands);
+    }
+    let operands = written(b, problem, operands)?;
     let mut results = attention(b, problem, &operands)?;
     results[0] = b.reshape(results[0], &problem.output_type().dims)?;
     results.insert(1, operands["kv_pages"]);
@@ -72,13 +74,17 @@ pub fn rotate<'c, 'a>(
     b.concatenate(&[rotated_low, rotated_high], 2)
 }
 
-/// The operands of the attention behind a fused one's first part: queries are rotated, keys and values written.
-fn written<'c, 'a>(
+/// The first part of a fused problem, from its operands those of the same one that is not fused: queries are rotated, keys and
+/// values rotated and written.
+///
+/// # Errors
+/// None for operands of the problem's types, unless MLIR fails.
+pub fn written<'c, 'a>(
     b: &Builder<'c, 'a>,
     problem: &Problem,
     operands: &Named<Tensor<'c, 'a>>,
-    rotary: Rotary,
 ) -> Result<Named<Tensor<'c, 'a>>> {
+    let rotary = problem.fused.unwrap_or(Rotary::HalfSplit);
     let (q_heads, kv_heads, dim) = (problem.q_heads, problem.kv_heads, problem.head_dim);
     let heads = |first: usize, count: usize| {
         let part = b.slice_in_dim(operands["qkv"], first * dim, (first + count) * dim, 1)?;
@@ -95,7 +101,11 @@ fn written<'c, 'a>(
     ];
     let first_page = operands.get("first_page").map(|&page| ("first_page", page));
     let kv_pages = kv_write::emit(b, problem, &new.into_iter().chain(first_page).collect())?;
-    Ok(operands.clone().with("q", b.convert(q, problem.precision.q)?).with("kv_pages", kv_pages))
+    let q = b.convert(q, problem.precision.q)?;
+    let rest = operands.iter().filter(|(name, _)| !["qkv", "cos_sin"].contains(name));
+    let rest: Named<_> = rest.map(|(name, &operand)| (name, operand)).collect();
+    let rest = rest.with("kv_pages", kv_pages);
+    Ok([("q", q)].into_iter().chain(rest.iter().map(|(name, &operand)| (name, operand))).collect())
 }
 
 /// Keys or values `[tokens, kv_heads, head_dim]` as the cache holds them: divided by the scales of their heads, saturated,

@@ -32,12 +32,12 @@ use crate::output::write_atomically;
 pub(super) use file::run_if_asked;
 pub(super) use inspect::inspect;
 pub(super) use module::{ModuleArgs, certify_module};
-pub(super) use problem::KernelCommand;
+pub(super) use problem::{KernelCommand, Launch, NAMES};
 pub(super) use run::{RunArgs, run};
 pub(super) use tune::{TuneArgs, tune};
 
 /// What a command answers: a table for people, JSON for machines.
-trait Answer {
+pub(super) trait Answer {
     fn table(&self) -> String;
     fn json(&self) -> serde_json::Result<String>;
 }

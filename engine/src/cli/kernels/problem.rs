@@ -15,9 +15,10 @@ use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
 use pagoda_kernels::check::{Case, CheckError, Expected, compare_all};
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::cli::KernelArgs;
-use pagoda_kernels::kernel::{self, TileSizes};
+use pagoda_kernels::kernel::{self, TileSizes, Work};
 use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::random::{batch_text, parse_batch};
+use pagoda_kernels::threads::Threads;
 use pagoda_kernels::vmem::Bytes;
 use pagoda_kernels::{Arguments, Arrays, Invalid, Kernel, Named, PlanError, Problem};
 use serde::Serialize;
@@ -56,7 +57,7 @@ macro_rules! registered {
         }
 
         /// The kernels' names.
-        pub(super) const NAMES: &[&str] = &[$(<$kernel>::NAME,)*];
+        pub(in crate::cli) const NAMES: &[&str] = &[$(<$kernel>::NAME,)*];
     };
 }
 pagoda_kernels::for_each_kernel!(registered);
@@ -97,7 +98,7 @@ impl KernelCommand {
     ///
     /// # Errors
     /// The first value that cannot work.
-    pub(super) fn plan(&self) -> Result<Box<dyn Planned>> {
+    pub(in crate::cli) fn plan(&self) -> Result<Box<dyn Planned>> {
         self.0.plan()
     }
 
@@ -207,7 +208,7 @@ impl<K: Kernel> Asked for Request<K> {
 }
 
 /// A planned kernel, whichever it is.
-pub(super) trait Planned {
+pub(in crate::cli) trait Planned {
     /// `pagoda plan`: the plan, with the verdict that the records allow.
     fn answer(&self) -> Box<dyn super::Answer>;
     /// `pagoda certify`: the plan and the compiler's answer, over a batch of these `lengths` if there are some, and whether
@@ -366,7 +367,7 @@ impl<K: Kernel> fmt::Display for OverBatch<K> {
 }
 
 /// A planned kernel with inputs of its problem, whichever kernel it is.
-pub(super) trait Launch {
+pub(in crate::cli) trait Launch {
     /// The plan.
     fn plan(&self) -> &dyn Planned;
     /// The kernel's name, tiles in it.
@@ -390,6 +391,12 @@ pub(super) trait Launch {
     fn expected(&self) -> Vec<Expected>;
     /// The ragged batch, where there is one.
     fn batch(&self) -> Option<String>;
+    /// The problem in words.
+    fn problem(&self) -> String;
+    /// What a launch costs.
+    fn work(&self) -> Work;
+    /// The results by the form in Rust, where there is one.
+    fn native(&self, threads: &dyn Threads) -> Option<Vec<HostTensor>>;
     /// Compares results with `expected`.
     ///
     /// # Errors
@@ -411,6 +418,19 @@ impl<K: Kernel> Launch for Launched<K> {
 
     fn name(&self) -> &str {
         self.plan.name()
+    }
+
+    fn problem(&self) -> String {
+        self.plan.describe()
+    }
+
+    fn work(&self) -> Work {
+        let problem = self.plan.problem();
+        K::work(problem, K::lengths(problem, &self.inputs).as_deref())
+    }
+
+    fn native(&self, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
+        K::native(self.plan.problem(), &self.inputs, threads)
     }
 
     fn operands(&self) -> Vec<HostTensor> {

@@ -22,6 +22,7 @@ use pagoda_kernels::{Invalid, Named, matmul, rpa};
 use super::step::StepShape;
 use super::target::Target;
 use crate::model::config::LlamaConfig;
+use crate::model::quantization::Quantization;
 
 /// How activations lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,9 +73,13 @@ pub(super) struct Linear<'c, 'a> {
     pub(super) norm: Option<Norm<'c, 'a>>,
     /// `[out, in]`; with a SiLU gate the rows of the gate, then of what is gated.
     pub(super) weight: Tensor<'c, 'a>,
+    /// Of a quantized weight: f32, `[out, groups]` with feature-major activations, `[groups, out]` with row-major ones.
+    pub(super) scale: Option<Tensor<'c, 'a>>,
+    /// Whether the rows of `x` are quantized, too, to the weight's type.
+    pub(super) quantizes_x: bool,
     /// `[out]`
     pub(super) bias: Option<Tensor<'c, 'a>>,
-    /// `i32[]`: weight and bias are stacks `[layers, ...]`, and this is the layer.
+    /// `i32[]`: weight, scales and bias are stacks `[layers, ...]`, and this is the layer.
     pub(super) layer: Option<Tensor<'c, 'a>>,
     pub(super) activation: Activation,
     /// An activation of the result's type.
@@ -177,20 +182,40 @@ pub(super) fn lowering<'c>(
     kind: Kind,
 ) -> crate::Result<Box<dyn Lowering<'c> + 'c>> {
     let attention = attention(config, shape, rows, kind)?;
-    let plain = |orientation| stablehlo::Stablehlo::new(attention.clone(), orientation);
+    let scale = shape.kv_cache.scale();
+    let plain = |orientation| stablehlo::Stablehlo::new(attention.clone(), scale, orientation);
     Ok(match shape.target {
         Target::Portable => Box::new(plain(Orientation::FeatureMajor)),
         Target::Host => Box::new(native::Native::new(plain(Orientation::FeatureMajor))),
         Target::TileMachine(chip) => {
-            Box::new(mosaic::Mosaic::new(context, plain(Orientation::RowMajor), chip, mosaic::Runner::TileMachine)?)
+            let (plain, kernel) = (plain(Orientation::RowMajor), attention_kernel(config, shape, rows, kind)?);
+            Box::new(mosaic::Mosaic::new(context, plain, kernel, chip, mosaic::Runner::TileMachine)?)
         }
         Target::Tpu(chip) => {
-            Box::new(mosaic::Mosaic::new(context, plain(Orientation::RowMajor), chip, mosaic::Runner::Tpu)?)
+            let (plain, kernel) = (plain(Orientation::RowMajor), attention_kernel(config, shape, rows, kind)?);
+            Box::new(mosaic::Mosaic::new(context, plain, kernel, chip, mosaic::Runner::Tpu)?)
         }
     })
 }
 
-/// The attention of one shard over `rows` query rows.
+/// The attention of one shard over `rows` query rows as there is a TPU kernel for it: whole, or after rotation and KV write.
+///
+/// # Errors
+/// When the sizes do not make a valid problem.
+pub(crate) fn attention_kernel(
+    config: &LlamaConfig,
+    shape: &StepShape,
+    rows: usize,
+    kind: Kind,
+) -> std::result::Result<rpa::Problem, Invalid> {
+    let attention = attention(config, shape, rows, kind)?;
+    match rpa::plan::emitted(&attention) {
+        true => Ok(attention),
+        false => rpa::Problem::new(rpa::Spec { fused: None, ..attention.spec().clone() }),
+    }
+}
+
+/// The attention of one shard over `rows` query rows, with rotation and KV write.
 fn attention(
     config: &LlamaConfig,
     shape: &StepShape,
@@ -200,7 +225,7 @@ fn attention(
     let config = shape.parallel.shard_of(config);
     rpa::Problem::new(rpa::Spec {
         kind,
-        precision: rpa::Precision::uniform(shape.compute),
+        precision: rpa::Precision { kv: shape.kv_cache.element(), ..rpa::Precision::uniform(shape.compute) },
         tokens: rows,
         q_heads: config.q_heads,
         kv_heads: config.kv_heads,
@@ -213,20 +238,34 @@ fn attention(
         scale: (config.head_dim as f64).powf(-0.5),
         sliding_window: None,
         soft_cap: None,
+        fused: Some(rpa::Rotary::HalfSplit),
+        kv_rows: shape.target.kv_rows(config.head_dim),
         ..rpa::Spec::default()
     })
 }
 
-/// The matmul of a projection of `x`, norm apart.
-fn matmul_problem(orientation: Orientation, x: Tensor<'_, '_>, linear: &Linear<'_, '_>) -> Result<matmul::Problem> {
+/// The matmul of a projection of `x`, norm apart, and its arguments by name; a quantized `x` is made here.
+fn matmul<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    orientation: Orientation,
+    x: Tensor<'c, 'a>,
+    linear: &Linear<'c, 'a>,
+) -> Result<(matmul::Problem, Named<Tensor<'c, 'a>>)> {
     let (x_dims, w_dims) = (x.dims(), linear.weight.dims());
     let (layers, out) = match (linear.layer, &w_dims[..]) {
         (Some(_), &[layers, out, _]) => (layers, out),
         (_, w_dims) => (1, w_dims[0]),
     };
+    let k = x_dims[orientation.features()];
+    let quantized = linear.scale.map(|scale| {
+        let scales = scale.dims();
+        let groups = scales[scales.len() - 2 + (1 - orientation.features())];
+        let group = (groups > 1).then(|| k / groups);
+        matmul::Quantized { weight: linear.weight.element(), group, activations: linear.quantizes_x }
+    });
     let spec = matmul::Spec {
         m: x_dims[orientation.rows()],
-        k: x_dims[orientation.features()],
+        k,
         n: if linear.activation == Activation::SiluGate { out / 2 } else { out },
         input: x.element(),
         output: linear.result,
@@ -240,15 +279,50 @@ fn matmul_problem(orientation: Orientation, x: Tensor<'_, '_>, linear: &Linear<'
             residual: linear.residual.is_some(),
         },
         layers,
+        quantized,
     };
-    matmul::Problem::new(spec).map_err(unplanned)
+    let (x, x_scale) = match linear.quantizes_x {
+        false => (x, None),
+        true => {
+            let (x, scale) = quantize_rows(b, orientation, x, linear.weight.element())?;
+            (x, Some(scale))
+        }
+    };
+    let arguments = [
+        ("x", Some(x)),
+        ("w", Some(linear.weight)),
+        ("w_scale", linear.scale),
+        ("x_scale", x_scale),
+        ("bias", linear.bias),
+        ("residual", linear.residual),
+        ("layer", linear.layer),
+    ];
+    let arguments = arguments.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect();
+    Ok((matmul::Problem::new(spec).map_err(unplanned)?, arguments))
 }
 
-/// The arguments of the matmul kernel of a projection of `x`, by name.
-fn matmul_arguments<'c, 'a>(x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Named<Tensor<'c, 'a>> {
-    let optional = [("bias", linear.bias), ("residual", linear.residual), ("layer", linear.layer)];
-    let optional = optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor?)));
-    [("x", x), ("w", linear.weight)].into_iter().chain(optional).collect()
+/// Activations as 8-bit `element`, and a scale f32 for each row (one feature of it): its largest absolute value becomes the largest element.
+fn quantize_rows<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    orientation: Orientation,
+    x: Tensor<'c, 'a>,
+    element: Element,
+) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
+    let (dims, rows) = (x.dims(), [orientation.rows()]);
+    let x = b.convert(x, Element::F32)?;
+    let most = b.reduce_max(b.abs(x)?, &[orientation.features()])?;
+    let per_row = most.dims();
+    // A row of zeros has a scale, too.
+    let most = b.maximum(most, b.splat(Element::F32, &per_row, f64::from(f32::MIN_POSITIVE) * 1024.0)?)?;
+    let largest = Quantization::most(element);
+    let scale = b.divide(most, b.splat(Element::F32, &per_row, largest)?)?;
+    let x = b.divide(x, b.broadcast_in_dim(scale, &dims, &rows)?)?;
+    let bound = |b: &Builder<'c, 'a>, value| b.scalar(Element::F32, value);
+    let x = b.clamp(bound(b, -largest)?, x, bound(b, largest)?)?;
+    let x = if element.is_float() { x } else { b.round_nearest_even(x)? };
+    let mut kept = dims;
+    kept[orientation.features()] = 1;
+    Ok((b.convert(x, element)?, b.reshape(scale, &kept)?))
 }
 
 /// A problem that is not valid, or has no plan.

@@ -9,12 +9,12 @@ use pagoda_ir::mosaic::Kernel;
 use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::{Context, Result};
 use pagoda_kernels::chips::Chip;
-use pagoda_kernels::kernel;
-use pagoda_kernels::matmul::{self, Matmul};
+use pagoda_kernels::matmul::{Matmul, Problem, plan};
 use pagoda_kernels::rpa::{self, Rpa};
+use pagoda_kernels::{Named, kernel};
 
 use super::stablehlo::Stablehlo;
-use super::{Batch, Kind, Linear, Lowering, Orientation, Rows, matmul_arguments, matmul_problem, unplanned};
+use super::{Batch, Kind, Linear, Lowering, Orientation, Rows, matmul, unplanned};
 
 /// Who runs the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,28 +39,36 @@ pub(super) struct Mosaic<'c> {
     chip: Chip,
     runner: Runner,
     attention: Kernel<'c>,
+    /// What `attention` does.
+    problem: rpa::Problem,
     /// The matmuls so far. A step has six at most, so the list is searched.
-    matmuls: RefCell<Vec<(matmul::Problem, Rc<Kernel<'c>>)>>,
+    matmuls: RefCell<Vec<(Problem, Rc<Kernel<'c>>)>>,
 }
 
 impl<'c> Mosaic<'c> {
-    /// Plans the attention kernel.
+    /// Plans the attention kernel `problem`.
     ///
     /// # Errors
     /// When it has no plan for `chip`.
-    pub(super) fn new(context: &'c Context, plain: Stablehlo, chip: Chip, runner: Runner) -> Result<Self> {
-        let plan = rpa::plan::Plan::new(plain.attention().clone(), chip, rpa::plan::Options::default());
+    pub(super) fn new(
+        context: &'c Context,
+        plain: Stablehlo,
+        problem: rpa::Problem,
+        chip: Chip,
+        runner: Runner,
+    ) -> Result<Self> {
+        let plan = rpa::plan::Plan::new(problem.clone(), chip, rpa::plan::Options::default());
         let attention = runner.kernel(plan.map_err(unplanned)?.kernel(context)?);
-        Ok(Self { context, plain, chip, runner, attention, matmuls: RefCell::default() })
+        Ok(Self { context, plain, chip, runner, attention, problem, matmuls: RefCell::default() })
     }
 
     /// The kernel for a problem.
-    fn matmul(&self, problem: &matmul::Problem) -> Result<Rc<Kernel<'c>>> {
+    fn matmul(&self, problem: &Problem) -> Result<Rc<Kernel<'c>>> {
         let mut known = self.matmuls.borrow_mut();
         if let Some((_, kernel)) = known.iter().find(|(known, _)| known == problem) {
             return Ok(Rc::clone(kernel));
         }
-        let plan = matmul::plan::Plan::new(*problem, self.chip, matmul::plan::Options::default()).map_err(unplanned)?;
+        let plan = plan::Plan::new(*problem, self.chip, plan::Options::default()).map_err(unplanned)?;
         let kernel = Rc::new(self.runner.kernel(plan.kernel(self.context)?));
         known.push((*problem, Rc::clone(&kernel)));
         Ok(kernel)
@@ -73,14 +81,13 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
     }
 
     fn batch<'a>(&self, b: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: Tensor<'c, 'a>) -> Result<Batch<'c, 'a>> {
-        let batch = self.plain.batch(b, rows, rotary)?;
-        Ok(Batch { rows: with_a_key_per_row(b, self.plain.attention().kind, batch.rows)?, ..batch })
+        self.plain.batch(b, rows, rotary)
     }
 
     fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let x = linear.norm.map_or(Ok(x), |norm| self.norm(b, x, &norm))?;
-        let problem = matmul_problem(self.orientation(), x, linear)?;
-        let results = kernel::call::<Matmul>(b, &*self.matmul(&problem)?, &problem, &matmul_arguments(x, linear))?;
+        let (problem, arguments) = matmul(b, self.orientation(), x, linear)?;
+        let results = kernel::call::<Matmul>(b, &*self.matmul(&problem)?, &problem, &arguments)?;
         Ok(results[0])
     }
 
@@ -92,20 +99,32 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
         first_page: Tensor<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
-        let args = self.plain.write_kv(b, qkv, batch, first_page, kv)?;
-        let results = kernel::call::<Rpa>(b, &self.attention, self.plain.attention(), &args)?;
-        Ok((self.plain.join_heads(b, results[0])?, args["kv_pages"]))
+        let args = self.plain.arguments(b, qkv, batch, first_page, kv)?;
+        if self.problem.fused.is_some() {
+            let results = kernel::call::<Rpa>(b, &self.attention, &self.problem, &args)?;
+            return Ok((results[0], results[1]));
+        }
+        // Rotated and written by StableHLO.
+        let args = rpa::stablehlo::written(b, self.plain.attention(), &args)?;
+        let args = with_a_key_per_row(b, self.problem.kind, args)?;
+        let attended = kernel::call::<Rpa>(b, &self.attention, &self.problem, &args)?[0];
+        Ok((b.reshape(attended, &self.plain.attention().output_type().dims)?, args["kv_pages"]))
     }
 }
 
-/// The kernel's precondition: a sequence has no more query rows than KV tokens. In a decode step every slot has a row, and
-/// an idle slot no token: it gets the one in the first of its pages, and what comes of it goes nowhere.
-fn with_a_key_per_row<'c, 'a>(b: &Builder<'c, 'a>, kind: Kind, rows: Rows<'c, 'a>) -> Result<Rows<'c, 'a>> {
+/// The precondition of a kernel that is not fused: a sequence has no more query rows than KV tokens. In a decode step every
+/// slot has a row, and an idle slot no token: it gets the one in the first of its pages, and what comes of it goes nowhere.
+fn with_a_key_per_row<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    kind: Kind,
+    args: Named<Tensor<'c, 'a>>,
+) -> Result<Named<Tensor<'c, 'a>>> {
     let at_least = |x: Tensor<'c, 'a>, least: f64| b.maximum(x, b.splat(x.element(), &x.dims(), least)?);
     match kind {
-        Kind::Mixed => Ok(rows),
+        Kind::Mixed => Ok(args),
         Kind::Decode => {
-            Ok(Rows { kv_lens: at_least(rows.kv_lens, 1.0)?, page_indices: at_least(rows.page_indices, 0.0)?, ..rows })
+            let (kv_lens, page_indices) = (at_least(args["kv_lens"], 1.0)?, at_least(args["page_indices"], 0.0)?);
+            Ok(args.with("kv_lens", kv_lens).with("page_indices", page_indices))
         }
     }
 }

@@ -1,11 +1,11 @@
 //! Kernels in Rust, as custom calls of the CPU plugin: four matmuls and one attention a layer, and nothing between them.
 //!
-//! A matmul of more rows than the call takes (prefill) is XLA's own, and so is the gated one of a model with biases in
-//! its MLP, which the call does not know.
+//! The matmuls that the call does not know are XLA's own: of quantised weights, and the gated one of a model with biases in
+//! its MLP.
 
 use pagoda_ir::Result;
 use pagoda_ir::stablehlo::{Builder, Tensor};
-use pagoda_kernels::matmul::native::{Around, MAX_COLUMNS, Norm};
+use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::{matmul, rpa};
 
 use super::stablehlo::Stablehlo;
@@ -22,10 +22,10 @@ impl Native {
     }
 }
 
-/// Whether the call takes a projection of `x`.
-fn takes(x: Tensor<'_, '_>, linear: &Linear<'_, '_>) -> bool {
+/// Whether the call takes a projection.
+fn takes(linear: &Linear<'_, '_>) -> bool {
     let gated = linear.activation == Activation::SiluGate;
-    x.dims()[1] <= MAX_COLUMNS && linear.layer.is_none() && !(gated && linear.bias.is_some())
+    linear.layer.is_none() && linear.scale.is_none() && !(gated && linear.bias.is_some())
 }
 
 impl<'c> Lowering<'c> for Native {
@@ -39,7 +39,7 @@ impl<'c> Lowering<'c> for Native {
     }
 
     fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        if !takes(x, linear) {
+        if !takes(linear) {
             return self.plain.linear(b, x, linear);
         }
         let rows = x.dims()[1];
@@ -58,7 +58,7 @@ impl<'c> Lowering<'c> for Native {
     }
 
     fn by_row<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        match takes(x, linear) {
+        match takes(linear) {
             true => self.orientation().turn(b, self.linear(b, x, linear)?),
             false => self.plain.by_row(b, x, linear),
         }
@@ -85,7 +85,7 @@ impl<'c> Lowering<'c> for Native {
             slots: kv_slots,
             rotary: batch.angles,
             sinks: None,
-            scales: None,
+            scales: self.plain.scales(b)?,
         };
         rpa::native::emit(b, problem, &operands)
     }

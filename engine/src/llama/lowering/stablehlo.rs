@@ -1,45 +1,39 @@
 //! Plain StableHLO: what any plugin compiles, and what the other lowerings emit around their kernels.
 
-use pagoda_ir::Result;
 use pagoda_ir::stablehlo::{Builder, Tensor};
+use pagoda_ir::{Element, Result};
 use pagoda_kernels::matmul::Matmul;
 use pagoda_kernels::rpa::{self, Rpa};
 use pagoda_kernels::{Named, kernel};
 
-use super::{Batch, Linear, Lowering, Orientation, Rows, matmul_arguments, matmul_problem};
-use crate::llama::rotary;
+use super::{Batch, Linear, Lowering, Orientation, Rows, matmul};
 
 /// The lowering.
 pub(super) struct Stablehlo {
     attention: rpa::Problem,
+    /// Of the KV cache's numbers.
+    scale: f32,
     orientation: Orientation,
 }
 
 impl Stablehlo {
-    pub(super) fn new(attention: rpa::Problem, orientation: Orientation) -> Self {
-        Self { attention, orientation }
+    pub(super) fn new(attention: rpa::Problem, scale: f32, orientation: Orientation) -> Self {
+        Self { attention, scale, orientation }
     }
 
-    /// The program's attention.
+    /// The program's attention, with rotary embedding and KV write.
     pub(super) fn attention(&self) -> &rpa::Problem {
         &self.attention
     }
 
-    /// `count` heads of the stacked projection from head `first` on: `[rows, count, head_dim]`.
-    fn heads<'c, 'a>(
-        &self,
-        b: &Builder<'c, 'a>,
-        qkv: Tensor<'c, 'a>,
-        first: usize,
-        count: usize,
-    ) -> Result<Tensor<'c, 'a>> {
-        let dim = self.attention.head_dim;
-        let part = b.slice_in_dim(qkv, first * dim, (first + count) * dim, self.orientation.features())?;
-        b.reshape(self.orientation.turn(b, part)?, &[self.attention.tokens, count, dim])
+    /// The scales of keys and of values, where the cache has them: the same for each head.
+    pub(super) fn scales<'c, 'a>(&self, b: &Builder<'c, 'a>) -> Result<Option<[Tensor<'c, 'a>; 2]>> {
+        let of_heads = || b.splat(Element::F32, &[self.attention.kv_heads], self.scale.into());
+        self.attention.precision.is_scaled().then(|| Ok([of_heads()?, of_heads()?])).transpose()
     }
 
-    /// Rotates queries and keys and writes keys and values into the layer's pages: the arguments of an attention kernel.
-    pub(super) fn write_kv<'c, 'a>(
+    /// The arguments of an attention kernel.
+    pub(super) fn arguments<'c, 'a>(
         &self,
         b: &Builder<'c, 'a>,
         qkv: Tensor<'c, 'a>,
@@ -47,23 +41,14 @@ impl Stablehlo {
         first_page: Tensor<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<Named<Tensor<'c, 'a>>> {
-        let rpa::Spec { q_heads, kv_heads, layers, .. } = **self.attention();
-        let Rows { kv_slots, kv_lens, page_indices, cu_q_lens, num_seqs, .. } = batch.rows;
-        let q = rotary::rotate(b, self.heads(b, qkv, 0, q_heads)?, batch.angles)?;
-        let k = rotary::rotate(b, self.heads(b, qkv, q_heads, kv_heads)?, batch.angles)?;
-        let v = self.heads(b, qkv, q_heads + kv_heads, kv_heads)?;
-        let first_page = (layers > 1).then_some(("first_page", first_page));
-        let write = [("kv_pages", kv), ("k", k), ("v", v), ("slots", kv_slots)].into_iter().chain(first_page);
-        let kv_pages = rpa::kv_write::emit(b, &self.attention, &write.collect())?;
+        let Rows { kv_lens, page_indices, cu_q_lens, num_seqs, .. } = batch.rows;
+        let scales = self.scales(b)?.into_iter().flat_map(|[k, v]| [("k_scale", k), ("v_scale", v)]);
         let metadata =
             [("kv_lens", kv_lens), ("page_indices", page_indices), ("cu_q_lens", cu_q_lens), ("num_seqs", num_seqs)];
-        Ok([("q", q), ("kv_pages", kv_pages)].into_iter().chain(metadata).chain(first_page).collect())
-    }
-
-    /// Activations of attention's output `[rows, q_heads, head_dim]`.
-    pub(super) fn join_heads<'c, 'a>(&self, b: &Builder<'c, 'a>, attended: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        let rpa::Spec { tokens, q_heads, head_dim, .. } = *self.attention;
-        self.orientation.turn(b, b.reshape(attended, &[tokens, q_heads * head_dim])?)
+        let first_page = (self.attention.layers > 1).then_some(("first_page", first_page));
+        let qkv = self.orientation.turn(b, qkv)?;
+        let arrays = [("qkv", qkv), ("cos_sin", batch.angles)].into_iter().chain(scales).chain([("kv_pages", kv)]);
+        Ok(arrays.chain(metadata).chain(first_page).collect())
     }
 }
 
@@ -87,7 +72,8 @@ impl<'c> Lowering<'c> for Stablehlo {
     fn by_row<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let x = linear.norm.map_or(Ok(x), |norm| self.norm(b, x, &norm))?;
         let x = b.optimization_barrier(&[self.orientation.turn(b, x)?])?[0];
-        product(b, Orientation::RowMajor, x, linear)
+        let scale = linear.scale.map(|scale| self.orientation.turn(b, scale)).transpose()?;
+        product(b, Orientation::RowMajor, x, &Linear { scale, ..*linear })
     }
 
     fn attend<'a>(
@@ -98,9 +84,9 @@ impl<'c> Lowering<'c> for Stablehlo {
         first_page: Tensor<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
-        let args = self.write_kv(b, qkv, batch, first_page, kv)?;
-        let attended = kernel::stablehlo::<Rpa>(b, &self.attention, &args)?[0];
-        Ok((self.join_heads(b, attended)?, args["kv_pages"]))
+        let args = self.arguments(b, qkv, batch, first_page, kv)?;
+        let results = kernel::stablehlo::<Rpa>(b, &self.attention, &args)?;
+        Ok((self.orientation.turn(b, results[0])?, results[1]))
     }
 }
 
@@ -111,6 +97,6 @@ fn product<'c, 'a>(
     x: Tensor<'c, 'a>,
     linear: &Linear<'c, 'a>,
 ) -> Result<Tensor<'c, 'a>> {
-    let problem = matmul_problem(orientation, x, linear)?;
-    Ok(kernel::stablehlo::<Matmul>(b, &problem, &matmul_arguments(x, linear))?[0])
+    let (problem, arguments) = matmul(b, orientation, x, linear)?;
+    Ok(kernel::stablehlo::<Matmul>(b, &problem, &arguments)?[0])
 }

@@ -1,14 +1,21 @@
 //! Work that is cut into pieces, on threads that are lent for the duration of a call.
 //!
+//! Work comes in two kinds. What borrows from the caller ([`share`]) is waited for: a thread that was preempted with a piece
+//! holds the caller up. The caller then sleeps, which leaves it its core, and remembers: for some multiple of what it lost, such
+//! work stays on its own thread. What owns all that it reads ([`race`]) is not waited for: a piece that is late is done again by
+//! the caller, and what comes of it elsewhere is dropped.
+//!
 //! Invariants: [`share`] returns, or unwinds, only when no thread will look at the work any more; a panic in a piece becomes
 //! a panic of the caller, after all pieces; a thread that comes late finds nothing left, and nobody waits for it.
 
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
 
-use pagoda_kernels::threads::Threads;
+use pagoda_kernels::threads::{Elsewhere, Threads};
 
 use super::ffi::RawFrame;
 
@@ -23,7 +30,35 @@ unsafe impl Sync for Pool<'_> {}
 
 impl<'a> Pool<'a> {
     pub(super) fn of(raw: &'a RawFrame) -> Self {
-        Self { raw, count: raw.thread_count().max(1) }
+        // Of a share of the machine (affinity, a container's quota) as many threads as it has cores.
+        static CORES: LazyLock<usize> =
+            LazyLock::new(|| std::thread::available_parallelism().map_or(usize::MAX, |cores| cores.get()));
+        Self { raw, count: raw.thread_count().clamp(1, *CORES) }
+    }
+
+    /// Gives a helper to one of XLA's threads, if it takes it, and if those are not behind already: on a busy machine helpers
+    /// would queue up, with what they hold, for threads that do not come to run.
+    fn lend(&self, helper: Helper) {
+        /// Helpers that have not begun.
+        static QUEUED: AtomicUsize = AtomicUsize::new(0);
+        /// # Safety
+        /// `data` is a helper given away by `into_raw`.
+        unsafe extern "C" fn help(data: *mut c_void) {
+            QUEUED.fetch_sub(1, Ordering::Relaxed);
+            // SAFETY: by contract.
+            unsafe { Helper::from_raw(data) }.work();
+        }
+        if QUEUED.fetch_add(1, Ordering::Relaxed) >= 2 * self.count {
+            QUEUED.fetch_sub(1, Ordering::Relaxed);
+            return;
+        }
+        let data = helper.into_raw();
+        // SAFETY: the helper may be used once, at any time and by any thread.
+        if !unsafe { self.raw.schedule(help, data) } {
+            QUEUED.fetch_sub(1, Ordering::Relaxed);
+            // SAFETY: the task was refused and will not run.
+            drop(unsafe { Helper::from_raw(data) });
+        }
     }
 }
 
@@ -33,20 +68,44 @@ impl Threads for Pool<'_> {
     }
 
     fn run(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
-        /// # Safety
-        /// `data` is a helper given away by `into_raw`.
-        unsafe extern "C" fn help(data: *mut c_void) {
-            // SAFETY: by contract.
-            unsafe { Helper::from_raw(data) }.work();
+        let most = if CAUTION.is_alone() { 0 } else { self.count - 1 };
+        share(count, work, most, |helper| self.lend(helper));
+    }
+
+    fn race(&self, count: usize, work: Arc<Elsewhere>, take: &mut dyn FnMut(usize, Option<Vec<f32>>)) {
+        race(count, work, take, self.count - 1, |helper| self.lend(helper));
+    }
+}
+
+/// Whether work that is waited for stays on the caller's thread.
+struct Caution {
+    since: LazyLock<Instant>,
+    /// Nanoseconds since then.
+    until: AtomicU64,
+}
+
+static CAUTION: Caution = Caution { since: LazyLock::new(Instant::now), until: AtomicU64::new(0) };
+
+impl Caution {
+    /// What is no preemption: a piece that takes long, or a thread that wakes up.
+    const TOLERATED: Duration = Duration::from_micros(500);
+    /// How many times what was lost is waited.
+    const TIMES: u32 = 8;
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    fn is_alone(&self) -> bool {
+        let until = self.until.load(Ordering::Relaxed);
+        until > 0 && self.now() < until
+    }
+
+    fn was_held_up(&self, lost: Duration) {
+        if lost > Self::TOLERATED {
+            let wait = u64::try_from((lost * Self::TIMES).as_nanos()).unwrap_or(u64::MAX);
+            self.until.store(self.now().saturating_add(wait), Ordering::Relaxed);
         }
-        share(count, work, self.count - 1, |helper| {
-            let data = helper.into_raw();
-            // SAFETY: the helper may be used once, at any time and by any thread.
-            if !unsafe { self.raw.schedule(help, data) } {
-                // SAFETY: the task was refused and will not run.
-                drop(unsafe { Helper::from_raw(data) });
-            }
-        });
     }
 }
 
@@ -60,9 +119,10 @@ fn share(count: usize, work: &(dyn Fn(usize) + Sync), most: usize, mut lend: imp
         std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(work)
     };
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let owner = Owner(Arc::new(Pieces { work, count, next, done, panicked: AtomicBool::new(false) }));
+    let (panicked, caller) = (AtomicBool::new(false), std::thread::current());
+    let owner = Owner(Arc::new(Pieces { work, count, next, done, panicked, caller }));
     for _ in 0..most.min(count.saturating_sub(1)) {
-        lend(Helper(Arc::clone(&owner.0)));
+        lend(Helper::Shared(Arc::clone(&owner.0)));
     }
     let pieces = Arc::clone(&owner.0);
     drop(owner);
@@ -77,6 +137,7 @@ struct Pieces {
     next: AtomicUsize,
     done: AtomicUsize,
     panicked: AtomicBool,
+    caller: Thread,
 }
 
 // SAFETY: `work` may be called from any thread; the rest is atomic.
@@ -96,28 +157,36 @@ impl Pieces {
             if catch_unwind(AssertUnwindSafe(|| work(piece))).is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
-            self.done.fetch_add(1, Ordering::Release);
+            if self.done.fetch_add(1, Ordering::Release) + 1 == self.count {
+                self.caller.unpark();
+            }
         }
     }
 }
 
 /// A thread's share of the work.
-struct Helper(Arc<Pieces>);
+enum Helper {
+    Shared(Arc<Pieces>),
+    Racing(Arc<Race>),
+}
 
 impl Helper {
     fn work(self) {
-        self.0.take_all();
+        match self {
+            Self::Shared(pieces) => pieces.take_all(),
+            Self::Racing(race) => race.make_all(),
+        }
     }
 
     fn into_raw(self) -> *mut c_void {
-        Arc::into_raw(self.0).cast_mut().cast()
+        Box::into_raw(Box::new(self)).cast()
     }
 
     /// # Safety
     /// `data` came from [`into_raw`](Self::into_raw) and is not used again.
     unsafe fn from_raw(data: *mut c_void) -> Self {
         // SAFETY: by contract.
-        Self(unsafe { Arc::from_raw(data.cast::<Pieces>()) })
+        *unsafe { Box::from_raw(data.cast::<Self>()) }
     }
 }
 
@@ -126,11 +195,92 @@ struct Owner(Arc<Pieces>);
 
 impl Drop for Owner {
     fn drop(&mut self) {
+        /// A piece that runs is done within this time more often than not; asleep, the caller would be woken late.
+        const SPINS: u32 = 1 << 12;
         self.0.take_all();
-        let mut spins = 0_u32;
-        while self.0.done.load(Ordering::Acquire) < self.0.count {
-            spins = spins.wrapping_add(1);
-            if spins.is_multiple_of(1024) { std::thread::yield_now() } else { std::hint::spin_loop() }
+        let all_done = || self.0.done.load(Ordering::Acquire) >= self.0.count;
+        for _ in 0..SPINS {
+            if all_done() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        let started = Instant::now();
+        while !all_done() {
+            // Asleep, it leaves its core to whoever has the piece.
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        CAUTION.was_held_up(started.elapsed());
+    }
+}
+
+/// Has up to `most` others, to which `lend` gives helpers, make pieces, while this thread takes the others with `take(piece,
+/// None)`; then takes those over that were made, and all that are late.
+fn race(
+    count: usize,
+    work: Arc<Elsewhere>,
+    take: &mut dyn FnMut(usize, Option<Vec<f32>>),
+    most: usize,
+    mut lend: impl FnMut(Helper),
+) {
+    let made = (0..count).map(|_| Mutex::new(Made::Open)).collect();
+    let race = Arc::new(Race { work, next: AtomicUsize::new(0), made });
+    for _ in 0..most.min(count.saturating_sub(1)) {
+        lend(Helper::Racing(Arc::clone(&race)));
+    }
+    let started = Instant::now();
+    let mut own = vec![false; count];
+    while let Some(piece) = race.next_piece() {
+        own[piece] = true;
+        take(piece, None);
+    }
+    let done = own.iter().filter(|&&own| own).count();
+    // As long as a piece takes here it may still come from elsewhere.
+    let deadline = started.elapsed() + started.elapsed() / done.max(1) as u32;
+    for piece in (0..count).filter(|&piece| !own[piece]) {
+        let made = loop {
+            let mut slot = race.made[piece].lock().unwrap_or_else(PoisonError::into_inner);
+            let late = started.elapsed() > deadline;
+            match std::mem::replace(&mut *slot, if late { Made::Late } else { Made::Open }) {
+                Made::Done(made) => break Some(made),
+                _ if late => break None,
+                _ => drop(slot),
+            }
+            std::hint::spin_loop();
+        };
+        take(piece, made);
+    }
+}
+
+/// Pieces that others make.
+struct Race {
+    work: Arc<Elsewhere>,
+    next: AtomicUsize,
+    made: Vec<Mutex<Made>>,
+}
+
+/// What has become of a piece.
+enum Made {
+    /// Nothing yet.
+    Open,
+    Done(Vec<f32>),
+    /// The caller does it: what comes is dropped.
+    Late,
+}
+
+impl Race {
+    fn next_piece(&self) -> Option<usize> {
+        Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|&piece| piece < self.made.len())
+    }
+
+    fn make_all(&self) {
+        while let Some(piece) = self.next_piece() {
+            // A piece that panics is late: the caller does it, and panics.
+            let Ok(made) = catch_unwind(AssertUnwindSafe(|| (self.work)(piece))) else { return };
+            let mut slot = self.made[piece].lock().unwrap_or_else(PoisonError::into_inner);
+            if matches!(*slot, Made::Open) {
+                *slot = Made::Done(made);
+            }
         }
     }
 }
@@ -177,6 +327,41 @@ mod tests {
         }));
         assert!(outcome.is_err());
         assert_eq!(others.into_inner(), 19);
+    }
+
+    /// Helpers that are on time, that come too late, that never return, and that panic.
+    #[test]
+    fn a_race_takes_every_piece_once_whoever_is_late() {
+        let hang: Arc<Mutex<()>> = Arc::default();
+        let held = hang.lock().unwrap();
+        type Work = fn(usize, &Mutex<()>);
+        let works: [Work; 3] =
+            [|_, _| (), |piece, _| assert_ne!(piece % 3, 1, "as asked"), |_, hang| drop(hang.lock())];
+        for (count, most, work) in [(0, 3, 0), (1, 3, 0), (7, 0, 2), (50, 3, 0), (50, 3, 1), (9, 2, 2)] {
+            let mut taken = vec![0; count];
+            let (seen, threads) = (Arc::clone(&hang), Mutex::new(Vec::new()));
+            let made: Arc<Elsewhere> = Arc::new(move |piece| {
+                works[work](piece, &seen);
+                vec![piece as f32]
+            });
+            let mut take = |piece: usize, made: Option<Vec<f32>>| {
+                taken[piece] += 1;
+                assert!(made.is_none_or(|made| made == [piece as f32]));
+            };
+            let lend = |helper: Helper| threads.lock().unwrap().push(std::thread::spawn(|| helper.work()));
+            race(count, made, &mut take, most, lend);
+            assert_eq!(taken, vec![1; count], "{count} pieces, {most} helpers, work {work}");
+        }
+        drop(held);
+    }
+
+    #[test]
+    fn who_was_held_up_is_alone_for_a_while() {
+        let caution = Caution { since: LazyLock::new(Instant::now), until: AtomicU64::new(0) };
+        caution.was_held_up(Caution::TOLERATED);
+        assert!(!caution.is_alone());
+        caution.was_held_up(Duration::from_secs(100));
+        assert!(caution.is_alone());
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Ragged paged attention as Mosaic kernels: what they share.
 //!
-//! [`mixed`] takes any batch. Both the metadata of a launch ([`Metadata`]) and the arithmetic of registers are here.
+//! `mixed` takes any batch, `decode` those of at most one row per sequence. Both the metadata of a launch (`Metadata`) and the arithmetic of registers are here.
 
+mod decode;
 mod mixed;
 
 use pagoda_ir::{
@@ -9,7 +10,12 @@ use pagoda_ir::{
     mosaic::{Builder, Kernel, Ref, Value, tiling::LANES},
 };
 
-use super::{batch::Batch, plan::Plan, problem::Problem};
+use super::{
+    batch::Batch,
+    plan::{Options, Plan},
+    problem::{Kind, Problem, Spec},
+};
+use crate::plan::PlanError;
 
 /// The maximum of no logits: stands for minus infinity where two of them may be subtracted.
 const NONE: f64 = -1e30;
@@ -19,7 +25,10 @@ const MASKED: f64 = 2.0 * NONE;
 /// Writes the kernel that `plan` describes. Inputs: `kv_lens`, `page_indices`, `cu_q_lens`, `num_seqs`, with several layers
 /// `first_page [1]`, then `q` and `kv_pages`.
 pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
-    mixed::Body::declare(k, plan, None).write();
+    match plan.problem().kind {
+        Kind::Mixed => mixed::Body::declare(k, plan, None).write(),
+        Kind::Decode => decode::write(k, plan, None),
+    }
 }
 
 /// The kernel of `plan` with the lengths of one batch as constants: the compiler then knows how often each loop turns, and
@@ -28,7 +37,42 @@ pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
 /// # Errors
 /// None, unless MLIR fails.
 pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
-    plan.kernel_by(context, |k| mixed::Body::declare(k, plan, Some(batch)).write())
+    plan.kernel_by(context, |k| match plan.problem().kind {
+        Kind::Mixed => mixed::Body::declare(k, plan, Some(batch)).write(),
+        Kind::Decode => decode::write(k, plan, Some((batch, None))),
+    })
+}
+
+/// As [`kernel_of_batch`], of one core of the device, and the plan of it: where the cores have each some of the heads, both
+/// are of a launch of so many heads on one core (the compiler cannot estimate copies of some heads of a page). Only that
+/// core's rows of the output are written.
+///
+/// # Errors
+/// None, unless MLIR fails.
+pub fn kernel_of_core<'c>(context: &'c Context, plan: &Plan, batch: &Batch, core: usize) -> Result<(Plan, Kernel<'c>)> {
+    let (problem, head_block) = (plan.problem(), plan.head_block());
+    let (plan, core) = if head_block == problem.kv_heads {
+        (plan.clone(), Core::Number(core))
+    } else {
+        let spec = Spec { kv_heads: head_block, q_heads: head_block * problem.group(), ..problem.spec().clone() };
+        let options = Options { tiles: Some(plan.tiles()), vmem_limit: Some(plan.limit()) };
+        let part = Problem::new(spec).map_err(PlanError::from).and_then(|part| Plan::new(part, plan.chip(), options));
+        (part.map_err(|error| pagoda_ir::Error::op("rpa", error.to_string()))?, Core::Only)
+    };
+    let kernel = plan.kernel_by(context, |k| match plan.problem().kind {
+        Kind::Mixed => mixed::Body::declare(k, &plan, Some(batch)).write(),
+        Kind::Decode => decode::write(k, &plan, Some((batch, Some(core)))),
+    })?;
+    Ok((plan, kernel))
+}
+
+/// Which core a kernel of one batch is of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Core {
+    /// That of this number.
+    Number(usize),
+    /// The only one: there is nothing to share.
+    Only,
 }
 
 /// The ragged metadata of a launch: read from SMEM, or one batch's own as constants.

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
-use crate::llama::{DeviceModel, Parallel, Target};
+use crate::llama::{DeviceModel, KvCache, Parallel, Target};
 use crate::model::config::LlamaConfig;
 use crate::model::weights::Weights;
 use crate::pjrt::Client;
@@ -62,6 +62,7 @@ pub fn decode_rate(
     let options = EngineOptions {
         limits,
         compute,
+        kv_cache: KvCache::of(compute),
         target,
         sampling: SamplingOptions::GREEDY,
         stop: StopRule::default(),

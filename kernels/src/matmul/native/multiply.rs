@@ -1,0 +1,557 @@
+//! The arithmetic of the matmul: columns are packed once, then every thread goes through rows of the weight.
+
+use std::sync::Arc;
+
+use super::{Activation, Around, Norm};
+use crate::{
+    float::{Float, exp},
+    simd::{self, Isa, LANES, Product, Register, Task},
+    threads::{self, Guard, Threads},
+};
+
+/// What one core does in a nanosecond, roughly: multiply-adds, and bytes of a weight that is in a cache.
+const MULTIPLY_ADDS: usize = 100;
+const BYTES: usize = 60;
+/// Nanoseconds that are worth a second thread, and of a piece of work.
+const THREADED: usize = 12_000;
+const PIECE: usize = 5_000;
+/// Bytes of packed columns, and rows of the result, of a block that stays in a core's own cache.
+const BLOCK_BYTES: usize = 1 << 18;
+const BLOCK_ROWS: usize = 64;
+/// Bytes of rows that stay in the nearest cache while columns pass.
+const STRIP_BYTES: usize = 1 << 14;
+
+/// The operands of one call.
+#[derive(Clone, Debug)]
+pub struct Call<'a, T> {
+    /// `[n, k]`, with a SiLU gate `[2 n, k]`
+    pub w: &'a [T],
+    /// `[k, m]`
+    pub x: &'a [T],
+    /// `m`
+    pub columns: usize,
+    /// Norm, activation, residual.
+    pub around: Around<&'a [T]>,
+    /// What keeps `w` alive and unwritten beyond the call: then no thread that is late holds the caller up.
+    pub resident: Option<Guard>,
+}
+
+/// Computes `y [n, m]`.
+///
+/// # Panics
+/// When a slice does not have the size that the shape gives.
+pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &dyn Threads) {
+    let Call { w, x, columns: m, around, .. } = *call;
+    if m == 0 || y.is_empty() {
+        return;
+    }
+    let (k, n) = (x.len() / m, y.len() / m);
+    let halves = if around.activation == Activation::SiluGate { 2 } else { 1 };
+    assert!(x.len() == k * m && y.len() == n * m, "{} and {} elements, {m} columns", x.len(), y.len());
+    assert!(w.len() == halves * n * k, "w has {} elements for {halves} times [{n}, {k}]", w.len());
+    assert!(around.residual.is_none_or(|residual| residual.len() == y.len()), "the residual's size");
+    assert!(around.norm.is_none_or(|norm| norm.weight.len() == k), "the norm's weight");
+    if k == 0 {
+        return y.fill(O::narrow(0.0));
+    }
+    let packed: Arc<[Group]> = T::pack(Pack { x, m, norm: around.norm }).into();
+    let weights = halves * n * k;
+    let nanoseconds = (weights * m / MULTIPLY_ADDS).max(weights * size_of::<T>() / BYTES);
+    let pieces = match threads.count() {
+        count if count > 1 && nanoseconds >= THREADED => {
+            // Small enough that what one thread is late by is little, large enough that taking them costs nothing.
+            (nanoseconds / PIECE).clamp(2 * count, 64 * count)
+        }
+        _ => 1,
+    };
+    let rows = n.div_ceil(pieces).next_multiple_of(8);
+    let weight = Weight { w, n, k, gated: halves == 2 };
+    let take = |piece: usize, y: &mut [O], made: Vec<f32>| {
+        let residual = around.residual.map(|residual| &residual[piece * rows * m..][..y.len()]);
+        for (at, (y, made)) in y.iter_mut().zip(made).enumerate() {
+            *y = O::narrow(residual.map_or(made, |residual| made + residual[at].widen()));
+        }
+    };
+    match &call.resident {
+        Some(guard) if pieces > 1 => {
+            let elsewhere = Elsewhere { w: w.as_ptr(), length: w.len(), guard: Arc::clone(guard) };
+            let columns = packed.clone();
+            let work = move |piece: usize| {
+                let weight = Weight { w: elsewhere.values(), n, k, gated: halves == 2 };
+                weight.rows(piece * rows, rows, &columns, m)
+            };
+            threads.race(n.div_ceil(rows), Arc::new(work), &mut |piece, made| {
+                let made = made.unwrap_or_else(|| weight.rows(piece * rows, rows, &packed, m));
+                let first = piece * rows * m;
+                take(piece, &mut y[first..][..made.len()], made);
+            });
+        }
+        _ => {
+            let parts = y.chunks_mut(rows * m).enumerate();
+            threads::for_each(threads, parts.collect(), |(piece, y)| {
+                take(piece, y, weight.rows(piece * rows, rows, &packed, m));
+            });
+        }
+    }
+}
+
+/// A weight that stays where it is for as long as its guard lives.
+struct Elsewhere<T> {
+    w: *const T,
+    length: usize,
+    #[expect(dead_code, reason = "it is held, not looked at")]
+    guard: Guard,
+}
+
+// SAFETY: it is only read, and its elements may be read by any thread.
+unsafe impl<T: Sync> Send for Elsewhere<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Elsewhere<T> {}
+
+impl<T> Elsewhere<T> {
+    fn values(&self) -> &[T] {
+        // SAFETY: it was made of a slice, and who gave the guard promised that the memory stays as it is.
+        unsafe { std::slice::from_raw_parts(self.w, self.length) }
+    }
+}
+
+/// `[n, k]`, with a SiLU gate `[2 n, k]`.
+#[derive(Clone, Copy)]
+struct Weight<'w, T> {
+    w: &'w [T],
+    n: usize,
+    k: usize,
+    gated: bool,
+}
+
+impl<T: Float> Weight<'_, T> {
+    /// Up to `most` rows of the product from row `first` on, gated where it is.
+    fn rows(&self, first: usize, most: usize, packed: &[Group], m: usize) -> Vec<f32> {
+        let (k, count) = (self.k, most.min(self.n - first));
+        let rows = |first: usize| &self.w[first * k..][..count * k];
+        let up = self.gated.then(|| rows(self.n + first));
+        let mut y = vec![0.0; count * m];
+        T::part(Part { gate: rows(first), up, packed, y: &mut y, k, m });
+        y
+    }
+}
+
+/// Columns that are multiplied with the rows of the weight together, packed as registers take them.
+pub struct Group {
+    /// The first of them.
+    first: usize,
+    columns: usize,
+    /// `[steps, columns, registers of a step]`, zeros beyond the last element.
+    registers: Vec<Register>,
+}
+
+/// Packs `norm(x)`.
+pub struct Pack<'p, T> {
+    /// `[k, m]`
+    x: &'p [T],
+    m: usize,
+    norm: Option<Norm<&'p [T]>>,
+}
+
+impl<T: Float> Task<T> for Pack<'_, T> {
+    type Output = Vec<Group>;
+
+    #[inline(always)]
+    fn run<P: Product<Element = T>>(self, p: P) -> Vec<Group> {
+        let Self { x, m, norm } = self;
+        let (k, count) = (x.len() / m, m.div_ceil(P::Isa::COLUMNS));
+        let steps = k.div_ceil(P::ELEMENTS);
+        let mut groups = Vec::with_capacity(count);
+        let mut wide = Vec::new();
+        let mut first = 0;
+        for group in 0..count {
+            // As even as can be.
+            let columns = (m - first).div_ceil(count - group);
+            // [steps, columns, elements of a step]
+            wide.clear();
+            wide.resize(steps * columns * P::ELEMENTS, 0.0);
+            if m == 1 {
+                for (wide, x) in wide.iter_mut().zip(x) {
+                    *wide = x.widen();
+                }
+            } else {
+                for step in 0..steps {
+                    let wide = &mut wide[step * columns * P::ELEMENTS..][..columns * P::ELEMENTS];
+                    let live = P::ELEMENTS.min(k - step * P::ELEMENTS);
+                    for at in 0..live {
+                        let row = &x[(step * P::ELEMENTS + at) * m + first..][..columns];
+                        for (column, x) in row.iter().enumerate() {
+                            wide[column * P::ELEMENTS + at] = x.widen();
+                        }
+                    }
+                }
+            }
+            if let Some(norm) = norm {
+                normalize::<P>(p, &mut wide, columns, norm);
+            }
+            let mut registers = vec![Register::ZERO; steps * columns * P::REGISTERS];
+            for (step, registers) in wide.chunks_exact(P::ELEMENTS).zip(registers.chunks_exact_mut(P::REGISTERS)) {
+                p.pack(step, registers);
+            }
+            groups.push(Group { first, columns, registers });
+            first += columns;
+        }
+        groups
+    }
+}
+
+/// The norm of each of some columns, `[steps, columns, elements of a step]`. A column's squares are summed in one order.
+#[inline(always)]
+fn normalize<P: Product>(p: P, wide: &mut [f32], columns: usize, norm: Norm<&[P::Element]>) {
+    let (isa, k) = (p.isa(), norm.weight.len());
+    for column in 0..columns {
+        let mut squares = isa.splat(0.0);
+        for step in wide.chunks_exact(columns * P::ELEMENTS) {
+            for x in step[column * P::ELEMENTS..][..P::ELEMENTS].as_chunks::<LANES>().0 {
+                let x = isa.load(x);
+                squares = isa.fma(x, x, squares);
+            }
+        }
+        let [squares, ..] = isa.sums([squares; 4]);
+        let scale = 1.0 / (squares / k as f32 + norm.epsilon as f32).sqrt();
+        let weights = norm.weight.chunks(P::ELEMENTS);
+        for (step, weights) in wide.chunks_exact_mut(columns * P::ELEMENTS).zip(weights) {
+            for (x, weight) in step[column * P::ELEMENTS..].iter_mut().zip(weights) {
+                *x = P::Element::narrow(P::Element::narrow(*x * scale).widen() * weight.widen()).widen();
+            }
+        }
+    }
+}
+
+/// Some rows of the result, and of the weight.
+pub struct Part<'p, T> {
+    /// The weight's rows, or those of the gate.
+    gate: &'p [T],
+    up: Option<&'p [T]>,
+    packed: &'p [Group],
+    y: &'p mut [f32],
+    k: usize,
+    m: usize,
+}
+
+impl<T: Float> Task<T> for Part<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<P: Product<Element = T>>(mut self, p: P) {
+        match (P::Isa::FEW, self.m <= P::Isa::FEW) {
+            (1, false) => self.strips::<P, 2>(p),
+            (1, true) | (_, false) => self.strips::<P, 4>(p),
+            (_, true) => self.strips::<P, 8>(p),
+        }
+    }
+}
+
+/// Most rows, and most columns, of a tile.
+const MOST: [usize; 2] = [8, 6];
+
+impl<T: Float> Part<'_, T> {
+    /// Goes through the result by strips of as many rows as make `R` rows of the weight. Where there are several groups of
+    /// columns, all loops are over blocks that stay in a cache: a strip's elements of some steps, in the nearest one, meet
+    /// every group of a block before the next strip comes, and the sums wait in memory for the next steps.
+    #[inline(always)]
+    fn strips<P: Product<Element = T>, const R: usize>(&mut self, p: P) {
+        let (k, m) = (self.k, self.m);
+        let whole = k / P::ELEMENTS;
+        let steps = match self.packed.len() {
+            1 => whole.max(1),
+            _ => STRIP_BYTES / (R * P::ELEMENTS * size_of::<T>()),
+        };
+        let column_bytes = steps.min(whole + 1) * P::REGISTERS * size_of::<Register>();
+        let in_block = (BLOCK_BYTES / (column_bytes * self.packed[0].columns)).max(2);
+        let rows = if self.up.is_some() { R / 2 } else { R };
+        let count = self.y.len() / m;
+        // [strips, groups, R * most columns]
+        let waiting = if whole > steps { BLOCK_ROWS.div_ceil(rows) * in_block.min(self.packed.len()) } else { 0 };
+        let mut partial = vec![Register::ZERO; waiting * R * MOST[1]];
+        for begin in (0..count).step_by(BLOCK_ROWS) {
+            let end = count.min(begin + BLOCK_ROWS);
+            for block in self.packed.chunks(in_block) {
+                let mut from = 0;
+                loop {
+                    let to = whole.min(from + steps);
+                    for (index, first) in (begin..end).step_by(rows).enumerate() {
+                        let live = rows.min(count - first);
+                        let mut pointers = [self.gate.as_ptr(); R];
+                        for (row, pointer) in pointers.iter_mut().enumerate() {
+                            let half = if row < rows { self.gate } else { self.up.unwrap_or(self.gate) };
+                            // Beyond the last row: the last row again, whose sums are not kept.
+                            *pointer = half[(first + (row % rows).min(live - 1)) * k..][..k].as_ptr();
+                        }
+                        let strip = Strip { first, rows: live, from, to, half: rows };
+                        for (at, group) in block.iter().enumerate() {
+                            let place = (index * block.len() + at) * R * MOST[1];
+                            let partial = if waiting == 0 { &mut [][..] } else { &mut partial[place..][..R * MOST[1]] };
+                            // What comes next is on its way while this is worked on.
+                            let ahead = if at == 0 { rows * k } else { 0 };
+                            match group.columns {
+                                1 => self.tile::<P, R, 1>(p, pointers, group, &strip, partial, ahead),
+                                2 => self.tile::<P, R, 2>(p, pointers, group, &strip, partial, ahead),
+                                3 => self.tile::<P, R, 3>(p, pointers, group, &strip, partial, ahead),
+                                4 => self.tile::<P, R, 4>(p, pointers, group, &strip, partial, ahead),
+                                5 => self.tile::<P, R, 5>(p, pointers, group, &strip, partial, ahead),
+                                _ => self.tile::<P, R, 6>(p, pointers, group, &strip, partial, ahead),
+                            }
+                        }
+                    }
+                    from = to;
+                    if from == whole {
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Rows by the columns of a group, over the steps of a strip.
+    #[inline(always)]
+    fn tile<P: Product<Element = T>, const R: usize, const C: usize>(
+        &mut self,
+        p: P,
+        rows: [*const T; R],
+        group: &Group,
+        strip: &Strip,
+        partial: &mut [Register],
+        ahead: usize,
+    ) {
+        if C > P::Isa::COLUMNS || R > 4 && C > P::Isa::FEW {
+            unreachable!("groups are of fewer columns");
+        }
+        let (isa, k) = (p.isa(), self.k);
+        let mut sums = [[isa.splat(0.0); C]; R];
+        if strip.from > 0 {
+            for row in 0..R {
+                for column in 0..C {
+                    sums[row][column] = isa.load(&partial[row * C + column].0);
+                }
+            }
+        }
+        let mut at = rows;
+        for row in 0..R {
+            at[row] = rows[row].wrapping_add(strip.from * P::ELEMENTS);
+        }
+        assert!(group.registers.len() == k.div_ceil(P::ELEMENTS) * C * P::REGISTERS && strip.to * P::ELEMENTS <= k);
+        let columns = group.registers[strip.from * C * P::REGISTERS..].as_ptr();
+        let steps = strip.to - strip.from;
+        // SAFETY: rows are of `k` elements, and the columns of as many, filled up to a step.
+        sums = unsafe {
+            match ahead {
+                0 => simd::multiply::<P, R, C, false>(p, at, columns, steps, sums, 0),
+                _ => simd::multiply::<P, R, C, true>(p, at, columns, steps, sums, ahead),
+            }
+        };
+        if strip.to < k / P::ELEMENTS {
+            for row in 0..R {
+                for column in 0..C {
+                    isa.store(sums[row][column], &mut partial[row * C + column].0);
+                }
+            }
+            return;
+        }
+        // SAFETY: as above.
+        sums = unsafe { simd::multiply_rest(p, rows, group.registers.as_ptr(), k, sums) };
+        self.finish(simd::sums(p, &sums), group.first, strip);
+    }
+
+    /// What is done behind the product.
+    #[inline(always)]
+    fn finish<const R: usize, const C: usize>(&mut self, sums: [[f32; C]; R], first_column: usize, strip: &Strip) {
+        let m = self.m;
+        // [rows, columns] in one array of whole registers.
+        let mut flat = [0.0; MOST[0] * MOST[1]];
+        for row in 0..R {
+            for column in 0..C {
+                flat[row * C + column] = sums[row][column];
+            }
+        }
+        if self.up.is_some() {
+            let half = strip.half * C;
+            let mut up = [0.0; MOST[0] * MOST[1] / 2];
+            up[..half].copy_from_slice(&flat[half..2 * half]);
+            for at in 0..(R / 2 * C).next_multiple_of(8) {
+                flat[at] *= sigmoid(flat[at]) * up[at];
+            }
+        }
+        for row in 0..strip.rows {
+            let y = &mut self.y[(strip.first + row) * m + first_column..][..C];
+            for column in 0..C {
+                y[column] = flat[row * C + column];
+            }
+        }
+    }
+}
+
+/// Rows of the result, and steps along them.
+struct Strip {
+    first: usize,
+    /// How many are live.
+    rows: usize,
+    from: usize,
+    to: usize,
+    /// Rows of the gate, before those of what is gated.
+    half: usize,
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    // Of the two forms the one whose exponential cannot overflow.
+    let e = exp(-x.abs());
+    (if x < 0.0 { e } else { 1.0 }) / (1.0 + e)
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use pagoda_ir::{Element, HostTensor};
+
+    use super::*;
+    use crate::{
+        check::compare,
+        matmul::{Epilogue, Layout, Problem, Spec, reference::reference},
+        named::Arrays,
+        threads::{Caller, Scoped},
+    };
+
+    fn value(i: usize) -> f64 {
+        ((i * 7919 + 13) % 257) as f64 / 64.0 - 2.0
+    }
+
+    fn tensor(element: Element, dims: &[usize], first: usize) -> HostTensor {
+        let values: Vec<f64> = (0..dims.iter().product()).map(|i| value(i + first)).collect();
+        HostTensor::from_f64(element, dims, &values)
+    }
+
+    fn run<T: Float>(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> HostTensor {
+        let mut output = tensor(problem.output, &problem.output_type().dims, 0);
+        let residual = inputs.get("residual").map(|residual| residual.as_slice::<T>());
+        let around = Around { norm: None, activation: problem.epilogue.activation, residual };
+        let call = Call {
+            w: inputs["w"].as_slice::<T>(),
+            x: inputs["x"].as_slice(),
+            columns: problem.m,
+            around,
+            resident: None,
+        };
+        multiply(&call, output.as_mut_slice::<T>(), threads);
+        output
+    }
+
+    #[test]
+    fn every_width_and_epilogue_matches_the_reference() {
+        for (n, k) in [(1, 1), (7, 33), (515, 96)] {
+            for (m, bits) in (1..=20).chain([70]).flat_map(|m| (0..8).map(move |bits| (m, bits))) {
+                let element = if bits & 1 == 0 { Element::F32 } else { Element::Bf16 };
+                let activation = if bits & 2 == 0 { Activation::Identity } else { Activation::SiluGate };
+                let epilogue = Epilogue { bias: false, activation, residual: bits & 4 != 0 };
+                let layout = Layout::FeatureMajor;
+                let problem = Problem::new(Spec {
+                    m,
+                    k,
+                    n,
+                    input: element,
+                    output: element,
+                    layout,
+                    epilogue,
+                    layers: 1,
+                    quantized: None,
+                })
+                .unwrap();
+                let arguments = problem.arguments();
+                let arrays = arguments.iter().zip([5, 0, 11]);
+                let inputs = arguments.name(arrays.map(|(argument, first)| tensor(element, &argument.ty.dims, first)));
+                let run = |threads: &dyn Threads| match element {
+                    Element::F32 => run::<f32>(&problem, &inputs, threads),
+                    _ => run::<bf16>(&problem, &inputs, threads),
+                };
+                let (actual, expected) = (run(&Caller), reference(&problem, &inputs));
+                compare("native", &actual, &expected)
+                    .unwrap_or_else(|error| panic!("[{n}, {k}] x {m} {epilogue:?}: {error}"));
+                assert!(run(&Scoped(3)) == actual, "[{n}, {k}] x {m}: threads show in the result");
+            }
+        }
+    }
+
+    #[test]
+    fn the_norm_is_that_of_each_column() {
+        let (n, k, epsilon) = (5, 48, 1e-5);
+        for m in [1, 3, 8, 17] {
+            let (w, x, weight) =
+                (tensor(Element::F32, &[n, k], 0), tensor(Element::F32, &[k, m], 5), tensor(Element::F32, &[k], 9));
+            let around = Around { norm: Some(Norm { weight: weight.as_slice(), epsilon }), ..Around::NOTHING };
+            let mut y = vec![f32::NAN; n * m];
+            multiply(
+                &Call { w: w.as_slice::<f32>(), x: x.as_slice(), columns: m, around, resident: None },
+                &mut y,
+                &Caller,
+            );
+            let (w, x, weight) = (w.to_f64(), x.to_f64(), weight.to_f64());
+            for column in 0..m {
+                let squares: f64 = (0..k).map(|i| x[i * m + column].powi(2)).sum();
+                let scale = (squares / k as f64 + epsilon).sqrt().recip();
+                for row in 0..n {
+                    let terms = (0..k).map(|i| w[row * k + i] * x[i * m + column] * scale * weight[i]);
+                    let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                    assert!((f64::from(y[row * m + column]) - sum).abs() <= 2e-5 * size, "{row} {column} of {m}");
+                }
+            }
+        }
+    }
+
+    /// Whatever stands beside it, and on however many threads: the strips of long rows included.
+    #[test]
+    fn a_column_depends_on_itself_alone() {
+        fn result<T: Float>(k: usize, m: usize, place: usize) -> Vec<u32> {
+            let n = 40;
+            let w: Vec<T> = (0..n * k).map(|i| T::narrow(value(i) as f32)).collect();
+            let column = |row: usize| T::narrow(value(row * 17) as f32);
+            let x: Vec<T> =
+                (0..k * m).map(|i| if i % m == place { column(i / m) } else { T::narrow((i % 5) as f32) }).collect();
+            let weight: Vec<T> = (0..k).map(|i| T::narrow(value(i + 5) as f32)).collect();
+            let mut y = vec![0f32; n * m];
+            let norm = Some(Norm { weight: &weight[..], epsilon: 1e-5 });
+            let around = Around { norm, ..Around::NOTHING };
+            let call = Call { w: &w, x: &x, columns: m, around, resident: None };
+            multiply(&call, &mut y, &Scoped(3));
+            // Pieces that are made elsewhere and taken over are the same.
+            let mut raced = vec![0f32; n * m];
+            multiply(&Call { resident: Some(Arc::new(())), ..call }, &mut raced, &Scoped(3));
+            assert_eq!(y, raced);
+            (0..n).map(|row| y[row * m + place].to_bits()).collect()
+        }
+        for (k, most) in [(96, 40), (100, 9), (9000, 23)] {
+            let alone = [result::<f32>(k, 1, 0), result::<bf16>(k, 1, 0)];
+            for (m, place) in [(2, 1), (3, 0), (7, 5), (8, 7), (most, 0), (most, most - 1)] {
+                assert_eq!(
+                    [result::<f32>(k, m, place), result::<bf16>(k, m, place)],
+                    alone,
+                    "{place} of {m}, {k} long"
+                );
+            }
+        }
+    }
+
+    /// Where the processor has several: they sum in one order.
+    #[test]
+    fn instruction_sets_agree() {
+        use crate::simd::{Portable, Split, Task};
+        let (n, k) = (9, 333);
+        for m in [1, 2, 5, 13] {
+            let numbers = |count: usize, first: usize| -> Vec<bf16> {
+                (0..count).map(|i| bf16::narrow(value(i + first) as f32)).collect()
+            };
+            let (w, x) = (numbers(n * k, 0), numbers(k * m, 7));
+            let mut best = vec![0f32; n * m];
+            multiply(&Call { w: &w, x: &x, columns: m, around: Around::NOTHING, resident: None }, &mut best, &Caller);
+            let mut plain = vec![0f32; n * m];
+            let packed = Pack { x: &x, m, norm: None }.run(Split(Portable));
+            Part { gate: &w, up: None, packed: &packed, y: &mut plain, k, m }.run(Split(Portable));
+            // Values of few bits: every sum is exact, in any order.
+            assert_eq!(best, plain, "{m} columns");
+        }
+    }
+}

@@ -1,0 +1,577 @@
+//! Decode: at most one query row per sequence, over ragged contexts.
+//!
+//! Each core walks the KV blocks of its sequences, one after another, as one stream. Copies run ahead in that stream,
+//! whichever sequence they belong to, so that only a core's first block is waited for from its start. A block's pages are
+//! those that the sequence has: the last one may be short, and then no more than the narrowest of [`Plan::widths`] that
+//! holds its keys is worked on, and masked.
+//!
+//! Where no page can be sliced by heads, the cores share the sequences: the first core takes them from the front, the
+//! second from the back, each as long as the middle of the sequence's keys lies in its half. Rows are written by copies of
+//! their own, so that no block of the output belongs to both.
+
+use std::f64::consts::LOG2_E;
+
+use pagoda_ir::{
+    Element,
+    mosaic::{
+        Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value,
+        tiling::{LANES, SUBLANES},
+    },
+};
+
+use super::{Core, MASKED, NONE, Strided, broadcast_lanes, by_lane};
+use crate::rpa::{
+    batch::Batch,
+    kv_layout::{Block, Half, KvLayout},
+    plan::{
+        Plan, Split,
+        decode::{self, BUFFERS},
+    },
+};
+
+/// The kernel of `plan`; with `batch`, for that batch only, and perhaps as one core sees it.
+pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan, batch: Option<(&Batch, Option<Core>)>) {
+    Body::declare(k, plan, batch).write();
+}
+
+struct Body<'a, 'p> {
+    k: &'a Builder<'a>,
+    plan: &'p Plan,
+    split: Split,
+    /// Which core this is.
+    core: Value<'a>,
+    kv_lens: Ref<'a>,
+    page_indices: Ref<'a>,
+    cu_q_lens: Ref<'a>,
+    num_seqs: Value<'a>,
+    first_page: Option<Ref<'a>>,
+    q: Ref<'a>,
+    kv_pages: Ref<'a>,
+    out: Ref<'a>,
+    /// The rows of q and of the output: `[tokens, heads, head_dim]`.
+    q_rows: Ref<'a>,
+    out_rows: Ref<'a>,
+    /// KV blocks: `[buffers, pieces of a row, keys, rows of a key, lanes]`.
+    kv: Ref<'a>,
+    /// A row of q or of the output as f32, by head: `[pieces of a row, heads, sublanes, lanes]`, of which the first
+    /// sublane counts. Strided accesses are of 32-bit words.
+    staging: Ref<'a>,
+    /// Of the row at work, by KV head: `[heads, rows, lanes]` each.
+    max: Ref<'a>,
+    sum: Ref<'a>,
+    acc: Ref<'a>,
+    /// The core's sequences that have a row and keys, in the order of work.
+    sequences: Ref<'a>,
+    arrived: Ref<'a>,
+    /// For q, then for the rows of the output.
+    moved: Ref<'a>,
+}
+
+/// A place in a core's stream of KV blocks.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    /// Index in [`Body::sequences`].
+    index: Value<'a>,
+    /// The block's first page, counted in the sequence.
+    page: Value<'a>,
+}
+
+impl<'a, 'p> Body<'a, 'p> {
+    fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<(&Batch, Option<Core>)>) -> Self {
+        let problem = plan.problem();
+        let (types, dim, head_block) = (problem.precision, problem.head_dim, plan.head_block());
+        let of_core = batch.and_then(|(_, core)| core);
+        let cores = if of_core.is_some() { 1 } else { plan.grid()[0] };
+        let split = if of_core == Some(Core::Only) { Split::Nothing } else { plan.details().split };
+        let [core] = k.grid([(cores, Semantics::Parallel)]);
+        let scalars = |name, dims: &[usize]| k.prefetch(name, Element::I32, dims);
+        let kv_lens = scalars("kv_lens", &[problem.max_seqs]);
+        let page_indices = scalars("page_indices", &[problem.max_seqs, problem.pages_per_seq]);
+        let cu_q_lens = scalars("cu_q_lens", &[problem.max_seqs + 1]);
+        let num_seqs = scalars("num_seqs", &[1]);
+        let first_page = (problem.layers > 1).then(|| scalars("first_page", &[1]));
+        let q = k.hbm_input("q", types.q, &problem.q_type().dims);
+        let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
+        let out = k.hbm_output("out", types.output, &problem.output_type().dims);
+        let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
+        let (heads, rows) = (head_block * problem.group(), decode::rows(problem));
+        let q_rows = scratch("q_rows", types.q, &[problem.tokens, heads, dim]);
+        let out_rows = scratch("out_rows", types.output, &[problem.tokens, heads, dim]);
+        let kv = scratch("kv", types.kv, &decode::kv_dims(problem, plan.tiles(), head_block));
+        let staging = scratch("staging", Element::F32, &decode::staging_dims(problem, head_block));
+        let max = scratch("max", Element::F32, &[head_block, rows, LANES]);
+        let sum = scratch("sum", Element::F32, &[head_block, rows, LANES]);
+        let acc = scratch("acc", Element::F32, &[head_block, rows, dim]);
+        let in_smem = |name, len| k.scratch(name, MemorySpace::Smem, Element::I32, &[len]);
+        let sequences = in_smem("sequences", problem.max_seqs);
+        let baked = batch.map(|(batch, _)| {
+            let arrays = [("kv_lens_of_batch", batch.kv_lens()), ("cu_q_lens_of_batch", batch.cu_q_lens())];
+            (arrays.map(|(name, numbers)| (in_smem(name, numbers.len()), numbers)), batch.num_seqs()[0])
+        });
+        let arrived = k.dma_semaphores("arrived", &[BUFFERS, decode::semaphores(plan.tiles())]);
+        k.unchecked_bounds();
+        let moved = k.dma_semaphores("moved", &[2]);
+        let core = match of_core {
+            None => core,
+            Some(Core::Number(core)) => k.int(core as i64),
+            Some(Core::Only) => k.int(0),
+        };
+        let (num_seqs, [kv_lens, cu_q_lens]) = match baked {
+            None => (num_seqs.at(0).load(), [kv_lens, cu_q_lens]),
+            Some((arrays, num_seqs)) => {
+                let arrays = arrays.map(|(array, numbers)| {
+                    numbers.iter().enumerate().for_each(|(at, &number)| array.at(at).store(number));
+                    array
+                });
+                (k.int(num_seqs.into()), arrays)
+            }
+        };
+        Self {
+            k,
+            plan,
+            split,
+            core,
+            kv_lens,
+            page_indices,
+            cu_q_lens,
+            num_seqs,
+            first_page,
+            q,
+            kv_pages,
+            out,
+            q_rows,
+            out_rows,
+            kv,
+            staging,
+            max,
+            sum,
+            acc,
+            sequences,
+            arrived,
+            moved,
+        }
+    }
+
+    fn write(&self) {
+        let k = self.k;
+        let queries = k.make_async_copy(self.heads_of(&self.q), self.q_rows.clone(), self.moved.at(0));
+        queries.start();
+        let Share { count, rows } = self.share();
+        let ahead = k.fold_range(0, BUFFERS, (k.int(0), k.int(NEW)), |slot, (index, page)| {
+            let next = self.fetch(Place { index, page }, count, slot, true);
+            (next.index, next.page)
+        });
+        self.staging.store(0.0);
+        queries.wait();
+        k.fold_range(0, count, (k.int(0), ahead), |index, (slot, ahead)| {
+            let sequence = self.sequences.at(index).load();
+            let kv_len = self.kv_lens.at(sequence).load();
+            let token = self.cu_q_lens.at(sequence).load();
+            self.begin(token);
+            let (slot, _, ahead) = k.while_loop(
+                (slot, self.begin_of(kv_len), ahead),
+                |(_, page, _)| (page * self.plan.problem().page_size).less(kv_len),
+                |(slot, page, (index, next))| {
+                    self.attend(page, slot, kv_len);
+                    let ahead = self.fetch(Place { index, page: next }, count, slot, false);
+                    (next_slot(slot), page + self.plan.tiles().kv_pages, (ahead.index, ahead.page))
+                },
+            );
+            self.finish(token);
+            (slot, ahead)
+        });
+        self.sent(rows);
+    }
+
+    /// A core's part of the heads of an array of rows.
+    fn heads_of(&self, rows: &Ref<'a>) -> Ref<'a> {
+        let heads = self.q_rows.dims()[1];
+        match self.split {
+            Split::Heads => rows.slice(1, (self.core * heads).multiple_of(heads), heads),
+            Split::Nothing | Split::Sequences => rows.clone(),
+        }
+    }
+
+    /// Lists the core's sequences, and writes zeros to its rows that see no key.
+    fn share(&self) -> Share<'a> {
+        let (k, tokens) = (self.k, self.plan.problem().tokens);
+        let is_split = self.split == Split::Sequences;
+        let of = |sequence: Value<'a>| {
+            let row = self.cu_q_lens.at(sequence).load();
+            let rows = self.cu_q_lens.at(sequence + 1).load() - row;
+            let keys = self.kv_lens.at(sequence).load() * rows;
+            (row, rows, keys)
+        };
+        let total = match is_split {
+            true => k.fold_range(0, self.num_seqs, k.int(0), |sequence, total| total + of(sequence).2),
+            false => k.int(0),
+        };
+        let none = (k.int(0), k.int(0), k.int(0));
+        let (count, _, rows) = k.fold_range(0, self.num_seqs, none, |step, (count, before, all_rows)| {
+            // From the front on the first core, from the back on the second.
+            let sequence = if is_split { step + self.core * (self.num_seqs - 1 - step * 2) } else { step };
+            let (row, rows, keys) = of(sequence);
+            let rows = match is_split {
+                // The sign: 1 where the middle of the keys is in the core's half.
+                true => rows * (before * 2 + keys - self.core - total).shift_right_logical(31),
+                false => rows,
+            };
+            self.sequences.at(count).store(sequence);
+            k.when(rows.greater(keys), || self.blank(row));
+            (count + rows * keys.minimum(1), before + keys, all_rows + rows)
+        });
+        // The last core has the rows that no sequence has.
+        let padding = self.cu_q_lens.at(self.num_seqs).load();
+        let padding = if is_split { self.core * (padding - tokens as i64) + tokens as i64 } else { padding };
+        k.for_range(padding, tokens, |row| self.blank(row));
+        Share { count, rows: rows + tokens as i64 - padding }
+    }
+
+    /// Writes zeros to a row of the output.
+    fn blank(&self, row: Value<'a>) {
+        self.out_rows.at(row).store(0.0);
+        self.send(row);
+    }
+
+    /// Starts the copy of a row of the output.
+    fn send(&self, row: Value<'a>) {
+        let to = self.heads_of(&self.out).at(row);
+        self.k.make_async_copy(self.out_rows.at(row), to, self.moved.at(1)).start();
+    }
+
+    /// Waits until `rows` rows are written.
+    fn sent(&self, rows: Value<'a>) {
+        let (k, tokens) = (self.k, self.plan.problem().tokens);
+        let wait = |rows: usize| {
+            let of = |array: &Ref<'a>| array.slice(0, 0, rows);
+            k.make_async_copy(of(&self.out_rows), of(&self.heads_of(&self.out)), self.moved.at(1)).wait();
+        };
+        if self.split != Split::Sequences {
+            return wait(tokens);
+        }
+        let powers = (0..).map(|power| 1_usize << power).take_while(|&power| power <= tokens);
+        powers.for_each(|power| k.when((rows & power as i64).differs(0), || wait(power)));
+    }
+
+    /// The first page of a sequence that its row sees.
+    fn begin_of(&self, kv_len: Value<'a>) -> Value<'a> {
+        match self.plan.problem().sliding_window {
+            None => self.k.int(0),
+            Some(window) => (kv_len - window as i64).maximum(0) / self.plan.problem().page_size,
+        }
+    }
+
+    /// Starts the copies of the block at a place in the stream to a buffer, if there is one; the next place. A buffer's first
+    /// block leaves none of it unwritten.
+    fn fetch(&self, place: Place<'a>, count: Value<'a>, slot: Value<'a>, is_first: bool) -> Place<'a> {
+        let (k, Place { index, page }) = (self.k, place);
+        let [index, page] = k.if_else(
+            index.less(count),
+            || {
+                let sequence = self.sequences.at(index).load();
+                let kv_len = self.kv_lens.at(sequence).load();
+                let page = page.less(0).select(self.begin_of(kv_len), page);
+                if is_first {
+                    k.when(kv_len.less((page + self.plan.tiles().kv_pages) * self.page_size()), || self.clear(slot));
+                }
+                self.pages(page, kv_len, |number, place| {
+                    let index = self.page_indices.at((sequence, number)).load();
+                    let index = match &self.first_page {
+                        Some(first) => index + first.at(0).load(),
+                        None => index,
+                    };
+                    self.page(index, slot, place).start();
+                });
+                let next = page + self.plan.tiles().kv_pages;
+                let more = (next * self.page_size()).less(kv_len);
+                [more.select(index, index + 1), more.select(next, NEW)]
+            },
+            || [index, page],
+        );
+        Place { index, page }
+    }
+
+    /// Writes zeros to a buffer.
+    fn clear(&self, slot: Value<'a>) {
+        let pieces = self.kv.dims()[1];
+        self.k.for_range(0, self.plan.tiles().kv_pages, |place| {
+            for piece in 0..pieces {
+                self.place(slot, piece, place).store(0.0);
+            }
+        });
+    }
+
+    fn page_size(&self) -> usize {
+        self.plan.problem().page_size
+    }
+
+    /// A page's place in a buffer.
+    fn place(&self, slot: Value<'a>, piece: usize, place: Value<'a>) -> Ref<'a> {
+        let start = (place * self.page_size()).multiple_of(self.page_size());
+        self.kv.at((slot, piece)).slice(0, start, self.page_size())
+    }
+
+    /// Goes through the pages of a block that the sequence has: `of(page of the sequence, place in the block)`.
+    fn pages(&self, page: Value<'a>, kv_len: Value<'a>, of: impl Fn(Value<'a>, Value<'a>)) {
+        let (k, pages) = (self.k, self.plan.tiles().kv_pages);
+        let last = (page + (pages as i64 - 1)) * self.page_size();
+        k.if_else(
+            last.less(kv_len),
+            || (0..pages).for_each(|place| of(page + place, k.int(place as i64))),
+            || {
+                k.while_loop(
+                    k.int(0),
+                    |place| ((page + place) * self.page_size()).less(kv_len),
+                    |place| {
+                        of(page + place, place);
+                        place + 1
+                    },
+                );
+            },
+        );
+    }
+
+    /// The copies of the page at `index` of the cache to a place of a buffer.
+    fn page(&self, index: Value<'a>, slot: Value<'a>, place: Value<'a>) -> Copies<'a> {
+        let kv_rows = KvLayout::rows_of(self.plan.head_block());
+        let source = self.kv_pages.at(index);
+        let source = match self.split {
+            Split::Heads => source.slice(1, (self.core * kv_rows).multiple_of(kv_rows), kv_rows),
+            Split::Nothing | Split::Sequences => source,
+        };
+        let semaphore = place & (self.arrived.dims()[1] as i64 - 1);
+        let &[_, pieces, _, _, lanes] = &self.kv.dims()[..] else { unreachable!("it has five dimensions") };
+        let copies = (0..pieces).map(|piece| {
+            let to = self.place(slot, piece, place).slice(1, 0, kv_rows);
+            self.k.make_async_copy(source.slice(2, piece * lanes, lanes), to, self.arrived.at((slot, semaphore)))
+        });
+        Copies(copies.collect())
+    }
+
+    /// A row's queries, by head; nothing seen yet.
+    fn begin(&self, token: Value<'a>) {
+        let heads = self.q_rows.dims()[1];
+        for (lane, piece) in self.staging_pieces() {
+            let lanes = piece.dims()[1];
+            let row = self.q_rows.at(token).slice(1, lane, lanes).load().cast(Element::F32);
+            piece.strided(0, 0, heads, SUBLANES).store(row);
+        }
+        self.max.store(NONE);
+        self.sum.store(0.0);
+        self.acc.store(0.0);
+    }
+
+    /// The pieces of a row as rows of words, and the lane that each begins at.
+    fn staging_pieces(&self) -> impl Iterator<Item = (usize, Ref<'a>)> {
+        let &[pieces, heads, sublanes, lanes] = &self.staging.dims()[..] else { unreachable!("four dimensions") };
+        (0..pieces).map(move |piece| (piece * lanes, self.staging.at(piece).reshape(&[heads * sublanes, lanes])))
+    }
+
+    /// `count` query heads of a KV head in [`Body::staging`].
+    fn staged(&self, head: usize, count: usize) -> Strided<'a> {
+        let pieces = self.staging_pieces().map(|(_, piece)| piece).collect();
+        Strided { pieces, start: head * self.plan.problem().group() * SUBLANES, count, stride: SUBLANES }
+    }
+
+    /// Divides, and sends the row on its way.
+    fn finish(&self, token: Value<'a>) {
+        let (problem, heads) = (self.plan.problem(), self.q_rows.dims()[1]);
+        for head in 0..self.plan.head_block() {
+            let acc = self.acc.at(head).load() / self.sum.at(head).load().sum(1);
+            let (group, dim) = (problem.group(), problem.head_dim);
+            self.staged(head, group).store(acc.slice(&[0, 0], &[group, dim]));
+        }
+        let row = self.out_rows.at(token);
+        for (lane, piece) in self.staging_pieces() {
+            let lanes = piece.dims()[1];
+            row.slice(1, lane, lanes).store(piece.strided(0, 0, heads, SUBLANES).load().cast(problem.precision.output));
+        }
+        self.send(token);
+    }
+
+    /// Lets the row see the keys of a block.
+    fn attend(&self, page: Value<'a>, slot: Value<'a>, kv_len: Value<'a>) {
+        let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
+        self.pages(page, kv_len, |_, place| self.page(k.int(0), slot, place).wait());
+        let live = kv_len - page * problem.page_size;
+        let block = Block::new(&self.kv.at(slot), problem.precision.kv);
+        let masked = |width: usize| self.heads(&block, width, Some(live));
+        let widths = self.plan.widths();
+        match problem.sliding_window {
+            None => {
+                k.if_else(live.less(keys), || self.narrowest(&widths, live, &masked), || self.heads(&block, keys, None))
+            }
+            Some(_) => self.narrowest(&widths, live, &masked),
+        }
+    }
+
+    /// Goes on with the first of `widths` that holds the `live` keys.
+    fn narrowest(&self, widths: &[usize], live: Value<'a>, of: &dyn Fn(usize)) {
+        match *widths {
+            [] => {}
+            [width] => of(width),
+            [width, ref wider @ ..] => {
+                self.k.if_else(live.less_equal(width), || of(width), || self.narrowest(wider, live, of));
+            }
+        }
+    }
+
+    /// A step of the online softmax for every head, over the first `width` keys of a block, of which `live` count.
+    ///
+    /// Each phase is written for several heads before the next one, for the compiler does not move a product or a
+    /// reduction far from where its result is used, and waits for it there.
+    fn heads(&self, block: &Block<'a>, width: usize, live: Option<Value<'a>>) {
+        let heads: Vec<usize> = (0..self.plan.head_block()).collect();
+        let at_once = (LOGITS / width).max(1);
+        for heads in heads.chunks(at_once) {
+            self.update(heads, block, width, live);
+        }
+    }
+
+    /// A half of `count` keys of a head, from the `first` of a block on.
+    fn half(
+        &self,
+        block: &Block<'a>,
+        half: Half,
+        head: usize,
+        [first, count]: [usize; 2],
+        live: Option<Value<'a>>,
+    ) -> Value<'a> {
+        let k = self.k;
+        let (pieces, stride) = (&block.words, block.per_token);
+        let words = |start| Strided { pieces: pieces.clone(), start: start + first * stride, count, stride }.load(k);
+        block.load(head, |start| {
+            let words: Value<'a> = words(start);
+            // Zero times NaN is NaN: what lies behind the last key must not reach the product with values.
+            match live.filter(|_| half == Half::Value) {
+                None => words,
+                Some(live) => k.iota(&words.dims(), 0).less(live - first as i64).select(words, 0),
+            }
+        })[half as usize]
+    }
+
+    /// A step of the online softmax for some heads.
+    fn update(&self, heads: &[usize], block: &Block<'a>, keys: usize, live: Option<Value<'a>>) {
+        let (k, problem) = (self.k, self.plan.problem());
+        let precision = match problem.precision.kv {
+            Element::F32 => Precision::Fp32,
+            _ => Precision::Default,
+        };
+        let rows = decode::rows(problem);
+        let parts: Vec<[usize; 2]> = (0..keys).step_by(PART).map(|first| [first, PART.min(keys - first)]).collect();
+        let queries: Vec<Value<'a>> =
+            heads.iter().map(|&head| self.staged(head, rows).load(k).cast(problem.precision.q)).collect();
+        let mut logits: Vec<Vec<Value<'a>>> = vec![vec![]; heads.len()];
+        let each = |of: &mut dyn FnMut(usize, usize)| {
+            (0..parts.len()).for_each(|part| (0..heads.len()).for_each(|head| of(head, part)));
+        };
+        each(&mut |head, part| {
+            let [first, count] = parts[part];
+            let dims = [rows, count];
+            let key = self.half(block, Half::Key, heads[head], parts[part], live);
+            let product = k.dot_general(queries[head], key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
+            let scaled = match problem.soft_cap {
+                None => product * (problem.scale * LOG2_E),
+                Some(cap) => (product * (problem.scale / cap)).tanh() * (cap * LOG2_E),
+            };
+            logits[head].push(match live {
+                None => scaled,
+                Some(live) => {
+                    let (live, index) = (live - first as i64, k.iota(&dims, 1));
+                    let seen = index.less(live);
+                    let seen = match problem.sliding_window {
+                        None => seen,
+                        Some(window) => seen & index.greater_equal(live - window as i64),
+                    };
+                    seen.select(scaled, MASKED)
+                }
+            });
+        });
+        let maxima: Vec<Value<'a>> = logits
+            .iter()
+            .map(|parts| {
+                let all: Vec<Value<'a>> = parts
+                    .iter()
+                    .flat_map(|part| {
+                        let keys = part.dims()[1];
+                        (0..keys)
+                            .step_by(LANES)
+                            .map(move |lane| part.slice(&[0, lane], &[rows, LANES.min(keys - lane)]))
+                    })
+                    .collect();
+                let widest = all[0].dims()[1];
+                let (same, odd): (Vec<_>, Vec<_>) = all.into_iter().partition(|tile| tile.dims()[1] == widest);
+                let max = same.into_iter().reduce(|max, tile| max.maximum(tile)).expect("some keys").max(1);
+                odd.into_iter().fold(max, |max, tile| max.maximum(tile.max(1)))
+            })
+            .collect();
+        let scaled: Vec<_> = heads
+            .iter()
+            .zip(maxima)
+            .map(|(&head, max)| {
+                let old = self.max.at(head).load();
+                let new = old.maximum(max);
+                // Fewer keys than a block has are the last ones.
+                if keys == self.plan.keys() {
+                    self.max.at(head).store(new);
+                }
+                (new, (old - new).exp2())
+            })
+            .collect();
+        let weights: Vec<Vec<Value<'a>>> = logits
+            .iter()
+            .zip(&scaled)
+            .map(|(parts, &(new, _))| {
+                parts.iter().map(|&part| (part - broadcast_lanes(k, new, part.dims()[1])).exp2()).collect()
+            })
+            .collect();
+        for ((&head, weights), &(_, rescale)) in heads.iter().zip(&weights).zip(&scaled) {
+            let sum = self.sum.at(head);
+            sum.store(weights.iter().fold(rescale * sum.load(), |sum, &weights| sum + by_lane(weights)));
+        }
+        let mut products = vec![k.zeros(Element::F32, &[rows, problem.head_dim]); heads.len()];
+        each(&mut |head, part| {
+            let value = self.half(block, Half::Value, heads[head], parts[part], live);
+            let weights = weights[head][part].cast(problem.precision.kv);
+            products[head] = k.dot_general(weights, value, products[head], &DotDims::nn(), precision);
+        });
+        for ((&head, &product), &(_, rescale)) in heads.iter().zip(&products).zip(&scaled) {
+            let acc = self.acc.at(head);
+            acc.store(acc.load() * broadcast_lanes(k, rescale, problem.head_dim) + product);
+        }
+    }
+}
+
+/// Keys of a product: a matrix unit's columns on the newest chips.
+const PART: usize = 256;
+/// Logits of a query head that are worked on at a time, all KV heads together.
+const LOGITS: usize = 8192;
+
+/// Stands for the first page of a sequence that its row sees.
+const NEW: i64 = -1;
+
+/// What a core has to do.
+struct Share<'a> {
+    /// Sequences that have a row and keys.
+    count: Value<'a>,
+    /// Rows of the output.
+    rows: Value<'a>,
+}
+
+/// The copies of a page, one to a piece of its rows.
+struct Copies<'a>(Vec<Dma<'a>>);
+
+impl Copies<'_> {
+    fn start(&self) {
+        self.0.iter().for_each(Dma::start);
+    }
+
+    fn wait(&self) {
+        self.0.iter().for_each(Dma::wait);
+    }
+}
+
+fn next_slot(slot: Value<'_>) -> Value<'_> {
+    let next = slot + 1;
+    next.differs(BUFFERS).select(next, 0)
+}

@@ -1,0 +1,171 @@
+//! Planning decode: at most one query row per sequence.
+//!
+//! A core walks the KV blocks of its sequences as one stream: copies run [`BUFFERS`] - 1 blocks ahead, whichever sequence
+//! they belong to. Where a device has two cores, each takes half of the KV heads if a page can be sliced there, else some
+//! of the sequences, so that both have about as many keys.
+
+use std::fmt;
+
+use pagoda_ir::{
+    element::Element,
+    mosaic::tiling::{LANES, SUBLANES},
+};
+use serde::Serialize;
+
+use super::{Details, Tiles, kv_rows, pieces};
+use crate::{
+    chips::Chip,
+    plan::{self, PlanError, Spilling},
+    rpa::{kv_layout::KvLayout, problem::Problem},
+    vmem::{Buffer, BufferKind, Bytes, VmemReport},
+};
+
+/// KV blocks in VMEM: the one at work, and those on their way.
+pub(in crate::rpa) const BUFFERS: usize = 3;
+/// Query rows of the tiles: decode has one row of a sequence at a time.
+pub(in crate::rpa) const QUERIES: usize = SUBLANES;
+
+/// What the cores of a device share out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Split {
+    /// Nothing: one core does all.
+    Nothing,
+    /// Each has as many KV heads.
+    Heads,
+    /// Each has some of the sequences.
+    Sequences,
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Nothing => "one core",
+            Self::Heads => "heads split over cores",
+            Self::Sequences => "sequences split over cores",
+        })
+    }
+}
+
+/// How the cores of `chip` share the work.
+pub(super) fn split(problem: &Problem, chip: Chip) -> Split {
+    let cores = chip.info().cores;
+    let share = problem.kv_heads / cores;
+    let sliceable = problem.kv_heads.is_multiple_of(cores)
+        && KvLayout::rows_of(share).is_multiple_of(SUBLANES)
+        && (share * problem.group()).is_multiple_of(SUBLANES);
+    match cores {
+        1 => Split::Nothing,
+        _ if sliceable => Split::Heads,
+        _ => Split::Sequences,
+    }
+}
+
+/// KV heads of a core.
+pub(super) fn head_block(problem: &Problem, chip: Chip) -> usize {
+    match split(problem, chip) {
+        Split::Heads => problem.kv_heads / chip.info().cores,
+        Split::Nothing | Split::Sequences => problem.kv_heads,
+    }
+}
+
+/// Semaphores of a buffer, a power of two: copies that signal the same one follow one another.
+pub(in crate::rpa) fn semaphores(tiles: Tiles) -> usize {
+    (1 << tiles.kv_pages.ilog2()).min(4)
+}
+
+/// Rows of a KV head's products: its query heads, padded to a tile.
+pub(in crate::rpa) fn rows(problem: &Problem) -> usize {
+    problem.group().next_multiple_of(SUBLANES)
+}
+
+/// Every KV block in VMEM: `[buffers, pieces, keys, rows of a key, lanes]`.
+pub(in crate::rpa) fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
+    let [pieces, lanes] = pieces(problem);
+    [BUFFERS, pieces, tiles.kv_pages * problem.page_size, kv_rows(head_block), lanes]
+}
+
+/// A row of q or of the output as f32, a head to each tile: `[pieces, heads, sublanes, lanes]`. Behind the heads are as
+/// many as products may read beyond them.
+pub(in crate::rpa) fn staging_dims(problem: &Problem, head_block: usize) -> [usize; 4] {
+    let [pieces, lanes] = pieces(problem);
+    let heads = head_block * problem.group() + rows(problem) - problem.group();
+    [pieces, heads, SUBLANES, lanes]
+}
+
+/// Every VMEM buffer, in the order of the kernel's operands.
+fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
+    let (types, dim, rows) = (problem.precision, problem.head_dim, rows(problem));
+    let heads = head_block * problem.group();
+    let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
+    VmemReport {
+        buffers: vec![
+            scratch("q_rows", types.q, &[problem.tokens, heads, dim]),
+            scratch("out_rows", types.output, &[problem.tokens, heads, dim]),
+            scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
+            scratch("staging", Element::F32, &staging_dims(problem, head_block)),
+            scratch("max", Element::F32, &[head_block, rows, LANES]),
+            scratch("sum", Element::F32, &[head_block, rows, LANES]),
+            scratch("acc", Element::F32, &[head_block, rows, dim]),
+        ],
+    }
+}
+
+/// What follows from legal tiles.
+pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
+    let (head_block, split) = (head_block(problem, chip), split(problem, chip));
+    let cores = if split == Split::Nothing { 1 } else { chip.info().cores };
+    plan::Layout {
+        name: format!("rpa-decode-p{}-kv{}", problem.page_size, tiles.kv_pages),
+        grid: vec![cores],
+        vmem: report(problem, tiles, head_block),
+        smem: plan::smem(&problem.arguments()),
+        spilling: spilling(problem, tiles, head_block),
+        details: Details { head_block, kv_heads: problem.kv_heads, keys: tiles.kv_pages * problem.page_size, split },
+    }
+}
+
+/// Blocks of one row, and no more pages than a sequence has.
+pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
+    if tiles.queries != QUERIES {
+        return Err(PlanError {
+            key: "tiles.queries",
+            value: tiles.queries.to_string(),
+            limit: format!("is not {QUERIES}: a decode kernel works on one row of a sequence, a tile of {QUERIES}"),
+            fix: format!("give {QUERIES},{}", tiles.kv_pages),
+        });
+    }
+    super::legal_pages(problem, tiles)
+}
+
+/// The keys, values and logits that a block holds at once.
+fn spilling(problem: &Problem, tiles: Tiles, head_block: usize) -> Spilling {
+    let keys = tiles.kv_pages * problem.page_size * head_block;
+    let copies = if problem.precision.q == Element::F32 { 4 } else { 1 };
+    let live = 4 * keys * (copies * rows(problem) + problem.head_dim.next_multiple_of(LANES));
+    Spilling { family: format!("{} decode", problem.precision.q), live: Bytes(live as u64) }
+}
+
+/// Keys of a block that the planner aims at, times heads: enough to hide what is fixed per block.
+const MOST_KEYS: usize = 6144;
+/// Keys of a block of many heads.
+const SHORTEST: usize = 512;
+/// Keys of a block, at most.
+const LONGEST: usize = 2048;
+
+/// What the largest blocks spill, and more.
+const SPILLS: Bytes = Bytes::mib(2);
+
+/// The largest blocks up to what pays, that fit `limit` with room for spills; without it, if none do.
+pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
+    let head_block = head_block(problem, chip);
+    let most = (MOST_KEYS / head_block).clamp(SHORTEST, LONGEST);
+    let tiles = (1..=problem.pages_per_seq).map(|kv_pages| Tiles { queries: QUERIES, kv_pages });
+    let pays = |tiles: &Tiles| tiles.kv_pages == 1 || tiles.kv_pages * problem.page_size <= most;
+    let tiles: Vec<_> = tiles.take_while(pays).collect();
+    let largest = |spills: Bytes| {
+        let fits = |tiles: &&Tiles| report(problem, **tiles, head_block).total() + spills <= limit;
+        tiles.iter().rev().find(fits).copied()
+    };
+    largest(SPILLS).or_else(|| largest(Bytes(0)))
+}
