@@ -1,11 +1,13 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools mpi-tools demo test nightly multihost python bench bench-peers certify-all certify-sample tpu-static peers
+.PHONY: help setup tpu-tools mpi-tools demo test nightly jax-suite multihost python bench bench-peers certify-all certify-sample tpu-static tpu-grid cost-points peers
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
 	@echo "make test         set up, libtpu too, then format check, clippy, docs, every test, examples/my_kernel"
 	@echo "make nightly      10,000 random problems, tiles and batches through the Mosaic kernels (make test: 500);"
 	@echo "                  then each fuzz target for PAGODA_FUZZ_SECONDS (60) with a fresh seed"
+	@echo "make jax-suite    JAX's own Pallas TPU tests on the tile machine (hours; JAX_SRC=a checkout of jax-v0.10.2, PYTHON=one with"
+	@echo "                  jax 0.10.2, absl-py, pytest, hypothesis; ARGS=\"--variants 2 --only 'tpu_ops*'\"; SERVING_SRC=tpu-inference)"
 	@echo "make multihost    installs Open MPI; one model over two and four CPU processes, and processes that are killed"
 	@echo "make python       the Python package in virtual environments with JAX 0.10.2 and the newest (PAGODA_BIN=... builds no wheel)"
 	@echo "make bench        criterion benches (CPU)"
@@ -14,6 +16,8 @@ help:
 	@echo "make certify-all  every certification by the TPU compiler (a quarter of an hour; PAGODA_RECORD=1 renews the tables)"
 	@echo "make certify-sample N=200  problems that no table has, by the TPU compiler: how right the verdicts are"
 	@echo "make tpu-static   static cycles of the TPU kernels beside the peers'"
+	@echo "make tpu-grid N=40 the same over problems and batches that are drawn (SEED=1), beside v3"
+	@echo "make cost-points  records what the models of cost are fitted to (PAGODA_COST_SECONDS=600)"
 	@echo "make peers        measures the peers' static cycles anew (hours; ARGS=\"--only v2 --quick\" and the like)"
 
 setup:
@@ -41,6 +45,10 @@ nightly: setup
 	cargo test -p pagoda-engine --lib -- --ignored a_million_requests --nocapture
 	PAGODA_FUZZ_SECONDS=$${PAGODA_FUZZ_SECONDS:-60} cargo test --test fuzz
 
+jax-suite: setup
+	cargo build --quiet -p pagoda-ir --example call
+	@$(or $(PYTHON),python3) scripts/jax_suite.py $(ARGS)
+
 multihost: mpi-tools
 	cargo test --features mpi --test multihost
 
@@ -63,6 +71,13 @@ certify-sample: tpu-tools
 
 tpu-static: tpu-tools
 	cargo bench --bench tpu_static
+
+tpu-grid: tpu-tools
+	cargo bench --bench tpu_static -- grid $(or $(N),40) --seed $(or $(SEED),1)
+
+cost-points: tpu-tools
+	cargo test --test cost -- --ignored --nocapture record
+	cargo bench --bench cost
 
 peers: tpu-tools
 	@scripts/peers.py $(ARGS)

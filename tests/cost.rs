@@ -16,8 +16,8 @@ use pagoda_kernels::{Choices, Kernel, Plan, Problem};
 
 const FILE: &str = "kernels/tuned/cost.json";
 
-/// Records drawn problems of a kernel at candidates that are spread over all of them, for `SECONDS` (default 600), from `SEED`
-/// (default 1) on. The file is written after every point; points of the seed that it has are kept.
+/// Records drawn problems of a kernel at candidates that are spread over all of them, for `PAGODA_COST_SECONDS` (default 600),
+/// from the seed `PAGODA_COST_SEED` (default 1) on. The file is written after every point; points of the seed that it has are kept.
 #[test]
 #[ignore = "an hour of compilations by libtpu"]
 fn record() {
@@ -27,8 +27,8 @@ fn record() {
     let certifier = Certifier::new(env!("CARGO_BIN_EXE_pagoda"), &library);
     let compiler = Cached::new(certifier, &library, &user_cache().unwrap().join("kernels")).unwrap();
     let started = std::time::Instant::now();
-    let mut seed = number("SEED", 1);
-    while started.elapsed().as_secs() < number("SECONDS", 600) {
+    let mut seed = number("PAGODA_COST_SEED", 1);
+    while started.elapsed().as_secs() < number("PAGODA_COST_SECONDS", 600) {
         for chip in [Chip::V5p, Chip::V6e] {
             point::<Rpa>(chip, seed, &compiler);
             point::<Matmul>(chip, seed, &compiler);
@@ -37,7 +37,7 @@ fn record() {
     }
 }
 
-/// One problem, one batch, up to eight candidates.
+/// One problem, one batch, a few candidates.
 fn point<K: Kernel>(chip: Chip, seed: u64, compiler: &Cached) {
     const CANDIDATES: usize = 6;
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(FILE);

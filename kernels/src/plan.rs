@@ -139,6 +139,11 @@ impl<K: Kernel> Plan<K> {
         Self { problem, chip, tiles, limit, layout }
     }
 
+    /// The same plan with another layout: that of a part of it.
+    pub(crate) fn laid_out(self, layout: Layout<K::Details>) -> Self {
+        Self { layout, ..self }
+    }
+
     /// The problem.
     pub fn problem(&self) -> &ProblemOf<K> {
         &self.problem

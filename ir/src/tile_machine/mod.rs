@@ -1,8 +1,8 @@
 //! The tile machine: runs Mosaic kernels on the CPU, tile by tile, and reports what would be undefined behaviour on a TPU.
 //!
 //! [`Program::decode`] turns a Mosaic module (built by [`mosaic`](crate::mosaic) or opened from the wire format, lowered
-//! by JAX Pallas for instance) into instructions; an op that the machine does not know is an error that names it, before
-//! anything runs. [`Program::run`] executes them: elementwise loops over whole tiles, matrix products through `gemm`
+//! by JAX Pallas for instance) into instructions; ops that the machine does not know are an error that names them all, before
+//! anything runs. Which it knows, what they do and where that is written stands in `ops.md`. [`Program::run`] executes them: elementwise loops over whole tiles, matrix products through `gemm`
 //! with the TPU's rounding, loops and branches as written. A run yields the outputs and [`Counters`], or the first
 //! [`Fault`]; an [`Observer`] may watch it, [`Trace`] for instance.
 //!
@@ -21,13 +21,21 @@
 //!   hangs over the edge of its array the window holds NaN that may be read (a kernel masks it) and what is written there
 //!   is dropped. An output window starts unwritten at every new block and is written back when the block changes;
 //!   elements that the kernel did not write become unwritten in HBM, whatever was there. A window that may revisit blocks
-//!   (`revisit_mode` `any`) starts with what was written back of the block before, if anything was.
+//!   (`revisit_mode` `any`) starts with what was written back of the block before, if anything was. A window of elements
+//!   (`pl.Element`) starts at any element; where it hangs over into the padding of its array it holds NaN too.
+//! - *Scoped memory* (`memref.alloca`, `tpu.sem_alloc`: Pallas's `run_scoped`, `emit_pipeline`) is unwritten, or zero, when its
+//!   block begins and gone when it ends; until then it counts as taken. By then its DMAs must be over and its semaphores zero.
+//! - *Sizes that come at run time*: those of the grid are the call's first operands, those of views operands of the op. A
+//!   view of no elements is copied in no time and waited for in none.
 //! - *DMAs* land at their start, at the wait that needs them, or in a random order between, per [`DmaOrder`]. A wait takes
 //!   as many bytes from its semaphore as its destination has; DMAs are over in the order in which they landed. Between
 //!   start and that moment a DMA is *in flight*: its destination must not be touched, and its source must not be written.
 //! - *Rounding*: bf16 and narrow integers are rounded or wrapped after every op; floats that become integers saturate. The
 //!   MXU multiplies bf16 and accumulates f32; f32 operands are rounded to bf16 first unless the product asks for `fp32`
-//!   precision. Arrays of unsigned integers are bits: ops have a sign, memory has none.
+//!   precision or one side is a vector. Arrays of unsigned integers are bits: ops have a sign, memory has none. Subnormal
+//!   numbers are kept; a TPU takes them for zero.
+//! - *Random bits* come from a generator of the machine's own, from the kernel's seeds and [`Machine::random_seed`]: the
+//!   hardware's is not public. They are as random, and the same in every run; they are not a chip's.
 //!
 //! # The states of an element
 //! Every element of every buffer is in one of four states: *unwritten*; *written*; *held*, the source of a DMA in flight;
@@ -79,26 +87,28 @@
 //! serves as scratch memory is not a race until somebody reads what another position left there.
 //!
 //! # Faults
-//! Each names the op, its source line, the buffer, the index, the grid step and, where there is one, the DMA.
+//! Each names the op, its source line, the buffer, the index, the grid step and, where there is one, the DMA. Kinds that a
+//! run can go on after may be ignored by name ([`Machine::ignored`], [`FaultKind::can_be_ignored`]).
 //! - [`FaultKind::OutOfBounds`]: an index outside a view, a view outside a buffer, a block that starts outside its array.
 //! - [`FaultKind::UnwrittenRead`]: a load, or the source of a DMA, that nobody wrote
 //!   ([`Machine::allow_unwritten_reads`]).
 //! - [`FaultKind::ReadInFlight`], [`FaultKind::OverwriteInFlight`]: a race with a DMA in flight; of the kernel's own
 //!   ops, or of the pipeline, whose op is `pipeline`.
 //! - [`FaultKind::SemaphoreUnbalanced`]: a DMA was not waited for or a semaphore is not zero at the end of the kernel, or
-//!   between steps that differ in a `parallel` dimension; a wait for a negative amount.
+//!   between steps that differ in a `parallel` dimension, or at the end of their scope; a wait for a negative amount.
 //! - [`FaultKind::Deadlock`]: a wait for more bytes or signals than were ever started.
 //! - [`FaultKind::ParallelOverlap`]: two steps that differ in a `parallel` dimension write the same output element, or
 //!   one reads what the other, earlier in the grid, wrote ([`Machine::allow_parallel_overlaps`],
 //!   [`Program::with_unused_outputs`]).
 //! - [`FaultKind::MemoryExceeded`]: more VMEM, SMEM, HBM or semaphores than there are.
 //! - [`FaultKind::OutputNeverWritten`]: an output element that no step wrote ([`Machine::allow_unwritten_outputs`]).
-//! - [`FaultKind::BrokenAssumption`]: `tpu.assume_multiple` of something that is not a multiple.
+//! - [`FaultKind::BrokenAssumption`]: `tpu.assume_multiple` of something that is not a multiple; a `cf.assert` that fails.
 //! - [`FaultKind::DivisionByZero`]: an integer divided by zero.
 //! - [`FaultKind::Runaway`]: more than [`Machine::max_ops`] ops or grid steps.
 //! - [`FaultKind::BadCall`]: arguments that do not fit the kernel.
 //!
-//! What it does not model: time, registers and their spills, several devices, and layouts inside a tile.
+//! What it does not model: time, registers and their spills, several devices and cores, SparseCores, layouts inside a tile (so
+//! it runs what the compiler may refuse), DMAs that outlive their kernel, and views of memory as narrower elements.
 //!
 //! # Where things are
 //! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness`

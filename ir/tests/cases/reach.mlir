@@ -182,7 +182,7 @@ func.func @scoped(%x: memref<32x128xf32, "any">, %o: memref<32x128xf32, "any">) 
       vector.store %twice, %out[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
       %to = "tpu.memref_slice"(%o, %at, %zero) {operandSegmentSizes = array<i32: 1, 2, 0>} : (memref<32x128xf32, "any">, i32, i32) -> memref<8x128xf32, "any">
       "tpu.enqueue_dma"(%out, %to, %sem) {operandSegmentSizes = array<i32: 1, 0, 1, 1, 0, 0, 0>} : (memref<8x128xf32, "vmem">, memref<8x128xf32, "any">, memref<i64, "semaphore_mem">) -> ()
-      "tpu.wait_dma2"(%sem, %out, %to) {operandSegmentSizes = array<i32: 1, 1, 1, 0, 0>} : (memref<i64, "semaphore_mem">, memref<8x128xf32, "vmem">, memref<8x128xf32, "any">) -> ()
+      "tpu.wait_dma"(%sem, %to) : (memref<i64, "semaphore_mem">, memref<8x128xf32, "any">) -> ()
       "tpu.yield"() : () -> ()
     }) : () -> ()
     scf.yield
@@ -446,5 +446,17 @@ func.func @by_zero(%x: memref<8x128xi32, "vmem">, %o: memref<8x128xi32, "vmem">)
   %z = arith.constant dense<0> : vector<8x128xi32>
   %q = arith.divsi %x0, %z : vector<8x128xi32>
   vector.store %q, %o[%c, %c] : memref<8x128xi32, "vmem">, vector<8x128xi32>
+  return
+}
+// -----
+// A load whose step is 0 reads one row again and again.
+// in f32[1,1,128] = 1 2 3
+// out f32[1,8,128]
+// run
+// result 0: f32[1, 8, 128]: 1 2 3 1 2 3 1 2 ..., sum 2040.00000, by place 1013362.000
+func.func @repeated(%x: memref<1x1x128xf32, "vmem">, %o: memref<1x8x128xf32, "vmem">) {
+  %c = arith.constant 0 : index
+  %v = "tpu.strided_load"(%x, %c, %c, %c) {strides = array<i32: 1, 0, 1>} : (memref<1x1x128xf32, "vmem">, index, index, index) -> vector<1x8x128xf32>
+  vector.store %v, %o[%c, %c, %c] : memref<1x8x128xf32, "vmem">, vector<1x8x128xf32>
   return
 }

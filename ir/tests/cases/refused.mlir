@@ -46,7 +46,7 @@ func.func @k(%x: memref<8x128xf32, "vmem">, %h: memref<8x128xf32, "any">) {
 // -----
 // A step of 0.
 // run
-// error: tpu.strided_load: (memref<8x128xf32, "vmem">, index, index) -> (vector<8x128xf32>) do not fit together (at refused.mlir:55)
+// fault: bad-call: kernel `k`: arguments do not fit the kernel: pipeline at the kernel's grid, grid step []: 0 inputs and 0 outputs for a kernel with 2 and 0
 func.func @k(%x: memref<8x128xf32, "vmem">, %h: memref<8x128xf32, "any">) {
   %i = arith.constant 0 : i32
   %c = arith.constant 0 : index

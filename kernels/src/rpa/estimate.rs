@@ -6,7 +6,7 @@ use pagoda_ir::{Context, Element, Result, TensorType, stablehlo::Module};
 
 use super::{
     Kind, Problem, Rotary, Rpa, Spec, kv_write,
-    plan::{Options, Plan, Tiles},
+    plan::{Options, Plan, Tiles, decode},
     stablehlo,
 };
 use crate::{
@@ -140,6 +140,9 @@ pub(super) fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<Til
 /// device of two cores, it may be shared out again; then it stands for a part of a core's heads.
 pub(super) fn core_share(plan: &Plan) -> Option<(Plan, usize)> {
     let (problem, block) = (plan.problem(), plan.head_block());
+    if problem.kind == Kind::Decode {
+        return decode::alone(plan).map(|alone| (alone, 1));
+    }
     if block == problem.kv_heads {
         return None;
     }

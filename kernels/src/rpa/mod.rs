@@ -289,7 +289,7 @@ impl Kernel for Rpa {
     ) -> Result<pagoda_ir::mosaic::Kernel<'c>> {
         let Some(lengths) = batch else { return plan.kernel(context) };
         let batch = Batch::of_lengths(plan.problem(), lengths);
-        mosaic::kernel_of_batch(
+        mosaic::kernel_of_busiest(
             context,
             plan,
             &batch.map_err(|invalid| pagoda_ir::Error::op(Self::NAME, invalid.to_string()))?,

@@ -19,7 +19,7 @@ use pagoda_ir::{
     },
 };
 
-use super::{Core, MASKED, NONE, Strided, broadcast_lanes, by_lane};
+use super::{MASKED, NONE, Strided, broadcast_lanes, by_lane};
 use crate::rpa::{
     batch::Batch,
     kv_layout::{Block, Half, KvLayout},
@@ -30,7 +30,7 @@ use crate::rpa::{
 };
 
 /// The kernel of `plan`; with `batch`, for that batch only, and perhaps as one core sees it.
-pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan, batch: Option<(&Batch, Option<Core>)>) {
+pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan, batch: Option<(&Batch, Option<usize>)>) {
     Body::declare(k, plan, batch).write();
 }
 
@@ -77,12 +77,12 @@ struct Place<'a> {
 }
 
 impl<'a, 'p> Body<'a, 'p> {
-    fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<(&Batch, Option<Core>)>) -> Self {
+    fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<(&Batch, Option<usize>)>) -> Self {
         let problem = plan.problem();
         let (types, dim, head_block) = (problem.precision, problem.head_dim, plan.head_block());
         let of_core = batch.and_then(|(_, core)| core);
         let cores = if of_core.is_some() { 1 } else { plan.grid()[0] };
-        let split = if of_core == Some(Core::Only) { Split::Nothing } else { plan.details().split };
+        let split = plan.details().split;
         let [core] = k.grid([(cores, Semantics::Parallel)]);
         let scalars = |name, dims: &[usize]| k.prefetch(name, Element::I32, dims);
         let kv_lens = scalars("kv_lens", &[problem.max_seqs]);
@@ -111,11 +111,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let arrived = k.dma_semaphores("arrived", &[BUFFERS, decode::semaphores(plan.tiles())]);
         k.unchecked_bounds();
         let moved = k.dma_semaphores("moved", &[2]);
-        let core = match of_core {
-            None => core,
-            Some(Core::Number(core)) => k.int(core as i64),
-            Some(Core::Only) => k.int(0),
-        };
+        let core = of_core.map_or(core, |core| k.int(core as i64));
         let (num_seqs, [kv_lens, cu_q_lens]) = match baked {
             None => (num_seqs.at(0).load(), [kv_lens, cu_q_lens]),
             Some((arrays, num_seqs)) => {
@@ -571,7 +567,8 @@ impl Copies<'_> {
     }
 }
 
+/// The buffer after `slot`: the first one after the last.
 fn next_slot(slot: Value<'_>) -> Value<'_> {
-    let next = slot + 1;
-    next.differs(BUFFERS).select(next, 0)
+    let [next, same] = [slot + 1; 2];
+    next.equals(BUFFERS).select(next - same, next)
 }

@@ -12,10 +12,9 @@ use pagoda_ir::{
 
 use super::{
     batch::Batch,
-    plan::{Options, Plan},
-    problem::{Kind, Problem, Spec},
+    plan::{self, Plan},
+    problem::{Kind, Problem},
 };
-use crate::plan::PlanError;
 
 /// The maximum of no logits: stands for minus infinity where two of them may be subtracted.
 const NONE: f64 = -1e30;
@@ -43,36 +42,27 @@ pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> 
     })
 }
 
-/// As [`kernel_of_batch`], of one core of the device, and the plan of it: where the cores have each some of the heads, both
-/// are of a launch of so many heads on one core (the compiler cannot estimate copies of some heads of a page). Only that
-/// core's rows of the output are written.
+/// As [`kernel_of_batch`], of the core of a decode kernel that has the most to do: the estimate is what it is for. Where the
+/// cores share heads, it takes the plan of a core alone ([`Kernel::core_share`](crate::Kernel::core_share)).
 ///
 /// # Errors
 /// None, unless MLIR fails.
-pub fn kernel_of_core<'c>(context: &'c Context, plan: &Plan, batch: &Batch, core: usize) -> Result<(Plan, Kernel<'c>)> {
-    let (problem, head_block) = (plan.problem(), plan.head_block());
-    let (plan, core) = if head_block == problem.kv_heads {
-        (plan.clone(), Core::Number(core))
-    } else {
-        let spec = Spec { kv_heads: head_block, q_heads: head_block * problem.group(), ..problem.spec().clone() };
-        let options = Options { tiles: Some(plan.tiles()), vmem_limit: Some(plan.limit()) };
-        let part = Problem::new(spec).map_err(PlanError::from).and_then(|part| Plan::new(part, plan.chip(), options));
-        (part.map_err(|error| pagoda_ir::Error::op("rpa", error.to_string()))?, Core::Only)
-    };
-    let kernel = plan.kernel_by(context, |k| match plan.problem().kind {
-        Kind::Mixed => mixed::Body::declare(k, &plan, Some(batch)).write(),
-        Kind::Decode => decode::write(k, &plan, Some((batch, Some(core)))),
-    })?;
-    Ok((plan, kernel))
+pub(super) fn kernel_of_busiest<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
+    match plan.problem().kind {
+        Kind::Mixed => kernel_of_batch(context, plan, batch),
+        Kind::Decode => kernel_of_core(context, plan, batch, plan::decode::busiest(plan, batch)),
+    }
 }
 
-/// Which core a kernel of one batch is of.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Core {
-    /// That of this number.
-    Number(usize),
-    /// The only one: there is nothing to share.
-    Only,
+/// As [`kernel_of_batch`], of one core of those that share the sequences: only its rows of the output are written.
+///
+/// # Errors
+/// None, unless MLIR fails.
+pub fn kernel_of_core<'c>(context: &'c Context, plan: &Plan, batch: &Batch, core: usize) -> Result<Kernel<'c>> {
+    plan.kernel_by(context, |k| match plan.problem().kind {
+        Kind::Mixed => mixed::Body::declare(k, plan, Some(batch)).write(),
+        Kind::Decode => decode::write(k, plan, Some((batch, Some(core)))),
+    })
 }
 
 /// The ragged metadata of a launch: read from SMEM, or one batch's own as constants.

@@ -12,11 +12,15 @@ use pagoda_ir::{
 };
 use serde::Serialize;
 
-use super::{Details, Tiles, kv_rows, pieces};
+use super::{Details, Options, Plan, Tiles, kv_rows, pieces};
 use crate::{
     chips::Chip,
     plan::{self, PlanError, Spilling},
-    rpa::{kv_layout::KvLayout, problem::Problem},
+    rpa::{
+        Batch,
+        kv_layout::KvLayout,
+        problem::{Problem, Spec},
+    },
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
@@ -113,16 +117,41 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
 
 /// What follows from legal tiles.
 pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
-    let (head_block, split) = (head_block(problem, chip), split(problem, chip));
-    let cores = if split == Split::Nothing { 1 } else { chip.info().cores };
+    laid_out(problem, tiles, head_block(problem, chip), split(problem, chip), chip.info().cores)
+}
+
+fn laid_out(problem: &Problem, tiles: Tiles, head_block: usize, split: Split, cores: usize) -> plan::Layout<Details> {
     plan::Layout {
         name: format!("rpa-decode-p{}-kv{}", problem.page_size, tiles.kv_pages),
-        grid: vec![cores],
+        grid: vec![if split == Split::Nothing { 1 } else { cores }],
         vmem: report(problem, tiles, head_block),
         smem: plan::smem(&problem.arguments()),
         spilling: spilling(problem, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: tiles.kv_pages * problem.page_size, split },
     }
+}
+
+/// The launch of one core's heads on one core, where cores share the heads.
+pub(in crate::rpa) fn alone(plan: &Plan) -> Option<Plan> {
+    let (problem, heads) = (plan.problem(), plan.head_block());
+    if plan.details().split != Split::Heads {
+        return None;
+    }
+    let spec = Spec { kv_heads: heads, q_heads: heads * problem.group(), ..problem.spec().clone() };
+    let options = Options { tiles: Some(plan.tiles()), vmem_limit: Some(plan.limit()) };
+    let part = Plan::new(Problem::new(spec).ok()?, plan.chip(), options).ok()?;
+    let layout = laid_out(part.problem(), part.tiles(), heads, Split::Nothing, 1);
+    Some(part.laid_out(layout))
+}
+
+/// The core with the most keys of a batch, where cores share the sequences; as the kernel shares them.
+pub(in crate::rpa) fn busiest(plan: &Plan, batch: &Batch) -> usize {
+    let keys: Vec<usize> = batch.sequences().map(|of| of.kv_len * of.q_len).collect();
+    let total: usize = keys.iter().sum();
+    let (_, first) = keys.iter().fold((0, 0), |(before, first), keys| {
+        (before + keys, if 2 * before + keys < total { before + keys } else { first })
+    });
+    usize::from(plan.details().split == Split::Sequences && 2 * first < total)
 }
 
 /// Blocks of one row, and no more pages than a sequence has.
