@@ -57,7 +57,9 @@ fn the_grid_is_drawn_alike_here_and_by_the_script() {
         assert_eq!(text(&peer.lengths), point.lengths, "{}", peer.index);
         pagoda_kernels::Problem::new(point.spec()).unwrap();
         for best in [&peer.default_limit, &peer.any_limit].into_iter().flatten() {
-            assert!(best.cycles > 0 && best.mib > 0.0 && best.points >= 6, "{}: {}", point.name(), best.points);
+            // Heads of 64 have two sizes instead of four: fewer choices differ.
+            let least = if peer.head_dim == 64 { 4 } else { 6 };
+            assert!(best.cycles > 0 && best.mib > 0.0 && best.points >= least, "{}: {}", point.name(), best.points);
         }
         assert!(peer.total() >= peer.any_limit.as_ref().map(|any| any.cycles), "more room is never slower");
     }

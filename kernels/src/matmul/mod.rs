@@ -198,19 +198,8 @@ impl Kernel for Matmul {
         plan::choose(problem, chip, limit)
     }
 
-    /// All of each dimension, powers of two, and three times such.
     fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<plan::Tiles> {
-        let sizes = |size: usize, least: usize, most: usize| -> Vec<usize> {
-            let powers = (0..8).flat_map(move |power| [least << power, (3 * least) << power]);
-            powers.filter(move |&tile| tile < size && tile <= most).chain([size]).collect()
-        };
-        let (ms, ns, ks) = (sizes(problem.m, 8, 1024), sizes(problem.n, 128, 4096), sizes(problem.k, 256, 8192));
-        let all = ms.iter().flat_map(|&m| ns.iter().flat_map(move |&n| [(m, n)]));
-        let all = all.flat_map(|(m, n)| ks.iter().map(move |&k| plan::Tiles { m, n, k }));
-        let fits = |tiles: &plan::Tiles| {
-            Self::legal(problem, chip, *tiles).is_ok() && Self::layout(problem, chip, *tiles).vmem.total() <= limit
-        };
-        all.filter(fits).collect()
+        plan::fitting(problem, chip, limit)
     }
 
     fn model(plan: &plan::Plan, _: Option<&[Lengths]>) -> Option<f64> {

@@ -125,11 +125,7 @@ impl fmt::Display for Details {
 /// What follows from legal tiles, in the better of both orders.
 pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
     let (blocks, info) = (Blocks::new(problem, tiles), chip.info());
-    let (order, estimate) = [Order::RowsOuter, Order::ColumnsOuter]
-        .map(|order| (order, blocks.estimate(chip, order)))
-        .into_iter()
-        .min_by(|(_, a), (_, b)| a.cycles.total_cmp(&b.cycles))
-        .expect("two orders");
+    let (order, estimate) = blocks.better_order(chip);
     let Tiles { m, n, k } = tiles;
     plan::Layout {
         name: format!("matmul-m{m}-n{n}-k{k}"),
@@ -647,8 +643,7 @@ impl<'p> Blocks<'p> {
     }
 
     /// What the kernel costs: what its steps take, or what its bytes take, whichever is more. The model is of the
-    /// compiler's static estimate, to whose records it is fitted (half of them within 5%, 95% within 20%), and of HBM,
-    /// which that leaves out.
+    /// compiler's static estimate, to whose records it is fitted, and of HBM, which that leaves out.
     ///
     /// A step asks for the next step's blocks, waits for its own, and works. Where a copy takes longer than the work, two
     /// are under way at a time, each at full speed: two steps then take a copy and the work of one.
@@ -677,7 +672,14 @@ impl<'p> Blocks<'p> {
             Order::RowsOuter => (outer_fetches, inner_fetches),
             Order::ColumnsOuter => (inner_fetches, outer_fetches),
         };
-        let bytes = lhs_fetches * lhs.0 + rhs_fetches * rhs.0 + blocks * out * (1.0 + residual);
+        // Of blocks at an edge only what is there.
+        let Shape { rows: all_rows, columns: all_columns, depth: all_depth } = shape(self.problem);
+        let real = |all: usize, block: f64, count: f64| all as f64 / (block * count);
+        let (real_rows, real_columns) = (real(all_rows, rows, row_blocks), real(all_columns, columns, column_blocks));
+        let real_depth = real(all_depth, depth, steps);
+        let bytes = lhs_fetches * lhs.0 * real_rows * real_depth
+            + rhs_fetches * rhs.0 * real_columns * real_depth
+            + blocks * out * (1.0 + residual) * real_rows * real_columns;
 
         // A parallel dimension is split over the cores; the first that splits evenly, else the outer one.
         let per_core = (blocks / info.cores as f64).ceil();
@@ -688,13 +690,7 @@ impl<'p> Blocks<'p> {
         let epilogue = of_elements(if gated(self.problem) { GATE } else { EPILOGUE }) / steps;
         let work = (matrix + accumulate + groups).max(self.conversion()) + epilogue + STEP_OVERHEAD;
 
-        let copy = |bytes: f64, strided: bool| copy_cycles(chip, bytes, strided);
-        let (cut_depth, cut_columns) = (steps > 1.0, column_blocks > 1.0);
-        let lhs_copy = copy(lhs.1, cut_depth);
-        let rhs_copy = match self.problem.layout {
-            Layout::WeightTransposed => copy(rhs.1, cut_depth),
-            Layout::RowMajor | Layout::FeatureMajor => copy(rhs.1, cut_columns),
-        };
+        let (lhs_copy, rhs_copy) = (copy_cycles(chip, lhs.1), copy_cycles(chip, rhs.1));
         let (inner_copy, outer_copy) = match order {
             Order::RowsOuter => (rhs_copy, lhs_copy),
             Order::ColumnsOuter => (lhs_copy, rhs_copy),
@@ -708,17 +704,45 @@ impl<'p> Blocks<'p> {
         };
         let turns = per_core * steps;
         let first = if turns > 1.0 && both > work { work } else { both };
-        let ends = first + copy(out, cut_columns) + HEAD;
+        let ends = first + copy_cycles(chip, out) + HEAD;
         let steps_take = turns * body + ends;
         // The last block's work has nothing to overlap with.
         let bytes_take = bytes / info.hbm_bytes_per_cycle() + if turns > 1.0 { work } else { 0.0 };
         Estimate { cycles: steps_take.max(bytes_take), mxu_cycles: turns * matrix, bytes_moved: bytes as u64 }
     }
 
-    /// What the kernel costs in the better order.
+    /// The order in which less is fetched again, unless the matrix units hide both; what the kernel costs in it.
+    fn better_order(&self, chip: Chip) -> (Order, Estimate) {
+        let info = chip.info();
+        let [rows, columns, depth] = self.block.map(|size| size as f64);
+        let [row_blocks, column_blocks, steps] = self.counts.map(|count| count as f64);
+        let weight = self.products() * self.problem.weight_element().bytes() as f64;
+        let x = self.problem.x_element().bytes() as f64;
+        let [lhs, rhs] = if self.problem.layout == Layout::FeatureMajor { [weight, x] } else { [x, weight] };
+        let residual = f64::from(u8::from(self.problem.epilogue.residual));
+        let out = rows * columns * self.problem.output.bytes() as f64 * (1.0 + residual);
+        let turns = row_blocks * column_blocks * steps;
+        let step = |order| {
+            let (lhs_fetches, rhs_fetches) = match (steps > 1.0, order) {
+                (true, _) => (turns, turns),
+                (false, Order::RowsOuter) => (row_blocks, turns),
+                (false, Order::ColumnsOuter) => (turns, column_blocks),
+            };
+            let bytes = lhs_fetches * lhs * rows * depth + rhs_fetches * rhs * depth * columns;
+            let bytes = (bytes + row_blocks * column_blocks * out) / turns;
+            let copies = 700.0 + bytes * info.cores as f64 / info.hbm_bytes_per_cycle();
+            let work = self.products()
+                * (self.mxu_cycles_per_step(chip) + if steps > 1.0 { rows * columns / 1024.0 } else { 0.0 });
+            (work + 250.0).max(copies)
+        };
+        let columns_are_better = step(Order::ColumnsOuter) < step(Order::RowsOuter);
+        let order = if columns_are_better { Order::ColumnsOuter } else { Order::RowsOuter };
+        (order, self.estimate(chip, order))
+    }
+
+    /// What the kernel costs.
     fn cycles(&self, chip: Chip) -> f64 {
-        let [rows, columns] = [Order::RowsOuter, Order::ColumnsOuter].map(|order| self.estimate(chip, order).cycles);
-        rows.min(columns)
+        self.better_order(chip).1.cycles
     }
 
     /// Cycles of the vector units that convert stored elements to what the matrix unit takes, in one step: the weight once
@@ -757,19 +781,16 @@ impl<'p> Blocks<'p> {
 }
 
 /// Cycles of one copy between HBM and VMEM, by the compiler's static estimate: latency and rate, fitted to kernels that
-/// do nothing else (libtpu 0.0.52; v4, of which it has no estimate, as v5p). On v5p it counts only the latency of copies
-/// of parts of rows.
-fn copy_cycles(chip: Chip, bytes: f64, strided: bool) -> f64 {
+/// do nothing else (libtpu 0.0.52; v4, of which it has no estimate, as v5p). On v5p it leaves out the bytes of copies of parts
+/// of rows, which the model does not.
+fn copy_cycles(chip: Chip, bytes: f64) -> f64 {
     let (latency, rate) = match chip {
         Chip::V5e => (1143.0, 489.0),
         Chip::V4 | Chip::V5p => (678.0, 1236.0),
         Chip::V6e => (557.0, 772.0),
         Chip::Tpu7x => (600.0, 1580.0),
     };
-    match chip {
-        Chip::V4 | Chip::V5p if strided => latency,
-        _ => latency + bytes / rate,
-    }
+    latency + bytes / rate
 }
 
 /// Sizes of the sums of `features` of a [`Cut`] weight, in whole registers.
@@ -835,6 +856,16 @@ pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tile
         }
     }
     best.map(|(_, _, tiles)| tiles)
+}
+
+/// Tiles that fit `limit`, the cheapest first: as many as are worth a compilation.
+pub(super) fn fitting(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<Tiles> {
+    const MOST: usize = 64;
+    let fits = |&tiles: &Tiles| Blocks::new(problem, tiles).report(chip).total() <= limit;
+    let mut all: Vec<Tiles> = every(problem).filter(fits).collect();
+    all.sort_by_cached_key(|&tiles| Blocks::new(problem, tiles).cycles(chip) as u64);
+    all.truncate(MOST);
+    all
 }
 
 /// Tiles worth trying, those that the kernel can be written with and that the compiler gets through.
