@@ -165,7 +165,10 @@ fn main_arguments(text: &str) -> Option<Vec<(String, Option<String>, TensorType)
             Some(string) => Some(string),
             None => aliases.get(location.strip_prefix("#loc")?.split(')').next()?).copied(),
         });
-        let author = location.and_then(|location| location.split('"').next()).filter(|name| !name.contains('/'));
+        // Pagoda's own modules have the name as an attribute.
+        let own = argument.split_once("pagoda.name = \"").map(|(_, name)| name);
+        let author =
+            own.or(location).and_then(|location| location.split('"').next()).filter(|name| !name.contains('/'));
         Some((name.to_owned(), author.map(str::to_owned), super::wire::tensor_type(ty)?))
     });
     arguments.collect()

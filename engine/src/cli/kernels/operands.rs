@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use pagoda_ir::random::SplitMix64;
 use pagoda_ir::{Element, HostTensor, TensorType};
+use pagoda_kernels::Arrays;
 use pagoda_kernels::random::Random;
 use pagoda_kernels::vmem::Bytes;
 
@@ -164,12 +165,16 @@ pub(super) fn ensure_fits<'t>(types: impl IntoIterator<Item = &'t TensorType>) -
 /// Operands of a kernel of unknown origin: given ones, the rest drawn from `seed`.
 pub(super) fn operands(given: &Given, names: &[Name], types: &[TensorType], seed: u64) -> Result<Vec<HostTensor>> {
     ensure_fits(types)?;
-    let named: Vec<_> = names.iter().map(|name| name.name.clone()).zip(types.iter().cloned()).collect();
-    let recognised = problem::recognised(&named, seed);
+    let with_types = |names: Vec<String>| names.into_iter().zip(types.iter().cloned()).collect::<Vec<_>>();
+    let named = with_types(names.iter().map(|name| name.name.clone()).collect());
+    let authors = names.iter().map(|name| name.alias.as_ref().unwrap_or(&name.name).clone());
+    let authors = with_types(authors.collect());
+    let recognised = problem::recognised(&named, seed).or_else(|| problem::recognised(&authors, seed));
     let mut random = Random::new(seed);
     let mut arrays = Vec::new();
-    for ((name, ty), given) in named.iter().zip(given.arrays(names, types, seed)?) {
-        let drawn = recognised.as_ref().and_then(|arrays| arrays.get(name)).cloned();
+    for (((name, ty), (author, _)), given) in named.iter().zip(&authors).zip(given.arrays(names, types, seed)?) {
+        let known = |arrays: &Arrays| arrays.get(name).or_else(|| arrays.get(author)).cloned();
+        let drawn = recognised.as_ref().and_then(known);
         arrays.push(match (given, drawn) {
             (Some(array), _) | (None, Some(array)) => array,
             // Of a stack of layers, the first one.
