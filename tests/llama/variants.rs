@@ -214,8 +214,8 @@ fn check(name: &str, changes: &Value, seed: u64, forms: &[(Target, usize)]) {
             let logits = logits_in_chunks(&client, &model, (compute, target), &[&tokens], rows);
             let worst = largest_relative_error(&logits[0], &expected);
             // In f32 roundings are 2^16 times finer, and those of the sums count too: they are less than 8 times as many.
-            // Of inputs that are rounded to 8 bits, few fall on the other side in f32.
-            let (finer, fewer) = if compute == Element::F32 { (8192.0, 4.0) } else { (1.0, 1.0) };
+            // Of inputs that are rounded to 8 bits, fewer fall on the other side in f32; one that does shows in sums of few.
+            let (finer, fewer) = if compute == Element::F32 { (8192.0, 2.0) } else { (1.0, 1.0) };
             let bound = bf16_error(&model.config) / finer + input_error(&model.config) / fewer;
             assert!(worst <= bound, "{context}, {compute} by {rows}: logits differ by {worst:e}, {bound:e} is allowed");
         }

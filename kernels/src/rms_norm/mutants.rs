@@ -17,7 +17,7 @@ pub(super) fn sets() -> Vec<MutantSet<RmsNorm>> {
     let options = Options { tiles: Some(Tiles { rows: 24 }), vmem_limit: None };
     let plan = Plan::new(problem, Chip::V5p, options).expect("legal tiles");
     let inputs = RmsNorm::draw(&problem, None, 1).expect("no batch");
-    vec![MutantSet { plan, inputs, mutants: MUTANTS.to_vec(), nothing_superfluous: true }]
+    vec![MutantSet { plan, inputs, mutants: MUTANTS.to_vec(), superfluous: Some(0) }]
 }
 
 /// Additions of a group: x and the residual, the squares, epsilon; x and the residual again. Multiplications: the square,

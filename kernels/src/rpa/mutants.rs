@@ -17,11 +17,14 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     // Decode rows, an empty sequence, chunks of prompts; one to six pages.
     let pages_of_16 = [(1, 96), (0, 5), (13, 77), (8, 41), (1, 10)];
     let pages_of_128 = [(1, 700), (0, 5), (13, 128), (8, 300), (1, 90)];
-    let wide = set(8, 128, pages_of_128, WIDTHS, false);
+    let wide = set(8, 128, pages_of_128, WIDTHS);
     assert_eq!(wide.plan.widths(), [128, 256]);
     let with_blocks = [(1, 96), (0, 5), (33, 77), (20, 41), (1, 10)];
-    vec![set(8, 16, pages_of_16, MUTANTS, false), set(16, 16, with_blocks, BLOCKS, false), wide, decode()]
+    vec![set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, decode()]
 }
+
+/// What writes the rows of idle sequences, which only fused attention may be given.
+const IDLE: usize = 2;
 
 /// Rows of two KV heads, which the cores share by sequence; blocks of two pages, full and short ones, more than there are
 /// buffers; an empty sequence, two layers, padding rows.
@@ -49,17 +52,11 @@ fn decode() -> MutantSet<Rpa> {
     let lengths = [(1, 20), (1, 600), (0, 5), (1, 129), (1, 256), (1, 64), (1, 300)];
     let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
     let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
-    MutantSet { plan, inputs, mutants: DECODE.to_vec(), nothing_superfluous: false }
+    MutantSet { plan, inputs, mutants: DECODE.to_vec(), superfluous: Some(IDLE) }
 }
 
 /// Blocks of `queries` rows, padding rows in the last one; two blocks of heads, two layers, two pages to a KV block.
-fn set(
-    queries: usize,
-    page_size: usize,
-    lengths: [(usize, usize); 5],
-    mutants: &[Mutant],
-    nothing_superfluous: bool,
-) -> MutantSet<Rpa> {
+fn set(queries: usize, page_size: usize, lengths: [(usize, usize); 5], mutants: &[Mutant]) -> MutantSet<Rpa> {
     let spec = Spec {
         kind: Kind::Mixed,
         precision: Precision::uniform(Element::Bf16),
@@ -82,7 +79,7 @@ fn set(
     let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
     let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
     let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
-    MutantSet { plan, inputs, mutants: mutants.to_vec(), nothing_superfluous }
+    MutantSet { plan, inputs, mutants: mutants.to_vec(), superfluous: None }
 }
 
 /// The copies of whole KV blocks of two pages and of a block's first page alone, in the order of the text: of the blocks that
