@@ -154,6 +154,12 @@ fn planted_faults_are_told_in_full() {
     assert_ne!(wrong, text.trim_end());
     fs::write(dir.path().join("wrong.mlir"), wrong).unwrap();
     done(dir.path(), &format!("run wrong.mlir {inputs}"));
+    // Results are the problem's, without the kernel's padding.
+    let report = json(&done(
+        dir.path(),
+        "run rpa --q 37x21x80 --kv-heads 3 --page-size 16 --max-seq-len 160 --max-seqs 2 --random 3 --lengths 20/150 --json",
+    ));
+    assert_eq!(report[0]["outputs"][0]["type"], "bf16[37,21,80]", "{report}");
     let words = ["differs from the reference in f64: rpa-p16-bq8-kv2[", "expected", "values are wrong"];
     refused(dir.path(), &format!("run wrong.mlir {inputs} --check-against reference"), 1, &words);
     refused(dir.path(), &format!("run wrong.mlir {inputs} --check-against stablehlo"), 1, &["its StableHLO form"]);

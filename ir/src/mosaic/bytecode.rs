@@ -45,8 +45,8 @@ pub(super) fn readable(body: &[u8]) -> Option<Vec<u8>> {
     let sections = sections(&mut reader)?;
     let section = |id: u8| sections.iter().find(|section| section.id == id).map(|section| section.bytes);
     let (entries, offsets) = with_names(
-        Reader { bytes: section(ENTRIES)?, at: 0 },
-        Reader { bytes: section(OFFSETS)?, at: 0 },
+        Reader::new(section(ENTRIES)?),
+        Reader::new(section(OFFSETS)?),
         &builtin(section(STRINGS)?, section(DIALECTS)?)?,
     )?;
     for Section { id, alignment, bytes } in &sections {
@@ -85,12 +85,12 @@ fn sections<'b>(reader: &mut Reader<'b>) -> Option<Vec<Section<'b>>> {
 /// Which dialects are the builtin one.
 fn builtin(strings: &[u8], dialects: &[u8]) -> Option<Vec<bool>> {
     // Strings: their sizes, the last one first, and at the end their bytes, each with a zero behind it.
-    let mut strings = Reader { bytes: strings, at: 0 };
+    let mut strings = Reader::new(strings);
     let sizes = (0..strings.number()?).map(|_| strings.number()).collect::<Option<Vec<_>>>()?;
     let mut texts = sizes.iter().rev().map(|&size| strings.take(size)).collect::<Option<Vec<_>>>()?;
     texts.iter_mut().for_each(|text| *text = text.strip_suffix(b"\0").unwrap_or(text));
     // Dialects: the numbers of their names, with a bit that says whether a version follows.
-    let mut dialects = Reader { bytes: dialects, at: 0 };
+    let mut dialects = Reader::new(dialects);
     let mut builtin = vec![];
     for _ in 0..dialects.number()? {
         let name = dialects.number()?;
@@ -149,19 +149,25 @@ fn with_names(mut entries: Reader, mut offsets: Reader, builtin: &[bool]) -> Opt
     replaced.then_some((new_entries, new_offsets))
 }
 
-struct Reader<'b> {
-    bytes: &'b [u8],
-    at: usize,
+/// Bytecode, read from `at` on; `None` where it ends too soon.
+#[derive(Clone, Copy)]
+pub(super) struct Reader<'b> {
+    pub(super) bytes: &'b [u8],
+    pub(super) at: usize,
 }
 
 impl<'b> Reader<'b> {
-    fn byte(&mut self) -> Option<u8> {
+    pub(super) fn new(bytes: &'b [u8]) -> Self {
+        Self { bytes, at: 0 }
+    }
+
+    pub(super) fn byte(&mut self) -> Option<u8> {
         let byte = *self.bytes.get(self.at)?;
         self.at += 1;
         Some(byte)
     }
 
-    fn take(&mut self, length: u64) -> Option<&'b [u8]> {
+    pub(super) fn take(&mut self, length: u64) -> Option<&'b [u8]> {
         let end = self.at.checked_add(usize::try_from(length).ok()?)?;
         let taken = self.bytes.get(self.at..end)?;
         self.at = end;
@@ -169,7 +175,7 @@ impl<'b> Reader<'b> {
     }
 
     /// A number: as many zeros at the low end of the first byte as bytes follow it.
-    fn number(&mut self) -> Option<u64> {
+    pub(super) fn number(&mut self) -> Option<u64> {
         let first = *self.bytes.get(self.at)?;
         let more = first.trailing_zeros().min(8) as u64;
         let bytes = self.take(1 + more)?;
@@ -180,7 +186,7 @@ impl<'b> Reader<'b> {
 }
 
 /// Writes what [`Reader::number`] reads.
-fn write_number(to: &mut Vec<u8>, number: u64) {
+pub(super) fn write_number(to: &mut Vec<u8>, number: u64) {
     let bits = (64 - number.leading_zeros()).max(1);
     match bits.div_ceil(7) {
         bytes @ 1..=8 => {
@@ -214,7 +220,7 @@ mod tests {
             for number in [1_u64 << shift, (1_u64 << shift) - 1, u64::MAX >> shift] {
                 let mut bytes = vec![];
                 write_number(&mut bytes, number);
-                let mut reader = Reader { bytes: &bytes, at: 0 };
+                let mut reader = Reader::new(&bytes);
                 assert_eq!((reader.number(), reader.at), (Some(number), bytes.len()));
             }
         }

@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 
+use super::bytecode::{Reader, write_number};
 use super::wire::{CallSite, TARGET};
 use crate::{
     element::Element,
@@ -236,40 +237,7 @@ const ATTRIBUTES: u8 = 2;
 const OFFSETS: u8 = 3;
 const PROPERTIES: u8 = 8;
 
-#[derive(Clone, Copy)]
-struct Reader<'b> {
-    bytes: &'b [u8],
-    at: usize,
-}
-
 impl<'b> Reader<'b> {
-    fn new(bytes: &'b [u8]) -> Self {
-        Self { bytes, at: 0 }
-    }
-
-    fn byte(&mut self) -> Option<u8> {
-        let byte = *self.bytes.get(self.at)?;
-        self.at += 1;
-        Some(byte)
-    }
-
-    fn take(&mut self, length: u64) -> Option<&'b [u8]> {
-        let end = self.at.checked_add(usize::try_from(length).ok()?)?;
-        let taken = self.bytes.get(self.at..end)?;
-        self.at = end;
-        Some(taken)
-    }
-
-    /// A number: as many zeros at the low end of the first byte as bytes follow it.
-    fn number(&mut self) -> Option<u64> {
-        let first = *self.bytes.get(self.at)?;
-        let more = u64::from(first.trailing_zeros().min(8));
-        let bytes = self.take(1 + more)?;
-        let little_endian =
-            |bytes: &[u8]| bytes.iter().rev().fold(0_u64, |number, &byte| number << 8 | u64::from(byte));
-        Some(if more == 8 { little_endian(&bytes[1..]) } else { little_endian(bytes) >> (more + 1) })
-    }
-
     fn index(&mut self) -> Option<usize> {
         usize::try_from(self.number()?).ok()
     }
@@ -293,20 +261,9 @@ impl<'b> Reader<'b> {
     }
 }
 
-/// Appends a number, as [`Reader::number`] reads it.
-fn put(bytes: &mut Vec<u8>, number: u64) {
-    match (1..=8_u32).find(|&length| length == 8 && number >> 56 == 0 || length < 8 && number >> (7 * length) == 0) {
-        Some(length) => bytes.extend(&((number << 1 | 1) << (length - 1)).to_le_bytes()[..length as usize]),
-        None => {
-            bytes.push(0);
-            bytes.extend(number.to_le_bytes());
-        }
-    }
-}
-
 fn numbers(list: impl IntoIterator<Item = u64>) -> Vec<u8> {
     list.into_iter().fold(vec![], |mut bytes, number| {
-        put(&mut bytes, number);
+        write_number(&mut bytes, number);
         bytes
     })
 }
@@ -542,7 +499,7 @@ fn write(code: &Bytecode, added: &Added, properties: &[Vec<u8>]) -> Vec<u8> {
             PROPERTIES => {
                 let mut section = numbers([properties.len() as u64]);
                 for own in properties {
-                    put(&mut section, own.len() as u64);
+                    write_number(&mut section, own.len() as u64);
                     section.extend(own);
                 }
                 section
@@ -550,9 +507,9 @@ fn write(code: &Bytecode, added: &Added, properties: &[Vec<u8>]) -> Vec<u8> {
             _ => content.to_vec(),
         };
         bytes.push(id | if alignment == 0 { 0 } else { 0x80 });
-        put(&mut bytes, content.len() as u64);
+        write_number(&mut bytes, content.len() as u64);
         if alignment != 0 {
-            put(&mut bytes, alignment);
+            write_number(&mut bytes, alignment);
             let end = bytes.len().next_multiple_of(alignment as usize);
             bytes.resize(end, 0xcb);
         }

@@ -39,7 +39,8 @@ impl Kernels {
     ) -> std::result::Result<Vec<HostTensor>, String> {
         let loaded = self.calls.get().and_then(|calls| calls.get(number)).ok_or("there is no such call")?;
         let Loaded { program, machine, frames } = loaded;
-        let call = Call { operands, results, inputs: "from the program".into(), prefix: String::new(), frames };
+        let call =
+            Call { operands, results, launch: None, inputs: "from the program".into(), prefix: String::new(), frames };
         let executed = execute(&self.running, None, program, *machine, call).map_err(|error| error.to_string())?;
         let failure = executed.report.fault.as_ref().map(ToString::to_string);
         let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);

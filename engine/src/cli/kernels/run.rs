@@ -332,6 +332,7 @@ fn run_launch(
     let call = Call {
         operands: &launch.operands(),
         results: &kernel.outputs(),
+        launch: Some(launch),
         inputs: inputs_line(args, given, launch.batch()),
         prefix: String::new(),
         frames: &[],
@@ -400,6 +401,7 @@ fn all_on_tile_machine(args: &RunArgs, running: &Running, given: &Given, file: &
         let call = Call {
             operands: &operands(given, &names, types, args.random)?,
             results,
+            launch: None,
             inputs: inputs_line(args, given, None),
             prefix,
             frames: &call.frames,
@@ -454,6 +456,8 @@ pub(super) fn with_authors_names(
 pub(super) struct Call<'c> {
     pub(super) operands: &'c [HostTensor],
     pub(super) results: &'c [TensorType],
+    /// The problem that it is of, whose results have none of the kernel's padding.
+    pub(super) launch: Option<&'c dyn Launch>,
     pub(super) inputs: String,
     /// In front of the names of files with its results.
     pub(super) prefix: String,
@@ -530,16 +534,29 @@ pub(super) fn execute(
         }
     }
     report.dma = Some(done.join(", "));
+    let outputs = outputs.map(|returned| match call.launch {
+        Some(launch) => launch.unpadded(&returned),
+        None => returned,
+    });
     if let (Some(outputs), Some(wanted)) = (&outputs, wanted) {
         report.finish(wanted, &call.prefix, &names, outputs)?;
         for wrong in report.expectations.iter_mut() {
             let Some(first) = &wrong.first else { continue };
-            let cell = Cell::Output { output: wrong.position, offset: first.offset };
+            let (found, returned) = (&outputs[wrong.position], &call.results[wrong.position]);
+            let offset = in_padded(first.offset, found.dims(), &returned.dims);
+            let cell = Cell::Output { output: wrong.position, offset };
             let history = program.history(&with(running.orders[0]), call.operands, call.results, cell);
             wrong.explanation = Some(Explanation::of_value(&wrong.output, &known, history, again(running.orders[0])));
         }
     }
     Ok(Executed { report, results: outputs })
+}
+
+/// Where an element of a result stands in what the kernel returned: in rows of padded columns.
+fn in_padded(offset: usize, dims: &[usize], returned: &[usize]) -> usize {
+    let columns_of = |dims: &[usize]| dims.iter().skip(1).product::<usize>().max(1);
+    let [columns, padded] = [dims, returned].map(columns_of);
+    offset / columns * padded + offset % columns
 }
 
 /// The StableHLO form of a kernel.
