@@ -254,7 +254,7 @@ fn bad_problems_and_batches_are_refused_by_name() {
         ),
         (
             rpa::Spec { head_dim: 80, kv_rows: KvRows::Packed, ..good.clone() },
-            "head_dim = 80 is not 64, the one that packed rows have: give kv_rows = interleaved",
+            "head_dim = 80 is not 64 or 192, or 64 more than another multiple of 128, as packed rows have it: give kv_rows = interleaved",
         ),
         (rpa::Spec { scale: f64::NAN, ..good.clone() }, "scale = NaN is not positive and finite"),
         (rpa::Spec { pages: usize::MAX, ..good.clone() }, "layers * pages * page_size"),

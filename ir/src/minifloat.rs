@@ -36,6 +36,16 @@ impl Minifloat {
     /// `float8_e5m2`.
     pub const F8E5M2: Self = Self { mantissa: 2, least_exponent: -14, special: Special::Ieee };
 
+    /// Stored bits of the mantissa.
+    pub const fn mantissa_bits(self) -> u32 {
+        self.mantissa
+    }
+
+    /// The exponent of the least number with all bits of its mantissa, and of subnormal ones.
+    pub const fn least_exponent(self) -> i32 {
+        self.least_exponent
+    }
+
     /// The code of the largest number.
     const fn largest(self) -> u8 {
         match self.special {

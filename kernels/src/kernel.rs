@@ -166,7 +166,8 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         of(true).chain(of(false)).collect()
     }
 
-    /// What the Mosaic kernel returns, in order: the results, perhaps as `[rows, columns]` with padding behind either.
+    /// What the Mosaic kernel returns, in order: the results, perhaps as `[rows, columns]` with padding behind either, or as
+    /// `[rows, 1, columns]`.
     fn returned(problem: &ProblemOf<Self>) -> Vec<TensorType> {
         Self::results(problem).values().cloned().collect()
     }
@@ -423,9 +424,11 @@ fn sliced(array: &HostTensor, [dim, start, size]: [usize; 3]) -> HostTensor {
     HostTensor::from_bytes(array.element(), &dims, &bytes)
 }
 
-/// A two-dimensional array of other sizes: what both have in common, and `fill` in each byte of the rest.
+/// Rows and columns in other numbers: what both have in common, and `fill` in each byte of the rest.
 fn resized(tensor: &HostTensor, dims: &[usize], fill: u8) -> HostTensor {
-    let (&[rows, columns], &[new_rows, new_columns]) = (tensor.dims(), dims) else { unreachable!("two dimensions") };
+    let ([rows, columns], &[new_rows, new_columns]) = (rows_and_columns(tensor.dims()), dims) else {
+        unreachable!("two dimensions")
+    };
     let size = tensor.element().bytes();
     let mut bytes = vec![fill; new_rows * new_columns * size];
     let width = columns.min(new_columns) * size;
@@ -443,16 +446,16 @@ pub fn host_results<K: Kernel>(problem: &ProblemOf<K>, returned: &[HostTensor]) 
     let result = |(tensor, ty): (&HostTensor, &TensorType)| match tensor.dims() == ty.dims {
         true => tensor.clone(),
         false => {
-            let cut = resized(tensor, &rows_and_columns(ty), 0);
+            let cut = resized(tensor, &rows_and_columns(&ty.dims), 0);
             HostTensor::from_bytes(cut.element(), &ty.dims, cut.bytes())
         }
     };
     returned.iter().zip(types.values()).map(result).collect()
 }
 
-/// A result as a kernel that works on rows has it, padding aside.
-fn rows_and_columns(ty: &TensorType) -> [usize; 2] {
-    [ty.dims[0], ty.dims[1..].iter().product()]
+/// An array as a kernel that works on rows has it.
+fn rows_and_columns(dims: &[usize]) -> [usize; 2] {
+    [dims[0], dims[1..].iter().product()]
 }
 
 /// The arrays that a Mosaic kernel takes, made on the host.
@@ -478,7 +481,11 @@ pub fn call<'c, 'a, K: Kernel>(
         if tensor.dims() == ty.dims {
             return Ok(tensor);
         }
-        let [rows, columns] = rows_and_columns(ty);
+        let [rows, columns] = rows_and_columns(&ty.dims);
+        let tensor = match tensor.dims().len() {
+            2 => tensor,
+            _ => b.reshape(tensor, &rows_and_columns(&tensor.dims()))?,
+        };
         let cut = match tensor.dims() == [rows, columns] {
             true => tensor,
             false => b.slice(tensor, &[0, 0], &[rows, columns], &[1, 1])?,

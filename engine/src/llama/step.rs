@@ -28,7 +28,7 @@
 
 use pagoda_ir::stablehlo::{Builder, Direction, Module, Tensor};
 use pagoda_ir::{Context, Element, Result, TensorType};
-use pagoda_kernels::rpa::KvLayout;
+use pagoda_kernels::rpa::{KvLayout, KvRows};
 
 use super::KvCache;
 use super::arguments::{Layer, Layers, Projection, Weights, weight_types};
@@ -99,7 +99,7 @@ impl StepShape {
             page_size: self.page_size,
             heads: self.parallel.shard_of(config).kv_heads,
             head_dim: config.head_dim,
-            kv_rows: self.target.kv_rows(config.head_dim),
+            kv_rows: KvRows::for_lanes(config.head_dim),
         }
     }
 

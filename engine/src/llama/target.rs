@@ -3,7 +3,6 @@
 use std::fmt;
 
 use pagoda_kernels::chips::Chip;
-use pagoda_kernels::rpa::KvRows;
 
 /// What a program is emitted for: it decides which form of each kernel the program carries, and how activations lie.
 /// The chip is the one that Mosaic kernels are planned for.
@@ -38,17 +37,6 @@ impl Target {
     /// it lies, and the program's code does not grow with the layers. Other compilers would copy each part on every step.
     pub fn stacks_layers(self) -> bool {
         matches!(self, Self::TileMachine(_) | Self::Tpu(_))
-    }
-}
-
-impl Target {
-    /// How the rows of a KV cache are made up.
-    pub fn kv_rows(self, head_dim: usize) -> KvRows {
-        match self {
-            // Where memory has no lanes, both are the same bytes.
-            Self::Portable | Self::Host => KvRows::for_lanes(head_dim),
-            Self::TileMachine(_) | Self::Tpu(_) => KvRows::Interleaved,
-        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use pagoda_ir::Element;
+use pagoda_ir::{Element, mosaic::tiling::LANES};
 
 use super::{Kind, KvRows, Precision, Rotary, Rpa, Spec};
 use crate::{
@@ -37,7 +37,7 @@ pub struct RpaArgs {
     /// The kernel takes the projections as they are, rotates queries and keys, and writes keys and values.
     #[arg(long)]
     fused: bool,
-    /// A head's key and value share a row of the cache (heads of 64).
+    /// A head's key and value share a row of the cache (heads of 64; those of 192 always do).
     #[arg(long)]
     packed: bool,
     /// Every query head has a logit of its own in the softmax's sum.
@@ -107,7 +107,12 @@ impl KernelArgs for Rpa {
             fused: args.fused.then_some(Rotary::HalfSplit),
             sinks: args.sinks,
             log_sum_exp: args.log_sum_exp,
-            kv_rows: if args.packed { KvRows::Packed } else { KvRows::Interleaved },
+            // No TPU's copies take rows of a tile and a half of lanes.
+            kv_rows: match args.packed {
+                false if head_dim < LANES => KvRows::Interleaved,
+                false => KvRows::for_lanes(head_dim),
+                true => KvRows::Packed,
+            },
         })
     }
 }

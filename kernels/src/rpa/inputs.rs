@@ -134,11 +134,17 @@ fn over(problem: &Problem, drawn: &[Lengths], seed: u64) -> Arrays {
     problem.arguments().name(arrays.chain(first_page))
 }
 
-/// Scales of the heads of a cache of 8 bits: with some, numbers within 2 are beyond the largest that is stored.
+/// Scales of the heads of a cache of 8 bits: with some, numbers within 2 are beyond the largest that is stored. Those of every
+/// other head are so large that most of its numbers are subnormal, or a few integers.
 fn scales(problem: &Problem, random: &mut Random) -> Option<Vec<f32>> {
     let [_, most] = problem.precision.bounds();
-    let scales = || (0..problem.kv_heads).map(|_| (2.0 / most * (1.25 + 0.25 * random.value())) as f32).collect();
-    problem.precision.is_scaled().then(scales)
+    let least_normal = problem.precision.kv.minifloat().map_or(1.0, |of| f64::from(of.least_exponent()).exp2());
+    let small = 4.0 * least_normal;
+    let mut scale = |head: usize| {
+        let largest = if head.is_multiple_of(2) { most } else { small };
+        (2.0 / largest * (1.25 + 0.25 * random.value())) as f32
+    };
+    problem.precision.is_scaled().then(|| (0..problem.kv_heads).map(&mut scale).collect())
 }
 
 /// Fills a token of the cache with values uniform in (-2, 2), as far as its type holds them, divided by the scales of keys

@@ -2,16 +2,16 @@
 //!
 //! `[layers * pages, page_size, 2 * heads, head_dim]`: a token of a page has a row for the key and a row for the value of
 //! each head, interleaved (key of head `h` in row `2h`, value in row `2h + 1`), as JAX's and tpu-inference's ragged paged
-//! attention have them. Heads of 64 may be packed ([`KvRows::Packed`]): `[layers * pages, page_size, heads, 128]`, key and
-//! value of a head in one row, so that rows fill a TPU's 128 lanes, where its memory would be half padding. In row-major
-//! memory both are the same bytes. Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer,
+//! attention have them. Heads of 64 or 192 may be packed ([`KvRows::Packed`]): `[layers * pages, page_size, heads, 2 *
+//! head_dim]`, key and value of a head in one row, so that rows fill tiles of a TPU's 128 lanes, where its memory would be half
+//! or a quarter padding. In row-major memory both are the same bytes. Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer,
 //! `page * page_size + offset`; [`NO_SLOT`] is nowhere.
 
 use std::ops::Range;
 
 use pagoda_ir::{
     Element, TensorType,
-    mosaic::{Builder, Ref, Value, tiling::LANES},
+    mosaic::tiling::LANES,
     stablehlo::{self, Direction, GatherDims, Tensor},
 };
 use serde::{Deserialize, Serialize};
@@ -43,17 +43,20 @@ pub enum KvRows {
     /// A row for each head's key, and one behind it for its value.
     #[default]
     Interleaved,
-    /// A row for each head: its key in the first half of the lanes, its value in the second.
+    /// A row for each head: its key in the first half of the elements, its value in the second.
     Packed,
 }
 
 impl KvRows {
-    /// The head dimension of packed rows: twice as much fills the lanes.
-    pub const PACKED_HEAD_DIM: usize = LANES / HALVES;
+    /// Whether there are packed rows of heads of `head_dim` elements: a head ends in the middle of a tile of lanes, and two fill
+    /// whole tiles.
+    pub const fn packs(head_dim: usize) -> bool {
+        head_dim % LANES == LANES / HALVES
+    }
 
     /// The rows that waste no lanes of a TPU.
     pub const fn for_lanes(head_dim: usize) -> Self {
-        if head_dim == Self::PACKED_HEAD_DIM { Self::Packed } else { Self::Interleaved }
+        if Self::packs(head_dim) { Self::Packed } else { Self::Interleaved }
     }
 }
 
@@ -85,6 +88,20 @@ impl KvLayout {
     /// Heads of a token that has `rows` interleaved rows.
     pub const fn heads_of(rows: usize) -> usize {
         rows / HALVES
+    }
+
+    /// The layout of a part of the heads.
+    #[must_use]
+    pub const fn of_heads(self, heads: usize) -> Self {
+        Self { heads, ..self }
+    }
+
+    /// Where among a token's rows of elements one half of `head` is: the row, and its first element there.
+    pub const fn place(&self, head: usize, half: Half) -> [usize; 2] {
+        match self.kv_rows {
+            KvRows::Interleaved => [Self::row(head, half), 0],
+            KvRows::Packed => [head, half as usize * self.head_dim],
+        }
     }
 
     /// Keys and values of a token: vectors of `head_dim` elements.
@@ -221,54 +238,6 @@ impl KvLayout {
 /// The slot of `position` of a sequence, the page of that position being `page`, of `page_size` tokens.
 pub const fn slot(page: i32, page_size: usize, position: usize) -> usize {
     page as usize * page_size + position % page_size
-}
-
-/// A block of tokens in VMEM, as a kernel's DMAs bring it, and the recipe that loads a head from it.
-///
-/// The buffer is `[pieces, tokens, rows, lanes]`: rows of `head_dim` elements lie in pieces of one tile's lanes, and a
-/// token's rows are padded to whole tiles. Strided loads are of 32-bit words; in bf16 a word holds an element of a head's key
-/// (low half) and of its value (high half), so one strided load brings both.
-pub(super) struct Block<'a> {
-    /// The pieces as rows of 32-bit words.
-    pub words: Vec<Ref<'a>>,
-    /// Words' rows of a token.
-    pub per_token: usize,
-    element: Element,
-}
-
-impl<'a> Block<'a> {
-    /// The block in `kv`, of `element`.
-    pub fn new(kv: &Ref<'a>, element: Element) -> Self {
-        let &[pieces, tokens, rows, lanes] = &kv.dims()[..] else { unreachable!("a block has four dimensions") };
-        let piece = |piece| kv.at(piece).reshape(&[tokens * rows, lanes]);
-        match element {
-            Element::F32 => Self { words: (0..pieces).map(piece).collect(), per_token: rows, element },
-            _ => {
-                let words = (0..pieces).map(|index| piece(index).bitcast(Element::I32)).collect();
-                Self { words, per_token: rows / HALVES, element }
-            }
-        }
-    }
-
-    /// Overwrites, among the first `tokens` tokens, what lies behind the first `live` ones with zeros.
-    pub fn clear(&self, k: &'a Builder<'a>, live: Value<'a>, tokens: usize) {
-        for piece in &self.words {
-            let piece = piece.slice(0, 0, tokens * self.per_token);
-            let row = k.iota(&piece.dims(), 0);
-            piece.store_masked(0.0, row.greater_equal(live * self.per_token));
-        }
-    }
-
-    /// Key and value of `head`. `rows` loads every `per_token`th row of the words from the given one on.
-    pub fn load(&self, head: usize, rows: impl Fn(usize) -> Value<'a>) -> [Value<'a>; HALVES] {
-        match self.element {
-            Element::F32 => Half::ALL.map(|half| rows(KvLayout::row(head, half))),
-            element => {
-                let words = rows(head);
-                [words << 16, words & -65536].map(|half| half.bitcast(Element::F32).cast(element))
-            }
-        }
-    }
 }
 
 #[cfg(test)]

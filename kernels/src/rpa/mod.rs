@@ -114,7 +114,7 @@ impl Kernel for Rpa {
         let element = choices.one_of(&[Element::F32, Element::Bf16]);
         let kind = choices.one_of(&[Kind::Mixed, Kind::Decode]);
         let (tokens, kv_heads) = (choices.within(1, 40), choices.one_of(&[1, 2, 3, 4, 8]));
-        let (group, head_dim) = (choices.within(1, 8), choices.one_of(&[64, 80, 128, 256, 96, 112]));
+        let (group, head_dim) = (choices.within(1, 8), choices.one_of(&[64, 80, 128, 256, 96, 112, 192]));
         // Wide heads of many are slow and show nothing that fewer do not.
         let group = if kv_heads * group * head_dim > 4096 { 1 } else { group };
         let (page_size, pages_per_seq) = (choices.one_of(&[1, 7, 8, 16, 32, 64, 128]), choices.within(1, 4));
@@ -141,6 +141,7 @@ impl Kernel for Rpa {
             scale: (head_dim as f64).powf(-0.5),
             sliding_window,
             soft_cap,
+            kv_rows: if head_dim == 192 { KvRows::Packed } else { KvRows::Interleaved },
             ..Spec::default()
         };
         let spec = with_options(choices, spec);
@@ -261,10 +262,7 @@ impl Kernel for Rpa {
     }
 
     fn returned(problem: &Problem) -> Vec<TensorType> {
-        match problem.kind {
-            Kind::Decode => Self::results(problem).values().cloned().collect(),
-            Kind::Mixed => vec![TensorType::new(problem.precision.output, &plan::padded_rows(problem))],
-        }
+        mosaic::returned(problem)
     }
 
     fn mosaic<'a>(k: &'a Builder<'a>, plan: &plan::Plan) {
@@ -349,7 +347,7 @@ impl Kernel for Rpa {
 
     /// The incident that started the project first (Llama 3.1 8B, prompts of 1024 rows, 8 sequences of up to 4608 tokens).
     /// Then query heads, KV heads and head dimension of Llama 3 (8B and 70B on 1 to 8 devices), Qwen 2.5 and 3, Gemma and
-    /// gpt-oss, each for prefill and for decode.
+    /// gpt-oss, each for prefill and for decode; some over a cache of 8 bits.
     fn common() -> Vec<Spec> {
         let heads = [
             (32, 8, 128),
@@ -386,10 +384,16 @@ impl Kernel for Rpa {
                 scale: (head_dim as f64).powf(-0.5),
                 sliding_window: None,
                 soft_cap: None,
+                kv_rows: KvRows::for_lanes(head_dim),
                 ..Spec::default()
             })
         };
-        heads.into_iter().flat_map(of).collect()
+        let narrow = |spec: Spec| Spec { precision: Precision { kv: Element::F8E4M3Fn, ..spec.precision }, ..spec };
+        let plain = heads.into_iter().flat_map(of);
+        let narrow = [(32, 8, 128), (8, 1, 128)].into_iter().flat_map(of).map(narrow);
+        // gpt-oss: every other layer sees a window.
+        let sinks = of((64, 8, 64)).map(|spec| Spec { sinks: true, sliding_window: Some(128), ..spec });
+        plain.chain(narrow).chain(sinks).collect()
     }
 
     /// Attention layers of decoders, of one device or a part of one; pages of 16 to 256 tokens, up to 128 sequences.
@@ -420,6 +424,7 @@ impl Kernel for Rpa {
             scale: (head_dim as f64).powf(-0.5),
             sliding_window: (options == 5).then_some(1024),
             soft_cap: (options == 4).then_some(30.0),
+            kv_rows: KvRows::for_lanes(head_dim),
             ..Spec::default()
         })
     }

@@ -2,7 +2,7 @@
 
 use pagoda_ir::{Element, tile_machine::FaultKind};
 
-use super::{Kind, Precision, Problem, Rpa, Spec, plan::Tiles};
+use super::{Kind, KvRows, Precision, Problem, Rpa, Spec, plan::Tiles};
 use crate::{
     chips::Chip,
     kernel::Kernel,
@@ -20,7 +20,7 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let wide = set(8, 128, pages_of_128, WIDTHS);
     assert_eq!(wide.plan.widths(), [128, 256]);
     let with_blocks = [(1, 96), (0, 5), (33, 77), (20, 41), (1, 10)];
-    vec![set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, decode()]
+    vec![set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, decode(), narrow(), packed()]
 }
 
 /// What writes the rows of idle sequences, which only fused attention may be given.
@@ -53,6 +53,59 @@ fn decode() -> MutantSet<Rpa> {
     let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
     let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
     MutantSet { plan, inputs, mutants: DECODE.to_vec(), superfluous: Some(IDLE) }
+}
+
+/// Decode over a cache of floats of 8 bits, those of one head most of them subnormal; sinks, log-sum-exps.
+fn narrow() -> MutantSet<Rpa> {
+    let spec = Spec {
+        kind: Kind::Decode,
+        precision: Precision { kv: Element::F8E4M3Fn, ..Precision::uniform(Element::Bf16) },
+        tokens: 5,
+        q_heads: 6,
+        kv_heads: 2,
+        head_dim: 128,
+        page_size: 32,
+        pages: 16,
+        max_seqs: 5,
+        pages_per_seq: 4,
+        scale: 0.088,
+        sinks: true,
+        log_sum_exp: true,
+        ..Spec::default()
+    };
+    small(spec, &[(1, 20), (1, 64), (0, 5), (1, 97), (1, 41)], NARROW)
+}
+
+/// Packed heads of 64; sinks, log-sum-exps, a row of padding.
+fn packed() -> MutantSet<Rpa> {
+    let spec = Spec {
+        kind: Kind::Mixed,
+        precision: Precision::uniform(Element::Bf16),
+        tokens: 24,
+        q_heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        page_size: 32,
+        pages: 16,
+        max_seqs: 4,
+        pages_per_seq: 4,
+        scale: 0.125,
+        kv_rows: KvRows::Packed,
+        sinks: true,
+        log_sum_exp: true,
+        ..Spec::default()
+    };
+    small(spec, &[(1, 60), (0, 5), (13, 13), (9, 41)], PACKED)
+}
+
+/// KV blocks of two pages.
+fn small(spec: Spec, lengths: &[(usize, usize)], mutants: &[Mutant]) -> MutantSet<Rpa> {
+    let problem = Problem::new(spec).expect("a problem");
+    let options = Options { tiles: Some(Tiles { queries: 8, kv_pages: 2 }), vmem_limit: None };
+    let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
+    let lengths: Vec<_> = lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
+    let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
+    MutantSet { plan, inputs, mutants: mutants.to_vec(), superfluous: None }
 }
 
 /// Blocks of `queries` rows, padding rows in the last one; two blocks of heads, two layers, two pages to a KV block.
@@ -335,6 +388,67 @@ const DECODE: &[Mutant] = {
         ),
     ]
 };
+
+const NARROW: &[Mutant] = {
+    use Caught::{Fault, Mismatch};
+    use FaultKind::{Deadlock, UnwrittenRead};
+    &[
+        ("scale of values for keys", |t| t.replaced(t.find(0, &["load %k_scale["]), "%k_scale", "%v_scale"), Mismatch),
+        ("scale of keys for values", |t| t.replaced(t.find(0, &["load %v_scale["]), "%v_scale", "%k_scale"), Mismatch),
+        ("numbers without a sign", |t| t.first_operand_only(t.find(0, &["arith.ori"]), "arith.andi"), Mismatch),
+        (
+            "subnormal numbers with a leading bit",
+            |t| t.first_operand_only(t.find(1, &["arith.minimumf"]) + 1, "arith.maximumf"),
+            Mismatch,
+        ),
+        ("a row without its sink", |t| t.without(t.find(1, &["vector_store", "%sink_rows"])), Mismatch),
+        (
+            "a sink that is not a power of two",
+            |t| t.first_operand_only(t.find(0, &["arith.mulf", " : f32"]), "arith.maximumf"),
+            Mismatch,
+        ),
+        (
+            "a sink that is not in the sum",
+            |t| t.first_operand_only(t.above(t.find(0, &["math.log"]), "arith.addf"), "arith.maximumf"),
+            Mismatch,
+        ),
+        (
+            "log-sum-exp without the sum",
+            |t| t.first_operand_only(t.find(0, &["math.log"]) + 1, "arith.maximumf"),
+            Mismatch,
+        ),
+        (
+            "log-sum-exps of a row not written",
+            |t| t.without(t.find(2, &["vector_store", "%lse_rows"])),
+            Fault(UnwrittenRead),
+        ),
+        (
+            "log-sum-exps of a row not sent",
+            |t| t.without(t.find(2, &["tpu.enqueue_dma", "memref<1x128xf32"])),
+            Fault(Deadlock),
+        ),
+    ]
+};
+
+/// The turns of queries into the order of heads come before those of results into columns.
+const TURN_OF_RESULTS: usize = 2;
+
+const PACKED: &[Mutant] = &[
+    (
+        "queries that see values",
+        |t| t.replaced(t.find(0, &["cmpi slt", "vector<8x128xi32>"]), "slt", "sge"),
+        Caught::Mismatch,
+    ),
+    (
+        "keys for results",
+        |t| {
+            let turn = t.find(TURN_OF_RESULTS, &["dynamic_rotate"]);
+            t.replaced(t.above(turn, "arith.constant 64 : i32"), "constant 64", "constant 0")
+        },
+        Caught::Mismatch,
+    ),
+    ("log-sum-exp of a row without a key", |t| t.replaced(t.find(0, &["cmpf ogt"]), "ogt", "oge"), Caught::Mismatch),
+];
 
 /// The comparisons of keys, and of values, with what is live of a block.
 const LIVE: &[&str] = &["cmpi slt", "vector<8x"];

@@ -3,13 +3,15 @@
 //! The cores of a device share the KV heads, if a page can be sliced there, and else the work: blocks of query rows and
 //! sequences. See the module `mosaic::mixed` for how a core goes through its share.
 //!
-//! A block of KV heads is a slice of the second-minor dimension of a page (`2 * kv_heads` rows), and copies take whole
-//! tiles of 8 rows: blocks are multiples of 4 heads that divide the heads, or all heads.
+//! A block of KV heads is a slice of the second-minor dimension of a page (`2 * kv_heads` rows, packed `kv_heads`), and copies
+//! take whole tiles of 8 rows: blocks are multiples of 4 heads (8) that divide the heads, or all heads.
 //!
 //! Queries and the output are `[rows, heads * head_dim]`, as the matrix products around the kernel have them; rows and
-//! columns that are not whole tiles are padded by the program around it. `head_dim` below 128 lanes stays as it is in the
-//! pages: buffers are padded to whole lanes in VMEM (counted in the report), as the compiler pads the arrays in HBM. Above,
-//! it is a multiple of 128, and rows of pages come in pieces of 128.
+//! columns that are not whole tiles are padded by the program around it. Rows of pages come in pieces of 128 lanes. A row of
+//! fewer stays as it is in the pages: buffers are padded to whole lanes in VMEM (counted in the report), as the compiler pads
+//! the arrays in HBM. Packed rows are whole tiles of lanes, and nothing is padded.
+//!
+//! A log-sum-exp is a lane of a row, and copies take whole tiles of lanes: with one, cores share sequences, not heads.
 
 pub(super) mod decode;
 
@@ -27,7 +29,8 @@ use serde::{Deserialize, Serialize};
 pub use self::decode::Split;
 use super::{
     Rpa,
-    kv_layout::{KvLayout, KvRows},
+    kv_layout::KvRows,
+    mosaic::block::lanes,
     problem::{Kind, Problem, Spec},
 };
 use crate::{
@@ -87,14 +90,37 @@ const MAX_COPIES: usize = 32;
 
 /// Whether there is a Mosaic form of a problem with these options. (Sizes are `plannable`'s matter.)
 pub fn emitted(spec: &Spec) -> bool {
-    let Spec { fused, sinks, log_sum_exp, kv_rows, precision, .. } = spec;
-    fused.is_none() && !sinks && !log_sum_exp && *kv_rows == KvRows::Interleaved && precision.kv == precision.q
+    spec.fused.is_none() && fills_tiles(spec)
+}
+
+/// Whether copies can take a token's rows: numbers of 8 bits lie in tiles of 4 or 8 rows, and copies take whole tiles. (libtpu
+/// 0.0.52 takes parts of a tile of 16 bits or more.)
+fn fills_tiles(spec: &Spec) -> bool {
+    let rows = spec.token_rows();
+    !spec.precision.is_scaled() || rows.is_multiple_of(tile_rows(rows, spec.precision.kv))
+}
+
+/// Rows of a tile of an array that has `rows`: as many as there are, at least those of a word, at most 8.
+fn tile_rows(rows: usize, element: Element) -> usize {
+    rows.next_power_of_two().clamp(4 / element.bytes(), SUBLANES)
 }
 
 /// Refuses options that there is no Mosaic form of, a head dimension that no rows can be copied of, and page tables that
 /// SMEM does not hold.
 pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> {
     let info = chip.info();
+    if !fills_tiles(problem) {
+        let (rows, kv) = (problem.token_rows(), problem.precision.kv);
+        return Err(PlanError {
+            key: "kv_heads",
+            value: problem.kv_heads.to_string(),
+            limit: format!(
+                "make {rows} rows of {kv} a token, which do not fill tiles of {}, as copies take them",
+                tile_rows(rows, kv)
+            ),
+            fix: "give the cache bf16 (one head takes as much memory in either, as tiles are padded)".into(),
+        });
+    }
     if !emitted(problem) {
         return Err(PlanError {
             key: "options",
@@ -103,15 +129,18 @@ pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> 
             fix: "leave them out, or use the StableHLO form".into(),
         });
     }
-    if problem.head_dim > LANES && !problem.head_dim.is_multiple_of(LANES) {
+    let [_, row] = problem.kv_layout().token_dims();
+    if row > LANES && !row.is_multiple_of(LANES) {
+        let packed =
+            if KvRows::packs(problem.head_dim) { "pack key and value into one row (--packed), or " } else { "" };
         return Err(PlanError {
             key: "head_dim",
             value: problem.head_dim.to_string(),
             limit: format!("is neither at most {LANES} nor a multiple of it, as rows are copied in pieces of {LANES}"),
-            fix: format!("pad it to {}", problem.head_dim.next_multiple_of(LANES)),
+            fix: format!("{packed}pad it to {}", problem.head_dim.next_multiple_of(LANES)),
         });
     }
-    let (scalars, free) = (plan::smem(&problem.arguments()), Bytes(info.smem_per_core.0 - info.smem_reserved.0));
+    let (scalars, free) = (smem(problem), Bytes(info.smem_per_core.0 - info.smem_reserved.0));
     if scalars > free {
         return Err(PlanError {
             key: "max_seqs * pages_per_seq",
@@ -125,6 +154,13 @@ pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> 
         });
     }
     Ok(())
+}
+
+/// SMEM that a launch's arrays take.
+fn smem(problem: &Problem) -> Bytes {
+    let of_heads = |heads: usize, there: bool| if there { tile_padded_bytes(Element::F32, &[heads]) as u64 } else { 0 };
+    let scales = 2 * of_heads(problem.kv_heads, problem.precision.is_scaled());
+    plan::smem(&problem.arguments()) + Bytes(scales + of_heads(problem.q_heads, problem.sinks))
 }
 
 /// What follows from legal tiles.
@@ -152,7 +188,7 @@ fn laid_out(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, spli
             Split::Sequences => chip.info().cores,
         }],
         vmem: report(problem, tiles, head_block),
-        smem: plan::smem(&problem.arguments()) + lists(problem, tiles),
+        smem: smem(problem) + lists(problem, tiles),
         spilling: spilling(problem, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: tiles.kv_pages * problem.page_size, split },
     }
@@ -211,6 +247,11 @@ impl Plan {
     /// Cores whose work differs: those of the device, where each has some of the sequences and blocks, and not of the heads.
     pub fn shares(&self) -> usize {
         if self.details().split == Split::Sequences { self.grid()[0] } else { 1 }
+    }
+
+    /// Whether words of KV blocks hold rows that no page has.
+    pub(super) fn has_padded_words(&self) -> bool {
+        has_padded_words(self.problem(), self.head_block())
     }
 
     pub(super) fn kv_dims(&self) -> [usize; 5] {
@@ -283,8 +324,15 @@ fn spilling(problem: &Problem, tiles: Tiles, head_block: usize) -> Spilling {
     let copies = if problem.precision.q == Element::F32 { 4 } else { 1 };
     let live = 4 * keys * (copies * rows + head_block * problem.head_dim.next_multiple_of(LANES));
     let wide = if problem.head_dim > LANES { " wide" } else { "" };
-    let family = format!("{}{wide}", problem.precision.q);
+    let family = format!("{}{wide}", types(problem));
     Spilling { family, live: Bytes(live as u64) }
+}
+
+/// Types and rows of queries and cache, in words: the families of kernels that spill alike.
+fn types(problem: &Problem) -> String {
+    let of = |cache: bool, word: String| if cache { word } else { String::new() };
+    let narrow = of(problem.precision.kv != problem.precision.q, format!(" from {}", problem.precision.kv));
+    format!("{}{narrow}{}", problem.precision.q, of(problem.kv_rows == KvRows::Packed, " packed".into()))
 }
 
 /// Window and soft cap, in words.
@@ -297,6 +345,11 @@ pub(super) fn options(problem: &Problem) -> String {
 pub(super) fn padded_rows(problem: &Problem) -> [usize; 2] {
     let columns = problem.q_heads * problem.head_dim;
     [problem.tokens.next_multiple_of(packed(problem)), columns.next_multiple_of(LANES)]
+}
+
+/// Lanes of a row of log-sum-exps.
+pub(super) fn log_sum_exp_lanes(problem: &Problem) -> usize {
+    problem.q_heads.next_multiple_of(LANES)
 }
 
 fn columns(problem: &Problem, head_block: usize) -> usize {
@@ -377,31 +430,42 @@ fn head_block(problem: &Problem, chip: Chip) -> usize {
     let share = heads / chip.info().cores;
     let sliceable = share > 0
         && heads.is_multiple_of(share)
-        && KvLayout::rows_of(share).is_multiple_of(SUBLANES)
+        && can_slice(problem, share)
         && (share * problem.group() * problem.head_dim).is_multiple_of(LANES);
     if sliceable { share } else { heads }
 }
 
-/// Pieces of a row of `head_dim` elements, and lanes of each: what is accessed with strides must be one tile wide.
-fn pieces(problem: &Problem) -> [usize; 2] {
-    [problem.head_dim.div_ceil(LANES), problem.head_dim.min(LANES)]
+/// Whether copies can take `heads` KV heads of a page, and all results of theirs.
+fn can_slice(problem: &Problem, heads: usize) -> bool {
+    let [rows, _] = problem.kv_layout().of_heads(heads).token_dims();
+    rows.is_multiple_of(SUBLANES) && !problem.log_sum_exp
+}
+
+/// Pieces of rows of `columns` elements, and lanes of each: what is accessed with strides must be one tile wide.
+fn pieces(columns: usize) -> [usize; 2] {
+    [columns.div_ceil(LANES), columns.min(LANES)]
 }
 
 /// KV blocks: `[buffers, pieces, keys, rows of a key, lanes]`. The rows of a key fill whole tiles, so that all rows of a
 /// block are one array.
 fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
-    let [pieces, lanes] = pieces(problem);
-    let (keys, rows) = (tiles.kv_pages * problem.page_size, kv_rows(head_block));
+    let [pieces, keys, rows, lanes] = block_dims(problem, tiles, head_block);
     let block = tile_padded_bytes(problem.precision.kv, &[pieces, keys, rows, lanes]);
     [(KV_BYTES / block).clamp(2, MAX_KV_BUFFERS), pieces, keys, rows, lanes]
 }
 
-/// Rows of a key of `head_block` heads in VMEM.
-fn kv_rows(head_block: usize) -> usize {
-    match KvLayout::rows_of(head_block) {
-        few @ (2 | 4) => few,
-        rows => rows.next_multiple_of(SUBLANES),
-    }
+/// A KV block in VMEM: `[pieces, keys, rows of a key, lanes]`.
+fn block_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 4] {
+    let [rows, columns] = problem.kv_layout().of_heads(head_block).token_dims();
+    let [pieces, lanes] = pieces(columns);
+    let rows = rows.next_multiple_of(tile_rows(rows, problem.precision.kv));
+    [pieces, tiles.kv_pages * problem.page_size, rows, lanes]
+}
+
+/// Whether words of a block hold rows that no page has: they are written once, before words are loaded.
+pub(super) fn has_padded_words(problem: &Problem, head_block: usize) -> bool {
+    let [rows, _] = problem.kv_layout().of_heads(head_block).token_dims();
+    !(rows * problem.precision.kv.bytes()).is_multiple_of(4)
 }
 
 fn kv_buffers(problem: &Problem, tiles: Tiles, head_block: usize) -> usize {
@@ -410,14 +474,14 @@ fn kv_buffers(problem: &Problem, tiles: Tiles, head_block: usize) -> usize {
 
 /// Every VMEM buffer, in the order of the kernel's operands.
 fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
-    let (types, dim, group) = (problem.precision, problem.head_dim, problem.group());
+    let (types, [dim, _], group) = (problem.precision, lanes(problem), problem.group());
     let (rows, columns) = (tiles.queries * group, columns(problem, head_block));
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
-    let by_head = [
-        scratch("by_head", types.q, &[head_block * group, tiles.queries, dim]),
-        scratch("lanes", Element::F32, &[tiles.queries, LANES]),
-    ];
-    let by_head = by_head.into_iter().filter(|_| !dim.is_multiple_of(LANES));
+    let by_head = (!problem.head_dim.is_multiple_of(LANES))
+        .then(|| scratch("by_head", types.q, &[head_block * group, tiles.queries, dim]));
+    let lanes = (!dim.is_multiple_of(LANES)).then(|| scratch("lanes", Element::F32, &[tiles.queries, LANES]));
+    let lse =
+        problem.log_sum_exp.then(|| scratch("lse_rows", Element::F32, &[tiles.queries, log_sum_exp_lanes(problem)]));
     let first = [
         scratch("queries", types.q, &[2, tiles.queries, columns]),
         scratch("results", types.output, &[tiles.queries, columns]),
@@ -430,7 +494,7 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
         scratch("sum", Element::F32, &[head_block, rows, LANES]),
         scratch("acc", Element::F32, &[head_block, rows, dim]),
     ];
-    VmemReport { buffers: first.into_iter().chain(by_head).chain(rest).collect() }
+    VmemReport { buffers: first.into_iter().chain(by_head).chain(lanes).chain(rest).chain(lse).collect() }
 }
 
 /// The tiles of least [`cycles`] that fit `limit` with room for spills; without it, if none do.

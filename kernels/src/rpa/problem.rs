@@ -117,6 +117,16 @@ pub struct Spec {
     pub kv_rows: KvRows,
 }
 
+impl Spec {
+    /// Rows of a token in the cache.
+    pub const fn token_rows(&self) -> usize {
+        match self.kv_rows {
+            KvRows::Interleaved => KvLayout::rows_of(self.kv_heads),
+            KvRows::Packed => self.kv_heads,
+        }
+    }
+}
+
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
@@ -194,8 +204,8 @@ impl Specification for Spec {
         let fix = "give an even one, or leave rotary out";
         let pairs = spec.fused.is_none() || spec.head_dim.is_multiple_of(2);
         ensure(pairs, SUBJECT, "head_dim", spec.head_dim, || "has no two halves to rotate".into(), fix)?;
-        let fits = spec.kv_rows == KvRows::Interleaved || spec.head_dim == KvRows::PACKED_HEAD_DIM;
-        let limit = || format!("is not {}, the one that packed rows have", KvRows::PACKED_HEAD_DIM);
+        let fits = spec.kv_rows == KvRows::Interleaved || KvRows::packs(spec.head_dim);
+        let limit = || "is not 64 or 192, or 64 more than another multiple of 128, as packed rows have it".into();
         ensure(fits, SUBJECT, "head_dim", spec.head_dim, limit, "give kv_rows = interleaved")?;
         let rows = 2 * spec.kv_heads.min(MAX_ELEMENTS);
         // Positions, page ids and KV slots are i32 on the device, and a block may end one block past the context.

@@ -239,7 +239,7 @@ fn attention(
         sliding_window: None,
         soft_cap: None,
         fused: Some(rpa::Rotary::HalfSplit),
-        kv_rows: shape.target.kv_rows(config.head_dim),
+        kv_rows: rpa::KvRows::for_lanes(config.head_dim),
         ..rpa::Spec::default()
     })
 }

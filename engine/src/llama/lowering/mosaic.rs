@@ -9,12 +9,12 @@ use pagoda_ir::mosaic::Kernel;
 use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::{Context, Result};
 use pagoda_kernels::chips::Chip;
+use pagoda_kernels::kernel;
 use pagoda_kernels::matmul::{Matmul, Problem, plan};
 use pagoda_kernels::rpa::{self, Rpa};
-use pagoda_kernels::{Named, kernel};
 
 use super::stablehlo::Stablehlo;
-use super::{Batch, Kind, Linear, Lowering, Orientation, Rows, matmul, unplanned};
+use super::{Batch, Linear, Lowering, Orientation, Rows, matmul, unplanned};
 
 /// Who runs the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,25 +106,7 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
         }
         // Rotated and written by StableHLO.
         let args = rpa::stablehlo::written(b, self.plain.attention(), &args)?;
-        let args = with_a_key_per_row(b, self.problem.kind, args)?;
         let attended = kernel::call::<Rpa>(b, &self.attention, &self.problem, &args)?[0];
         Ok((b.reshape(attended, &self.plain.attention().output_type().dims)?, args["kv_pages"]))
-    }
-}
-
-/// The precondition of a kernel that is not fused: a sequence has no more query rows than KV tokens. In a decode step every
-/// slot has a row, and an idle slot no token: it gets the one in the first of its pages, and what comes of it goes nowhere.
-fn with_a_key_per_row<'c, 'a>(
-    b: &Builder<'c, 'a>,
-    kind: Kind,
-    args: Named<Tensor<'c, 'a>>,
-) -> Result<Named<Tensor<'c, 'a>>> {
-    let at_least = |x: Tensor<'c, 'a>, least: f64| b.maximum(x, b.splat(x.element(), &x.dims(), least)?);
-    match kind {
-        Kind::Mixed => Ok(args),
-        Kind::Decode => {
-            let (kv_lens, page_indices) = (at_least(args["kv_lens"], 1.0)?, at_least(args["page_indices"], 0.0)?);
-            Ok(args.with("kv_lens", kv_lens).with("page_indices", page_indices))
-        }
     }
 }

@@ -9,8 +9,6 @@
 //! second from the back, each as long as the middle of the sequence's keys lies in its half. Rows are written by copies of
 //! their own, so that no block of the output belongs to both.
 
-use std::f64::consts::LOG2_E;
-
 use pagoda_ir::{
     Element,
     mosaic::{
@@ -19,12 +17,17 @@ use pagoda_ir::{
     },
 };
 
-use super::{MASKED, NONE, Strided, broadcast_lanes, by_lane};
+use super::{
+    MASKED, Metadata, NONE, Strided,
+    block::{self, Block},
+    broadcast_lanes, by_lane,
+    heads::Heads,
+};
 use crate::rpa::{
     batch::Batch,
-    kv_layout::{Block, Half, KvLayout},
+    kv_layout::Half,
     plan::{
-        Plan, Split,
+        self, Plan, Split,
         decode::{self, BUFFERS},
     },
 };
@@ -40,11 +43,9 @@ struct Body<'a, 'p> {
     split: Split,
     /// Which core this is.
     core: Value<'a>,
-    kv_lens: Ref<'a>,
-    page_indices: Ref<'a>,
-    cu_q_lens: Ref<'a>,
+    metadata: Metadata<'a>,
     num_seqs: Value<'a>,
-    first_page: Option<Ref<'a>>,
+    heads: Heads<'a>,
     q: Ref<'a>,
     kv_pages: Ref<'a>,
     out: Ref<'a>,
@@ -54,8 +55,14 @@ struct Body<'a, 'p> {
     /// KV blocks: `[buffers, pieces of a row, keys, rows of a key, lanes]`.
     kv: Ref<'a>,
     /// A row of q or of the output as f32, by head: `[pieces of a row, heads, sublanes, lanes]`, of which the first
-    /// sublane counts. Strided accesses are of 32-bit words.
+    /// sublane counts. Strided accesses are of 32-bit words. Lanes behind a head's elements are zeros.
     staging: Ref<'a>,
+    /// Heads whose elements do not fill their last tile of lanes, zeros behind them: `[heads, lanes]`.
+    lanes: Option<Ref<'a>>,
+    /// By KV head, the sinks of its rows, in equal lanes: `[heads, rows, lanes]`.
+    sinks: Option<Ref<'a>>,
+    /// In HBM and in VMEM, the log-sum-exps: `[tokens, 1, lanes]`, a lane for each head.
+    lse: Option<[Ref<'a>; 2]>,
     /// Of the row at work, by KV head: `[heads, rows, lanes]` each.
     max: Ref<'a>,
     sum: Ref<'a>,
@@ -84,15 +91,13 @@ impl<'a, 'p> Body<'a, 'p> {
         let cores = if of_core.is_some() { 1 } else { plan.grid()[0] };
         let split = plan.details().split;
         let [core] = k.grid([(cores, Semantics::Parallel)]);
-        let scalars = |name, dims: &[usize]| k.prefetch(name, Element::I32, dims);
-        let kv_lens = scalars("kv_lens", &[problem.max_seqs]);
-        let page_indices = scalars("page_indices", &[problem.max_seqs, problem.pages_per_seq]);
-        let cu_q_lens = scalars("cu_q_lens", &[problem.max_seqs + 1]);
-        let num_seqs = scalars("num_seqs", &[1]);
-        let first_page = (problem.layers > 1).then(|| scalars("first_page", &[1]));
+        let metadata = Metadata::declare(k, problem);
+        let of_heads = Heads::declare(k, problem);
         let q = k.hbm_input("q", types.q, &problem.q_type().dims);
         let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
         let out = k.hbm_output("out", types.output, &problem.output_type().dims);
+        let lse_dims = [problem.tokens, 1, plan::log_sum_exp_lanes(problem)];
+        let lse = problem.log_sum_exp.then(|| k.hbm_output("lse", Element::F32, &lse_dims));
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let (heads, rows) = (head_block * problem.group(), decode::rows(problem));
         let q_rows = scratch("q_rows", types.q, &[problem.tokens, heads, dim]);
@@ -101,37 +106,30 @@ impl<'a, 'p> Body<'a, 'p> {
         let staging = scratch("staging", Element::F32, &decode::staging_dims(problem, head_block));
         let max = scratch("max", Element::F32, &[head_block, rows, LANES]);
         let sum = scratch("sum", Element::F32, &[head_block, rows, LANES]);
-        let acc = scratch("acc", Element::F32, &[head_block, rows, dim]);
+        let acc = scratch("acc", Element::F32, &[head_block, rows, block::lanes(problem)[0]]);
+        let lanes = decode::is_widened(problem).then(|| scratch("lanes", Element::F32, &[heads, LANES]));
+        let sinks = problem.sinks.then(|| scratch("sink_rows", Element::F32, &[head_block, rows, LANES]));
+        let lse = lse.map(|lse| [lse, scratch("lse_rows", Element::F32, &lse_dims)]);
         let in_smem = |name, len| k.scratch(name, MemorySpace::Smem, Element::I32, &[len]);
         let sequences = in_smem("sequences", problem.max_seqs);
-        let baked = batch.map(|(batch, _)| {
-            let arrays = [("kv_lens_of_batch", batch.kv_lens()), ("cu_q_lens_of_batch", batch.cu_q_lens())];
-            (arrays.map(|(name, numbers)| (in_smem(name, numbers.len()), numbers)), batch.num_seqs()[0])
-        });
+        let metadata = metadata.of_batch(k, batch.map(|(batch, _)| batch));
         let arrived = k.dma_semaphores("arrived", &[BUFFERS, decode::semaphores(plan.tiles())]);
         k.unchecked_bounds();
-        let moved = k.dma_semaphores("moved", &[2]);
+        let moved = k.dma_semaphores("moved", &[if lse.is_some() { 3 } else { 2 }]);
         let core = of_core.map_or(core, |core| k.int(core as i64));
-        let (num_seqs, [kv_lens, cu_q_lens]) = match baked {
-            None => (num_seqs.at(0).load(), [kv_lens, cu_q_lens]),
-            Some((arrays, num_seqs)) => {
-                let arrays = arrays.map(|(array, numbers)| {
-                    numbers.iter().enumerate().for_each(|(at, &number)| array.at(at).store(number));
-                    array
-                });
-                (k.int(num_seqs.into()), arrays)
-            }
+        let num_seqs = metadata.sequences();
+        let of_heads = match split {
+            Split::Heads => of_heads.from(core * head_block),
+            Split::Nothing | Split::Sequences => of_heads,
         };
         Self {
             k,
             plan,
             split,
             core,
-            kv_lens,
-            page_indices,
-            cu_q_lens,
+            metadata,
             num_seqs,
-            first_page,
+            heads: of_heads,
             q,
             kv_pages,
             out,
@@ -139,6 +137,9 @@ impl<'a, 'p> Body<'a, 'p> {
             out_rows,
             kv,
             staging,
+            lanes,
+            sinks,
+            lse,
             max,
             sum,
             acc,
@@ -158,11 +159,15 @@ impl<'a, 'p> Body<'a, 'p> {
             (next.index, next.page)
         });
         self.staging.store(0.0);
+        if let Some(lanes) = &self.lanes {
+            lanes.store(0.0);
+        }
+        self.list_sinks();
         queries.wait();
         k.fold_range(0, count, (k.int(0), ahead), |index, (slot, ahead)| {
             let sequence = self.sequences.at(index).load();
-            let kv_len = self.kv_lens.at(sequence).load();
-            let token = self.cu_q_lens.at(sequence).load();
+            let kv_len = self.metadata.kv_len(sequence);
+            let token = self.metadata.first_row(sequence);
             self.begin(token);
             let (slot, _, ahead) = k.while_loop(
                 (slot, self.begin_of(kv_len), ahead),
@@ -193,9 +198,9 @@ impl<'a, 'p> Body<'a, 'p> {
         let (k, tokens) = (self.k, self.plan.problem().tokens);
         let is_split = self.split == Split::Sequences;
         let of = |sequence: Value<'a>| {
-            let row = self.cu_q_lens.at(sequence).load();
-            let rows = self.cu_q_lens.at(sequence + 1).load() - row;
-            let keys = self.kv_lens.at(sequence).load() * rows;
+            let row = self.metadata.first_row(sequence);
+            let rows = self.metadata.first_row(sequence + 1) - row;
+            let keys = self.metadata.kv_len(sequence) * rows;
             (row, rows, keys)
         };
         let total = match is_split {
@@ -217,7 +222,7 @@ impl<'a, 'p> Body<'a, 'p> {
             (count + rows * keys.minimum(1), before + keys, all_rows + rows)
         });
         // The last core has the rows that no sequence has.
-        let padding = self.cu_q_lens.at(self.num_seqs).load();
+        let padding = self.metadata.first_row(self.num_seqs);
         let padding = if is_split { self.core * (padding - tokens as i64) + tokens as i64 } else { padding };
         k.for_range(padding, tokens, |row| self.blank(row));
         Share { count, rows: rows + tokens as i64 - padding }
@@ -226,6 +231,9 @@ impl<'a, 'p> Body<'a, 'p> {
     /// Writes zeros to a row of the output.
     fn blank(&self, row: Value<'a>) {
         self.out_rows.at(row).store(0.0);
+        if let Some([_, rows]) = &self.lse {
+            rows.at(row).store(0.0);
+        }
         self.send(row);
     }
 
@@ -233,6 +241,9 @@ impl<'a, 'p> Body<'a, 'p> {
     fn send(&self, row: Value<'a>) {
         let to = self.heads_of(&self.out).at(row);
         self.k.make_async_copy(self.out_rows.at(row), to, self.moved.at(1)).start();
+        if let Some([lse, rows]) = &self.lse {
+            self.k.make_async_copy(rows.at(row), lse.at(row), self.moved.at(2)).start();
+        }
     }
 
     /// Waits until `rows` rows are written.
@@ -241,6 +252,9 @@ impl<'a, 'p> Body<'a, 'p> {
         let wait = |rows: usize| {
             let of = |array: &Ref<'a>| array.slice(0, 0, rows);
             k.make_async_copy(of(&self.out_rows), of(&self.heads_of(&self.out)), self.moved.at(1)).wait();
+            if let Some([lse, lse_rows]) = &self.lse {
+                k.make_async_copy(of(lse_rows), of(lse), self.moved.at(2)).wait();
+            }
         };
         if self.split != Split::Sequences {
             return wait(tokens);
@@ -265,18 +279,18 @@ impl<'a, 'p> Body<'a, 'p> {
             index.less(count),
             || {
                 let sequence = self.sequences.at(index).load();
-                let kv_len = self.kv_lens.at(sequence).load();
+                let kv_len = self.metadata.kv_len(sequence);
                 let page = page.less(0).select(self.begin_of(kv_len), page);
-                if is_first {
-                    k.when(kv_len.less((page + self.plan.tiles().kv_pages) * self.page_size()), || self.clear(slot));
+                match is_first {
+                    true if self.plan.has_padded_words() => self.clear(slot),
+                    true => {
+                        let is_short = kv_len.less((page + self.plan.tiles().kv_pages) * self.page_size());
+                        k.when(is_short, || self.clear(slot));
+                    }
+                    false => {}
                 }
                 self.pages(page, kv_len, |number, place| {
-                    let index = self.page_indices.at((sequence, number)).load();
-                    let index = match &self.first_page {
-                        Some(first) => index + first.at(0).load(),
-                        None => index,
-                    };
-                    self.page(index, slot, place).start();
+                    self.page(self.metadata.page(sequence, number), slot, place).start();
                 });
                 let next = page + self.plan.tiles().kv_pages;
                 let more = (next * self.page_size()).less(kv_len);
@@ -292,7 +306,11 @@ impl<'a, 'p> Body<'a, 'p> {
         let pieces = self.kv.dims()[1];
         self.k.for_range(0, self.plan.tiles().kv_pages, |place| {
             for piece in 0..pieces {
-                self.place(slot, piece, place).store(0.0);
+                let place = self.place(slot, piece, place);
+                match self.plan.problem().precision.kv.bytes() {
+                    1 => place.bitcast(Element::I32).store(0),
+                    _ => place.store(0.0),
+                }
             }
         });
     }
@@ -329,7 +347,7 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// The copies of the page at `index` of the cache to a place of a buffer.
     fn page(&self, index: Value<'a>, slot: Value<'a>, place: Value<'a>) -> Copies<'a> {
-        let kv_rows = KvLayout::rows_of(self.plan.head_block());
+        let [kv_rows, _] = self.plan.problem().kv_layout().of_heads(self.plan.head_block()).token_dims();
         let source = self.kv_pages.at(index);
         let source = match self.split {
             Split::Heads => source.slice(1, (self.core * kv_rows).multiple_of(kv_rows), kv_rows),
@@ -346,10 +364,17 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// A row's queries, by head; nothing seen yet.
     fn begin(&self, token: Value<'a>) {
-        let heads = self.q_rows.dims()[1];
+        let &[_, heads, dim] = &self.q_rows.dims()[..] else { unreachable!("three dimensions") };
         for (lane, piece) in self.staging_pieces() {
-            let lanes = piece.dims()[1];
+            let lanes = piece.dims()[1].min(dim - lane);
             let row = self.q_rows.at(token).slice(1, lane, lanes).load().cast(Element::F32);
+            let row = match self.lanes.as_ref().filter(|_| lanes < piece.dims()[1]) {
+                None => row,
+                Some(wide) => {
+                    wide.slice(1, 0, lanes).store(row);
+                    wide.load()
+                }
+            };
             piece.strided(0, 0, heads, SUBLANES).store(row);
         }
         self.max.store(NONE);
@@ -372,17 +397,66 @@ impl<'a, 'p> Body<'a, 'p> {
     /// Divides, and sends the row on its way.
     fn finish(&self, token: Value<'a>) {
         let (problem, heads) = (self.plan.problem(), self.q_rows.dims()[1]);
-        for head in 0..self.plan.head_block() {
-            let acc = self.acc.at(head).load() / self.sum.at(head).load().sum(1);
-            let (group, dim) = (problem.group(), problem.head_dim);
-            self.staged(head, group).store(acc.slice(&[0, 0], &[group, dim]));
+        let (group, [columns, first]) = (problem.group(), block::lanes(problem));
+        let totals: Vec<_> = (0..self.plan.head_block())
+            .map(|head| {
+                let sink = self.sinks.as_ref().map(|sinks| sinks.at(head).load());
+                self.heads.total(head, &self.max.at(head), self.sum.at(head).load(), sink)
+            })
+            .collect();
+        for (head, total) in totals.iter().enumerate() {
+            let acc = self.acc.at(head).load();
+            let acc = match total.factor {
+                None => acc,
+                Some(factor) if factor.dims().is_empty() => acc * factor,
+                Some(factor) => acc * broadcast_lanes(self.k, factor, columns),
+            };
+            let sum = if total.sum.dims()[1] == 1 { total.sum } else { broadcast_lanes(self.k, total.sum, columns) };
+            let result = to_the_front(self.k, acc / sum, first);
+            self.staged(head, group).store(result.slice(&[0, 0], &[group, columns]));
         }
         let row = self.out_rows.at(token);
         for (lane, piece) in self.staging_pieces() {
-            let lanes = piece.dims()[1];
-            row.slice(1, lane, lanes).store(piece.strided(0, 0, heads, SUBLANES).load().cast(problem.precision.output));
+            let lanes = piece.dims()[1].min(problem.head_dim - lane);
+            let result = piece.strided(0, 0, heads, SUBLANES).load().slice(&[0, 0], &[heads, lanes]);
+            row.slice(1, lane, lanes).store(result.cast(problem.precision.output));
+        }
+        if let Some([_, rows]) = &self.lse {
+            let of_heads: Vec<_> = totals.iter().filter_map(|total| total.log_sum_exp).collect();
+            self.store_log_sum_exps(&rows.at(token), &of_heads);
         }
         self.send(token);
+    }
+
+    /// Writes the log-sum-exps of a row's heads, given by KV head as `[rows, lanes]` of equal lanes, into a lane each.
+    fn store_log_sum_exps(&self, row: &Ref<'a>, of_heads: &[Value<'a>]) {
+        let (k, group) = (self.k, self.plan.problem().group());
+        for first in (0..row.dims()[1]).step_by(LANES) {
+            let of_tile = |head: &usize| head * group < first + LANES && (head + 1) * group > first;
+            let tile = (0..of_heads.len()).filter(of_tile).map(|head| {
+                let dims = of_heads[head].dims();
+                // The lane of a member of the group.
+                let lane = k.iota(&dims, 0) + (head * group) as i64 - first as i64;
+                let is_member = k.iota(&dims, 0).less(group) & k.iota(&dims, 1).equals(lane);
+                is_member.select(of_heads[head], 0.0)
+            });
+            let tile = tile.reduce(|sum, of| sum + of).expect("a head in every tile of lanes");
+            row.slice(1, first, LANES).store(tile.sum(0));
+        }
+    }
+
+    /// Writes the sinks of each KV head's rows.
+    fn list_sinks(&self) {
+        let Some(sinks) = &self.sinks else { return };
+        let group = self.plan.problem().group();
+        sinks.store(0.0);
+        for head in 0..self.plan.head_block() {
+            for member in 0..group {
+                if let Some(sink) = self.heads.sink(head * group + member) {
+                    sinks.at(head).slice(0, member, 1).store(sink);
+                }
+            }
+        }
     }
 
     /// Lets the row see the keys of a block.
@@ -390,7 +464,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
         self.pages(page, kv_len, |_, place| self.page(k.int(0), slot, place).wait());
         let live = kv_len - page * problem.page_size;
-        let block = Block::new(&self.kv.at(slot), problem.precision.kv);
+        let block = Block::new(k, &self.kv.at(slot), problem);
         let masked = |width: usize| self.heads(&block, width, Some(live));
         let widths = self.plan.widths();
         match problem.sliding_window {
@@ -424,39 +498,17 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// A half of `count` keys of a head, from the `first` of a block on.
-    fn half(
-        &self,
-        block: &Block<'a>,
-        half: Half,
-        head: usize,
-        [first, count]: [usize; 2],
-        live: Option<Value<'a>>,
-    ) -> Value<'a> {
-        let k = self.k;
-        let (pieces, stride) = (&block.words, block.per_token);
-        let words = |start| Strided { pieces: pieces.clone(), start: start + first * stride, count, stride }.load(k);
-        block.load(head, |start| {
-            let words: Value<'a> = words(start);
-            // Zero times NaN is NaN: what lies behind the last key must not reach the product with values.
-            match live.filter(|_| half == Half::Value) {
-                None => words,
-                Some(live) => k.iota(&words.dims(), 0).less(live - first as i64).select(words, 0),
-            }
-        })[half as usize]
-    }
-
     /// A step of the online softmax for some heads.
     fn update(&self, heads: &[usize], block: &Block<'a>, keys: usize, live: Option<Value<'a>>) {
         let (k, problem) = (self.k, self.plan.problem());
-        let precision = match problem.precision.kv {
+        let operand = problem.precision.q;
+        let precision = match operand {
             Element::F32 => Precision::Fp32,
             _ => Precision::Default,
         };
         let rows = decode::rows(problem);
         let parts: Vec<[usize; 2]> = (0..keys).step_by(PART).map(|first| [first, PART.min(keys - first)]).collect();
-        let queries: Vec<Value<'a>> =
-            heads.iter().map(|&head| self.staged(head, rows).load(k).cast(problem.precision.q)).collect();
+        let queries: Vec<Value<'a>> = heads.iter().map(|&head| self.staged(head, rows).load(k).cast(operand)).collect();
         let mut logits: Vec<Vec<Value<'a>>> = vec![vec![]; heads.len()];
         let each = |of: &mut dyn FnMut(usize, usize)| {
             (0..parts.len()).for_each(|part| (0..heads.len()).for_each(|head| of(head, part)));
@@ -464,12 +516,9 @@ impl<'a, 'p> Body<'a, 'p> {
         each(&mut |head, part| {
             let [first, count] = parts[part];
             let dims = [rows, count];
-            let key = self.half(block, Half::Key, heads[head], parts[part], live);
+            let key = block.half(Half::Key, heads[head], parts[part], live);
             let product = k.dot_general(queries[head], key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
-            let scaled = match problem.soft_cap {
-                None => product * (problem.scale * LOG2_E),
-                Some(cap) => (product * (problem.scale / cap)).tanh() * (cap * LOG2_E),
-            };
+            let scaled = self.heads.logits(product, heads[head], problem);
             logits[head].push(match live {
                 None => scaled,
                 Some(live) => {
@@ -525,15 +574,16 @@ impl<'a, 'p> Body<'a, 'p> {
             let sum = self.sum.at(head);
             sum.store(weights.iter().fold(rescale * sum.load(), |sum, &weights| sum + by_lane(weights)));
         }
-        let mut products = vec![k.zeros(Element::F32, &[rows, problem.head_dim]); heads.len()];
+        let [columns, _] = block::lanes(problem);
+        let mut products = vec![k.zeros(Element::F32, &[rows, columns]); heads.len()];
         each(&mut |head, part| {
-            let value = self.half(block, Half::Value, heads[head], parts[part], live);
-            let weights = weights[head][part].cast(problem.precision.kv);
+            let value = block.half(Half::Value, heads[head], parts[part], live);
+            let weights = weights[head][part].cast(operand);
             products[head] = k.dot_general(weights, value, products[head], &DotDims::nn(), precision);
         });
         for ((&head, &product), &(_, rescale)) in heads.iter().zip(&products).zip(&scaled) {
             let acc = self.acc.at(head);
-            acc.store(acc.load() * broadcast_lanes(k, rescale, problem.head_dim) + product);
+            acc.store(acc.load() * broadcast_lanes(k, rescale, columns) + product);
         }
     }
 }
@@ -565,6 +615,24 @@ impl Copies<'_> {
     fn wait(&self) {
         self.0.iter().for_each(Dma::wait);
     }
+}
+
+/// Columns from `first` on, then anything; `first` is within the first tile of lanes.
+fn to_the_front<'a>(k: &'a Builder<'a>, tile: Value<'a>, first: usize) -> Value<'a> {
+    if first == 0 {
+        return tile;
+    }
+    let rows = tile.dims()[0];
+    let turned = |lane: usize| tile.slice(&[0, lane], &[rows, LANES]).rotate(LANES - first, 1);
+    let starts: Vec<_> = (0..tile.dims()[1]).step_by(LANES).collect();
+    let tiles: Vec<_> = starts
+        .iter()
+        .map(|&lane| match starts.contains(&(lane + LANES)) {
+            false => turned(lane),
+            true => k.iota(&[rows, LANES], 1).less(LANES - first).select(turned(lane), turned(lane + LANES)),
+        })
+        .collect();
+    super::joined(k, &tiles, 1)
 }
 
 /// The buffer after `slot`: the first one after the last.

@@ -22,13 +22,10 @@
 //! scaled by `log2 e`, so that the hardware's `2^x` needs nothing before it. The query heads of a group are one matrix
 //! product with their KV head; its rows are ordered by head, then by query. A block's first step writes maximum, sum and
 //! accumulator and reads none of them. Where the rows see no more than a half or a quarter of a KV block, no more is worked
-//! on ([`Plan::widths`]). In bf16 a 32-bit word of a page holds an element of K (low half) and of V (high half) of the same
-//! head, so one strided load brings both.
+//! on ([`Plan::widths`]). How keys and values come from a block is `block`'s matter.
 //!
 //! Poison: logits are selected by position *after* the product; values behind a sequence's end are overwritten with zeros
 //! *before* it (zero times NaN is NaN). Rows that see no key are written as zeros.
-
-use std::f64::consts::LOG2_E;
 
 use pagoda_ir::{
     Element,
@@ -38,11 +35,16 @@ use pagoda_ir::{
     },
 };
 
-use super::{Cores, MASKED, Metadata, NONE, Strided, broadcast_lanes, by_lane, joined};
+use super::{
+    Cores, MASKED, Metadata, NONE,
+    block::{self, Block},
+    broadcast_lanes, by_lane,
+    heads::Heads,
+    joined,
+};
 use crate::rpa::{
     batch::Batch,
-    kv_layout::{Block, KvLayout},
-    plan::{self, CHUNK, Plan},
+    plan::{self, CHUNK, Plan, Split},
 };
 
 /// The kernel of `plan`, on `cores`; with a batch, of that batch only.
@@ -57,6 +59,7 @@ struct Body<'a, 'p> {
     core: Value<'a>,
     is_shared: bool,
     metadata: Metadata<'a>,
+    heads: Heads<'a>,
     q: Ref<'a>,
     kv_pages: Ref<'a>,
     out: Ref<'a>,
@@ -64,10 +67,13 @@ struct Body<'a, 'p> {
     queries: Ref<'a>,
     /// The rows of the output that are being written: `[rows, columns]`.
     results: Ref<'a>,
-    /// Where heads are not whole tiles of lanes: this entry's queries by head, `[q_heads, rows, head_dim]`, and a head's
-    /// results in whole tiles, `[rows, lanes]`.
-    by_head: Option<[Ref<'a>; 2]>,
-    /// A band's queries by KV head: `[kv_heads, group * 8, head_dim]`.
+    /// In HBM, and of the rows that are being written: `[rows, lanes]`, a lane for each query head.
+    lse: Option<[Ref<'a>; 2]>,
+    /// Where heads are not whole tiles of lanes: this entry's queries by head, `[q_heads, rows, columns]`.
+    by_head: Option<Ref<'a>>,
+    /// Where products are not, either: a head's results in whole tiles, `[rows, lanes]`.
+    lanes: Option<Ref<'a>>,
+    /// A band's queries by KV head: `[kv_heads, group * 8, columns]`.
     band: Ref<'a>,
     /// KV blocks: `[buffers, pieces of a row, keys, rows of a key, lanes]`.
     kv: Ref<'a>,
@@ -149,28 +155,31 @@ struct Form {
 impl<'a, 'p> Body<'a, 'p> {
     fn declare(k: &'a Builder<'a>, plan: &'p Plan, batch: Option<&Batch>, cores: Cores) -> Self {
         let problem = plan.problem();
-        let (types, dim, heads) = (problem.precision, problem.head_dim, plan.head_block());
+        let (types, [dim, _], heads) = (problem.precision, block::lanes(problem), plan.head_block());
         let steps = if cores == Cores::All { plan.grid()[0] } else { 1 };
         let [step] = k.grid([(steps, Semantics::Parallel)]);
         let metadata = Metadata::declare(k, problem);
+        let of_heads = Heads::declare(k, problem);
         let [rows, columns] = plan::padded_rows(problem);
         let q = k.hbm_input("q", types.q, &[rows, columns]);
         let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
         let out = k.hbm_output("out", types.output, &[rows, columns]);
+        let lse_lanes = plan::log_sum_exp_lanes(problem);
+        let lse = problem.log_sum_exp.then(|| k.hbm_output("lse", Element::F32, &[rows, lse_lanes]));
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let (block, columns) = (plan.block_rows(), plan.columns());
         let queries = scratch("queries", types.q, &[2, block, columns]);
         let results = scratch("results", types.output, &[block, columns]);
-        let by_head = (!dim.is_multiple_of(LANES)).then(|| {
-            let by_head = scratch("by_head", types.q, &[heads * problem.group(), block, dim]);
-            [by_head, scratch("lanes", Element::F32, &[block, LANES])]
-        });
+        let by_head = (!problem.head_dim.is_multiple_of(LANES))
+            .then(|| scratch("by_head", types.q, &[heads * problem.group(), block, dim]));
+        let lanes = (!dim.is_multiple_of(LANES)).then(|| scratch("lanes", Element::F32, &[block, LANES]));
         let band = scratch("band", types.q, &[heads, problem.group() * (SUBLANES * 4 / types.q.bytes()), dim]);
         let kv = scratch("kv", types.kv, &plan.kv_dims());
         let last = scratch("last", Element::I32, &[block, LANES]);
         let max = scratch("max", Element::F32, &[heads, plan.rows(), LANES]);
         let sum = scratch("sum", Element::F32, &[heads, plan.rows(), LANES]);
         let acc = scratch("acc", Element::F32, &[heads, plan.rows(), dim]);
+        let lse = lse.map(|lse| [lse, scratch("lse_rows", Element::F32, &[block, lse_lanes])]);
         let in_smem = |name, len| k.scratch(name, MemorySpace::Smem, Element::I32, &[len]);
         let [entries, segments] = plan.list_lengths();
         let entries = Entries {
@@ -189,10 +198,14 @@ impl<'a, 'p> Body<'a, 'p> {
         let metadata = metadata.of_batch(k, batch);
         let arrived = k.dma_semaphores("arrived", &[plan.kv_buffers()]);
         let queries_arrived = k.dma_semaphores("queries_arrived", &[2]);
-        let sent = k.dma_semaphores("sent", &[1]);
+        let sent = k.dma_semaphores("sent", &[if lse.is_some() { 2 } else { 1 }]);
         let (core, is_shared) = match cores {
             Cores::All => (step, plan.shares() > 1),
             Cores::One(core) => (k.int(core as i64), plan.shares() > 1),
+        };
+        let of_heads = match plan.details().split {
+            Split::Heads => of_heads.from(core * heads),
+            Split::Nothing | Split::Sequences => of_heads,
         };
         Self {
             k,
@@ -200,12 +213,15 @@ impl<'a, 'p> Body<'a, 'p> {
             core,
             is_shared,
             metadata,
+            heads: of_heads,
             q,
             kv_pages,
             out,
             queries,
             results,
+            lse,
             by_head,
+            lanes,
             band,
             kv,
             last,
@@ -222,13 +238,14 @@ impl<'a, 'p> Body<'a, 'p> {
 
     fn write(&self) {
         let k = self.k;
+        self.clear_padding();
         let [entries, segments] = self.list();
         k.when(entries.greater(0), || self.copy_queries(k.int(0), |dma| dma.start()));
         let mut ahead = [k.int(0), k.int(0), k.int(0)];
         for _ in 1..self.plan.kv_buffers() {
             ahead = self.fetch(ahead, segments);
         }
-        if let Some([_, lanes]) = &self.by_head {
+        if let Some(lanes) = &self.lanes {
             lanes.store(0.0);
         }
         k.fold_range(0, entries, [k.int(0), ahead[0], ahead[1], ahead[2]], |entry, [slot, ahead @ ..]| {
@@ -250,6 +267,9 @@ impl<'a, 'p> Body<'a, 'p> {
                 || {
                     self.reclaim(entry);
                     self.results.store(0.0);
+                    if let Some([_, rows]) = &self.lse {
+                        rows.store(0.0);
+                    }
                     stream.flat()
                 },
             );
@@ -257,6 +277,23 @@ impl<'a, 'p> Body<'a, 'p> {
             stream
         });
         k.when(entries.greater(0), || self.copy_results(entries - 1, |dma| dma.wait()));
+    }
+
+    /// Writes all of the KV buffers, where words of theirs hold rows that no copy brings.
+    fn clear_padding(&self) {
+        if !self.plan.has_padded_words() {
+            return;
+        }
+        let [buffers, pieces, ..] = self.plan.kv_dims();
+        let page_size = self.plan.problem().page_size;
+        for buffer in 0..buffers {
+            self.k.for_range(0, self.plan.tiles().kv_pages, |page| {
+                for piece in 0..pieces {
+                    let start = (page * page_size).multiple_of(page_size);
+                    self.kv.at((buffer, piece)).slice(0, start, page_size).bitcast(Element::I32).store(0);
+                }
+            });
+        }
     }
 
     /// Lists what the core has to do: how many entries there are, and segments.
@@ -397,6 +434,11 @@ impl<'a, 'p> Body<'a, 'p> {
                 let from = self.results.slice(0, (row - start + done).multiple_of(self.plan.band()), count);
                 let to = self.columns_of(&self.out).slice(0, (row + done).multiple_of(self.plan.band()), count);
                 act(k.make_async_copy(from, to, self.sent.at(0)));
+                if let Some([lse, rows]) = &self.lse {
+                    let from = rows.slice(0, (row - start + done).multiple_of(self.plan.band()), count);
+                    let to = lse.slice(0, (row + done).multiple_of(self.plan.band()), count);
+                    act(k.make_async_copy(from, to, self.sent.at(1)));
+                }
             };
             match most {
                 1 => copy(k.int(0)),
@@ -454,7 +496,7 @@ impl<'a, 'p> Body<'a, 'p> {
     /// The copies of a sequence's page `number` to place `page` of a buffer.
     fn page(&self, sequence: Value<'a>, number: Value<'a>, slot: Value<'a>, page: usize, act: &dyn Fn(Dma<'a>)) {
         let (problem, heads) = (self.plan.problem(), self.plan.head_block());
-        let kv_rows = KvLayout::rows_of(heads);
+        let [kv_rows, _] = problem.kv_layout().of_heads(heads).token_dims();
         let [_, pieces, _, _, lanes] = self.plan.kv_dims();
         let mut source = self.kv_pages.at(self.metadata.page(sequence, number));
         if heads < problem.kv_heads {
@@ -481,7 +523,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let ahead = self.fetch(ahead, segments);
         let &Segment { sequence, kv_len, .. } = of_segment;
         self.pages(sequence, kv_len, block, slot, |dma| dma.wait());
-        of(&Block::new(&self.kv.at(slot), self.plan.problem().precision.kv), block * self.plan.keys());
+        of(&Block::new(self.k, &self.kv.at(slot), self.plan.problem()), block * self.plan.keys());
         Stream { slot: self.next(slot), ahead }.flat()
     }
 
@@ -500,7 +542,7 @@ impl<'a, 'p> Body<'a, 'p> {
             self.step(&of_segment, block, stream, segments, |kv, first_key| {
                 let heads = |keys: usize, is_masked: bool| {
                     for head in 0..self.plan.head_block() {
-                        let [key, value] = self.keys_and_values(head, kv, keys);
+                        let [key, value] = kv.keys_and_values(head, keys);
                         for part in &parts {
                             let queries = self.queries_of(slot_of_queries, head, part);
                             self.update(head, part, queries, [key, value], first_key, Form { is_first, is_masked });
@@ -557,7 +599,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 self.step(&of_segment, block, Stream::of(stream), segments, |kv, first_key| {
                     self.narrowest(&of_segment, kv, first_key, &|keys| {
                         for head in 0..self.plan.head_block() {
-                            let keys_and_values = self.keys_and_values(head, kv, keys);
+                            let keys_and_values = kv.keys_and_values(head, keys);
                             let queries = self.band.at(head).slice(0, 0, part.count).load();
                             let form = Form { is_first: false, is_masked: true };
                             self.update(head, &part, queries, keys_and_values, first_key, form);
@@ -576,7 +618,7 @@ impl<'a, 'p> Body<'a, 'p> {
     fn narrowest(&self, segment: &Segment<'a>, kv: &Block<'a>, first_key: Value<'a>, of: &dyn Fn(usize)) {
         let [live, seen] = [segment.kv_len - first_key, segment.origin + segment.end - first_key];
         self.narrowest_of(&self.plan.widths(), seen, &|keys| {
-            self.k.when(live.less(keys), || kv.clear(self.k, live, keys));
+            self.k.when(live.less(keys), || kv.clear(live, keys));
             of(keys);
         });
     }
@@ -598,26 +640,35 @@ impl<'a, 'p> Body<'a, 'p> {
         self.last.slice(0, 0, rows).store(is_live.select(row + segment.origin, -1));
     }
 
-    /// Where heads are not whole tiles of lanes: brings the first `rows` rows of an entry's queries into order by head.
+    /// Where heads are not whole tiles of lanes: brings the first `rows` rows of an entry's queries into order by head. Lanes
+    /// behind a head's elements that products take are zeros.
     fn split_heads(&self, entry: Value<'a>, rows: usize) {
         let (k, problem) = (self.k, self.plan.problem());
-        let Some([by_head, _]) = &self.by_head else { return };
-        let dim = problem.head_dim;
+        let Some(by_head) = &self.by_head else { return };
+        let (dim, [columns, _]) = (problem.head_dim, block::lanes(problem));
         let tile = |index: usize| {
             let tile = self.queries.at(entry & 1).slice(0, 0, rows).slice(1, index * LANES, LANES);
             tile.load().cast(Element::F32)
         };
         for head in 0..self.plan.head_block() * problem.group() {
-            let (index, lane) = (head * dim / LANES, head * dim % LANES);
-            let from = |index: usize| match lane {
-                0 => tile(index),
-                _ => tile(index).rotate(LANES - lane, 1),
-            };
-            let mut lanes = from(index);
-            if lane + dim > LANES {
-                lanes = k.iota(&lanes.dims(), 1).less(LANES - lane).select(lanes, from(index + 1));
+            for first in (0..dim).step_by(LANES) {
+                let (start, taken) = (head * dim + first, LANES.min(dim - first));
+                let (index, lane) = (start / LANES, start % LANES);
+                let from = |index: usize| match lane {
+                    0 => tile(index),
+                    _ => tile(index).rotate(LANES - lane, 1),
+                };
+                let mut lanes = from(index);
+                if lane + taken > LANES {
+                    lanes = k.iota(&lanes.dims(), 1).less(LANES - lane).select(lanes, from(index + 1));
+                }
+                let width = LANES.min(columns - first);
+                if width > taken {
+                    lanes = k.iota(&lanes.dims(), 1).less(taken).select(lanes, 0.0);
+                }
+                let to = by_head.at(head).slice(0, 0, rows).slice(1, first, width);
+                to.store(lanes.slice(&[0, 0], &[rows, width]).cast(problem.precision.q));
             }
-            by_head.at(head).slice(0, 0, rows).store(lanes.slice(&[0, 0], &[rows, dim]).cast(problem.precision.q));
         }
     }
 
@@ -630,7 +681,7 @@ impl<'a, 'p> Body<'a, 'p> {
             .map(|(member, start, count)| {
                 let head = kv_head * group + member;
                 match &self.by_head {
-                    Some([by_head, _]) => by_head.at(head).slice(0, start, count).load(),
+                    Some(by_head) => by_head.at(head).slice(0, start, count).load(),
                     None => self.queries.at(slot).slice(0, start, count).slice(1, head * dim, dim).load(),
                 }
             })
@@ -646,12 +697,6 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// K and V of one head and the first `keys` keys of a block: `[keys, head_dim]` each.
-    fn keys_and_values(&self, head: usize, kv: &Block<'a>, keys: usize) -> [Value<'a>; 2] {
-        let (pieces, stride) = (&kv.words, kv.per_token);
-        kv.load(head, |start| Strided { pieces: pieces.clone(), start, count: keys, stride }.load(self.k))
-    }
-
     /// One head's step of the online softmax, for a part of its rows, over the keys from `first_key` on.
     fn update(
         &self,
@@ -663,17 +708,15 @@ impl<'a, 'p> Body<'a, 'p> {
         form: Form,
     ) {
         let (k, problem, keys) = (self.k, self.plan.problem(), key.dims()[0]);
-        let precision = match problem.precision.kv {
+        let (operand, [columns, _]) = (problem.precision.q, block::lanes(problem));
+        let precision = match operand {
             Element::F32 => Precision::Fp32,
             _ => Precision::Default,
         };
         let [max, sum, acc] = [&self.max, &self.sum, &self.acc].map(|of| of.at(head).slice(0, rows.start, rows.count));
         let dims = [rows.count, keys];
         let logits = k.dot_general(queries, key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
-        let logits = match problem.soft_cap {
-            None => logits * (problem.scale * LOG2_E),
-            Some(cap) => (logits * (problem.scale / cap)).tanh() * (cap * LOG2_E),
-        };
+        let logits = self.heads.logits(logits, head, problem);
         let logits = if form.is_masked {
             let last: Vec<_> = rows.pieces().map(|(_, start, count)| self.last.slice(0, start, count).load()).collect();
             let last = joined(k, &last, 0) - first_key;
@@ -694,7 +737,7 @@ impl<'a, 'p> Body<'a, 'p> {
             max.store(new);
             sum.store(by_lane(weights));
             let zeros = k.zeros(Element::F32, &acc.dims());
-            acc.store(k.dot_general(weights.cast(problem.precision.kv), value, zeros, &DotDims::nn(), precision));
+            acc.store(k.dot_general(weights.cast(operand), value, zeros, &DotDims::nn(), precision));
             return;
         }
         let old = max.load();
@@ -703,51 +746,77 @@ impl<'a, 'p> Body<'a, 'p> {
         let weights = weigh(new);
         max.store(new);
         sum.store(rescale * sum.load() + by_lane(weights));
-        let rescaled = acc.load() * broadcast_lanes(k, rescale, problem.head_dim);
-        acc.store(k.dot_general(weights.cast(problem.precision.kv), value, rescaled, &DotDims::nn(), precision));
+        let rescaled = acc.load() * broadcast_lanes(k, rescale, columns);
+        acc.store(k.dot_general(weights.cast(operand), value, rescaled, &DotDims::nn(), precision));
     }
 
     /// Divides, and writes `rows` rows of results. Rows that saw no key are zeros.
     fn finish(&self, rows: usize) {
         let (k, problem) = (self.k, self.plan.problem());
         let (dim, heads) = (problem.head_dim, self.plan.head_block() * problem.group());
-        let result = |head: usize| {
+        let [columns, first] = block::lanes(problem);
+        let mut lse_tile = None;
+        let mut result = |head: usize| {
             let (kv_head, start) = (head / problem.group(), head % problem.group() * rows);
-            let [sum, acc] = [&self.sum, &self.acc].map(|of| of.at(kv_head).slice(0, start, rows).load());
-            // One step of Newton's method squares the estimate's error of some 1e-3. Without a key, the accumulator is 0.
-            let sum = sum.sum(1).maximum(f64::from(f32::MIN_POSITIVE)).broadcast_to(&[rows, LANES]);
+            let [max, sum, acc] = [&self.max, &self.sum, &self.acc].map(|of| of.at(kv_head).slice(0, start, rows));
+            let [sum, acc] = [sum, acc].map(|of| of.load());
+            let total = self.heads.total(kv_head, &max, sum, self.heads.sink(head));
+            if let (Some(of_head), Some([_, lse_rows])) = (total.log_sum_exp, &self.lse) {
+                let lane = head % LANES;
+                let tile = match lse_tile {
+                    Some(tile) if lane > 0 => k.iota(&[rows, LANES], 1).less(lane).select(tile, of_head),
+                    _ => of_head,
+                };
+                lse_tile = Some(tile);
+                if lane + 1 == LANES || head + 1 == heads {
+                    lse_rows.slice(0, 0, rows).slice(1, head / LANES * LANES, LANES).store(tile);
+                }
+            }
+            // One step of Newton's method squares the estimate's error of some 1e-3. The largest weight of a row is 1; without a
+            // key, the accumulator is 0.
+            let sum = total.sum.maximum(0.5).broadcast_to(&[rows, LANES]);
             let estimate = sum.reciprocal(true);
-            acc * broadcast_lanes(k, estimate * (2.0 - sum * estimate), dim)
+            let factor = estimate * (2.0 - sum * estimate);
+            let factor = total.factor.map_or(factor, |by| factor * by);
+            acc * broadcast_lanes(k, factor, columns)
         };
         let results = self.results.slice(0, 0, rows);
-        let Some([_, lanes]) = &self.by_head else {
+        if self.by_head.is_none() {
             for head in 0..heads {
                 results.slice(1, head * dim, dim).store(result(head).cast(problem.precision.output));
             }
             return;
-        };
-        let lanes = lanes.slice(0, 0, rows);
+        }
         // A tile of columns holds the ends of some heads.
         let mut tile = k.zeros(Element::F32, &[rows, LANES]);
         for head in 0..heads {
-            lanes.slice(1, 0, dim).store(result(head));
-            let (mut begin, end) = (head * dim, (head + 1) * dim);
-            while begin < end {
-                let lane = begin % LANES;
-                // Lane 0 of the head at the lane of the tile where it is: below 0, if it began in the tile before.
-                let moved = (LANES + head * dim - begin + lane) % LANES;
-                let loaded = lanes.load();
-                let moved = if moved == 0 { loaded } else { loaded.rotate(moved, 1) };
+            let result = result(head);
+            let lanes = self.lanes.as_ref().map(|lanes| lanes.slice(0, 0, rows));
+            if let Some(lanes) = &lanes {
+                lanes.slice(1, 0, dim).store(result);
+            }
+            let loaded = |tile: usize| match &lanes {
+                Some(lanes) => lanes.load(),
+                None => result.slice(&[0, tile * LANES], &[rows, LANES]),
+            };
+            // A run of elements: as many as neither tiles of the result nor those of the columns cut.
+            let mut done = 0;
+            while done < dim {
+                let (from, to) = (first + done, head * dim + done);
+                let lane = to % LANES;
+                let count = (LANES - from % LANES).min(LANES - lane).min(dim - done);
+                let turn = (LANES + lane - from % LANES) % LANES;
+                let loaded = loaded(from / LANES);
+                let moved = if turn == 0 { loaded } else { loaded.rotate(turn, 1) };
                 tile = match lane {
                     0 => moved,
                     _ => k.iota(&[rows, LANES], 1).less(lane).select(tile, moved),
                 };
-                let stop = (begin / LANES + 1) * LANES;
-                if stop <= end || head + 1 == heads {
-                    let columns = results.slice(1, begin / LANES * LANES, LANES);
+                done += count;
+                if lane + count == LANES || (done == dim && head + 1 == heads) {
+                    let columns = results.slice(1, to / LANES * LANES, LANES);
                     columns.store(tile.cast(problem.precision.output));
                 }
-                begin = stop.min(end);
             }
         }
     }

@@ -1,12 +1,16 @@
 //! Ragged paged attention as Mosaic kernels: what they share.
 //!
-//! `mixed` takes any batch, `decode` those of at most one row per sequence. Both the metadata of a launch (`Metadata`) and the arithmetic of registers are here.
+//! `mixed` takes any batch, `decode` those of at most one row per sequence. `block` loads keys and values from what their copies
+//! brought, `heads` has what each head has of its own. The metadata of a launch (`Metadata`) and the arithmetic of registers
+//! are here.
 
+pub(super) mod block;
 mod decode;
+mod heads;
 mod mixed;
 
 use pagoda_ir::{
-    Context, Element, Result,
+    Context, Element, Result, TensorType,
     mosaic::{Builder, Kernel, MemorySpace, Ref, Value, tiling::LANES},
 };
 
@@ -77,8 +81,8 @@ pub fn kernel_of_core<'c>(context: &'c Context, plan: &Plan, batch: &Batch, core
     })
 }
 
-/// What the kernels take: the metadata, then q and the pages. Of any batch, q is in two dimensions, whole bands of rows and
-/// tiles of lanes.
+/// What the kernels take: the metadata and the numbers of heads, then q and the pages. Of any batch, q is in two dimensions,
+/// whole bands of rows and tiles of lanes.
 pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
     let metadata = ["kv_lens", "page_indices", "cu_q_lens", "num_seqs"].map(Operand::of);
     let first_page = (problem.layers > 1).then(|| Operand::of("first_page").reshape(&[1]));
@@ -89,7 +93,21 @@ pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
             Operand::of("q").reshape(&dims).padded(&plan::padded_rows(problem))
         }
     };
-    metadata.into_iter().chain(first_page).chain([q, Operand::of("kv_pages")]).collect()
+    let prefetched = metadata.into_iter().chain(first_page).chain(heads::operands(problem));
+    prefetched.chain([q, Operand::of("kv_pages")]).collect()
+}
+
+/// What they return: the results, of any batch in two dimensions, whole bands of rows and tiles of lanes.
+pub(super) fn returned(problem: &Problem) -> Vec<TensorType> {
+    let rows = plan::padded_rows(problem)[0];
+    let result = |(name, ty): (&str, &TensorType)| match (name, problem.kind) {
+        // Rows that are copied one by one.
+        ("lse", Kind::Decode) => TensorType::new(ty.element, &[problem.tokens, 1, plan::log_sum_exp_lanes(problem)]),
+        ("lse", Kind::Mixed) => TensorType::new(ty.element, &[rows, plan::log_sum_exp_lanes(problem)]),
+        ("out", Kind::Mixed) => TensorType::new(ty.element, &plan::padded_rows(problem)),
+        _ => ty.clone(),
+    };
+    problem.results().iter().map(result).collect()
 }
 
 /// The ragged metadata of a launch: read from SMEM, or one batch's own, put there as constants.
@@ -213,7 +231,7 @@ mod tests {
         chips::Chip,
         random::Lengths,
         rpa::{
-            Kind, Precision, Problem, Rpa, Spec,
+            Kind, KvRows, Precision, Problem, Rpa, Spec,
             plan::{Options, Plan, Tiles},
         },
     };
@@ -223,6 +241,7 @@ mod tests {
         let scale = (head_dim as f64).powf(-0.5);
         Problem::new(Spec {
             kind: Kind::Mixed,
+            kv_rows: if head_dim > 128 { KvRows::for_lanes(head_dim) } else { KvRows::Interleaved },
             precision: Precision::uniform(element),
             tokens: 24,
             q_heads,
@@ -252,12 +271,56 @@ mod tests {
             (Element::F32, [2, 1, 256], Some(7), None),
             (Element::Bf16, [4, 2, 256], None, None),
         ] {
-            let problem = problem(element, heads, window, cap);
-            let tiles = Some(Tiles { queries: 8, kv_pages: 2 });
-            let plan = Plan::new(problem.clone(), Chip::V5p, Options { tiles, vmem_limit: None }).unwrap();
-            let lengths = [(1, 60), (0, 5), (13, 13), (9, 41)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
-            let inputs = Rpa::draw(&problem, Some(&lengths), 5).unwrap();
-            check_mosaic(Case::new(&plan, &inputs), 7, None).unwrap_or_else(|error| panic!("{heads:?}: {error}"));
+            agrees(problem(element, heads, window, cap).spec().clone());
+        }
+    }
+
+    fn agrees(spec: Spec) {
+        let decode = spec.kind == Kind::Decode;
+        let problem = Problem::new(spec).unwrap();
+        let tiles = Some(Tiles { queries: 8, kv_pages: 2 });
+        let plan = Plan::new(problem.clone(), Chip::V5p, Options { tiles, vmem_limit: None }).unwrap();
+        let lengths = match decode {
+            false => [(1, 60), (0, 5), (13, 13), (9, 41)],
+            true => [(1, 60), (0, 5), (1, 1), (1, 33)],
+        };
+        let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+        let inputs = Rpa::draw(&problem, Some(&lengths), 5).unwrap();
+        let name = Rpa::describe(&problem);
+        check_mosaic(Case::new(&plan, &inputs), 7, None).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+
+    /// Every option beside the plain form, alone and together: each type of the cache, one to sixteen heads (padding in words of
+    /// some), rows of one to three tiles of lanes.
+    #[test]
+    fn options_agree_with_the_reference() {
+        use Element::{Bf16, F8E4M3Fn, F8E5M2, F32, I8};
+        for (q, kv, heads, packed, ends) in [
+            (Bf16, F8E4M3Fn, [8, 2, 128], false, false),
+            (Bf16, F8E5M2, [4, 4, 80], false, false),
+            (Bf16, I8, [4, 2, 256], false, false),
+            (F32, F8E4M3Fn, [4, 4, 128], false, true),
+            (F32, Bf16, [6, 2, 128], false, false),
+            (Bf16, Bf16, [8, 4, 64], true, false),
+            (F32, F32, [2, 1, 64], true, false),
+            (Bf16, Bf16, [6, 3, 192], true, true),
+            (Bf16, I8, [8, 4, 64], true, true),
+            (Bf16, F8E4M3Fn, [32, 16, 64], true, false),
+            (Bf16, Bf16, [130, 2, 96], false, true),
+            (F32, F32, [16, 8, 128], false, true),
+        ] {
+            let window = (heads[1] % 2 == 0).then_some(20);
+            let plain = problem(q, heads, window, window.map(|_| 5.0)).spec().clone();
+            for kind in [Kind::Mixed, Kind::Decode] {
+                agrees(Spec {
+                    kind,
+                    precision: Precision { kv, ..plain.precision },
+                    kv_rows: if packed { KvRows::Packed } else { KvRows::Interleaved },
+                    sinks: ends,
+                    log_sum_exp: ends,
+                    ..plain.clone()
+                });
+            }
         }
     }
 }

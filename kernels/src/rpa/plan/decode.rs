@@ -12,11 +12,11 @@ use pagoda_ir::{
 };
 use serde::Serialize;
 
-use super::{Details, Plan, Tiles, kv_rows, pieces};
+use super::{Details, Plan, Tiles, block_dims, can_slice, lanes, log_sum_exp_lanes, pieces};
 use crate::{
     chips::Chip,
     plan::{self, PlanError, Spilling},
-    rpa::{Batch, kv_layout::KvLayout, problem::Problem},
+    rpa::{Batch, problem::Problem},
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
@@ -52,7 +52,7 @@ pub(super) fn split(problem: &Problem, chip: Chip) -> Split {
     let cores = chip.info().cores;
     let share = problem.kv_heads / cores;
     let sliceable = problem.kv_heads.is_multiple_of(cores)
-        && KvLayout::rows_of(share).is_multiple_of(SUBLANES)
+        && can_slice(problem, share)
         && (share * problem.group()).is_multiple_of(SUBLANES);
     match cores {
         1 => Split::Nothing,
@@ -81,14 +81,14 @@ pub(in crate::rpa) fn rows(problem: &Problem) -> usize {
 
 /// Every KV block in VMEM: `[buffers, pieces, keys, rows of a key, lanes]`.
 pub(in crate::rpa) fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
-    let [pieces, lanes] = pieces(problem);
-    [BUFFERS, pieces, tiles.kv_pages * problem.page_size, kv_rows(head_block), lanes]
+    let [pieces, keys, rows, lanes] = block_dims(problem, tiles, head_block);
+    [BUFFERS, pieces, keys, rows, lanes]
 }
 
 /// A row of q or of the output as f32, a head to each tile: `[pieces, heads, sublanes, lanes]`. Behind the heads are as
 /// many as products may read beyond them.
 pub(in crate::rpa) fn staging_dims(problem: &Problem, head_block: usize) -> [usize; 4] {
-    let [pieces, lanes] = pieces(problem);
+    let [pieces, lanes] = pieces(lanes(problem)[0]);
     let heads = head_block * problem.group() + rows(problem) - problem.group();
     [pieces, heads, SUBLANES, lanes]
 }
@@ -98,17 +98,27 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     let (types, dim, rows) = (problem.precision, problem.head_dim, rows(problem));
     let heads = head_block * problem.group();
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
-    VmemReport {
-        buffers: vec![
-            scratch("q_rows", types.q, &[problem.tokens, heads, dim]),
-            scratch("out_rows", types.output, &[problem.tokens, heads, dim]),
-            scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
-            scratch("staging", Element::F32, &staging_dims(problem, head_block)),
-            scratch("max", Element::F32, &[head_block, rows, LANES]),
-            scratch("sum", Element::F32, &[head_block, rows, LANES]),
-            scratch("acc", Element::F32, &[head_block, rows, dim]),
-        ],
-    }
+    let every = [
+        scratch("q_rows", types.q, &[problem.tokens, heads, dim]),
+        scratch("out_rows", types.output, &[problem.tokens, heads, dim]),
+        scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
+        scratch("staging", Element::F32, &staging_dims(problem, head_block)),
+        scratch("max", Element::F32, &[head_block, rows, LANES]),
+        scratch("sum", Element::F32, &[head_block, rows, LANES]),
+        scratch("acc", Element::F32, &[head_block, rows, lanes(problem)[0]]),
+    ];
+    let some = [
+        (is_widened(problem), scratch("lanes", Element::F32, &[heads, LANES])),
+        (problem.sinks, scratch("sink_rows", Element::F32, &[head_block, rows, LANES])),
+        (problem.log_sum_exp, scratch("lse_rows", Element::F32, &[problem.tokens, 1, log_sum_exp_lanes(problem)])),
+    ];
+    let some = some.into_iter().filter_map(|(there, buffer)| there.then_some(buffer));
+    VmemReport { buffers: every.into_iter().chain(some).collect() }
+}
+
+/// Whether queries are widened to whole tiles of lanes.
+pub(in crate::rpa) fn is_widened(problem: &Problem) -> bool {
+    lanes(problem)[0] > problem.head_dim
 }
 
 /// What follows from legal tiles.
@@ -127,7 +137,7 @@ pub(super) fn laid_out(
         name: format!("rpa-decode-p{}-kv{}", problem.page_size, tiles.kv_pages),
         grid: vec![if split == Split::Nothing { 1 } else { cores }],
         vmem: report(problem, tiles, head_block),
-        smem: plan::smem(&problem.arguments()),
+        smem: super::smem(problem),
         spilling: spilling(problem, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: tiles.kv_pages * problem.page_size, split },
     }
@@ -161,7 +171,7 @@ fn spilling(problem: &Problem, tiles: Tiles, head_block: usize) -> Spilling {
     let keys = tiles.kv_pages * problem.page_size * head_block;
     let copies = if problem.precision.q == Element::F32 { 4 } else { 1 };
     let live = 4 * keys * (copies * rows(problem) + problem.head_dim.next_multiple_of(LANES));
-    Spilling { family: format!("{} decode", problem.precision.q), live: Bytes(live as u64) }
+    Spilling { family: format!("{} decode", super::types(problem)), live: Bytes(live as u64) }
 }
 
 /// Keys of a block that the planner aims at, times heads: enough to hide what is fixed per block.

@@ -1,0 +1,214 @@
+//! A block of tokens in VMEM, as a kernel's copies bring it, and how a head's keys and values are loaded from it.
+//!
+//! The buffer is `[pieces, tokens, rows, lanes]`: rows of elements lie in pieces of one tile's lanes, and a token's rows are
+//! padded to whole tiles. Strided loads are of 32-bit words, and a word holds an element each of as many rows as fit: of two
+//! rows in bf16 (interleaved, a head's key and value, so that one load brings both), of four in 8 bits.
+//!
+//! What products take is of the type of the queries. Every number of a narrower type is one of it, so nothing is rounded here,
+//! and no scale is applied: those of an 8-bit cache multiply the logits and the finished sums ([`super::Heads`]). Floats of 8
+//! bits are converted by integer arithmetic, which every generation has, without a step through subnormal numbers, which a
+//! TPU takes for zero.
+//!
+//! Of packed rows keys and values are loaded together with what shares their tiles of lanes: [`lanes`] says where the head's own
+//! elements are. A query has zeros in the other lanes, and of the sums over values the other lanes are not looked at.
+
+use pagoda_ir::{
+    Element,
+    minifloat::Minifloat,
+    mosaic::{Builder, Ref, Value, tiling::LANES},
+};
+
+use super::{Strided, joined};
+use crate::rpa::{
+    kv_layout::{Half, KvLayout, KvRows},
+    problem::Problem,
+};
+
+/// Columns of a head's products, and the one where the result's first element is: in tiles of lanes that a packed row's key
+/// and value share, values begin in the middle.
+pub(in crate::rpa) fn lanes(problem: &Problem) -> [usize; 2] {
+    match problem.kv_rows {
+        KvRows::Interleaved => [problem.head_dim, 0],
+        KvRows::Packed => [problem.head_dim.next_multiple_of(LANES), problem.head_dim % LANES],
+    }
+}
+
+/// Numbers of a type in a 32-bit word.
+pub(super) const fn packing(element: Element) -> usize {
+    4 / element.bytes()
+}
+
+/// Some heads' keys and values of a block of tokens.
+pub(super) struct Block<'a> {
+    k: &'a Builder<'a>,
+    /// The pieces as rows of 32-bit words.
+    words: Vec<Ref<'a>>,
+    /// Words' rows of a token.
+    per_token: usize,
+    layout: KvLayout,
+    /// What products take.
+    operand: Element,
+}
+
+impl<'a> Block<'a> {
+    /// The block in `kv`.
+    pub fn new(k: &'a Builder<'a>, kv: &Ref<'a>, problem: &Problem) -> Self {
+        let &[pieces, tokens, rows, lanes] = &kv.dims()[..] else { unreachable!("a block has four dimensions") };
+        let element = problem.precision.kv;
+        let words = (0..pieces).map(|piece| {
+            let piece = kv.at(piece).reshape(&[tokens * rows, lanes]);
+            if element == Element::F32 { piece } else { piece.bitcast(Element::I32) }
+        });
+        let (layout, operand) = (problem.kv_layout(), problem.precision.q);
+        Self { k, words: words.collect(), per_token: rows / packing(element), layout, operand }
+    }
+
+    /// Overwrites, among the first `tokens` tokens, what lies behind the first `live` ones with zeros.
+    pub fn clear(&self, live: Value<'a>, tokens: usize) {
+        for piece in &self.words {
+            let piece = piece.slice(0, 0, tokens * self.per_token);
+            let row = self.k.iota(&piece.dims(), 0);
+            piece.store_masked(0.0, row.greater_equal(live * self.per_token));
+        }
+    }
+
+    /// Keys and values of `count` tokens of `head`: `[count, columns]` each, of [`lanes`] columns.
+    pub fn keys_and_values(&self, head: usize, count: usize) -> [Value<'a>; 2] {
+        let [key, value] = Half::ALL.map(|half| self.layout.place(head, half)[0]);
+        let (words, of_value) = (key / self.packing(), value / self.packing());
+        if words != of_value {
+            return Half::ALL.map(|half| self.half(half, head, [0, count], None));
+        }
+        // One load for both.
+        match self.layout.kv_rows {
+            KvRows::Interleaved => {
+                let words = self.load(&self.words, words, [0, count]);
+                [key, value].map(|row| self.numbers(words, row % self.packing()))
+            }
+            KvRows::Packed => {
+                let all: Vec<_> = self
+                    .words
+                    .chunks(1)
+                    .map(|piece| self.numbers(self.load(piece, words, [0, count]), key % self.packing()))
+                    .collect();
+                Half::ALL.map(|half| joined(self.k, &all[self.pieces_of(half)], 1))
+            }
+        }
+    }
+
+    /// One half of `head`, of `count` tokens from the `first` of the block on: `[count, columns]`. Of values, those behind the
+    /// first `live` tokens become zeros, if they can be NaN: NaN times a weight of zero is NaN.
+    pub fn half(&self, half: Half, head: usize, [first, count]: [usize; 2], live: Option<Value<'a>>) -> Value<'a> {
+        let [row, _] = self.layout.place(head, half);
+        let pieces = &self.words[self.pieces_of(half)];
+        let words = self.load(pieces, row / self.packing(), [first, count]);
+        let words = match live.filter(|_| half == Half::Value || self.layout.kv_rows == KvRows::Packed) {
+            Some(live) if !self.is_finite() => self.k.iota(&words.dims(), 0).less(live - first as i64).select(words, 0),
+            _ => words,
+        };
+        self.numbers(words, row % self.packing())
+    }
+
+    /// Whether every pattern of bits is a finite number of what products take.
+    fn is_finite(&self) -> bool {
+        self.layout.element.bytes() == 1
+    }
+
+    /// The pieces that hold a half of a head.
+    fn pieces_of(&self, half: Half) -> std::ops::Range<usize> {
+        match self.layout.kv_rows {
+            KvRows::Interleaved => 0..self.words.len(),
+            KvRows::Packed => {
+                let [_, first] = self.layout.place(0, half);
+                first / LANES..(first + self.layout.head_dim).div_ceil(LANES)
+            }
+        }
+    }
+
+    fn packing(&self) -> usize {
+        packing(self.layout.element)
+    }
+
+    /// Every token's row `row` of words.
+    fn load(&self, pieces: &[Ref<'a>], row: usize, [first, count]: [usize; 2]) -> Value<'a> {
+        let stride = self.per_token;
+        Strided { pieces: pieces.to_vec(), start: row + first * stride, count, stride }.load(self.k)
+    }
+
+    /// The numbers at place `index` of words.
+    fn numbers(&self, words: Value<'a>, index: usize) -> Value<'a> {
+        numbers(words, self.layout.element, index).cast(self.operand)
+    }
+}
+
+/// The numbers of `element` at place `index` of 32-bit words, as f32.
+fn numbers(words: Value<'_>, element: Element, index: usize) -> Value<'_> {
+    let bits = element.bits();
+    // At the top of the word; what is below them does not matter.
+    let shift = 32 - bits * (index + 1);
+    let top = if shift == 0 { words } else { words << shift };
+    match element {
+        Element::F32 => words,
+        Element::Bf16 if shift == 0 => (words & -65536).bitcast(Element::F32),
+        Element::Bf16 => top.bitcast(Element::F32),
+        Element::I8 => (top >> (32 - bits)).cast(Element::F32),
+        float => widened(top, float.minifloat().expect("a type of a cache")),
+    }
+}
+
+/// Floats of 8 bits in the highest bits of words, as f32. Exponent and mantissa, moved to where an f32 has them and the exponent
+/// raised by the difference of the biases, are the number; but an exponent of 0 has no leading bit, and the f32 has one: of `c
+/// * f`, with `c` the least normal number, it makes `c / 2 * (1 + f)`. That is below `c`, where every normal number is not, and
+/// twice that less `c` is the number. NaN and infinity become large numbers.
+fn widened(top: Value<'_>, format: Minifloat) -> Value<'_> {
+    const MANTISSA: u32 = f32::MANTISSA_DIGITS - 1;
+    const BIAS: i32 = f32::MAX_EXP - 1;
+    let (mantissa, least) = (format.mantissa_bits(), format.least_exponent());
+    // The lowest bit of the exponent is the lowest of 7 - mantissa bits below the sign.
+    let shift = 31 - (7 - mantissa) - MANTISSA;
+    let magnitude = top.shift_right_logical(i64::from(shift)) & (0x7f << (MANTISSA - mantissa));
+    // The exponent field 1 is that of the least normal number.
+    let magnitude = (magnitude + (i64::from(BIAS + least - 1) << MANTISSA)).bitcast(Element::F32);
+    let magnitude = magnitude + (magnitude - f64::from(least).exp2()).minimum(0.0);
+    (magnitude.bitcast(Element::I32) | (top & i64::from(i32::MIN))).bitcast(Element::F32)
+}
+
+#[cfg(test)]
+mod tests {
+    use pagoda_ir::{
+        Context, HostTensor, TensorType,
+        mosaic::{self, Semantics, Window},
+        tile_machine::{Machine, Program},
+    };
+
+    use super::*;
+
+    /// Every code at every place of a word.
+    #[test]
+    fn floats_of_8_bits_are_widened_exactly() {
+        for (element, format) in [(Element::F8E4M3Fn, Minifloat::F8E4M3FN), (Element::F8E5M2, Minifloat::F8E5M2)] {
+            let codes: Vec<u8> = (0..4096_u32).map(|at| (at / 4 + at % 4 * 37) as u8).collect();
+            let words: Vec<i32> =
+                codes.chunks_exact(4).map(|word| i32::from_le_bytes(word.try_into().unwrap())).collect();
+            let context = Context::new();
+            let kernel = mosaic::kernel(&context, "widened", |k| {
+                k.grid([(1, Semantics::Arbitrary)]);
+                let words = k.input("words", Element::I32, &[8, 128], Window::whole(&[8, 128]));
+                let out = k.output("out", Element::F32, &[4, 8, 128], Window::whole(&[4, 8, 128]));
+                for index in 0..4 {
+                    out.at(index).store(numbers(words.load(), element, index));
+                }
+            });
+            let program = Program::decode(kernel.unwrap().module()).unwrap();
+            let words = HostTensor::new(&[8, 128], &words);
+            let result = [TensorType::new(Element::F32, &[4, 8, 128])];
+            let run = program.run(&Machine::default(), &[words], &result).unwrap();
+            let widened = run.outputs[0].as_slice::<f32>();
+            for (at, &code) in codes.iter().enumerate() {
+                let (expected, actual) = (format.decode(code), widened[at % 4 * 1024 + at / 4]);
+                let is_same = actual.to_bits() == expected.to_bits() || (!expected.is_finite() && actual.is_finite());
+                assert!(is_same, "{element} {code:#x}: {actual} is not {expected}");
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What each head has of its own, and what it does to logits and to finished sums: the scales of a cache of 8 bits, and sinks.
+//!
+//! A scale of keys multiplies the logits, with the problem's own scale, and one of values the finished sums: a multiplication
+//! that is there anyway, and one per row. A sink joins when all keys are seen, so that no step knows of it.
+
+use std::f64::consts::{LN_2, LOG2_E};
+
+use pagoda_ir::{
+    Element,
+    mosaic::{Builder, Ref, Value},
+};
+
+use crate::{kernel::Operand, rpa::problem::Problem};
+
+/// The names of the arrays, in the order of the operands.
+fn names(problem: &Problem) -> impl Iterator<Item = &'static str> {
+    let scaled = problem.precision.is_scaled();
+    [("sinks", problem.sinks), ("k_scale", scaled), ("v_scale", scaled)]
+        .into_iter()
+        .filter_map(|(name, there)| there.then_some(name))
+}
+
+/// The prefetched operands: an f32 per head each.
+pub(in crate::rpa) fn operands(problem: &Problem) -> impl Iterator<Item = Operand> {
+    names(problem).map(Operand::of)
+}
+
+/// The numbers of the heads, in SMEM.
+pub(super) struct Heads<'a> {
+    sinks: Option<Ref<'a>>,
+    scales: Option<[Ref<'a>; 2]>,
+    /// What the core's KV heads are counted from.
+    first: Option<Value<'a>>,
+    group: usize,
+    /// Whether the log-sum-exp is a result.
+    log_sum_exp: bool,
+}
+
+/// What the sums of some rows come to when all keys are seen.
+pub(super) struct Total<'a> {
+    /// The softmax's sum: `[rows, 1]` or `[rows, LANES]`, equal lanes.
+    pub sum: Value<'a>,
+    /// What the accumulator is to be multiplied by before it is divided by the sum, if by anything: a scalar, or as `sum`.
+    pub factor: Option<Value<'a>>,
+    /// The log-sum-exp, if it is asked for; 0 of rows that saw no key: `[rows, LANES]`, equal lanes.
+    pub log_sum_exp: Option<Value<'a>>,
+}
+
+impl<'a> Heads<'a> {
+    /// Declares the arrays that the problem has, behind the other prefetched ones.
+    pub fn declare(k: &'a Builder<'a>, problem: &Problem) -> Self {
+        let (q_heads, kv_heads) = (problem.q_heads, problem.kv_heads);
+        let floats = |name, heads| k.prefetch(name, Element::F32, &[heads]);
+        let sinks = problem.sinks.then(|| floats("sinks", q_heads));
+        let scales = ["k_scale", "v_scale"];
+        let scales = problem.precision.is_scaled().then(|| scales.map(|name| floats(name, kv_heads)));
+        Self { sinks, scales, first: None, group: problem.group(), log_sum_exp: problem.log_sum_exp }
+    }
+
+    /// Of a core whose heads begin at KV head `first`.
+    #[must_use]
+    pub fn from(self, first: Value<'a>) -> Self {
+        Self { first: Some(first), ..self }
+    }
+
+    fn scale(&self, half: usize, head: usize) -> Option<Value<'a>> {
+        let scales = &self.scales.as_ref()?[half];
+        Some(match self.first {
+            None => scales.at(head).load(),
+            Some(first) => scales.at(first + head).load(),
+        })
+    }
+
+    /// The sink of a query head, as a power of two.
+    pub fn sink(&self, head: usize) -> Option<Value<'a>> {
+        let sinks = self.sinks.as_ref()?;
+        let sink = match self.first {
+            None => sinks.at(head).load(),
+            Some(first) => sinks.at(first * self.group + head).load(),
+        };
+        Some(sink * LOG2_E)
+    }
+
+    /// A KV head's products of queries and keys as logits: powers of two, scaled and capped.
+    pub fn logits(&self, product: Value<'a>, head: usize, problem: &Problem) -> Value<'a> {
+        let by = |number: f64| match self.scale(0, head) {
+            None => product * number,
+            Some(scale) => product * (scale * number),
+        };
+        match problem.soft_cap {
+            None => by(problem.scale * LOG2_E),
+            Some(cap) => by(problem.scale / cap).tanh() * (cap * LOG2_E),
+        }
+    }
+
+    /// What `max` (`[rows, LANES]`, equal lanes) and `sum` (one per row and lane) of a KV head's rows come to, with a sink per
+    /// row (a scalar, or as `max`).
+    pub fn total(&self, head: usize, max: &Ref<'a>, sum: Value<'a>, sink: Option<Value<'a>>) -> Total<'a> {
+        let (of_keys, scale) = (sum.sum(1), self.scale(1, head));
+        let (top, sum, factor) = match sink {
+            None => (None, of_keys, scale),
+            Some(sink) => {
+                let max = max.load();
+                let top = max.maximum(sink);
+                let kept = (max - top).exp2();
+                let factor = scale.map_or(kept, |scale| kept * scale);
+                (Some(top), kept * of_keys + (sink - top).exp2(), Some(factor))
+            }
+        };
+        let log_sum_exp = self.log_sum_exp.then(|| {
+            let all = top.unwrap_or_else(|| max.load()) * LN_2 + sum.log();
+            of_keys.broadcast_to(&all.dims()).greater(0.0).select(all, 0.0)
+        });
+        Total { sum, factor, log_sum_exp }
+    }
+}
