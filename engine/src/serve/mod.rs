@@ -1,6 +1,6 @@
 //! OpenAI's completions and chat completions over HTTP: a door onto [`Engine`], and nothing else.
 //!
-//! One thread owns the engine ([`worker`]); handlers send it jobs and get tokens back. A request joins the running batch at the
+//! One thread owns the engine (`worker`); handlers send it jobs and get tokens back. A request joins the running batch at the
 //! next host call (of up to `max_rounds` decode steps). An answer depends on its prompt, its seed and its place among the `n` of
 //! its prompt only: it is the text that `pagoda sample` yields for that prompt and seed.
 //!
