@@ -14,7 +14,7 @@ pub mod step;
 mod target;
 
 pub use arguments::weight_types;
-pub use executor::{Call, Executor};
+pub use executor::{Call, Executor, Sampled};
 pub use kv_cache::KvCache;
 pub(crate) use lowering::attention_kernel;
 pub use parallel::{Group, Member, Parallel, Reduce};
