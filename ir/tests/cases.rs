@@ -21,7 +21,7 @@ use std::{fmt::Write as _, fs, path::Path};
 use pagoda_ir::{
     Context, Element, HostTensor, TensorType,
     mosaic::{text, wire},
-    tile_machine::{DmaOrder, FaultKind, Machine, Program},
+    tile_machine::{DmaOrder, Fault, FaultKind, Machine, Observer, Program, Run},
 };
 
 const ORDERS: [(&str, DmaOrder); 4] = [
@@ -108,11 +108,32 @@ fn summary(array: &HostTensor) -> String {
     line
 }
 
+/// Watches, and so sees ops one by one.
+struct Watching;
+
+impl Observer for Watching {}
+
+/// Whoever watches, the same happens.
+fn alike(alone: &Result<Run, Box<Fault>>, observed: &Result<Run, Box<Fault>>) {
+    match (alone, observed) {
+        (Ok(alone), Ok(observed)) => {
+            assert!(alone.outputs == observed.outputs);
+            assert_eq!(alone.counters, observed.counters);
+        }
+        (Err(alone), Err(observed)) if alone.kind == FaultKind::Runaway => assert_eq!(observed.kind, alone.kind),
+        (Err(alone), Err(observed)) => assert_eq!(alone.to_string(), observed.to_string()),
+        (alone, observed) => panic!("{alone:?}, but observed {observed:?}"),
+    }
+}
+
 /// What a call gives under every order of DMAs: lines of expectations.
 fn outcome(program: &Program, machine: Machine, call: &Call) -> Vec<String> {
     let mut seen: Vec<(Vec<&str>, Vec<String>)> = vec![];
     for (name, dma) in ORDERS {
-        let lines = match program.run(&Machine { dma, ..machine }, &call.inputs, &call.outputs) {
+        let machine = Machine { dma, ..machine };
+        let ran = program.run(&machine, &call.inputs, &call.outputs);
+        alike(&ran, &program.run_observed(&machine, &call.inputs, &call.outputs, &mut Watching));
+        let lines = match ran {
             Err(fault) => vec![format!("fault{{}}: {}: {fault}", kebab(&format!("{:?}", fault.kind)))],
             Ok(run) => (run.outputs.iter().enumerate())
                 .map(|(at, output)| format!("result {at}{{}}: {}", summary(output)))

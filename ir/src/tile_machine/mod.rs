@@ -111,9 +111,10 @@
 //! it runs what the compiler may refuse), DMAs that outlive their kernel, and views of memory as narrower elements.
 //!
 //! # Where things are
-//! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness`
-//! finishes. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data.
-//! `history` and `profile` watch: what happened to one element, and what was moved when. `tile` computes. Only `decode` and
+//! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness` and
+//! `fuse` finish. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data.
+//! `history` and `profile` watch: what happened to one element, and what was moved when. `halves`
+//! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`. Only `decode` and
 //! `ops` see MLIR. `ir/tests/states.rs` holds the machine to the tables by random kernels, and `ir/tests/cases` has a kernel
 //! for every fault.
 
@@ -122,8 +123,12 @@ mod decode;
 mod dma;
 mod exec;
 mod fault;
+mod fuse;
+mod halves;
 mod history;
+mod lanes;
 mod liveness;
+mod math;
 mod memory;
 mod observer;
 mod ops;
