@@ -10,6 +10,7 @@ to plain loops and which models neither. Then how far the results are apart.
 """
 
 import argparse
+import contextlib
 import fnmatch
 import functools
 import json
@@ -190,7 +191,7 @@ default = pallas_call._pallas_call_lowering
 
 def rule(ctx, *nodes, interpret, **params):
     if mode != "tile machine":
-        return default(ctx, *nodes, interpret=mode, **params)
+        return default(ctx, *nodes, interpret=interpret if mode == "TPU" else True, **params)
     return pallas_call_registration.pallas_call_tpu_lowering_rule(ctx, *nodes, interpret=False, **params)
 
 
@@ -215,7 +216,7 @@ def custom_call(ctx, *nodes, config, input_output_aliases, **_):
             report = json.loads(subprocess.run([CALL, folder], capture_output=True, check=True, text=True).stdout)
             if report["got"] != "ran":
                 raise RuntimeError(f"the tile machine: {report}")
-            calls.append(report["times"])
+            calls.append(report.get("times") or [report["seconds"]])
             data, results = (folder / "results.bin").read_bytes(), []
             for shape in shapes:
                 size = int(np.prod(shape.shape)) * np.dtype(shape.dtype).itemsize
@@ -240,27 +241,28 @@ def timed(fn, args, repeat):
 
 def measure(name):
     global mode
-    fn, args = KERNELS[name]()
     outcome = {}
-    for mode in ["tile machine", pltpu.InterpretParams(), True]:
+    for mode in ["tile machine", "TPU", "generic"]:
         jax.clear_caches()
         calls.clear()
-        label = mode if isinstance(mode, str) else "generic" if mode is True else "tpu"
+        interpreted = pltpu.force_tpu_interpret_mode() if mode == "TPU" else contextlib.nullcontext()
         try:
-            # Of the tile machine, the runs are counted that `call` repeats.
-            result, seconds = timed(fn, args, 1 if label == "tile machine" else arguments.repeat)
+            with interpreted:
+                fn, args = KERNELS[name]()
+                # Of the tile machine, the runs are counted that `call` repeats.
+                result, seconds = timed(fn, args, 1 if mode == "tile machine" else arguments.repeat)
         except Exception as error:
             said = (str(error).strip().splitlines() or [""])[0]
-            outcome[label] = (None, None, f"{type(error).__name__} {said}"[:90])
+            outcome[mode] = (None, None, f"{type(error).__name__} {said}"[:90])
             continue
-        if label == "tile machine":
+        if mode == "tile machine":
             seconds = sum(statistics.median(times) for times in calls[: len(calls) // 2])
-        outcome[label] = (seconds, result, None)
+        outcome[mode] = (seconds, result, None)
     ours, result, error = outcome["tile machine"]
     if error:
         return f"| {name} | {error} | | | | | |"
     cells, apart = [name, f"{1e3 * ours:.2f}"], 0.0
-    for label in ("tpu", "generic"):
+    for label in ("TPU", "generic"):
         seconds, other, error = outcome[label]
         cells += [error or f"{1e3 * seconds:.2f}", "" if error else f"{seconds / ours:.1f}"]
         if not error:

@@ -101,7 +101,10 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
     machine.dma = DmaOrder::Late;
     let again = (0..call["repeat"].as_u64().unwrap_or(0)).map(|_| {
         let began = Instant::now();
-        program.run(&machine, &inputs, &results).map(|_| began.elapsed().as_secs_f64()).map_err(|fault| fault.to_string())
+        program
+            .run(&machine, &inputs, &results)
+            .map(|_| began.elapsed().as_secs_f64())
+            .map_err(|fault| fault.to_string())
     });
     let times = again.collect::<Result<Vec<f64>, String>>()?;
     let bytes: Vec<u8> = outputs.iter().flatten().flat_map(|output| output.bytes().iter().copied()).collect();

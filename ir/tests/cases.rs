@@ -113,16 +113,16 @@ struct Watching;
 
 impl Observer for Watching {}
 
-/// Whoever watches, the same happens.
-fn alike(alone: &Result<Run, Box<Fault>>, observed: &Result<Run, Box<Fault>>) {
-    match (alone, observed) {
-        (Ok(alone), Ok(observed)) => {
-            assert!(alone.outputs == observed.outputs);
-            assert_eq!(alone.counters, observed.counters);
+/// Whoever watches, and however many threads there are, the same happens.
+fn alike(ran: &Result<Run, Box<Fault>>, other: &Result<Run, Box<Fault>>) {
+    match (ran, other) {
+        (Ok(ran), Ok(other)) => {
+            assert!(ran.outputs == other.outputs);
+            assert_eq!(ran.counters, other.counters);
         }
-        (Err(alone), Err(observed)) if alone.kind == FaultKind::Runaway => assert_eq!(observed.kind, alone.kind),
-        (Err(alone), Err(observed)) => assert_eq!(alone.to_string(), observed.to_string()),
-        (alone, observed) => panic!("{alone:?}, but observed {observed:?}"),
+        (Err(ran), Err(other)) if ran.kind == FaultKind::Runaway => assert_eq!(other.kind, ran.kind),
+        (Err(ran), Err(other)) => assert_eq!(ran.to_string(), other.to_string()),
+        (ran, other) => panic!("{ran:?}, but elsewhere {other:?}"),
     }
 }
 
@@ -133,6 +133,8 @@ fn outcome(program: &Program, machine: Machine, call: &Call) -> Vec<String> {
         let machine = Machine { dma, ..machine };
         let ran = program.run(&machine, &call.inputs, &call.outputs);
         alike(&ran, &program.run_observed(&machine, &call.inputs, &call.outputs, &mut Watching));
+        let eager = Machine { least_work_of_a_thread: 0, ..machine };
+        alike(&ran, &program.run(&eager, &call.inputs, &call.outputs));
         let lines = match ran {
             Err(fault) => vec![format!("fault{{}}: {}: {fault}", kebab(&format!("{:?}", fault.kind)))],
             Ok(run) => (run.outputs.iter().enumerate())

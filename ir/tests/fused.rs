@@ -247,7 +247,8 @@ fn kernel(seed: u64) -> String {
     });
     let mut kernel = Kernel { random: SplitMix64::new(seed), text: String::new(), registers: vec![], next: 0 };
     let _ = writeln!(kernel.text, "func.func @k({}) {{", arrays.join(", "));
-    kernel.text += "  %c = arith.constant 0 : index\n  %zero = arith.constant 0 : i32\n  %one = arith.constant 1 : i32\n";
+    kernel.text +=
+        "  %c = arith.constant 0 : index\n  %zero = arith.constant 0 : i32\n  %one = arith.constant 1 : i32\n";
     kernel.text += "  %three = arith.constant 3 : i32\n  %yes = arith.cmpi slt, %zero, %one : i32\n";
     // All of the outputs is written.
     for (element, memory) in [("f32", "fo"), ("i32", "io"), ("bf16", "ho")] {

@@ -527,7 +527,9 @@ macro_rules! lane {
             }
 
             fn scalar(scalar: Scalar) -> Self {
-                let $scalar = scalar else { unreachable!("decoding gives a splat its element's scalar, not {scalar:?}") };
+                let $scalar = scalar else {
+                    unreachable!("decoding gives a splat its element's scalar, not {scalar:?}")
+                };
                 $value
             }
 
@@ -668,9 +670,15 @@ impl Fused {
                     (Target::Floats(all), _) => all.extend_from_slice(&strips.floats[strip][..len]),
                     (Target::Ints(all), _) => all.extend_from_slice(&strips.ints[strip][..len]),
                     (Target::Preds(all), _) => all.extend_from_slice(&strips.preds[strip][..len]),
-                    (Target::Operand(operand), Kind::Float) => put(&mut operands[*operand], at, &strips.floats[strip][..len]),
-                    (Target::Operand(operand), Kind::Int) => put(&mut operands[*operand], at, &strips.ints[strip][..len]),
-                    (Target::Operand(operand), Kind::Pred) => put(&mut operands[*operand], at, &strips.preds[strip][..len]),
+                    (Target::Operand(operand), Kind::Float) => {
+                        put(&mut operands[*operand], at, &strips.floats[strip][..len])
+                    }
+                    (Target::Operand(operand), Kind::Int) => {
+                        put(&mut operands[*operand], at, &strips.ints[strip][..len])
+                    }
+                    (Target::Operand(operand), Kind::Pred) => {
+                        put(&mut operands[*operand], at, &strips.preds[strip][..len])
+                    }
                     (Target::SameAsOperand(_) | Target::SameAsResult(_), _) => {}
                 }
             }
@@ -705,14 +713,14 @@ impl Fused {
                 }
                 Place::Strip(strip) => strip,
             };
-            let same = |&(other, place): &(Kind, Place)| matches!(place, Place::Strip(of) if of == strip && other == kind);
+            let same =
+                |&(other, place): &(Kind, Place)| matches!(place, Place::Strip(of) if of == strip && other == kind);
             if let Some(earlier) = self.results[..at].iter().position(same) {
                 targets.push(Target::SameAsResult(earlier));
                 continue;
             }
-            let free = (0..operands.len()).find(|operand| {
-                !kept.contains(operand) && by_kind!(kind, is_free(&mut operands[*operand], self.len))
-            });
+            let free = (0..operands.len())
+                .find(|operand| !kept.contains(operand) && by_kind!(kind, is_free(&mut operands[*operand], self.len)));
             targets.push(match (free, kind) {
                 (Some(operand), _) => {
                     kept.push(operand);

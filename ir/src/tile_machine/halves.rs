@@ -17,9 +17,6 @@ use super::{
 };
 use crate::{mosaic::Semantics, shape::TensorType, tensor::HostTensor};
 
-/// What a half has to do at least, in elements that its ops make, for a thread to be worth it.
-const LEAST_WORK: u64 = 1 << 21;
-
 /// A half that came to its end.
 struct Half<'p, 'i> {
     executor: Executor<'p, 'i, ()>,
@@ -63,7 +60,7 @@ impl Program {
         let grid = self.signature.grid.iter().map(|&(size, how)| Some((size?, how))).collect::<Option<Vec<_>>>()?;
         let &(size, how) = grid.iter().find(|(size, _)| *size > 1)?;
         let steps = grid.iter().try_fold(1_usize, |steps, &(size, _)| steps.checked_mul(size))?;
-        let enough = self.work.saturating_mul(steps as u64) / 2 >= LEAST_WORK;
+        let enough = self.work.saturating_mul(steps as u64) / 2 >= machine.least_work_of_a_thread;
         let split = apart && how == Semantics::Parallel && enough && !draws_random_bits(&self.body);
         split.then(|| (steps, steps / size * size.div_ceil(2)))
     }

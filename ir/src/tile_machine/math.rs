@@ -82,7 +82,8 @@ mod tests {
     #[test]
     fn functions_are_the_nearest_floats() {
         let mut random = SplitMix64::new(1);
-        let functions: [(&str, fn(f32) -> f32, fn(f64) -> f64); 4] =
+        type Function = (&'static str, fn(f32) -> f32, fn(f64) -> f64);
+        let functions: [Function; 4] =
             [("exp", exp, f64::exp), ("exp2", exp2, f64::exp2), ("ln", ln, f64::ln), ("tanh", tanh, f64::tanh)];
         for (name, ours, exact) in functions {
             let mut off = 0;
@@ -97,7 +98,11 @@ mod tests {
                 if found.is_nan() && expected.is_nan() || found.to_bits() == expected.to_bits() {
                     continue;
                 }
-                assert_eq!(found.to_bits().abs_diff(expected.to_bits()), 1, "{name}({x:e}) = {found:e}, not {expected:e}");
+                assert_eq!(
+                    found.to_bits().abs_diff(expected.to_bits()),
+                    1,
+                    "{name}({x:e}) = {found:e}, not {expected:e}"
+                );
                 off += 1;
             }
             assert!(off <= draws / 10_000, "{name}: {off} of {draws} are neighbours");

@@ -396,7 +396,8 @@ impl<'i> Buffer<'i> {
                     into[start * width..][..count * width].copy_from_slice(&data[at * width..][..count * width]);
                 } else {
                     for i in 0..count {
-                        into[(start + i * stride) * width..][..width].copy_from_slice(&data[(at + i * by) * width..][..width]);
+                        into[(start + i * stride) * width..][..width]
+                            .copy_from_slice(&data[(at + i * by) * width..][..width]);
                     }
                 }
                 destination.mark(start, count, stride);
@@ -491,7 +492,13 @@ impl Region {
     pub(super) fn runs(&self) -> Runs<'_> {
         let (&len, outer) = self.dims.split_last().expect("a region has a dimension");
         let at = if self.is_empty() { None } else { Some(self.offset) };
-        Runs { outer, strides: &self.strides, run: (len, self.strides[outer.len()]), index: Dims::from_elem(0, outer.len()), at }
+        Runs {
+            outer,
+            strides: &self.strides,
+            run: (len, self.strides[outer.len()]),
+            index: Dims::from_elem(0, outer.len()),
+            at,
+        }
     }
 
     /// Calls `f(start, len, stride)` for the innermost runs, in order, until it returns something.

@@ -185,6 +185,9 @@ pub struct Machine {
     /// Kinds of faults that are not reported; those that [can be](FaultKind::can_be_ignored). `allow_unwritten_reads`,
     /// `allow_unwritten_outputs` and `allow_parallel_overlaps` are three of them.
     pub ignored: FaultKinds,
+    /// From how many elements that the ops of half a grid make the halves of a `parallel` grid run on two threads, where nothing
+    /// can tell: results, counters and faults are those of one thread. `u64::MAX` for never.
+    pub least_work_of_a_thread: u64,
     /// What the kernel's random bits are drawn from, with its own seeds. The generator of the hardware is not public, so
     /// no bits are those of a chip.
     pub random_seed: u64,
@@ -223,6 +226,7 @@ impl Default for Machine {
             allow_parallel_overlaps: false,
             max_ops: 1 << 32,
             ignored: FaultKinds::default(),
+            least_work_of_a_thread: 1 << 21,
             random_seed: 0,
         }
     }
