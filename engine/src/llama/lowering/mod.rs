@@ -124,6 +124,14 @@ pub(super) trait Lowering<'c> {
     /// When an operand's type does not fit.
     fn batch<'a>(&self, b: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: Tensor<'c, 'a>) -> Result<Batch<'c, 'a>>;
 
+    /// Rows `ids i32[n]` of `table [rows, width]`: `[n, width]`, the nearest row for one that is not there.
+    ///
+    /// # Errors
+    /// When an operand's type does not fit.
+    fn take<'a>(&self, b: &Builder<'c, 'a>, table: Tensor<'c, 'a>, ids: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        b.take(table, ids, 0)
+    }
+
     /// A projection of activations `x`, with what is fused around it.
     ///
     /// # Errors
@@ -236,7 +244,7 @@ fn attention(
         max_seqs: shape.slots,
         pages_per_seq: shape.pages_per_seq,
         scale: (config.head_dim as f64).powf(-0.5),
-        sliding_window: None,
+        sliding_window: config.sliding_window,
         soft_cap: None,
         fused: Some(rpa::Rotary::HalfSplit),
         kv_rows: rpa::KvRows::for_lanes(config.head_dim),
