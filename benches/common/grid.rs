@@ -92,7 +92,8 @@ impl Point {
     /// The forms of the problem that a kernel may have, the one that a step would rather run first.
     pub fn forms(&self) -> [Spec; 3] {
         let plain = self.spec();
-        let packed = Spec { kv_rows: KvRows::for_lanes(self.head_dim), ..plain.clone() };
+        let packed =
+            Spec { kv_rows: KvRows::for_lanes(plain.precision.kv, plain.kv_heads, plain.head_dim), ..plain.clone() };
         let fused = Spec { fused: Some(Rotary::HalfSplit), ..packed.clone() };
         [fused, packed, plain]
     }

@@ -92,14 +92,15 @@ impl StepShape {
 
     /// How keys and values lie in the KV buffer of one device.
     pub fn kv_layout(&self, config: &LlamaConfig) -> KvLayout {
+        let (element, heads) = (self.kv_cache.element(), self.parallel.shard_of(config).kv_heads);
         KvLayout {
-            element: self.kv_cache.element(),
+            element,
             layers: config.layers,
             pages: self.pages,
             page_size: self.page_size,
-            heads: self.parallel.shard_of(config).kv_heads,
+            heads,
             head_dim: config.head_dim,
-            kv_rows: KvRows::for_lanes(config.head_dim),
+            kv_rows: KvRows::for_lanes(element, heads, config.head_dim),
         }
     }
 

@@ -110,7 +110,7 @@ impl KernelArgs for Rpa {
             // No TPU's copies take rows of a tile and a half of lanes.
             kv_rows: match args.packed {
                 false if head_dim < LANES => KvRows::Interleaved,
-                false => KvRows::for_lanes(head_dim),
+                false => KvRows::for_lanes(args.kv_dtype.unwrap_or(args.dtype), args.kv_heads, head_dim),
                 true => KvRows::Packed,
             },
         })

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use pagoda_ir::{
     Element, TensorType,
-    mosaic::tiling::LANES,
+    mosaic::tiling::{LANES, SUBLANES},
     stablehlo::{self, Direction, GatherDims, Tensor},
 };
 use serde::{Deserialize, Serialize};
@@ -54,10 +54,23 @@ impl KvRows {
         head_dim % LANES == LANES / HALVES
     }
 
-    /// The rows that waste no lanes of a TPU.
-    pub const fn for_lanes(head_dim: usize) -> Self {
-        if Self::packs(head_dim) { Self::Packed } else { Self::Interleaved }
+    /// The rows that waste no lanes of a TPU, for `heads` heads of `head_dim` elements: packed ones, if copies can take them.
+    pub fn for_lanes(element: Element, heads: usize, head_dim: usize) -> Self {
+        match Self::packs(head_dim) && fills_tiles(element, heads) {
+            true => Self::Packed,
+            false => Self::Interleaved,
+        }
     }
+}
+
+/// Rows of a tile of an array of a TPU that has `rows`: as many as there are, at least those of a 32-bit word, at most 8.
+pub(super) fn tile_rows(element: Element, rows: usize) -> usize {
+    rows.next_power_of_two().clamp(4 / element.bytes(), SUBLANES)
+}
+
+/// Whether `rows` rows of a token are whole tiles.
+pub(super) fn fills_tiles(element: Element, rows: usize) -> bool {
+    rows.is_multiple_of(tile_rows(element, rows))
 }
 
 /// The layout of a KV buffer.

@@ -115,6 +115,9 @@ impl Kernel for Rpa {
         let kind = choices.one_of(&[Kind::Mixed, Kind::Decode]);
         let (tokens, kv_heads) = (choices.within(1, 40), choices.one_of(&[1, 2, 3, 4, 8]));
         let (group, head_dim) = (choices.within(1, 8), choices.one_of(&[64, 80, 128, 256, 96, 112, 192]));
+        // Heads of a tile and a half of lanes are packed where copies can take them, and else not planned.
+        let is_planned = head_dim != 192 || KvRows::for_lanes(element, kv_heads, head_dim) == KvRows::Packed;
+        let head_dim = if is_planned { head_dim } else { 128 };
         // Wide heads of many are slow and show nothing that fewer do not.
         let group = if kv_heads * group * head_dim > 4096 { 1 } else { group };
         let (page_size, pages_per_seq) = (choices.one_of(&[1, 7, 8, 16, 32, 64, 128]), choices.within(1, 4));
@@ -384,7 +387,7 @@ impl Kernel for Rpa {
                 scale: (head_dim as f64).powf(-0.5),
                 sliding_window: None,
                 soft_cap: None,
-                kv_rows: KvRows::for_lanes(head_dim),
+                kv_rows: KvRows::for_lanes(Element::Bf16, kv_heads, head_dim),
                 ..Spec::default()
             })
         };
@@ -424,7 +427,7 @@ impl Kernel for Rpa {
             scale: (head_dim as f64).powf(-0.5),
             sliding_window: (options == 5).then_some(1024),
             soft_cap: (options == 4).then_some(30.0),
-            kv_rows: KvRows::for_lanes(head_dim),
+            kv_rows: KvRows::for_lanes(element, kv_heads, head_dim),
             ..Spec::default()
         })
     }
@@ -440,7 +443,7 @@ fn with_options(choices: &mut Choices, spec: Spec) -> Spec {
     let narrow = choices.one_of(&problem::NARROW_KV);
     let options: [&dyn Fn(Spec) -> Spec; 5] = [
         &|spec| Spec { fused: Some(Rotary::HalfSplit), ..spec },
-        &|spec| Spec { kv_rows: KvRows::for_lanes(spec.head_dim), ..spec },
+        &|spec| Spec { kv_rows: KvRows::for_lanes(spec.precision.kv, spec.kv_heads, spec.head_dim), ..spec },
         &|spec| Spec { sinks: true, ..spec },
         &|spec| Spec { log_sum_exp: true, ..spec },
         &|spec| Spec { precision: Precision { kv: narrow, ..spec.precision }, ..spec },

@@ -465,3 +465,13 @@ const WIDTHS: &[Mutant] = &[
 
 /// The comparison of what is seen with half of a block.
 const WIDTH: &[&str] = &["cmpi sle", " : i32"];
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn new_ones() {
+        let wrong: Vec<_> = [super::narrow(), super::packed()].iter().filter_map(|set| set.check().err()).collect();
+        assert!(wrong.is_empty(), "{wrong:?}");
+        super::sets().iter().take(4).for_each(|set| eprintln!("SET {:?}", set.check()));
+    }
+}

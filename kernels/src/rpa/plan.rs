@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 pub use self::decode::Split;
 use super::{
     Rpa,
-    kv_layout::KvRows,
+    kv_layout::{KvRows, fills_tiles, tile_rows},
     mosaic::block::lanes,
     problem::{Kind, Problem, Spec},
 };
@@ -90,35 +90,30 @@ const MAX_COPIES: usize = 32;
 
 /// Whether there is a Mosaic form of a problem with these options. (Sizes are `plannable`'s matter.)
 pub fn emitted(spec: &Spec) -> bool {
-    spec.fused.is_none() && fills_tiles(spec)
+    spec.fused.is_none() && can_copy(spec)
 }
 
-/// Whether copies can take a token's rows: numbers of 8 bits lie in tiles of 4 or 8 rows, and copies take whole tiles. (libtpu
-/// 0.0.52 takes parts of a tile of 16 bits or more.)
-fn fills_tiles(spec: &Spec) -> bool {
-    let rows = spec.token_rows();
-    !spec.precision.is_scaled() || rows.is_multiple_of(tile_rows(rows, spec.precision.kv))
-}
-
-/// Rows of a tile of an array that has `rows`: as many as there are, at least those of a word, at most 8.
-fn tile_rows(rows: usize, element: Element) -> usize {
-    rows.next_power_of_two().clamp(4 / element.bytes(), SUBLANES)
+/// Whether copies can take a token's rows: they take whole tiles. (Three of four 32-bit words of a tile are taken by libtpu
+/// 0.0.52, too: interleaved rows of 16 bits.)
+fn can_copy(spec: &Spec) -> bool {
+    let is_whole = spec.kv_rows == KvRows::Interleaved && !spec.precision.is_scaled();
+    is_whole || fills_tiles(spec.precision.kv, spec.token_rows())
 }
 
 /// Refuses options that there is no Mosaic form of, a head dimension that no rows can be copied of, and page tables that
 /// SMEM does not hold.
 pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> {
     let info = chip.info();
-    if !fills_tiles(problem) {
+    if !can_copy(problem) {
         let (rows, kv) = (problem.token_rows(), problem.precision.kv);
         return Err(PlanError {
             key: "kv_heads",
             value: problem.kv_heads.to_string(),
             limit: format!(
                 "make {rows} rows of {kv} a token, which do not fill tiles of {}, as copies take them",
-                tile_rows(rows, kv)
+                tile_rows(kv, rows)
             ),
-            fix: "give the cache bf16 (one head takes as much memory in either, as tiles are padded)".into(),
+            fix: "give interleaved rows of bf16, which take as much memory where tiles are padded".into(),
         });
     }
     if !emitted(problem) {
@@ -247,11 +242,6 @@ impl Plan {
     /// Cores whose work differs: those of the device, where each has some of the sequences and blocks, and not of the heads.
     pub fn shares(&self) -> usize {
         if self.details().split == Split::Sequences { self.grid()[0] } else { 1 }
-    }
-
-    /// Whether words of KV blocks hold rows that no page has.
-    pub(super) fn has_padded_words(&self) -> bool {
-        has_padded_words(self.problem(), self.head_block())
     }
 
     pub(super) fn kv_dims(&self) -> [usize; 5] {
@@ -458,14 +448,8 @@ fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 5] {
 fn block_dims(problem: &Problem, tiles: Tiles, head_block: usize) -> [usize; 4] {
     let [rows, columns] = problem.kv_layout().of_heads(head_block).token_dims();
     let [pieces, lanes] = pieces(columns);
-    let rows = rows.next_multiple_of(tile_rows(rows, problem.precision.kv));
+    let rows = rows.next_multiple_of(tile_rows(problem.precision.kv, rows));
     [pieces, tiles.kv_pages * problem.page_size, rows, lanes]
-}
-
-/// Whether words of a block hold rows that no page has: they are written once, before words are loaded.
-pub(super) fn has_padded_words(problem: &Problem, head_block: usize) -> bool {
-    let [rows, _] = problem.kv_layout().of_heads(head_block).token_dims();
-    !(rows * problem.precision.kv.bytes()).is_multiple_of(4)
 }
 
 fn kv_buffers(problem: &Problem, tiles: Tiles, head_block: usize) -> usize {

@@ -230,7 +230,8 @@ fn attention(
     rows: usize,
     kind: Kind,
 ) -> std::result::Result<rpa::Problem, Invalid> {
-    let config = shape.parallel.shard_of(config);
+    let whole = config;
+    let config = shape.parallel.shard_of(whole);
     rpa::Problem::new(rpa::Spec {
         kind,
         precision: rpa::Precision { kv: shape.kv_cache.element(), ..rpa::Precision::uniform(shape.compute) },
@@ -247,7 +248,7 @@ fn attention(
         sliding_window: config.sliding_window,
         soft_cap: None,
         fused: Some(rpa::Rotary::HalfSplit),
-        kv_rows: rpa::KvRows::for_lanes(config.head_dim),
+        kv_rows: shape.kv_layout(whole).kv_rows,
         ..rpa::Spec::default()
     })
 }

@@ -281,13 +281,8 @@ impl<'a, 'p> Body<'a, 'p> {
                 let sequence = self.sequences.at(index).load();
                 let kv_len = self.metadata.kv_len(sequence);
                 let page = page.less(0).select(self.begin_of(kv_len), page);
-                match is_first {
-                    true if self.plan.has_padded_words() => self.clear(slot),
-                    true => {
-                        let is_short = kv_len.less((page + self.plan.tiles().kv_pages) * self.page_size());
-                        k.when(is_short, || self.clear(slot));
-                    }
-                    false => {}
+                if is_first {
+                    k.when(kv_len.less((page + self.plan.tiles().kv_pages) * self.page_size()), || self.clear(slot));
                 }
                 self.pages(page, kv_len, |number, place| {
                     self.page(self.metadata.page(sequence, number), slot, place).start();

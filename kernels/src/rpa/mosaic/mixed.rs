@@ -238,7 +238,6 @@ impl<'a, 'p> Body<'a, 'p> {
 
     fn write(&self) {
         let k = self.k;
-        self.clear_padding();
         let [entries, segments] = self.list();
         k.when(entries.greater(0), || self.copy_queries(k.int(0), |dma| dma.start()));
         let mut ahead = [k.int(0), k.int(0), k.int(0)];
@@ -277,23 +276,6 @@ impl<'a, 'p> Body<'a, 'p> {
             stream
         });
         k.when(entries.greater(0), || self.copy_results(entries - 1, |dma| dma.wait()));
-    }
-
-    /// Writes all of the KV buffers, where words of theirs hold rows that no copy brings.
-    fn clear_padding(&self) {
-        if !self.plan.has_padded_words() {
-            return;
-        }
-        let [buffers, pieces, ..] = self.plan.kv_dims();
-        let page_size = self.plan.problem().page_size;
-        for buffer in 0..buffers {
-            self.k.for_range(0, self.plan.tiles().kv_pages, |page| {
-                for piece in 0..pieces {
-                    let start = (page * page_size).multiple_of(page_size);
-                    self.kv.at((buffer, piece)).slice(0, start, page_size).bitcast(Element::I32).store(0);
-                }
-            });
-        }
     }
 
     /// Lists what the core has to do: how many entries there are, and segments.
