@@ -13,7 +13,7 @@ use pagoda_ir::{
 
 use crate::{
     check::{Case, CheckError, check_program},
-    kernel::Kernel,
+    kernel::{self, Kernel},
     named::Arrays,
     plan::Plan,
 };
@@ -113,6 +113,7 @@ fn caught<K: Kernel>(case: Case<K>, mutant: &str) -> Result<Option<Caught>, Stri
     let context = Context::new();
     let module = wire::deserialize(&context, mutant.as_bytes()).map_err(|error| error.to_string())?;
     let program = Program::decode(&module).map_err(|error| error.to_string())?;
+    let program = program.with_aliases(&kernel::aliases::<K>(case.plan.problem()));
     match check_program(case, &program, 1) {
         Ok(_) => Ok(None),
         Err(CheckError::Fault { fault, .. }) => Ok(Some(Caught::Fault(fault.kind))),
