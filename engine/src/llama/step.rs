@@ -148,7 +148,7 @@ impl<'c> Graph<'_, 'c> {
         let batch = lowering.batch(&b.named("rotary"), rows, weights.rotary)?;
         let mut x = {
             let b = &b.named("embedding");
-            lowering.orientation().turn(b, exchange.take(b, weights.embedding, tokens)?)?
+            lowering.orientation().turn(b, exchange.take(b, lowering, weights.embedding, tokens)?)?
         };
         match &weights.layers {
             Layers::Apart(layers) => {
