@@ -213,9 +213,32 @@ fn load(
         }
     }
     // Hosts must agree on the pages without asking each other.
-    let alone = placement.share().hosts() == 1 && !placement.spans_processes();
+    if placement.share().hosts() == 1 && !placement.spans_processes() {
+        fit_pages(settings, config, weights, place, &mut options)?;
+    }
+    options.check_memory(client, config, parallel, &devices)?;
+    start_up.plugin_s = *plugin_s;
+    let pages = placement.groups().len() * options.limits.max_pages;
+    let started = Instant::now();
+    let engines = Replicas::of_groups(client, config, weights, placement.groups().to_vec(), &options)?;
+    start_up.compile_s = engines.compile_time().as_secs_f64();
+    start_up.load_s = started.elapsed().as_secs_f64() - start_up.compile_s;
+    Ok((engines, pages))
+}
+
+/// Where `engine.max_pages` is not given: as many pages as fit into the memory that is left.
+///
+/// # Errors
+/// When a device does not say what it has.
+pub(super) fn fit_pages(
+    settings: &Settings,
+    config: &LlamaConfig,
+    weights: &Weights,
+    Place { client, placement, .. }: &Place,
+    options: &mut EngineOptions,
+) -> Result<()> {
+    let (parallel, devices) = (placement.parallel(), Vec::from_iter(0..placement.devices().get()));
     if settings.engine.max_pages.is_none()
-        && alone
         && let Some(room) = Room::of(client, &devices)?
     {
         let asked = options.limits.max_pages;
@@ -227,14 +250,7 @@ fn load(
             eprintln!("# {pages} KV pages, not {asked}: engine.hbm_utilization = {share} of the {} left", room.left);
         }
     }
-    options.check_memory(client, config, parallel, &devices)?;
-    start_up.plugin_s = *plugin_s;
-    let pages = placement.groups().len() * options.limits.max_pages;
-    let started = Instant::now();
-    let engines = Replicas::of_groups(client, config, weights, placement.groups().to_vec(), &options)?;
-    start_up.compile_s = engines.compile_time().as_secs_f64();
-    start_up.load_s = started.elapsed().as_secs_f64() - start_up.compile_s;
-    Ok((engines, pages))
+    Ok(())
 }
 
 fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {

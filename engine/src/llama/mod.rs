@@ -9,12 +9,12 @@ mod kv_cache;
 mod lowering;
 pub mod parallel;
 mod rotary;
-mod sampling;
+pub(crate) mod sampling;
 pub mod step;
 mod target;
 
 pub use arguments::weight_types;
-pub use executor::{Call, Executor};
+pub use executor::{Call, Executor, Sampled};
 pub use kv_cache::KvCache;
 pub(crate) use lowering::attention_kernel;
 pub use parallel::{Group, Member, Parallel, Reduce};
