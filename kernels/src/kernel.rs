@@ -225,13 +225,13 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         None
     }
 
-    /// Programs that a step runs beside the kernel, from the projections' outputs to the next projection's input: rotary
+    /// Programs that a step runs beside the kernel of `plan`, from the projections' outputs to the next projection's input: rotary
     /// embedding, writes of K and V, changes of layout. By default none.
     ///
     /// # Errors
     /// None for a valid problem, unless MLIR fails.
-    fn around<'c>(context: &'c Context, problem: &ProblemOf<Self>) -> Result<Vec<Module<'c>>> {
-        let _ = (context, problem);
+    fn around<'c>(context: &'c Context, plan: &Plan<Self>) -> Result<Vec<Module<'c>>> {
+        let _ = (context, plan);
         Ok(vec![])
     }
 
@@ -550,6 +550,7 @@ pub fn mosaic_module<'c, K: Kernel>(
 pub fn bare_module<'c>(context: &'c Context, kernel: &mosaic::Kernel) -> Result<Module<'c>> {
     let module = Module::new(context, kernel.name());
     module.function("main", &kernel.inputs(), |b, args| kernel.call(b, args))?;
+    kernel.aliases().iter().try_for_each(|&(operand, result)| module.donate("main", operand, result))?;
     Ok(module)
 }
 
@@ -560,13 +561,13 @@ pub fn bare_module<'c>(context: &'c Context, kernel: &mosaic::Kernel) -> Result<
 /// As those.
 pub fn certified_module<'c, K: Kernel>(
     context: &'c Context,
-    problem: &ProblemOf<K>,
+    plan: &Plan<K>,
     kernel: &mosaic::Kernel,
 ) -> Result<Module<'c>> {
-    let has_own_shapes = kernel.outputs() != K::results(problem).values().cloned().collect::<Vec<_>>();
-    match has_own_shapes && !K::around(context, problem)?.is_empty() {
+    let has_own_shapes = kernel.outputs() != K::results(plan.problem()).values().cloned().collect::<Vec<_>>();
+    match has_own_shapes && !K::around(context, plan)?.is_empty() {
         true => bare_module(context, kernel),
-        false => mosaic_module::<K>(context, problem, kernel),
+        false => mosaic_module::<K>(context, plan.problem(), kernel),
     }
 }
 

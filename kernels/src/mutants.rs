@@ -231,6 +231,16 @@ impl Emitted {
         self.with(line, &format!("%wide = {rest}\n{narrowed}\n{result} = arith.extf %narrow : {narrow} to {ty}"))
     }
 
+    /// The rows of the tile that `line` loads, each in the place of the next one.
+    pub fn one_row_on(&self, line: usize) -> String {
+        let (result, rest) = self.lines[line].trim().split_once(" = ").expect("a result");
+        let ty = rest.rsplit(", ").next().expect("a type");
+        let rows = ty.matches('x').count() - 2;
+        let moved = format!("{{dimension = {rows} : si32}} : ({ty}, i32) -> {ty}");
+        let by = "%by = arith.constant 1 : i32";
+        self.with(line, &format!("%there = {rest}\n{by}\n{result} = \"tpu.dynamic_rotate\"(%there, %by) {moved}"))
+    }
+
     /// `op` of the i32 result of `line` and `by` in its place.
     pub fn changed(&self, line: usize, op: &str, by: i32) -> String {
         let (result, rest) = self.lines[line].trim().split_once(" = ").expect("a result");

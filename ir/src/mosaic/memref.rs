@@ -111,12 +111,7 @@ pub(super) fn memref_type<'c>(
 }
 
 /// As [`memref_type`]; sizes may be [`DYNAMIC`].
-fn memref_type_of<'c>(
-    context: &'c melior::Context,
-    element: RefElement,
-    dims: &[i64],
-    space: MemorySpace,
-) -> Type<'c> {
+fn memref_type_of<'c>(context: &'c melior::Context, element: RefElement, dims: &[i64], space: MemorySpace) -> Type<'c> {
     let foreign = |text| Type::parse(context, text).expect("the tpu dialect is allowed unregistered");
     let element = match element {
         RefElement::Data(element) => element_type(context, element),

@@ -311,8 +311,8 @@ impl Kernel for Rpa {
         plan::alone(plan).map(|alone| (alone, 1))
     }
 
-    fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<hlo::Module<'c>>> {
-        estimate::around(context, problem)
+    fn around<'c>(context: &'c Context, plan: &plan::Plan) -> Result<Vec<hlo::Module<'c>>> {
+        estimate::around(context, plan)
     }
 
     fn plannable(problem: &Problem, chip: Chip) -> std::result::Result<(), PlanError> {

@@ -232,7 +232,8 @@ impl Plan {
     /// head_dim]`.
     pub(super) fn fresh_tokens(&self) -> Option<TensorType> {
         let problem = self.problem();
-        let is_shared = problem.fused.is_some() && problem.kind == Kind::Mixed && self.details().split == Split::Sequences;
+        let is_shared =
+            problem.fused.is_some() && problem.kind == Kind::Mixed && self.details().split == Split::Sequences;
         let [token_rows, width] = problem.kv_layout().token_dims();
         let dims = [self.chip().info().cores, padded_rows(problem)[0], token_rows, width];
         is_shared.then(|| TensorType::new(problem.precision.kv, &dims))

@@ -128,9 +128,8 @@ pub(super) fn to_columns<'a>(
             let by = (LANES + first - begin) % LANES;
             (first.saturating_sub(begin), if by == 0 { lanes } else { lanes.rotate(by, 1) })
         });
-        let all = moved.reduce(|(_, before), (lane, head)| {
-            (lane, k.iota(&head.dims(), 1).less(lane).select(before, head))
-        });
+        let all =
+            moved.reduce(|(_, before), (lane, head)| (lane, k.iota(&head.dims(), 1).less(lane).select(before, head)));
         store(tile, all.expect("a tile has a head").1);
     }
 }

@@ -108,13 +108,16 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize, split: Split) -> V
         None => vec![scratch("q_rows", types.q, &[problem.tokens, heads, dim]), out_rows(problem, head_block)],
     };
     VmemReport {
-        buffers: first.into_iter().chain([
-            scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
-            scratch("staging", Element::F32, &staging_dims(problem, head_block)),
-            scratch("max", Element::F32, &[head_block, rows, LANES]),
-            scratch("sum", Element::F32, &[head_block, rows, LANES]),
-            scratch("acc", Element::F32, &[head_block, rows, dim]),
-        ]).collect(),
+        buffers: first
+            .into_iter()
+            .chain([
+                scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
+                scratch("staging", Element::F32, &staging_dims(problem, head_block)),
+                scratch("max", Element::F32, &[head_block, rows, LANES]),
+                scratch("sum", Element::F32, &[head_block, rows, LANES]),
+                scratch("acc", Element::F32, &[head_block, rows, dim]),
+            ])
+            .collect(),
     }
 }
 

@@ -60,9 +60,7 @@ impl<'a> Fused<'a> {
         let wide = fused::has_narrow_heads(problem).then(|| scratch("wide", Element::F32, &[fused::step(rows), LANES]));
         let results = match is_flat {
             true => scratch("results", types.output, &[rows, decode::out_columns(problem, heads)]),
-            false => {
-                scratch("out_rows", types.output, &[problem.tokens, heads * problem.group(), problem.head_dim])
-            }
+            false => scratch("out_rows", types.output, &[problem.tokens, heads * problem.group(), problem.head_dim]),
         };
         let moved = k.dma_semaphores("projections_moved", &[columns.parts.len() + ANGLES]);
         let out_rows = results.clone();
