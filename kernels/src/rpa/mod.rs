@@ -264,8 +264,8 @@ impl Kernel for Rpa {
         mosaic::operands(problem)
     }
 
-    fn returned(problem: &Problem) -> Vec<TensorType> {
-        mosaic::returned(problem)
+    fn returned(plan: &plan::Plan) -> Vec<TensorType> {
+        mosaic::returned(plan)
     }
 
     fn mosaic<'a>(k: &'a Builder<'a>, plan: &plan::Plan) {
@@ -312,8 +312,8 @@ impl Kernel for Rpa {
         plan::alone(plan).map(|alone| (alone, 1))
     }
 
-    fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<hlo::Module<'c>>> {
-        estimate::around(context, problem)
+    fn around<'c>(context: &'c Context, plan: &plan::Plan) -> Result<Vec<hlo::Module<'c>>> {
+        estimate::around(context, plan)
     }
 
     fn plannable(problem: &Problem, chip: Chip) -> std::result::Result<(), PlanError> {

@@ -8,6 +8,12 @@
 //! Where no page can be sliced by heads, the cores share the sequences: the first core takes them from the front, the
 //! second from the back, each as long as the middle of the sequence's keys lies in its half. Rows are written by copies of
 //! their own, so that no block of the output belongs to both.
+//!
+//! Fused, queries and new keys of all rows are turned while the first KV blocks arrive (`projections`). A new token takes its
+//! place in the last KV block of its sequence, in VMEM, and goes to its page when that block is there: nobody reads the page
+//! any more.
+
+mod projections;
 
 use pagoda_ir::{
     Element,
@@ -17,6 +23,7 @@ use pagoda_ir::{
     },
 };
 
+use self::projections::Fused;
 use super::{
     MASKED, Metadata, NONE, Strided,
     block::{self, Block},
@@ -29,6 +36,7 @@ use crate::rpa::{
     plan::{
         self, Plan, Split,
         decode::{self, BUFFERS},
+        fused,
     },
 };
 
@@ -72,6 +80,9 @@ struct Body<'a, 'p> {
     arrived: Ref<'a>,
     /// For q, then for the rows of the output.
     moved: Ref<'a>,
+    /// Query heads of the core.
+    q_heads: usize,
+    fused: Option<Fused<'a>>,
 }
 
 /// A place in a core's stream of KV blocks.
@@ -93,15 +104,31 @@ impl<'a, 'p> Body<'a, 'p> {
         let [core] = k.grid([(cores, Semantics::Parallel)]);
         let metadata = Metadata::declare(k, problem);
         let of_heads = Heads::declare(k, problem);
-        let q = k.hbm_input("q", types.q, &problem.q_type().dims);
-        let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
-        let out = k.hbm_output("out", types.output, &problem.output_type().dims);
+        let q = match problem.fused {
+            None => k.hbm_input("q", types.q, &problem.q_type().dims),
+            Some(_) => k.hbm_input("qkv", types.q, &fused::projected(problem)),
+        };
+        let cos_sin = problem.fused.map(|_| {
+            let [rows, _] = fused::projected(problem);
+            k.hbm_input("cos_sin", Element::F32, &[rows, dim])
+        });
+        let mut kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
+        let out = k.hbm_output("out", types.output, &plan.output_dims());
+        if problem.fused.is_some() {
+            kv_pages = k.hbm_output("kv_pages_written", types.kv, &problem.kv_pages_type().dims);
+        }
         let lse_dims = [problem.tokens, 1, plan::log_sum_exp_lanes(problem)];
         let lse = problem.log_sum_exp.then(|| k.hbm_output("lse", Element::F32, &lse_dims));
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let (heads, rows) = (head_block * problem.group(), decode::rows(problem));
-        let q_rows = scratch("q_rows", types.q, &[problem.tokens, heads, dim]);
-        let out_rows = scratch("out_rows", types.output, &[problem.tokens, heads, dim]);
+        let rows_of = |name, element| scratch(name, element, &[problem.tokens, heads, dim]);
+        let (q_rows, out_rows, fused) = match cos_sin {
+            None => (rows_of("q_rows", types.q), rows_of("out_rows", types.output), None),
+            Some(cos_sin) => {
+                let (fused, results) = Fused::declare(k, plan, cos_sin);
+                (fused.rows.clone(), results, Some(fused))
+            }
+        };
         let kv = scratch("kv", types.kv, &decode::kv_dims(problem, plan.tiles(), head_block));
         let staging = scratch("staging", Element::F32, &decode::staging_dims(problem, head_block));
         let max = scratch("max", Element::F32, &[head_block, rows, LANES]);
@@ -146,13 +173,18 @@ impl<'a, 'p> Body<'a, 'p> {
             sequences,
             arrived,
             moved,
+            q_heads: heads,
+            fused,
         }
     }
 
     fn write(&self) {
         let k = self.k;
-        let queries = k.make_async_copy(self.heads_of(&self.q), self.q_rows.clone(), self.moved.at(0));
-        queries.start();
+        let copy_queries = || k.async_copy(self.heads_of(&self.q), self.q_rows.clone(), self.moved.at(0));
+        let queries = self.fused.is_none().then(copy_queries);
+        if let Some(fused) = &self.fused {
+            self.begin_rows(fused);
+        }
         let Share { count, rows } = self.share();
         let ahead = k.fold_range(0, BUFFERS, (k.int(0), k.int(NEW)), |slot, (index, page)| {
             let next = self.fetch(Place { index, page }, count, slot, true);
@@ -163,7 +195,12 @@ impl<'a, 'p> Body<'a, 'p> {
             lanes.store(0.0);
         }
         self.list_sinks();
-        queries.wait();
+        if let Some(queries) = queries {
+            queries.wait();
+        }
+        if let Some(fused) = &self.fused {
+            self.turn_rows(fused);
+        }
         k.fold_range(0, count, (k.int(0), ahead), |index, (slot, ahead)| {
             let sequence = self.sequences.at(index).load();
             let kv_len = self.metadata.kv_len(sequence);
@@ -173,7 +210,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 (slot, self.begin_of(kv_len), ahead),
                 |(_, page, _)| (page * self.plan.problem().page_size).less(kv_len),
                 |(slot, page, (index, next))| {
-                    self.attend(page, slot, kv_len);
+                    self.attend(page, slot, kv_len, [sequence, token]);
                     let ahead = self.fetch(Place { index, page: next }, count, slot, false);
                     (next_slot(slot), page + self.plan.tiles().kv_pages, (ahead.index, ahead.page))
                 },
@@ -181,12 +218,18 @@ impl<'a, 'p> Body<'a, 'p> {
             self.finish(token);
             (slot, ahead)
         });
-        self.sent(rows);
+        match &self.fused {
+            Some(fused) if fused.is_flat => self.send_rows(fused),
+            _ => self.sent(rows),
+        }
+        if let Some(fused) = &self.fused {
+            self.tokens_sent(fused, count);
+        }
     }
 
     /// A core's part of the heads of an array of rows.
     fn heads_of(&self, rows: &Ref<'a>) -> Ref<'a> {
-        let heads = self.q_rows.dims()[1];
+        let heads = self.q_heads;
         match self.split {
             Split::Heads => rows.slice(1, (self.core * heads).multiple_of(heads), heads),
             Split::Nothing | Split::Sequences => rows.clone(),
@@ -218,13 +261,17 @@ impl<'a, 'p> Body<'a, 'p> {
                 false => rows,
             };
             self.sequences.at(count).store(sequence);
-            k.when(rows.greater(keys), || self.blank(row));
+            if !self.is_flat() {
+                k.when(rows.greater(keys), || self.blank(row));
+            }
             (count + rows * keys.minimum(1), before + keys, all_rows + rows)
         });
         // The last core has the rows that no sequence has.
         let padding = self.metadata.first_row(self.num_seqs);
         let padding = if is_split { self.core * (padding - tokens as i64) + tokens as i64 } else { padding };
-        k.for_range(padding, tokens, |row| self.blank(row));
+        if !self.is_flat() {
+            k.for_range(padding, tokens, |row| self.blank(row));
+        }
         Share { count, rows: rows + tokens as i64 - padding }
     }
 
@@ -340,14 +387,19 @@ impl<'a, 'p> Body<'a, 'p> {
         );
     }
 
+    /// A core's part of the rows of tokens: `[tokens, rows, head_dim]`.
+    fn heads_of_page(&self, tokens: Ref<'a>) -> Ref<'a> {
+        let [kv_rows, _] = self.plan.problem().kv_layout().of_heads(self.plan.head_block()).token_dims();
+        match self.split {
+            Split::Heads => tokens.slice(1, (self.core * kv_rows).multiple_of(kv_rows), kv_rows),
+            Split::Nothing | Split::Sequences => tokens,
+        }
+    }
+
     /// The copies of the page at `index` of the cache to a place of a buffer.
     fn page(&self, index: Value<'a>, slot: Value<'a>, place: Value<'a>) -> Copies<'a> {
+        let source = self.heads_of_page(self.kv_pages.at(index));
         let [kv_rows, _] = self.plan.problem().kv_layout().of_heads(self.plan.head_block()).token_dims();
-        let source = self.kv_pages.at(index);
-        let source = match self.split {
-            Split::Heads => source.slice(1, (self.core * kv_rows).multiple_of(kv_rows), kv_rows),
-            Split::Nothing | Split::Sequences => source,
-        };
         let semaphore = place & (self.arrived.dims()[1] as i64 - 1);
         let &[_, pieces, _, _, lanes] = &self.kv.dims()[..] else { unreachable!("it has five dimensions") };
         let copies = (0..pieces).map(|piece| {
@@ -359,10 +411,13 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// A row's queries, by head; nothing seen yet.
     fn begin(&self, token: Value<'a>) {
-        let &[_, heads, dim] = &self.q_rows.dims()[..] else { unreachable!("three dimensions") };
+        let (heads, dim) = (self.q_heads, self.plan.problem().head_dim);
         for (lane, piece) in self.staging_pieces() {
             let lanes = piece.dims()[1].min(dim - lane);
-            let row = self.q_rows.at(token).slice(1, lane, lanes).load().cast(Element::F32);
+            let row = match &self.fused {
+                None => self.q_rows.at(token).slice(1, lane, lanes).load().cast(Element::F32),
+                Some(fused) => fused.row(lane / LANES, token, [heads, lanes]).load(),
+            };
             let row = match self.lanes.as_ref().filter(|_| lanes < piece.dims()[1]) {
                 None => row,
                 Some(wide) => {
@@ -391,7 +446,7 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// Divides, and sends the row on its way.
     fn finish(&self, token: Value<'a>) {
-        let (problem, heads) = (self.plan.problem(), self.q_rows.dims()[1]);
+        let (problem, heads) = (self.plan.problem(), self.q_heads);
         let (group, [columns, first]) = (problem.group(), block::lanes(problem));
         let totals: Vec<_> = (0..self.plan.head_block())
             .map(|head| {
@@ -409,6 +464,13 @@ impl<'a, 'p> Body<'a, 'p> {
             let sum = if total.sum.dims()[1] == 1 { total.sum } else { broadcast_lanes(self.k, total.sum, columns) };
             let result = to_the_front(self.k, acc / sum, first);
             self.staged(head, group).store(result.slice(&[0, 0], &[group, columns]));
+        }
+        if let Some(fused) = self.fused.as_ref().filter(|fused| fused.is_flat) {
+            for (lane, piece) in self.staging_pieces() {
+                let row = fused.row(lane / LANES, token, [heads, piece.dims()[1]]);
+                row.store(piece.strided(0, 0, heads, SUBLANES).load());
+            }
+            return;
         }
         let row = self.out_rows.at(token);
         for (lane, piece) in self.staging_pieces() {
@@ -454,11 +516,14 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// Lets the row see the keys of a block.
-    fn attend(&self, page: Value<'a>, slot: Value<'a>, kv_len: Value<'a>) {
+    /// Lets the row `token` of `sequence` see the keys of a block.
+    fn attend(&self, page: Value<'a>, slot: Value<'a>, kv_len: Value<'a>, [sequence, token]: [Value<'a>; 2]) {
         let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
         self.pages(page, kv_len, |_, place| self.page(k.int(0), slot, place).wait());
         let live = kv_len - page * problem.page_size;
+        if let Some(fused) = &self.fused {
+            k.when(live.less_equal(keys), || self.append(fused, [sequence, token], slot, [live, kv_len]));
+        }
         let block = Block::new(k, &self.kv.at(slot), problem);
         let masked = |width: usize| self.heads(&block, width, Some(live));
         let widths = self.plan.widths();

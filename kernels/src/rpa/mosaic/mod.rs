@@ -6,6 +6,7 @@
 
 pub(super) mod block;
 mod decode;
+mod fused;
 mod heads;
 mod mixed;
 
@@ -82,32 +83,38 @@ pub fn kernel_of_core<'c>(context: &'c Context, plan: &Plan, batch: &Batch, core
 }
 
 /// What the kernels take: the metadata and the numbers of heads, then q and the pages. Of any batch, q is in two dimensions,
-/// whole bands of rows and tiles of lanes.
+/// whole bands of rows and tiles of lanes. A fused kernel has the projections and the rows' angles in the place of q.
 pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
     let metadata = ["kv_lens", "page_indices", "cu_q_lens", "num_seqs"].map(Operand::of);
     let first_page = (problem.layers > 1).then(|| Operand::of("first_page").reshape(&[1]));
-    let q = match problem.kind {
-        Kind::Decode => Operand::of("q"),
-        Kind::Mixed => {
+    let q = match (problem.fused, problem.kind) {
+        (Some(_), _) => {
+            let projected = plan::fused::projected(problem);
+            let cos_sin = Operand::of("cos_sin").padded(&[projected[0], problem.head_dim]);
+            vec![Operand::of("qkv").padded(&projected), cos_sin]
+        }
+        (None, Kind::Decode) => vec![Operand::of("q")],
+        (None, Kind::Mixed) => {
             let dims = [problem.tokens, problem.q_heads * problem.head_dim];
-            Operand::of("q").reshape(&dims).padded(&plan::padded_rows(problem))
+            vec![Operand::of("q").reshape(&dims).padded(&plan::padded_rows(problem))]
         }
     };
     let prefetched = metadata.into_iter().chain(first_page).chain(heads::operands(problem));
-    prefetched.chain([q, Operand::of("kv_pages")]).collect()
+    prefetched.chain(q).chain([Operand::of("kv_pages")]).collect()
 }
 
-/// What they return: the results, of any batch in two dimensions, whole bands of rows and tiles of lanes.
-pub(super) fn returned(problem: &Problem) -> Vec<TensorType> {
-    let rows = plan::padded_rows(problem)[0];
-    let result = |(name, ty): (&str, &TensorType)| match (name, problem.kind) {
-        // Rows that are copied one by one.
-        ("lse", Kind::Decode) => TensorType::new(ty.element, &[problem.tokens, 1, plan::log_sum_exp_lanes(problem)]),
-        ("lse", Kind::Mixed) => TensorType::new(ty.element, &[rows, plan::log_sum_exp_lanes(problem)]),
-        ("out", Kind::Mixed) => TensorType::new(ty.element, &plan::padded_rows(problem)),
-        _ => ty.clone(),
-    };
-    problem.results().iter().map(result).collect()
+/// What they return: the output, of any batch in two dimensions, whole bands of rows and tiles of lanes; of a fused kernel the
+/// pages; the log-sum-exps, of decode rows that are copied one by one; what of a fused kernel is of no use to anybody else.
+pub(super) fn returned(plan: &Plan) -> Vec<TensorType> {
+    let problem = plan.problem();
+    let out = TensorType::new(problem.precision.output, &plan.output_dims());
+    let kv_pages = problem.fused.map(|_| problem.kv_pages_type());
+    let lanes = plan::log_sum_exp_lanes(problem);
+    let lse = problem.log_sum_exp.then(|| match problem.kind {
+        Kind::Decode => TensorType::new(Element::F32, &[problem.tokens, 1, lanes]),
+        Kind::Mixed => TensorType::new(Element::F32, &[plan::padded_rows(problem)[0], lanes]),
+    });
+    [Some(out), kv_pages, lse, plan.fresh_tokens()].into_iter().flatten().collect()
 }
 
 /// The ragged metadata of a launch: read from SMEM, or one batch's own, put there as constants.
@@ -231,7 +238,7 @@ mod tests {
         chips::Chip,
         random::Lengths,
         rpa::{
-            Kind, KvRows, Precision, Problem, Rpa, Spec,
+            Kind, KvRows, Precision, Problem, Rotary, Rpa, Spec,
             plan::{Options, Plan, Tiles},
         },
     };
@@ -321,6 +328,41 @@ mod tests {
                     ..plain.clone()
                 });
             }
+        }
+    }
+
+    /// Fused: what each way of sharing the work, each way of laying heads out, and sizes that are no whole tiles come to.
+    #[test]
+    fn fused_kernels_agree_with_the_reference() {
+        use Element::{Bf16, F32};
+        use Kind::{Decode, Mixed};
+        let prompts = &[(1, 60), (0, 5), (3, 0), (13, 13), (40, 41), (9, 64), (2, 17)][..];
+        let rows = &[(1, 60), (0, 5), (1, 0), (1, 1), (1, 64), (1, 33), (0, 0), (1, 17)][..];
+        for (chip, kind, element, heads, tokens, batch) in [
+            (Chip::V5e, Decode, Bf16, [8, 2, 128], 7, rows),
+            (Chip::V5p, Decode, Bf16, [8, 2, 128], 8, rows),
+            (Chip::V5p, Decode, Bf16, [16, 8, 128], 8, rows),
+            (Chip::V5p, Decode, F32, [6, 3, 64], 8, rows),
+            (Chip::V6e, Decode, Bf16, [10, 5, 80], 90, rows),
+            (Chip::V6e, Decode, F32, [2, 1, 384], 7, rows),
+            (Chip::V6e, Decode, Bf16, [4, 4, 256], 7, rows),
+            (Chip::V5e, Mixed, Bf16, [8, 2, 128], 75, prompts),
+            (Chip::V5p, Mixed, Bf16, [8, 2, 128], 150, prompts),
+            (Chip::V5p, Mixed, Bf16, [16, 8, 128], 150, prompts),
+            (Chip::V5p, Mixed, F32, [6, 3, 64], 75, prompts),
+            (Chip::V6e, Mixed, Bf16, [10, 5, 80], 77, prompts),
+            (Chip::V6e, Mixed, F32, [2, 1, 384], 75, prompts),
+            (Chip::Tpu7x, Mixed, Bf16, [4, 2, 256], 75, prompts),
+        ] {
+            let spec = (*problem(element, heads, None, None)).clone();
+            let spec = Spec { kind, tokens, pages: 40, max_seqs: 8, layers: 2, ..spec };
+            let problem = Problem::new(Spec { fused: Some(Rotary::HalfSplit), ..spec }).unwrap();
+            let tiles = Some(Tiles { queries: if kind == Mixed { 16 } else { 8 }, kv_pages: 2 });
+            let plan = Plan::new(problem.clone(), chip, Options { tiles, vmem_limit: None }).unwrap();
+            let lengths: Vec<_> = batch.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
+            let inputs = Rpa::draw(&problem, Some(&lengths), 5).unwrap();
+            let checked = check_mosaic(Case::new(&plan, &inputs), 7, None);
+            checked.unwrap_or_else(|error| panic!("{chip} {}: {error}", plan.describe()));
         }
     }
 }
