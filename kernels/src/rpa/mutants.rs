@@ -606,13 +606,3 @@ const TOKENS_SENT: &[&str] =
     &["wait_dma2", "memref<?x4x128xbf16, #tpu.memory_space<vmem>>, memref<?x4x128xbf16, #tpu.memory_space<vmem>>"];
 const TOKENS_READ: &[&str] =
     &["enqueue_dma", "memref<?x4x128xbf16, #tpu.memory_space<hbm>>, memref<?x4x128xbf16, #tpu.memory_space<vmem>>"];
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn new_ones() {
-        let wrong: Vec<_> = [super::narrow(), super::packed()].iter().filter_map(|set| set.check().err()).collect();
-        assert!(wrong.is_empty(), "{wrong:?}");
-        super::sets().iter().take(4).for_each(|set| eprintln!("SET {:?}", set.check()));
-    }
-}
