@@ -17,7 +17,7 @@ use melior::ir::{
 use super::{
     liveness::liveness,
     ops::{self, Meaning},
-    program::{Code, Inst, Origin, Program, Slot, Use},
+    program::{Code, Communication, Inst, Origin, Program, Slot, Use},
     tile::Scalar,
 };
 use crate::{
@@ -78,8 +78,19 @@ impl Program {
         }
         let (origins, slots) = (decoder.origins, decoder.slots.len());
         let frames = place_of_function(kernel).frames;
-        let (aliases, unused_outputs) = (vec![], vec![]);
-        Ok(Self { signature, body, transforms, origins, slots, aliases, unused_outputs, frames, transform_frames })
+        let communication = Communication::of(&body, rank);
+        Ok(Self {
+            signature,
+            body,
+            transforms,
+            origins,
+            slots,
+            aliases: vec![],
+            unused_outputs: vec![],
+            frames,
+            transform_frames,
+            communication,
+        })
     }
 }
 
