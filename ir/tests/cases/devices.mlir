@@ -81,9 +81,9 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early, random 0): semaphore-unbalanced: kernel `k` on device 3: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:97, buffer `send`, grid step [], DMA from `x` to `o` of device 0 started at devices.mlir:97 in grid step []: a DMA was not waited for at the end of the kernel
+// fault (early, random 0): semaphore-unbalanced: kernel `k` on device 0: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:97, buffer `send`, grid step [], DMA from `x` to `o` of device 1 started at devices.mlir:97 in grid step []: a DMA was not waited for at the end of the kernel
 // fault (late): semaphore-unbalanced: kernel `k` on device 1: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:97, buffer `send`, grid step [], DMA from `x` to `o` of device 2 started at devices.mlir:97 in grid step []: a DMA was not waited for at the end of the kernel
-// fault (random 1): semaphore-unbalanced: kernel `k` on device 2: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:97, buffer `send`, grid step [], DMA from `x` to `o` of device 3 started at devices.mlir:97 in grid step []: a DMA was not waited for at the end of the kernel
+// fault (random 1): semaphore-unbalanced: kernel `k` on device 3: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:97, buffer `send`, grid step [], DMA from `x` to `o` of device 0 started at devices.mlir:97 in grid step []: a DMA was not waited for at the end of the kernel
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -196,9 +196,10 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:212, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:212 in grid step []: device 0 writes there at devices.mlir:216, and nothing orders that before this DMA from device 1
-// fault (late): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:212, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:212 in grid step []: another DMA is in flight there, from device 3 to `o` started at devices.mlir:212 in grid step [], and nothing orders that before this DMA from device 2
-// fault (random 0): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:212, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:212 in grid step []: another DMA is in flight there, from device 0 to `o` started at devices.mlir:212 in grid step [], and nothing orders that before this DMA from device 3
+// fault (early): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:213, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:213 in grid step []: device 0 writes there at devices.mlir:217, and nothing orders that before this DMA from device 1
+// fault (late): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:213, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:213 in grid step []: another DMA is in flight there, from device 3 to `o` started at devices.mlir:213 in grid step [], and nothing orders that before this DMA from device 2
+// fault (random 0): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:213, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:213 in grid step []: device 0 writes there at devices.mlir:217, and nothing orders that before this DMA from device 2
+// fault (random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:213, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:213 in grid step []: device 0 writes there at devices.mlir:217, and nothing orders that before this DMA from device 3
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -227,9 +228,9 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // out f32[8,128]
 // out f32[8,128]
 // run
-// fault (early, random 0): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:243, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:243 in grid step []: device 0 reads there at devices.mlir:244, and nothing orders that before this DMA from device 3
-// fault (late): device-race: kernel `k` on device 3: race between devices: tpu.enqueue_dma at devices.mlir:243, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:243 in grid step []: device 3 reads there at devices.mlir:244, and nothing orders that before this DMA from device 2
-// fault (random 1): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:243, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:243 in grid step []: device 2 reads there at devices.mlir:244, and nothing orders that before this DMA from device 1
+// fault (early, random 0): read-in-flight: kernel `k` on device 0: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:245, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:244 in grid step []
+// fault (late): read-in-flight: kernel `k` on device 3: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:245, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:244 in grid step []
+// fault (random 1): read-in-flight: kernel `k` on device 2: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:245, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:244 in grid step []
 func.func @k(%x: !hbm, %o: !hbm, %p: !hbm, %send: !dma, %recv: !dma, %copy: !dma) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -254,8 +255,8 @@ func.func @k(%x: !hbm, %o: !hbm, %p: !hbm, %send: !dma, %recv: !dma, %copy: !dma
 // in f32[8,128] = wave 9
 // out f32[8,128]
 // run
-// fault (early, random 0, random 1): overwrite-in-flight: kernel `k` on device 0: overwrite of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:270, buffer `x` at [0, 0], grid step [], DMA from `x` to `o` of device 1 started at devices.mlir:269 in grid step []
-// fault (late): overwrite-in-flight: kernel `k` on device 3: overwrite of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:270, buffer `x` at [0, 0], grid step [], DMA from `x` to `o` of device 0 started at devices.mlir:269 in grid step []
+// fault (early, random 0, random 1): overwrite-in-flight: kernel `k` on device 0: overwrite of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:271, buffer `x` at [0, 0], grid step [], DMA from `x` to `o` of device 1 started at devices.mlir:270 in grid step []
+// fault (late): overwrite-in-flight: kernel `k` on device 3: overwrite of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:271, buffer `x` at [0, 0], grid step [], DMA from `x` to `o` of device 0 started at devices.mlir:270 in grid step []
 func.func @k(%x: !hbm, %y: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %copy: !dma) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -308,9 +309,8 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:327, grid step []: device 1 may not have entered the kernel: no wait on the barrier semaphore says so
-// fault (late): device-race: kernel `k` on device 3: race between devices: tpu.enqueue_dma at devices.mlir:327, grid step []: device 0 may not have entered the kernel: no wait on the barrier semaphore says so
-// fault (random 0): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:327, grid step []: device 2 may not have entered the kernel: no wait on the barrier semaphore says so
+// fault (early, random 0): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:327, grid step []: device 2 may not have entered the kernel: no wait on the barrier semaphore says so
+// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:327, grid step []: device 1 may not have entered the kernel: no wait on the barrier semaphore says so
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -335,10 +335,9 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:356, grid step []: device 1 may not have entered the kernel: no wait on the barrier semaphore says so
-// fault (late): device-race: kernel `k` on device 3: race between devices: tpu.enqueue_dma at devices.mlir:356, grid step []: device 0 may not have entered the kernel: no wait on the barrier semaphore says so
-// fault (random 0): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:356, grid step []: device 3 may not have entered the kernel: no wait on the barrier semaphore says so
-// fault (random 1): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:356, grid step []: device 2 may not have entered the kernel: no wait on the barrier semaphore says so
+// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:355, grid step []: device 2 may not have entered the kernel: no wait on the barrier semaphore says so
+// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:355, grid step []: device 1 may not have entered the kernel: no wait on the barrier semaphore says so
+// fault (random 0): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:355, grid step []: device 3 may not have entered the kernel: no wait on the barrier semaphore says so
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -365,8 +364,8 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early, random 1): semaphore-unbalanced: kernel `k` on device 0: semaphore left unbalanced: tpu.sem_signal at devices.mlir:383, buffer `s`, grid step []: it holds 1 at the end of the kernel
-// fault (late, random 0): semaphore-unbalanced: kernel `k` on device 1: semaphore left unbalanced: tpu.sem_signal at devices.mlir:383, buffer `s`, grid step []: it holds 1 at the end of the kernel
+// fault (early, random 0, random 1): semaphore-unbalanced: kernel `k` on device 1: semaphore left unbalanced: tpu.sem_signal at devices.mlir:382, buffer `s`, grid step []: it holds 1 at the end of the kernel
+// fault (late): semaphore-unbalanced: kernel `k` on device 2: semaphore left unbalanced: tpu.sem_signal at devices.mlir:382, buffer `s`, grid step []: it holds 1 at the end of the kernel
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %s: !sem) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -416,7 +415,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %s: !sem) attributes 
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault: deadlock: kernel `k` on device 0: wait that is never satisfied: tpu.sem_wait at devices.mlir:431, buffer `s`, grid step []: 2; device 1 waits for 2 on `s` at devices.mlir:431; device 2 waits for 2 on `s` at devices.mlir:431; device 3 waits for 2 on `s` at devices.mlir:431
+// fault: deadlock: kernel `k` on device 0: wait that is never satisfied: tpu.sem_wait at devices.mlir:430, buffer `s`, grid step []: 2; device 1 waits for 2 on `s` at devices.mlir:430; device 2 waits for 2 on `s` at devices.mlir:430; device 3 waits for 2 on `s` at devices.mlir:430
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %s: !sem) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -482,9 +481,9 @@ func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !d
 // out f32[8,128]
 // out f32[2,8,128]
 // run allow_unwritten_outputs
-// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:505, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:505 in grid step []: another DMA is in flight there, from device 0 to `h` started at devices.mlir:500 in grid step [], and nothing orders that before this DMA from device 0
-// fault (late, random 0): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:505, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:505 in grid step []: another DMA is in flight there, from device 3 to `h` started at devices.mlir:500 in grid step [], and nothing orders that before this DMA from device 3
-// fault (random 1): device-race: kernel `k` on device 3: race between devices: tpu.enqueue_dma at devices.mlir:505, buffer `h` at [0, 0, 0], grid step [], DMA from device 2 to `h` started at devices.mlir:505 in grid step []: another DMA is in flight there, from device 2 to `h` started at devices.mlir:500 in grid step [], and nothing orders that before this DMA from device 2
+// fault (early): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:504, buffer `h` at [0, 0, 0], grid step [], DMA from device 1 to `h` started at devices.mlir:504 in grid step []: another DMA is in flight there, from device 1 to `h` started at devices.mlir:499 in grid step [], and nothing orders that before this DMA from device 1
+// fault (late, random 1): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:504, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:504 in grid step []: another DMA is in flight there, from device 0 to `h` started at devices.mlir:499 in grid step [], and nothing orders that before this DMA from device 0
+// fault (random 0): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:504, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:504 in grid step []: another DMA is in flight there, from device 3 to `h` started at devices.mlir:499 in grid step [], and nothing orders that before this DMA from device 3
 func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !dma, %cap: !sem) attributes {scratch_operands = 4 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -516,8 +515,9 @@ func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !d
 // out f32[8,128]
 // out f32[2,8,128]
 // run allow_unwritten_outputs
-// fault (early): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:541, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:541 in grid step []: device 0 reads there at devices.mlir:539, and nothing orders that before this DMA from device 3
-// fault (late, random 0): device-race: kernel `k` on device 3: race between devices: tpu.enqueue_dma at devices.mlir:541, buffer `h` at [0, 0, 0], grid step [], DMA from device 2 to `h` started at devices.mlir:541 in grid step []: device 3 reads there at devices.mlir:539, and nothing orders that before this DMA from device 2
+// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:541, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:541 in grid step []: device 1 reads there at devices.mlir:539, and nothing orders that before this DMA from device 0
+// fault (late): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:541, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:541 in grid step []: device 0 reads there at devices.mlir:539, and nothing orders that before this DMA from device 3
+// fault (random 0): device-race: kernel `k` on device 3: race between devices: tpu.enqueue_dma at devices.mlir:541, buffer `h` at [0, 0, 0], grid step [], DMA from device 2 to `h` started at devices.mlir:541 in grid step []: device 3 reads there at devices.mlir:539, and nothing orders that before this DMA from device 2
 // fault (random 1): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:541, buffer `h` at [0, 0, 0], grid step [], DMA from device 1 to `h` started at devices.mlir:541 in grid step []: device 2 reads there at devices.mlir:539, and nothing orders that before this DMA from device 1
 func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !dma, %cap: !sem) attributes {scratch_operands = 4 : i64} {
   %c0 = arith.constant 0 : i32
@@ -552,8 +552,8 @@ func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !d
 // out f32[8,128]
 // out f32[2,8,128]
 // run
-// fault (early, late, random 1): read-in-flight: kernel `k` on device 0: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:574, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:571 in grid step []
-// fault (random 0): read-in-flight: kernel `k` on device 1: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:574, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:571 in grid step []
+// fault (early, random 0): read-in-flight: kernel `k` on device 1: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:574, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:571 in grid step []
+// fault (late, random 1): read-in-flight: kernel `k` on device 0: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:574, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:571 in grid step []
 func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !dma, %cap: !sem) attributes {scratch_operands = 4 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -623,10 +623,7 @@ func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !d
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run allow_unwritten_outputs
-// result 0 of device 0: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
-// result 0 of device 1: f32[8, 128]: 0.8217788 1.4984071 1.9103724 1.9849094 1.7088526 1.130962 0.35331 -0.48674703 ..., sum 0.05815, by place -4778.684
-// result 0 of device 2: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
-// result 0 of device 3: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
+// fault: device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:639, buffer `o` at [0, 0], grid step [], DMA from device 0 to `o` started at devices.mlir:639 in grid step []: device 1 writes there at devices.mlir:646, and nothing orders that before this DMA from device 0
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %copy: !dma, %s: !sem, %t: !sem) attributes {scratch_operands = 5 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -644,10 +641,10 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %copy: !dma, %s: !sem
     "tpu.sem_wait"(%s, %c1) : (!sem, i32) -> ()
   }
   scf.if %is1 {
+    "tpu.sem_signal"(%t, %c1, %c2) {operandSegmentSizes = array<i32: 1, 1, 1, 0, 0>} : (!sem, i32, i32) -> ()
     "tpu.enqueue_dma"(%x, %o, %copy) : (!hbm, !hbm, !dma) -> ()
     "tpu.wait_dma2"(%copy, %x, %o) : (!dma, !hbm, !hbm) -> ()
     "tpu.sem_signal"(%s, %c1, %c0) {operandSegmentSizes = array<i32: 1, 1, 1, 0, 0>} : (!sem, i32, i32) -> ()
-    "tpu.sem_signal"(%t, %c1, %c2) {operandSegmentSizes = array<i32: 1, 1, 1, 0, 0>} : (!sem, i32, i32) -> ()
     "tpu.wait_dma2"(%recv, %x, %o) : (!dma, !hbm, !hbm) -> ()
   }
   scf.if %is2 {
@@ -733,9 +730,9 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %s: !sem) attributes 
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:751, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:751 in grid step []: device 0 writes there at devices.mlir:750, and nothing orders that before this DMA from device 3
-// fault (late): device-race: kernel `k` on device 3: race between devices: tpu.enqueue_dma at devices.mlir:751, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:751 in grid step []: device 3 writes there at devices.mlir:750, and nothing orders that before this DMA from device 2
-// fault (random 0): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:751, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:751 in grid step []: device 2 writes there at devices.mlir:750, and nothing orders that before this DMA from device 1
+// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:748, buffer `o` at [0, 0], grid step [], DMA from device 0 to `o` started at devices.mlir:748 in grid step []: device 1 writes there at devices.mlir:747, and nothing orders that before this DMA from device 0
+// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:748, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:748 in grid step []: device 0 writes there at devices.mlir:747, and nothing orders that before this DMA from device 3
+// fault (random 0): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:748, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:748 in grid step []: device 2 writes there at devices.mlir:747, and nothing orders that before this DMA from device 1
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %copy: !dma) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -759,9 +756,9 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %copy: !dma) attribut
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run allow_unwritten_outputs
-// fault (early, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:777, grid step []: device 3 copies to device 0 what that has not allocated, or not any more
-// fault (late): device-race: kernel `k` on device 3: race between devices: tpu.enqueue_dma at devices.mlir:777, grid step []: device 2 copies to device 3 what that has not allocated, or not any more
-// fault (random 0): semaphore-unbalanced: kernel `k` on device 2: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:777, buffer `f32[8,128] allocated at devices.mlir:776`, grid step [], DMA from device 1 to `f32[8,128] allocated at devices.mlir:776` started at devices.mlir:777 in grid step []: this device has not waited for all of a DMA when the scope of its destination ended
+// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:774, grid step []: device 0 copies to device 1 what that has not allocated, or not any more
+// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:774, grid step []: device 3 copies to device 0 what that has not allocated, or not any more
+// fault (random 0): semaphore-unbalanced: kernel `k` on device 2: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:774, buffer `f32[8,128] allocated at devices.mlir:773`, grid step [], DMA from device 1 to `f32[8,128] allocated at devices.mlir:773` started at devices.mlir:774 in grid step []: this device has not waited for all of a DMA when the scope of its destination ended
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
