@@ -196,7 +196,10 @@ impl<O: Observer> Executor<'_, '_, O> {
     }
 
     /// Faults when a step at parallel position `owner` reads what another position wrote in `region` of an array.
-    pub(super) fn check_core(&self, region: &Region, owner: u32, origin: Option<u32>) -> Step<()> {
+    pub(super) fn check_core(&mut self, region: &Region, owner: u32, origin: Option<u32>) -> Step<()> {
+        if let Some(reads) = self.reads.as_mut().filter(|_| self.buffers[region.buffer].has_owners()) {
+            reads.push(region.clone());
+        }
         let Some((offset, other)) = self.buffers[region.buffer].written_elsewhere(region, owner) else {
             return Ok(());
         };
@@ -322,8 +325,8 @@ impl<O: Observer> Executor<'_, '_, O> {
         dma.landed = true;
         let (id, key, bytes, owner, origin) = (dma.id, dma.semaphore, dma.bytes, dma.owner, dma.origin);
         let (source, destination, to, lanes) = (dma.source.clone(), dma.destination.clone(), dma.to, dma.lanes);
-        let data = self.carried(&source, self.buffers[destination.buffer].data.element(), lanes);
         if let Some(to) = to {
+            let data = self.carried(&source, self.buffers[destination.buffer].data.element(), lanes);
             self.depart(id, to, data);
             self.landed(id, &source, None, key, bytes);
             return Ok(());
@@ -335,7 +338,13 @@ impl<O: Observer> Executor<'_, '_, O> {
             fault.dma = Some(self.describe_dma(&self.dmas[index]));
             return Err(fault);
         }
-        self.buffers[destination.buffer].copy_in(&destination, &data);
+        let into = self.buffers[destination.buffer].data.element();
+        if self.buffers[source.buffer].data.element().bits() == into.bits() {
+            Buffer::copy(&mut self.buffers, &source, &destination);
+        } else {
+            let data = self.carried(&source, into, lanes);
+            self.buffers[destination.buffer].copy_in(&destination, &data);
+        }
         self.buffers[destination.buffer].contest(&destination, owner);
         self.landed(id, &source, Some(&destination), key, bytes);
         Ok(())

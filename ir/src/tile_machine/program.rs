@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
+use super::fuse::Fused;
 use super::tile::{Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Scalar, Tile, Unary};
 use crate::{
     element::Element,
-    mosaic::{Frame, MemorySpace, RefElement, Signature},
+    mosaic::{Frame, MemorySpace, RefElement, Role, Signature},
 };
 
 /// A register.
@@ -19,14 +20,14 @@ pub(super) struct Use {
 }
 
 /// A sequence of instructions with parameters and results.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Code {
     pub(super) parameters: Vec<Slot>,
     pub(super) body: Vec<Inst>,
     pub(super) yields: Vec<Use>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Inst {
     pub(super) op: Op,
     /// Whether dropping it changes nothing but its results.
@@ -54,14 +55,14 @@ pub(super) struct Origin {
 }
 
 /// The extent of a box in a memref: sizes, and steps where they are not 1.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Extent {
     pub(super) sizes: Vec<usize>,
     pub(super) steps: Vec<usize>,
 }
 
 /// A tile's sizes, and the order that its dimensions are to have.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Permutation {
     pub(super) dims: Vec<usize>,
     pub(super) order: Vec<usize>,
@@ -75,7 +76,7 @@ pub(super) struct Target {
 }
 
 /// What an instruction does to its operands, which are those of the MLIR op that it was decoded from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Op {
     Scalar(Scalar),
     Constant(Tile),
@@ -239,16 +240,22 @@ pub(super) enum Op {
     For,
     While,
     Region,
+    /// Elementwise ops that run together.
+    Fused(Box<Fused>),
 }
 
 /// A decoded kernel. It holds no MLIR, so that it can be sent to and shared with other threads.
 #[derive(Debug)]
 pub struct Program {
     pub(super) signature: Signature,
+    /// Its ops one by one, which observers see, and in groups.
     pub(super) body: Code,
+    pub(super) fused: Code,
     /// The transform of each argument's window.
     pub(super) transforms: Vec<Option<Code>>,
     pub(super) origins: Vec<Origin>,
+    /// Elements that the ops of a grid step make, each run once.
+    pub(super) work: u64,
     pub(super) slots: usize,
     pub(super) aliases: Vec<(usize, usize)>,
     pub(super) unused_outputs: Vec<usize>,
@@ -345,6 +352,14 @@ impl Program {
     /// The source line of the kernel function, or of its first op that has one, and those that called it.
     pub fn frames(&self) -> &[Frame] {
         &self.frames
+    }
+
+    /// Whether semaphores are among its operands and results.
+    pub(super) fn has_semaphores_of_the_call(&self) -> bool {
+        self.signature
+            .arguments
+            .iter()
+            .any(|argument| argument.element.data().is_none() && argument.role != Role::Scratch)
     }
 
     /// The kernel's grid and arguments.
