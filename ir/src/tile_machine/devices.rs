@@ -237,8 +237,8 @@ struct State {
     order: DmaOrder,
     random: SplitMix64,
     finished: bool,
-    /// The first fault, and whose it is.
-    fault: Option<Box<Fault>>,
+    /// The first fault, and whose it is. At the end, where all look at once, that of the first device.
+    fault: Option<(usize, Box<Fault>)>,
     /// A thread has panicked.
     broken: bool,
     uncertain: HashSet<Uncertain>,
@@ -284,11 +284,11 @@ impl Fabric {
     /// Waits for the turn of `me`.
     fn turn(&self, me: usize, mut state: MutexGuard<State>) -> Turn {
         loop {
+            if state.finished && !state.broken {
+                return Turn::Finished;
+            }
             if state.broken || state.fault.is_some() {
                 return Turn::Over;
-            }
-            if state.finished {
-                return Turn::Finished;
             }
             if state.running == me {
                 return state.devices[me].turn.take().unwrap_or(Turn::Go);
@@ -319,8 +319,12 @@ impl Fabric {
     }
 
     /// Ends the run for all: `me` has faulted, after another one or not.
-    fn fail(&self, fault: Box<Fault>) {
-        self.lock().fault.get_or_insert(fault);
+    fn fail(&self, me: usize, fault: Box<Fault>) {
+        let mut state = self.lock();
+        let first = state.fault.as_ref().is_none_or(|&(other, _)| state.finished && me < other);
+        if first {
+            state.fault = Some((me, fault));
+        }
         self.changed.notify_all();
     }
 }
@@ -525,7 +529,7 @@ impl Program {
                 Turn::Over => None,
                 _ => {
                     let run = self.run_linked(machine, &inputs[me], outputs, observer, Some(Box::new(link)));
-                    run.map_err(|fault| fabric.fail(fault)).ok()
+                    run.map_err(|fault| fabric.fail(me, fault)).ok()
                 }
             }
         };
@@ -547,7 +551,7 @@ impl Program {
         let mut state = fabric.lock();
         let uncertain = std::mem::take(&mut state.uncertain);
         match state.fault.take() {
-            Some(fault) => (Err(fault), uncertain),
+            Some((_, fault)) => (Err(fault), uncertain),
             None => (Ok(runs.into_iter().flatten().collect()), uncertain),
         }
     }

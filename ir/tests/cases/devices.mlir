@@ -57,10 +57,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early): semaphore-unbalanced: kernel `k` on device 3: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:74, buffer `recv`, grid step [], DMA from device 2 to `o` started at devices.mlir:74 in grid step []: this device has not waited for all of a DMA from another at the end of the kernel
-// fault (late): semaphore-unbalanced: kernel `k` on device 0: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:74, buffer `recv`, grid step [], DMA from device 3 to `o` started at devices.mlir:74 in grid step []: this device has not waited for all of a DMA from another at the end of the kernel
-// fault (random 0): semaphore-unbalanced: kernel `k` on device 2: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:74, buffer `recv`, grid step [], DMA from device 1 to `o` started at devices.mlir:74 in grid step []: this device has not waited for all of a DMA from another at the end of the kernel
-// fault (random 1): semaphore-unbalanced: kernel `k` on device 1: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:74, buffer `recv`, grid step [], DMA from device 0 to `o` started at devices.mlir:74 in grid step []: this device has not waited for all of a DMA from another at the end of the kernel
+// fault: semaphore-unbalanced: kernel `k` on device 0: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:71, buffer `recv`, grid step [], DMA from device 3 to `o` started at devices.mlir:71 in grid step []: this device has not waited for all of a DMA from another at the end of the kernel
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -81,9 +78,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early, random 0): semaphore-unbalanced: kernel `k` on device 0: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:97, buffer `send`, grid step [], DMA from `x` to `o` of device 1 started at devices.mlir:97 in grid step []: a DMA was not waited for at the end of the kernel
-// fault (late): semaphore-unbalanced: kernel `k` on device 1: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:97, buffer `send`, grid step [], DMA from `x` to `o` of device 2 started at devices.mlir:97 in grid step []: a DMA was not waited for at the end of the kernel
-// fault (random 1): semaphore-unbalanced: kernel `k` on device 3: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:97, buffer `send`, grid step [], DMA from `x` to `o` of device 0 started at devices.mlir:97 in grid step []: a DMA was not waited for at the end of the kernel
+// fault: semaphore-unbalanced: kernel `k` on device 0: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:92, buffer `send`, grid step [], DMA from `x` to `o` of device 1 started at devices.mlir:92 in grid step []: a DMA was not waited for at the end of the kernel
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -104,7 +99,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault: deadlock: kernel `k` on device 0: wait that is never satisfied: tpu.wait_dma2 at devices.mlir:120, buffer `send`, grid step []: 4096 bytes; device 1 waits for 4096 bytes on `send` at devices.mlir:120; device 2 waits for 4096 bytes on `send` at devices.mlir:120; device 3 waits for 4096 bytes on `send` at devices.mlir:120
+// fault: deadlock: kernel `k` on device 0: wait that is never satisfied: tpu.wait_dma2 at devices.mlir:115, buffer `send`, grid step []: 4096 bytes; device 1 waits for 4096 bytes on `send` at devices.mlir:115; device 2 waits for 4096 bytes on `send` at devices.mlir:115; device 3 waits for 4096 bytes on `send` at devices.mlir:115
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -126,7 +121,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault: out-of-bounds: kernel `k` on device 3: access out of bounds: tpu.enqueue_dma at devices.mlir:140, grid step []: device 4; there are 4, counted from 0
+// fault: out-of-bounds: kernel `k` on device 3: access out of bounds: tpu.enqueue_dma at devices.mlir:135, grid step []: device 4; there are 4, counted from 0
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -148,8 +143,8 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early, random 0, random 1): out-of-bounds: kernel `k` on device 0: access out of bounds: tpu.enqueue_dma at devices.mlir:163, grid step []: core 1 of a device with one
-// fault (late): out-of-bounds: kernel `k` on device 3: access out of bounds: tpu.enqueue_dma at devices.mlir:163, grid step []: core 1 of a device with one
+// fault (early, random 0, random 1): out-of-bounds: kernel `k` on device 0: access out of bounds: tpu.enqueue_dma at devices.mlir:158, grid step []: core 1 of a device with one
+// fault (late): out-of-bounds: kernel `k` on device 3: access out of bounds: tpu.enqueue_dma at devices.mlir:158, grid step []: core 1 of a device with one
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -171,7 +166,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault: deadlock: kernel `k` on device 1: wait that is never satisfied: tpu.wait_dma2 at devices.mlir:190, buffer `recv`, grid step []: 4096 bytes; device 0 is at the end of the kernel; device 2 is at the end of the kernel; device 3 is at the end of the kernel
+// fault: deadlock: kernel `k` on device 1: wait that is never satisfied: tpu.wait_dma2 at devices.mlir:185, buffer `recv`, grid step []: 4096 bytes; device 0 is at the end of the kernel; device 2 is at the end of the kernel; device 3 is at the end of the kernel
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -196,10 +191,10 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:213, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:213 in grid step []: device 0 writes there at devices.mlir:217, and nothing orders that before this DMA from device 1
-// fault (late): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:213, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:213 in grid step []: another DMA is in flight there, from device 3 to `o` started at devices.mlir:213 in grid step [], and nothing orders that before this DMA from device 2
-// fault (random 0): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:213, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:213 in grid step []: device 0 writes there at devices.mlir:217, and nothing orders that before this DMA from device 2
-// fault (random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:213, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:213 in grid step []: device 0 writes there at devices.mlir:217, and nothing orders that before this DMA from device 3
+// fault (early): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:208, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:208 in grid step []: device 0 writes there at devices.mlir:212, and nothing orders that before this DMA from device 1
+// fault (late): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:208, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:208 in grid step []: another DMA is in flight there, from device 3 to `o` started at devices.mlir:208 in grid step [], and nothing orders that before this DMA from device 2
+// fault (random 0): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:208, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:208 in grid step []: device 0 writes there at devices.mlir:212, and nothing orders that before this DMA from device 2
+// fault (random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:208, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:208 in grid step []: device 0 writes there at devices.mlir:212, and nothing orders that before this DMA from device 3
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -228,9 +223,9 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // out f32[8,128]
 // out f32[8,128]
 // run
-// fault (early, random 0): read-in-flight: kernel `k` on device 0: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:245, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:244 in grid step []
-// fault (late): read-in-flight: kernel `k` on device 3: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:245, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:244 in grid step []
-// fault (random 1): read-in-flight: kernel `k` on device 2: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:245, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:244 in grid step []
+// fault (early, random 0): read-in-flight: kernel `k` on device 0: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:240, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:239 in grid step []
+// fault (late): read-in-flight: kernel `k` on device 3: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:240, buffer `o` at [0, 0], grid step [], DMA from device 2 to `o` started at devices.mlir:239 in grid step []
+// fault (random 1): read-in-flight: kernel `k` on device 2: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:240, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:239 in grid step []
 func.func @k(%x: !hbm, %o: !hbm, %p: !hbm, %send: !dma, %recv: !dma, %copy: !dma) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -255,8 +250,8 @@ func.func @k(%x: !hbm, %o: !hbm, %p: !hbm, %send: !dma, %recv: !dma, %copy: !dma
 // in f32[8,128] = wave 9
 // out f32[8,128]
 // run
-// fault (early, random 0, random 1): overwrite-in-flight: kernel `k` on device 0: overwrite of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:271, buffer `x` at [0, 0], grid step [], DMA from `x` to `o` of device 1 started at devices.mlir:270 in grid step []
-// fault (late): overwrite-in-flight: kernel `k` on device 3: overwrite of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:271, buffer `x` at [0, 0], grid step [], DMA from `x` to `o` of device 0 started at devices.mlir:270 in grid step []
+// fault (early, random 0, random 1): overwrite-in-flight: kernel `k` on device 0: overwrite of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:266, buffer `x` at [0, 0], grid step [], DMA from `x` to `o` of device 1 started at devices.mlir:265 in grid step []
+// fault (late): overwrite-in-flight: kernel `k` on device 3: overwrite of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:266, buffer `x` at [0, 0], grid step [], DMA from `x` to `o` of device 0 started at devices.mlir:265 in grid step []
 func.func @k(%x: !hbm, %y: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %copy: !dma) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -309,8 +304,8 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early, random 0): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:327, grid step []: device 2 may not have entered the kernel: no wait on the barrier semaphore says so
-// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:327, grid step []: device 1 may not have entered the kernel: no wait on the barrier semaphore says so
+// fault (early, random 0): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:322, grid step []: device 2 may not have entered the kernel: no wait on the barrier semaphore says so
+// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:322, grid step []: device 1 may not have entered the kernel: no wait on the barrier semaphore says so
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -335,9 +330,9 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:355, grid step []: device 2 may not have entered the kernel: no wait on the barrier semaphore says so
-// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:355, grid step []: device 1 may not have entered the kernel: no wait on the barrier semaphore says so
-// fault (random 0): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:355, grid step []: device 3 may not have entered the kernel: no wait on the barrier semaphore says so
+// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:350, grid step []: device 2 may not have entered the kernel: no wait on the barrier semaphore says so
+// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:350, grid step []: device 1 may not have entered the kernel: no wait on the barrier semaphore says so
+// fault (random 0): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:350, grid step []: device 3 may not have entered the kernel: no wait on the barrier semaphore says so
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -364,8 +359,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early, random 0, random 1): semaphore-unbalanced: kernel `k` on device 1: semaphore left unbalanced: tpu.sem_signal at devices.mlir:382, buffer `s`, grid step []: it holds 1 at the end of the kernel
-// fault (late): semaphore-unbalanced: kernel `k` on device 2: semaphore left unbalanced: tpu.sem_signal at devices.mlir:382, buffer `s`, grid step []: it holds 1 at the end of the kernel
+// fault: semaphore-unbalanced: kernel `k` on device 0: semaphore left unbalanced: tpu.sem_signal at devices.mlir:376, buffer `s`, grid step []: it holds 1 at the end of the kernel
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %s: !sem) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -415,7 +409,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %s: !sem) attributes 
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault: deadlock: kernel `k` on device 0: wait that is never satisfied: tpu.sem_wait at devices.mlir:430, buffer `s`, grid step []: 2; device 1 waits for 2 on `s` at devices.mlir:430; device 2 waits for 2 on `s` at devices.mlir:430; device 3 waits for 2 on `s` at devices.mlir:430
+// fault: deadlock: kernel `k` on device 0: wait that is never satisfied: tpu.sem_wait at devices.mlir:424, buffer `s`, grid step []: 2; device 1 waits for 2 on `s` at devices.mlir:424; device 2 waits for 2 on `s` at devices.mlir:424; device 3 waits for 2 on `s` at devices.mlir:424
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %s: !sem) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -481,9 +475,9 @@ func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !d
 // out f32[8,128]
 // out f32[2,8,128]
 // run allow_unwritten_outputs
-// fault (early): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:504, buffer `h` at [0, 0, 0], grid step [], DMA from device 1 to `h` started at devices.mlir:504 in grid step []: another DMA is in flight there, from device 1 to `h` started at devices.mlir:499 in grid step [], and nothing orders that before this DMA from device 1
-// fault (late, random 1): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:504, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:504 in grid step []: another DMA is in flight there, from device 0 to `h` started at devices.mlir:499 in grid step [], and nothing orders that before this DMA from device 0
-// fault (random 0): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:504, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:504 in grid step []: another DMA is in flight there, from device 3 to `h` started at devices.mlir:499 in grid step [], and nothing orders that before this DMA from device 3
+// fault (early): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:498, buffer `h` at [0, 0, 0], grid step [], DMA from device 1 to `h` started at devices.mlir:498 in grid step []: another DMA is in flight there, from device 1 to `h` started at devices.mlir:493 in grid step [], and nothing orders that before this DMA from device 1
+// fault (late, random 1): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:498, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:498 in grid step []: another DMA is in flight there, from device 0 to `h` started at devices.mlir:493 in grid step [], and nothing orders that before this DMA from device 0
+// fault (random 0): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:498, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:498 in grid step []: another DMA is in flight there, from device 3 to `h` started at devices.mlir:493 in grid step [], and nothing orders that before this DMA from device 3
 func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !dma, %cap: !sem) attributes {scratch_operands = 4 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -515,10 +509,10 @@ func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !d
 // out f32[8,128]
 // out f32[2,8,128]
 // run allow_unwritten_outputs
-// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:541, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:541 in grid step []: device 1 reads there at devices.mlir:539, and nothing orders that before this DMA from device 0
-// fault (late): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:541, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:541 in grid step []: device 0 reads there at devices.mlir:539, and nothing orders that before this DMA from device 3
-// fault (random 0): device-race: kernel `k` on device 3: race between devices: tpu.enqueue_dma at devices.mlir:541, buffer `h` at [0, 0, 0], grid step [], DMA from device 2 to `h` started at devices.mlir:541 in grid step []: device 3 reads there at devices.mlir:539, and nothing orders that before this DMA from device 2
-// fault (random 1): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:541, buffer `h` at [0, 0, 0], grid step [], DMA from device 1 to `h` started at devices.mlir:541 in grid step []: device 2 reads there at devices.mlir:539, and nothing orders that before this DMA from device 1
+// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:535, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:535 in grid step []: device 1 reads there at devices.mlir:533, and nothing orders that before this DMA from device 0
+// fault (late): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:535, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:535 in grid step []: device 0 reads there at devices.mlir:533, and nothing orders that before this DMA from device 3
+// fault (random 0): device-race: kernel `k` on device 3: race between devices: tpu.enqueue_dma at devices.mlir:535, buffer `h` at [0, 0, 0], grid step [], DMA from device 2 to `h` started at devices.mlir:535 in grid step []: device 3 reads there at devices.mlir:533, and nothing orders that before this DMA from device 2
+// fault (random 1): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:535, buffer `h` at [0, 0, 0], grid step [], DMA from device 1 to `h` started at devices.mlir:535 in grid step []: device 2 reads there at devices.mlir:533, and nothing orders that before this DMA from device 1
 func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !dma, %cap: !sem) attributes {scratch_operands = 4 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -552,8 +546,8 @@ func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !d
 // out f32[8,128]
 // out f32[2,8,128]
 // run
-// fault (early, random 0): read-in-flight: kernel `k` on device 1: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:574, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:571 in grid step []
-// fault (late, random 1): read-in-flight: kernel `k` on device 0: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:574, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:571 in grid step []
+// fault (early, random 0): read-in-flight: kernel `k` on device 1: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:568, buffer `h` at [0, 0, 0], grid step [], DMA from device 0 to `h` started at devices.mlir:565 in grid step []
+// fault (late, random 1): read-in-flight: kernel `k` on device 0: read of a buffer whose DMA is in flight: tpu.enqueue_dma at devices.mlir:568, buffer `h` at [0, 0, 0], grid step [], DMA from device 3 to `h` started at devices.mlir:565 in grid step []
 func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !dma, %cap: !sem) attributes {scratch_operands = 4 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -623,7 +617,7 @@ func.func @k(%x: !hbm, %o: !hbm, %h: !slots, %send: !dma, %recv: !dma, %copy: !d
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run allow_unwritten_outputs
-// fault: device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:639, buffer `o` at [0, 0], grid step [], DMA from device 0 to `o` started at devices.mlir:639 in grid step []: device 1 writes there at devices.mlir:646, and nothing orders that before this DMA from device 0
+// fault: device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:633, buffer `o` at [0, 0], grid step [], DMA from device 0 to `o` started at devices.mlir:633 in grid step []: device 1 writes there at devices.mlir:640, and nothing orders that before this DMA from device 0
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %copy: !dma, %s: !sem, %t: !sem) attributes {scratch_operands = 5 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -730,9 +724,9 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %s: !sem) attributes 
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:748, buffer `o` at [0, 0], grid step [], DMA from device 0 to `o` started at devices.mlir:748 in grid step []: device 1 writes there at devices.mlir:747, and nothing orders that before this DMA from device 0
-// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:748, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:748 in grid step []: device 0 writes there at devices.mlir:747, and nothing orders that before this DMA from device 3
-// fault (random 0): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:748, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:748 in grid step []: device 2 writes there at devices.mlir:747, and nothing orders that before this DMA from device 1
+// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:742, buffer `o` at [0, 0], grid step [], DMA from device 0 to `o` started at devices.mlir:742 in grid step []: device 1 writes there at devices.mlir:741, and nothing orders that before this DMA from device 0
+// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:742, buffer `o` at [0, 0], grid step [], DMA from device 3 to `o` started at devices.mlir:742 in grid step []: device 0 writes there at devices.mlir:741, and nothing orders that before this DMA from device 3
+// fault (random 0): device-race: kernel `k` on device 2: race between devices: tpu.enqueue_dma at devices.mlir:742, buffer `o` at [0, 0], grid step [], DMA from device 1 to `o` started at devices.mlir:742 in grid step []: device 2 writes there at devices.mlir:741, and nothing orders that before this DMA from device 1
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %copy: !dma) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -756,9 +750,9 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %copy: !dma) attribut
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run allow_unwritten_outputs
-// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:774, grid step []: device 0 copies to device 1 what that has not allocated, or not any more
-// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:774, grid step []: device 3 copies to device 0 what that has not allocated, or not any more
-// fault (random 0): semaphore-unbalanced: kernel `k` on device 2: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:774, buffer `f32[8,128] allocated at devices.mlir:773`, grid step [], DMA from device 1 to `f32[8,128] allocated at devices.mlir:773` started at devices.mlir:774 in grid step []: this device has not waited for all of a DMA when the scope of its destination ended
+// fault (early): device-race: kernel `k` on device 1: race between devices: tpu.enqueue_dma at devices.mlir:768, grid step []: device 0 copies to device 1 what that has not allocated, or not any more
+// fault (late, random 1): device-race: kernel `k` on device 0: race between devices: tpu.enqueue_dma at devices.mlir:768, grid step []: device 3 copies to device 0 what that has not allocated, or not any more
+// fault (random 0): semaphore-unbalanced: kernel `k` on device 2: semaphore left unbalanced: tpu.enqueue_dma at devices.mlir:768, buffer `f32[8,128] allocated at devices.mlir:767`, grid step [], DMA from device 1 to `f32[8,128] allocated at devices.mlir:767` started at devices.mlir:768 in grid step []: this device has not waited for all of a DMA when the scope of its destination ended
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
