@@ -243,7 +243,8 @@ def barrier_waits_for_one_too_many(broken):
 def barrier_signal_left_over(broken):
     def kernel(x_ref, o_ref, send, recv):
         barrier = pltpu.get_barrier_semaphore()
-        tell(barrier, left(), 2 if broken else 1)  # fault: semaphore-unbalanced
+        amount = 2 if broken else 1
+        signal(barrier, amount, device_id=left(), device_id_type=pl.DeviceIdType.LOGICAL)  # fault: semaphore-unbalanced
         wait(barrier, 1)
         copy = to(x_ref, o_ref, send, recv, right())
         copy.start()
@@ -322,14 +323,14 @@ def gather_step_too_few(broken):
 @case
 def gather_slot_of_the_receiver(broken):
     def kernel(x_ref, o_ref, copy_sem, send, recv):
-        enter(left(), right())
         keep_own(x_ref, o_ref, copy_sem).wait()
+        enter(left(), right())
         for step in range(N - 1):
             slot = lax.rem(me() + N - step, N)
             # To where the receiver has its own block, which it may be sending.
             target = right() if broken else slot
             copy = to(o_ref.at[slot], o_ref.at[target], send, recv.at[step], right())
-            copy.start()  # fault: device-race
+            copy.start()  # fault: read-in-flight
             copy.wait()
 
     return gather(kernel)
@@ -430,15 +431,15 @@ def reduce_frees_the_wrong_neighbour(broken):
 @case
 def reduce_one_slot(broken):
     def kernel(x_ref, o_ref, slots, send, recv, free):
-        enter(left(), right())
         slots[0] = x_ref[...]
+        enter(left(), right())
         o_ref[...] = x_ref[...]
         for step in range(N - 1):
             here, there = (0, 0) if broken else (step % 2, (step + 1) % 2)
             if step > 0:
                 wait(free, 1)
             copy = to(slots.at[here], slots.at[there], send.at[here], recv.at[there], right())
-            copy.start()  # fault: device-race
+            copy.start()  # fault: read-in-flight
             copy.wait()
             if step < N - 2:
                 tell(free, left())
