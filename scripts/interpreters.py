@@ -185,7 +185,7 @@ def _():
 
 NAMES = {np.dtype(x).name: y for x, y in [("float32", "f32"), ("int32", "i32"), ("uint32", "u32"), ("int8", "i8"), ("bool", "pred")]}
 NAMES["bfloat16"] = "bf16"
-mode, calls = None, []
+mode, current, calls = None, None, []
 default = pallas_call._pallas_call_lowering
 
 
@@ -209,7 +209,8 @@ def custom_call(ctx, *nodes, config, input_output_aliases, **_):
 
     def run(*operands):
         with tempfile.TemporaryDirectory() as folder:
-            folder = pathlib.Path(folder)
+            folder = pathlib.Path(arguments.keep or folder) / f"{len(calls)} {current}"
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(text.decode() if isinstance(text, bytes) else text)
             (folder / "call.json").write_text(json.dumps(call))
             (folder / "operands.bin").write_bytes(b"".join(np.ascontiguousarray(x).tobytes() for x in operands))
@@ -240,9 +241,9 @@ def timed(fn, args, repeat):
 
 
 def measure(name):
-    global mode
-    outcome = {}
-    for mode in ["tile machine", "TPU", "generic"]:
+    global mode, current
+    current, outcome = name.replace("/", "_"), {}
+    for mode in arguments.modes.split(","):
         jax.clear_caches()
         calls.clear()
         interpreted = pltpu.force_tpu_interpret_mode() if mode == "TPU" else contextlib.nullcontext()
@@ -263,7 +264,7 @@ def measure(name):
         return f"| {name} | {error} | | | | | |"
     cells, apart = [name, f"{1e3 * ours:.2f}"], 0.0
     for label in ("TPU", "generic"):
-        seconds, other, error = outcome[label]
+        seconds, other, error = outcome.get(label, (None, None, "-"))
         cells += [error or f"{1e3 * seconds:.2f}", "" if error else f"{seconds / ours:.1f}"]
         if not error:
             differences = [np.abs(np.float64(x) - np.float64(y)).max() for x, y in zip(result, other)]
@@ -283,6 +284,8 @@ def main():
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--only", default="*", metavar="GLOB")
+parser.add_argument("--keep", metavar="DIR", help="keep the calls, for a profiler: `call DIR/...` runs one again")
+parser.add_argument("--modes", default="tile machine,TPU,generic", help="which of the three [all]")
 parser.add_argument("--repeat", type=int, default=7, metavar="N")
 arguments = parser.parse_args()
 
