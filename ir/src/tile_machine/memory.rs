@@ -220,7 +220,8 @@ impl<'i> Buffer<'i> {
     /// Whether a step wrote an element of `region`.
     pub(super) fn is_owned_in(&self, region: &Region) -> bool {
         let mut runs = region.runs();
-        !self.owners.is_empty() && runs.any(|(start, len, stride)| (0..len).any(|i| self.owners[start + i * stride] != 0))
+        !self.owners.is_empty()
+            && runs.any(|(start, len, stride)| (0..len).any(|i| self.owners[start + i * stride] != 0))
     }
 
     /// Makes elements from `at` written as in `other`, another copy of the array.
