@@ -6,10 +6,10 @@
 use std::{error::Error, process};
 
 use pagoda_engine::pjrt::{Client, Plugin, PluginChoice};
-use pagoda_ir::{Context, Element, HostTensor, stablehlo::Module, tile_machine::Program};
+use pagoda_ir::{Context, Element, HostTensor, stablehlo::Module};
 use pagoda_kernels::{
     Case, CheckError, Drawn, Kernel, Plan, Problem, Runner,
-    check::check_program,
+    check::check_kernel,
     check_mosaic,
     chips::Chip,
     matmul::{self, Activation, Epilogue, Layout, Matmul},
@@ -180,7 +180,7 @@ fn a_kernel_of_one_batch_does_the_same() {
             let context = Context::new();
             let batch = rpa::Batch::of(case.plan.problem(), &case.inputs).expect("a batch");
             let kernel = rpa::mosaic::kernel_of_batch(&context, &case.plan, &batch)?;
-            check_program(case.case(), &Program::decode(kernel.module())?, 1)
+            check_kernel(case.case(), &kernel, 1)
         };
         let failed = |error: CheckError| format!("{error}\nthe kernel of the batch of pagoda {}", command(case));
         check().map(drop).map_err(failed)

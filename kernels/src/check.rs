@@ -269,7 +269,7 @@ impl<'p, K: Kernel> Case<'p, K> {
 
     /// The types of what the kernel returns.
     pub fn result_types(self) -> Vec<TensorType> {
-        K::returned(self.plan.problem())
+        K::returned(self.plan)
     }
 
     /// What the results must be.

@@ -166,9 +166,10 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         of(true).chain(of(false)).collect()
     }
 
-    /// What the Mosaic kernel returns, in order: the results, perhaps as `[rows, columns]` with padding behind either.
-    fn returned(problem: &ProblemOf<Self>) -> Vec<TensorType> {
-        Self::results(problem).values().cloned().collect()
+    /// What the Mosaic kernel of `plan` returns, in order: the results, perhaps as `[rows, columns]` with padding behind
+    /// either, or in other sizes; behind them, what is of no use to anybody else.
+    fn returned(plan: &Plan<Self>) -> Vec<TensorType> {
+        Self::results(plan.problem()).values().cloned().collect()
     }
 
     /// Kernels with one thing wrong, each with what catches it.
@@ -224,13 +225,13 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         None
     }
 
-    /// Programs that a step runs beside the kernel, from the projections' outputs to the next projection's input: rotary
+    /// Programs that a step runs beside the kernel of `plan`, from the projections' outputs to the next projection's input: rotary
     /// embedding, writes of K and V, changes of layout. By default none.
     ///
     /// # Errors
     /// None for a valid problem, unless MLIR fails.
-    fn around<'c>(context: &'c Context, problem: &ProblemOf<Self>) -> Result<Vec<Module<'c>>> {
-        let _ = (context, problem);
+    fn around<'c>(context: &'c Context, plan: &Plan<Self>) -> Result<Vec<Module<'c>>> {
+        let _ = (context, plan);
         Ok(vec![])
     }
 
@@ -440,8 +441,8 @@ fn resized(tensor: &HostTensor, dims: &[usize], fill: u8) -> HostTensor {
 /// of padding cut off.
 pub fn host_results<K: Kernel>(problem: &ProblemOf<K>, returned: &[HostTensor]) -> Vec<HostTensor> {
     let types = K::results(problem);
-    let result = |(tensor, ty): (&HostTensor, &TensorType)| match tensor.dims() == ty.dims {
-        true => tensor.clone(),
+    let result = |(tensor, ty): (&HostTensor, &TensorType)| match tensor.len() == ty.len() {
+        true => HostTensor::from_bytes(tensor.element(), &ty.dims, tensor.bytes()),
         false => {
             let cut = resized(tensor, &rows_and_columns(ty), 0);
             HostTensor::from_bytes(cut.element(), &ty.dims, cut.bytes())
@@ -453,6 +454,19 @@ pub fn host_results<K: Kernel>(problem: &ProblemOf<K>, returned: &[HostTensor]) 
 /// A result as a kernel that works on rows has it, padding aside.
 fn rows_and_columns(ty: &TensorType) -> [usize; 2] {
     [ty.dims[0], ty.dims[1..].iter().product()]
+}
+
+/// Pairs (operand, result) of the problem's Mosaic kernel that share memory: what is donated.
+pub fn aliases<K: Kernel>(problem: &ProblemOf<K>) -> Vec<(usize, usize)> {
+    let operands = K::operands(problem);
+    let of = |argument: &Argument| match argument.role {
+        Role::Donated { result } => {
+            let operand = operands.iter().position(|operand| operand.argument == argument.name);
+            Some((operand.expect("what is donated is an operand"), result))
+        }
+        Role::Prefetch | Role::Input => None,
+    };
+    K::arguments(problem).iter().filter_map(of).collect()
 }
 
 /// The arrays that a Mosaic kernel takes, made on the host.
@@ -479,7 +493,7 @@ pub fn call<'c, 'a, K: Kernel>(
             return Ok(tensor);
         }
         let [rows, columns] = rows_and_columns(ty);
-        let cut = match tensor.dims() == [rows, columns] {
+        let cut = match tensor.ty().len() == ty.len() {
             true => tensor,
             false => b.slice(tensor, &[0, 0], &[rows, columns], &[1, 1])?,
         };
@@ -536,21 +550,25 @@ pub fn mosaic_module<'c, K: Kernel>(
 pub fn bare_module<'c>(context: &'c Context, kernel: &mosaic::Kernel) -> Result<Module<'c>> {
     let module = Module::new(context, kernel.name());
     module.function("main", &kernel.inputs(), |b, args| kernel.call(b, args))?;
+    kernel.aliases().iter().try_for_each(|&(operand, result)| module.donate("main", operand, result))?;
     Ok(module)
 }
 
-/// What a certification compiles: [`mosaic_module`], or [`bare_module`] where the program around the kernel would have ops of
-/// its own.
+/// What a certification compiles: [`mosaic_module`], or [`bare_module`] where the program around the kernel has ops that
+/// [`Kernel::around`] counts.
 ///
 /// # Errors
 /// As those.
 pub fn certified_module<'c, K: Kernel>(
     context: &'c Context,
-    problem: &ProblemOf<K>,
+    plan: &Plan<K>,
     kernel: &mosaic::Kernel,
 ) -> Result<Module<'c>> {
-    let is_padded = K::returned(problem) != K::results(problem).values().cloned().collect::<Vec<_>>();
-    if is_padded { bare_module(context, kernel) } else { mosaic_module::<K>(context, problem, kernel) }
+    let has_own_shapes = kernel.outputs() != K::results(plan.problem()).values().cloned().collect::<Vec<_>>();
+    match has_own_shapes && !K::around(context, plan)?.is_empty() {
+        true => bare_module(context, kernel),
+        false => mosaic_module::<K>(context, plan.problem(), kernel),
+    }
 }
 
 fn module<'c, K: Kernel>(

@@ -13,7 +13,7 @@ use pagoda_ir::{
 
 use crate::{
     check::{Case, CheckError, check_program},
-    kernel::Kernel,
+    kernel::{self, Kernel},
     named::Arrays,
     plan::Plan,
 };
@@ -113,6 +113,7 @@ fn caught<K: Kernel>(case: Case<K>, mutant: &str) -> Result<Option<Caught>, Stri
     let context = Context::new();
     let module = wire::deserialize(&context, mutant.as_bytes()).map_err(|error| error.to_string())?;
     let program = Program::decode(&module).map_err(|error| error.to_string())?;
+    let program = program.with_aliases(&kernel::aliases::<K>(case.plan.problem()));
     match check_program(case, &program, 1) {
         Ok(_) => Ok(None),
         Err(CheckError::Fault { fault, .. }) => Ok(Some(Caught::Fault(fault.kind))),
@@ -228,6 +229,16 @@ impl Emitted {
         let narrow = ty.replace("f32", "bf16");
         let narrowed = format!("%narrow = arith.truncf %wide : {ty} to {narrow}");
         self.with(line, &format!("%wide = {rest}\n{narrowed}\n{result} = arith.extf %narrow : {narrow} to {ty}"))
+    }
+
+    /// The rows of the tile that `line` loads, each in the place of the next one.
+    pub fn one_row_on(&self, line: usize) -> String {
+        let (result, rest) = self.lines[line].trim().split_once(" = ").expect("a result");
+        let ty = rest.rsplit(", ").next().expect("a type");
+        let rows = ty.matches('x').count() - 2;
+        let moved = format!("{{dimension = {rows} : si32}} : ({ty}, i32) -> {ty}");
+        let by = "%by = arith.constant 1 : i32";
+        self.with(line, &format!("%there = {rest}\n{by}\n{result} = \"tpu.dynamic_rotate\"(%there, %by) {moved}"))
     }
 
     /// `op` of the i32 result of `line` and `by` in its place.

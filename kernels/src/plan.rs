@@ -226,6 +226,7 @@ impl<K: Kernel> Plan<K> {
             body(k);
             k.vmem_limit(self.limit.0 as usize);
             k.cost(K::cost(&self.problem));
+            kernel::aliases::<K>(&self.problem).into_iter().for_each(|(operand, result)| k.alias(operand, result));
         })
     }
 

@@ -159,7 +159,7 @@ fn launched<K: Kernel>(plan: &Plan<K>, batch: Option<&[Lengths]>, compiler: &dyn
 /// # Errors
 /// When the batch is not one of the problem.
 pub fn launch_module<K: Kernel>(context: &Context, plan: &Plan<K>, batch: Option<&[Lengths]>) -> Result<Vec<u8>> {
-    let module = certified_module::<K>(context, plan.problem(), &K::kernel_of_batch(context, plan, batch)?)?;
+    let module = certified_module::<K>(context, plan, &K::kernel_of_batch(context, plan, batch)?)?;
     let (arguments, results) = module.function_types("main")?;
     let wide = |types: &[pagoda_ir::TensorType]| -> Vec<usize> {
         types.iter().enumerate().filter(|(_, ty)| ty.dims.len() > 1).map(|(at, _)| at).collect()
@@ -173,7 +173,7 @@ pub fn launch_module<K: Kernel>(context: &Context, plan: &Plan<K>, batch: Option
 fn around<K: Kernel>(plan: &Plan<K>, compiler: &dyn Compile) -> Result<Option<(u64, u64)>> {
     let context = Context::new();
     let mut sum = (0, 0);
-    for module in K::around(&context, plan.problem())? {
+    for module in K::around(&context, plan)? {
         let certificate = compiler.certificate(plan.chip().info().topology, module.name(), module.bytecode())?;
         let Some((cycles, without)) = certificate.other_cycles() else { return Ok(None) };
         sum = (sum.0 + cycles, sum.1 + without);

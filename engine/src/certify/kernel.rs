@@ -68,7 +68,7 @@ impl<K: Kernel> Certified<K> {
     /// As [`Certified::new`].
     pub fn of_kernel(plan: &Plan<K>, kernel: &pagoda_ir::mosaic::Kernel, certifier: &Certifier) -> Result<Self> {
         let context = Context::new();
-        let module = pagoda_kernels::kernel::certified_module::<K>(&context, plan.problem(), kernel)?.bytecode();
+        let module = pagoda_kernels::kernel::certified_module::<K>(&context, plan, kernel)?.bytecode();
         let program = Program { module: &module, replicas: 1 };
         let certificate = certifier.certify(plan.chip().info().topology, program)?;
         if certificate.compiles() && certificate.kernels.len() != 1 {

@@ -187,7 +187,7 @@ pub fn module(planned: &Planned, batch: &[Lengths]) -> Result<Vec<u8>> {
         Planned::Attention(plan) => {
             Rpa::check_batch(plan.problem(), Some(batch))?;
             let kernel = Rpa::kernel_of_batch(&context, plan, Some(batch))?;
-            let module = pagoda_kernels::kernel::certified_module::<Rpa>(&context, plan.problem(), &kernel)?;
+            let module = pagoda_kernels::kernel::certified_module::<Rpa>(&context, plan, &kernel)?;
             Ok(module.bytecode().to_vec())
         }
     }

@@ -19,6 +19,9 @@ use crate::{
     shape::{TensorType, element_type},
 };
 
+/// What types and `iteration_bounds` hold for a size that is known when the kernel runs (MLIR's `ShapedType::kDynamic`).
+pub(super) const DYNAMIC: i64 = i64::MIN;
+
 /// A memory of the TPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MemorySpace {
@@ -103,6 +106,12 @@ pub(super) fn memref_type<'c>(
     dims: &[usize],
     space: MemorySpace,
 ) -> Type<'c> {
+    let dims: Vec<i64> = dims.iter().map(|&size| size as i64).collect();
+    memref_type_of(context, element, &dims, space)
+}
+
+/// As [`memref_type`]; sizes may be [`DYNAMIC`].
+fn memref_type_of<'c>(context: &'c melior::Context, element: RefElement, dims: &[i64], space: MemorySpace) -> Type<'c> {
     let foreign = |text| Type::parse(context, text).expect("the tpu dialect is allowed unregistered");
     let element = match element {
         RefElement::Data(element) => element_type(context, element),
@@ -111,8 +120,7 @@ pub(super) fn memref_type<'c>(
     };
     let space = format!("#tpu.memory_space<{}>", space.mnemonic());
     let space = melior::ir::Attribute::parse(context, &space).expect("the tpu dialect is allowed unregistered");
-    let dims: Vec<i64> = dims.iter().map(|&size| size as i64).collect();
-    MemRefType::new(element, &dims, None, Some(space)).into()
+    MemRefType::new(element, dims, None, Some(space)).into()
 }
 
 /// Indices: one operand, or an array, a tuple or a vector of them.
@@ -294,6 +302,12 @@ impl<'a> Ref<'a> {
     /// The view as a memref of its own, for ops that take no indices.
     #[track_caller]
     fn materialise(&self, op: &str) -> mlir_sys::MlirValue {
+        self.materialise_first(op, None)
+    }
+
+    /// As [`materialise`](Self::materialise); with a count, as many elements of the leading dimension.
+    #[track_caller]
+    fn materialise_first(&self, op: &str, count: Option<Value<'a>>) -> mlir_sys::MlirValue {
         let k = self.k;
         let location = k.here();
         if self.axes.iter().any(|axis| axis.stride != 1) {
@@ -301,19 +315,25 @@ impl<'a> Ref<'a> {
         }
         let mut memref = self.base;
         let is_whole = |(axis, &size): (&Axis, &usize)| axis.size == size && matches!(axis.start, Literal::Int(0));
-        if !self.axes.iter().zip(&self.whole).all(is_whole) {
+        let mut sizes: Vec<_> = self.axes.iter().map(|axis| axis.size as i64).collect();
+        if let (Some(_), Some(&leading)) = (count, self.ranges().first()) {
+            sizes[leading] = DYNAMIC;
+        }
+        if count.is_some() || !self.axes.iter().zip(&self.whole).all(is_whole) {
             let mut operands = vec![memref];
             for axis in &self.axes {
                 operands.push(k.scalar_i32("tpu.memref_slice", axis.start).raw);
             }
-            let segments = DenseI32ArrayAttribute::new(k.context, &[1, self.axes.len() as i32, 0]).into();
-            let sizes: Vec<_> = self.axes.iter().map(|axis| axis.size).collect();
-            let result = memref_type(k.context, self.element, &sizes, self.space);
+            operands.extend(count.map(|count| count.raw));
+            let segments = [1, self.axes.len() as i32, i32::from(count.is_some())];
+            let segments = DenseI32ArrayAttribute::new(k.context, &segments).into();
+            let result = memref_type_of(k.context, self.element, &sizes, self.space);
             let attributes = [("operandSegmentSizes", segments)];
             memref = k.emit("tpu.memref_slice", &operands, &attributes, &[result], vec![], location)[0];
         }
         if self.axes.iter().any(|axis| axis.point) {
-            let result = memref_type(k.context, self.element, &self.dims(), self.space);
+            let sizes: Vec<_> = self.ranges().into_iter().map(|axis| sizes[axis]).collect();
+            let result = memref_type_of(k.context, self.element, &sizes, self.space);
             memref = k.emit("tpu.memref_squeeze", &[memref], &[], &[result], vec![], location)[0];
         }
         memref
@@ -475,12 +495,30 @@ pub struct Dma<'a> {
     source: Ref<'a>,
     destination: Ref<'a>,
     semaphore: Ref<'a>,
+    /// How many elements of the leading dimension, where not all.
+    count: Option<Value<'a>>,
 }
 
 impl<'a> Dma<'a> {
     #[track_caller]
     fn operands(&self, op: &str) -> [mlir_sys::MlirValue; 3] {
-        [self.source.materialise(op), self.destination.materialise(op), self.semaphore.materialise(op)]
+        let [source, destination] = [&self.source, &self.destination];
+        [
+            source.materialise_first(op, self.count),
+            destination.materialise_first(op, self.count),
+            self.semaphore.materialise(op),
+        ]
+    }
+
+    /// The copy of no more than the first `count` elements of the leading dimension, which must not be one of the two minor
+    /// ones: those are tiled. `count` is at most what the views have; where it is 0, nothing is moved or waited for.
+    #[track_caller]
+    pub fn first(self, count: Value<'a>) -> Self {
+        let (k, op) = (self.source.k, "tpu.enqueue_dma");
+        if self.source.dims().len() < 3 {
+            k.fail(op, format!("a part of {}, whose dimensions are all tiled", self.source.describe()));
+        }
+        Self { count: Some(k.scalar_i32(op, Literal::Value(count))), ..self }
     }
 
     /// Starts it. Until it is waited for, the destination may be neither read nor written and the source not
@@ -531,7 +569,7 @@ impl<'a> Builder<'a> {
         for view in [&source, &destination] {
             self.check_tiling(op, view);
         }
-        Dma { source, destination, semaphore }
+        Dma { source, destination, semaphore, count: None }
     }
 
     /// Describes a DMA and starts it.

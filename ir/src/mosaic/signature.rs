@@ -15,7 +15,7 @@ use melior::ir::{
 use super::{
     builder::{Role, Semantics},
     location::describe_function,
-    memref::{MemorySpace, RefElement},
+    memref::{DYNAMIC, MemorySpace, RefElement},
     tiling::tile_padded_bytes,
 };
 use crate::{
@@ -69,9 +69,6 @@ pub struct WindowParams {
     /// padded with before its first and after its last, by dimension.
     pub element_padding: Option<Vec<(usize, usize)>>,
 }
-
-/// What `iteration_bounds` holds for a size that is an operand of the call (MLIR's `ShapedType::kDynamic`).
-const DYNAMIC: i64 = i64::MIN;
 
 /// Elements of a buffer and steps of a grid that a kernel may have: so many that no chip has them, so few that no sum of
 /// bytes overflows.

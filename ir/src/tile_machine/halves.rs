@@ -56,6 +56,8 @@ impl Program {
         let apart = !matches!(machine.dma, DmaOrder::Random(_))
             && !machine.overlaps()
             && self.unused_outputs.is_empty()
+            && !self.communicates()
+            && !self.has_semaphores_of_the_call()
             && !machine.ignored.contains(FaultKind::SemaphoreUnbalanced);
         let grid = self.signature.grid.iter().map(|&(size, how)| Some((size?, how))).collect::<Option<Vec<_>>>()?;
         let &(size, how) = grid.iter().find(|(size, _)| *size > 1)?;
@@ -73,7 +75,7 @@ impl Program {
         steps: Range<usize>,
         nobody: &'p mut (),
     ) -> Option<Half<'p, 'i>> {
-        let mut executor = self.executor(machine, nobody);
+        let mut executor = self.executor(machine, nobody, None);
         executor.reads = Some(vec![]);
         let signature = self.signature.clone().with_outputs(outputs.len());
         let mut call = executor.allocate(&signature.arguments, inputs, outputs).ok()?;
@@ -126,13 +128,10 @@ impl Buffer<'_> {
         let width = self.data.element().bytes();
         let len = self.data.len();
         let mut at = 0;
-        while at < len {
-            if !other.is_owned(at) {
-                at += 1;
-                continue;
-            }
-            let run = (at..len).take_while(|&at| other.is_owned(at)).count();
-            if (at..at + run).any(|at| self.is_owned(at)) {
+        while let Some(skipped) = other.owners[at..len].iter().position(|&owner| owner != 0) {
+            at += skipped;
+            let run = other.owners[at..len].iter().position(|&owner| owner == 0).unwrap_or(len - at);
+            if self.owners[at..at + run].iter().any(|&owner| owner != 0) {
                 return false;
             }
             let bytes = at * width..(at + run) * width;

@@ -136,13 +136,15 @@ pub(super) fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<Til
     all.filter(fits).collect()
 }
 
-/// Nothing of a fused kernel. Before another, queries and keys are rotated, keys and values are written. Behind it nothing is
-/// computed. A kernel of any batch takes q and gives its output as the projections around it have them, in two dimensions,
+/// Of a fused kernel no more than the output's change of layout, where rows are copied one by one. Before another, queries and
+/// keys are rotated, keys and values are written. Behind it nothing is computed. A kernel of any batch takes q and gives its output as the projections around it have them, in two dimensions,
 /// rows of padding aside; that of decode has heads, in another layout.
-pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<Module<'c>>> {
+pub(super) fn around<'c>(context: &'c Context, plan: &Plan) -> Result<Vec<Module<'c>>> {
+    let problem = plan.problem();
     let &Spec { tokens, q_heads, kv_heads, head_dim, .. } = problem.spec();
     if problem.fused.is_some() {
-        return Ok(vec![]);
+        let is_by_head = plan.output_dims().len() > 2;
+        return if is_by_head { Ok(vec![after(context, problem, &plan.output_dims())?]) } else { Ok(vec![]) };
     }
     let types_of = problem.precision;
     let (q, f32) = (types_of.q, Element::F32);
@@ -180,18 +182,23 @@ pub(super) fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<
     if flat && padded == [tokens, features] {
         return Ok(vec![before]);
     }
+    let after = after(context, problem, &plan.output_dims())?;
+    Ok(vec![before, after])
+}
+
+/// The output, which the kernel gives in sizes `given`, as the next projection takes it.
+fn after<'c>(context: &'c Context, problem: &Problem, given: &[usize]) -> Result<Module<'c>> {
+    let (tokens, features) = (problem.tokens, problem.q_heads * problem.head_dim);
     let after = Module::new(context, "after_attention");
-    let output = problem.output_type();
-    let given = if flat { TensorType::new(output.element, &padded) } else { output };
-    after.function("main", &[given], |b, args| {
-        Ok(vec![match flat {
-            true => b.slice_in_dim(b.slice_in_dim(args[0], 0, tokens, 0)?, 0, features, 1)?,
-            false => b.reshape(args[0], &[tokens, features])?,
+    after.function("main", &[TensorType::new(problem.precision.output, given)], |b, args| {
+        Ok(vec![match given.len() {
+            2 => b.slice_in_dim(b.slice_in_dim(args[0], 0, tokens, 0)?, 0, features, 1)?,
+            _ => b.reshape(args[0], &[tokens, features])?,
         }])
     })?;
     after.row_major_argument("main", 0)?;
     after.row_major_result("main", 0)?;
-    Ok(vec![before, after])
+    Ok(after)
 }
 
 #[cfg(test)]

@@ -260,11 +260,11 @@ impl Kernel for Rpa {
         mosaic::operands(problem)
     }
 
-    fn returned(problem: &Problem) -> Vec<TensorType> {
-        match problem.kind {
-            Kind::Decode => Self::results(problem).values().cloned().collect(),
-            Kind::Mixed => vec![TensorType::new(problem.precision.output, &plan::padded_rows(problem))],
-        }
+    fn returned(plan: &plan::Plan) -> Vec<TensorType> {
+        let problem = plan.problem();
+        let out = TensorType::new(problem.precision.output, &plan.output_dims());
+        let kv_pages = problem.fused.map(|_| problem.kv_pages_type());
+        [Some(out), kv_pages, plan.fresh_tokens()].into_iter().flatten().collect()
     }
 
     fn mosaic<'a>(k: &'a Builder<'a>, plan: &plan::Plan) {
@@ -311,8 +311,8 @@ impl Kernel for Rpa {
         plan::alone(plan).map(|alone| (alone, 1))
     }
 
-    fn around<'c>(context: &'c Context, problem: &Problem) -> Result<Vec<hlo::Module<'c>>> {
-        estimate::around(context, problem)
+    fn around<'c>(context: &'c Context, plan: &plan::Plan) -> Result<Vec<hlo::Module<'c>>> {
+        estimate::around(context, plan)
     }
 
     fn plannable(problem: &Problem, chip: Chip) -> std::result::Result<(), PlanError> {

@@ -2,7 +2,7 @@
 
 use pagoda_ir::{Element, tile_machine::FaultKind};
 
-use super::{Kind, Precision, Problem, Rpa, Spec, plan::Tiles};
+use super::{Kind, Precision, Problem, Rotary, Rpa, Spec, plan::Tiles};
 use crate::{
     chips::Chip,
     kernel::Kernel,
@@ -20,7 +20,45 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let wide = set(8, 128, pages_of_128, WIDTHS);
     assert_eq!(wide.plan.widths(), [128, 256]);
     let with_blocks = [(1, 96), (0, 5), (33, 77), (20, 41), (1, 10)];
-    vec![set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, decode()]
+    // Fused, with rows that have no key, and rows of more than one run.
+    let rows = [(1, 20), (1, 60), (0, 5), (1, 33), (1, 64), (1, 0), (1, 1)];
+    let prompts = [(1, 60), (0, 5), (3, 0), (13, 13), (110, 120), (9, 60), (2, 17)];
+    let fused_decode = fused(Kind::Decode, Chip::V6e, [7, 6], &rows, FUSED_DECODE);
+    let fused = fused(Kind::Mixed, Chip::V5p, [150, 4], &prompts, FUSED);
+    vec![set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, decode(), fused_decode, fused]
+}
+
+/// Two KV heads, two layers, two pages to a KV block, padding rows.
+fn fused(
+    kind: Kind,
+    chip: Chip,
+    [tokens, q_heads]: [usize; 2],
+    lengths: &[(usize, usize)],
+    mutants: &[Mutant],
+) -> MutantSet<Rpa> {
+    let spec = Spec {
+        kind,
+        precision: Precision::uniform(Element::Bf16),
+        tokens,
+        q_heads,
+        kv_heads: 2,
+        head_dim: 128,
+        page_size: 16,
+        pages: 40,
+        layers: 2,
+        max_seqs: 8,
+        pages_per_seq: 10,
+        scale: 0.088,
+        fused: Some(Rotary::HalfSplit),
+        ..Spec::default()
+    };
+    let problem = Problem::new(spec).expect("a problem");
+    let queries = if kind == Kind::Decode { 8 } else { 16 };
+    let options = Options { tiles: Some(Tiles { queries, kv_pages: 2 }), vmem_limit: None };
+    let plan = Plan::new(problem.clone(), chip, options).expect("legal tiles");
+    let lengths: Vec<_> = lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
+    let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
+    MutantSet { plan, inputs, mutants: mutants.to_vec(), superfluous: None }
 }
 
 /// What writes the rows of idle sequences, which only fused attention may be given.
@@ -351,3 +389,105 @@ const WIDTHS: &[Mutant] = &[
 
 /// The comparison of what is seen with half of a block.
 const WIDTH: &[&str] = &["cmpi sle", " : i32"];
+
+/// Of the fused decode kernel.
+const FUSED_DECODE: &[Mutant] = {
+    use Caught::{Fault, Mismatch};
+    use FaultKind::{Deadlock, OutOfBounds, ReadInFlight, SemaphoreUnbalanced};
+    &[
+        ("projections not waited for", |t| t.without(t.find(0, &["wait_dma2", "%qkv"])), Fault(ReadInFlight)),
+        ("angles not waited for", |t| t.without(t.find(0, &["wait_dma2", "%cos_sin"])), Fault(ReadInFlight)),
+        (
+            "sines of the wrong half",
+            |t| t.replaced(t.find(1, &["cmpi slt", "vector<7x128xi32>"]), "slt", "sge"),
+            Mismatch,
+        ),
+        (
+            "sines of the wrong sign",
+            |t| t.first_operand_only(t.find(0, &["negf", "vector<7x128xf32>"]), "arith.maximumf"),
+            Mismatch,
+        ),
+        ("angles of the row before", |t| t.one_row_on(t.find(0, &["vector.load %angles"])), Mismatch),
+        ("a token in its neighbour's place", |t| t.changed(t.find(0, &["remsi"]), "arith.xori", 1), Mismatch),
+        (
+            "a token in the page before",
+            |t| t.changed(t.above(t.find(0, TOKEN), "arith.divsi"), "arith.subi", 1),
+            Fault(OutOfBounds),
+        ),
+        (
+            "a token in another layer",
+            |t| t.changed(t.above(t.find(0, TOKEN), "load %first_page["), "arith.subi", 40),
+            Mismatch,
+        ),
+        ("a token not written", |t| t.without(t.find(0, TOKEN)), Fault(Deadlock)),
+        (
+            "a token not waited for",
+            |t| t.without(t.find(0, &["wait_dma2", "memref<1x4x128xbf16"])),
+            Fault(SemaphoreUnbalanced),
+        ),
+        (
+            "the page's token in place of the new one",
+            |t| t.without(t.above(t.find(0, TOKEN), "vector_store")),
+            Mismatch,
+        ),
+        ("rows without a key not blank", |t| t.replaced(t.find(0, &["arith.cmpi eq"]), " eq", " ne"), Mismatch),
+    ]
+};
+
+/// The copy of a new token to its page.
+const TOKEN: &[&str] = &["enqueue_dma", "memref<1x4x128xbf16"];
+
+/// Of the fused kernel of any batch, whose cores share the work.
+const FUSED: &[Mutant] = {
+    use Caught::{Fault, Mismatch};
+    use FaultKind::{OutOfBounds, OverwriteInFlight, ParallelOverlap, ReadInFlight};
+    &[
+        ("projections not waited for", |t| t.without(t.find(0, &["wait_dma2", "128x512xbf16"])), Fault(ReadInFlight)),
+        ("angles of keys not waited for", |t| t.without(t.find(0, &["wait_dma2", "128x128xf32"])), Fault(ReadInFlight)),
+        (
+            "angles of queries not waited for",
+            |t| t.without(t.find(0, &["wait_dma2", "<8x128xf32"])),
+            Fault(ReadInFlight),
+        ),
+        // The first two are of the loop, two are of each buffer.
+        ("tokens read before they are there", |t| t.without(t.find(4, TOKENS_SENT)), Fault(ReadInFlight)),
+        (
+            "keys with sines of the wrong half",
+            |t| t.replaced(t.find(1, &["cmpi slt", "vector<32x128xi32>"]), "slt", "sge"),
+            Mismatch,
+        ),
+        (
+            "queries with sines of the wrong sign",
+            |t| t.first_operand_only(t.find(0, &["negf", "vector<8x128xf32>"]), "arith.maximumf"),
+            Mismatch,
+        ),
+        ("keys by the angles of the row before", |t| t.one_row_on(t.find(0, &["vector.load %new_angles"])), Mismatch),
+        ("queries by the angles of the row before", |t| t.one_row_on(t.find(0, &["vector.load %angles"])), Mismatch),
+        (
+            "tokens one place further",
+            |t| t.changed(t.above(t.find(0, &["remsi"]), "arith.addi"), "arith.addi", 1),
+            Mismatch,
+        ),
+        (
+            "tokens of a page in its neighbours' places",
+            |t| t.changed(t.find(0, &["remsi"]), "arith.xori", 1),
+            Fault(OverwriteInFlight),
+        ),
+        (
+            "tokens written by both cores",
+            |t| t.first_operand_only(t.find(1, &["cmpi eq", "%grid0"]), "arith.cmpi eq,"),
+            Fault(ParallelOverlap),
+        ),
+        (
+            "new tokens read from the page",
+            |t| t.replaced(t.above(t.find(0, TOKENS_READ), "cmpi sge"), "sge", "sle"),
+            Fault(OutOfBounds),
+        ),
+    ]
+};
+
+/// The waits for tokens that leave a buffer, and the copies of some of a page's tokens.
+const TOKENS_SENT: &[&str] =
+    &["wait_dma2", "memref<?x4x128xbf16, #tpu.memory_space<vmem>>, memref<?x4x128xbf16, #tpu.memory_space<vmem>>"];
+const TOKENS_READ: &[&str] =
+    &["enqueue_dma", "memref<?x4x128xbf16, #tpu.memory_space<hbm>>, memref<?x4x128xbf16, #tpu.memory_space<vmem>>"];

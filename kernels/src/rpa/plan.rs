@@ -12,10 +12,12 @@
 //! it is a multiple of 128, and rows of pages come in pieces of 128.
 
 pub(super) mod decode;
+pub(super) mod fused;
 
 use std::fmt;
 
 use pagoda_ir::{
+    TensorType,
     element::Element,
     mosaic::{
         tile_padded_bytes,
@@ -87,8 +89,8 @@ const MAX_COPIES: usize = 32;
 
 /// Whether there is a Mosaic form of a problem with these options. (Sizes are `plannable`'s matter.)
 pub fn emitted(spec: &Spec) -> bool {
-    let Spec { fused, sinks, log_sum_exp, kv_rows, precision, .. } = spec;
-    fused.is_none() && !sinks && !log_sum_exp && *kv_rows == KvRows::Interleaved && precision.kv == precision.q
+    let Spec { sinks, log_sum_exp, kv_rows, precision, .. } = spec;
+    !sinks && !log_sum_exp && *kv_rows == KvRows::Interleaved && precision.kv == precision.q
 }
 
 /// Refuses options that there is no Mosaic form of, a head dimension that no rows can be copied of, and page tables that
@@ -211,6 +213,30 @@ impl Plan {
     /// Cores whose work differs: those of the device, where each has some of the sequences and blocks, and not of the heads.
     pub fn shares(&self) -> usize {
         if self.details().split == Split::Sequences { self.grid()[0] } else { 1 }
+    }
+
+    /// The output as the kernel gives it: by head from decode, unless it is fused and rows are whole tiles of one core; else in
+    /// two dimensions, in whole tiles.
+    pub(super) fn output_dims(&self) -> Vec<usize> {
+        let problem = self.problem();
+        match (problem.kind, problem.fused) {
+            (Kind::Mixed, _) => padded_rows(problem).to_vec(),
+            (Kind::Decode, Some(_)) if decode::is_flat(self.details().split) => {
+                vec![fused::projected(problem)[0], (problem.q_heads * problem.head_dim).next_multiple_of(LANES)]
+            }
+            (Kind::Decode, _) => vec![problem.tokens, problem.q_heads, problem.head_dim],
+        }
+    }
+
+    /// Where cores share the work of a fused kernel: what each has of the tokens of every row, `[cores, rows, rows of a token,
+    /// head_dim]`.
+    pub(super) fn fresh_tokens(&self) -> Option<TensorType> {
+        let problem = self.problem();
+        let is_shared =
+            problem.fused.is_some() && problem.kind == Kind::Mixed && self.details().split == Split::Sequences;
+        let [token_rows, width] = problem.kv_layout().token_dims();
+        let dims = [self.chip().info().cores, padded_rows(problem)[0], token_rows, width];
+        is_shared.then(|| TensorType::new(problem.precision.kv, &dims))
     }
 
     pub(super) fn kv_dims(&self) -> [usize; 5] {
@@ -378,8 +404,14 @@ fn head_block(problem: &Problem, chip: Chip) -> usize {
     let sliceable = share > 0
         && heads.is_multiple_of(share)
         && KvLayout::rows_of(share).is_multiple_of(SUBLANES)
-        && (share * problem.group() * problem.head_dim).is_multiple_of(LANES);
+        && (share * problem.group() * problem.head_dim).is_multiple_of(LANES)
+        && projections_sliceable(problem, share);
     if sliceable { share } else { heads }
+}
+
+/// Whether the columns of `share` KV heads are whole tiles, where they are copied.
+fn projections_sliceable(problem: &Problem, share: usize) -> bool {
+    problem.fused.is_none() || (share * problem.head_dim).is_multiple_of(LANES)
 }
 
 /// Pieces of a row of `head_dim` elements, and lanes of each: what is accessed with strides must be one tile wide.
@@ -430,7 +462,8 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
         scratch("sum", Element::F32, &[head_block, rows, LANES]),
         scratch("acc", Element::F32, &[head_block, rows, dim]),
     ];
-    VmemReport { buffers: first.into_iter().chain(by_head).chain(rest).collect() }
+    let fused = problem.fused.map(|_| fused::buffers(problem, head_block, tiles.queries));
+    VmemReport { buffers: first.into_iter().chain(by_head).chain(rest).chain(fused.into_iter().flatten()).collect() }
 }
 
 /// The tiles of least [`cycles`] that fit `limit` with room for spills; without it, if none do.

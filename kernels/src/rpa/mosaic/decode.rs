@@ -8,6 +8,12 @@
 //! Where no page can be sliced by heads, the cores share the sequences: the first core takes them from the front, the
 //! second from the back, each as long as the middle of the sequence's keys lies in its half. Rows are written by copies of
 //! their own, so that no block of the output belongs to both.
+//!
+//! Fused, queries and new keys of all rows are turned while the first KV blocks arrive (`projections`). A new token takes its
+//! place in the last KV block of its sequence, in VMEM, and goes to its page when that block is there: nobody reads the page
+//! any more.
+
+mod projections;
 
 use std::f64::consts::LOG2_E;
 
@@ -19,6 +25,7 @@ use pagoda_ir::{
     },
 };
 
+use self::projections::Fused;
 use super::{MASKED, NONE, Strided, broadcast_lanes, by_lane};
 use crate::rpa::{
     batch::Batch,
@@ -26,6 +33,7 @@ use crate::rpa::{
     plan::{
         Plan, Split,
         decode::{self, BUFFERS},
+        fused,
     },
 };
 
@@ -65,6 +73,9 @@ struct Body<'a, 'p> {
     arrived: Ref<'a>,
     /// For q, then for the rows of the output.
     moved: Ref<'a>,
+    /// Query heads of the core.
+    q_heads: usize,
+    fused: Option<Fused<'a>>,
 }
 
 /// A place in a core's stream of KV blocks.
@@ -90,13 +101,29 @@ impl<'a, 'p> Body<'a, 'p> {
         let cu_q_lens = scalars("cu_q_lens", &[problem.max_seqs + 1]);
         let num_seqs = scalars("num_seqs", &[1]);
         let first_page = (problem.layers > 1).then(|| scalars("first_page", &[1]));
-        let q = k.hbm_input("q", types.q, &problem.q_type().dims);
-        let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
-        let out = k.hbm_output("out", types.output, &problem.output_type().dims);
+        let q = match problem.fused {
+            None => k.hbm_input("q", types.q, &problem.q_type().dims),
+            Some(_) => k.hbm_input("qkv", types.q, &fused::projected(problem)),
+        };
+        let cos_sin = problem.fused.map(|_| {
+            let [rows, _] = fused::projected(problem);
+            k.hbm_input("cos_sin", Element::F32, &[rows, dim])
+        });
+        let mut kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
+        let out = k.hbm_output("out", types.output, &plan.output_dims());
+        if problem.fused.is_some() {
+            kv_pages = k.hbm_output("kv_pages_written", types.kv, &problem.kv_pages_type().dims);
+        }
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let (heads, rows) = (head_block * problem.group(), decode::rows(problem));
-        let q_rows = scratch("q_rows", types.q, &[problem.tokens, heads, dim]);
-        let out_rows = scratch("out_rows", types.output, &[problem.tokens, heads, dim]);
+        let rows_of = |name, element| scratch(name, element, &[problem.tokens, heads, dim]);
+        let (q_rows, out_rows, fused) = match cos_sin {
+            None => (rows_of("q_rows", types.q), rows_of("out_rows", types.output), None),
+            Some(cos_sin) => {
+                let (fused, results) = Fused::declare(k, plan, cos_sin);
+                (fused.rows.clone(), results, Some(fused))
+            }
+        };
         let kv = scratch("kv", types.kv, &decode::kv_dims(problem, plan.tiles(), head_block));
         let staging = scratch("staging", Element::F32, &decode::staging_dims(problem, head_block));
         let max = scratch("max", Element::F32, &[head_block, rows, LANES]);
@@ -145,20 +172,30 @@ impl<'a, 'p> Body<'a, 'p> {
             sequences,
             arrived,
             moved,
+            q_heads: heads,
+            fused,
         }
     }
 
     fn write(&self) {
         let k = self.k;
-        let queries = k.make_async_copy(self.heads_of(&self.q), self.q_rows.clone(), self.moved.at(0));
-        queries.start();
+        let copy_queries = || k.async_copy(self.heads_of(&self.q), self.q_rows.clone(), self.moved.at(0));
+        let queries = self.fused.is_none().then(copy_queries);
+        if let Some(fused) = &self.fused {
+            self.begin_rows(fused);
+        }
         let Share { count, rows } = self.share();
         let ahead = k.fold_range(0, BUFFERS, (k.int(0), k.int(NEW)), |slot, (index, page)| {
             let next = self.fetch(Place { index, page }, count, slot, true);
             (next.index, next.page)
         });
         self.staging.store(0.0);
-        queries.wait();
+        if let Some(queries) = queries {
+            queries.wait();
+        }
+        if let Some(fused) = &self.fused {
+            self.turn_rows(fused);
+        }
         k.fold_range(0, count, (k.int(0), ahead), |index, (slot, ahead)| {
             let sequence = self.sequences.at(index).load();
             let kv_len = self.kv_lens.at(sequence).load();
@@ -168,7 +205,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 (slot, self.begin_of(kv_len), ahead),
                 |(_, page, _)| (page * self.plan.problem().page_size).less(kv_len),
                 |(slot, page, (index, next))| {
-                    self.attend(page, slot, kv_len);
+                    self.attend(page, slot, kv_len, [sequence, token]);
                     let ahead = self.fetch(Place { index, page: next }, count, slot, false);
                     (next_slot(slot), page + self.plan.tiles().kv_pages, (ahead.index, ahead.page))
                 },
@@ -176,12 +213,18 @@ impl<'a, 'p> Body<'a, 'p> {
             self.finish(token);
             (slot, ahead)
         });
-        self.sent(rows);
+        match &self.fused {
+            Some(fused) if fused.is_flat => self.send_rows(fused),
+            _ => self.sent(rows),
+        }
+        if let Some(fused) = &self.fused {
+            self.tokens_sent(fused, count);
+        }
     }
 
     /// A core's part of the heads of an array of rows.
     fn heads_of(&self, rows: &Ref<'a>) -> Ref<'a> {
-        let heads = self.q_rows.dims()[1];
+        let heads = self.q_heads;
         match self.split {
             Split::Heads => rows.slice(1, (self.core * heads).multiple_of(heads), heads),
             Split::Nothing | Split::Sequences => rows.clone(),
@@ -213,13 +256,17 @@ impl<'a, 'p> Body<'a, 'p> {
                 false => rows,
             };
             self.sequences.at(count).store(sequence);
-            k.when(rows.greater(keys), || self.blank(row));
+            if !self.is_flat() {
+                k.when(rows.greater(keys), || self.blank(row));
+            }
             (count + rows * keys.minimum(1), before + keys, all_rows + rows)
         });
         // The last core has the rows that no sequence has.
         let padding = self.cu_q_lens.at(self.num_seqs).load();
         let padding = if is_split { self.core * (padding - tokens as i64) + tokens as i64 } else { padding };
-        k.for_range(padding, tokens, |row| self.blank(row));
+        if !self.is_flat() {
+            k.for_range(padding, tokens, |row| self.blank(row));
+        }
         Share { count, rows: rows + tokens as i64 - padding }
     }
 
@@ -271,12 +318,7 @@ impl<'a, 'p> Body<'a, 'p> {
                     k.when(kv_len.less((page + self.plan.tiles().kv_pages) * self.page_size()), || self.clear(slot));
                 }
                 self.pages(page, kv_len, |number, place| {
-                    let index = self.page_indices.at((sequence, number)).load();
-                    let index = match &self.first_page {
-                        Some(first) => index + first.at(0).load(),
-                        None => index,
-                    };
-                    self.page(index, slot, place).start();
+                    self.page(self.page_index(sequence, number), slot, place).start();
                 });
                 let next = page + self.plan.tiles().kv_pages;
                 let more = (next * self.page_size()).less(kv_len);
@@ -327,14 +369,28 @@ impl<'a, 'p> Body<'a, 'p> {
         );
     }
 
+    /// A core's part of the rows of tokens: `[tokens, rows, head_dim]`.
+    fn heads_of_page(&self, tokens: Ref<'a>) -> Ref<'a> {
+        let kv_rows = KvLayout::rows_of(self.plan.head_block());
+        match self.split {
+            Split::Heads => tokens.slice(1, (self.core * kv_rows).multiple_of(kv_rows), kv_rows),
+            Split::Nothing | Split::Sequences => tokens,
+        }
+    }
+
+    /// Where page `number` of a sequence is in the buffer of all layers.
+    fn page_index(&self, sequence: Value<'a>, number: Value<'a>) -> Value<'a> {
+        let index = self.page_indices.at((sequence, number)).load();
+        match &self.first_page {
+            Some(first) => index + first.at(0).load(),
+            None => index,
+        }
+    }
+
     /// The copies of the page at `index` of the cache to a place of a buffer.
     fn page(&self, index: Value<'a>, slot: Value<'a>, place: Value<'a>) -> Copies<'a> {
         let kv_rows = KvLayout::rows_of(self.plan.head_block());
-        let source = self.kv_pages.at(index);
-        let source = match self.split {
-            Split::Heads => source.slice(1, (self.core * kv_rows).multiple_of(kv_rows), kv_rows),
-            Split::Nothing | Split::Sequences => source,
-        };
+        let source = self.heads_of_page(self.kv_pages.at(index));
         let semaphore = place & (self.arrived.dims()[1] as i64 - 1);
         let &[_, pieces, _, _, lanes] = &self.kv.dims()[..] else { unreachable!("it has five dimensions") };
         let copies = (0..pieces).map(|piece| {
@@ -346,10 +402,13 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// A row's queries, by head; nothing seen yet.
     fn begin(&self, token: Value<'a>) {
-        let heads = self.q_rows.dims()[1];
+        let heads = self.q_heads;
         for (lane, piece) in self.staging_pieces() {
             let lanes = piece.dims()[1];
-            let row = self.q_rows.at(token).slice(1, lane, lanes).load().cast(Element::F32);
+            let row = match &self.fused {
+                None => self.q_rows.at(token).slice(1, lane, lanes).load().cast(Element::F32),
+                Some(fused) => fused.row(lane / LANES, token, [heads, lanes]).load(),
+            };
             piece.strided(0, 0, heads, SUBLANES).store(row);
         }
         self.max.store(NONE);
@@ -371,11 +430,18 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// Divides, and sends the row on its way.
     fn finish(&self, token: Value<'a>) {
-        let (problem, heads) = (self.plan.problem(), self.q_rows.dims()[1]);
+        let (problem, heads) = (self.plan.problem(), self.q_heads);
         for head in 0..self.plan.head_block() {
             let acc = self.acc.at(head).load() / self.sum.at(head).load().sum(1);
             let (group, dim) = (problem.group(), problem.head_dim);
             self.staged(head, group).store(acc.slice(&[0, 0], &[group, dim]));
+        }
+        if let Some(fused) = self.fused.as_ref().filter(|fused| fused.is_flat) {
+            for (lane, piece) in self.staging_pieces() {
+                let row = fused.row(lane / LANES, token, [heads, piece.dims()[1]]);
+                row.store(piece.strided(0, 0, heads, SUBLANES).load());
+            }
+            return;
         }
         let row = self.out_rows.at(token);
         for (lane, piece) in self.staging_pieces() {
@@ -385,11 +451,14 @@ impl<'a, 'p> Body<'a, 'p> {
         self.send(token);
     }
 
-    /// Lets the row see the keys of a block.
-    fn attend(&self, page: Value<'a>, slot: Value<'a>, kv_len: Value<'a>) {
+    /// Lets the row `token` of `sequence` see the keys of a block.
+    fn attend(&self, page: Value<'a>, slot: Value<'a>, kv_len: Value<'a>, [sequence, token]: [Value<'a>; 2]) {
         let (k, problem, keys) = (self.k, self.plan.problem(), self.plan.keys());
         self.pages(page, kv_len, |_, place| self.page(k.int(0), slot, place).wait());
         let live = kv_len - page * problem.page_size;
+        if let Some(fused) = &self.fused {
+            k.when(live.less_equal(keys), || self.append(fused, [sequence, token], slot, [live, kv_len]));
+        }
         let block = Block::new(&self.kv.at(slot), problem.precision.kv);
         let masked = |width: usize| self.heads(&block, width, Some(live));
         let widths = self.plan.widths();

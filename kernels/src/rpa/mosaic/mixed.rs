@@ -25,8 +25,13 @@
 //! on ([`Plan::widths`]). In bf16 a 32-bit word of a page holds an element of K (low half) and of V (high half) of the same
 //! head, so one strided load brings both.
 //!
+//! Fused, a core first turns the keys of the new rows and writes their tokens into the pages; queries are turned when they
+//! arrive (`projections`).
+//!
 //! Poison: logits are selected by position *after* the product; values behind a sequence's end are overwritten with zeros
 //! *before* it (zero times NaN is NaN). Rows that see no key are written as zeros.
+
+mod projections;
 
 use std::f64::consts::LOG2_E;
 
@@ -38,6 +43,7 @@ use pagoda_ir::{
     },
 };
 
+use self::projections::{Fused, Written};
 use super::{Cores, MASKED, Metadata, NONE, Strided, broadcast_lanes, by_lane, joined};
 use crate::rpa::{
     batch::Batch,
@@ -82,6 +88,7 @@ struct Body<'a, 'p> {
     arrived: Ref<'a>,
     queries_arrived: Ref<'a>,
     sent: Ref<'a>,
+    fused: Option<Fused<'a>>,
 }
 
 /// The core's entries, an array in SMEM for each number.
@@ -154,9 +161,14 @@ impl<'a, 'p> Body<'a, 'p> {
         let [step] = k.grid([(steps, Semantics::Parallel)]);
         let metadata = Metadata::declare(k, problem);
         let [rows, columns] = plan::padded_rows(problem);
-        let q = k.hbm_input("q", types.q, &[rows, columns]);
+        let q = match problem.fused {
+            None => k.hbm_input("q", types.q, &[rows, columns]),
+            Some(_) => k.hbm_input("qkv", types.q, &plan::fused::projected(problem)),
+        };
+        let cos_sin = problem.fused.map(|_| k.hbm_input("cos_sin", Element::F32, &[rows, dim]));
         let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
         let out = k.hbm_output("out", types.output, &[rows, columns]);
+        let written = cos_sin.map(|cos_sin| Written::declare(k, plan, cos_sin));
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let (block, columns) = (plan.block_rows(), plan.columns());
         let queries = scratch("queries", types.q, &[2, block, columns]);
@@ -171,6 +183,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let max = scratch("max", Element::F32, &[heads, plan.rows(), LANES]);
         let sum = scratch("sum", Element::F32, &[heads, plan.rows(), LANES]);
         let acc = scratch("acc", Element::F32, &[heads, plan.rows(), dim]);
+        let fused = written.map(|written| Fused::declare(k, plan, written));
         let in_smem = |name, len| k.scratch(name, MemorySpace::Smem, Element::I32, &[len]);
         let [entries, segments] = plan.list_lengths();
         let entries = Entries {
@@ -194,6 +207,7 @@ impl<'a, 'p> Body<'a, 'p> {
             Cores::All => (step, plan.shares() > 1),
             Cores::One(core) => (k.int(core as i64), plan.shares() > 1),
         };
+        let kv_pages = fused.as_ref().map_or(kv_pages, |fused| fused.written.kv_pages.clone());
         Self {
             k,
             plan,
@@ -217,13 +231,18 @@ impl<'a, 'p> Body<'a, 'p> {
             arrived,
             queries_arrived,
             sent,
+            fused,
         }
     }
 
     fn write(&self) {
         let k = self.k;
+        let new = self.fused.as_ref().map(|fused| (fused, self.begin_new_tokens(fused)));
         let [entries, segments] = self.list();
         k.when(entries.greater(0), || self.copy_queries(k.int(0), |dma| dma.start()));
+        if let Some((fused, chunks)) = new {
+            self.write_new_tokens(fused, chunks);
+        }
         let mut ahead = [k.int(0), k.int(0), k.int(0)];
         for _ in 1..self.plan.kv_buffers() {
             ahead = self.fetch(ahead, segments);
@@ -358,9 +377,10 @@ impl<'a, 'p> Body<'a, 'p> {
     /// The columns of an array of rows that belong to the core's heads.
     fn columns_of(&self, rows: &Ref<'a>) -> Ref<'a> {
         let columns = self.plan.columns();
-        match rows.dims()[1] == columns {
-            true => rows.clone(),
-            false => rows.slice(1, (self.core * columns).multiple_of(LANES), columns),
+        match self.plan.head_block() < self.plan.problem().kv_heads {
+            true => rows.slice(1, (self.core * columns).multiple_of(LANES), columns),
+            // All heads; behind the queries of projections are the keys.
+            false => rows.slice(1, 0, columns),
         }
     }
 
@@ -373,6 +393,10 @@ impl<'a, 'p> Body<'a, 'p> {
             let from = self.columns_of(&self.q).slice(0, start, rows);
             let to = self.queries.at(slot).slice(0, 0, rows);
             act(k.make_async_copy(from, to, self.queries_arrived.at(slot)));
+            if let Some(fused) = &self.fused {
+                let [from, to] = [fused.written.cos_sin.slice(0, start, rows), fused.angles.at(slot).slice(0, 0, rows)];
+                act(k.make_async_copy(from, to, fused.angles_arrived.at(slot)));
+            }
         };
         let [begin, end] = [entry, entry + 1].map(|entry| self.entries.segment.at(entry).load());
         k.when(begin.less(end), || match self.plan.has_blocks() {
@@ -454,6 +478,9 @@ impl<'a, 'p> Body<'a, 'p> {
     /// The copies of a sequence's page `number` to place `page` of a buffer.
     fn page(&self, sequence: Value<'a>, number: Value<'a>, slot: Value<'a>, page: usize, act: &dyn Fn(Dma<'a>)) {
         let (problem, heads) = (self.plan.problem(), self.plan.head_block());
+        if let Some(fresh) = self.fused.as_ref().and_then(|fused| fused.written.fresh.as_ref()) {
+            return self.page_or_fresh(fresh, sequence, number, slot, page, act);
+        }
         let kv_rows = KvLayout::rows_of(heads);
         let [_, pieces, _, _, lanes] = self.plan.kv_dims();
         let mut source = self.kv_pages.at(self.metadata.page(sequence, number));
@@ -488,7 +515,7 @@ impl<'a, 'p> Body<'a, 'p> {
     /// A block of rows of one sequence.
     fn block(&self, entry: Value<'a>, segment: Value<'a>, stream: Stream<'a>, segments: Value<'a>) -> [Value<'a>; 4] {
         let (k, rows) = (self.k, self.plan.block_rows());
-        self.split_heads(entry, rows);
+        self.arrange_queries(entry, rows);
         let of_segment = self.segment(entry, segment);
         self.limit(&of_segment, rows);
         let [begin, stop] = [&self.segments.begin, &self.segments.stop].map(|array| array.at(segment).load());
@@ -541,7 +568,7 @@ impl<'a, 'p> Body<'a, 'p> {
         segments: Value<'a>,
     ) -> [Value<'a>; 4] {
         let (k, group) = (self.k, self.plan.problem().group());
-        self.split_heads(entry, self.plan.band());
+        self.arrange_queries(entry, self.plan.band());
         let part = Rows { per_head: self.plan.band(), start: 0, count: group * self.plan.band() };
         for head in 0..self.plan.head_block() {
             self.band.at(head).slice(0, 0, part.count).store(self.queries_of(entry & 1, head, &part));
@@ -596,6 +623,15 @@ impl<'a, 'p> Body<'a, 'p> {
         let row = self.k.iota(&[rows, LANES], 0);
         let is_live = row.greater_equal(segment.first) & row.less(segment.end);
         self.last.slice(0, 0, rows).store(is_live.select(row + segment.origin, -1));
+    }
+
+    /// Brings the first `rows` rows of an entry's queries into the order in which products take them, turned where that was
+    /// not done before.
+    fn arrange_queries(&self, entry: Value<'a>, rows: usize) {
+        match &self.fused {
+            None => self.split_heads(entry, rows),
+            Some(fused) => self.turn_queries(fused, entry, rows),
+        }
     }
 
     /// Where heads are not whole tiles of lanes: brings the first `rows` rows of an entry's queries into order by head.

@@ -3,6 +3,7 @@
 //! `mixed` takes any batch, `decode` those of at most one row per sequence. Both the metadata of a launch (`Metadata`) and the arithmetic of registers are here.
 
 mod decode;
+mod fused;
 mod mixed;
 
 use pagoda_ir::{
@@ -78,18 +79,23 @@ pub fn kernel_of_core<'c>(context: &'c Context, plan: &Plan, batch: &Batch, core
 }
 
 /// What the kernels take: the metadata, then q and the pages. Of any batch, q is in two dimensions, whole bands of rows and
-/// tiles of lanes.
+/// tiles of lanes. A fused kernel has the projections and the rows' angles in the place of q.
 pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
     let metadata = ["kv_lens", "page_indices", "cu_q_lens", "num_seqs"].map(Operand::of);
     let first_page = (problem.layers > 1).then(|| Operand::of("first_page").reshape(&[1]));
-    let q = match problem.kind {
-        Kind::Decode => Operand::of("q"),
-        Kind::Mixed => {
+    let q = match (problem.fused, problem.kind) {
+        (Some(_), _) => {
+            let projected = plan::fused::projected(problem);
+            let cos_sin = Operand::of("cos_sin").padded(&[projected[0], problem.head_dim]);
+            vec![Operand::of("qkv").padded(&projected), cos_sin]
+        }
+        (None, Kind::Decode) => vec![Operand::of("q")],
+        (None, Kind::Mixed) => {
             let dims = [problem.tokens, problem.q_heads * problem.head_dim];
-            Operand::of("q").reshape(&dims).padded(&plan::padded_rows(problem))
+            vec![Operand::of("q").reshape(&dims).padded(&plan::padded_rows(problem))]
         }
     };
-    metadata.into_iter().chain(first_page).chain([q, Operand::of("kv_pages")]).collect()
+    metadata.into_iter().chain(first_page).chain(q).chain([Operand::of("kv_pages")]).collect()
 }
 
 /// The ragged metadata of a launch: read from SMEM, or one batch's own, put there as constants.
@@ -213,7 +219,7 @@ mod tests {
         chips::Chip,
         random::Lengths,
         rpa::{
-            Kind, Precision, Problem, Rpa, Spec,
+            Kind, Precision, Problem, Rotary, Rpa, Spec,
             plan::{Options, Plan, Tiles},
         },
     };
@@ -258,6 +264,41 @@ mod tests {
             let lengths = [(1, 60), (0, 5), (13, 13), (9, 41)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
             let inputs = Rpa::draw(&problem, Some(&lengths), 5).unwrap();
             check_mosaic(Case::new(&plan, &inputs), 7, None).unwrap_or_else(|error| panic!("{heads:?}: {error}"));
+        }
+    }
+
+    /// Fused: what each way of sharing the work, each way of laying heads out, and sizes that are no whole tiles come to.
+    #[test]
+    fn fused_kernels_agree_with_the_reference() {
+        use Element::{Bf16, F32};
+        use Kind::{Decode, Mixed};
+        let prompts = &[(1, 60), (0, 5), (3, 0), (13, 13), (40, 41), (9, 64), (2, 17)][..];
+        let rows = &[(1, 60), (0, 5), (1, 0), (1, 1), (1, 64), (1, 33), (0, 0), (1, 17)][..];
+        for (chip, kind, element, heads, tokens, batch) in [
+            (Chip::V5e, Decode, Bf16, [8, 2, 128], 7, rows),
+            (Chip::V5p, Decode, Bf16, [8, 2, 128], 8, rows),
+            (Chip::V5p, Decode, Bf16, [16, 8, 128], 8, rows),
+            (Chip::V5p, Decode, F32, [6, 3, 64], 8, rows),
+            (Chip::V6e, Decode, Bf16, [10, 5, 80], 90, rows),
+            (Chip::V6e, Decode, F32, [2, 1, 384], 7, rows),
+            (Chip::V6e, Decode, Bf16, [4, 4, 256], 7, rows),
+            (Chip::V5e, Mixed, Bf16, [8, 2, 128], 75, prompts),
+            (Chip::V5p, Mixed, Bf16, [8, 2, 128], 150, prompts),
+            (Chip::V5p, Mixed, Bf16, [16, 8, 128], 150, prompts),
+            (Chip::V5p, Mixed, F32, [6, 3, 64], 75, prompts),
+            (Chip::V6e, Mixed, Bf16, [10, 5, 80], 77, prompts),
+            (Chip::V6e, Mixed, F32, [2, 1, 384], 75, prompts),
+            (Chip::Tpu7x, Mixed, Bf16, [4, 2, 256], 75, prompts),
+        ] {
+            let spec = (*problem(element, heads, None, None)).clone();
+            let spec = Spec { kind, tokens, pages: 40, max_seqs: 8, layers: 2, ..spec };
+            let problem = Problem::new(Spec { fused: Some(Rotary::HalfSplit), ..spec }).unwrap();
+            let tiles = Some(Tiles { queries: if kind == Mixed { 16 } else { 8 }, kv_pages: 2 });
+            let plan = Plan::new(problem.clone(), chip, Options { tiles, vmem_limit: None }).unwrap();
+            let lengths: Vec<_> = batch.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
+            let inputs = Rpa::draw(&problem, Some(&lengths), 5).unwrap();
+            let checked = check_mosaic(Case::new(&plan, &inputs), 7, None);
+            checked.unwrap_or_else(|error| panic!("{chip} {}: {error}", plan.describe()));
         }
     }
 }

@@ -12,7 +12,11 @@ use pagoda_ir::{
 };
 use serde::Serialize;
 
-use super::{Details, Plan, Tiles, kv_rows, pieces};
+use super::{
+    Details, Plan, Tiles,
+    fused::{self, Columns},
+    kv_rows, pieces,
+};
 use crate::{
     chips::Chip,
     plan::{self, PlanError, Spilling},
@@ -53,7 +57,8 @@ pub(super) fn split(problem: &Problem, chip: Chip) -> Split {
     let share = problem.kv_heads / cores;
     let sliceable = problem.kv_heads.is_multiple_of(cores)
         && KvLayout::rows_of(share).is_multiple_of(SUBLANES)
-        && (share * problem.group()).is_multiple_of(SUBLANES);
+        && (share * problem.group()).is_multiple_of(SUBLANES)
+        && super::projections_sliceable(problem, share);
     match cores {
         1 => Split::Nothing,
         _ if sliceable => Split::Heads,
@@ -94,21 +99,69 @@ pub(in crate::rpa) fn staging_dims(problem: &Problem, head_block: usize) -> [usi
 }
 
 /// Every VMEM buffer, in the order of the kernel's operands.
-fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
+fn report(problem: &Problem, tiles: Tiles, head_block: usize, split: Split) -> VmemReport {
     let (types, dim, rows) = (problem.precision, problem.head_dim, rows(problem));
     let heads = head_block * problem.group();
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
+    let first = match problem.fused {
+        Some(_) => fused_buffers(problem, head_block, split),
+        None => vec![scratch("q_rows", types.q, &[problem.tokens, heads, dim]), out_rows(problem, head_block)],
+    };
     VmemReport {
-        buffers: vec![
-            scratch("q_rows", types.q, &[problem.tokens, heads, dim]),
-            scratch("out_rows", types.output, &[problem.tokens, heads, dim]),
-            scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
-            scratch("staging", Element::F32, &staging_dims(problem, head_block)),
-            scratch("max", Element::F32, &[head_block, rows, LANES]),
-            scratch("sum", Element::F32, &[head_block, rows, LANES]),
-            scratch("acc", Element::F32, &[head_block, rows, dim]),
-        ],
+        buffers: first
+            .into_iter()
+            .chain([
+                scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
+                scratch("staging", Element::F32, &staging_dims(problem, head_block)),
+                scratch("max", Element::F32, &[head_block, rows, LANES]),
+                scratch("sum", Element::F32, &[head_block, rows, LANES]),
+                scratch("acc", Element::F32, &[head_block, rows, dim]),
+            ])
+            .collect(),
     }
+}
+
+fn out_rows(problem: &Problem, head_block: usize) -> Buffer {
+    let dims = [problem.tokens, head_block * problem.group(), problem.head_dim];
+    Buffer::new("out_rows", BufferKind::Scratch, problem.precision.output, &dims, 1)
+}
+
+/// Of a fused kernel: queries of each row, then its results, as f32 by head: `[pieces, rows, heads, lanes]`.
+pub(in crate::rpa) fn row_dims(problem: &Problem, head_block: usize) -> [usize; 4] {
+    let heads = (head_block * problem.group()).next_multiple_of(SUBLANES);
+    [pieces(problem)[0], fused::projected(problem)[0], heads, LANES]
+}
+
+/// Whether a fused kernel gives its output in two dimensions. Where cores share the sequences, rows of one tile are of both, so
+/// each is copied alone, in a dimension of its own.
+pub(in crate::rpa) const fn is_flat(split: Split) -> bool {
+    !matches!(split, Split::Sequences)
+}
+
+/// Columns of the output of a fused kernel that a core works on, whole tiles.
+pub(in crate::rpa) fn out_columns(problem: &Problem, head_block: usize) -> usize {
+    (head_block * problem.group() * problem.head_dim).next_multiple_of(LANES)
+}
+
+/// What a fused kernel has in place of rows of q and of the output, in the order of its operands.
+fn fused_buffers(problem: &Problem, head_block: usize, split: Split) -> Vec<Buffer> {
+    let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
+    let (types, rows) = (problem.precision, fused::rows(problem));
+    let columns = Columns::all(problem, head_block).count();
+    let tokens = fused::token_dims(problem, head_block, fused::projected(problem)[0]);
+    let wide = scratch("wide", Element::F32, &[fused::step(rows), LANES]);
+    let all = [
+        scratch("rows", Element::F32, &row_dims(problem, head_block)),
+        scratch("new_tokens", types.kv, &tokens),
+        scratch("projected", types.q, &[rows, columns]),
+        scratch("angles", Element::F32, &[rows, problem.head_dim]),
+    ];
+    let wide = fused::has_narrow_heads(problem).then_some(wide);
+    let results = match is_flat(split) {
+        true => scratch("results", types.output, &[rows, out_columns(problem, head_block)]),
+        false => out_rows(problem, head_block),
+    };
+    all.into_iter().chain(wide).chain([results]).collect()
 }
 
 /// What follows from legal tiles.
@@ -126,7 +179,7 @@ pub(super) fn laid_out(
     plan::Layout {
         name: format!("rpa-decode-p{}-kv{}", problem.page_size, tiles.kv_pages),
         grid: vec![if split == Split::Nothing { 1 } else { cores }],
-        vmem: report(problem, tiles, head_block),
+        vmem: report(problem, tiles, head_block, split),
         smem: plan::smem(&problem.arguments()),
         spilling: spilling(problem, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: tiles.kv_pages * problem.page_size, split },
@@ -176,13 +229,13 @@ const SPILLS: Bytes = Bytes::mib(2);
 
 /// The largest blocks up to what pays, that fit `limit` with room for spills; without it, if none do.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
-    let head_block = head_block(problem, chip);
+    let (head_block, split) = (head_block(problem, chip), split(problem, chip));
     let most = (MOST_KEYS / head_block).clamp(SHORTEST, LONGEST);
     let tiles = (1..=problem.pages_per_seq).map(|kv_pages| Tiles { queries: QUERIES, kv_pages });
     let pays = |tiles: &Tiles| tiles.kv_pages == 1 || tiles.kv_pages * problem.page_size <= most;
     let tiles: Vec<_> = tiles.take_while(pays).collect();
     let largest = |spills: Bytes| {
-        let fits = |tiles: &&Tiles| report(problem, **tiles, head_block).total() + spills <= limit;
+        let fits = |tiles: &&Tiles| report(problem, **tiles, head_block, split).total() + spills <= limit;
         tiles.iter().rev().find(fits).copied()
     };
     largest(SPILLS).or_else(|| largest(Bytes(0)))

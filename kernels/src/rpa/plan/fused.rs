@@ -1,0 +1,126 @@
+//! What fused attention adds to a plan: the columns of the projections that a core takes, and how many rows at a time.
+
+use pagoda_ir::{
+    element::Element,
+    mosaic::tiling::{LANES, SUBLANES},
+};
+
+use super::{kv_rows, packed, padded_rows, pieces};
+use crate::{
+    rpa::problem::{Kind, Problem},
+    vmem::{Buffer, BufferKind},
+};
+
+/// Rows whose keys and values become tokens of the cache at a time, in a kernel of any batch: enough to hide a copy's latency.
+const ROWS: usize = 128;
+/// Buffers for such rows: copies run ahead by all but one.
+pub(in crate::rpa) const BUFFERS: usize = 3;
+/// Rows of the projections that a decode kernel takes at a time.
+const DECODE_ROWS: usize = 64;
+
+/// The projections in the kernel's memory: `[rows, columns]`, whole tiles of columns. Copies of some of the rows are of whole
+/// tiles, those of all rows are not.
+pub(in crate::rpa) fn projected(problem: &Problem) -> [usize; 2] {
+    let rows = match problem.kind {
+        Kind::Mixed => padded_rows(problem)[0],
+        Kind::Decode if problem.tokens <= DECODE_ROWS => problem.tokens,
+        Kind::Decode => problem.tokens.next_multiple_of(packed(problem)),
+    };
+    [rows, (problem.projected_heads() * problem.head_dim).next_multiple_of(LANES)]
+}
+
+/// Rows that are copied at a time.
+pub(in crate::rpa) fn rows(problem: &Problem) -> usize {
+    let most = match problem.kind {
+        Kind::Mixed => ROWS,
+        Kind::Decode => DECODE_ROWS,
+    };
+    projected(problem)[0].min(most)
+}
+
+/// Rows of `rows` that are worked on at a time, a divisor: as many as registers hold, in whole tiles of narrow types if there
+/// are such.
+pub(in crate::rpa) fn step(rows: usize) -> usize {
+    let few = if rows <= DECODE_ROWS { rows } else { SUBLANES };
+    [32, 16].into_iter().find(|&step| rows.is_multiple_of(step)).unwrap_or(few)
+}
+
+/// Columns of the projections that a core copies, one part behind the other.
+pub(in crate::rpa) struct Columns {
+    pub parts: Vec<Part>,
+    /// Where, among the copied ones, those of the first head begin.
+    pub first: usize,
+}
+
+/// Columns that lie next to one another.
+#[derive(Clone, Copy)]
+pub(in crate::rpa) struct Part {
+    /// The first core's first column.
+    pub from: usize,
+    /// How far behind it the next core's is.
+    pub per_core: usize,
+    /// How many there are.
+    pub columns: usize,
+}
+
+impl Columns {
+    /// Those of all heads of a core: its queries, keys and values.
+    pub fn all(problem: &Problem, head_block: usize) -> Self {
+        Self::of(problem, head_block, 0)
+    }
+
+    /// Those of its keys and values.
+    pub fn new_tokens(problem: &Problem, head_block: usize) -> Self {
+        Self::of(problem, head_block, 1)
+    }
+
+    fn of(problem: &Problem, head_block: usize, skipped: usize) -> Self {
+        let dim = problem.head_dim;
+        let queries = (0, head_block * problem.group());
+        let [keys, values] = [0, 1].map(|half| (problem.q_heads + half * problem.kv_heads, head_block));
+        let heads = &[queries, keys, values][skipped..];
+        if head_block < problem.kv_heads {
+            let part = |&(first, count): &(usize, usize)| {
+                let columns = count * dim;
+                Part { from: first * dim, per_core: columns, columns }
+            };
+            return Self { parts: heads.iter().map(part).collect(), first: 0 };
+        }
+        let first = heads[0].0 * dim;
+        let from = first / LANES * LANES;
+        let columns = projected(problem)[1] - from;
+        Self { parts: vec![Part { from, per_core: 0, columns }], first: first - from }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.parts.iter().map(|part| part.columns).sum()
+    }
+}
+
+/// Tokens of the cache in VMEM: `[pieces of a row, tokens, rows of a token, lanes]`.
+pub(in crate::rpa) fn token_dims(problem: &Problem, head_block: usize, tokens: usize) -> [usize; 4] {
+    let [pieces, lanes] = pieces(problem);
+    [pieces, tokens, kv_rows(head_block), lanes]
+}
+
+/// Whether some angles must be spread over whole tiles of lanes.
+pub(in crate::rpa) fn has_narrow_heads(problem: &Problem) -> bool {
+    !problem.head_dim.is_multiple_of(LANES)
+}
+
+/// What a kernel of any batch has in VMEM beside the rest, in the order of its operands; `block` query rows.
+pub(super) fn buffers(problem: &Problem, head_block: usize, block: usize) -> Vec<Buffer> {
+    let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
+    let (dim, rows) = (problem.head_dim, rows(problem));
+    let columns = Columns::new_tokens(problem, head_block).count();
+    let [pieces, tokens, token_rows, lanes] = token_dims(problem, head_block, rows);
+    let wide = scratch("wide", Element::F32, &[step(block).max(step(rows)), LANES]);
+    let all = [
+        scratch("angles", Element::F32, &[2, block, dim]),
+        scratch("projected", problem.precision.q, &[BUFFERS, rows, columns]),
+        scratch("new_angles", Element::F32, &[BUFFERS, rows, dim]),
+        scratch("new_tokens", problem.precision.kv, &[BUFFERS, pieces, tokens, token_rows, lanes]),
+    ];
+    all.into_iter().chain(has_narrow_heads(problem).then_some(wide)).collect()
+}
