@@ -41,6 +41,7 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
         sampling,
         stop: StopRule::default(),
         mixed_steps: false,
+        reuse_prefixes: false, // the prompts are alike
     };
     let model = DeviceModel::load(client, &config, &weights, &options.shape(&Parallel::ONE)).expect("loads");
     Engine::new(client, model, options).expect("compiles")

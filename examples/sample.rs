@@ -49,6 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         sampling: SamplingOptions { temperature: 0.8, top_k: None, top_p: Some(0.95), seed: 1 },
         stop: StopRule::new(config.eos_token_ids.clone(), vec![]),
         mixed_steps: false,
+        reuse_prefixes: true,
     };
     let model = DeviceModel::load(&client, &config, &weights, &options.shape(&Parallel::ONE))?;
     let mut engine = Engine::new(&client, model, options)?;

@@ -4,7 +4,7 @@
     scripts/interpreters.py [--only GLOB] [--repeat N]
 
 needs a Python with jax 0.10.2, and `cargo build --release -p pagoda-ir --example call`. For each kernel it prints, in milliseconds,
-the median of N runs (after the first, which traces and compiles): of the tile machine's `Program::run`; of JAX's TPU interpreter
+the fastest of N runs (after the first, which traces and compiles): of the tile machine's `Program::run`; of JAX's TPU interpreter
 (`pltpu.InterpretParams()`), which models memories and DMAs too; and of its generic interpreter (`interpret=True`), which XLA compiles
 to plain loops and which models neither. Then how far the results are apart.
 """
@@ -16,7 +16,6 @@ import functools
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -185,7 +184,7 @@ def _():
 
 NAMES = {np.dtype(x).name: y for x, y in [("float32", "f32"), ("int32", "i32"), ("uint32", "u32"), ("int8", "i8"), ("bool", "pred")]}
 NAMES["bfloat16"] = "bf16"
-mode, calls = None, []
+mode, current, calls = None, None, []
 default = pallas_call._pallas_call_lowering
 
 
@@ -209,7 +208,8 @@ def custom_call(ctx, *nodes, config, input_output_aliases, **_):
 
     def run(*operands):
         with tempfile.TemporaryDirectory() as folder:
-            folder = pathlib.Path(folder)
+            folder = pathlib.Path(arguments.keep or folder) / f"{len(calls)} {current}"
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(text.decode() if isinstance(text, bytes) else text)
             (folder / "call.json").write_text(json.dumps(call))
             (folder / "operands.bin").write_bytes(b"".join(np.ascontiguousarray(x).tobytes() for x in operands))
@@ -228,7 +228,7 @@ def custom_call(ctx, *nodes, config, input_output_aliases, **_):
 
 
 def timed(fn, args, repeat):
-    """The result, and the median time of runs after the first."""
+    """The result, and the shortest time of runs after the first."""
     jitted = jax.jit(lambda *args: fn(*args))
     result = jax.block_until_ready(jitted(*args))
     times = []
@@ -236,13 +236,13 @@ def timed(fn, args, repeat):
         began = time.perf_counter()
         jax.block_until_ready(jitted(*args))
         times.append(time.perf_counter() - began)
-    return jax.tree.leaves(result), statistics.median(times)
+    return jax.tree.leaves(result), min(times)
 
 
 def measure(name):
-    global mode
-    outcome = {}
-    for mode in ["tile machine", "TPU", "generic"]:
+    global mode, current
+    current, outcome = name.replace("/", "_"), {}
+    for mode in arguments.modes.split(","):
         jax.clear_caches()
         calls.clear()
         interpreted = pltpu.force_tpu_interpret_mode() if mode == "TPU" else contextlib.nullcontext()
@@ -256,14 +256,14 @@ def measure(name):
             outcome[mode] = (None, None, f"{type(error).__name__} {said}"[:90])
             continue
         if mode == "tile machine":
-            seconds = sum(statistics.median(times) for times in calls[: len(calls) // 2])
+            seconds = sum(min(times) for times in calls[: len(calls) // 2])
         outcome[mode] = (seconds, result, None)
     ours, result, error = outcome["tile machine"]
     if error:
         return f"| {name} | {error} | | | | | |"
     cells, apart = [name, f"{1e3 * ours:.2f}"], 0.0
     for label in ("TPU", "generic"):
-        seconds, other, error = outcome[label]
+        seconds, other, error = outcome.get(label, (None, None, "-"))
         cells += [error or f"{1e3 * seconds:.2f}", "" if error else f"{seconds / ours:.1f}"]
         if not error:
             differences = [np.abs(np.float64(x) - np.float64(y)).max() for x, y in zip(result, other)]
@@ -283,6 +283,8 @@ def main():
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--only", default="*", metavar="GLOB")
+parser.add_argument("--keep", metavar="DIR", help="keep the calls, for a profiler: `call DIR/...` runs one again")
+parser.add_argument("--modes", default="tile machine,TPU,generic", help="which of the three [all]")
 parser.add_argument("--repeat", type=int, default=7, metavar="N")
 arguments = parser.parse_args()
 

@@ -375,8 +375,9 @@ def cause(error):
 
 # Tests that look at the compiler, not at values: what it refuses, what it fuses, what memory it takes.
 OF_COMPILER = re.compile(r"MosaicError not raised|Regex didn't match|fused_computation|: \d{6,} != 0")
-# Tests of kernels that are wrong on purpose.
-INTENDED = re.compile(r"vmem_oom|test_vmem_limit|disable_bounds_check")
+# Tests of kernels that are wrong on purpose; and JAX's test of the barrier semaphore, which waits for its left neighbour and signals
+# the right one, whether or not that has entered the kernel: a race, and named as one.
+INTENDED = re.compile(r"vmem_oom|test_vmem_limit|disable_bounds_check|RemoteDMATest::test_barrier_semaphore$")
 
 
 def kind(test):

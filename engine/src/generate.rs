@@ -226,6 +226,8 @@ pub struct EngineOptions {
     /// a text then depends on what ran beside it, where two tokens are equally likely to within rounding, and a run that
     /// is interrupted and goes on may yield other texts.
     pub mixed_steps: bool,
+    /// Whether prompts that begin alike share the pages of their beginning, as [`crate::scheduler`] says. No text depends on it.
+    pub reuse_prefixes: bool,
 }
 
 impl EngineOptions {
@@ -647,7 +649,9 @@ impl Engine {
 }
 
 fn idle_scheduler(options: &EngineOptions) -> Scheduler {
-    Scheduler::new(options.limits, options.stop.clone()).with_mixed_steps(options.mixed_steps)
+    Scheduler::new(options.limits, options.stop.clone())
+        .with_mixed_steps(options.mixed_steps)
+        .with_shared_prefixes(options.reuse_prefixes)
 }
 
 /// A page table `i32[slots, pages_per_seq]`; entries that no sequence uses are page 0.

@@ -18,8 +18,9 @@
 //! With or without, nothing that decodes stalls behind an endless stream of prompts: when `max_seqs` sequences were
 //! admitted since it had a step, no more is admitted until it has one.
 //!
-//! **Shared pages.** Sequences whose prompts begin with the same full pages, and have as many of them, hold these pages
-//! together (see `prefix`); the last page of a prompt is its own. So the samples of one prompt compute it once.
+//! **Shared pages.** Sequences whose prompts begin with the same full pages hold these pages together (see `prefix`); the page
+//! of a prompt's last token is its own. So the samples of one prompt compute it once, and prompts that begin alike compute
+//! their beginning once, also one after another, while there is room: pages that nobody holds are kept until others need them.
 //!
 //! Invariants:
 //! - a page that is written belongs to one running sequence, and pages that are shared hold what each of their
@@ -267,7 +268,8 @@ pub struct Scheduler {
     prefilling: Vec<Slot>,
     /// Sequences admitted since those that decode had a step.
     admitted: usize,
-    prefixes: Prefixes,
+    /// Unless prompts share nothing.
+    prefixes: Option<Prefixes>,
     pages: PageAllocator,
 }
 
@@ -285,7 +287,7 @@ impl Scheduler {
             free_slots: (0..limits.max_seqs).map(Reverse).collect(),
             prefilling: Vec::new(),
             admitted: 0,
-            prefixes: Prefixes::default(),
+            prefixes: Some(Prefixes::new(limits.page_size.tokens())),
             pages: PageAllocator::new(limits.max_pages),
         }
     }
@@ -294,6 +296,12 @@ impl Scheduler {
     #[must_use]
     pub fn with_mixed_steps(self, mixed: bool) -> Self {
         Self { mixed, ..self }
+    }
+
+    /// Whether prompts that begin alike share pages.
+    #[must_use]
+    pub fn with_shared_prefixes(self, shared: bool) -> Self {
+        Self { prefixes: shared.then(|| Prefixes::new(self.limits.page_size.tokens())), ..self }
     }
 
     /// Queues a request behind all others.
@@ -358,10 +366,10 @@ impl Scheduler {
         self.free_slots.push(Reverse(slot.0));
         self.prefilling.retain(|&other| other != slot);
         self.places.remove(&running.request.id);
-        let first = running.pages.first().copied();
-        self.pages.release(std::mem::take(&mut running.pages));
-        if let Some(first) = first.filter(|&page| running.shared > 0 && self.pages.holders(page) == 0) {
-            self.prefixes.remove(first);
+        let pages = std::mem::take(&mut running.pages);
+        match &mut self.prefixes {
+            Some(prefixes) => prefixes.release(pages, &mut self.pages),
+            None => self.pages.release(pages),
         }
         running
     }
@@ -376,15 +384,16 @@ impl Scheduler {
             && (self.admitted < self.limits.max_seqs || self.active() == self.prefilling.len())
         {
             // The last token of a prompt is computed by every sequence: what comes after it is sampled from its row.
-            let shared = (prompt.len() - 1) / page_size.tokens() * page_size.tokens();
-            let prefix = self.prefixes.pages(&prompt[..shared]);
+            let shared = match self.prefixes {
+                Some(_) => (prompt.len() - 1) / page_size.tokens() * page_size.tokens(),
+                None => 0,
+            };
             let needed = page_size.pages_for(prompt.len() + max_new_tokens);
-            let Some(own) = self.pages.allocate(needed - prefix.len()) else { break };
-            self.pages.share(prefix);
-            let (pages, is_new) = ([prefix, &own].concat(), prefix.is_empty());
-            if shared > 0 && is_new {
-                self.prefixes.insert(&prompt[..shared], &pages[..page_size.pages_for(shared)]);
-            }
+            let pages = match &mut self.prefixes {
+                Some(prefixes) => prefixes.take(&prompt[..shared], needed, &mut self.pages),
+                None => self.pages.allocate(needed),
+            };
+            let Some(pages) = pages else { break };
             let (_, request) = self.queue.pop_first().expect("its front was just seen");
             self.free_slots.pop();
             self.places.insert(request.id, Place::Running(Slot(slot)));
@@ -440,19 +449,26 @@ impl Scheduler {
         let mut rows = Vec::new();
         // What this step writes of shared pages: others see it from the next step on.
         let mut written: HashMap<PageId, usize> = HashMap::new();
+        let page_size = self.limits.page_size.tokens();
         for &slot in &self.prefilling {
             if room == 0 || rows.len() == self.limits.max_seqs_in_prefill {
                 break;
             }
             let running = self.slots[slot.0].as_mut().expect("`prefilling` lists running slots");
-            let (prompt, shared, first) = (&running.request.prompt, running.shared, running.pages[0]);
-            let position = if running.prefilled < shared { self.prefixes.written(first) } else { running.prefilled };
-            if position < shared && written.contains_key(&first) {
+            let (prompt, shared, pages) = (&running.request.prompt, running.shared, &running.pages);
+            let position = match &self.prefixes {
+                Some(prefixes) if running.prefilled < shared => prefixes.written(&pages[..shared / page_size]),
+                _ => running.prefilled,
+            };
+            // Whoever writes of this chain begins here, too.
+            if position < shared && written.contains_key(&pages[position / page_size]) {
                 continue;
             }
             let end = prompt.len().min(position + room);
-            if position < shared {
-                written.insert(first, end.min(shared));
+            // Begun by the first of these tokens, or before it.
+            let from = position / page_size * page_size;
+            for (page, begin) in pages[position / page_size..].iter().zip((from..end.min(shared)).step_by(page_size)) {
+                written.insert(*page, (end - begin).min(page_size));
             }
             room -= end - position;
             let samples = end == prompt.len();
@@ -460,7 +476,9 @@ impl Scheduler {
             (running.prefilled, running.awaiting) = (end, samples);
             rows.push(PrefillRow { slot, id, tokens, position, samples, decodes: false });
         }
-        written.into_iter().for_each(|(first, tokens)| self.prefixes.write(first, tokens));
+        if let Some(prefixes) = &mut self.prefixes {
+            written.into_iter().for_each(|(page, tokens)| prefixes.write(page, tokens));
+        }
         self.prefilling.retain(|slot| self.slots[slot.0].as_ref().is_some_and(|running| !running.decodes()));
         (rows, room)
     }
@@ -517,7 +535,7 @@ impl Scheduler {
 
     /// Pages reserved by running sequences; a page that several share counts once.
     pub fn pages_used(&self) -> usize {
-        self.pages.used()
+        self.pages.used() - self.prefixes.as_ref().map_or(0, Prefixes::idle)
     }
 }
 
@@ -627,6 +645,8 @@ mod tests {
     struct Seen {
         /// Pages that running sequences did not have to take, at most.
         shared: usize,
+        /// Pages that were used again after nobody had held them.
+        reused: usize,
         /// Rows of sequences that decode, in prefill steps.
         carried: usize,
         cancelled_running: usize,
@@ -635,8 +655,8 @@ mod tests {
     }
 
     impl Device {
-        fn new(limits: Limits, stop: StopRule, mixed: bool) -> Self {
-            let scheduler = Scheduler::new(limits, stop.clone()).with_mixed_steps(mixed);
+        fn new(limits: Limits, stop: StopRule, mixed: bool, shares: bool) -> Self {
+            let scheduler = Scheduler::new(limits, stop.clone()).with_mixed_steps(mixed).with_shared_prefixes(shares);
             Self {
                 limits,
                 stop,
@@ -668,20 +688,26 @@ mod tests {
                 pages.iter().for_each(|page| *holders.entry(*page).or_default() += 1);
             }
             prop_assert_eq!(holders.len(), self.scheduler.pages_used());
-            prop_assert!(holders.len() <= self.limits.max_pages);
+            let idle = self.scheduler.prefixes.as_ref().map_or(0, Prefixes::idle);
+            prop_assert!(holders.len() + idle <= self.limits.max_pages);
             // The pages that a sequence writes alone begin with that of its prompt's last token.
             let shareable = |prompt: &[u32]| (prompt.len() - 1) / page_size;
             for (prompt, pages) in &running {
                 prop_assert!(pages[shareable(prompt)..].iter().all(|page| holders[page] == 1), "two write one page");
                 for (other, others_pages) in &running {
-                    let full = shareable(prompt);
-                    if full == shareable(other) && prompt[..full * page_size] == other[..full * page_size] {
-                        prop_assert_eq!(&pages[..full], &others_pages[..full], "equal prompts share");
+                    let full = shareable(prompt).min(shareable(other));
+                    let is_alike = |page: &usize| prompt[..page * page_size] == other[..page * page_size];
+                    let alike = (0..=full).rev().find(is_alike).unwrap_or(0);
+                    if self.scheduler.prefixes.is_some() {
+                        prop_assert_eq!(&pages[..alike], &others_pages[..alike], "what begins alike is shared");
                     }
                 }
             }
-            // What nobody holds is lost.
-            self.cache.retain(|(page, _), _| holders.contains_key(page));
+            // What nobody holds, and is not kept for prompts to come, is lost.
+            let kept = |page: &PageId| self.scheduler.prefixes.as_ref().is_some_and(|prefixes| prefixes.is_idle(*page));
+            let mut cache = std::mem::take(&mut self.cache);
+            cache.retain(|(page, _), _| holders.contains_key(page) || kept(page));
+            self.cache = cache;
             self.seen.shared = self.seen.shared.max(holders.values().sum::<usize>() - holders.len());
             Ok(())
         }
@@ -713,6 +739,11 @@ mod tests {
         fn poll(&mut self) -> Result<Option<Vec<Finished>>, TestCaseError> {
             let step = self.scheduler.next();
             self.step += 1;
+            if let Some(prefixes) = &mut self.scheduler.prefixes {
+                let forgotten = std::mem::take(&mut prefixes.log.forgotten);
+                self.cache.retain(|(page, _), _| !forgotten.contains(page));
+                self.seen.reused = prefixes.log.reused;
+            }
             self.check_pages()?;
             let complete = |device: &Self, id: &SampleId, prompt: usize| device.texts[id].len() > prompt;
             let mut decoding: BTreeMap<SampleId, usize> = BTreeMap::new();
@@ -807,6 +838,8 @@ mod tests {
         limits: Limits,
         mixed: bool,
         stop: bool,
+        /// Whether prompts that begin alike share pages.
+        shares: bool,
         /// What each prompt is made of (prompts of one kind begin alike), its tokens, and its budget.
         prompts: Vec<(u32, usize, usize)>,
         generations: u32,
@@ -832,11 +865,13 @@ mod tests {
         let prompts = prop::collection::vec((0u32..3, 0usize..36, 0usize..36), 0..8);
         let samples = (1u32..5, 1u32..3, prop::option::of(1usize..4));
         let events = (prop::collection::vec(0usize..20, 1..9), prop::collection::vec((1usize..60, 0usize..40), 0..8));
-        (limits, any::<bool>(), any::<bool>(), prompts, samples, events).prop_map(
-            |(limits, mixed, stop, prompts, (generations, rounds, batch), (arrivals, cancels))| Case {
+        let switches = (any::<bool>(), any::<bool>(), prop::bool::weighted(0.8));
+        (limits, switches, prompts, samples, events).prop_map(
+            |(limits, (mixed, stop, shares), prompts, (generations, rounds, batch), (arrivals, cancels))| Case {
                 limits,
                 mixed,
                 stop,
+                shares,
                 prompts,
                 generations,
                 rounds,
@@ -873,7 +908,7 @@ mod tests {
                 true => StopRule::new([EOS], vec![vec![model(id(0), 12), model(id(0), 13)]]),
                 false => StopRule::default(),
             };
-            let mut device = Device::new(self.limits, stop.clone(), self.mixed);
+            let mut device = Device::new(self.limits, stop.clone(), self.mixed, self.shares);
             let requests = self.requests();
             let mut ended: BTreeMap<SampleId, Finished> = BTreeMap::new();
             let mut refused = BTreeSet::new();
@@ -966,12 +1001,16 @@ mod tests {
         let cases = |came_up: fn(&Seen) -> usize| seen.iter().filter(|seen| came_up(seen) > 0).count();
         let counts = [
             cases(|seen| seen.shared),
+            cases(|seen| seen.reused),
             cases(|seen| seen.carried),
             cases(|seen| seen.cancelled_running),
             cases(|seen| seen.refused),
             cases(|seen| seen.stopped),
         ];
-        assert!(counts.iter().all(|&count| count > 100), "cases that share, carry, cancel, refuse, stop: {counts:?}");
+        assert!(
+            counts.iter().all(|&count| count > 100),
+            "cases that share, reuse, carry, cancel, refuse, stop: {counts:?}"
+        );
     }
 
     #[test]
@@ -1019,6 +1058,30 @@ mod tests {
     }
 
     #[test]
+    fn what_begins_alike_is_computed_once_while_there_is_room() {
+        let mut scheduler = Scheduler::new(limits(2, 8, 4), StopRule::default());
+        let of = |index: usize, prompt: usize| Request { id: id(index), ..request(0, prompt, 1) };
+        let run = |scheduler: &mut Scheduler, request: Request| -> Vec<usize> {
+            scheduler.push(request).unwrap();
+            let mut positions = Vec::new();
+            while let Step::Prefill(rows) = scheduler.next() {
+                positions.push(rows[0].position);
+                rows.iter().filter(|row| row.samples).for_each(|row| _ = scheduler.record(row.slot, &[40]));
+            }
+            assert_eq!(scheduler.pages_used(), 0);
+            positions
+        };
+        assert_eq!(run(&mut scheduler, of(0, 10)), [0, 5]);
+        // Two full pages of it are kept; a longer prompt goes on behind them, and keeps a third.
+        assert_eq!(run(&mut scheduler, of(1, 14)), [8, 13]);
+        assert_eq!(run(&mut scheduler, of(2, 14)), [12]);
+        assert_eq!(run(&mut scheduler, of(3, 6)), [4], "a shorter one has the first");
+        // Another text needs seven of the eight pages: the ends of the chain go first.
+        assert_eq!(run(&mut scheduler, request(4, 27, 1)), [0, 5, 10, 15, 20, 25]);
+        assert_eq!(run(&mut scheduler, of(5, 10)), [4, 9], "its first page was left");
+    }
+
+    #[test]
     fn a_mixed_step_carries_those_that_decode() {
         let mixed = |max_prefill_size| {
             let limits = Limits { max_prefill_size, ..limits(3, 30, 4) };
@@ -1046,7 +1109,7 @@ mod tests {
     fn a_stream_of_prompts_does_not_stall_what_decodes() {
         for (mixed, max_prefill_size) in [(false, 8), (true, 8), (true, 1)] {
             let limits = Limits { max_prefill_size, ..limits(2, 30, 4) };
-            let mut device = Device::new(limits, StopRule::default(), mixed);
+            let mut device = Device::new(limits, StopRule::default(), mixed, true);
             device.scheduler.push(request(0, 1, 40)).unwrap();
             (1..500).for_each(|index| device.scheduler.push(request(index, 3, 1)).unwrap());
             let mut before = 0;

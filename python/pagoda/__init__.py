@@ -14,6 +14,11 @@ from pagoda._command import PagodaError, find_pagoda
 from pagoda._errors import PagodaFault, PagodaMismatch
 from pagoda._api import Certificate, Kernel, certify, check, lower, run
 
+# Tracebacks name them as people import them.
+for _error in (PagodaError, PagodaFault, PagodaMismatch):
+    _error.__module__ = __name__
+del _error
+
 __all__ = [
     "Certificate",
     "Kernel",

@@ -1,5 +1,7 @@
 """What a check raises: errors whose traceback ends at the kernel's own source line."""
 
+import ast
+import types
 from typing import Any, NoReturn
 
 from pagoda._command import PagodaError
@@ -41,7 +43,10 @@ class _AtKernel(PagodaError):
         run = _raising(self)
         for line in self._lines + outer:
             run = _calling(run, line)
-        run()
+        try:
+            run()
+        except type(self):
+            raise self.with_traceback(_without_this_file(self.__traceback__)) from None
         raise self
 
 
@@ -87,8 +92,27 @@ def _raising(error):
 def _calling(run, line):
     """A function that calls `run` from a line of a source file."""
     try:
-        source = "\n" * (int(line["line"]) - 1) + "run()"
-        code = compile(source, line["file"], "exec").replace(co_name=line.get("function") or "kernel")
+        number, text = int(line["line"]), line.get("text") or ""
+        tree = ast.parse("run()")
+        for node in ast.walk(tree):
+            if hasattr(node, "lineno"):
+                # All of the line, so that no part of it is underlined.
+                node.lineno = node.end_lineno = number
+                node.col_offset, node.end_col_offset = len(text) - len(text.lstrip()), len(text.rstrip())
+        code = compile(tree, line["file"], "exec").replace(co_name=line.get("function") or "kernel")
     except (ValueError, MemoryError):
         return run
     return lambda: exec(code, {"run": run})
+
+
+def _without_this_file(traceback):
+    """The frames of a traceback that are in other files."""
+    kept = []
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename != __file__:
+            kept.append(traceback)
+        traceback = traceback.tb_next
+    chain = None
+    for entry in reversed(kept):
+        chain = types.TracebackType(chain, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    return chain

@@ -551,8 +551,8 @@ def copy_of_too_many_rows(broken):
     def kernel(rows_ref, x_ref, o_ref, buffer, sem):
         rows = rows_ref[0]
         buffer[...] = jnp.zeros((16, 128), F32)
-        copy = pltpu.make_async_copy(x_ref.at[pl.ds(0, rows)], buffer.at[pl.ds(0, rows)], sem)  # fault: out-of-bounds
-        copy.start()
+        copy = pltpu.make_async_copy(x_ref.at[pl.ds(0, rows)], buffer.at[pl.ds(0, rows)], sem)
+        copy.start()  # fault: out-of-bounds
         copy.wait()
         o_ref[...] = buffer[...]
 

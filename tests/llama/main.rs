@@ -133,6 +133,7 @@ fn a_narrow_cache_costs_the_roundings_of_its_numbers() {
             sampling: SamplingOptions::GREEDY,
             stop: StopRule::default(),
             mixed_steps: false,
+            reuse_prefixes: true,
         };
         options.shape(&Parallel::ONE)
     };

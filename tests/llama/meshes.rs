@@ -43,6 +43,7 @@ impl Case {
             sampling,
             stop,
             mixed_steps,
+            reuse_prefixes: true,
         }
     }
 

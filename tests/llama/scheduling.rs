@@ -34,6 +34,7 @@ struct Cut {
     max_rounds: usize,
     max_prefill_size: usize,
     mixed_steps: bool,
+    reuse_prefixes: bool,
 }
 
 fn engine(cut: &Cut, target: Target, sampling: SamplingOptions) -> Engine {
@@ -55,6 +56,7 @@ fn engine(cut: &Cut, target: Target, sampling: SamplingOptions) -> Engine {
         sampling,
         stop: StopRule::default(),
         mixed_steps,
+        reuse_prefixes: cut.reuse_prefixes,
     };
     let model = Model::tiny().on_device(&client, &options.shape(&Parallel::ONE));
     Engine::new(&client, model, options).unwrap()
@@ -77,14 +79,14 @@ fn run(engine: &mut Engine) -> (BTreeMap<SampleId, Finished>, Timing, usize) {
 
 #[test]
 fn the_text_does_not_depend_on_how_steps_are_cut() {
-    let whole = Cut { max_seqs: 8, max_rounds: 64, max_prefill_size: 256, mixed_steps: false };
+    let whole = Cut { max_seqs: 8, max_rounds: 64, max_prefill_size: 256, mixed_steps: false, reuse_prefixes: true };
     let cuts = [
-        Cut { max_seqs: 4, max_rounds: 1, max_prefill_size: 256, mixed_steps: false },
-        Cut { max_seqs: 8, max_rounds: 1, max_prefill_size: 24, mixed_steps: false },
-        Cut { max_seqs: 4, max_rounds: 64, max_prefill_size: 7, mixed_steps: false },
-        Cut { max_seqs: 1, max_rounds: 5, max_prefill_size: 64, mixed_steps: false },
-        Cut { max_seqs: 8, max_rounds: 64, max_prefill_size: 64, mixed_steps: true },
-        Cut { max_seqs: 4, max_rounds: 1, max_prefill_size: 24, mixed_steps: true },
+        Cut { max_seqs: 4, max_rounds: 1, max_prefill_size: 256, mixed_steps: false, reuse_prefixes: false },
+        Cut { max_seqs: 8, max_rounds: 1, max_prefill_size: 24, mixed_steps: false, reuse_prefixes: true },
+        Cut { max_seqs: 4, max_rounds: 64, max_prefill_size: 7, mixed_steps: false, reuse_prefixes: true },
+        Cut { max_seqs: 1, max_rounds: 5, max_prefill_size: 64, mixed_steps: false, reuse_prefixes: true },
+        Cut { max_seqs: 8, max_rounds: 64, max_prefill_size: 64, mixed_steps: true, reuse_prefixes: true },
+        Cut { max_seqs: 4, max_rounds: 1, max_prefill_size: 24, mixed_steps: true, reuse_prefixes: true },
     ];
     let all_rows: usize = requests().iter().map(|request| request.prompt.len()).sum();
     for sampling in [SamplingOptions::GREEDY, SAMPLED] {
@@ -102,7 +104,7 @@ fn the_text_does_not_depend_on_how_steps_are_cut() {
 
 #[test]
 fn every_form_of_the_kernels_takes_mixed_steps_and_shared_pages() {
-    let cut = Cut { max_seqs: 4, max_rounds: 8, max_prefill_size: 64, mixed_steps: true };
+    let cut = Cut { max_seqs: 4, max_rounds: 8, max_prefill_size: 64, mixed_steps: true, reuse_prefixes: true };
     let expected = run(&mut engine(&cut, Target::Host, SamplingOptions::GREEDY)).0;
     for target in [Target::Portable, Target::TileMachine(Chip::V5p)] {
         let (found, timing, _) = run(&mut engine(&cut, target, SamplingOptions::GREEDY));
@@ -113,7 +115,7 @@ fn every_form_of_the_kernels_takes_mixed_steps_and_shared_pages() {
 
 #[test]
 fn samples_are_submitted_cancelled_and_batched_while_it_runs() {
-    let cut = Cut { max_seqs: 4, max_rounds: 5, max_prefill_size: 64, mixed_steps: true };
+    let cut = Cut { max_seqs: 4, max_rounds: 5, max_prefill_size: 64, mixed_steps: true, reuse_prefixes: true };
     let mut engine = engine(&cut, Target::Host, SamplingOptions::GREEDY);
     let expected = run(&mut engine).0;
     let requests = requests();

@@ -95,7 +95,16 @@ impl Model {
     ) -> Engine {
         let client = client();
         let kv_cache = KvCache::of(compute);
-        let options = EngineOptions { limits, compute, kv_cache, target, sampling, stop, mixed_steps: false };
+        let options = EngineOptions {
+            limits,
+            compute,
+            kv_cache,
+            target,
+            sampling,
+            stop,
+            mixed_steps: false,
+            reuse_prefixes: true,
+        };
         let model = self.on_device(&client, &options.shape(&Parallel::ONE));
         Engine::new(&client, model, options).unwrap()
     }

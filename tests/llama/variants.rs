@@ -246,6 +246,7 @@ fn check(name: &str, changes: &Value, seed: u64, forms: &[(Target, usize)]) {
             sampling: SamplingOptions::GREEDY,
             stop: StopRule::default(),
             mixed_steps: false,
+            reuse_prefixes: true,
         };
         let mut engines = model.replicas(mesh(1, shards), &options);
         let prompts = [&tokens[..7], &tokens[7..30]];

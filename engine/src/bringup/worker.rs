@@ -287,6 +287,7 @@ fn golden_text(folder: &Path, target: Target, device: &Device) -> Result<Option<
         sampling: SamplingOptions::GREEDY,
         stop: StopRule::default(),
         mixed_steps: false,
+        reuse_prefixes: false, // the prompts are alike
     };
     let (config, weights) = (LlamaConfig::open(folder)?, Weights::open(folder)?);
     let model = DeviceModel::load(&device.client, &config, &weights, &options.shape(&Parallel::ONE))?;

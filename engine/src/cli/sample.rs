@@ -127,6 +127,7 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
         },
         stop: stop_rule(&settings, &config, &tokenizer)?,
         mixed_steps: settings.engine.mixed_steps,
+        reuse_prefixes: settings.engine.reuse_prefixes,
     };
     let place = Place::take(&args.plugin, &settings, launched.share, world)?;
     let placement = &place.placement;

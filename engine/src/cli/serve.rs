@@ -99,6 +99,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<ExitCode> {
         sampling: SamplingOptions::GREEDY, // of rows that no request has
         stop: StopRule::new(eos, Vec::new()),
         mixed_steps: settings.engine.mixed_steps,
+        reuse_prefixes: settings.engine.reuse_prefixes,
     };
     fit_pages(&settings, &config, &weights, &place, &mut options)?;
     let limits = options.limits;

@@ -41,6 +41,10 @@ settings! {
         /// depends, where two tokens are equally likely to within rounding, on what ran beside it.
         #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
         pub mixed_steps: bool = false,
+        /// Let prompts that begin alike share the pages of their beginning, also one after another: it is computed once. No text
+        /// depends on it.
+        #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+        pub reuse_prefixes: bool = true,
         /// Levanter's queue between sampling and packing; there is none here, and no limit.
         #[arg(skip)]
         pub max_queued_tokens: usize = 512,

@@ -5,7 +5,8 @@
 //! field; a new section is a struct of its own in a field of its own, as [`EngineSettings`]. What a key is, one that means
 //! something here, an older spelling, or one that is accepted and ignored, is stated where it is declared (see `key`).
 //!
-//! Keys, meanings and defaults are Levanter's; Pagoda adds `top_k`, `top_p`, `chat`, `ignore_eos` and `engine.mixed_steps`.
+//! Keys, meanings and defaults are Levanter's; Pagoda adds `top_k`, `top_p`, `chat`, `ignore_eos`, `engine.mixed_steps`
+//! and `engine.reuse_prefixes`.
 //! In Levanter no end-of-text token ends a sample; here it does, but for a file that says `stop_sequence: null`, which asks
 //! for samples of full length (`ignore_eos` says it outright). Some defaults differ on purpose:
 //! without a config file there is no stop sequence; `prompts` has no default; `engine.max_seq_len` may be left out (it

@@ -66,7 +66,7 @@ fn what_took_effect_is_printed_as_yaml() {
         max_prompts_per_batch: null\ninference_mode: null\nhost_data_parallel_output_dir: null\nchat: false\nengine:\n  \
         max_seq_len: 256\n  max_pages: 128\n  hbm_utilization: 0.9\n  page_size: 16\n  max_seqs: 8\n  \
         max_seqs_in_prefill: 8\n  max_prefill_size: 64\n  max_tokens_per_round: null\n  max_rounds: 16\n  \
-        mixed_steps: false\n  max_queued_tokens: 512\n  max_stop_seqs: 4\n  max_stop_tokens: 16\n  seed: 0\n  compute_dtype: f32\n  \
+        mixed_steps: false\n  reuse_prefixes: true\n  max_queued_tokens: 512\n  max_stop_seqs: 4\n  max_stop_tokens: 16\n  seed: 0\n  compute_dtype: f32\n  \
         kv_cache_dtype: auto\n  kv_cache_scale: null\n  debug_stats_every_n: 10\n  log_decode_perf_summary: true\n  reset_mode: physical\n  cleanup_mode: end\nmodel:\n  \
         type: llama\n  use_tpu_ragged_paged_attention: null\n  ragged_paged_q_block_size: null\n  \
         ragged_paged_kv_block_pages: null\ntrainer:\n  mp: null\n  mesh:\n    axes: null\n";
@@ -480,6 +480,7 @@ fn drawn_key() -> impl Strategy<Value = (&'static [&'static str], String)> {
         (&["engine", "max_tokens_per_round"], count()),
         (&["engine", "max_rounds"], count()),
         (&["engine", "mixed_steps"], flag()),
+        (&["engine", "reuse_prefixes"], flag()),
         (&["engine", "max_queued_tokens"], count()),
         (&["engine", "max_stop_seqs"], count()),
         (&["engine", "max_stop_tokens"], count()),

@@ -205,11 +205,13 @@ fn timeline(timeline: &Timeline) -> Markup {
 /// Spans at their places; of tracks with very many, those that last longest.
 fn tracks(tracks: &Tracks) -> Markup {
     const WIDTH: f64 = 860.0;
-    const LEFT: f64 = 150.0;
     const ROW: f64 = 24.0;
     const MOST: usize = 1500;
     let end = tracks.end().max(f64::MIN_POSITIVE);
-    let x = |time: f64| LEFT + time / end * (WIDTH - LEFT);
+    // As wide as the longest label and its share are.
+    let letters = tracks.tracks.iter().map(|track| track.label.chars().count() + 5).max().unwrap_or(0);
+    let left = (letters as f64 * 7.0).clamp(150.0, 400.0);
+    let x = |time: f64| left + time / end * (WIDTH - left);
     let rows = tracks.tracks.len() as f64;
     let ticks: Vec<f64> = (0..=4).map(|tick| end * f64::from(tick) / 4.0).collect();
     html! {

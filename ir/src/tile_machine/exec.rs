@@ -419,7 +419,9 @@ impl<O: Observer> Executor<'_, '_, O> {
                         None => x,
                     }
                 });
-                Reg::Tile(tile::matmul(shape, lhs, rhs, self.tile(&operands[2]), *round))
+                // A half of a grid has its thread already.
+                let threads = self.reads.is_none();
+                Reg::Tile(tile::matmul(shape, lhs, rhs, self.tile(&operands[2]), *round, threads))
             }
             Op::Load { extent, to, masked: false } => {
                 let region = self.readable(operands, extent, origin)?;

@@ -128,13 +128,10 @@ impl Buffer<'_> {
         let width = self.data.element().bytes();
         let len = self.data.len();
         let mut at = 0;
-        while at < len {
-            if !other.is_owned(at) {
-                at += 1;
-                continue;
-            }
-            let run = (at..len).take_while(|&at| other.is_owned(at)).count();
-            if (at..at + run).any(|at| self.is_owned(at)) {
+        while let Some(skipped) = other.owners[at..len].iter().position(|&owner| owner != 0) {
+            at += skipped;
+            let run = other.owners[at..len].iter().position(|&owner| owner == 0).unwrap_or(len - at);
+            if self.owners[at..at + run].iter().any(|&owner| owner != 0) {
                 return false;
             }
             let bytes = at * width..(at + run) * width;

@@ -82,6 +82,56 @@ impl<T: Copy> NullaryFnOnce for Select<'_, T> {
     }
 }
 
+/// See [`fold`].
+struct Fold<'l, T, F> {
+    x: &'l [T],
+    sizes: [usize; 3],
+    f: F,
+}
+
+impl<T: Copy, F: Fn(T, T) -> T> NullaryFnOnce for Fold<'_, T, F> {
+    type Output = Vec<T>;
+
+    #[inline(always)]
+    fn call(self) -> Vec<T> {
+        let Self { x, sizes: [outer, size, inner], f } = self;
+        let mut result = Vec::with_capacity(outer * inner);
+        for block in x.chunks_exact(size * inner).take(outer) {
+            if inner == 1 {
+                // Eight running values, so that the loop vectorises.
+                const LANES: usize = 8;
+                let (head, tail) = block.split_at(size - size % LANES);
+                let mut total = None;
+                if let Some((first, rest)) = head.split_first_chunk::<LANES>() {
+                    let mut lanes = *first;
+                    for chunk in rest.chunks_exact(LANES) {
+                        for lane in 0..LANES {
+                            lanes[lane] = f(lanes[lane], chunk[lane]);
+                        }
+                    }
+                    total = lanes.into_iter().reduce(&f);
+                }
+                let total = tail.iter().fold(total, |total, &x| Some(total.map_or(x, |total| f(total, x))));
+                result.extend(total);
+            } else {
+                let start = result.len();
+                result.extend_from_slice(&block[..inner]);
+                for row in block.chunks_exact(inner).skip(1) {
+                    for (total, &x) in result[start..].iter_mut().zip(row) {
+                        *total = f(*total, x);
+                    }
+                }
+            }
+        }
+        result
+    }
+}
+
+/// Folds the middle one of three dimensions by `f`.
+pub(super) fn fold<T: Copy>(arch: Arch, x: &[T], sizes: [usize; 3], f: impl Fn(T, T) -> T) -> Vec<T> {
+    arch.dispatch(Fold { x, sizes, f })
+}
+
 /// `out = f(x)`, for a function of one's own.
 pub(super) fn map<T: Copy, U>(arch: Arch, x: &[T], out: &mut [U], f: impl Fn(T) -> U) {
     arch.dispatch(Map { x, out, f });

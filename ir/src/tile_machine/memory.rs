@@ -43,7 +43,7 @@ pub(super) struct Buffer<'i> {
     unwritten: usize,
     /// The parallel grid position of the step that wrote each element, plus one, or [`CONTESTED`]; empty where it does
     /// not matter.
-    owners: Vec<u32>,
+    pub(super) owners: Vec<u32>,
     /// Whether several parallel positions may write one element; what it holds then is unwritten.
     pub(super) may_overlap: bool,
     /// DMAs in flight that touch this buffer.
@@ -163,9 +163,13 @@ impl<'i> Buffer<'i> {
     }
 
     fn mark(&mut self, start: usize, len: usize, stride: usize) {
-        if self.unwritten > 0 && stride == 1 {
+        if self.unwritten > 0 && len == self.written.len() {
+            self.all_written();
+        } else if self.unwritten > 0 && stride == 1 {
             let written = &mut self.written[start..start + len];
-            self.unwritten -= written.iter().filter(|&&written| !written).count();
+            // Counted in bytes, which are many in a register.
+            let unwritten = |part: &[bool]| usize::from(part.iter().map(|&written| u8::from(!written)).sum::<u8>());
+            self.unwritten -= written.chunks(128).map(unwritten).sum::<usize>();
             written.fill(true);
         } else if self.unwritten > 0 {
             for at in (0..len).map(|i| start + i * stride) {
@@ -213,15 +217,11 @@ impl<'i> Buffer<'i> {
         !self.owners.is_empty()
     }
 
-    /// Whether a step wrote the element of an output that has owners.
-    pub(super) fn is_owned(&self, at: usize) -> bool {
-        self.owners.get(at).is_some_and(|&owner| owner != 0)
-    }
-
     /// Whether a step wrote an element of `region`.
     pub(super) fn is_owned_in(&self, region: &Region) -> bool {
         let mut runs = region.runs();
-        !self.owners.is_empty() && runs.any(|(start, len, stride)| (0..len).any(|i| self.is_owned(start + i * stride)))
+        !self.owners.is_empty()
+            && runs.any(|(start, len, stride)| (0..len).any(|i| self.owners[start + i * stride] != 0))
     }
 
     /// Makes elements from `at` written as in `other`, another copy of the array.

@@ -759,34 +759,7 @@ pub(super) fn reduce(how: Reduction, element: Element, x: Tile, dims: &[usize], 
 }
 
 fn fold<T: Copy>(x: &[T], outer: usize, size: usize, inner: usize, f: impl Fn(T, T) -> T) -> Vec<T> {
-    let mut result = Vec::with_capacity(outer * inner);
-    for block in x.chunks_exact(size * inner).take(outer) {
-        if inner == 1 {
-            // Eight running values, so that the loop vectorises.
-            const LANES: usize = 8;
-            let (head, tail) = block.split_at(size - size % LANES);
-            let mut chunks = head.chunks_exact(LANES);
-            let mut total = None;
-            if let Some(first) = chunks.next() {
-                let mut lanes: [T; LANES] = std::array::from_fn(|lane| first[lane]);
-                for chunk in chunks {
-                    for lane in 0..LANES {
-                        lanes[lane] = f(lanes[lane], chunk[lane]);
-                    }
-                }
-                total = lanes.into_iter().reduce(&f);
-            }
-            let total = tail.iter().fold(total, |total, &x| Some(total.map_or(x, |total| f(total, x))));
-            result.extend(total);
-        } else {
-            let start = result.len();
-            result.extend_from_slice(&block[..inner]);
-            for row in block.chunks_exact(inner).skip(1) {
-                result[start..].iter_mut().zip(row).for_each(|(total, &x)| *total = f(*total, x));
-            }
-        }
-    }
-    result
+    lanes::fold(Arch::new(), x, [outer, size, inner], f)
 }
 
 /// The bits of `x` (of sizes `dims`) as elements of another type. Narrow elements are packed along the second-minor
@@ -873,8 +846,15 @@ impl MatmulShape {
     }
 }
 
-/// `accumulator + lhs x rhs`. The sides that `round` names are rounded to bf16 first, as the MXU does with f32.
-pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Tile, round: [bool; 2]) -> Tile {
+/// `accumulator + lhs x rhs`, on `threads` if it is large. The sides that `round` names are rounded to bf16 first, as the MXU does with f32.
+pub(super) fn matmul(
+    shape: &MatmulShape,
+    lhs: Tile,
+    rhs: Tile,
+    accumulator: Tile,
+    round: [bool; 2],
+    threads: bool,
+) -> Tile {
     // Where one side is of floats, so is the other: integers of up to 16 bits are exact as such.
     let float = |x: Tile| match x {
         Tile::Int(x) => Tile::Float(Arc::new(x.iter().map(|&x| x as f32).collect())),
@@ -891,13 +871,13 @@ pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Til
             for batch in 0..shape.batch {
                 let (MatmulShape { m, n, k, .. }, l, r) = (*shape, shape.lhs, shape.rhs);
                 let sum = &mut sum[batch * m * n..(batch + 1) * m * n];
-                products([m, n, k], &lhs[batch * l.batch..], l, &rhs[batch * r.batch..], r, sum, !from_zero);
+                products([m, n, k], &lhs[batch * l.batch..], l, &rhs[batch * r.batch..], r, sum, [!from_zero, threads]);
             }
             Tile::Float(rounded(shape.to, Arc::new(sum)))
         }
         (Tile::Int(lhs), Tile::Int(rhs), Tile::Int(sum)) => {
             let mut sum = unique(sum);
-            int_products(shape, &lhs, &rhs, &mut sum);
+            int_products(shape, &lhs, &rhs, &mut sum, threads);
             sum.iter_mut().for_each(|x| *x = wrap(shape.to, *x));
             Tile::Int(Arc::new(sum))
         }
@@ -907,7 +887,7 @@ pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Til
 
 /// Adds products of integers to `sum`. Those of up to 8 bits are multiplied as floats, which is exact for as many terms as 24 bits
 /// hold.
-fn int_products(shape: &MatmulShape, lhs: &[i32], rhs: &[i32], sum: &mut [i32]) {
+fn int_products(shape: &MatmulShape, lhs: &[i32], rhs: &[i32], sum: &mut [i32], threads: bool) {
     let MatmulShape { batch, m, n, k, lhs: l, rhs: r, .. } = *shape;
     let narrow = |x: &[i32]| x.iter().all(|x| (-128..128).contains(x));
     if narrow(lhs) && narrow(rhs) {
@@ -918,7 +898,7 @@ fn int_products(shape: &MatmulShape, lhs: &[i32], rhs: &[i32], sum: &mut [i32]) 
             for from in (0..k).step_by(TERMS) {
                 let terms = TERMS.min(k - from);
                 let (lhs, rhs) = (&lhs[batch * l.batch + from * l.column..], &rhs[batch * r.batch + from * r.row..]);
-                products([m, n, terms], lhs, l, rhs, r, &mut sums, false);
+                products([m, n, terms], lhs, l, rhs, r, &mut sums, [false, threads]);
                 let sum = &mut sum[batch * m * n..][..m * n];
                 sum.iter_mut().zip(&sums).for_each(|(sum, &x)| *sum = sum.wrapping_add(x as i32));
             }
@@ -940,14 +920,22 @@ fn int_products(shape: &MatmulShape, lhs: &[i32], rhs: &[i32], sum: &mut [i32]) 
     }
 }
 
-/// `sum += lhs x rhs` if it `adds`, or `sum = lhs x rhs`; of sizes `[m, n, k]`.
-fn products([m, n, k]: [usize; 3], lhs: &[f32], l: Strides, rhs: &[f32], r: Strides, sum: &mut [f32], adds: bool) {
+/// `sum += lhs x rhs` if it `adds`, or `sum = lhs x rhs`; of sizes `[m, n, k]`; on `threads` if it is large.
+fn products(
+    [m, n, k]: [usize; 3],
+    lhs: &[f32],
+    l: Strides,
+    rhs: &[f32],
+    r: Strides,
+    sum: &mut [f32],
+    [adds, threads]: [bool; 2],
+) {
     // The last element that each side reads is inside its slice.
     assert!((m - 1) * l.row + (k - 1) * l.column < lhs.len());
     assert!((k - 1) * r.row + (n - 1) * r.column < rhs.len());
     assert!(sum.len() == m * n);
     // Each thread makes columns or rows of its own: the sums are the same.
-    let threads = if m * n * k >= 1 << 22 { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
+    let threads = if threads && m * n * k >= 1 << 22 { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
     // SAFETY: the asserts bound every read and write, and `sum` aliases neither side.
     unsafe {
         gemm::gemm(

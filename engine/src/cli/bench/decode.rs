@@ -67,6 +67,7 @@ pub fn decode_rate(
         sampling: SamplingOptions::GREEDY,
         stop: StopRule::default(),
         mixed_steps: false,
+        reuse_prefixes: false, // the prompts are alike
     };
     let model = DeviceModel::load(client, &config, &weights, &options.shape(&Parallel::ONE))?;
     let mut engine = Engine::new(client, model, options)?;

@@ -120,6 +120,7 @@ pub(in crate::cli) fn step(args: &StepArgs) -> Result<()> {
             sampling: SamplingOptions::GREEDY,
             stop: StopRule::default(),
             mixed_steps: false,
+            reuse_prefixes: false, // each run has the prompts of the last one
         };
         let model = DeviceModel::load(&client, &config, &weights, &options.shape(&Parallel::ONE))?;
         let mut engine = Engine::new(&client, model, options)?;

@@ -23,7 +23,7 @@ pub(super) fn rates(chip: Chip) -> Result<Rates> {
         Chip::V6e => (557.0, 772.0),
         Chip::V4 | Chip::Tpu7x => {
             let limit = "is a chip whose DMAs libtpu has no rates of";
-            return Err(Error::setting("chip", chip.name(), limit, "use v5e, v5p or v6e"));
+            return Err(Error::setting("rates-of", chip.name(), limit, "use v5e, v5p or v6e"));
         }
     };
     let info = chip.info();

@@ -89,11 +89,9 @@ pub(super) fn run(args: &RunArgs, running: &Running, given: &Given, file: &File)
         let mut opened = file.kernels(&context)?;
         let (opened, site) = opened.swap_remove(call.kernel);
         let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
-        let types = site.and_then(|site| site.types.as_ref());
-        let program = match types {
-            Some((_, results)) => with_authors_names(args, call.kernel, program, results.len())?.0,
-            None => program,
-        };
+        // Names do not depend on how many of the arguments are results, which bytecode does not say here.
+        let results = site.and_then(|site| site.types.as_ref()).map_or(0, |(_, results)| results.len());
+        let (program, _) = with_authors_names(args, call.kernel, program, results)?;
         let default = Machine::default();
         loaded.push(Loaded {
             program: program.with_aliases(&call.aliases).with_unused_outputs(&call.unused),

@@ -244,8 +244,22 @@ struct Profiled {
     counts: bool,
 }
 
+/// Refuses a file that could not be written, before anything runs.
+fn writable(key: &str, path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let limit = match (path.is_dir(), folder.is_dir()) {
+        (false, true) => return Ok(()),
+        (true, _) => "is a folder",
+        (false, false) => "is in no folder that there is",
+    };
+    Err(Error::setting(key, path.display(), limit, "give the path of a file, in a folder that exists"))
+}
+
 impl Running {
     fn new(args: &RunArgs) -> Result<Self> {
+        for (key, path) in [("trace", &args.trace), ("timeline", &args.timeline), ("html", &args.html)] {
+            path.as_deref().map_or(Ok(()), |path| writable(key, path))?;
+        }
         Ok(Self {
             orders: dma_orders(args)?,
             allow_unwritten_reads: args.allow_unwritten_reads,
@@ -628,6 +642,11 @@ pub(super) fn compiled(client: &Client, file: &File, module: &[u8]) -> Result<Ex
             code: "INVALID_ARGUMENT" | "UNKNOWN" | "UNIMPLEMENTED" | "NOT_FOUND", message, ..
         } => {
             let said = message.lines().next().unwrap_or_default();
+            // What Shardy leaves for a partitioner that has several devices.
+            if said.contains("xla.sdy.") {
+                let fix = "export it for one device, or run a kernel alone with --kernel N (of a module as text)";
+                return Error::file(&file.path, "it is a program for several devices, and a run has one", fix);
+            }
             let problem = format!("the plugin for {} does not take it: {said}", client.platform());
             Error::file(&file.path, problem, "write the module again")
         }
