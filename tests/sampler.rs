@@ -12,11 +12,11 @@ const ROWS: usize = 4;
 /// What one call gets.
 #[derive(Clone, Debug)]
 struct Case {
-    logits: Vec<f32>, // [ROWS, vocab]
-    temperature: f32,
-    top_k: i32,
-    top_p: f32,
-    seed: u64,
+    logits: Vec<f32>,         // [ROWS, vocab]
+    temperature: [f32; ROWS], // 0: greedy
+    top_k: [i32; ROWS],
+    top_p: [f32; ROWS],
+    seed: [u64; ROWS],
     keys: [[u32; 3]; ROWS], // index, generation, position
 }
 
@@ -35,14 +35,15 @@ impl Device {
             words.clone(),
             words.clone(),
             words,
-            TensorType::scalar(Element::F32),
-            TensorType::scalar(Element::I32),
-            TensorType::scalar(Element::F32),
-            TensorType::new(Element::U32, &[2]),
+            TensorType::new(Element::F32, &[ROWS]),
+            TensorType::new(Element::I32, &[ROWS]),
+            TensorType::new(Element::F32, &[ROWS]),
+            TensorType::new(Element::U32, &[ROWS]),
+            TensorType::new(Element::U32, &[ROWS]),
         ];
         module
             .function("main", &types, |b, a| {
-                let parameters = Parameters { temperature: a[4], top_k: a[5], top_p: a[6], seed: a[7] };
+                let parameters = Parameters { temperature: a[4], top_k: a[5], top_p: a[6], seed: [a[7], a[8]] };
                 let keys = Keys { index: a[1], generation: a[2], position: a[3] };
                 Ok(vec![sampler::emit(b, sampling, a[0], &parameters, &keys)?])
             })
@@ -59,10 +60,11 @@ impl Device {
             word(0),
             word(1),
             word(2),
-            HostTensor::scalar(case.temperature),
-            HostTensor::scalar(case.top_k),
-            HostTensor::scalar(case.top_p),
-            HostTensor::new(&[2], &[(case.seed >> 32) as u32, case.seed as u32]),
+            HostTensor::new(&[ROWS], &case.temperature),
+            HostTensor::new(&[ROWS], &case.top_k),
+            HostTensor::new(&[ROWS], &case.top_p),
+            HostTensor::new(&[ROWS], &case.seed.map(|seed| (seed >> 32) as u32)),
+            HostTensor::new(&[ROWS], &case.seed.map(|seed| seed as u32)),
         ];
         self.program.call(&inputs).unwrap()[0].as_slice::<i32>().to_vec()
     }
@@ -91,10 +93,10 @@ fn allowed(case: &Case, row: usize, sampling: Sampling) -> Vec<usize> {
     let vocab = case.logits.len() / ROWS;
     let logits: Vec<f64> = case.logits[row * vocab..][..vocab].iter().map(|&x| f64::from(x)).collect();
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let Sampling::Random { top_k, top_p } = sampling else {
+    let (Sampling::Random { top_k, top_p }, true) = (sampling, case.temperature[row] > 0.0) else {
         return vec![logits.iter().position(|&x| x == max).unwrap()];
     };
-    let mut weights: Vec<f64> = logits.iter().map(|x| ((x - max) / f64::from(case.temperature)).exp()).collect();
+    let mut weights: Vec<f64> = logits.iter().map(|x| ((x - max) / f64::from(case.temperature[row])).exp()).collect();
     let keep = |weights: &mut Vec<f64>, count: usize| {
         let mut sorted = weights.clone();
         sorted.sort_by(|a, b| b.total_cmp(a));
@@ -102,7 +104,7 @@ fn allowed(case: &Case, row: usize, sampling: Sampling) -> Vec<usize> {
         weights.iter_mut().filter(|w| **w < threshold).for_each(|w| *w = 0.0);
     };
     if top_k {
-        keep(&mut weights, case.top_k as usize);
+        keep(&mut weights, case.top_k[row] as usize);
     }
     if top_p {
         let total: f64 = weights.iter().sum();
@@ -111,12 +113,12 @@ fn allowed(case: &Case, row: usize, sampling: Sampling) -> Vec<usize> {
         let mut sum = 0.0;
         let count = sorted.iter().position(|w| {
             sum += w;
-            sum >= f64::from(case.top_p) * total
+            sum >= f64::from(case.top_p[row]) * total
         });
         keep(&mut weights, count.map_or(sorted.len(), |at| at + 1));
     }
     let [index, generation, position] = case.keys[row];
-    let key = threefry([(case.seed >> 32) as u32, case.seed as u32], [index, generation]);
+    let key = threefry([(case.seed[row] >> 32) as u32, case.seed[row] as u32], [index, generation]);
     let uniform = f64::from(threefry(key, [position, 0])[0] >> 8) / f64::from(1 << 24);
     let total: f64 = weights.iter().sum();
     let slack = 1e-5;
@@ -138,7 +140,10 @@ fn cases(vocab: usize) -> impl Strategy<Value = Case> {
         (0..ROWS * vocab).prop_map(move |hot| (0..ROWS * vocab).map(|i| if i == hot { 30.0 } else { 0.0 }).collect()),
     ];
     let keys = prop::array::uniform4(prop::array::uniform3(any::<u32>()));
-    (logits, 0.1f32..3.0, 1..2 * vocab as i32, 0.01f32..1.0, any::<u64>(), keys).prop_map(
+    let temperature = prop::array::uniform4(prop_oneof![4 => 0.1f32..3.0, 1 => Just(0.0)]);
+    let top_k = prop::array::uniform4(1..2 * vocab as i32);
+    let top_p = prop::array::uniform4(prop_oneof![4 => 0.01f32..1.0, 1 => Just(1.0)]);
+    (logits, temperature, top_k, top_p, prop::array::uniform4(any::<u64>()), keys).prop_map(
         |(logits, temperature, top_k, top_p, seed, keys)| Case { logits, temperature, top_k, top_p, seed, keys },
     )
 }
@@ -180,7 +185,7 @@ fn check_every_mode(cases: u32, rng_seed: RngSeed) {
                         let allowed = allowed(&case, row, sampling);
                         // A mass within f32 rounding of p may keep one token more or less: then both sets count.
                         let other = [-1e-5, 1e-5].map(|shift| {
-                            let top_p = (case.top_p as f64 * (1.0 + shift)) as f32;
+                            let top_p = case.top_p.map(|p| (f64::from(p) * (1.0 + shift)) as f32);
                             self::allowed(&Case { top_p, ..case.clone() }, row, sampling)
                         });
                         let found = allowed.iter().chain(other.iter().flatten()).any(|&t| t == token as usize);
@@ -198,13 +203,25 @@ fn a_row_does_not_depend_on_its_place_or_its_neighbours() {
     let sampling = Sampling::Random { top_k: true, top_p: true };
     let device = Device::new(sampling, 300);
     let row: Vec<f32> = (0..300).map(|i| ((i * 37) % 101) as f32 / 20.0).collect();
-    let alone =
-        Case { logits: row.repeat(ROWS), temperature: 0.8, top_k: 40, top_p: 0.95, seed: 7, keys: [[3, 0, 11]; ROWS] };
+    let alone = Case {
+        logits: row.repeat(ROWS),
+        temperature: [0.8; ROWS],
+        top_k: [40; ROWS],
+        top_p: [0.95; ROWS],
+        seed: [7; ROWS],
+        keys: [[3, 0, 11]; ROWS],
+    };
     let expected = device.sample(&alone)[0];
     assert_eq!(device.sample(&alone), [expected; ROWS]);
     let mut among_others = alone.clone();
     among_others.logits = [vec![1.0; 900], row].concat();
     among_others.keys = [[9, 9, 9], [8, 8, 8], [7, 7, 7], [3, 0, 11]];
+    assert_eq!(device.sample(&among_others)[3], expected);
+    // Nor on how the others are sampled.
+    among_others.temperature[..3].copy_from_slice(&[0.0, 2.0, 0.1]);
+    among_others.top_k[..3].copy_from_slice(&[1, 300, i32::MAX]);
+    among_others.top_p[..3].copy_from_slice(&[1.0, 0.1, 0.5]);
+    among_others.seed[..3].copy_from_slice(&[1, 2, 3]);
     assert_eq!(device.sample(&among_others)[3], expected);
     let draws: std::collections::BTreeSet<i32> =
         (0..50).map(|position| device.sample(&Case { keys: [[3, 0, position]; ROWS], ..alone.clone() })[0]).collect();

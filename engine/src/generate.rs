@@ -12,6 +12,7 @@
 //! depends on its own prompt, index, round and generation only, whatever ran beside it, unless the caller asks for
 //! [`EngineOptions::mixed_steps`].
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ use pagoda_ir::Element;
 use pagoda_ir::tensor::HostTensor;
 use pagoda_kernels::rpa::kv_layout::{NO_SLOT, slot};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::llama::step::StepShape;
 use crate::llama::{Call, DeviceModel, Executor, KvCache, Parallel, Target};
 use crate::memory::Room;
@@ -56,6 +57,15 @@ impl SamplingOptions {
         }
         Sampling::Random { top_k: self.top_k.is_some(), top_p: self.top_p.is_some_and(|p| p < 1.0) }
     }
+}
+
+/// How the tokens of one request are drawn, where it is not as the engine's options and the request's id say.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// How tokens are chosen.
+    pub sampling: SamplingOptions,
+    /// What the random numbers depend on beside the seed and the position, as [`SampleId::key`] has it.
+    pub key: [u32; 2],
 }
 
 /// What a host call did.
@@ -247,6 +257,10 @@ pub struct Engine {
     shape: StepShape,
     executor: Executor,
     scheduler: Scheduler,
+    /// The variant that the programs were compiled for.
+    sampling: Sampling,
+    /// Of requests that are not drawn as the options say.
+    draws: HashMap<SampleId, Draw>,
     session: Session,
     watchdog: Option<Arc<Watchdog>>,
 }
@@ -266,11 +280,26 @@ impl Engine {
     /// When the cache does not fit in the memory that is left (asked before anything is compiled), or the programs do not
     /// compile.
     pub fn new(client: &Client, model: DeviceModel, options: EngineOptions) -> Result<Self> {
+        let sampling = options.sampling.kind();
+        Self::with_sampling(client, model, options, sampling)
+    }
+
+    /// As [`new`](Self::new), for requests that each say how they are drawn ([`submit_drawn`](Self::submit_drawn)): `sampling`
+    /// has the filters that any of them may use.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_sampling(
+        client: &Client,
+        model: DeviceModel,
+        options: EngineOptions,
+        sampling: Sampling,
+    ) -> Result<Self> {
         options.check_memory(client, model.config(), model.group().parallel(), &model.group().devices())?;
         let shape = options.shape(model.group().parallel());
-        let executor = Executor::new(client, model, &shape, &options.sampling, options.stop.eos())?;
-        let scheduler = idle_scheduler(&options);
-        Ok(Self { options, shape, executor, scheduler, session: Session::default(), watchdog: None })
+        let executor = Executor::new(client, model, &shape, sampling, options.stop.eos())?;
+        let (scheduler, draws, session) = (idle_scheduler(&options), HashMap::new(), Session::default());
+        Ok(Self { options, shape, executor, scheduler, sampling, draws, session, watchdog: None })
     }
 
     /// Time spent emitting and compiling the step programs.
@@ -298,9 +327,49 @@ impl Engine {
         Ok(())
     }
 
+    /// As [`submit`](Self::submit), drawn in a way of its own.
+    ///
+    /// # Errors
+    /// As there, and when the programs were compiled without what `draw` asks for.
+    pub fn submit_drawn(&mut self, request: Request, draw: Draw) -> Result<()> {
+        if !self.sampling.serves(draw.sampling.kind()) {
+            let compiled = format!("is not what the step programs were compiled for: {:?}", self.sampling);
+            let fix = "make the engine with `Engine::with_sampling`";
+            return Err(Error::setting("sampling", format!("{:?}", draw.sampling), compiled, fix));
+        }
+        let id = request.id;
+        self.submit(request)?;
+        self.draws.insert(id, draw);
+        Ok(())
+    }
+
     /// Ends a request, queued or running, with the tokens that it has; `None` when none of this id is there.
     pub fn cancel(&mut self, id: SampleId) -> Option<Finished> {
+        self.draws.remove(&id);
         self.scheduler.cancel(id)
+    }
+
+    /// The requests that have a slot, with what they have sampled so far.
+    pub fn running(&self) -> impl Iterator<Item = (SampleId, &[u32])> {
+        self.scheduler.sampled()
+    }
+
+    fn draw(&self, id: SampleId) -> Draw {
+        self.draws.get(&id).copied().unwrap_or(Draw { sampling: self.options.sampling, key: id.key() })
+    }
+
+    /// Says how the rows of the next call are sampled: the keys of each, those of idle rows zeros.
+    fn draw_rows(&mut self, rows: impl Iterator<Item = (usize, SampleId)>) -> Result<[Vec<u32>; 2]> {
+        let slots = self.shape.slots;
+        let mut keys = [vec![0u32; slots], vec![0u32; slots]];
+        let mut sampling = vec![self.options.sampling; slots];
+        for (row, id) in rows {
+            let draw = self.draw(id);
+            [keys[0][row], keys[1][row]] = draw.key;
+            sampling[row] = draw.sampling;
+        }
+        self.executor.sample_like(&sampling)?;
+        Ok(keys)
     }
 
     /// What [`submit`](Self::submit) would say to a request.
@@ -318,6 +387,7 @@ impl Engine {
 
     /// Drops all requests, queued and running, without a word.
     pub fn clear(&mut self) {
+        self.draws.clear();
         self.scheduler = idle_scheduler(&self.options);
     }
 
@@ -414,6 +484,9 @@ impl Engine {
         report.tokens = sampled.iter().map(|(_, tokens)| tokens.len()).sum();
         let finished: Vec<Finished> =
             sampled.into_iter().filter_map(|(slot, tokens)| self.scheduler.record(slot, &tokens)).collect();
+        for sample in &finished {
+            self.draws.remove(&sample.id);
+        }
 
         let Session { progress, timing, .. } = &mut self.session;
         if progress.tokens == 0 && report.tokens > 0 {
@@ -478,7 +551,8 @@ impl Engine {
     }
 
     /// Packs a prefill step: sequences in the order of `rows`, their tokens back to back.
-    fn prefill_call(&self, rows: &[PrefillRow]) -> Result<Call> {
+    fn prefill_call(&mut self, rows: &[PrefillRow]) -> Result<Call> {
+        let [index, generation] = self.draw_rows(rows.iter().map(|row| row.id).enumerate())?;
         let shape = &self.shape;
         let page_size = shape.page_size;
         let mut tokens = vec![0i32; shape.prefill_rows];
@@ -488,7 +562,7 @@ impl Engine {
         let mut kv_lens = vec![0i32; shape.slots];
         let mut sample_rows = vec![0i32; shape.slots];
         let mut table = PageTable::new(shape);
-        let mut keys = [vec![0u32; shape.slots], vec![0u32; shape.slots], vec![0u32; shape.slots]];
+        let mut sampled_positions = vec![0u32; shape.slots];
         let mut at = 0;
         for (sequence, row) in rows.iter().enumerate() {
             let pages = self.scheduler.pages(row.slot);
@@ -503,11 +577,9 @@ impl Engine {
             first_rows[sequence + 1] = at as i32;
             kv_lens[sequence] = row.kv_len() as i32;
             sample_rows[sequence] = at as i32 - 1;
-            [keys[0][sequence], keys[1][sequence]] = row.id.key();
-            keys[2][sequence] = row.kv_len() as u32;
+            sampled_positions[sequence] = row.kv_len() as u32;
         }
         first_rows[rows.len() + 1..].fill(at as i32);
-        let [index, generation, position] = keys;
         self.executor.upload(&[
             ints(tokens),
             ints(positions),
@@ -519,27 +591,25 @@ impl Engine {
             ints(sample_rows),
             words(index),
             words(generation),
-            words(position),
+            words(sampled_positions),
         ])
     }
 
     /// Packs a decode step: sequences by slot.
-    fn decode_call(&self, rows: &[DecodeRow], rounds: usize) -> Result<Call> {
+    fn decode_call(&mut self, rows: &[DecodeRow], rounds: usize) -> Result<Call> {
+        let [index, generation] = self.draw_rows(rows.iter().map(|row| (row.slot.0, row.id)))?;
         let slots = self.shape.slots;
         let mut tokens = vec![0i32; slots];
         let mut positions = vec![0i32; slots];
         let mut remaining = vec![0i32; slots];
         let mut table = PageTable::new(&self.shape);
-        let mut keys = [vec![0u32; slots], vec![0u32; slots]];
         for row in rows {
             let slot = row.slot.0;
             tokens[slot] = row.token as i32;
             positions[slot] = row.position as i32;
             remaining[slot] = rounds as i32;
             table.set(slot, self.scheduler.pages(row.slot));
-            [keys[0][slot], keys[1][slot]] = row.id.key();
         }
-        let [index, generation] = keys;
         self.executor.upload(&[
             ints(tokens),
             ints(positions),

@@ -25,6 +25,7 @@ pub mod replicas;
 pub mod report;
 pub mod sampler;
 pub mod scheduler;
+pub mod serve;
 pub mod stop;
 pub mod timeline;
 pub mod topology;

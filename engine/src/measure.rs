@@ -105,7 +105,8 @@ impl Rates {
     pub fn of_this_machine(element: Element) -> Self {
         /// Far more than the caches hold.
         const WORDS: usize = 64 << 20;
-        const TIMES: usize = 3;
+        /// The best counts: others use the machine, too.
+        const TIMES: usize = 16;
         let rounds = 1 << 20;
         let cores = rayon::current_num_threads();
         let best = |work: &dyn Fn() -> f64| {

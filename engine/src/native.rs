@@ -28,6 +28,7 @@ pub fn register_all(plugin: &Plugin) -> Result<()> {
     register::<TileMachine>(plugin)?;
     register::<HostCall>(plugin)?;
     register::<Attention>(plugin)?;
+    register::<Take>(plugin)?;
     register::<Matmul>(plugin)
 }
 
@@ -82,6 +83,33 @@ fn multiply<T: Float>(frame: Frame<'_>) -> Outcome {
         matmul::native::multiply(&call, y, &threads);
     }
     Ok(())
+}
+
+/// The custom call that takes rows of a table: operands `[rows, width]` of any type and `i32[n]`, result `[n, width]`. A row
+/// beyond the table is the nearest one of it, as StableHLO's gather has it.
+///
+/// XLA's CPU compiler gathers in f32 and, in a loop, widens the whole table ahead of it: of a bf16 embedding twice its bytes,
+/// in every call.
+pub(crate) const TAKE: &str = "pagoda_take";
+
+struct Take;
+
+impl CustomCall for Take {
+    const TARGET: &'static str = TAKE;
+
+    fn call(Frame { operands, mut results, .. }: Frame<'_>) -> Outcome {
+        let (table, ids) = (operands.get(0)?, operands.get(1)?);
+        let &[rows, _] = table.dims else { return Err(format!("a table of rank {}", table.dims.len())) };
+        let (table, taken) = (table.bytes()?, results.bytes(0)?);
+        if table.is_empty() {
+            return if taken.is_empty() { Ok(()) } else { Err("rows of an empty table".into()) };
+        }
+        let width = table.len() / rows as usize;
+        for (id, row) in ids.values::<i32>()?.iter().zip(taken.chunks_exact_mut(width)) {
+            row.copy_from_slice(&table[i64::from(*id).clamp(0, rows - 1) as usize * width..][..width]);
+        }
+        Ok(())
+    }
 }
 
 /// `pagoda_rpa`: see [`native`].

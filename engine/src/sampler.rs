@@ -32,17 +32,28 @@ pub enum Sampling {
     },
 }
 
-/// The run-time parameters, scalars on the device.
+impl Sampling {
+    /// Whether a program of this variant samples rows as `other` would.
+    pub fn serves(self, other: Self) -> bool {
+        match (self, other) {
+            (_, Self::Greedy) => true,
+            (Self::Greedy, Self::Random { .. }) => false,
+            (Self::Random { top_k, top_p }, Self::Random { top_k: k, top_p: p }) => (top_k || !k) && (top_p || !p),
+        }
+    }
+}
+
+/// The run-time parameters, each of every row.
 #[derive(Clone, Copy)]
 pub struct Parameters<'c, 'a> {
-    /// `f32[]`, above zero.
+    /// `f32[rows]`; 0 for greedy.
     pub temperature: Tensor<'c, 'a>,
-    /// `i32[]`, at least one.
+    /// `i32[rows]`, at least one; the vocabulary's size or more for all.
     pub top_k: Tensor<'c, 'a>,
-    /// `f32[]` in (0, 1].
+    /// `f32[rows]` in (0, 1]; 1 for all.
     pub top_p: Tensor<'c, 'a>,
-    /// `u32[2]`, high word first.
-    pub seed: Tensor<'c, 'a>,
+    /// `u32[rows]` each, the high word first.
+    pub seed: [Tensor<'c, 'a>; 2],
 }
 
 /// What a row's random numbers depend on beside the seed, each `u32[rows]`.
@@ -70,20 +81,25 @@ pub fn emit<'c, 'a>(
     let (max, greedy) = largest(b, logits)?;
     let Sampling::Random { top_k, top_p } = sampling else { return Ok(greedy) };
     let dims = logits.dims(); // [rows, vocab]
+    let rows = &dims[..1];
+    let is_random = b.compare(parameters.temperature, Direction::Gt, b.splat(Element::F32, rows, 0.0)?)?;
+    let ones = b.splat(Element::F32, rows, 1.0)?;
+    let temperature = b.select(is_random, parameters.temperature, ones)?;
     let shifted = b.subtract(logits, b.broadcast_in_dim(max, &dims, &[0])?)?;
-    let mut weights = b.exponential(b.divide(shifted, b.broadcast_to(parameters.temperature, &dims)?)?)?;
+    let mut weights = b.exponential(b.divide(shifted, b.broadcast_in_dim(temperature, &dims, &[0])?)?)?;
     if top_k {
-        let wanted = b.broadcast_to(parameters.top_k, &dims[..1])?;
-        weights = keep_largest(b, weights, |b, at_least| {
+        let all = b.splat(Element::I32, rows, dims[1] as f64)?;
+        let filtered = b.and(is_random, b.compare(parameters.top_k, Direction::Lt, all)?)?;
+        weights = keep_largest(b, weights, filtered, |b, at_least| {
             let count = b.reduce_sum(b.convert(at_least, Element::I32)?, &[1])?;
-            b.compare(count, Direction::Ge, wanted)
+            b.compare(count, Direction::Ge, parameters.top_k)
         })?;
     }
     if top_p {
-        let total = b.reduce_sum(weights, &[1])?;
-        let wanted = b.multiply(total, b.broadcast_to(parameters.top_p, &dims[..1])?)?;
+        let filtered = b.and(is_random, b.compare(parameters.top_p, Direction::Lt, ones)?)?;
+        let wanted = b.multiply(b.reduce_sum(weights, &[1])?, parameters.top_p)?;
         let all = weights;
-        weights = keep_largest(b, weights, |b, at_least| {
+        weights = keep_largest(b, weights, filtered, |b, at_least| {
             let kept = b.select(at_least, all, b.splat(Element::F32, &dims, 0.0)?)?;
             b.compare(b.reduce_sum(kept, &[1])?, Direction::Ge, wanted)
         })?;
@@ -95,8 +111,8 @@ pub fn emit<'c, 'a>(
     let is_chosen = b.compare(ids, Direction::Eq, b.broadcast_in_dim(chosen, &dims, &[0])?)?;
     let zeros = b.splat(Element::F32, &dims, 0.0)?;
     let weight = b.reduce_sum(b.select(is_chosen, weights, zeros)?, &[1])?;
-    let valid = b.compare(weight, Direction::Gt, b.splat(Element::F32, &dims[..1], 0.0)?)?;
-    b.select(valid, chosen, greedy)
+    let valid = b.compare(weight, Direction::Gt, b.splat(Element::F32, rows, 0.0)?)?;
+    b.select(b.and(is_random, valid)?, chosen, greedy)
 }
 
 /// Each row's maximum and its first index: `f32[rows, n]` to `f32[rows]`, `i32[rows]`.
@@ -113,27 +129,32 @@ pub(crate) fn largest<'c, 'a>(b: &Builder<'c, 'a>, x: Tensor<'c, 'a>) -> Result<
     Ok((max, b.reduce_min(b.select(is_max, ids, none)?, &[1])?))
 }
 
-/// Zeroes all weights below the largest threshold that is `enough`, per row.
+/// Zeroes all weights below the largest threshold that is `enough`, in the rows that are `filtered bool[rows]`. Where none is,
+/// it costs nothing.
 ///
 /// `weights` are in `[0, 1]`, where the order of f32 is that of its bit pattern; `enough` gets a mask of the weights at
 /// or above a candidate, and must be monotone: true for the mask of everything.
 fn keep_largest<'c, 'a>(
     b: &Builder<'c, 'a>,
     weights: Tensor<'c, 'a>,
+    filtered: Tensor<'c, 'a>,
     enough: impl Fn(&Builder<'c, 'a>, Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>>,
 ) -> Result<Tensor<'c, 'a>> {
     let dims = weights.dims();
     let rows = &dims[..1];
     let bits = b.bitcast_convert(weights, Element::I32)?;
     // Bit patterns of [0, 1] need 30 bits: set them from the top, keeping each that is still enough.
-    let start = [b.splat(Element::I32, rows, 0.0)?, b.scalar(Element::I32, f64::from(1 << 29))?];
+    let any = b.reduce_max(b.convert(filtered, Element::I32)?, &[0])?;
+    let top = b.multiply(any, b.scalar(Element::I32, f64::from(1 << 29))?)?;
+    let start = [b.splat(Element::I32, rows, 0.0)?, top];
     let found = b.while_(
         &start,
         |b, state| b.compare(state[1], Direction::Gt, b.scalar(Element::I32, 0.0)?),
         |b, state| {
             let candidate = b.or(state[0], b.broadcast_to(state[1], rows)?)?;
             let mask = b.compare(bits, Direction::Ge, b.broadcast_in_dim(candidate, &dims, &[0])?)?;
-            let threshold = b.select(enough(b, mask)?, candidate, state[0])?;
+            let raised = b.and(filtered, enough(b, mask)?)?;
+            let threshold = b.select(raised, candidate, state[0])?;
             Ok(vec![threshold, b.shift_right_logical(state[1], b.scalar(Element::I32, 1.0)?)?])
         },
     )?;
@@ -193,10 +214,9 @@ fn first_above<'c, 'a>(
 }
 
 /// One uniform number in `[0, 1)` per row.
-fn uniform<'c, 'a>(b: &Builder<'c, 'a>, seed: Tensor<'c, 'a>, keys: &Keys<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+fn uniform<'c, 'a>(b: &Builder<'c, 'a>, seed: [Tensor<'c, 'a>; 2], keys: &Keys<'c, 'a>) -> Result<Tensor<'c, 'a>> {
     let rows = keys.index.dims();
-    let word = |at: usize| b.broadcast_in_dim(b.slice_in_dim(seed, at, at + 1, 0)?, &rows, &[0]);
-    let key = threefry(b, [word(0)?, word(1)?], [keys.index, keys.generation])?;
+    let key = threefry(b, seed, [keys.index, keys.generation])?;
     let zero = b.splat(Element::U32, &rows, 0.0)?;
     let bits = threefry(b, key, [keys.position, zero])?[0];
     let upper = b.shift_right_logical(bits, b.splat(Element::U32, &rows, 8.0)?)?;

@@ -327,6 +327,11 @@ impl Scheduler {
         Ok(())
     }
 
+    /// The requests that have a slot, with what they have sampled so far.
+    pub fn sampled(&self) -> impl Iterator<Item = (SampleId, &[u32])> {
+        self.running().map(|(_, running)| (running.request.id, running.sampled.as_slice()))
+    }
+
     /// Ends a request, queued or running, with the tokens that it has: `None` when there is none of this id, because it
     /// has ended or was never pushed.
     ///

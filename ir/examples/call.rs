@@ -1,7 +1,9 @@
-//! Runs one call of a Mosaic kernel that stands in a folder, for `scripts/jax_suite.py`:
+//! Runs one call of a Mosaic kernel that stands in a folder, for `scripts/jax_suite.py` and
+//! `scripts/interpreters.py`:
 //!
 //! - `config.json`: the call's `backend_config`;
-//! - `call.json`: the types of its operands and results, `[["bf16", [8, 128]], ...]`, and the pairs that share memory;
+//! - `call.json`: the types of its operands and results, `[["bf16", [8, 128]], ...]`, the pairs that share memory, and how often
+//!   to run it again for time, if at all (`repeat`: `times` in seconds);
 //! - `operands.bin`: the operands, row-major, one after another.
 //!
 //! Writes `results.bin` and prints one line of JSON: how far it got (`opened`, `decoded`, `ran`), the error, and which kinds
@@ -96,9 +98,18 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
             Some(_) => {}
         }
     }
+    machine.dma = DmaOrder::Late;
+    let again = (0..call["repeat"].as_u64().unwrap_or(0)).map(|_| {
+        let began = Instant::now();
+        program
+            .run(&machine, &inputs, &results)
+            .map(|_| began.elapsed().as_secs_f64())
+            .map_err(|fault| fault.to_string())
+    });
+    let times = again.collect::<Result<Vec<f64>, String>>()?;
     let bytes: Vec<u8> = outputs.iter().flatten().flat_map(|output| output.bytes().iter().copied()).collect();
     fs::write(folder.join("results.bin"), bytes)?;
-    Ok(json!({ "got": "ran", "ignored": ignored, "seconds": seconds }))
+    Ok(json!({ "got": "ran", "ignored": ignored, "seconds": seconds, "times": times }))
 }
 
 fn types(list: &Value) -> Result<Vec<TensorType>, Box<dyn std::error::Error>> {

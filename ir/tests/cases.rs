@@ -21,7 +21,7 @@ use std::{fmt::Write as _, fs, path::Path};
 use pagoda_ir::{
     Context, Element, HostTensor, TensorType,
     mosaic::{text, wire},
-    tile_machine::{DmaOrder, FaultKind, Machine, Program},
+    tile_machine::{DmaOrder, Fault, FaultKind, Machine, Observer, Program, Run},
 };
 
 const ORDERS: [(&str, DmaOrder); 4] = [
@@ -108,11 +108,34 @@ fn summary(array: &HostTensor) -> String {
     line
 }
 
+/// Watches, and so sees ops one by one.
+struct Watching;
+
+impl Observer for Watching {}
+
+/// Whoever watches, and however many threads there are, the same happens.
+fn alike(ran: &Result<Run, Box<Fault>>, other: &Result<Run, Box<Fault>>) {
+    match (ran, other) {
+        (Ok(ran), Ok(other)) => {
+            assert!(ran.outputs == other.outputs);
+            assert_eq!(ran.counters, other.counters);
+        }
+        (Err(ran), Err(other)) if ran.kind == FaultKind::Runaway => assert_eq!(other.kind, ran.kind),
+        (Err(ran), Err(other)) => assert_eq!(ran.to_string(), other.to_string()),
+        (ran, other) => panic!("{ran:?}, but elsewhere {other:?}"),
+    }
+}
+
 /// What a call gives under every order of DMAs: lines of expectations.
 fn outcome(program: &Program, machine: Machine, call: &Call) -> Vec<String> {
     let mut seen: Vec<(Vec<&str>, Vec<String>)> = vec![];
     for (name, dma) in ORDERS {
-        let lines = match program.run(&Machine { dma, ..machine }, &call.inputs, &call.outputs) {
+        let machine = Machine { dma, ..machine };
+        let ran = program.run(&machine, &call.inputs, &call.outputs);
+        alike(&ran, &program.run_observed(&machine, &call.inputs, &call.outputs, &mut Watching));
+        let eager = Machine { least_work_of_a_thread: 0, ..machine };
+        alike(&ran, &program.run(&eager, &call.inputs, &call.outputs));
+        let lines = match ran {
             Err(fault) => vec![format!("fault{{}}: {}: {fault}", kebab(&format!("{:?}", fault.kind)))],
             Ok(run) => (run.outputs.iter().enumerate())
                 .map(|(at, output)| format!("result {at}{{}}: {}", summary(output)))

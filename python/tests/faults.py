@@ -533,3 +533,215 @@ def division_by_zero(broken):
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.VMEM)],
     )
     return call, [np.array([0 if broken else 4], np.int32), array(8, 128)]
+
+
+@case
+def smem_scratch_read_before_it_is_written(broken):
+    def kernel(x_ref, o_ref, count_ref):
+        if not broken:
+            count_ref[0] = 3
+        o_ref[...] = x_ref[...] * count_ref[0].astype(F32)  # fault: unwritten-read
+
+    call = pl.pallas_call(kernel, out_shape=shape(8, 128), scratch_shapes=[pltpu.SMEM((1,), jnp.int32)])
+    return call, [array(8, 128)]
+
+
+@case
+def copy_of_too_many_rows(broken):
+    def kernel(rows_ref, x_ref, o_ref, buffer, sem):
+        rows = rows_ref[0]
+        buffer[...] = jnp.zeros((16, 128), F32)
+        copy = pltpu.make_async_copy(x_ref.at[pl.ds(0, rows)], buffer.at[pl.ds(0, rows)], sem)  # fault: out-of-bounds
+        copy.start()
+        copy.wait()
+        o_ref[...] = buffer[...]
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=shape(16, 128),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), HBM],
+        scratch_shapes=[pltpu.VMEM((16, 128), F32), DMA],
+    )
+    return call, [np.array([24 if broken else 8], np.int32), array(32, 128)]
+
+
+# ---- scopes ----
+
+
+def scoped(kernel):
+    return pl.pallas_call(kernel, out_shape=shape(8, 128), in_specs=[HBM]), [array(8, 128)]
+
+
+@case
+def scope_ends_with_a_copy_in_flight(broken):
+    def kernel(x_ref, o_ref):
+        def body(buffer, sem):
+            copy = pltpu.make_async_copy(x_ref, buffer, sem)
+            copy.start()  # fault: semaphore-unbalanced
+            if broken:
+                o_ref[...] = jnp.zeros((8, 128), F32)
+            else:
+                copy.wait()
+                o_ref[...] = buffer[...]
+
+        pl.run_scoped(body, pltpu.VMEM((8, 128), F32), DMA)
+
+    return scoped(kernel)
+
+
+@case
+def scope_takes_too_much_vmem(broken):
+    def kernel(x_ref, o_ref):
+        def body(buffer):
+            buffer[pl.ds(0, 8)] = jnp.ones((8, 128), F32)
+            o_ref[...] = buffer[pl.ds(0, 8)]
+
+        pl.run_scoped(body, pltpu.VMEM((64 * 1024 if broken else 8, 128), F32))  # fault: memory-exceeded
+
+    return scoped(kernel)
+
+
+# ---- blocks ----
+
+
+@case
+def output_block_written_in_the_first_step_only(broken):
+    def kernel(x_ref, o_ref):  # fault: output-never-written
+        @pl.when(pl.program_id(0) == 0 if broken else pl.program_id(0) >= 0)
+        def _():
+            o_ref[...] = x_ref[...]
+
+    block = pl.BlockSpec((8, 128), lambda i: (i, 0))
+    return pl.pallas_call(kernel, out_shape=shape(32, 128), grid=(4,), in_specs=[block], out_specs=block), [array(32, 128)]
+
+
+@case
+def output_accumulated_over_the_outer_dimension(broken):
+    def kernel(x_ref, o_ref):
+        k = pl.program_id(0 if broken else 1)
+
+        @pl.when(k == 0)
+        def _():
+            o_ref[...] = jnp.zeros((8, 128), F32)
+
+        o_ref[...] += x_ref[0]  # fault: unwritten-read
+
+    outer = (lambda k, i: (k, i, 0), lambda k, i: (i, 0)) if broken else (lambda i, k: (k, i, 0), lambda i, k: (i, 0))
+    call = pl.pallas_call(
+        kernel,
+        out_shape=shape(32, 128),
+        grid=(2, 4) if broken else (4, 2),
+        in_specs=[pl.BlockSpec((1, 8, 128), outer[0])],
+        out_specs=pl.BlockSpec((8, 128), outer[1]),
+    )
+    return call, [array(2, 32, 128)]
+
+
+@case
+def block_table_points_outside(broken):
+    def kernel(table_ref, x_ref, o_ref):
+        o_ref[...] = x_ref[...]
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=shape(32, 128),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(4,),
+            in_specs=[pl.BlockSpec((8, 128), lambda i, table: (table[i], 0))],  # fault: out-of-bounds
+            out_specs=pl.BlockSpec((8, 128), lambda i, table: (i, 0)),
+        ),
+    )
+    return call, [np.array([2, 0, 4 if broken else 3, 1], np.int32), array(32, 128)]
+
+
+@case
+def copy_ahead_crosses_a_parallel_step(broken):
+    def kernel(x_ref, o_ref, buffer, sem):
+        i = pl.program_id(0)
+
+        def copy(i):
+            return pltpu.make_async_copy(x_ref.at[pl.ds(pl.multiple_of(8 * i, 8), 8)], buffer.at[i % 2], sem)
+
+        @pl.when(i == 0)
+        def _():
+            copy(i).start()
+
+        copy(i).wait()
+
+        @pl.when(i < 3)
+        def _():
+            copy(i + 1).start()  # fault: semaphore-unbalanced
+
+        o_ref[...] = buffer[i % 2]
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=shape(32, 128),
+        grid=(4,),
+        in_specs=[HBM],
+        out_specs=pl.BlockSpec((8, 128), lambda i: (i, 0)),
+        scratch_shapes=[pltpu.VMEM((2, 8, 128), F32), DMA],
+        compiler_params=params("parallel" if broken else "arbitrary"),
+    )
+    return call, [array(32, 128)]
+
+
+# ---- copies that meet in HBM ----
+
+
+@case
+def two_copies_into_the_same_rows(broken):
+    def kernel(x_ref, o_ref, buffer, sems):
+        for i in range(2):
+            buffer[i] = x_ref[pl.ds(8 * i, 8)]
+            rows = pl.ds(0 if broken else 8 * i, 8)
+            pltpu.make_async_copy(buffer.at[i], o_ref.at[rows], sems.at[i]).start()  # fault: overwrite-in-flight
+        for i in range(2):
+            pltpu.make_async_copy(buffer.at[i], o_ref.at[pl.ds(8 * i, 8)], sems.at[i]).wait()
+        buffer[0] = jnp.zeros((8, 128), F32)
+        for i in range(2, 4):
+            rest = pltpu.make_async_copy(buffer.at[0], o_ref.at[pl.ds(8 * i, 8)], sems.at[0])
+            rest.start()
+            rest.wait()
+
+    return writeback(kernel)
+
+
+@case
+def rows_read_back_before_they_are_there(broken):
+    def kernel(x_ref, o_ref, buffer, sems):
+        buffer[0] = x_ref[pl.ds(0, 8)]
+        for i in range(4):
+            rows = o_ref.at[pl.ds(8 * i, 8)]
+            there = pltpu.make_async_copy(buffer.at[0], rows, sems.at[0])
+            there.start()
+            if not broken:
+                there.wait()
+            back = pltpu.make_async_copy(rows, buffer.at[1], sems.at[1])
+            back.start()  # fault: read-in-flight
+            back.wait()
+            if broken:
+                there.wait()
+
+    return writeback(kernel)
+
+
+@case
+def block_of_an_alias_that_another_core_wrote(broken):
+    def kernel(x_ref, o_ref):
+        o_ref[...] = x_ref[...] + 1
+
+    def call(x):
+        kernel_call = pl.pallas_call(
+            kernel,
+            out_shape=shape(32, 128),
+            grid=(4,),
+            in_specs=[pl.BlockSpec((8, 128), lambda i: (i // 2 if broken else i, 0))],  # fault: parallel-overlap
+            out_specs=pl.BlockSpec((8, 128), lambda i: (i, 0)),
+            input_output_aliases={0: 0},
+            compiler_params=params("parallel"),
+        )
+        return kernel_call(x)
+
+    return call, [array(32, 128)]

@@ -1,4 +1,4 @@
-//! The command line: `pagoda check | sample | merge | doctor | bench | plan | certify | tune | emit | inspect | run`.
+//! The command line: `pagoda check | sample | serve | merge | doctor | bench | plan | certify | tune | emit | inspect | run`.
 //!
 //! Samples and other machine-readable output go to stdout, logs and progress to stderr. Exit codes: 0 done, 1 failed
 //! on good input, 2 the input must change, 130 interrupted (what was finished is kept).
@@ -11,6 +11,7 @@ mod kernels;
 mod monitor;
 mod place;
 mod sample;
+mod serve;
 
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -46,6 +47,8 @@ enum Command {
     Check(Box<check::CheckArgs>),
     /// Sample continuations of prompts: the generation loop over any PJRT plugin.
     Sample(Box<sample::SampleArgs>),
+    /// Serve a model: OpenAI's completions and chat completions over HTTP.
+    Serve(Box<serve::ServeArgs>),
     /// Check that every host's share of a run is there, and join them in prompt order.
     Merge {
         /// The folder that the hosts wrote into (`--out`).
@@ -261,6 +264,7 @@ pub fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Check(args) => check::check(&args),
         Command::Sample(args) => sample::sample(&args),
+        Command::Serve(args) => serve::serve(&args),
         Command::Merge { dir } => merge(&dir).and_then(|merged| {
             eprintln!("# joined {} samples of {} hosts", merged.samples, merged.hosts);
             print(&merged.path.display().to_string())?;

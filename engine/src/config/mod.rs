@@ -180,8 +180,8 @@ impl FromArgMatches for Flags {
 
 /// The values of all keys but these count something: at least 1, and positions, page ids and row offsets are `i32` on the
 /// device.
-const NOT_COUNTS: [&str; 4] =
-    ["engine.seed", "engine.max_stop_seqs", "engine.max_stop_tokens", "engine.debug_stats_every_n"];
+const NOT_COUNTS: [&str; 5] =
+    ["prompts", "engine.seed", "engine.max_stop_seqs", "engine.max_stop_tokens", "engine.debug_stats_every_n"];
 
 impl Settings {
     /// Reads the config file, if any, lets the flags win, and checks every value.
@@ -189,6 +189,18 @@ impl Settings {
     /// # Errors
     /// Names the file and line of an unknown or mistyped key, or the key whose value cannot work.
     pub fn resolve(config: Option<&Path>, flags: &Flags) -> Result<Self> {
+        let settings = Self::resolve_for_server(config, flags)?;
+        if settings.prompts.is_empty() {
+            return Err(Error::setting("prompts", "[]", "holds no prompt", "give at least one, here or with --prompt"));
+        }
+        Ok(settings)
+    }
+
+    /// As [`resolve`](Self::resolve), of a process whose prompts come from elsewhere.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn resolve_for_server(config: Option<&Path>, flags: &Flags) -> Result<Self> {
         let mut settings = config.map_or_else(|| Ok(Self::default()), Self::read)?;
         settings.apply(flags)?;
         let stops_are_off = config.is_some() && settings.stop_sequence.is_none();
@@ -334,9 +346,6 @@ impl Settings {
             return Err(Error::setting("checkpoint_path", path, limit, fix));
         }
         self.source()?;
-        if self.prompts.is_empty() {
-            return Err(Error::setting("prompts", "[]", "holds no prompt", "give at least one, here or with --prompt"));
-        }
         if self.stop_sequence.as_deref() == Some("") {
             return Err(Error::setting("stop_sequence", "\"\"", "is empty", "use null to turn it off"));
         }

@@ -56,6 +56,31 @@ impl Settings {
         Ok(limits)
     }
 
+    /// The limits of an engine whose requests are not known beforehand: sizes that are not given are those of `engine.max_seqs`
+    /// sequences of `engine.max_seq_len` tokens, which is the model's own where it is not given either.
+    ///
+    /// # Errors
+    /// When the model has fewer positions than `engine.max_seq_len`.
+    pub fn server_limits(&self, max_position_embeddings: usize) -> Result<Limits> {
+        let engine = &self.engine;
+        let max_seq_len = engine.max_seq_len.unwrap_or(max_position_embeddings);
+        if max_seq_len > max_position_embeddings {
+            let limit = format!("exceeds the model's max_position_embeddings = {max_position_embeddings}");
+            let fix = format!("lower it to {max_position_embeddings} or less");
+            return Err(Error::setting("engine.max_seq_len", max_seq_len, limit, fix));
+        }
+        let page_size = PageSize::new(engine.page_size).expect("sizes were checked in `resolve`");
+        Ok(Limits {
+            max_seq_len,
+            max_seqs: engine.max_seqs,
+            max_pages: engine.max_pages.unwrap_or(engine.max_seqs * page_size.pages_for(max_seq_len)),
+            page_size,
+            max_seqs_in_prefill: engine.max_seqs_in_prefill.min(engine.max_seqs),
+            max_prefill_size: engine.max_prefill_size.unwrap_or(max_seq_len).min(max_seq_len),
+            max_rounds: engine.max_rounds,
+        })
+    }
+
     /// The pages of a KV cache where `engine.max_pages` is not given: those that the requests can use (`limits` has them), or
     /// fewer if these do not fit into `engine.hbm_utilization` of the room that the weights leave; those of the longest
     /// sequence at least.

@@ -12,10 +12,12 @@ use pagoda_ir::tensor::HostTensor;
 use pagoda_ir::{Context, TensorType};
 
 use super::DeviceModel;
+use super::sampling;
 use super::step::{self, Output, StepShape};
 use crate::error::{Error, Result};
 use crate::generate::SamplingOptions;
 use crate::pjrt::{Arg, Buffer, Client, Executable};
+use crate::sampler::Sampling;
 
 /// Compiled step programs and all that stays on the devices between their calls.
 pub struct Executor {
@@ -29,8 +31,8 @@ pub struct Executor {
     empty_cache: Executable,
     /// Taken while a call has them.
     caches: Option<Vec<Buffer>>,
-    /// Temperature, top-k, top-p, seed.
-    parameters: Vec<[Buffer; 4]>,
+    /// How each row of the last call was sampled: on the host, and on every member's device. Most calls have the same.
+    parameters: Option<([HostTensor; 5], Vec<Vec<Buffer>>)>,
     compile: Duration,
 }
 
@@ -47,7 +49,7 @@ impl Executor {
         client: &Client,
         model: DeviceModel,
         shape: &StepShape,
-        sampling: &SamplingOptions,
+        sampling: Sampling,
         end_of_text: &[u32],
     ) -> Result<Self> {
         let (config, devices) = (model.config(), model.group().devices());
@@ -56,10 +58,9 @@ impl Executor {
         }
         let started = Instant::now();
         let context = Context::new();
-        let kind = sampling.kind();
         let end_of_text: Vec<i32> = end_of_text.iter().map(|&id| id as i32).collect();
-        let prefill = step::prefill(&context, config, shape, Output::Tokens(kind))?;
-        let decode = step::decode(&context, config, shape, kind, &end_of_text)?;
+        let prefill = step::prefill(&context, config, shape, Output::Tokens(sampling))?;
+        let decode = step::decode(&context, config, shape, sampling, &end_of_text)?;
         let zeros = zeros(&context, &shape.kv_type(config), devices.len())?;
         zeros.row_major_result("main", 0)?; // As the step programs have it.
         let prefill = client.compile_on(prefill.bytecode(), &devices)?;
@@ -68,9 +69,8 @@ impl Executor {
         let compile = started.elapsed();
 
         let caches = Some(allocate(&empty_cache)?);
-        let parameters = devices.iter().map(|&device| parameters(client, sampling, device)).collect::<Result<_>>()?;
         let client = client.clone();
-        Ok(Self { client, model, devices, prefill, decode, empty_cache, caches, parameters, compile })
+        Ok(Self { client, model, devices, prefill, decode, empty_cache, caches, parameters: None, compile })
     }
 
     /// Time spent emitting and compiling the step programs.
@@ -93,8 +93,25 @@ impl Executor {
     /// # Errors
     /// When a transfer fails.
     pub fn upload(&self, tensors: &[HostTensor]) -> Result<Call> {
+        Ok(Call(self.on_every_member(tensors)?))
+    }
+
+    fn on_every_member(&self, tensors: &[HostTensor]) -> Result<Vec<Vec<Buffer>>> {
         let to = |&device: &usize| tensors.iter().map(|tensor| self.client.upload(tensor, device)).collect();
-        Ok(Call(self.devices.iter().map(to).collect::<Result<_, _>>()?))
+        Ok(self.devices.iter().map(to).collect::<Result<_, _>>()?)
+    }
+
+    /// How each row of the next calls is sampled.
+    ///
+    /// # Errors
+    /// When a transfer fails.
+    pub fn sample_like(&mut self, rows: &[SamplingOptions]) -> Result<()> {
+        let rows = sampling::rows(rows);
+        if self.parameters.as_ref().is_none_or(|(known, _)| *known != rows) {
+            let buffers = self.on_every_member(&rows)?;
+            self.parameters = Some((rows, buffers));
+        }
+        Ok(())
     }
 
     /// Runs the prefill program ([`step::prefill`]): one token per sequence.
@@ -114,9 +131,13 @@ impl Executor {
     }
 
     /// Runs a program; the last `behind` of the call's arguments come behind the sampling parameters.
+    ///
+    /// # Panics
+    /// When nobody has said how rows are sampled.
     fn run(&mut self, program: impl Fn(&Self) -> &Executable, call: Call, behind: usize) -> Result<Vec<i32>> {
         let caches = self.caches.take().map_or_else(|| allocate(&self.empty_cache), Ok)?;
-        let members = self.model.weights().iter().zip(caches).zip(&self.parameters).zip(call.0);
+        let (_, parameters) = self.parameters.as_ref().expect("`sample_like` was called before");
+        let members = self.model.weights().iter().zip(caches).zip(parameters).zip(call.0);
         let arguments = members.map(|(((weights, cache), parameters), mut before)| {
             let behind = before.split_off(before.len() - behind);
             let given = |buffers: Vec<Buffer>| buffers.into_iter().map(Arg::Donate);
@@ -148,17 +169,6 @@ fn agreed(tokens: Vec<Vec<i32>>) -> Result<Vec<i32>> {
             Err(Error::runtime("running a step program")(problem))
         }
     }
-}
-
-/// Temperature, top-k, top-p and seed, on a device.
-fn parameters(client: &Client, sampling: &SamplingOptions, device: usize) -> Result<[Buffer; 4]> {
-    let upload = |tensor: HostTensor| client.upload(&tensor, device);
-    Ok([
-        upload(HostTensor::scalar(sampling.temperature))?,
-        upload(HostTensor::scalar(sampling.top_k.map_or(i32::MAX, |k| k.min(i32::MAX as u32) as i32)))?,
-        upload(HostTensor::scalar(sampling.top_p.unwrap_or(1.0)))?,
-        upload(HostTensor::new(&[2], &[(sampling.seed >> 32) as u32, sampling.seed as u32]))?,
-    ])
 }
 
 /// A program of no arguments that makes an array of zeros wherever it runs: the host never holds it.

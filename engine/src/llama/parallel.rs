@@ -18,6 +18,7 @@ use pagoda_ir::mosaic::tiling::LANES;
 use pagoda_ir::stablehlo::{BackendConfig, Builder, CustomCall, Direction, ReplicaGroups, Tensor};
 use pagoda_ir::{Element, Result};
 
+use super::lowering::Lowering;
 use crate::error::Error;
 use crate::mesh::{Mesh, Shard};
 use crate::model::config::LlamaConfig;
@@ -273,17 +274,18 @@ impl<'p, 'c, 'a> Exchange<'p, 'c, 'a> {
     pub(super) fn take(
         &self,
         b: &Builder<'c, 'a>,
+        lowering: &dyn Lowering<'c>,
         table: Tensor<'c, 'a>,
         ids: Tensor<'c, 'a>,
     ) -> Result<Tensor<'c, 'a>> {
         let (rows, width) = (table.dims()[0], table.dims()[1]);
-        let Some(first) = self.first_row(b, rows)? else { return b.take(table, ids, 0) };
+        let Some(first) = self.first_row(b, rows)? else { return lowering.take(b, table, ids) };
         let (count, dims) = (ids.dims(), [ids.dims()[0], width]);
         let ints = |value: f64| b.splat(Element::I32, &count, value);
         let ids = b.subtract(ids, b.broadcast_to(first, &count)?)?;
         let from_here = b.compare(ids, Direction::Ge, ints(0.0)?)?;
         let here = b.and(from_here, b.compare(ids, Direction::Lt, ints(rows as f64)?)?)?;
-        let taken = b.convert(b.take(table, b.select(here, ids, ints(0.0)?)?, 0)?, Element::F32)?;
+        let taken = b.convert(lowering.take(b, table, b.select(here, ids, ints(0.0)?)?)?, Element::F32)?;
         let mine = b.broadcast_in_dim(here, &dims, &[0])?;
         let taken = b.select(mine, taken, b.splat(Element::F32, &dims, 0.0)?)?;
         b.convert(self.sum(b, taken)?, table.element())

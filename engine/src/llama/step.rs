@@ -148,7 +148,7 @@ impl<'c> Graph<'_, 'c> {
         let batch = lowering.batch(&b.named("rotary"), rows, weights.rotary)?;
         let mut x = {
             let b = &b.named("embedding");
-            lowering.orientation().turn(b, exchange.take(b, weights.embedding, tokens)?)?
+            lowering.orientation().turn(b, exchange.take(b, lowering, weights.embedding, tokens)?)?
         };
         match &weights.layers {
             Layers::Apart(layers) => {
@@ -332,7 +332,7 @@ pub enum Output {
 /// | sequences | `i32[1]` | |
 /// | sample rows | `i32[slots]` | the row whose logits are sampled for each sequence |
 /// | keys | 3 x `u32[slots]` | prompt index, generation, position of the sampled token |
-/// | parameters | `f32[]`, `i32[]`, `f32[]`, `u32[2]` | temperature, top-k, top-p, seed |
+/// | parameters | `f32`, `i32`, `f32`, 2 x `u32`, each `[slots]` | temperature, top-k, top-p, the seed's high and low word |
 ///
 /// # Errors
 /// When the model cannot be split like this, the sizes do not make a valid problem of a kernel, or a kernel has no plan for
@@ -362,7 +362,7 @@ pub fn prefill<'c>(
         i32s(&[slots]),
     ]);
     types.extend(key_types(3, slots));
-    types.extend(parameter_types());
+    types.extend(parameter_types(slots));
     let module = Module::replicated(context, "prefill", shape.parallel.replica_count());
     module.function("main", &types, |b, args| {
         let (weights, rest) = Weights::take(config, shape, args);
@@ -412,7 +412,7 @@ pub fn prefill<'c>(
 /// | remaining | `i32[slots]` | tokens that the slot may still yield; 0 for an idle one |
 /// | page table | `i32[slots, pages_per_seq]` | holds pages for all these tokens |
 /// | keys | 2 x `u32[slots]` | prompt index, generation |
-/// | parameters | `f32[]`, `i32[]`, `f32[]`, `u32[2]` | temperature, top-k, top-p, seed |
+/// | parameters | `f32`, `i32`, `f32`, 2 x `u32`, each `[slots]` | temperature, top-k, top-p, the seed's high and low word |
 /// | rounds | `i32[]` | at most `max_rounds` |
 ///
 /// Results: the KV buffer and `i32[slots, max_rounds]`, the tokens of each slot from column 0 on, -1 after its end.
@@ -442,7 +442,7 @@ pub fn decode<'c>(
         i32s(&[slots, shape.pages_per_seq]),
     ]);
     types.extend(key_types(2, slots)); // The position is the loop's own.
-    types.extend(parameter_types());
+    types.extend(parameter_types(slots));
     types.push(i32s(&[]));
     let module = Module::replicated(context, "decode", shape.parallel.replica_count());
     module.function("main", &types, |b, args| {

@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 pub struct Tokenizer {
     path: PathBuf,
     inner: Inner,
+    vocab_size: usize,
 }
 
 impl Tokenizer {
@@ -43,8 +44,13 @@ impl Tokenizer {
                 format!("token {token:?} has id {id}, but the model's vocab_size is {}", config.vocab_size),
                 "use the tokenizer that the model was trained with",
             )),
-            _ => Ok(Self { path, inner }),
+            _ => Ok(Self { path, inner, vocab_size: config.vocab_size }),
         }
+    }
+
+    /// The model's vocabulary: every token is below.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
     }
 
     /// A prompt's tokens, with the special tokens (BOS) that the tokenizer's post-processor adds.

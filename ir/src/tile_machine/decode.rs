@@ -15,6 +15,8 @@ use melior::ir::{
 };
 
 use super::{
+    fuse::{TileType, fuse},
+    halves::work,
     liveness::liveness,
     ops::{self, Meaning},
     program::{Code, Inst, Origin, Program, Slot, Use},
@@ -37,7 +39,7 @@ impl Program {
     /// Names every op that the machine does not know, or whose form it does not support, and its source line.
     pub fn decode(module: &Module) -> Result<Self> {
         let signature = Signature::read(module)?;
-        let mut decoder = Decoder { slots: HashMap::new(), origins: vec![], refused: vec![] };
+        let mut decoder = Decoder { slots: HashMap::new(), types: vec![], origins: vec![], refused: vec![] };
         let kernel = kernel_function(module)?;
         let body = decoder.function(kernel)?;
         let rank = signature.grid.len();
@@ -76,10 +78,24 @@ impl Program {
             1 => return Err(refused.remove(0)),
             _ => return Err(Error::Unsupported { errors: refused }),
         }
+        let fused = fuse(&body, &decoder.types);
+        let work = work(&body, &|origin| decoder.origins[origin as usize].elements as u64);
         let (origins, slots) = (decoder.origins, decoder.slots.len());
         let frames = place_of_function(kernel).frames;
         let (aliases, unused_outputs) = (vec![], vec![]);
-        Ok(Self { signature, body, transforms, origins, slots, aliases, unused_outputs, frames, transform_frames })
+        Ok(Self {
+            signature,
+            body,
+            fused,
+            transforms,
+            origins,
+            work,
+            slots,
+            aliases,
+            unused_outputs,
+            frames,
+            transform_frames,
+        })
     }
 }
 
@@ -103,6 +119,8 @@ fn parameters<'c>(function: OperationRef<'c, '_>) -> Vec<Type<'c>> {
 
 struct Decoder {
     slots: HashMap<*const std::ffi::c_void, Slot>,
+    /// What each register holds, if it is a tile.
+    types: Vec<Option<TileType>>,
     origins: Vec<Origin>,
     /// What the machine does not know or support, each once.
     refused: Vec<Error>,
@@ -111,7 +129,11 @@ struct Decoder {
 impl Decoder {
     fn slot<'c>(&mut self, value: impl ValueLike<'c>) -> Slot {
         let next = self.slots.len() as Slot;
-        *self.slots.entry(value.to_raw().ptr).or_insert(next)
+        *self.slots.entry(value.to_raw().ptr).or_insert_with(|| {
+            let tile = tile(value.r#type()).ok();
+            self.types.push(tile.map(|tile| TileType { element: tile.element, len: tile.len() }));
+            next
+        })
     }
 
     fn read(&mut self, value: Value) -> Use {

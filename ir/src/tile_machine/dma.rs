@@ -6,7 +6,7 @@ use super::{
     DmaOrder,
     exec::{Executor, Step, side},
     fault::FaultKind,
-    memory::{Region, View},
+    memory::{Buffer, Region, View},
     observer::{DmaEvent, Observer},
 };
 use crate::mosaic::MemorySpace;
@@ -133,7 +133,10 @@ impl<O: Observer> Executor<'_, '_, O> {
     }
 
     /// Faults when a step at parallel position `owner` reads what another position wrote in `region` of an array.
-    pub(super) fn check_core(&self, region: &Region, owner: u32, origin: Option<u32>) -> Step<()> {
+    pub(super) fn check_core(&mut self, region: &Region, owner: u32, origin: Option<u32>) -> Step<()> {
+        if let Some(reads) = self.reads.as_mut().filter(|_| self.buffers[region.buffer].has_owners()) {
+            reads.push(region.clone());
+        }
         let Some((offset, other)) = self.buffers[region.buffer].written_elsewhere(region, owner) else {
             return Ok(());
         };
@@ -245,7 +248,6 @@ impl<O: Observer> Executor<'_, '_, O> {
         dma.landed = true;
         let (id, key, bytes, owner, origin) = (dma.id, dma.semaphore, dma.bytes, dma.owner, dma.origin);
         let (source, destination) = (dma.source.clone(), dma.destination.clone());
-        let data = self.buffers[source.buffer].copy_out(&source);
         if let Some((offset, other)) = self.buffers[destination.buffer].claim(&destination, owner) {
             let detail = format!("it was already written at parallel position {other}, now at {owner}");
             let mut fault = self.fault_at(FaultKind::ParallelOverlap, origin, detail);
@@ -253,7 +255,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             fault.dma = Some(self.describe_dma(&self.dmas[index]));
             return Err(fault);
         }
-        self.buffers[destination.buffer].copy_in(&destination, &data);
+        Buffer::copy(&mut self.buffers, &source, &destination);
         self.buffers[destination.buffer].contest(&destination, owner);
         if self.buffers[source.buffer].space == MemorySpace::Hbm {
             self.counters.hbm_bytes_read += bytes as u64;

@@ -3,10 +3,14 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use smallvec::SmallVec;
+
 use super::{
     Counters, DmaOrder, Machine, Run,
     dma::{Dma, Semaphore},
     fault::{Fault, FaultKind},
+    fuse::Strips,
+    lanes::Arch,
     memory::{Buffer, Region, View},
     observer::{AccessEvent, MatmulEvent, Observer, OpEvent, Side},
     program::{Code, Extent, Inst, Op, Origin, Permutation, Program, Slot, Use},
@@ -15,6 +19,9 @@ use super::{
 use crate::{element::Element, mosaic::RefElement, random::SplitMix64, shape::TensorType, tensor::HostTensor};
 
 pub(super) type Step<T> = Result<T, Box<Fault>>;
+
+/// The indices of an access.
+type Indices = SmallVec<[i64; 6]>;
 
 /// What a register holds.
 #[derive(Clone, Debug)]
@@ -49,8 +56,12 @@ pub(super) struct Executor<'p, 'i, O> {
     pub(super) taken: BTreeMap<&'static str, usize>,
     /// The buffer of the barrier semaphore.
     pub(super) barrier: usize,
+    /// What was read of arrays that have owners, if that is wanted.
+    pub(super) reads: Option<Vec<Region>>,
     /// The kernel's random bits.
     prng: SplitMix64,
+    arch: Arch,
+    strips: Strips,
     /// Where faults of the pipeline come from.
     pub(super) pipeline: Origin,
 }
@@ -62,7 +73,10 @@ impl Program {
     /// # Errors
     /// The first fault.
     pub fn run(&self, machine: &Machine, inputs: &[HostTensor], outputs: &[TensorType]) -> Result<Run, Box<Fault>> {
-        self.run_observed(machine, inputs, outputs, &mut ())
+        match self.run_halves(machine, inputs, outputs) {
+            Some(run) => Ok(run),
+            None => self.run_observed(machine, inputs, outputs, &mut ()),
+        }
     }
 
     /// [`run`](Self::run), watched by `observer`. What it sees until a fault, it has seen.
@@ -76,7 +90,24 @@ impl Program {
         outputs: &[TensorType],
         observer: &mut O,
     ) -> Result<Run, Box<Fault>> {
-        let mut executor = Executor {
+        let mut executor = self.executor(machine, observer);
+        let signature = self.signature.clone().with_outputs(outputs.len());
+        let mut call = executor.allocate(&signature.arguments, inputs, outputs)?;
+        executor.observer.begin(&call.results);
+        let steps = executor.bounds.iter().product();
+        executor.grid(&call.views, &mut call.windows, 0..steps)?;
+        executor.check_settled("at the end of the kernel")?;
+        executor.put_whole_outputs();
+        executor.results(&call.results, outputs)
+    }
+
+    /// A run that has not begun.
+    pub(super) fn executor<'p, 'i, O: Observer>(
+        &'p self,
+        machine: &'p Machine,
+        observer: &'p mut O,
+    ) -> Executor<'p, 'i, O> {
+        Executor {
             program: self,
             machine,
             observer,
@@ -96,21 +127,17 @@ impl Program {
             bounds: vec![],
             taken: BTreeMap::new(),
             barrier: 0,
+            reads: None,
             prng: SplitMix64::new(machine.random_seed),
+            arch: Arch::new(),
+            strips: Strips::default(),
             pipeline: Origin {
                 op: "pipeline".into(),
                 location: "the kernel's grid".into(),
                 frames: self.frames.clone(),
                 elements: 0,
             },
-        };
-        let signature = self.signature.clone().with_outputs(outputs.len());
-        let mut call = executor.allocate(&signature.arguments, inputs, outputs)?;
-        executor.observer.begin(&call.results);
-        executor.grid(&call.views, &mut call.windows)?;
-        executor.check_settled("at the end of the kernel")?;
-        executor.put_whole_outputs();
-        executor.results(&call.results, outputs)
+        }
     }
 }
 
@@ -196,13 +223,18 @@ impl<O: Observer> Executor<'_, '_, O> {
     // ---- instructions ----
 
     fn count_op(&mut self, origin: u32) -> Step<()> {
-        self.counters.ops += 1;
+        self.count_ops(1, origin)?;
+        let Origin { op, location, frames, elements } = &self.program.origins[origin as usize];
+        self.observer.op(&OpEvent { number: origin, op, location, frames, elements: *elements });
+        Ok(())
+    }
+
+    fn count_ops(&mut self, count: u64, origin: u32) -> Step<()> {
+        self.counters.ops += count;
         if self.counters.ops > self.machine.max_ops {
             let detail = format!("more than {} (`Machine::max_ops`): a loop that never ends?", self.machine.max_ops);
             return Err(self.fault_at(FaultKind::Runaway, origin, detail));
         }
-        let Origin { op, location, frames, elements } = &self.program.origins[origin as usize];
-        self.observer.op(&OpEvent { number: origin, op, location, frames, elements: *elements });
         Ok(())
     }
 
@@ -215,6 +247,12 @@ impl<O: Observer> Executor<'_, '_, O> {
             Op::RegionStop => {
                 self.observer.region_stop();
                 return Ok(());
+            }
+            Op::Fused(group) => {
+                self.count_ops(group.ops, inst.origin)?;
+                let operands = inst.operands.iter().map(|read| self.take(read)).collect();
+                let results = group.run(self.arch, operands, &mut self.strips);
+                return self.finish(inst, results);
             }
             _ => self.count_op(inst.origin)?,
         }
@@ -445,7 +483,7 @@ impl<O: Observer> Executor<'_, '_, O> {
                 }
                 Reg::Scalar(Scalar::Int(x))
             }
-            Op::RegionStart(_) | Op::RegionStop => unreachable!("they have begun and ended"),
+            Op::RegionStart(_) | Op::RegionStop | Op::Fused(_) => unreachable!("they have run"),
             Op::Assert(message) => {
                 if self.scalar(&operands[0]) == 0 && !self.machine.ignored.contains(FaultKind::BrokenAssumption) {
                     return Err(self.fault_at(FaultKind::BrokenAssumption, origin, message.clone()));
@@ -514,7 +552,7 @@ impl<O: Observer> Executor<'_, '_, O> {
     // ---- loads and stores ----
 
     /// A memref and the indices that follow it.
-    fn place(&mut self, operands: &[Use]) -> (Arc<View>, Vec<i64>) {
+    fn place(&mut self, operands: &[Use]) -> (Arc<View>, Indices) {
         let view = self.view(&operands[0]);
         (view, operands[1..].iter().map(|index| i64::from(self.scalar(index))).collect())
     }

@@ -6,6 +6,15 @@ use super::program::{Code, Inst, Slot};
 
 /// Marks where each register is read for the last time, and drops pure instructions that nobody reads.
 pub(super) fn liveness(code: &mut Code) {
+    mark_uses(code, true);
+}
+
+/// Marks where each register is read for the last time.
+pub(super) fn mark(code: &mut Code) {
+    mark_uses(code, false);
+}
+
+fn mark_uses(code: &mut Code, drops: bool) {
     let mut own: HashSet<Slot> = code.parameters.iter().copied().collect();
     own.extend(code.body.iter().flat_map(|inst| &inst.results));
     let mut read_later = HashSet::new();
@@ -14,7 +23,7 @@ pub(super) fn liveness(code: &mut Code) {
     }
     let mut kept = Vec::with_capacity(code.body.len());
     for mut inst in std::mem::take(&mut code.body).into_iter().rev() {
-        if inst.pure && !inst.results.iter().any(|slot| read_later.contains(slot)) {
+        if drops && inst.pure && !inst.results.iter().any(|slot| read_later.contains(slot)) {
             continue;
         }
         inst.kills = inst.results.iter().copied().filter(|slot| !read_later.contains(slot)).collect();
@@ -26,7 +35,7 @@ pub(super) fn liveness(code: &mut Code) {
             }
         }
         mark_last(&mut inst, &own, &mut read_later);
-        inst.codes.iter_mut().for_each(liveness);
+        inst.codes.iter_mut().for_each(|code| mark_uses(code, drops));
         kept.push(inst);
     }
     kept.reverse();
@@ -45,7 +54,7 @@ fn mark_last(inst: &mut Inst, own: &HashSet<Slot>, read_later: &mut HashSet<Slot
 }
 
 /// Every register that `code` reads, or may.
-fn outer_uses(code: &Code, uses: &mut HashSet<Slot>) {
+pub(super) fn outer_uses(code: &Code, uses: &mut HashSet<Slot>) {
     for inst in &code.body {
         uses.extend(inst.operands.iter().map(|read| read.slot));
         inst.codes.iter().for_each(|code| outer_uses(code, uses));

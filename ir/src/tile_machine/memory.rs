@@ -3,6 +3,7 @@
 use std::{borrow::Cow, sync::Arc};
 
 use half::{bf16, f16};
+use smallvec::SmallVec;
 
 use super::tile::{self, Scalar, Tile};
 use crate::{
@@ -201,6 +202,37 @@ impl<'i> Buffer<'i> {
         });
     }
 
+    /// Whether it is known which parallel position wrote what.
+    pub(super) fn has_owners(&self) -> bool {
+        !self.owners.is_empty()
+    }
+
+    /// Whether a step wrote the element of an output that has owners.
+    pub(super) fn is_owned(&self, at: usize) -> bool {
+        self.owners.get(at).is_some_and(|&owner| owner != 0)
+    }
+
+    /// Whether a step wrote an element of `region`.
+    pub(super) fn is_owned_in(&self, region: &Region) -> bool {
+        let mut runs = region.runs();
+        !self.owners.is_empty() && runs.any(|(start, len, stride)| (0..len).any(|i| self.is_owned(start + i * stride)))
+    }
+
+    /// Makes elements from `at` written as in `other`, another copy of the array.
+    pub(super) fn take_states(&mut self, other: &Buffer<'_>, at: usize, len: usize) {
+        if self.unwritten == 0 && other.unwritten == 0 {
+            return;
+        }
+        if self.written.is_empty() {
+            self.written = vec![true; self.data.len()];
+        }
+        for at in at..at + len {
+            let written = other.written.get(at).copied().unwrap_or(true);
+            let before = std::mem::replace(&mut self.written[at], written);
+            self.unwritten = self.unwritten + usize::from(before) - usize::from(written);
+        }
+    }
+
     /// The first element of `region` that was written at another parallel position than `owner`, and at which if only
     /// one did.
     pub(super) fn written_elsewhere(&self, region: &Region, owner: u32) -> Option<(usize, Option<u32>)> {
@@ -342,8 +374,42 @@ impl<'i> Buffer<'i> {
         self.mark(at, 1, 1);
     }
 
+    /// Copies the elements of `from` to those of `to`, which is of equal length, in another buffer and of elements as wide.
+    pub(super) fn copy(buffers: &mut [Self], from: &Region, to: &Region) {
+        let Ok([source, destination]) = buffers.get_disjoint_mut([from.buffer, to.buffer]) else {
+            let bytes = buffers[from.buffer].copy_out(from);
+            return buffers[to.buffer].copy_in(to, &bytes);
+        };
+        let width = source.data.element().bytes();
+        let data = source.data.bytes();
+        let mut runs = from.runs();
+        let mut rest = (0, 0, 1);
+        for (mut start, mut len, stride) in to.runs() {
+            while len > 0 {
+                if rest.1 == 0 {
+                    rest = runs.next().expect("both are of one length");
+                }
+                let (at, left, by) = rest;
+                let count = len.min(left);
+                let into = destination.data.to_mut().bytes_mut();
+                if stride == 1 && by == 1 {
+                    into[start * width..][..count * width].copy_from_slice(&data[at * width..][..count * width]);
+                } else {
+                    for i in 0..count {
+                        into[(start + i * stride) * width..][..width]
+                            .copy_from_slice(&data[(at + i * by) * width..][..width]);
+                    }
+                }
+                destination.mark(start, count, stride);
+                rest = (at + count * by, left - count, by);
+                start += count * stride;
+                len -= count;
+            }
+        }
+    }
+
     /// The bytes of `region`, in order.
-    pub(super) fn copy_out(&self, region: &Region) -> Vec<u8> {
+    fn copy_out(&self, region: &Region) -> Vec<u8> {
         let width = self.data.element().bytes();
         let data = self.data.bytes();
         let mut bytes = Vec::with_capacity(region.len() * width);
@@ -355,7 +421,7 @@ impl<'i> Buffer<'i> {
     }
 
     /// Writes bytes that [`copy_out`](Self::copy_out) took from a region of equal length.
-    pub(super) fn copy_in(&mut self, region: &Region, bytes: &[u8]) {
+    fn copy_in(&mut self, region: &Region, bytes: &[u8]) {
         let width = self.data.element().bytes();
         let mut from = 0;
         region.for_each_run(|start, len, stride| {
@@ -378,27 +444,30 @@ pub(super) struct Region {
     pub(super) buffer: usize,
     offset: usize,
     /// Without dimensions of size 1, and adjacent ones merged where they are contiguous.
-    dims: Vec<usize>,
-    strides: Vec<usize>,
+    dims: Dims,
+    strides: Dims,
 }
 
 impl Region {
     pub(super) fn new(buffer: usize, offset: usize, dims: &[usize], strides: &[usize]) -> Self {
         if dims.contains(&0) {
-            return Self { buffer, offset, dims: vec![0], strides: vec![1] };
+            return Self { buffer, offset, dims: Dims::from_slice(&[0]), strides: Dims::from_slice(&[1]) };
         }
-        let mut merged: Vec<(usize, usize)> = Vec::with_capacity(dims.len());
+        let (mut sizes, mut steps) = (Dims::new(), Dims::new());
         for (&size, &stride) in dims.iter().zip(strides).filter(|&(&size, _)| size != 1) {
-            match merged.last_mut() {
-                Some((before, outer)) if *outer == stride * size => (*before, *outer) = (*before * size, stride),
-                _ => merged.push((size, stride)),
+            match (sizes.last_mut(), steps.last_mut()) {
+                (Some(before), Some(outer)) if *outer == stride * size => (*before, *outer) = (*before * size, stride),
+                _ => {
+                    sizes.push(size);
+                    steps.push(stride);
+                }
             }
         }
-        if merged.is_empty() {
-            merged.push((1, 1));
+        if sizes.is_empty() {
+            sizes.push(1);
+            steps.push(1);
         }
-        let (dims, strides) = merged.into_iter().unzip();
-        Self { buffer, offset, dims, strides }
+        Self { buffer, offset, dims: sizes, strides: steps }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -419,31 +488,22 @@ impl Region {
         self.offset + self.dims.iter().zip(&self.strides).map(|(size, stride)| (size - 1) * stride).sum::<usize>() + 1
     }
 
+    /// The innermost runs, in order.
+    pub(super) fn runs(&self) -> Runs<'_> {
+        let (&len, outer) = self.dims.split_last().expect("a region has a dimension");
+        let at = if self.is_empty() { None } else { Some(self.offset) };
+        Runs {
+            outer,
+            strides: &self.strides,
+            run: (len, self.strides[outer.len()]),
+            index: Dims::from_elem(0, outer.len()),
+            at,
+        }
+    }
+
     /// Calls `f(start, len, stride)` for the innermost runs, in order, until it returns something.
     pub(super) fn find_run<R>(&self, mut f: impl FnMut(usize, usize, usize) -> Option<R>) -> Option<R> {
-        if self.is_empty() {
-            return None;
-        }
-        let (&len, outer) = self.dims.split_last().expect("a region has a dimension");
-        let stride = self.strides[outer.len()];
-        let mut index = vec![0; outer.len()];
-        let mut at = self.offset;
-        loop {
-            if let Some(found) = f(at, len, stride) {
-                return Some(found);
-            }
-            let mut dim = outer.len();
-            loop {
-                dim = dim.checked_sub(1)?;
-                index[dim] += 1;
-                at += self.strides[dim];
-                if index[dim] < outer[dim] {
-                    break;
-                }
-                at -= self.strides[dim] * outer[dim];
-                index[dim] = 0;
-            }
-        }
+        self.runs().find_map(|(start, len, stride)| f(start, len, stride))
     }
 
     pub(super) fn for_each_run(&self, mut f: impl FnMut(usize, usize, usize)) {
@@ -488,27 +548,63 @@ impl Region {
     }
 }
 
+/// The innermost runs of a region: start, length and stride of each.
+pub(super) struct Runs<'r> {
+    outer: &'r [usize],
+    strides: &'r [usize],
+    /// Length and stride.
+    run: (usize, usize),
+    index: Dims,
+    at: Option<usize>,
+}
+
+impl Iterator for Runs<'_> {
+    type Item = (usize, usize, usize);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let start = self.at?;
+        let (len, stride) = self.run;
+        let mut at = start;
+        let mut dim = self.outer.len();
+        self.at = loop {
+            let Some(next) = dim.checked_sub(1) else { break None };
+            dim = next;
+            self.index[dim] += 1;
+            at += self.strides[dim];
+            if self.index[dim] < self.outer[dim] {
+                break Some(at);
+            }
+            at -= self.strides[dim] * self.outer[dim];
+            self.index[dim] = 0;
+        };
+        Some((start, len, stride))
+    }
+}
+
+/// Sizes or strides: of few dimensions, so in place.
+pub(super) type Dims = SmallVec<[usize; 6]>;
+
 /// A memref at run time: a strided view of a buffer, perhaps read as a wider element type.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct View {
     pub(super) buffer: usize,
     pub(super) offset: usize,
     pub(super) element: RefElement,
-    pub(super) dims: Vec<usize>,
-    pub(super) strides: Vec<usize>,
+    pub(super) dims: Dims,
+    pub(super) strides: Dims,
     /// For a view of narrow elements as wide ones: how many, and how far apart, make one.
     pub(super) packed: Option<(usize, usize)>,
 }
 
 impl View {
     pub(super) fn whole(buffer: usize, element: RefElement, dims: &[usize]) -> Self {
-        Self { buffer, offset: 0, element, dims: dims.to_vec(), strides: tile::strides(dims), packed: None }
+        Self { buffer, offset: 0, element, dims: dims.into(), strides: tile::strides(dims).into(), packed: None }
     }
 
     /// The elements `start + i * step`, `sizes` of them, or the dimension and index that is out of bounds.
     pub(super) fn region(&self, start: &[i64], sizes: &[usize], steps: &[usize]) -> Result<Region, (usize, i64)> {
         let mut offset = self.offset;
-        let mut strides = Vec::with_capacity(sizes.len() + 1);
+        let mut strides = Dims::new();
         for dim in 0..self.dims.len() {
             let step = steps.get(dim).copied().unwrap_or(1);
             let last = start[dim] + (sizes[dim] as i64 - 1) * step as i64;
@@ -522,7 +618,7 @@ impl View {
             return Ok(Region::new(self.buffer, offset, sizes, &strides));
         };
         // A wide element is `ratio` narrow ones of the same lane, so they come before the lanes.
-        let mut sizes = sizes.to_vec();
+        let mut sizes = Dims::from_slice(sizes);
         sizes.insert(sizes.len() - 1, ratio);
         strides.insert(strides.len() - 1, apart);
         Ok(Region::new(self.buffer, offset, &sizes, &strides))
@@ -530,7 +626,7 @@ impl View {
 
     /// Everything that the view holds.
     pub(super) fn all(&self) -> Region {
-        let zeros = vec![0; self.dims.len()];
+        let zeros: SmallVec<[i64; 6]> = SmallVec::from_elem(0, self.dims.len());
         self.region(&zeros, &self.dims, &[]).expect("a view is inside itself")
     }
 
@@ -544,7 +640,7 @@ impl View {
             }
             view.offset += start[dim] as usize * self.strides[dim];
         }
-        view.dims = sizes.to_vec();
+        view.dims = sizes.into();
         Ok(view)
     }
 
@@ -560,19 +656,19 @@ impl View {
         let all: usize = self.dims.iter().product();
         let known: usize = dims.iter().flatten().product();
         let rest = all.checked_div(known).unwrap_or(0);
-        let dims: Vec<usize> = dims.iter().map(|size| size.unwrap_or(rest)).collect();
+        let dims: Dims = dims.iter().map(|size| size.unwrap_or(rest)).collect();
         if dims.iter().product::<usize>() != all || (self.packed.is_some() && dims.last() != self.dims.last()) {
             return None;
         }
-        let of = |dims: Vec<usize>, strides: Vec<usize>| Self { dims, strides, ..self.clone() };
+        let of = |dims: Dims, strides: Dims| Self { dims, strides, ..self.clone() };
         if all == 0 {
-            let strides = vec![0; dims.len()];
+            let strides = Dims::from_elem(0, dims.len());
             return Some(of(dims, strides));
         }
         // Groups of old and new dimensions with as many elements: the old ones must lie one after another.
         let old: Vec<(usize, usize)> =
             self.dims.iter().copied().zip(self.strides.iter().copied()).filter(|(size, _)| *size != 1).collect();
-        let mut strides = vec![1; dims.len()];
+        let mut strides = Dims::from_elem(1, dims.len());
         let (mut from, mut to) = (0, 0);
         while from < old.len() {
             let (first, begin) = (from, to);

@@ -111,9 +111,10 @@
 //! it runs what the compiler may refuse), DMAs that outlive their kernel, and views of memory as narrower elements.
 //!
 //! # Where things are
-//! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness`
-//! finishes. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data.
-//! `history` and `profile` watch: what happened to one element, and what was moved when. `tile` computes. Only `decode` and
+//! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness` and
+//! `fuse` finish. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data.
+//! `history` and `profile` watch: what happened to one element, and what was moved when. `halves`
+//! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`. Only `decode` and
 //! `ops` see MLIR. `ir/tests/states.rs` holds the machine to the tables by random kernels, and `ir/tests/cases` has a kernel
 //! for every fault.
 
@@ -122,8 +123,12 @@ mod decode;
 mod dma;
 mod exec;
 mod fault;
+mod fuse;
+mod halves;
 mod history;
+mod lanes;
 mod liveness;
+mod math;
 mod memory;
 mod observer;
 mod ops;
@@ -180,6 +185,9 @@ pub struct Machine {
     /// Kinds of faults that are not reported; those that [can be](FaultKind::can_be_ignored). `allow_unwritten_reads`,
     /// `allow_unwritten_outputs` and `allow_parallel_overlaps` are three of them.
     pub ignored: FaultKinds,
+    /// From how many elements that the ops of half a grid make the halves of a `parallel` grid run on two threads, where nothing
+    /// can tell: results, counters and faults are those of one thread. `u64::MAX` for never.
+    pub least_work_of_a_thread: u64,
     /// What the kernel's random bits are drawn from, with its own seeds. The generator of the hardware is not public, so
     /// no bits are those of a chip.
     pub random_seed: u64,
@@ -218,6 +226,7 @@ impl Default for Machine {
             allow_parallel_overlaps: false,
             max_ops: 1 << 32,
             ignored: FaultKinds::default(),
+            least_work_of_a_thread: 1 << 21,
             random_seed: 0,
         }
     }

@@ -13,6 +13,9 @@ use crate::{
 ///
 /// [`Program::run`]: super::Program::run
 pub trait Observer {
+    /// Whether it wants to see ops one by one. Where nobody does, they run in groups.
+    const WATCHES: bool = true;
+
     /// The run begins; these buffers are the arrays of its outputs.
     fn begin(&mut self, _outputs: &[usize]) {}
     /// A grid step begins.
@@ -40,7 +43,9 @@ pub trait Observer {
 }
 
 /// Nobody watches.
-impl Observer for () {}
+impl Observer for () {
+    const WATCHES: bool = false;
+}
 
 /// An op that is about to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

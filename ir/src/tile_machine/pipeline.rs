@@ -1,12 +1,12 @@
 //! The pipeline: walks the grid, and copies blocks of arrays into windows before a step and out of them after it.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, ops::Range, sync::Arc};
 
 use super::{
     DmaOrder,
     exec::{Executor, Reg, Step, int, side},
     fault::{Fault, FaultKind},
-    memory::{Region, View},
+    memory::{Buffer, Region, View},
     observer::{BlockEvent, Observer},
     tile::{self, Scalar},
 };
@@ -77,10 +77,10 @@ struct Inside {
 }
 
 impl<O: Observer> Executor<'_, '_, O> {
-    pub(super) fn grid(&mut self, views: &[Reg], windows: &mut [Window]) -> Step<()> {
+    /// Runs some of the grid's steps, one after another.
+    pub(super) fn grid(&mut self, views: &[Reg], windows: &mut [Window], range: Range<usize>) -> Step<()> {
         let semantics = self.program.signature.grid.iter().map(|&(_, how)| how);
         let grid: Vec<(usize, Semantics)> = self.bounds.iter().copied().zip(semantics).collect();
-        let steps: usize = grid.iter().map(|&(size, _)| size).product();
         let strides = tile::strides(&grid.iter().map(|&(size, _)| size).collect::<Vec<_>>());
         let coordinates = |step: usize| -> Vec<usize> {
             strides.iter().zip(&grid).map(|(stride, &(n, _))| step / stride % n).collect()
@@ -91,23 +91,31 @@ impl<O: Observer> Executor<'_, '_, O> {
             parallel.fold(0, |owner, (&index, &(size, _))| owner * size + index) as u32
         };
         let mut next: Vec<Vec<i64>> = vec![];
-        for step in 0..steps {
+        // The blocks of the step before, which were there.
+        let mut held = vec![];
+        if range.start > 0 {
+            let counters = self.counters;
+            held = self.block_indices(&coordinates(range.start - 1), views, windows)?;
+            self.counters = counters;
+        }
+        for step in range.clone() {
+            let first = step == range.start;
             if step as u64 >= self.machine.max_ops {
-                let detail = format!("a grid of {steps} steps (`Machine::max_ops` is {})", self.machine.max_ops);
+                let detail = format!("a grid of {} steps (`Machine::max_ops` is {})", range.end, self.machine.max_ops);
                 return Err(self.fault(FaultKind::Runaway, &self.pipeline, detail));
             }
             let at = coordinates(step);
             self.step.clone_from(&at);
             self.observer.step(&at);
             let before = std::mem::replace(&mut self.owner, owner(&at));
-            if step > 0 && before != self.owner {
+            if !first && before != self.owner {
                 self.enter_parallel_step(views)?;
             }
-            let indices = match step {
-                0 => self.block_indices(&at, views, windows)?,
-                _ => std::mem::take(&mut next),
+            let indices = match first {
+                true => self.block_indices(&at, views, windows)?,
+                false => std::mem::take(&mut next),
             };
-            let following = (step + 1 < steps).then(|| coordinates(step + 1));
+            let following = (step + 1 < range.end).then(|| coordinates(step + 1));
             next = match &following {
                 None => vec![],
                 Some(following) => self.block_indices(following, views, windows)?,
@@ -115,7 +123,8 @@ impl<O: Observer> Executor<'_, '_, O> {
             let next_owner = following.map_or(self.owner, |following| owner(&following));
             for (number, window) in windows.iter_mut().enumerate() {
                 let next = next.get(number).map(|index| (index.as_slice(), next_owner));
-                self.begin_step(window, &indices[number], next, step == 0)?;
+                let is_held = first && held.get(number) == Some(&indices[number]);
+                self.begin_step(window, &indices[number], next, first, is_held)?;
             }
             let mut arguments: Vec<Reg> = at.iter().map(|&index| Reg::Scalar(Scalar::Int(index as i32))).collect();
             arguments.extend_from_slice(views);
@@ -124,7 +133,8 @@ impl<O: Observer> Executor<'_, '_, O> {
                 let view = View::whole(window.buffer(), argument.element, &argument.dims);
                 arguments[at.len() + window.argument] = Reg::View(Arc::new(view));
             }
-            self.call(&self.program.body, arguments)?;
+            let program = self.program;
+            self.call(if O::WATCHES { &program.body } else { &program.fused }, arguments)?;
             for (number, window) in windows.iter_mut().enumerate() {
                 if window.output && (next.get(number) != Some(&indices[number]) || next_owner != self.owner) {
                     self.write_back(window)?;
@@ -162,8 +172,16 @@ impl<O: Observer> Executor<'_, '_, O> {
         Ok(indices)
     }
 
-    /// `next`: the block of the step that follows, and the parallel position of that step.
-    fn begin_step(&mut self, window: &mut Window, index: &[i64], next: Option<(&[i64], u32)>, first: bool) -> Step<()> {
+    /// `next`: the block of the step that follows, and the parallel position of that step. `is_held`: whether the block was in the
+    /// window before the first step, so that it would not be copied.
+    fn begin_step(
+        &mut self,
+        window: &mut Window,
+        index: &[i64],
+        next: Option<(&[i64], u32)>,
+        first: bool,
+        is_held: bool,
+    ) -> Step<()> {
         let moved = first || window.index != index;
         // An output's window of another core is not this one's, whatever its block is.
         let crossed = window.output && window.owner != self.owner;
@@ -184,7 +202,11 @@ impl<O: Observer> Executor<'_, '_, O> {
             if window.output {
                 self.begin_output(window, index)?;
             } else if !std::mem::take(&mut window.fetched_ahead) {
+                let bytes = self.counters.hbm_bytes_read;
                 self.fetch(window, index, window.buffer(), self.owner)?;
+                if is_held {
+                    self.counters.hbm_bytes_read = bytes;
+                }
             }
         }
         // Double buffering: the next block's copy starts with this step, and is complete when the next one starts.
@@ -276,9 +298,10 @@ impl<O: Observer> Executor<'_, '_, O> {
     /// Copies a block into `buffer`, for a step at parallel position `owner`.
     fn fetch(&mut self, window: &Window, index: &[i64], buffer: usize, owner: u32) -> Step<()> {
         let block = self.block(window, index, buffer)?;
-        self.check_in_flight(&block.array, false, None)?;
-        self.check_in_flight(&self.whole(buffer), true, None)?;
-        self.check_core(&block.array, owner, None)?;
+        let checked = self.check_in_flight(&block.array, false, None);
+        let checked = checked.and_then(|()| self.check_in_flight(&self.whole(buffer), true, None));
+        let checked = checked.and_then(|()| self.check_core(&block.array, owner, None));
+        checked.map_err(|fault| self.of_window(window, fault))?;
         if !block.whole {
             self.buffers[buffer].poison();
         }
@@ -316,7 +339,10 @@ impl<O: Observer> Executor<'_, '_, O> {
 
     /// A fault of the pipeline: where the window's transform is, if that is known.
     fn window_fault(&self, window: &Window, kind: FaultKind, detail: String) -> Box<Fault> {
-        let mut fault = self.fault(kind, &self.pipeline, detail);
+        self.of_window(window, self.fault(kind, &self.pipeline, detail))
+    }
+
+    fn of_window(&self, window: &Window, mut fault: Box<Fault>) -> Box<Fault> {
         let frames = &self.program.transform_frames[window.argument];
         if !frames.is_empty() {
             fault.frames.clone_from(frames);
@@ -335,13 +361,12 @@ impl<O: Observer> Executor<'_, '_, O> {
 
     /// Copies between an array and its window; what is unwritten in one is unwritten in the other. The number of bytes.
     pub(super) fn carry(&mut self, from: &Region, to: &Region) -> u64 {
-        let bytes = self.buffers[from.buffer].copy_out(from);
-        self.buffers[to.buffer].copy_in(to, &bytes);
+        Buffer::copy(&mut self.buffers, from, to);
         if self.buffers[from.buffer].unwritten_in(from).is_some() {
             let garbage = self.buffers[from.buffer].garbage_in(from);
             self.buffers[to.buffer].spoil(to, &garbage);
         }
-        bytes.len() as u64
+        (from.len() * self.buffers[from.buffer].data.element().bytes()) as u64
     }
 
     /// An array without a window was copied between HBM and the memory that the kernel sees it in.

@@ -1,5 +1,6 @@
 //! A decoded kernel: instructions over registers. It holds no MLIR.
 
+use super::fuse::Fused;
 use super::tile::{Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Scalar, Tile, Unary};
 use crate::{
     element::Element,
@@ -17,14 +18,14 @@ pub(super) struct Use {
 }
 
 /// A sequence of instructions with parameters and results.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Code {
     pub(super) parameters: Vec<Slot>,
     pub(super) body: Vec<Inst>,
     pub(super) yields: Vec<Use>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Inst {
     pub(super) op: Op,
     /// Whether dropping it changes nothing but its results.
@@ -52,21 +53,21 @@ pub(super) struct Origin {
 }
 
 /// The extent of a box in a memref: sizes, and steps where they are not 1.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Extent {
     pub(super) sizes: Vec<usize>,
     pub(super) steps: Vec<usize>,
 }
 
 /// A tile's sizes, and the order that its dimensions are to have.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Permutation {
     pub(super) dims: Vec<usize>,
     pub(super) order: Vec<usize>,
 }
 
 /// What an instruction does to its operands, which are those of the MLIR op that it was decoded from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Op {
     Scalar(Scalar),
     Constant(Tile),
@@ -224,16 +225,22 @@ pub(super) enum Op {
     For,
     While,
     Region,
+    /// Elementwise ops that run together.
+    Fused(Box<Fused>),
 }
 
 /// A decoded kernel. It holds no MLIR, so that it can be sent to and shared with other threads.
 #[derive(Debug)]
 pub struct Program {
     pub(super) signature: Signature,
+    /// Its ops one by one, which observers see, and in groups.
     pub(super) body: Code,
+    pub(super) fused: Code,
     /// The transform of each argument's window.
     pub(super) transforms: Vec<Option<Code>>,
     pub(super) origins: Vec<Origin>,
+    /// Elements that the ops of a grid step make, each run once.
+    pub(super) work: u64,
     pub(super) slots: usize,
     pub(super) aliases: Vec<(usize, usize)>,
     pub(super) unused_outputs: Vec<usize>,

@@ -7,6 +7,10 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use super::{
+    lanes::{self, Arch},
+    math,
+};
 use crate::{element::Element, minifloat::Minifloat};
 
 /// The elements of a tile, row-major. Its sizes are static and known to every op.
@@ -45,14 +49,15 @@ pub(super) enum Unary {
 }
 
 impl Unary {
+    #[inline(always)]
     pub(super) fn float(self, x: f32) -> f32 {
         match self {
             Self::Neg => -x,
             Self::Abs => x.abs(),
-            Self::Exp => x.exp(),
-            Self::Exp2 => x.exp2(),
-            Self::Log => x.ln(),
-            Self::Tanh => x.tanh(),
+            Self::Exp => math::exp(x),
+            Self::Exp2 => math::exp2(x),
+            Self::Log => math::ln(x),
+            Self::Tanh => math::tanh(x),
             Self::Sin => x.sin(),
             Self::Cos => x.cos(),
             Self::Tan => x.tan(),
@@ -69,6 +74,7 @@ impl Unary {
         }
     }
 
+    #[inline(always)]
     pub(super) fn int(self, element: Element, x: i32) -> i32 {
         match self {
             Self::Abs => x.wrapping_abs(),
@@ -110,6 +116,7 @@ pub(super) enum Binary {
 }
 
 impl Binary {
+    #[inline(always)]
     pub(super) fn float(self, x: f32, y: f32) -> f32 {
         match self {
             Self::Add => x + y,
@@ -135,6 +142,7 @@ impl Binary {
 
     /// Of narrow integers, which are held by their sign; the result is to be wrapped. A division by zero has all bits set, and
     /// leaves all as remainder, as XLA has it.
+    #[inline(always)]
     pub(super) fn int(self, element: Element, x: i32, y: i32) -> i32 {
         let (bits, u) = (element.bits() as u32, |x: i32| unsigned(element, x));
         match self {
@@ -164,11 +172,13 @@ impl Binary {
     }
 }
 
+#[inline(always)]
 fn maximum(x: f32, y: f32) -> f32 {
     let larger = if x > y { x } else { y };
     if x.is_nan() { x } else { larger }
 }
 
+#[inline(always)]
 fn minimum(x: f32, y: f32) -> f32 {
     let smaller = if x < y { x } else { y };
     if x.is_nan() { x } else { smaller }
@@ -199,6 +209,7 @@ pub(super) enum Compare {
 }
 
 impl Compare {
+    #[inline(always)]
     pub(super) fn float(self, x: f32, y: f32) -> bool {
         let unordered = x.is_nan() || y.is_nan();
         match self {
@@ -220,6 +231,7 @@ impl Compare {
         }
     }
 
+    #[inline(always)]
     pub(super) fn int(self, x: i32, y: i32) -> bool {
         match self {
             Self::Ne => x != y,
@@ -271,6 +283,7 @@ impl Reduction {
 }
 
 /// Wraps an `i32` to a narrower integer type, by its sign.
+#[inline(always)]
 pub(super) fn wrap(element: Element, x: i32) -> i32 {
     match element {
         Element::Pred => x & 1,
@@ -282,7 +295,8 @@ pub(super) fn wrap(element: Element, x: i32) -> i32 {
 }
 
 /// Rounds an `f32` to an integer type, to its least or greatest number beyond them and to 0 for NaN.
-fn saturate(element: Element, signed: bool, nearest: bool, x: f32) -> i32 {
+#[inline(always)]
+pub(super) fn saturate(element: Element, signed: bool, nearest: bool, x: f32) -> i32 {
     let x = if nearest { x.round_ties_even() } else { x };
     let unused = 32_usize.saturating_sub(element.bits());
     match signed {
@@ -304,69 +318,44 @@ pub(super) fn round(element: Element, x: f32) -> f32 {
 }
 
 /// Nearest even; vectorises, unlike `half`'s.
-#[inline]
-fn round_to_bf16(x: f32) -> f32 {
+#[inline(always)]
+pub(super) fn round_to_bf16(x: f32) -> f32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
     f32::from_bits(if x.is_nan() { bits & 0xffff_0000 | 0x0040_0000 } else { rounded })
 }
 
 fn unique<T: Clone>(shared: Arc<Vec<T>>) -> Vec<T> {
-    Arc::try_unwrap(shared).unwrap_or_else(|shared| shared.as_ref().clone())
+    Arc::unwrap_or_clone(shared)
 }
 
-/// Applies `f` in place where the tile dies, else into a new one.
-fn map<T: Copy>(x: Arc<Vec<T>>, f: impl Fn(T) -> T) -> Arc<Vec<T>> {
-    match Arc::try_unwrap(x) {
-        Ok(mut x) => {
-            x.iter_mut().for_each(|x| *x = f(*x));
-            Arc::new(x)
-        }
-        Err(x) => Arc::new(x.iter().map(|&x| f(x)).collect()),
-    }
-}
-
-fn zip<T: Copy>(x: Arc<Vec<T>>, y: Arc<Vec<T>>, f: impl Fn(T, T) -> T) -> Arc<Vec<T>> {
-    match Arc::try_unwrap(x) {
-        Ok(mut x) => {
-            x.iter_mut().zip(y.iter()).for_each(|(x, &y)| *x = f(*x, y));
-            Arc::new(x)
-        }
-        Err(x) => match Arc::try_unwrap(y) {
-            Ok(mut y) => {
-                y.iter_mut().zip(x.iter()).for_each(|(y, &x)| *y = f(x, *y));
-                Arc::new(y)
-            }
-            Err(y) => Arc::new(x.iter().zip(y.iter()).map(|(&x, &y)| f(x, y)).collect()),
-        },
-    }
+/// A tile of `len` elements that `fill` gives values.
+fn made<T: Clone + Default>(len: usize, fill: impl FnOnce(&mut [T])) -> Arc<Vec<T>> {
+    let mut elements = vec![T::default(); len];
+    fill(&mut elements);
+    Arc::new(elements)
 }
 
 pub(super) fn unary(op: Unary, element: Element, x: Tile) -> Tile {
+    let arch = Arch::new();
     match x {
-        Tile::Float(x) => {
-            let x = match op {
-                Unary::Neg => map(x, |x| -x),
-                Unary::Abs => map(x, f32::abs),
-                Unary::Sqrt => map(x, f32::sqrt),
-                Unary::Rsqrt => map(x, |x| 1.0 / x.sqrt()),
-                Unary::Reciprocal => map(x, |x| 1.0 / x),
-                Unary::Exp => map(x, f32::exp),
-                op => map(x, |x| op.float(x)),
-            };
-            Tile::Float(rounded(element, x))
-        }
-        Tile::Int(x) => Tile::Int(map(x, |x| wrap(element, op.int(element, x)))),
+        Tile::Float(x) => Tile::Float(made(x.len(), |out| {
+            lanes::unary_float(arch, op, &x, out);
+            lanes::round(arch, element, out);
+        })),
+        Tile::Int(x) => Tile::Int(made(x.len(), |out| lanes::unary_int(arch, op, element, &x, out))),
         Tile::Pred(x) => Tile::Pred(x),
     }
 }
 
+/// Floats rounded to a type.
 fn rounded(element: Element, x: Arc<Vec<f32>>) -> Arc<Vec<f32>> {
-    match element {
-        Element::F32 => x,
-        Element::Bf16 => map(x, round_to_bf16),
-        element => map(x, |x| round(element, x)),
+    if element == Element::F32 {
+        return x;
     }
+    let mut x = unique(x);
+    lanes::round(Arch::new(), element, &mut x);
+    Arc::new(x)
 }
 
 /// Whether an op of integers divides by a zero of `y`.
@@ -375,37 +364,16 @@ pub(super) fn divides_by_zero(op: Binary, y: &Tile) -> bool {
 }
 
 pub(super) fn binary(op: Binary, element: Element, x: Tile, y: Tile) -> Tile {
+    let arch = Arch::new();
     match (x, y) {
-        (Tile::Float(x), Tile::Float(y)) => {
-            let result = match op {
-                Binary::Add => zip(x, y, |x, y| x + y),
-                Binary::Sub => zip(x, y, |x, y| x - y),
-                Binary::Mul => zip(x, y, |x, y| x * y),
-                Binary::Div => zip(x, y, |x, y| x / y),
-                Binary::Max => zip(x, y, maximum),
-                Binary::Min => zip(x, y, minimum),
-                op => zip(x, y, |x, y| op.float(x, y)),
-            };
-            Tile::Float(rounded(element, result))
-        }
+        (Tile::Float(x), Tile::Float(y)) => Tile::Float(made(x.len(), |out| {
+            lanes::binary_float(arch, op, &x, &y, out);
+            lanes::round(arch, element, out);
+        })),
         (Tile::Int(x), Tile::Int(y)) => {
-            let result = match op {
-                Binary::Add => zip(x, y, i32::wrapping_add),
-                Binary::Sub => zip(x, y, i32::wrapping_sub),
-                Binary::Mul => zip(x, y, i32::wrapping_mul),
-                Binary::And => zip(x, y, |x, y| x & y),
-                Binary::Or => zip(x, y, |x, y| x | y),
-                op => zip(x, y, |x, y| op.int(element, x, y)),
-            };
-            Tile::Int(if element.bits() < 32 { map(result, |x| wrap(element, x)) } else { result })
+            Tile::Int(made(x.len(), |out| lanes::binary_int(arch, op, element, &x, &y, out)))
         }
-        (Tile::Pred(x), Tile::Pred(y)) => Tile::Pred(match op {
-            Binary::And | Binary::Mul | Binary::Min | Binary::MinNumber | Binary::MinUnsigned => {
-                zip(x, y, |x, y| x & y)
-            }
-            Binary::Or | Binary::Max | Binary::MaxNumber | Binary::MaxUnsigned => zip(x, y, |x, y| x | y),
-            _ => zip(x, y, |x, y| x ^ y),
-        }),
+        (Tile::Pred(x), Tile::Pred(y)) => Tile::Pred(made(x.len(), |out| lanes::binary_pred(arch, op, &x, &y, out))),
         _ => unreachable!("decoding gives both sides one type"),
     }
 }
@@ -421,50 +389,24 @@ pub(super) fn weird(x: &Tile) -> Tile {
 }
 
 pub(super) fn compare(op: Compare, x: &Tile, y: &Tile) -> Tile {
-    fn over<T: Copy>(x: &[T], y: &[T], f: impl Fn(T, T) -> bool) -> Tile {
-        Tile::Pred(Arc::new(x.iter().zip(y).map(|(&x, &y)| f(x, y)).collect()))
-    }
-    match (x, y) {
-        (Tile::Float(x), Tile::Float(y)) => match op {
-            Compare::Lt => over(x, y, |x, y| x < y),
-            Compare::Gt => over(x, y, |x, y| x > y),
-            Compare::Eq => over(x, y, |x, y| x == y),
-            op => over(x, y, |x, y| op.float(x, y)),
-        },
-        (Tile::Int(x), Tile::Int(y)) => match op {
-            Compare::Eq => over(x, y, |x, y| x == y),
-            Compare::Lt => over(x, y, |x, y| x < y),
-            Compare::Le => over(x, y, |x, y| x <= y),
-            Compare::Gt => over(x, y, |x, y| x > y),
-            Compare::Ge => over(x, y, |x, y| x >= y),
-            op => over(x, y, |x, y| op.int(x, y)),
-        },
-        (Tile::Pred(x), Tile::Pred(y)) => over(x, y, |x, y| op.int(i32::from(x), i32::from(y))),
+    let arch = Arch::new();
+    Tile::Pred(match (x, y) {
+        (Tile::Float(x), Tile::Float(y)) => made(x.len(), |out| lanes::compare_float(arch, op, x, y, out)),
+        (Tile::Int(x), Tile::Int(y)) => made(x.len(), |out| lanes::compare_int(arch, op, x, y, out)),
+        (Tile::Pred(x), Tile::Pred(y)) => made(x.len(), |out| lanes::compare_pred(op, x, y, out)),
         _ => unreachable!("decoding gives both sides one type"),
-    }
+    })
 }
 
 pub(super) fn select(condition: &Tile, then: Tile, otherwise: Tile) -> Tile {
-    fn over<T: Copy>(condition: &[bool], then: Arc<Vec<T>>, otherwise: Arc<Vec<T>>) -> Arc<Vec<T>> {
-        match Arc::try_unwrap(then) {
-            Ok(mut then) => {
-                let sides = then.iter_mut().zip(condition).zip(otherwise.iter());
-                sides.for_each(|((then, &condition), &otherwise)| *then = if condition { *then } else { otherwise });
-                Arc::new(then)
-            }
-            Err(then) => {
-                let sides = condition.iter().zip(then.iter()).zip(otherwise.iter());
-                Arc::new(
-                    sides.map(|((&condition, &then), &otherwise)| if condition { then } else { otherwise }).collect(),
-                )
-            }
-        }
-    }
+    let arch = Arch::new();
     let Tile::Pred(condition) = condition else { unreachable!("decoding gives a pred condition") };
     match (then, otherwise) {
-        (Tile::Float(x), Tile::Float(y)) => Tile::Float(over(condition, x, y)),
-        (Tile::Int(x), Tile::Int(y)) => Tile::Int(over(condition, x, y)),
-        (Tile::Pred(x), Tile::Pred(y)) => Tile::Pred(over(condition, x, y)),
+        (Tile::Float(x), Tile::Float(y)) => {
+            Tile::Float(made(x.len(), |out| lanes::select(arch, condition, &x, &y, out)))
+        }
+        (Tile::Int(x), Tile::Int(y)) => Tile::Int(made(x.len(), |out| lanes::select(arch, condition, &x, &y, out))),
+        (Tile::Pred(x), Tile::Pred(y)) => Tile::Pred(made(x.len(), |out| lanes::select(arch, condition, &x, &y, out))),
         _ => unreachable!("decoding gives both sides one type"),
     }
 }
@@ -483,17 +425,14 @@ pub(super) struct Conversion {
 /// Conversion between element types. Floats become integers that saturate where the type ends (NaN becomes 0): what XLA
 /// defines, and JAX's tests hold TPUs to.
 pub(super) fn convert(how: Conversion, x: Tile) -> Tile {
-    let Conversion { from, to, signed, nearest } = how;
+    let (arch, Conversion { to, signed, .. }) = (Arch::new(), how);
     match x {
         Tile::Float(x) if to.is_float() => Tile::Float(rounded(to, x)),
         Tile::Float(x) if to == Element::Pred => Tile::Pred(Arc::new(x.iter().map(|&x| x != 0.0).collect())),
-        Tile::Float(x) => Tile::Int(Arc::new(x.iter().map(|&x| saturate(to, signed, nearest, x)).collect())),
-        Tile::Int(x) if to.is_float() => {
-            let value = |x: i32| if signed { x as f32 } else { unsigned(from, x) as f32 };
-            Tile::Float(rounded(to, Arc::new(x.iter().map(|&x| value(x)).collect())))
-        }
+        Tile::Float(x) => Tile::Int(made(x.len(), |out| lanes::float_to_int(arch, how, &x, out))),
+        Tile::Int(x) if to.is_float() => Tile::Float(made(x.len(), |out| lanes::int_to_float(arch, how, &x, out))),
         Tile::Int(x) if to == Element::Pred => Tile::Pred(Arc::new(x.iter().map(|&x| x & 1 != 0).collect())),
-        Tile::Int(x) => Tile::Int(map(x, |x| if signed { wrap(to, x) } else { wrap(to, unsigned(from, x) as i32) })),
+        Tile::Int(x) => Tile::Int(made(x.len(), |out| lanes::int_to_int(arch, how, &x, out))),
         Tile::Pred(x) if to.is_float() => {
             let one = if signed { -1.0 } else { 1.0 };
             Tile::Float(Arc::new(x.iter().map(|&x| if x { one } else { 0.0 }).collect()))
@@ -507,6 +446,7 @@ pub(super) fn convert(how: Conversion, x: Tile) -> Tile {
 }
 
 /// The bits of a narrow signed integer as an unsigned one.
+#[inline(always)]
 pub(super) fn unsigned(element: Element, x: i32) -> u32 {
     x.cast_unsigned() & (u32::MAX >> 32_usize.saturating_sub(element.bits()))
 }
@@ -943,61 +883,94 @@ pub(super) fn matmul(shape: &MatmulShape, lhs: Tile, rhs: Tile, accumulator: Til
     let (lhs, rhs) = if let Tile::Float(_) = accumulator { (float(lhs), float(rhs)) } else { (lhs, rhs) };
     match (lhs, rhs, accumulator) {
         (Tile::Float(lhs), Tile::Float(rhs), Tile::Float(sum)) => {
-            let lhs = if round[0] { map(lhs, round_to_bf16) } else { lhs };
-            let rhs = if round[1] { map(rhs, round_to_bf16) } else { rhs };
-            let mut sum = unique(sum);
+            let [lhs, rhs] = [(lhs, round[0]), (rhs, round[1])];
+            let [lhs, rhs] = [lhs, rhs].map(|(x, round)| if round { rounded(Element::Bf16, x) } else { x });
+            // A constant of zeros, most often: then there is nothing to add to.
+            let from_zero = Arc::strong_count(&sum) > 1 && sum.iter().all(|x| x.to_bits() == 0);
+            let mut sum = if from_zero { vec![0.0; sum.len()] } else { unique(sum) };
             for batch in 0..shape.batch {
                 let (MatmulShape { m, n, k, .. }, l, r) = (*shape, shape.lhs, shape.rhs);
                 let sum = &mut sum[batch * m * n..(batch + 1) * m * n];
-                let (lhs, rhs) = (&lhs[batch * l.batch..], &rhs[batch * r.batch..]);
-                // The last element that each side reads is inside its slice.
-                assert!((m - 1) * l.row + (k - 1) * l.column < lhs.len());
-                assert!((k - 1) * r.row + (n - 1) * r.column < rhs.len());
-                // SAFETY: the asserts bound every read, `sum` has exactly m x n elements and aliases neither side.
-                unsafe {
-                    gemm::gemm(
-                        m,
-                        n,
-                        k,
-                        sum.as_mut_ptr(),
-                        1,
-                        n as isize,
-                        true,
-                        lhs.as_ptr(),
-                        l.column as isize,
-                        l.row as isize,
-                        rhs.as_ptr(),
-                        r.column as isize,
-                        r.row as isize,
-                        1.0,
-                        1.0,
-                        false,
-                        false,
-                        false,
-                        gemm::Parallelism::None,
-                    );
-                }
+                products([m, n, k], &lhs[batch * l.batch..], l, &rhs[batch * r.batch..], r, sum, !from_zero);
             }
             Tile::Float(rounded(shape.to, Arc::new(sum)))
         }
         (Tile::Int(lhs), Tile::Int(rhs), Tile::Int(sum)) => {
             let mut sum = unique(sum);
-            for batch in 0..shape.batch {
-                let (lhs, rhs) = (&lhs[batch * shape.lhs.batch..], &rhs[batch * shape.rhs.batch..]);
-                for row in 0..shape.m {
-                    let out = &mut sum[(batch * shape.m + row) * shape.n..][..shape.n];
-                    for inner in 0..shape.k {
-                        let x = lhs[row * shape.lhs.row + inner * shape.lhs.column];
-                        let from = inner * shape.rhs.row;
-                        for (column, out) in out.iter_mut().enumerate() {
-                            *out = out.wrapping_add(x.wrapping_mul(rhs[from + column * shape.rhs.column]));
-                        }
-                    }
-                }
-            }
-            Tile::Int(map(Arc::new(sum), |x| wrap(shape.to, x)))
+            int_products(shape, &lhs, &rhs, &mut sum);
+            sum.iter_mut().for_each(|x| *x = wrap(shape.to, *x));
+            Tile::Int(Arc::new(sum))
         }
         _ => unreachable!("decoding gives all operands one kind"),
+    }
+}
+
+/// Adds products of integers to `sum`. Those of up to 8 bits are multiplied as floats, which is exact for as many terms as 24 bits
+/// hold.
+fn int_products(shape: &MatmulShape, lhs: &[i32], rhs: &[i32], sum: &mut [i32]) {
+    let MatmulShape { batch, m, n, k, lhs: l, rhs: r, .. } = *shape;
+    let narrow = |x: &[i32]| x.iter().all(|x| (-128..128).contains(x));
+    if narrow(lhs) && narrow(rhs) {
+        const TERMS: usize = (1 << 24) / (128 * 128);
+        let [lhs, rhs] = [lhs, rhs].map(|x| x.iter().map(|&x| x as f32).collect::<Vec<f32>>());
+        let mut sums = vec![0.0; m * n];
+        for batch in 0..batch {
+            for from in (0..k).step_by(TERMS) {
+                let terms = TERMS.min(k - from);
+                let (lhs, rhs) = (&lhs[batch * l.batch + from * l.column..], &rhs[batch * r.batch + from * r.row..]);
+                products([m, n, terms], lhs, l, rhs, r, &mut sums, false);
+                let sum = &mut sum[batch * m * n..][..m * n];
+                sum.iter_mut().zip(&sums).for_each(|(sum, &x)| *sum = sum.wrapping_add(x as i32));
+            }
+        }
+        return;
+    }
+    for batch in 0..batch {
+        let (lhs, rhs) = (&lhs[batch * l.batch..], &rhs[batch * r.batch..]);
+        for row in 0..m {
+            let out = &mut sum[(batch * m + row) * n..][..n];
+            for inner in 0..k {
+                let x = lhs[row * l.row + inner * l.column];
+                let from = inner * r.row;
+                for (column, out) in out.iter_mut().enumerate() {
+                    *out = out.wrapping_add(x.wrapping_mul(rhs[from + column * r.column]));
+                }
+            }
+        }
+    }
+}
+
+/// `sum += lhs x rhs` if it `adds`, or `sum = lhs x rhs`; of sizes `[m, n, k]`.
+fn products([m, n, k]: [usize; 3], lhs: &[f32], l: Strides, rhs: &[f32], r: Strides, sum: &mut [f32], adds: bool) {
+    // The last element that each side reads is inside its slice.
+    assert!((m - 1) * l.row + (k - 1) * l.column < lhs.len());
+    assert!((k - 1) * r.row + (n - 1) * r.column < rhs.len());
+    assert!(sum.len() == m * n);
+    // Each thread makes columns or rows of its own: the sums are the same.
+    let threads = if m * n * k >= 1 << 22 { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
+    // SAFETY: the asserts bound every read and write, and `sum` aliases neither side.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            sum.as_mut_ptr(),
+            1,
+            n as isize,
+            adds,
+            lhs.as_ptr(),
+            l.column as isize,
+            l.row as isize,
+            rhs.as_ptr(),
+            r.column as isize,
+            r.row as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            threads,
+        );
     }
 }
 

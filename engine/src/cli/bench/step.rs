@@ -55,7 +55,7 @@ struct Measured {
     /// Seconds of a prefill call of one prompt, or of a decode step.
     seconds: Times,
     tok_s: f64,
-    /// Reached: of the weights that pass once, and two operations a weight and row.
+    /// Reached: of the weights that pass once, and two operations a weight and row (of the head: a row that is sampled).
     byte_s: f64,
     flop_s: f64,
     floor_seconds: Option<f64>,
@@ -96,10 +96,10 @@ pub(in crate::cli) fn step(args: &StepArgs) -> Result<()> {
     let on_cpu = client.platform().eq_ignore_ascii_case("cpu");
     let rates = chip.map(Rates::of_chip).or_else(|| on_cpu.then(|| Rates::of_this_machine(compute)));
     // What a step multiplies by: every weight but the embedding, which is looked up, where the head is not the same.
-    let rows = config.vocab_size * config.hidden_size;
+    let head = config.vocab_size * config.hidden_size;
     let parameters = crate::model::weights::expected_tensors(&config);
     let parameters: usize = parameters.iter().map(|tensor| tensor.dims.iter().product::<usize>()).sum();
-    let parameters = if config.tie_word_embeddings { parameters } else { parameters - rows };
+    let parameters = if config.tie_word_embeddings { parameters } else { parameters - head };
     for &slots in &args.slots {
         const PAGE: PageSize = PageSize::new(16).expect("not zero");
         let length = args.prompt + args.new + 8;
@@ -139,8 +139,9 @@ pub(in crate::cli) fn step(args: &StepArgs) -> Result<()> {
             let timing = run(slots, args.new)?;
             Ok(Duration::from_secs_f64(timing.decode_device_s / timing.decode_steps.max(1) as f64))
         })?;
-        let measured = |seconds: Times, rows: usize| {
-            let (bytes, flops) = ((parameters * compute.bytes()) as f64, 2.0 * (parameters * rows) as f64);
+        let measured = |seconds: Times, rows: usize, sampled: usize| {
+            let products = (parameters - head) * rows + head * sampled;
+            let (bytes, flops) = ((parameters * compute.bytes()) as f64, 2.0 * products as f64);
             let floor_seconds = rates.as_ref().map(|rates| rates.floor(flops, bytes));
             Measured {
                 seconds,
@@ -160,8 +161,8 @@ pub(in crate::cli) fn step(args: &StepArgs) -> Result<()> {
             kernels: target.to_string(),
             platform: client.platform(),
             kind: kind.clone(),
-            prefill: measured(prefill, args.prompt),
-            decode: measured(decode, slots),
+            prefill: measured(prefill, args.prompt, 1),
+            decode: measured(decode, slots, slots),
             rates: rates.clone(),
         })?;
     }

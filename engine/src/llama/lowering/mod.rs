@@ -124,6 +124,14 @@ pub(super) trait Lowering<'c> {
     /// When an operand's type does not fit.
     fn batch<'a>(&self, b: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: Tensor<'c, 'a>) -> Result<Batch<'c, 'a>>;
 
+    /// Rows `ids i32[n]` of `table [rows, width]`: `[n, width]`, the nearest row for one that is not there.
+    ///
+    /// # Errors
+    /// When an operand's type does not fit.
+    fn take<'a>(&self, b: &Builder<'c, 'a>, table: Tensor<'c, 'a>, ids: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        b.take(table, ids, 0)
+    }
+
     /// A projection of activations `x`, with what is fused around it.
     ///
     /// # Errors

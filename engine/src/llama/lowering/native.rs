@@ -3,13 +3,14 @@
 //! The matmuls that the call does not know are XLA's own: of quantised weights, and the gated one of a model with biases in
 //! its MLP.
 
-use pagoda_ir::Result;
-use pagoda_ir::stablehlo::{Builder, Tensor};
+use pagoda_ir::stablehlo::{BackendConfig, Builder, CustomCall, Tensor};
+use pagoda_ir::{Result, TensorType};
 use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::{matmul, rpa};
 
 use super::stablehlo::Stablehlo;
 use super::{Activation, Batch, Linear, Lowering, Orientation, Rows};
+use crate::native::TAKE;
 
 /// The lowering. Activations are feature-major, as the calls take them.
 pub(super) struct Native {
@@ -36,6 +37,12 @@ impl<'c> Lowering<'c> for Native {
     /// The call looks the angles up itself.
     fn batch<'a>(&self, _: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: Tensor<'c, 'a>) -> Result<Batch<'c, 'a>> {
         Ok(Batch { rows, angles: rotary })
+    }
+
+    fn take<'a>(&self, b: &Builder<'c, 'a>, table: Tensor<'c, 'a>, ids: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        let result = TensorType::new(table.element(), &[ids.dims()[0], table.dims()[1]]);
+        let call = CustomCall { backend_config: BackendConfig::Dictionary(Vec::new()), ..CustomCall::default() };
+        Ok(b.custom_call(TAKE, &[table, ids], &[result], call)?[0])
     }
 
     fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
