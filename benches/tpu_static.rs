@@ -21,7 +21,7 @@ use pagoda_engine::certify::batch::BatchCycles;
 use pagoda_engine::certify::kernel::Certified;
 use pagoda_engine::certify::{Certifier, run_if_asked};
 use pagoda_engine::check::compile::{Cached, user_cache};
-use pagoda_ir::{Context, Element};
+use pagoda_ir::Element;
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::matmul::{self, Matmul};
 use pagoda_kernels::plan::{Options, Plan};

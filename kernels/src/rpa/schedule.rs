@@ -58,6 +58,7 @@ pub(super) const DECODE: Family = Family {
         "registers of KV masked",
         "pages",
         "masked steps",
+        "keys cleared",
     ],
 };
 
@@ -260,14 +261,13 @@ impl Sizes {
     }
 }
 
-/// Cycles of the copies of some pages of a block, of which as many as there are semaphores are under way at a time.
-fn copies(plan: &Plan, pages: f64) -> f64 {
-    let (problem, semaphores) = (plan.problem(), decode::semaphores(plan.tiles()) as f64);
+/// Cycles of the copies of some pages of a block: they follow one another on each of its semaphores, without a gap.
+fn copies(plan: &Plan, pages: f64, semaphores: usize) -> f64 {
+    let problem = plan.problem();
     let rows = super::kv_layout::KvLayout::rows_of(plan.head_block());
     let bytes = (problem.page_size * rows * problem.head_dim * problem.precision.kv.bytes()) as f64;
     let (latency, rate) = copy_rate(plan.chip());
-    let pieces = problem.head_dim.div_ceil(LANES) as f64;
-    (pages / semaphores).max(1.0) * (pieces * latency + bytes / rate)
+    latency + pages * bytes / rate / semaphores as f64
 }
 
 /// Cycles before the first byte of a copy, and bytes of a cycle, by the compiler's static estimate (libtpu 0.0.52; v4, of which
@@ -318,7 +318,7 @@ fn stages_of_mixed(plan: &Plan, listed: usize, core: &Mixed) -> Vec<Stage> {
                 pages * sizes.pieces,
                 if is_masked { sizes.heads * logits } else { 0.0 },
             ]);
-            let copies = Copies { cycles: copies(plan, pages), beside: ahead, among: ahead };
+            let copies = Copies { cycles: copies(plan, pages, 1), beside: ahead, among: ahead };
             stages.push(Stage { times: steps.count as f64, work, copies });
         }
     }
@@ -331,28 +331,41 @@ struct Decoding {
     /// As the kernel counts it.
     load: i64,
     sequences: usize,
-    /// By width, whole blocks first: unmasked, masked.
+    /// By width: unmasked, masked.
     steps: [[Steps; 2]; 4],
+    /// Buffers whose first block is short: they are cleared before.
+    cleared: usize,
 }
 
-/// What each core has of the batch: as `mosaic::decode` shares the sequences.
+/// What each core has of the batch: as `mosaic::decode` shares the sequences. The first has those in front.
 fn decoding(plan: &Plan, batch: &[Lengths]) -> Vec<Decoding> {
-    let (problem, keys, widths) = (plan.problem(), plan.keys(), plan.widths());
-    let of_tiles = plan.tiles().kv_pages;
     let load = |of: &Lengths| decode::load(plan, of.kv_len, of.q_len) as i64;
     let total: i64 = batch.iter().map(load).sum();
-    let is_split = plan.details().split == Split::Sequences;
-    let mut cores = vec![Decoding::default(); plan.shares()];
     let mut before = 0;
-    for of in batch {
-        let load = load(of);
-        let core = usize::from(is_split && 2 * before + load >= total);
-        before += load;
+    let in_front = batch.iter().take_while(|of| {
+        let middle = 2 * before + load(of);
+        before += load(of);
+        middle < total
+    });
+    match plan.details().split {
+        Split::Sequences => {
+            let (front, back) = batch.split_at(in_front.count());
+            vec![decoding_of(plan, front.iter()), decoding_of(plan, back.iter().rev())]
+        }
+        Split::Nothing | Split::Heads => vec![decoding_of(plan, batch.iter())],
+    }
+}
+
+/// What a core does that has these sequences, in the order of work.
+fn decoding_of<'b>(plan: &Plan, sequences: impl Iterator<Item = &'b Lengths>) -> Decoding {
+    let (problem, keys, widths) = (plan.problem(), plan.keys(), plan.widths());
+    let (of_tiles, last) = (plan.tiles().kv_pages, widths.len() - 1);
+    let (mut core, mut filled) = (Decoding::default(), 0);
+    for of in sequences {
+        core.load += decode::load(plan, of.kv_len, of.q_len) as i64;
         if of.q_len == 0 || of.kv_len == 0 {
             continue;
         }
-        let core = &mut cores[core];
-        core.load += load;
         core.sequences += 1;
         let unseen = problem.sliding_window.map_or(0, |window| of.kv_len.saturating_sub(window) / problem.page_size);
         let seen = of.kv_len - unseen * problem.page_size;
@@ -361,13 +374,16 @@ fn decoding(plan: &Plan, batch: &[Lengths]) -> Vec<Decoding> {
             let steps = &mut core.steps[width][usize::from(masked)];
             *steps = Steps { count: steps.count + count, pages: steps.pages + pages };
         };
-        add(widths.len() - 1, problem.sliding_window.is_some(), whole, whole * of_tiles);
+        add(last, problem.sliding_window.is_some(), whole, whole * of_tiles);
+        filled += whole;
         if rest > 0 {
-            let width = widths.iter().position(|&width| rest <= width).unwrap_or(widths.len() - 1);
+            let width = widths.iter().position(|&width| rest <= width).unwrap_or(last);
             add(width, true, 1, rest.div_ceil(problem.page_size));
+            core.cleared += usize::from(filled < decode::BUFFERS);
+            filled += 1;
         }
     }
-    cores
+    core
 }
 
 fn stages_of_decode(plan: &Plan, listed: usize, core: &Decoding) -> Vec<Stage> {
@@ -381,6 +397,7 @@ fn stages_of_decode(plan: &Plan, listed: usize, core: &Decoding) -> Vec<Stage> {
     ]);
     let mut launch = [0.0; UNITS];
     launch[..2].copy_from_slice(&[1.0, listed as f64]);
+    launch[15] = (core.cleared * plan.keys()) as f64 * sizes.pieces;
     let mut stages = vec![Stage::of(1.0, launch), Stage::of(core.sequences as f64, of_sequence)];
     for (&width, of_width) in widths.iter().zip(&core.steps) {
         for (masked, steps) in of_width.iter().enumerate().filter(|(_, steps)| steps.count > 0) {
@@ -402,7 +419,8 @@ fn stages_of_decode(plan: &Plan, listed: usize, core: &Decoding) -> Vec<Stage> {
             ]);
             // A block's copies are started when the block before it in its buffer is done with.
             let buffers = decode::BUFFERS as f64;
-            let copies = Copies { cycles: copies(plan, pages), beside: buffers - 1.0, among: buffers };
+            let cycles = copies(plan, pages, decode::semaphores(plan.tiles()));
+            let copies = Copies { cycles, beside: buffers - 1.0, among: buffers };
             stages.push(Stage { times: steps.count as f64, work, copies });
         }
     }

@@ -187,7 +187,7 @@ impl<'a, 'p> Body<'a, 'p> {
             stop: in_smem("segment_stop", segments),
         };
         let metadata = metadata.of_batch(k, batch);
-        let arrived = k.dma_semaphores("arrived", &[plan.kv_buffers(), plan::decode::semaphores(plan.tiles())]);
+        let arrived = k.dma_semaphores("arrived", &[plan.kv_buffers()]);
         let queries_arrived = k.dma_semaphores("queries_arrived", &[2]);
         let sent = k.dma_semaphores("sent", &[1]);
         let (core, is_shared) = match cores {
@@ -466,11 +466,10 @@ impl<'a, 'p> Body<'a, 'p> {
         if heads < problem.kv_heads {
             source = source.slice(1, (self.core * kv_rows).multiple_of(kv_rows), kv_rows);
         }
-        let semaphore = (page % self.arrived.dims()[1]) as i64;
         for piece in 0..pieces {
             let lanes = source.slice(2, piece * lanes, lanes);
             let destination = self.kv.at((slot, piece)).slice(0, page * problem.page_size, problem.page_size);
-            act(self.k.make_async_copy(lanes, destination.slice(1, 0, kv_rows), self.arrived.at((slot, semaphore))));
+            act(self.k.make_async_copy(lanes, destination.slice(1, 0, kv_rows), self.arrived.at(slot)));
         }
     }
 
