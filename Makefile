@@ -1,5 +1,5 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools mpi-tools demo test nightly jax-suite multihost python bench bench-peers certify-all certify-sample tpu-static tpu-grid cost-points tables peers
+.PHONY: help setup tpu-tools mpi-tools demo test nightly jax-suite multihost python serve-load bench bench-peers certify-all certify-sample tpu-static tpu-grid cost-points tables peers
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
@@ -10,6 +10,7 @@ help:
 	@echo "                  jax 0.10.2, absl-py, pytest, hypothesis; ARGS=\"--variants 2 --only 'tpu_ops*'\"; SERVING_SRC=tpu-inference)"
 	@echo "make multihost    installs Open MPI; one model over two and four CPU processes, and processes that are killed"
 	@echo "make python       the Python package in virtual environments with JAX 0.10.2 and the newest (PAGODA_BIN=... builds no wheel)"
+	@echo "make serve-load   OpenAI's client at pagoda serve: 10,000 requests, 200 streams (ARGS=\"--requests 1000\")"
 	@echo "make bench        criterion benches (CPU)"
 	@echo "make bench-peers  tokens/s against plain JAX on this machine (ARGS=\"--models tiny,135m,1b --busy\")"
 	@echo "make tpu-tools    libtpu, the TPU compiler, for certification without a TPU"
@@ -55,6 +56,13 @@ multihost: mpi-tools
 
 python: setup
 	@scripts/python.sh
+
+serve-load: setup
+	cargo build --release --quiet
+	@[ -x .pagoda/serve/bin/python ] || python3 -m venv .pagoda/serve
+	@.pagoda/serve/bin/python -c 'import openai' 2>/dev/null || \
+	  .pagoda/serve/bin/pip install --quiet --disable-pip-version-check openai==3.57.0
+	@.pagoda/serve/bin/python scripts/serve_load.py $(ARGS)
 
 bench: tpu-tools
 	cargo bench --workspace

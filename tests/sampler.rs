@@ -45,7 +45,8 @@ impl Device {
             .function("main", &types, |b, a| {
                 let parameters = Parameters { temperature: a[4], top_k: a[5], top_p: a[6], seed: [a[7], a[8]] };
                 let keys = Keys { index: a[1], generation: a[2], position: a[3] };
-                Ok(vec![sampler::emit(b, sampling, a[0], &parameters, &keys)?])
+                let chosen = sampler::emit(b, sampling, a[0], &parameters, &keys)?;
+                Ok(vec![chosen, sampler::log_probabilities(b, a[0], chosen)?])
             })
             .unwrap();
         let plugin = Plugin::load(&PluginChoice::parse("cpu").unwrap()).expect("the CPU plugin: run `make setup`");
@@ -54,6 +55,11 @@ impl Device {
     }
 
     fn sample(&self, case: &Case) -> Vec<i32> {
+        self.sample_with_probabilities(case).0
+    }
+
+    /// The tokens, and the logarithms of their probabilities.
+    fn sample_with_probabilities(&self, case: &Case) -> (Vec<i32>, Vec<f32>) {
         let word = |at: usize| HostTensor::new(&[ROWS], &case.keys.map(|key| key[at]));
         let inputs = [
             HostTensor::new(&[ROWS, self.vocab], &case.logits),
@@ -66,7 +72,8 @@ impl Device {
             HostTensor::new(&[ROWS], &case.seed.map(|seed| (seed >> 32) as u32)),
             HostTensor::new(&[ROWS], &case.seed.map(|seed| seed as u32)),
         ];
-        self.program.call(&inputs).unwrap()[0].as_slice::<i32>().to_vec()
+        let results = self.program.call(&inputs).unwrap();
+        (results[0].as_slice().to_vec(), results[1].as_slice().to_vec())
     }
 }
 
@@ -132,6 +139,12 @@ fn allowed(case: &Case, row: usize, sampling: Sampling) -> Vec<usize> {
         .collect()
 }
 
+fn log_probability(case: &Case, row: usize, token: usize) -> f64 {
+    let vocab = case.logits.len() / ROWS;
+    let logits: Vec<f64> = case.logits[row * vocab..][..vocab].iter().map(|&x| f64::from(x)).collect();
+    logits[token] - logits.iter().map(|x| x.exp()).sum::<f64>().ln()
+}
+
 fn cases(vocab: usize) -> impl Strategy<Value = Case> {
     let logits = prop_oneof![
         prop::collection::vec(-8f32..8.0, ROWS * vocab),
@@ -181,7 +194,11 @@ fn check_every_mode(cases: u32, rng_seed: RngSeed) {
             let config = Config { cases, rng_seed, failure_persistence: None, ..Config::default() };
             TestRunner::new(config)
                 .run(&self::cases(vocab), |case| {
-                    for (row, &token) in device.sample(&case).iter().enumerate() {
+                    let (tokens, likelihoods) = device.sample_with_probabilities(&case);
+                    for (row, (&token, &likelihood)) in tokens.iter().zip(&likelihoods).enumerate() {
+                        // Sums of up to 300 weights in f32: some 300 roundings of 6e-8, of which a part cancels.
+                        let expected = log_probability(&case, row, token as usize);
+                        prop_assert!((f64::from(likelihood) - expected).abs() < 1e-5, "{likelihood} for {expected}");
                         let allowed = allowed(&case, row, sampling);
                         // A mass within f32 rounding of p may keep one token more or less: then both sets count.
                         let other = [-1e-5, 1e-5].map(|shift| {

@@ -158,6 +158,17 @@ fn answers_are_what_sample_yields() {
     let answer = server.complete(&stopped);
     assert_eq!((texts(&answer)[0].as_str(), &answer["choices"][0]["finish_reason"]), (before, &json!("stop")));
 
+    // Probabilities of the tokens that were chosen: of greedy ones no less than that of any other, so none is below 1 / vocab.
+    let mut likely = ask.clone();
+    likely["logprobs"] = 0.into();
+    let answer = server.complete(&likely);
+    let likely = &answer["choices"][0]["logprobs"];
+    let joined: String = likely["tokens"].as_array().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
+    assert_eq!(joined, greedy[0]);
+    let logarithms: Vec<f64> =
+        likely["token_logprobs"].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect();
+    assert!(logarithms.len() == 24 && logarithms.iter().all(|&value| (-(2048f64.ln())..=1e-6).contains(&value)));
+
     // Prompts as tokens, several at once.
     let several = server.complete(&json!({"prompt": [prompt, prompt], "temperature": 0, "max_tokens": 24}));
     assert_eq!(texts(&several), [greedy.clone(), greedy].concat());
@@ -205,7 +216,7 @@ fn bad_requests_get_one_clear_error() {
     let long = json!({"prompt": "a".repeat(3000)}).to_string();
     let cases = [
         ("/v1/completions", "", 400, "the body is not a request: EOF while parsing a value"),
-        ("/v1/completions", r#"{"prompt":"a","logprobs":2}"#, 400, "logprobs are not supported"),
+        ("/v1/completions", r#"{"prompt":"a","logprobs":2}"#, 400, "logprobs is only supported as 0"),
         (
             "/v1/completions",
             r#"{"prompt":"a","max_tokens":5000}"#,

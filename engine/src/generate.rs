@@ -23,7 +23,7 @@ use pagoda_kernels::rpa::kv_layout::{NO_SLOT, slot};
 
 use crate::error::{Error, Result};
 use crate::llama::step::StepShape;
-use crate::llama::{Call, DeviceModel, Executor, KvCache, Parallel, Target};
+use crate::llama::{Call, DeviceModel, Executor, KvCache, Parallel, Sampled, Target};
 use crate::memory::Room;
 use crate::model::config::LlamaConfig;
 use crate::pjrt::{Client, Executable};
@@ -259,8 +259,10 @@ pub struct Engine {
     scheduler: Scheduler,
     /// The variant that the programs were compiled for.
     sampling: Sampling,
-    /// Of requests that are not drawn as the options say.
-    draws: HashMap<SampleId, Draw>,
+    /// Of requests that are not drawn as the options say: how they are, and the logarithms of their tokens' probabilities.
+    draws: HashMap<SampleId, (Draw, Vec<f32>)>,
+    /// These logarithms of requests that ended in the last call.
+    ended: HashMap<SampleId, Vec<f32>>,
     session: Session,
     watchdog: Option<Arc<Watchdog>>,
 }
@@ -298,8 +300,9 @@ impl Engine {
         options.check_memory(client, model.config(), model.group().parallel(), &model.group().devices())?;
         let shape = options.shape(model.group().parallel());
         let executor = Executor::new(client, model, &shape, sampling, options.stop.eos())?;
-        let (scheduler, draws, session) = (idle_scheduler(&options), HashMap::new(), Session::default());
-        Ok(Self { options, shape, executor, scheduler, sampling, draws, session, watchdog: None })
+        let (scheduler, session) = (idle_scheduler(&options), Session::default());
+        let (draws, ended) = Default::default();
+        Ok(Self { options, shape, executor, scheduler, sampling, draws, ended, session, watchdog: None })
     }
 
     /// Time spent emitting and compiling the step programs.
@@ -339,7 +342,7 @@ impl Engine {
         }
         let id = request.id;
         self.submit(request)?;
-        self.draws.insert(id, draw);
+        self.draws.insert(id, (draw, Vec::new()));
         Ok(())
     }
 
@@ -355,7 +358,21 @@ impl Engine {
     }
 
     fn draw(&self, id: SampleId) -> Draw {
-        self.draws.get(&id).copied().unwrap_or(Draw { sampling: self.options.sampling, key: id.key() })
+        let (sampling, key) = (self.options.sampling, id.key());
+        self.draws.get(&id).map_or(Draw { sampling, key }, |&(draw, _)| draw)
+    }
+
+    fn keep(&mut self, id: SampleId, log_probabilities: &[f32]) {
+        if let Some((_, kept)) = self.draws.get_mut(&id) {
+            kept.extend(log_probabilities);
+        }
+    }
+
+    /// The logarithms of the probabilities that the model gives the tokens of a request that was submitted by
+    /// [`submit_drawn`](Self::submit_drawn), before temperature and filters: of each token that it has sampled; of one that has
+    /// ended, until the next [`poll`](Self::poll). None where the step programs are greedy.
+    pub fn log_probabilities(&self, id: SampleId) -> &[f32] {
+        self.draws.get(&id).map(|(_, kept)| kept).or_else(|| self.ended.get(&id)).map_or(&[], Vec::as_slice)
     }
 
     /// Says how the rows of the next call are sampled: the keys of each, those of idle rows zeros.
@@ -424,6 +441,7 @@ impl Engine {
     }
 
     fn step(&mut self) -> Result<Option<Vec<Finished>>> {
+        self.ended.clear();
         let watchdog = self.watchdog.clone();
         let started = Instant::now();
         let run_started = *self.session.started.get_or_insert(started);
@@ -451,9 +469,12 @@ impl Engine {
                 }
                 let call = self.prefill_call(&rows)?;
                 let submitted = Instant::now();
-                let tokens = self.executor.prefill(call)?;
+                let Sampled { tokens, log_probabilities } = self.executor.prefill(call)?;
                 let executed = Instant::now();
                 self.session.timing.prefill_device_s += (executed - submitted).as_secs_f64();
+                for (row, likelihood) in rows.iter().zip(&log_probabilities).filter(|(row, _)| row.samples) {
+                    self.keep(row.id, std::slice::from_ref(likelihood));
+                }
                 let sampled = rows.iter().zip(tokens).filter(|(row, _)| row.samples);
                 let sampled = sampled.map(|(row, token)| (row.slot, vec![token as u32])).collect::<Vec<_>>();
                 (sampled, submitted, executed)
@@ -463,7 +484,7 @@ impl Engine {
                 (report.sequences, report.rows) = (rows.len(), rows.len());
                 let call = self.decode_call(&rows, rounds)?;
                 let submitted = Instant::now();
-                let tokens = self.executor.decode(call)?;
+                let Sampled { tokens, log_probabilities } = self.executor.decode(call)?;
                 let executed = Instant::now();
                 let sampled: Vec<(Slot, Vec<u32>)> = rows
                     .iter()
@@ -472,6 +493,9 @@ impl Engine {
                         (row.slot, line.iter().take_while(|&&id| id >= 0).map(|&id| id as u32).collect())
                     })
                     .collect();
+                for (row, (slot, line)) in rows.iter().zip(&sampled).filter(|_| !log_probabilities.is_empty()) {
+                    self.keep(row.id, &log_probabilities[slot.0 * self.shape.max_rounds..][..line.len()]);
+                }
                 report.rounds = sampled.iter().map(|(_, line)| line.len()).max().unwrap_or(0);
                 let timing = &mut self.session.timing;
                 timing.decode_device_s += (executed - submitted).as_secs_f64();
@@ -485,7 +509,7 @@ impl Engine {
         let finished: Vec<Finished> =
             sampled.into_iter().filter_map(|(slot, tokens)| self.scheduler.record(slot, &tokens)).collect();
         for sample in &finished {
-            self.draws.remove(&sample.id);
+            self.ended.extend(self.draws.remove(&sample.id).map(|(_, kept)| (sample.id, kept)));
         }
 
         let Session { progress, timing, .. } = &mut self.session;

@@ -115,6 +115,25 @@ pub fn emit<'c, 'a>(
     b.select(b.and(is_random, valid)?, chosen, greedy)
 }
 
+/// The logarithm of the probability that the model gives each row's token, before temperature and filters: logits
+/// `f32[rows, vocab]` and `tokens i32[rows]` to `f32[rows]`.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn log_probabilities<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    logits: Tensor<'c, 'a>,
+    tokens: Tensor<'c, 'a>,
+) -> Result<Tensor<'c, 'a>> {
+    let dims = logits.dims();
+    let shifted = b.subtract(logits, b.broadcast_in_dim(b.reduce_max(logits, &[1])?, &dims, &[0])?)?;
+    let total = b.log(b.reduce_sum(b.exponential(shifted)?, &[1])?)?;
+    let ids = b.iota(Element::I32, &dims, 1)?;
+    let is_token = b.compare(ids, Direction::Eq, b.broadcast_in_dim(tokens, &dims, &[0])?)?;
+    let own = b.reduce_sum(b.select(is_token, shifted, b.splat(Element::F32, &dims, 0.0)?)?, &[1])?;
+    b.subtract(own, total)
+}
+
 /// Each row's maximum and its first index: `f32[rows, n]` to `f32[rows]`, `i32[rows]`.
 ///
 /// # Errors

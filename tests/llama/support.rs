@@ -207,9 +207,10 @@ pub fn logits_by_cache(
                 HostTensor::zeros(Element::U32, &[2]),
                 HostTensor::zeros(Element::U32, &[2]),
                 HostTensor::zeros(Element::U32, &[2]),
-                HostTensor::scalar(0f32),
-                HostTensor::scalar(1i32),
-                HostTensor::scalar(1f32),
+                HostTensor::zeros(Element::F32, &[2]),
+                HostTensor::new(&[2], &[1i32; 2]),
+                HostTensor::new(&[2], &[1f32; 2]),
+                HostTensor::zeros(Element::U32, &[2]),
                 HostTensor::zeros(Element::U32, &[2]),
             ];
             let all = model.weights().iter().zip(kv).enumerate().map(|(device, (weights, kv))| {

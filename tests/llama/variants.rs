@@ -32,7 +32,7 @@ fn compressed(kind: &str, strategy: &str, group: Option<usize>, inputs: bool) ->
 }
 
 /// What the variants differ in, beside the defaults of [`write`].
-fn variants() -> [(&'static str, Value); 7] {
+fn variants() -> [(&'static str, Value); 9] {
     [
         (
             "biases around attention, linear rope, no architectures",
@@ -62,6 +62,15 @@ fn variants() -> [(&'static str, Value); 7] {
             "i8, a scale per output feature, all biases, untied: the head too",
             json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false,
                 "quantization_config": compressed("int", "channel", None, false)}),
+        ),
+        (
+            "Mistral: a window that is smaller than the text",
+            json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5}),
+        ),
+        (
+            "Qwen2: biases of query, key and value, and none of the output; a window that is off",
+            json!({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 4,
+                "use_sliding_window": false, "num_hidden_layers": 2}),
         ),
         ("e4m3 in groups of 64", json!({"quantization_config": compressed("float", "group", Some(64), false)})),
     ]
@@ -163,7 +172,8 @@ fn write(folder: &Path, changes: &Value, seed: u64) {
             // A gain of one: layers do not amplify errors.
             let deviation = 1.0 / (from as f64).sqrt();
             tensors.extend(projection(random, &format!("{prefix}.{name}"), [out, from], deviation, quantization));
-            if on(bias) {
+            let qwen = config["model_type"] == "qwen2" && name.starts_with("self_attn") && name != "self_attn.o_proj";
+            if on(bias) || qwen {
                 tensors.push(draw(random, format!("{prefix}.{name}.bias"), &[out], 0.0, 0.5));
             }
         }

@@ -127,7 +127,7 @@ pub fn launches(config: &LlamaConfig, shape: &StepShape, chip: Chip, program: Pr
             count: layers,
             plan: Planned::Attention(plan::<Rpa>("attention", attention.spec().clone(), chip)?),
         },
-        matmul("output", layers, [rows, heads, hidden], partial, closing(shard.attention_bias))?,
+        matmul("output", layers, [rows, heads, hidden], partial, closing(shard.output_bias))?,
         matmul("gate_up", layers, [rows, hidden, inner], compute, gate)?,
         matmul("down", layers, [rows, inner, hidden], partial, closing(shard.mlp_bias))?,
         matmul("head", 1, [shape.slots, hidden, shard.vocab_size], Element::F32, Epilogue::NONE)?,

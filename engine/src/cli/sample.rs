@@ -213,19 +213,8 @@ fn load(
         }
     }
     // Hosts must agree on the pages without asking each other.
-    let alone = placement.share().hosts() == 1 && !placement.spans_processes();
-    if settings.engine.max_pages.is_none()
-        && alone
-        && let Some(room) = Room::of(client, &devices)?
-    {
-        let asked = options.limits.max_pages;
-        let weights = Bytes(weights.size().0 / parallel.model().get() as u64);
-        let cache = options.shape(parallel).kv_type(config);
-        options.limits.max_pages = settings.pages(&options.limits, &room, weights, &cache);
-        if options.limits.max_pages < asked {
-            let (pages, share) = (options.limits.max_pages, settings.engine.hbm_utilization);
-            eprintln!("# {pages} KV pages, not {asked}: engine.hbm_utilization = {share} of the {} left", room.left);
-        }
+    if placement.share().hosts() == 1 && !placement.spans_processes() {
+        fit_pages(settings, config, weights, place, &mut options)?;
     }
     options.check_memory(client, config, parallel, &devices)?;
     start_up.plugin_s = *plugin_s;
@@ -237,7 +226,34 @@ fn load(
     Ok((engines, pages))
 }
 
-pub(super) fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
+/// Where `engine.max_pages` is not given: as many pages as fit into the memory that is left.
+///
+/// # Errors
+/// When a device does not say what it has.
+pub(super) fn fit_pages(
+    settings: &Settings,
+    config: &LlamaConfig,
+    weights: &Weights,
+    Place { client, placement, .. }: &Place,
+    options: &mut EngineOptions,
+) -> Result<()> {
+    let (parallel, devices) = (placement.parallel(), Vec::from_iter(0..placement.devices().get()));
+    if settings.engine.max_pages.is_none()
+        && let Some(room) = Room::of(client, &devices)?
+    {
+        let asked = options.limits.max_pages;
+        let weights = Bytes(weights.size().0 / parallel.model().get() as u64);
+        let cache = options.shape(parallel).kv_type(config);
+        options.limits.max_pages = settings.pages(&options.limits, &room, weights, &cache);
+        if options.limits.max_pages < asked {
+            let (pages, share) = (options.limits.max_pages, settings.engine.hbm_utilization);
+            eprintln!("# {pages} KV pages, not {asked}: engine.hbm_utilization = {share} of the {} left", room.left);
+        }
+    }
+    Ok(())
+}
+
+fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
     let sequence = settings.stop_sequence.as_deref().map(|text| tokenizer.encode_plain(text)).transpose()?;
     settings.check_stop(sequence.as_ref().map_or(0, Vec::len))?;
     let eos = if settings.ignore_eos == Some(true) { Vec::new() } else { config.eos_token_ids.clone() };

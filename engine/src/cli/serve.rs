@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::PluginArgs;
 use super::place::Place;
+use super::sample::fit_pages;
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions};
@@ -90,7 +91,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<ExitCode> {
     // A file without a stop sequence asks for samples of full length; requests bring stop sequences of their own.
     let endless = args.config.is_none() && settings.ignore_eos == Some(true);
     let eos = if endless { Vec::new() } else { config.eos_token_ids.clone() };
-    let options = EngineOptions {
+    let mut options = EngineOptions {
         limits,
         compute: settings.compute().element(),
         kv_cache: settings.kv_cache(),
@@ -99,6 +100,8 @@ pub(super) fn serve(args: &ServeArgs) -> Result<ExitCode> {
         stop: StopRule::new(eos, Vec::new()),
         mixed_steps: settings.engine.mixed_steps,
     };
+    fit_pages(&settings, &config, &weights, &place, &mut options)?;
+    let limits = options.limits;
     let name = args.served_model_name.clone().unwrap_or_else(|| {
         folder.file_name().map_or_else(|| folder.display().to_string(), |name| name.to_string_lossy().into_owned())
     });

@@ -61,7 +61,7 @@ impl<T> Layer<T> {
         Self {
             input_norm: next(shape.compute, &[hidden]),
             qkv: Projection::each(shape, quantization, [stacked, hidden], config.attention_bias, &mut next),
-            output: Projection::each(shape, quantization, [hidden, heads], config.attention_bias, &mut next),
+            output: Projection::each(shape, quantization, [hidden, heads], config.output_bias, &mut next),
             post_norm: next(shape.compute, &[hidden]),
             gate_up: Projection::each(shape, quantization, [2 * inner, hidden], config.mlp_bias, &mut next),
             down: Projection::each(shape, quantization, [hidden, inner], config.mlp_bias, &mut next),

@@ -118,7 +118,7 @@ impl Executor {
     ///
     /// # Errors
     /// What the device says; then the KV cache is lost, and the next call begins with an empty one.
-    pub fn prefill(&mut self, call: Call) -> Result<Vec<i32>> {
+    pub fn prefill(&mut self, call: Call) -> Result<Sampled> {
         self.run(|executor| &executor.prefill, call, 0)
     }
 
@@ -126,7 +126,7 @@ impl Executor {
     ///
     /// # Errors
     /// As [`prefill`](Self::prefill).
-    pub fn decode(&mut self, call: Call) -> Result<Vec<i32>> {
+    pub fn decode(&mut self, call: Call) -> Result<Sampled> {
         self.run(|executor| &executor.decode, call, 1)
     }
 
@@ -134,7 +134,7 @@ impl Executor {
     ///
     /// # Panics
     /// When nobody has said how rows are sampled.
-    fn run(&mut self, program: impl Fn(&Self) -> &Executable, call: Call, behind: usize) -> Result<Vec<i32>> {
+    fn run(&mut self, program: impl Fn(&Self) -> &Executable, call: Call, behind: usize) -> Result<Sampled> {
         let caches = self.caches.take().map_or_else(|| allocate(&self.empty_cache), Ok)?;
         let (_, parameters) = self.parameters.as_ref().expect("`sample_like` was called before");
         let members = self.model.weights().iter().zip(caches).zip(parameters).zip(call.0);
@@ -145,18 +145,34 @@ impl Executor {
             weights.chain(given(before)).chain(parameters.iter().map(Arg::Keep)).chain(given(behind)).collect()
         });
         let results = program(self).run_replicated(arguments.collect())?;
-        let (mut caches, mut tokens) = (Vec::new(), Vec::new());
+        let (mut caches, mut tokens, mut likelihoods) = (Vec::new(), Vec::new(), Vec::new());
         for results in results {
             let found = results.len();
-            let wrong =
-                |_| Error::runtime("running a step program")(format!("it returned {found} results instead of 2"));
-            let [cache, chosen] = <[Buffer; 2]>::try_from(results).map_err(wrong)?;
+            let mut results = results.into_iter();
+            let (Some(cache), Some(chosen), likelihood, None) =
+                (results.next(), results.next(), results.next(), results.next())
+            else {
+                let problem = format!("it returned {found} results instead of 2 or 3");
+                return Err(Error::runtime("running a step program")(problem));
+            };
             caches.push(cache);
             tokens.push(chosen);
+            likelihoods.extend(likelihood);
         }
         self.caches = Some(caches);
-        agreed(tokens.iter().map(Buffer::values).collect::<Result<Vec<Vec<i32>>, _>>()?)
+        let tokens = agreed(tokens.iter().map(Buffer::values).collect::<Result<Vec<Vec<i32>>, _>>()?)?;
+        let log_probabilities = likelihoods.first().map(Buffer::values).transpose()?.unwrap_or_default();
+        Ok(Sampled { tokens, log_probabilities })
     }
+}
+
+/// What a step program has sampled.
+#[derive(Debug)]
+pub struct Sampled {
+    /// Of each row, as the program has them.
+    pub tokens: Vec<i32>,
+    /// Of each token; empty where the program is greedy.
+    pub log_probabilities: Vec<f32>,
 }
 
 /// The tokens that all members have chosen.

@@ -14,7 +14,7 @@ pub mod step;
 mod target;
 
 pub use arguments::weight_types;
-pub use executor::{Call, Executor};
+pub use executor::{Call, Executor, Sampled};
 pub use kv_cache::KvCache;
 pub(crate) use lowering::attention_kernel;
 pub use parallel::{Group, Member, Parallel, Reduce};
@@ -260,7 +260,14 @@ mod tests {
         for (bits, model) in (0..48).flat_map(|bits| [1, 2, 4].map(|model| (bits, model))) {
             let quantization = quantizations[bits / 16];
             let [attention_bias, mlp_bias, tie_word_embeddings, stacked] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
-            let config = LlamaConfig { attention_bias, mlp_bias, tie_word_embeddings, quantization, ..tiny.clone() };
+            let config = LlamaConfig {
+                attention_bias,
+                output_bias: attention_bias,
+                mlp_bias,
+                tie_word_embeddings,
+                quantization,
+                ..tiny.clone()
+            };
             let target = if stacked { Target::Tpu(Chip::V5p) } else { Target::Portable };
             let shape = StepShape { target, ..shape(NonZeroUsize::new(model).unwrap()) };
             let arguments = weight_types(&config, &shape);

@@ -265,7 +265,8 @@ impl<'c> Graph<'_, 'c> {
         self.lowering.by_row(&b.named("head"), hidden, &head)
     }
 
-    /// `i32[rows]`: a token per row of activations before the final norm.
+    /// `i32[rows]`: a token per row of activations before the final norm; where all logits are there anyhow, `f32[rows]`: the
+    /// logarithm of its probability.
     fn choose<'a>(
         &self,
         b: &Builder<'c, 'a>,
@@ -273,14 +274,15 @@ impl<'c> Graph<'_, 'c> {
         exchange: &Exchange<'_, 'c, 'a>,
         hidden: Tensor<'c, 'a>,
         (sampling, parameters, keys): (Sampling, &Parameters<'c, 'a>, &Keys<'c, 'a>),
-    ) -> Result<Tensor<'c, 'a>> {
+    ) -> Result<(Tensor<'c, 'a>, Option<Tensor<'c, 'a>>)> {
         let logits = self.logits(b, weights, hidden)?;
         let b = &b.named("sampler");
         match sampling {
-            Sampling::Greedy => exchange.argmax(b, logits, self.config.vocab_size),
+            Sampling::Greedy => Ok((exchange.argmax(b, logits, self.config.vocab_size)?, None)),
             Sampling::Random { .. } => {
                 let logits = exchange.all_logits(b, logits, self.config.vocab_size)?;
-                sampler::emit(b, sampling, logits, parameters, keys)
+                let chosen = sampler::emit(b, sampling, logits, parameters, keys)?;
+                Ok((chosen, Some(sampler::log_probabilities(b, logits, chosen)?)))
             }
         }
     }
@@ -312,7 +314,8 @@ pub(super) fn is_stack(weight: &TensorType) -> bool {
 /// What a prefill program returns beside the KV buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Output {
-    /// `i32[slots]`: one sampled token per sequence, taken after its row in `sample_rows`.
+    /// `i32[slots]`: one sampled token per sequence, taken after its row in `sample_rows`; unless greedy, also `f32[slots]`: the
+    /// logarithm of the probability that the model gives it.
     Tokens(Sampling),
     /// `f32[prefill_rows, vocab]`: the logits of every row.
     Logits,
@@ -387,15 +390,15 @@ pub fn prefill<'c>(
         let rows = Rows { positions, kv_slots, kv_lens, page_indices, cu_q_lens, num_seqs };
         let exchange = Exchange::new(&shape.parallel, weights.shard);
         let (hidden, kv) = graph.forward(b, &weights, &exchange, tokens, rows, kv)?;
-        let result = match output {
-            Output::Logits => exchange.all_logits(b, graph.logits(b, &weights, hidden)?, config.vocab_size)?,
+        let (result, probabilities) = match output {
+            Output::Logits => (exchange.all_logits(b, graph.logits(b, &weights, hidden)?, config.vocab_size)?, None),
             Output::Tokens(sampling) => {
                 let hidden = graph.select(b, hidden, sample_rows)?;
                 let how = (sampling, &parameters(rest), &Keys { index, generation, position });
                 graph.choose(b, &weights, &exchange, hidden, how)?
             }
         };
-        Ok(vec![kv, result])
+        Ok([kv, result].into_iter().chain(probabilities).collect())
     })?;
     give_cache(&module, kv_argument)?;
     Ok(module)
@@ -415,7 +418,8 @@ pub fn prefill<'c>(
 /// | parameters | `f32`, `i32`, `f32`, 2 x `u32`, each `[slots]` | temperature, top-k, top-p, the seed's high and low word |
 /// | rounds | `i32[]` | at most `max_rounds` |
 ///
-/// Results: the KV buffer and `i32[slots, max_rounds]`, the tokens of each slot from column 0 on, -1 after its end.
+/// Results: the KV buffer and `i32[slots, max_rounds]`, the tokens of each slot from column 0 on, -1 after its end; unless greedy,
+/// also `f32[slots, max_rounds]`, the logarithms of their probabilities.
 /// A slot ends at an end-of-text token (which it yields) or when nothing remains; the loop ends when all slots have.
 ///
 /// # Errors
@@ -457,7 +461,10 @@ pub fn decode<'c>(
         let first_rows = b.iota(Element::I32, &[slots + 1], 0)?;
         let all = b.splat(Element::I32, &[1], slots as f64)?;
         let written = b.splat(Element::I32, &[slots, shape.max_rounds], -1.0)?;
-        let state = [kv, tokens, positions, remaining, written, b.scalar(Element::I32, 0.0)?];
+        let mut state = vec![kv, tokens, positions, remaining, written, b.scalar(Element::I32, 0.0)?];
+        if sampling != Sampling::Greedy {
+            state.push(b.splat(Element::F32, &[slots, shape.max_rounds], 0.0)?);
+        }
         let results = b.while_(
             &state,
             |b, state| {
@@ -466,7 +473,9 @@ pub fn decode<'c>(
                 b.and(live, b.compare(state[5], Direction::Lt, limit)?)
             },
             |b, state| {
-                let [kv, tokens, positions, remaining, written, round] = *state else { unreachable!() };
+                let [kv, tokens, positions, remaining, written, round, ref likelihoods @ ..] = *state else {
+                    unreachable!("the state above")
+                };
                 let active = b.compare(remaining, Direction::Gt, ints(0.0)?)?;
                 let next_positions = b.add(positions, b.convert(active, Element::I32)?)?;
                 let rows = Rows {
@@ -481,25 +490,31 @@ pub fn decode<'c>(
                 let (hidden, kv) = graph.forward(b, &weights, &exchange, tokens, rows, kv)?;
                 let position = b.convert(next_positions, Element::U32)?;
                 let how = (sampling, &parameters, &Keys { index, generation, position });
-                let chosen = graph.choose(b, &weights, &exchange, hidden, how)?;
+                let (chosen, probabilities) = graph.choose(b, &weights, &exchange, hidden, how)?;
                 let mut left = b.subtract(remaining, ints(1.0)?)?;
                 for &token in end_of_text {
                     let ends = b.compare(chosen, Direction::Eq, ints(f64::from(token))?)?;
                     left = b.select(ends, ints(0.0)?, left)?;
                 }
-                let column = b.reshape(b.select(active, chosen, ints(-1.0)?)?, &[slots, 1])?;
-                let written = b.dynamic_update_slice(written, column, &[b.scalar(Element::I32, 0.0)?, round])?;
-                Ok(vec![
+                let in_column = |array, column| {
+                    let column = b.reshape(column, &[slots, 1])?;
+                    b.dynamic_update_slice(array, column, &[b.scalar(Element::I32, 0.0)?, round])
+                };
+                let mut next = vec![
                     kv,
                     b.select(active, chosen, tokens)?,
                     next_positions,
                     b.select(active, left, ints(0.0)?)?,
-                    written,
+                    in_column(written, b.select(active, chosen, ints(-1.0)?)?)?,
                     b.add(round, b.scalar(Element::I32, 1.0)?)?,
-                ])
+                ];
+                for (&array, column) in likelihoods.iter().zip(probabilities) {
+                    next.push(in_column(array, column)?);
+                }
+                Ok(next)
             },
         )?;
-        Ok(vec![results[0], results[4]])
+        Ok([results[0], results[4]].into_iter().chain(results.get(6).copied()).collect())
     })?;
     give_cache(&module, kv_argument)?;
     Ok(module)

@@ -1,7 +1,9 @@
 //! `config.json` and `generation_config.json`: what the model is.
 //!
-//! Absent keys take the defaults of Hugging Face's `LlamaConfig`. A key that would change the function computed, and
-//! that Pagoda does not implement, is refused by name; keys that only describe training are ignored.
+//! Three families are one graph with other options: Llama; Mistral, which has a sliding window; and Qwen2, whose query, key and
+//! value projections have biases. Absent keys take the defaults of the family's class in Hugging Face's transformers. A key that
+//! would change the function computed, and that Pagoda does not implement, is refused by name; keys that only describe training
+//! are ignored.
 
 use std::f64::consts::TAU;
 use std::path::{Path, PathBuf};
@@ -12,7 +14,7 @@ use super::quantization::Quantization;
 use super::read_json;
 use crate::error::{Error, Result};
 
-/// A Llama, with every size checked for consistency.
+/// A Llama or one of its like, with every size checked for consistency.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
     /// Rows of the embedding table.
@@ -35,8 +37,12 @@ pub struct LlamaConfig {
     pub rope_theta: f64,
     /// What stretches the rotary frequencies, if anything does.
     pub rope_scaling: Option<RopeScaling>,
-    /// Whether the query, key, value and output projections have biases.
+    /// Whether the query, key and value projections have biases.
     pub attention_bias: bool,
+    /// Whether attention's output projection has biases.
+    pub output_bias: bool,
+    /// A token sees only so many of the last tokens, itself among them.
+    pub sliding_window: Option<usize>,
     /// Whether the gate, up and down projections have biases.
     pub mlp_bias: bool,
     /// Positions that the model was made for.
@@ -78,16 +84,57 @@ pub struct Llama3Scaling {
 }
 
 /// Keys that must be absent, null, or have one of these values, because anything else changes the model.
-const FIXED: [(&str, &[&str]); 8] = [
-    ("model_type", &["\"llama\""]),
+const FIXED: [(&str, &[&str]); 6] = [
     ("hidden_act", &["\"silu\""]),
-    ("sliding_window", &[]),
     ("use_sliding_window", &["false"]),
     ("attn_logit_softcapping", &[]),
     ("final_logit_softcapping", &[]),
     ("partial_rotary_factor", &["1", "1.0"]),
     ("is_encoder_decoder", &["false"]),
 ];
+
+/// What a config's absent keys mean, and which options it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    Llama,
+    Mistral,
+    Qwen2,
+}
+
+impl Family {
+    /// By the class, then by the type, as they are spelt.
+    const ALL: [(Self, &str, &str); 3] = [
+        (Self::Llama, "LlamaForCausalLM", "llama"),
+        (Self::Mistral, "MistralForCausalLM", "mistral"),
+        (Self::Qwen2, "Qwen2ForCausalLM", "qwen2"),
+    ];
+
+    /// # Errors
+    /// When neither `architectures` nor `model_type` names one, or they name two.
+    fn of(object: Object<'_>) -> Result<Self> {
+        let fix = format!("use a model of class {}", Self::ALL.map(|(_, class, _)| class).join(", "));
+        let class = object.get("architectures");
+        let by_class = class.map(|names| {
+            let family = Self::ALL.into_iter().find(|(_, class, _)| *names == json!([class]));
+            family.ok_or_else(|| object.refuse("architectures", names, "is not supported", fix.as_str()))
+        });
+        let kind = object.get("model_type");
+        let by_type = kind.map(|name| {
+            let family = Self::ALL.into_iter().find(|(_, _, kind)| name == kind);
+            family.ok_or_else(|| object.refuse("model_type", name, "is not supported", fix.as_str()))
+        });
+        match (by_class.transpose()?, by_type.transpose()?) {
+            (Some((family, ..)), Some((other, _, kind))) if family != other => Err(object.refuse(
+                "model_type",
+                kind,
+                "is not the type of the class in architectures",
+                "repair config.json",
+            )),
+            (Some((family, ..)), _) | (None, Some((family, ..))) => Ok(family),
+            (None, None) => Err(Error::file(object.path, "architectures is missing, and so is model_type", fix)),
+        }
+    }
+}
 
 impl LlamaConfig {
     /// Reads `config.json` and, if there is one, `generation_config.json` of a model folder.
@@ -122,16 +169,7 @@ impl LlamaConfig {
     /// As [`open`](Self::open).
     pub fn parse(path: &Path, value: &Value) -> Result<Self> {
         let object = Object::new(path, value, "")?;
-        let fix = "use a LlamaForCausalLM model";
-        match (object.get("architectures"), object.get("model_type")) {
-            (Some(names), _) if *names == json!(["LlamaForCausalLM"]) => {}
-            (Some(names), _) => return Err(object.refuse("architectures", names, "is not supported", fix)),
-            // What the model is, is then for `model_type` to say; FIXED has what it may be.
-            (None, Some(_)) => {}
-            (None, None) => {
-                return Err(Error::file(path, "architectures is missing, and so is model_type", fix));
-            }
-        }
+        let family = Family::of(object)?;
         for (key, allowed) in FIXED {
             if let Some(value) = object.get(key)
                 && !allowed.contains(&value.to_string().as_str())
@@ -145,7 +183,12 @@ impl LlamaConfig {
         }
 
         let (hidden_size, q_heads) = (object.size("hidden_size", None)?, object.size("num_attention_heads", None)?);
-        let kv_heads = object.size("num_key_value_heads", Some(q_heads))?;
+        let default_kv_heads = match family {
+            Family::Llama => q_heads,
+            Family::Mistral => 8,
+            Family::Qwen2 => 32,
+        };
+        let kv_heads = object.size("num_key_value_heads", Some(default_kv_heads))?;
         if !q_heads.is_multiple_of(kv_heads) {
             let limit = format!("does not divide num_attention_heads = {q_heads}");
             return Err(object.refuse("num_key_value_heads", kv_heads, limit, "repair config.json"));
@@ -180,6 +223,36 @@ impl LlamaConfig {
             }
         }
 
+        let sliding_window = match family {
+            // Qwen2's is off unless `use_sliding_window` says otherwise, which is refused above.
+            Family::Qwen2 => None,
+            Family::Mistral if object.map.contains_key("sliding_window") => match object.get("sliding_window") {
+                Some(_) => Some(object.size("sliding_window", None)?),
+                None => None,
+            },
+            Family::Mistral => Some(4096),
+            Family::Llama => match object.get("sliding_window") {
+                Some(window) => {
+                    let fix = "use a model without it, or one of class MistralForCausalLM";
+                    return Err(object.refuse("sliding_window", window, "is not a key of a Llama", fix));
+                }
+                None => None,
+            },
+        };
+        let (attention_bias, output_bias) = match family {
+            Family::Llama => {
+                let both = object.boolean("attention_bias", false)?;
+                (both, both)
+            }
+            Family::Mistral => (false, false),
+            Family::Qwen2 => (true, false),
+        };
+        let (max_positions, mlp_bias) = match family {
+            Family::Llama => (2048, object.boolean("mlp_bias", false)?),
+            Family::Mistral => (4096 * 32, false),
+            Family::Qwen2 => (32768, false),
+        };
+
         // Transformers 5 moved `rope_theta` and `rope_scaling` into `rope_parameters`.
         let rope = object.object("rope_parameters")?;
         let scaling = if rope.is_some() { rope } else { object.object("rope_scaling")? };
@@ -196,9 +269,11 @@ impl LlamaConfig {
             rms_norm_eps: object.positive("rms_norm_eps", Some(1e-6))?,
             rope_theta: theta_home.positive("rope_theta", Some(10000.0))?,
             rope_scaling: scaling.map_or(Ok(None), RopeScaling::parse)?,
-            attention_bias: object.boolean("attention_bias", false)?,
-            mlp_bias: object.boolean("mlp_bias", false)?,
-            max_position_embeddings: object.size("max_position_embeddings", Some(2048))?,
+            attention_bias,
+            output_bias,
+            sliding_window,
+            mlp_bias,
+            max_position_embeddings: object.size("max_position_embeddings", Some(max_positions))?,
             tie_word_embeddings: object.boolean("tie_word_embeddings", false)?,
             bos_token_id: object.token_ids("bos_token_id", vocab_size)?.and_then(|ids| ids.first().copied()),
             eos_token_ids: object.token_ids("eos_token_id", vocab_size)?.unwrap_or_default(),
@@ -376,6 +451,25 @@ mod tests {
     }
 
     #[test]
+    fn families_have_their_own_defaults() {
+        let of = |class: &str, changes: Value| {
+            let mut all =
+                json!({"architectures": [class], "model_type": null, "num_attention_heads": 32, "hidden_size": 512});
+            all.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            parse(all).unwrap()
+        };
+        let mistral = of("MistralForCausalLM", json!({}));
+        assert_eq!((mistral.kv_heads, mistral.sliding_window, mistral.attention_bias), (8, Some(4096), false));
+        assert_eq!(of("MistralForCausalLM", json!({"sliding_window": null})).sliding_window, None);
+        assert_eq!(of("MistralForCausalLM", json!({"sliding_window": 7})).sliding_window, Some(7));
+        let qwen = of("Qwen2ForCausalLM", json!({"sliding_window": 32768, "use_sliding_window": false}));
+        assert_eq!(
+            (qwen.kv_heads, qwen.sliding_window, qwen.attention_bias, qwen.output_bias),
+            (32, None, true, false)
+        );
+    }
+
+    #[test]
     fn linear_scaling_divides_the_frequencies() {
         for scaling in [
             json!({"rope_scaling": {"type": "linear", "factor": 4.0}}),
@@ -441,9 +535,10 @@ mod tests {
                 "hidden_act = \"gelu\" is not supported: use a model with hidden_act = \"silu",
             ),
             (json!({"architectures": null, "model_type": null}), "architectures is missing, and so is model_type"),
-            (json!({"architectures": null, "model_type": "mistral"}), "model_type = \"mistral\" is not supported"),
+            (json!({"architectures": null, "model_type": "mixtral"}), "model_type = \"mixtral\" is not supported"),
+            (json!({"model_type": "mistral"}), "model_type = mistral is not the type of the class in architectures"),
             (json!({"attention_bias": 1}), "attention_bias = 1 is not true or false"),
-            (json!({"sliding_window": 4096}), "sliding_window = 4096 is not supported"),
+            (json!({"sliding_window": 4096}), "sliding_window = 4096 is not a key of a Llama"),
             (json!({"quantization_config": {"bits": 4}}), "quantization_config.quant_method = null is not supported"),
             (json!({"rope_scaling": {"type": "yarn"}}), "rope_scaling.type = \"yarn\" is not supported"),
             (

@@ -69,7 +69,7 @@ impl Reference {
                 q: project("self_attn.q_proj", config.attention_bias)?,
                 k: project("self_attn.k_proj", config.attention_bias)?,
                 v: project("self_attn.v_proj", config.attention_bias)?,
-                o: project("self_attn.o_proj", config.attention_bias)?,
+                o: project("self_attn.o_proj", config.output_bias)?,
                 post_attention_norm: in_layer("post_attention_layernorm", "weight")?,
                 gate: project("mlp.gate_proj", config.mlp_bias)?,
                 up: project("mlp.up_proj", config.mlp_bias)?,
@@ -232,6 +232,9 @@ fn llama3(wavelength: f64, scaling: Llama3Scaling) -> f64 {
 fn attend(q: &[f64], keys: &[f64], values: &[f64], config: &LlamaConfig) -> Vec<f64> {
     let (d, kv_width) = (config.head_dim, config.kv_heads * config.head_dim);
     let group = config.q_heads / config.kv_heads;
+    // Of a sliding window: what has left it might as well not be there.
+    let left = config.sliding_window.map_or(0, |window| (keys.len() / kv_width).saturating_sub(window));
+    let (keys, values) = (&keys[left * kv_width..], &values[left * kv_width..]);
     let mut out = Vec::with_capacity(q.len());
     for (head, q) in q.chunks_exact(d).enumerate() {
         let at = head / group * d;

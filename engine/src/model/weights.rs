@@ -182,7 +182,7 @@ pub fn tensor_groups(config: &LlamaConfig) -> TensorGroups {
         for part in [
             Together { tensors: &[("input_layernorm", hidden)], columns: None, bias: false },
             Together { tensors: &qkv, columns: Some(hidden), bias: attention },
-            Together { tensors: &[("self_attn.o_proj", hidden)], columns: Some(q), bias: attention },
+            Together { tensors: &[("self_attn.o_proj", hidden)], columns: Some(q), bias: config.output_bias },
             Together { tensors: &[("post_attention_layernorm", hidden)], columns: None, bias: false },
             Together { tensors: &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)], columns: Some(hidden), bias: mlp },
             Together { tensors: &[("mlp.down_proj", hidden)], columns: Some(inner), bias: mlp },

@@ -97,7 +97,8 @@ struct ChatBody {
     messages: Vec<MessageBody>,
     max_completion_tokens: Option<usize>,
     #[serde(default)]
-    logprobs: Option<bool>,
+    logprobs: bool,
+    top_logprobs: Option<u32>,
     #[serde(flatten)]
     common: Common,
 }
@@ -147,7 +148,7 @@ const KNOWN: &[&str] = &[
     "prompt_cache_key",
 ];
 const KNOWN_OF_COMPLETIONS: &[&str] = &["prompt", "best_of", "echo", "suffix"];
-const KNOWN_OF_CHAT: &[&str] = &["messages", "max_completion_tokens"];
+const KNOWN_OF_CHAT: &[&str] = &["messages", "max_completion_tokens", "top_logprobs"];
 
 /// The endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,6 +187,8 @@ pub(super) struct Ask {
     pub(super) stops: Vec<String>,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
+    /// Whether answers carry the logarithms of their tokens' probabilities.
+    pub(super) log_probabilities: bool,
 }
 
 impl Ask {
@@ -204,7 +207,7 @@ impl Ask {
         if let Some(key) = keys.keys().find(|key| !KNOWN.contains(&key.as_str()) && !own.contains(&key.as_str())) {
             return Err(Refused { message: format!("{key:?} is not supported: leave it out"), param: None });
         }
-        let (common, prompts, max_tokens) = match kind {
+        let (common, prompts, max_tokens, log_probabilities) = match kind {
             Kind::Completion => {
                 let body: CompletionBody = read(value)?;
                 refuse_if(body.echo, "echo", "is not supported: put the prompt before the answer yourself")?;
@@ -219,7 +222,8 @@ impl Ask {
                     "best_of",
                     "is only supported where it equals n",
                 )?;
-                refuse_if(body.logprobs.is_some(), "logprobs", "are not supported: leave them out")?;
+                let others = body.logprobs.is_some_and(|others| others > 0);
+                refuse_if(others, "logprobs", "is only supported as 0: the tokens that were chosen")?;
                 let prompts = match body.prompt {
                     PromptBody::Text(text) => vec![Prompt::Text(text)],
                     PromptBody::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
@@ -227,15 +231,16 @@ impl Ask {
                     PromptBody::TokenLists(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
                 };
                 let max_tokens = body.common.max_tokens.or(Some(16)); // OpenAI's default
-                (body.common, prompts, max_tokens)
+                (body.common, prompts, max_tokens, body.logprobs.is_some())
             }
             Kind::Chat => {
                 let body: ChatBody = read(value)?;
-                refuse_if(body.logprobs == Some(true), "logprobs", "are not supported: leave them out")?;
+                let others = body.top_logprobs.is_some_and(|others| others > 0);
+                refuse_if(others, "top_logprobs", "is only supported as 0: the tokens that were chosen")?;
                 refuse_if(body.messages.is_empty(), "messages", "holds no message: give at least one")?;
                 let messages = body.messages.into_iter().map(message).collect::<Result<_, _>>()?;
                 let max_tokens = body.max_completion_tokens.or(body.common.max_tokens);
-                (body.common, vec![Prompt::Chat(messages)], max_tokens)
+                (body.common, vec![Prompt::Chat(messages)], max_tokens, body.logprobs)
             }
         };
         let n = common.n.unwrap_or(1);
@@ -271,6 +276,7 @@ impl Ask {
             stops: common.stop.map(OneOrMany::into_vec).unwrap_or_default(),
             stream: common.stream,
             include_usage,
+            log_probabilities,
         })
     }
 }
@@ -317,12 +323,31 @@ impl Usage {
     }
 }
 
+/// A token that was chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Token {
+    /// What it adds to the text; nothing while a character is in parts.
+    pub(super) text: String,
+    /// Characters of the answer before it.
+    pub(super) offset: usize,
+    pub(super) log_probability: f32,
+}
+
 /// Why a choice ended, as OpenAI spells it.
 pub(super) fn finish_reason(reason: FinishReason) -> &'static str {
     match reason {
         FinishReason::Stop | FinishReason::Cancelled => "stop",
         FinishReason::Length => "length",
     }
+}
+
+/// One choice, whole.
+#[derive(Clone, Debug)]
+pub(super) struct Answer {
+    pub(super) text: String,
+    /// Where they were asked for.
+    pub(super) tokens: Option<Vec<Token>>,
+    pub(super) reason: &'static str,
 }
 
 /// What all parts of an answer begin with.
@@ -348,12 +373,41 @@ impl Head {
         json!({"id": id, "object": self.object(streams), "created": created, "model": model, "choices": choices})
     }
 
-    /// A whole answer: the text of each choice, and why it ended.
-    pub(super) fn answer(&self, choices: &[(String, &'static str)], usage: Usage) -> Value {
-        let choice = |(index, (text, reason)): (usize, &(String, &'static str))| match self.kind {
-            Kind::Completion => json!({"index": index, "text": text, "logprobs": null, "finish_reason": reason}),
-            Kind::Chat => json!({"index": index, "message": {"role": "assistant", "content": text, "refusal": null},
-                "logprobs": null, "finish_reason": reason}),
+    /// The probabilities of an answer's tokens, where they were asked for.
+    fn probabilities(&self, tokens: Option<&[Token]>) -> Value {
+        let Some(tokens) = tokens else { return Value::Null };
+        match self.kind {
+            Kind::Completion => {
+                let of = |value: fn(&Token) -> Value| tokens.iter().map(value).collect::<Vec<_>>();
+                json!({
+                    "tokens": of(|token| token.text.as_str().into()),
+                    "token_logprobs": of(|token| token.log_probability.into()),
+                    "text_offset": of(|token| token.offset.into()),
+                    "top_logprobs": null,
+                })
+            }
+            Kind::Chat => {
+                let content = tokens.iter().map(|Token { text, log_probability, .. }| {
+                    json!({"token": text, "logprob": log_probability, "bytes": text.as_bytes(), "top_logprobs": []})
+                });
+                json!({"content": content.collect::<Vec<_>>(), "refusal": null})
+            }
+        }
+    }
+
+    /// A whole answer.
+    pub(super) fn answer(&self, choices: &[Answer], usage: Usage) -> Value {
+        let choice = |(index, Answer { text, tokens, reason }): (usize, &Answer)| {
+            let probabilities = self.probabilities(tokens.as_deref());
+            match self.kind {
+                Kind::Completion => {
+                    json!({"index": index, "text": text, "logprobs": probabilities, "finish_reason": reason})
+                }
+                Kind::Chat => {
+                    json!({"index": index, "message": {"role": "assistant", "content": text, "refusal": null},
+                    "logprobs": probabilities, "finish_reason": reason})
+                }
+            }
         };
         let mut body = self.body(false, choices.iter().enumerate().map(choice).collect());
         body["usage"] = json!(usage);
@@ -361,9 +415,19 @@ impl Head {
     }
 
     /// A piece of one choice's text; the first of a chat says who speaks.
-    pub(super) fn piece(&self, index: usize, text: &str, first: bool, reason: Option<&'static str>) -> Value {
+    pub(super) fn piece(
+        &self,
+        index: usize,
+        first: bool,
+        text: &str,
+        tokens: Option<&[Token]>,
+        reason: Option<&'static str>,
+    ) -> Value {
+        let probabilities = self.probabilities(tokens);
         let choice = match self.kind {
-            Kind::Completion => json!({"index": index, "text": text, "logprobs": null, "finish_reason": reason}),
+            Kind::Completion => {
+                json!({"index": index, "text": text, "logprobs": probabilities, "finish_reason": reason})
+            }
             Kind::Chat => {
                 let mut delta = json!({});
                 if first {
@@ -372,7 +436,7 @@ impl Head {
                 if !text.is_empty() || first {
                     delta["content"] = text.into();
                 }
-                json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": reason})
+                json!({"index": index, "delta": delta, "logprobs": probabilities, "finish_reason": reason})
             }
         };
         self.body(true, vec![choice])
@@ -439,6 +503,11 @@ mod tests {
                 r#"{"prompt":"a","presence_penalty":1}"#,
                 "presence_penalty is only supported as 0: leave it out",
                 Some("presence_penalty"),
+            ),
+            (
+                r#"{"prompt":"a","logprobs":2}"#,
+                "logprobs is only supported as 0: the tokens that were chosen",
+                Some("logprobs"),
             ),
             (r#"{"prompt":"a","best_of":2}"#, "best_of is only supported where it equals n", Some("best_of")),
         ];

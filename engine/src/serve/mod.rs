@@ -39,7 +39,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 
-use self::api::{Ask, Head, Kind, Prompt, Refused, Usage, finish_reason};
+use self::api::{Answer, Ask, Head, Kind, Prompt, Refused, Token, Usage, finish_reason};
 use self::metrics::Metrics;
 use self::text::Stops;
 use self::worker::{Event, Job};
@@ -211,8 +211,8 @@ impl IntoResponse for Refused {
 /// A piece of one choice's text, or its end.
 #[derive(Debug)]
 enum Piece {
-    Text(String),
-    Ended { text: String, reason: &'static str, sampled: usize },
+    Text { text: String, tokens: Vec<Token> },
+    Ended { text: String, tokens: Vec<Token>, reason: &'static str, sampled: usize },
     Failed(StatusCode, String),
 }
 
@@ -257,7 +257,8 @@ async fn answer(shared: Arc<Shared>, kind: Kind, body: Result<Bytes, BytesReject
         tokio::spawn(async move { shared.follow(index, tokens, Stops::new(stops), deadline, pieces).await });
     }
     drop(pieces);
-    let request = Answering { head, count, prompt_tokens, _permit: permit };
+    let log_probabilities = ask.log_probabilities;
+    let request = Answering { head, count, prompt_tokens, log_probabilities, _permit: permit };
     Ok(match ask.stream {
         true => request.stream(received, ask.include_usage),
         false => request.whole(received).await,
@@ -338,10 +339,13 @@ impl Shared {
         deadline: Instant,
         pieces: mpsc::Sender<(usize, Piece)>,
     ) {
-        let mut tokens: Vec<u32> = Vec::new();
+        let mut ids: Vec<u32> = Vec::new();
         let mut stream = self.tokenizer.stream();
         // Text that was decoded; it is looked through for stop sequences before it is shown.
-        let mut decoded = String::new();
+        let (mut decoded, mut characters, mut shown) = (String::new(), 0, 0);
+        // Those that no piece has carried.
+        let mut tokens: Vec<Token> = Vec::new();
+        let broken = |error: Error| Piece::Failed(StatusCode::INTERNAL_SERVER_ERROR, error.to_string());
         let end = loop {
             let event = tokio::select! {
                 event = events.recv() => event,
@@ -351,38 +355,49 @@ impl Shared {
                     break Piece::Failed(StatusCode::GATEWAY_TIMEOUT, format!("it took longer than {seconds} s"));
                 }
             };
-            match event {
-                Some(Event::Tokens(new)) => {
-                    let text: Result<String> = new.iter().map(|&token| stream.push(token)).collect();
-                    tokens.extend(new);
-                    match text {
-                        Ok(text) => {
-                            decoded.push_str(&text);
-                            let (shown, stopped) = stops.push(&text);
-                            if stopped {
-                                break Piece::Ended { text: shown, reason: "stop", sampled: tokens.len() };
-                            }
-                            if !shown.is_empty() && pieces.send((index, Piece::Text(shown))).await.is_err() {
-                                return;
-                            }
-                        }
-                        Err(error) => break Piece::Failed(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
-                    }
-                }
-                Some(Event::Ended { reason, sampled }) => {
-                    let whole = match self.tokenizer.decode(&tokens) {
-                        Ok(whole) => whole,
-                        Err(error) => break Piece::Failed(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
-                    };
-                    let (mut text, stopped) = stops.push(whole.strip_prefix(decoded.as_str()).unwrap_or(""));
-                    if stopped {
-                        break Piece::Ended { text, reason: "stop", sampled };
-                    }
-                    text.push_str(&stops.finish());
-                    break Piece::Ended { text, reason: finish_reason(reason), sampled };
-                }
+            let (new, ended) = match event {
+                Some(Event::Tokens(new)) => (new, None),
+                Some(Event::Ended { reason, sampled }) => (Vec::new(), Some((finish_reason(reason), sampled))),
                 Some(Event::Failed(message)) => break Piece::Failed(StatusCode::INTERNAL_SERVER_ERROR, message),
                 None => break Piece::Failed(StatusCode::INTERNAL_SERVER_ERROR, "the engine has ended".into()),
+            };
+            let mut text = String::new();
+            let pushed = new.into_iter().try_for_each(|(id, log_probability)| {
+                ids.push(id);
+                let added = stream.push(id)?;
+                text.push_str(&added);
+                let offset = characters;
+                characters += added.chars().count();
+                tokens.push(Token { text: added, offset, log_probability });
+                Ok(())
+            });
+            if let Err(error) = pushed {
+                break broken(error);
+            }
+            if ended.is_some() {
+                // What the stream has held back, because more might have come.
+                match self.tokenizer.decode(&ids) {
+                    Ok(whole) => text.push_str(whole.strip_prefix(decoded.as_str()).unwrap_or_default()),
+                    Err(error) => break broken(error),
+                }
+            }
+            decoded.push_str(&text);
+            let (mut text, stopped) = stops.push(&text);
+            if stopped {
+                let end = shown + text.chars().count();
+                tokens.retain(|token| token.offset < end);
+                break Piece::Ended { text, tokens, reason: "stop", sampled: ids.len() };
+            }
+            if let Some((reason, sampled)) = ended {
+                text.push_str(&stops.finish());
+                break Piece::Ended { text, tokens, reason, sampled };
+            }
+            shown += text.chars().count();
+            if !text.is_empty() {
+                let tokens = std::mem::take(&mut tokens);
+                if pieces.send((index, Piece::Text { text, tokens })).await.is_err() {
+                    return;
+                }
             }
         };
         let _ = pieces.send((index, end)).await;
@@ -394,22 +409,29 @@ struct Answering {
     head: Head,
     count: usize,
     prompt_tokens: usize,
+    log_probabilities: bool,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Answering {
     async fn whole(self, mut pieces: mpsc::Receiver<(usize, Piece)>) -> Response {
-        let mut choices = vec![(String::new(), ""); self.count];
+        let tokens = self.log_probabilities.then(Vec::new);
+        let mut choices = vec![Answer { text: String::new(), tokens, reason: "" }; self.count];
         let mut completion = 0;
         while let Some((index, piece)) = pieces.recv().await {
-            match piece {
-                Piece::Text(text) => choices[index].0.push_str(&text),
-                Piece::Ended { text, reason, sampled } => {
-                    choices[index].0.push_str(&text);
-                    choices[index].1 = reason;
+            let choice = &mut choices[index];
+            let (text, tokens) = match piece {
+                Piece::Text { text, tokens } => (text, tokens),
+                Piece::Ended { text, tokens, reason, sampled } => {
+                    choice.reason = reason;
                     completion += sampled;
+                    (text, tokens)
                 }
                 Piece::Failed(status, message) => return refuse(status, &message),
+            };
+            choice.text.push_str(&text);
+            if let Some(all) = &mut choice.tokens {
+                all.extend(tokens);
             }
         }
         Json(self.head.answer(&choices, Usage::new(self.prompt_tokens, completion))).into_response()
@@ -441,10 +463,14 @@ impl Answering {
             };
             let is_first = std::mem::replace(&mut first[index], false);
             let body = match piece {
-                Piece::Text(text) => self.head.piece(index, &text, is_first, None),
-                Piece::Ended { text, reason, sampled } => {
+                Piece::Text { text, tokens } => {
+                    let tokens = self.log_probabilities.then_some(tokens.as_slice());
+                    self.head.piece(index, is_first, &text, tokens, None)
+                }
+                Piece::Ended { text, tokens, reason, sampled } => {
                     completion += sampled;
-                    self.head.piece(index, &text, is_first, Some(reason))
+                    let tokens = self.log_probabilities.then_some(tokens.as_slice());
+                    self.head.piece(index, is_first, &text, tokens, Some(reason))
                 }
                 Piece::Failed(_, message) => {
                     failed = true;

@@ -30,8 +30,8 @@ pub(super) struct Job {
 /// What becomes of a job.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// Sampled since the last event.
-    Tokens(Vec<u32>),
+    /// Sampled since the last event, each with the logarithm of its probability.
+    Tokens(Vec<(u32, f32)>),
     /// It is done. Its end-of-text token was sampled, and is not part of the text.
     Ended { reason: FinishReason, sampled: usize },
     /// The device failed, or the request was refused.
@@ -84,12 +84,12 @@ pub(super) fn work(mut engine: Engine, jobs: &Receiver<Job>, metrics: &Metrics) 
             Ok(finished) => {
                 for (id, sampled) in engine.running() {
                     if let Some(job) = live.get_mut(&id) {
-                        job.send(sampled, metrics);
+                        job.send(sampled, engine.log_probabilities(id), metrics);
                     }
                 }
                 for Finished { id, tokens, text_tokens, reason, .. } in finished.unwrap_or_default() {
                     let Some(mut job) = live.remove(&id) else { continue };
-                    job.send(&tokens[..text_tokens.max(job.sent)], metrics);
+                    job.send(&tokens[..text_tokens.max(job.sent)], engine.log_probabilities(id), metrics);
                     // Whoever has gone away meanwhile does not mind.
                     let _ = job.events.send(Event::Ended { reason, sampled: tokens.len() });
                     metrics.finished.inc();
@@ -114,8 +114,8 @@ fn fail(live: &mut HashMap<SampleId, Live>, error: &Error, metrics: &Metrics) {
 
 impl Live {
     /// Sends what is new of all `sampled` tokens.
-    fn send(&mut self, sampled: &[u32], metrics: &Metrics) {
-        let new = &sampled[self.sent..];
+    fn send(&mut self, sampled: &[u32], log_probabilities: &[f32], metrics: &Metrics) {
+        let new: Vec<_> = sampled.iter().copied().zip(log_probabilities.iter().copied()).skip(self.sent).collect();
         if new.is_empty() {
             return;
         }
@@ -129,6 +129,6 @@ impl Live {
         }
         metrics.tokens.inc_by(new.len() as u64);
         (self.sent, self.last) = (sampled.len(), now);
-        let _ = self.events.send(Event::Tokens(new.to_vec()));
+        let _ = self.events.send(Event::Tokens(new));
     }
 }

@@ -244,7 +244,7 @@ fn attention(
         max_seqs: shape.slots,
         pages_per_seq: shape.pages_per_seq,
         scale: (config.head_dim as f64).powf(-0.5),
-        sliding_window: None,
+        sliding_window: config.sliding_window,
         soft_cap: None,
         fused: Some(rpa::Rotary::HalfSplit),
         kv_rows: shape.target.kv_rows(config.head_dim),
