@@ -5,11 +5,12 @@ Every `pallas_call` (and `pl.kernel`) that a test makes is lowered for TPU as JA
 machine in the test's own process, through a callback. The test's own assertions are the reference: they compare with NumPy, with
 XLA or with another kernel, within the tolerances that hold for a TPU.
 
-    JAX_SRC=path/to/jax scripts/jax_suite.py [--only GLOB] [--out DIR] [--keep DIR]
+    JAX_SRC=path/to/jax scripts/jax_suite.py [--only GLOB] [--out DIR] [--minutes M] [--failed | --again]
 
 needs a Python with jax 0.10.2, absl-py, pytest and hypothesis, and a checkout of JAX's tests of the same version, which
 stays outside this repository. Prints how many modules were lowered, opened, decoded and run, how many tests agree, and the rest by
-cause. No kernel of it ever ran on a TPU here.
+cause. What was tested before is not tested again, so that a run may be stopped and goes on where it was. Tests of several devices
+have eight of the host's, which meet at every call. No kernel of it ever ran on a TPU here.
 """
 
 import argparse
@@ -20,8 +21,10 @@ import json
 import os
 import pathlib
 import re
+import select
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CALL = os.environ.get("PAGODA_CALL", str(ROOT / "target/debug/examples/call"))
@@ -37,6 +40,7 @@ SERVING = [
     "ragged_kv_cache_update_v2_test.py",
     "causal_conv1d_test.py",
     "flash_attention_kernel_test.py",
+    "collectives/all_gather_matmul_kernel_test.py",
 ]
 FILES = [
     "pallas_test.py",
@@ -59,7 +63,11 @@ FILES = [
     "tpu_pallas_call_print_test.py",
     "tpu_side_effects_test.py",
     "tpu_trace_value_test.py",
+    "tpu_all_gather_test.py",
+    "tpu_pallas_distributed_test.py",
 ]
+# Where a shard_map's devices are the host's.
+DEVICES = 8
 # Elements by NumPy's names.
 ELEMENTS = {
     "bool": "pred", "float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64",
@@ -129,6 +137,10 @@ def plugin():
     tpu_core.create_tensorcore_mesh = lambda axis, devices=None, num_cores=None: mesh_of(axis, num_cores=num_cores or 1)
     pltpu.create_tensorcore_mesh = tpu_core.create_tensorcore_mesh
 
+    import threading
+    machine = Machine()
+    meeting = Meeting(threading.Condition())
+
     def of_type(aval):
         return [ELEMENTS[np.dtype(aval.dtype).name], list(aval.shape)]
 
@@ -138,11 +150,14 @@ def plugin():
         """The custom call of a kernel as a callback to the tile machine."""
         text = config.to_json()
         text = text.decode() if isinstance(text, bytes) else text
+        mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+        devices = mesh.size if config.has_communication and mesh is not None else 1
         call = {
             "kernel": kernel_name,
             "operands": [of_type(aval) for aval in ctx.avals_in],
             "results": [of_type(aval) for aval in ctx.avals_out],
             "aliases": [list(pair) for pair in input_output_aliases],
+            "devices": devices,
         }
         digest = hashlib.sha256((text + json.dumps(call)).encode()).hexdigest()[:16]
         folder = keep / digest
@@ -152,28 +167,40 @@ def plugin():
         record(event="lowered", module=digest, kernel=kernel_name)
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_out]
 
-        def run(*operands):
-            (folder / "operands.bin").write_bytes(b"".join(np.ascontiguousarray(x).tobytes() for x in operands))
-            done = subprocess.run([CALL, str(folder)], capture_output=True, text=True, timeout=300)
-            try:
-                report = json.loads(done.stdout)
-            except ValueError:
-                report = {"got": "panic", "error": (done.stderr.strip().splitlines() or ["?"])[0][:300], "rc": done.returncode}
+        def run_all(operands):
+            """Operands of every device to results of every device."""
+            (folder / "operands.bin").write_bytes(b"".join(np.ascontiguousarray(x).tobytes() for own in operands for x in own))
+            report = machine.run(folder)
             record(event="run", module=digest, kernel=kernel_name, **report)
             if report["got"] != "ran":
                 raise RuntimeError(f"pagoda: {report}")
             data, results, at = (folder / "results.bin").read_bytes(), [], 0
-            for shape in shapes:
-                dtype = np.dtype(shape.dtype)
-                size = int(np.prod(shape.shape)) * dtype.itemsize
-                results.append(np.frombuffer(data[at : at + size], dtype).reshape(shape.shape))
-                at += size
+            for _ in operands:
+                own = []
+                for shape in shapes:
+                    dtype = np.dtype(shape.dtype)
+                    size = int(np.prod(shape.shape)) * dtype.itemsize
+                    own.append(np.frombuffer(data[at : at + size], dtype).reshape(shape.shape))
+                    at += size
+                results.append(own)
             return results
 
+        def run(*operands):
+            if devices == 1:
+                return run_all([operands])[0]
+            return meeting.meet(digest, devices, int(operands[0]), operands[1:], run_all)
+
         def call_back(*operands):
+            # Called again it is another call: a kernel may have side effects.
             return jax.pure_callback(run, shapes, *operands)
 
-        return mlir.lower_fun(call_back, multiple_results=True)(ctx, *in_nodes)
+        if devices == 1:
+            return mlir.lower_fun(call_back, multiple_results=True)(ctx, *in_nodes)
+        from jax._src import core as jax_core
+        from jax._src.lib.mlir.dialects import hlo
+        number = jax_core.ShapedArray((), np.dtype("uint32"))
+        return mlir.lower_fun(call_back, multiple_results=True)(
+            ctx.replace(avals_in=[number, *ctx.avals_in]), hlo.partition_id(), *in_nodes)
 
     tpu_custom_call._tpu_custom_call_lowering = custom_call
     interpreted = pallas_call._pallas_call_lowering
@@ -238,7 +265,9 @@ def plugin():
 
     class Plugin:
         def pytest_collection_modifyitems(self, config, items):
-            """At most so many variants of a test, spread over its parameters; none of those that need gigabytes."""
+            """At most so many variants of a test, spread over its parameters; none of those that need gigabytes, or are done."""
+            done = set(json.loads(os.environ.get("PAGODA_DONE", "[]")))
+            items[:] = [item for item in items if item.nodeid not in done]
             variants = int(os.environ.get("PAGODA_VARIANTS", "0"))
             families = collections.defaultdict(list)
             for item in items:
@@ -252,6 +281,7 @@ def plugin():
 
         def pytest_runtest_logstart(self, nodeid, location):
             current["test"] = nodeid
+            record(event="begin")
 
         def pytest_runtest_logreport(self, report):
             if report.when == "call" or report.outcome != "passed":
@@ -264,11 +294,70 @@ def plugin():
     return Plugin()
 
 
+class Machine:
+    """The tile machine's process, which lives until it dies of a call."""
+
+    SECONDS = 600
+
+    def __init__(self):
+        self.process = None
+
+    def run(self, folder):
+        """The report of the call in a folder."""
+        if self.process is None:
+            self.errors = tempfile.TemporaryFile()
+            self.process = subprocess.Popen([CALL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        line = b""
+        try:
+            self.process.stdin.write(f"{folder}\n".encode())
+            self.process.stdin.flush()
+            ready, _, _ = select.select([self.process.stdout], [], [], self.SECONDS)
+            if ready:
+                line = self.process.stdout.readline()
+            return json.loads(line)
+        except (ValueError, BrokenPipeError):
+            self.process.kill()
+            code = self.process.wait()
+            self.process = None
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace").strip().splitlines()
+            if code == -9 and not line:
+                return {"got": "decoded", "fault": "time", "error": f"it does not end within {self.SECONDS} s"}
+            return {"got": "panic", "error": (said or ["?"])[-1][:300], "rc": code}
+
+
+class Meeting:
+    """Where the devices of a call meet: each brings its operands, the last runs them all."""
+
+    def __init__(self, condition):
+        self.condition = condition
+        self.calls, self.count = {}, collections.Counter()
+
+    def meet(self, module, devices, me, operands, run):
+        with self.condition:
+            self.count[module, me] += 1
+            call = self.calls.setdefault((module, self.count[module, me]), {})
+            call[me] = operands
+            if len(call) == devices:
+                try:
+                    call["results"] = run([call[at] for at in range(devices)])
+                except Exception as error:
+                    call["error"] = error
+                self.condition.notify_all()
+            elif not self.condition.wait_for(lambda: "results" in call or "error" in call, timeout=900):
+                call["error"] = RuntimeError(f"device {me} waits for others")
+            if "error" in call:
+                raise RuntimeError(str(call["error"]))
+            return call["results"][me]
+
+
 def inside(arguments):
     """The process of one file's tests."""
     import pytest
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if any("distributed" in argument or "all_gather" in argument for argument in arguments):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--noconftest", "--import-mode=importlib", "--tb=short", *arguments], plugins=[plugin()]))
 
 
@@ -305,12 +394,28 @@ def kind(test):
     return "wrong" if test["outcome"] == "failed" else test["outcome"]
 
 
+def tested(records, failed):
+    """The tests that need not be run again: of those that were, all or the ones that passed."""
+    outcomes = {}
+    for line in records.read_text().splitlines() if records.exists() else []:
+        event = json.loads(line)
+        if event["event"] == "test":
+            outcomes[event["test"]] = event["outcome"]
+    return sorted(test for test, outcome in outcomes.items() if not failed or outcome != "failed")
+
+
 def summary(records):
-    lines = [line for path in records for line in path.read_text().splitlines()]
+    # Of a test that was run again, the last time counts.
+    attempts = {}
+    for line in (line for path in records for line in path.read_text().splitlines()):
+        event = json.loads(line)
+        if event["event"] == "begin":
+            attempts[event["test"]] = []
+        else:
+            attempts.setdefault(event["test"], []).append(event)
     calls, tests, lowered = {}, {}, {}
     not_lowered = collections.Counter()
-    for line in lines:
-        event = json.loads(line)
+    for event in (event for events in attempts.values() for event in events):
         match event["event"]:
             case "lowered":
                 lowered.setdefault(event["module"], event)
@@ -359,14 +464,14 @@ def main():
     parser.add_argument("--minutes", type=float, default=60, help="the most that one file may take")
     parser.add_argument("--variants", type=int, default=0, help="the most variants of one test; 0 for all")
     parser.add_argument("--summary", action="store_true", help="print the table of the records that are there")
+    parser.add_argument("--again", action="store_true", help="begin anew, whatever was tested before")
+    parser.add_argument("--failed", action="store_true", help="test again what did not agree")
     arguments = parser.parse_args()
     out = pathlib.Path(arguments.out)
-    records = out / "records.jsonl"
     if not arguments.summary:
         source = pathlib.Path(os.environ.get("JAX_SRC") or sys.exit("set JAX_SRC to a checkout of JAX 0.10.2"))
         out.mkdir(parents=True, exist_ok=True)
-        records.write_text("")
-        environment = {**os.environ, "PAGODA_RECORDS": str(records), "PAGODA_KEEP": str(out / "modules"), "JAX_PLATFORMS": "cpu",
+        environment = {**os.environ, "PAGODA_KEEP": str(out / "modules"), "JAX_PLATFORMS": "cpu",
                        "PAGODA_VARIANTS": str(arguments.variants)}
         paths = [source / "tests/pallas" / file for file in FILES]
         if serving := os.environ.get("SERVING_SRC"):
@@ -376,14 +481,19 @@ def main():
             if not fnmatch.fnmatch(file, arguments.only) or not path.exists():
                 continue
             print(f"{file} ...", file=sys.stderr, flush=True)
+            records = out / f"{file}.records.jsonl"
+            if arguments.again:
+                records.unlink(missing_ok=True)
+            done = tested(records, arguments.failed)
+            environment.update(PAGODA_RECORDS=str(records), PAGODA_DONE=json.dumps(done))
             more = ["-k", arguments.tests] if arguments.tests else []
             command = [sys.executable, __file__, "--inside", str(path), *more]
             try:
-                with open(out / f"{file}.log", "w") as log:
+                with open(out / f"{file}.log", "a") as log:
                     subprocess.run(command, env=environment, cwd=path.parent, stdout=log, stderr=log, timeout=60 * arguments.minutes)
             except subprocess.TimeoutExpired:
                 print(f"{file}: stopped after {arguments.minutes} minutes", file=sys.stderr)
-    summary(sorted(out.glob("**/records.jsonl")))
+    summary(sorted(out.glob("**/*records.jsonl")))
 
 
 if __name__ == "__main__":

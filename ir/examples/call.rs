@@ -2,12 +2,13 @@
 //! `scripts/interpreters.py`:
 //!
 //! - `config.json`: the call's `backend_config`;
-//! - `call.json`: the types of its operands and results, `[["bf16", [8, 128]], ...]`, the pairs that share memory, and how often
-//!   to run it again for time, if at all (`repeat`: `times` in seconds);
-//! - `operands.bin`: the operands, row-major, one after another.
+//! - `call.json`: the types of its operands and results, `[["bf16", [8, 128]], ...]`, the pairs that share memory, on how many
+//!   devices it runs, and how often to run it again for time, if at all (`repeat`: `times` in seconds);
+//! - `operands.bin`: the operands, row-major, one after another; device by device.
 //!
 //! Writes `results.bin` and prints one line of JSON: how far it got (`opened`, `decoded`, `ran`), the error, and which kinds
-//! of faults had to be ignored. Each kind is ignored only after a run that it ended.
+//! of faults had to be ignored. Each kind is ignored only after a run that it ended. Without an argument it does so for
+//! every line of its input that names a folder.
 
 use std::{fs, path::Path, process::ExitCode, time::Instant};
 
@@ -22,17 +23,20 @@ use serde_json::{Value, json};
 const IGNORABLE: [FaultKind; 3] = [FaultKind::UnwrittenRead, FaultKind::OutputNeverWritten, FaultKind::ParallelOverlap];
 
 fn main() -> ExitCode {
-    let folder = std::env::args().nth(1).expect("a folder");
-    match run(Path::new(&folder)) {
-        Ok(report) => {
-            println!("{report}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::from(2)
+    let folders: Box<dyn Iterator<Item = String>> = match std::env::args().nth(1) {
+        Some(folder) => Box::new(std::iter::once(folder)),
+        None => Box::new(std::io::stdin().lines().map_while(Result::ok)),
+    };
+    for folder in folders {
+        match run(Path::new(&folder)) {
+            Ok(report) => println!("{report}"),
+            Err(error) => {
+                eprintln!("{error}");
+                return ExitCode::from(2);
+            }
         }
     }
+    ExitCode::SUCCESS
 }
 
 fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
@@ -53,11 +57,16 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
 
     let bytes = fs::read(folder.join("operands.bin"))?;
     let mut rest = bytes.as_slice();
+    let devices = call["devices"].as_u64().unwrap_or(1);
     let mut inputs = vec![];
-    for ty in &operands {
-        let (data, after) = rest.split_at_checked(ty.bytes()).ok_or("operands.bin is too short")?;
-        inputs.push(HostTensor::from_bytes(ty.element, &ty.dims, data));
-        rest = after;
+    for _ in 0..devices {
+        let mut own = vec![];
+        for ty in &operands {
+            let (data, after) = rest.split_at_checked(ty.bytes()).ok_or("operands.bin is too short")?;
+            own.push(HostTensor::from_bytes(ty.element, &ty.dims, data));
+            rest = after;
+        }
+        inputs.push(own);
     }
     let mut machine = Machine::default();
     machine.vmem_bytes = opened.vmem_limit.unwrap_or(machine.vmem_bytes);
@@ -70,8 +79,12 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
     for dma in [DmaOrder::Late, DmaOrder::Early, DmaOrder::Random(1)] {
         machine.dma = dma;
         let ran = loop {
-            match program.run(&machine, &inputs, &results) {
-                Ok(ran) => break ran,
+            let ran = match inputs.as_slice() {
+                [inputs] => program.run(&machine, inputs, &results).map(|run| vec![run]),
+                inputs => program.run_devices(&machine, inputs, &results),
+            };
+            match ran {
+                Ok(runs) => break runs.into_iter().flat_map(|run| run.outputs).collect::<Vec<_>>(),
                 Err(fault) if IGNORABLE.contains(&fault.kind) && !ignored.contains(&fault.kind.name()) => {
                     ignored.push(fault.kind.name());
                     machine = machine.ignoring(fault.kind);
@@ -87,10 +100,10 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
         match &outputs {
             None => {
                 seconds = began.elapsed().as_secs_f64();
-                outputs = Some(ran.outputs);
+                outputs = Some(ran);
             }
             // What is unwritten may differ from order to order; where nothing is, nothing may.
-            Some(first) if ignored.is_empty() && *first != ran.outputs => {
+            Some(first) if ignored.is_empty() && *first != ran => {
                 return Ok(
                     json!({ "got": "decoded", "fault": "order", "error": "the order of DMAs shows in the results" }),
                 );
@@ -101,10 +114,11 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
     machine.dma = DmaOrder::Late;
     let again = (0..call["repeat"].as_u64().unwrap_or(0)).map(|_| {
         let began = Instant::now();
-        program
-            .run(&machine, &inputs, &results)
-            .map(|_| began.elapsed().as_secs_f64())
-            .map_err(|fault| fault.to_string())
+        let ran = match inputs.as_slice() {
+            [inputs] => program.run(&machine, inputs, &results).map(drop),
+            inputs => program.run_devices(&machine, inputs, &results).map(drop),
+        };
+        ran.map(|()| began.elapsed().as_secs_f64()).map_err(|fault| fault.to_string())
     });
     let times = again.collect::<Result<Vec<f64>, String>>()?;
     let bytes: Vec<u8> = outputs.iter().flatten().flat_map(|output| output.bytes().iter().copied()).collect();

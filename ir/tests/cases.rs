@@ -7,6 +7,7 @@
 //! // out f32[8,128]
 //! // alias 0:0                    input 0 and output 0 share memory
 //! // unused 1                     nobody reads output 1
+//! // devices 4                    run on four devices; a `wave SEED` of device d is that of SEED + d
 //! // run vmem_bytes=8191          fields of `Machine`
 //! // fault: ...                   what follows a `run` is what came of it, with early, late and random DMAs
 //! ```
@@ -38,6 +39,9 @@ struct Call {
     outputs: Vec<TensorType>,
     aliases: Vec<(usize, usize)>,
     unused: Vec<usize>,
+    /// Of the devices after the first, if there are any.
+    others: Vec<Vec<HostTensor>>,
+    devices: usize,
 }
 
 fn number<T: std::str::FromStr>(text: &str) -> T {
@@ -51,14 +55,14 @@ fn array_type(text: &str) -> TensorType {
     TensorType::new(Element::from_mlir(element).unwrap_or_else(|| panic!("element type `{element}`")), &dims)
 }
 
-/// `f32[8,128] = 1 nan -2`
-fn array(text: &str) -> HostTensor {
+/// `f32[8,128] = 1 nan -2`, on device `device`.
+fn array(text: &str, device: usize) -> HostTensor {
     let (ty, values) = text.split_once('=').expect("an input has values");
     let ty = array_type(ty);
     let values: Vec<f64> = match values.trim().strip_prefix("wave") {
         // Values without pattern in (-2, 2), away from 0.
         Some(seed) => {
-            let seed: f64 = number(seed);
+            let seed = number::<f64>(seed) + device as f64;
             (0..ty.len()).map(|i| 2.0 * ((i as f64 + 1.0) * (12.9898 + seed)).sin()).collect()
         }
         None => {
@@ -131,15 +135,28 @@ fn outcome(program: &Program, machine: Machine, call: &Call) -> Vec<String> {
     let mut seen: Vec<(Vec<&str>, Vec<String>)> = vec![];
     for (name, dma) in ORDERS {
         let machine = Machine { dma, ..machine };
-        let ran = program.run(&machine, &call.inputs, &call.outputs);
-        alike(&ran, &program.run_observed(&machine, &call.inputs, &call.outputs, &mut Watching));
-        let eager = Machine { least_work_of_a_thread: 0, ..machine };
-        alike(&ran, &program.run(&eager, &call.inputs, &call.outputs));
-        let lines = match ran {
+        let runs = match call.devices {
+            0 => {
+                let ran = program.run(&machine, &call.inputs, &call.outputs);
+                alike(&ran, &program.run_observed(&machine, &call.inputs, &call.outputs, &mut Watching));
+                let eager = Machine { least_work_of_a_thread: 0, ..machine };
+                alike(&ran, &program.run(&eager, &call.inputs, &call.outputs));
+                ran.map(|run| vec![run])
+            }
+            _ => {
+                let inputs: Vec<_> = std::iter::once(call.inputs.clone()).chain(call.others.iter().cloned()).collect();
+                program.run_devices(&machine, &inputs, &call.outputs)
+            }
+        };
+        let lines = match runs {
             Err(fault) => vec![format!("fault{{}}: {}: {fault}", kebab(&format!("{:?}", fault.kind)))],
-            Ok(run) => (run.outputs.iter().enumerate())
-                .map(|(at, output)| format!("result {at}{{}}: {}", summary(output)))
-                .chain((run.outputs.is_empty()).then(|| "ok{}".to_owned()))
+            Ok(runs) => (runs.iter().enumerate())
+                .flat_map(|(device, run)| {
+                    let of = if call.devices > 0 { format!(" of device {device}") } else { String::new() };
+                    let results = run.outputs.iter().enumerate();
+                    results.map(move |(at, output)| format!("result {at}{of}{{}}: {}", summary(output)))
+                })
+                .chain((call.outputs.is_empty()).then(|| "ok{}".to_owned()))
                 .collect(),
         };
         match seen.iter_mut().find(|(_, known)| *known == lines) {
@@ -205,7 +222,15 @@ fn regenerated(source: &str, file: &str) -> String {
                 let (word, rest) = directive.split_once(' ').unwrap_or((directive, ""));
                 let pair = |text: &str| text.split_once(':').map(|(a, b)| (number(a), number(b))).expect("a pair");
                 match word {
-                    "in" => call.inputs.push(array(rest)),
+                    "devices" => {
+                        call.devices = number(rest);
+                        call.others = vec![vec![]; call.devices - 1];
+                    }
+                    "in" => {
+                        call.inputs.push(array(rest, 0));
+                        let others = call.others.iter_mut().enumerate();
+                        others.for_each(|(at, inputs)| inputs.push(array(rest, at + 1)));
+                    }
                     "out" => call.outputs.push(array_type(rest)),
                     "alias" => call.aliases.push(pair(rest)),
                     "unused" => call.unused.push(number(rest)),

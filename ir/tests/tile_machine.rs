@@ -427,7 +427,7 @@ fn faults_name_the_line_that_built_the_op() {
                 o.buffer.at(1).store(1.0);
                 k.async_copy(o.buffer.at(1), o.out, o.semaphores.at(1)).wait();
             },
-            Some((SemaphoreUnbalanced, "tpu.sem_wait", "extra")),
+            Some((SemaphoreUnbalanced, "tpu.sem_signal", "extra")),
         ),
         (
             "parallel steps write the same output",

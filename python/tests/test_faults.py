@@ -6,6 +6,9 @@ import pytest
 
 import faults
 import pagoda
+import rings
+
+CASES = faults.CASES + rings.CASES
 
 
 def expected(function):
@@ -18,22 +21,23 @@ def expected(function):
     raise AssertionError(f"{function.__name__} does not say where its fault is")
 
 
-@pytest.mark.parametrize("case", faults.CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_the_fault_is_named(case):
     fn, args = case(True)
     line, kind = expected(case)
     with pytest.raises(pagoda.PagodaFault) as caught:
         pagoda.run(fn, *args)
     fault = caught.value
-    assert (fault.kind, fault.file, fault.line) == (kind, faults.__file__, line), str(fault)
+    file = inspect.getsourcefile(case)
+    assert (fault.kind, fault.file, fault.line) == (kind, file, line), str(fault)
     # The traceback ends in the kernel.
     frames = [frame.frame.code.path.name if hasattr(frame, "frame") else "" for frame in caught.traceback]
     lines = [(str(entry.path), entry.lineno + 1) for entry in caught.traceback]
-    assert (faults.__file__, line) in lines, (frames, lines)
+    assert (file, line) in lines, (frames, lines)
     assert fault.command and "pagoda run" in fault.command
 
 
-@pytest.mark.parametrize("case", faults.CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_the_sibling_is_clean(case):
     fn, args = case(False)
     pagoda.run(fn, *args, dma="all")

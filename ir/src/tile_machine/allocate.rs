@@ -129,9 +129,14 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                         _ => {
                             self.counters.hbm_bytes_read += self.buffers[array].data.bytes().len() as u64;
                             self.observe_whole(array, buffer, false);
+                            self.whole_inputs.push((buffer, array));
                         }
                     }
                     buffer
+                }
+                (_, RefElement::DmaSemaphore | RefElement::Semaphore, Some(array)) => {
+                    self.of_call(array, argument.role == Role::Output && !input_arrays.contains(&array));
+                    array
                 }
                 (_, _, Some(array)) => array,
                 (space, RefElement::Data(element), None) => {
@@ -150,6 +155,21 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
         self.buffers.push(Buffer::holding("the barrier semaphore", MemorySpace::Semaphore, Cow::Owned(cell)));
         self.barrier = self.buffers.len() - 1;
         Ok(Allocation { views, windows, results })
+    }
+
+    /// Makes semaphores of a call's array, which holds their numbers; of a new one they are 0.
+    fn of_call(&mut self, array: usize, new: bool) {
+        let buffer = &mut self.buffers[array];
+        buffer.outlives = true;
+        if new {
+            buffer.data = Cow::Owned(HostTensor::zeros(Element::I32, &buffer.dims));
+            buffer.all_written();
+        }
+        for (cell, &value) in
+            self.buffers[array].data.as_slice::<i32>().iter().enumerate().filter(|(_, value)| **value != 0)
+        {
+            self.semaphores.entry((array, cell)).or_default().value = i64::from(value);
+        }
     }
 
     /// Sets the sizes of the grid; `given` are those that the call gives.
@@ -212,8 +232,28 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
             _ => Buffer::holding(&name, space, Cow::Owned(HostTensor::zeros(Element::I32, dims))),
         };
         buffer.scoped_bytes = bytes;
+        let shared = &self.program.communication;
+        buffer.shared = self.link.is_some() && (shared.anywhere || shared.allocations.contains(&origin));
         self.buffers.push(buffer);
-        Ok(self.buffers.len() - 1)
+        let buffer = self.buffers.len() - 1;
+        self.enter_scope(origin, buffer);
+        Ok(buffer)
+    }
+
+    /// Marks the memory of arguments that other devices may write to.
+    pub(super) fn share(&mut self, call: &Allocation) {
+        let shared = &self.program.communication;
+        if self.link.is_none() {
+            return;
+        }
+        for (at, view) in call.views.iter().enumerate() {
+            let Reg::View(view) = view else { continue };
+            if shared.anywhere || shared.arguments.contains(&at) {
+                self.buffers[view.buffer].shared = true;
+                let windows = call.windows.iter().filter(|window| window.argument == at);
+                windows.flat_map(|window| &window.buffers).for_each(|&buffer| self.buffers[buffer].shared = true);
+            }
+        }
     }
 
     /// The name and the size of a memory.
@@ -248,7 +288,9 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
             Some(_) => ty.dims.len() == argument.dims.len(),
             None => ty.dims == argument.dims,
         };
-        if !dims_fit || argument.element != RefElement::Data(ty.element.signless()) {
+        // Semaphores are given as the numbers that they hold.
+        let element = argument.element.data().unwrap_or(Element::I32);
+        if !dims_fit || element != ty.element.signless() {
             let expected = format!("{}{:?}", argument.element, argument.dims);
             let of = if argument.window.is_some() { " blocks" } else { "" };
             let detail = format!("`{}` takes {expected}{of}, not {ty}", argument.name);
@@ -314,6 +356,16 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                     let fault = self.fault(FaultKind::OutputNeverWritten, &self.pipeline, String::new());
                     return Err(self.in_buffer(fault, array, offset));
                 }
+            }
+        }
+        for &array in arrays {
+            if !self.buffers[array].outlives {
+                continue;
+            }
+            let values = self.buffers[array].data.to_mut().as_mut_slice::<i32>();
+            values.fill(0);
+            for (&(_, cell), semaphore) in self.semaphores.range((array, 0)..=(array, usize::MAX)) {
+                values[cell] = i32::try_from(semaphore.value).unwrap_or(i32::MAX);
             }
         }
         let empty = || Cow::Owned(HostTensor::zeros(Element::U8, &[0]));

@@ -19,7 +19,7 @@ use super::{
     halves::work,
     liveness::liveness,
     ops::{self, Meaning},
-    program::{Code, Inst, Origin, Program, Slot, Use},
+    program::{Code, Communication, Inst, Origin, Program, Slot, Use},
     tile::Scalar,
 };
 use crate::{
@@ -82,7 +82,7 @@ impl Program {
         let work = work(&body, &|origin| decoder.origins[origin as usize].elements as u64);
         let (origins, slots) = (decoder.origins, decoder.slots.len());
         let frames = place_of_function(kernel).frames;
-        let (aliases, unused_outputs) = (vec![], vec![]);
+        let communication = Communication::of(&body, rank);
         Ok(Self {
             signature,
             body,
@@ -91,10 +91,11 @@ impl Program {
             origins,
             work,
             slots,
-            aliases,
-            unused_outputs,
+            aliases: vec![],
+            unused_outputs: vec![],
             frames,
             transform_frames,
+            communication,
         })
     }
 }

@@ -4,43 +4,76 @@ use std::collections::VecDeque;
 
 use super::{
     DmaOrder,
+    devices::{Incoming, Sending},
     exec::{Executor, Step, side},
     fault::FaultKind,
     memory::{Buffer, Region, View},
     observer::{DmaEvent, Observer},
+    tile,
 };
-use crate::mosaic::MemorySpace;
+use crate::{element::Element, mosaic::MemorySpace};
 
 /// A DMA that was started and not waited for.
 #[derive(Debug)]
 pub(super) struct Dma {
-    id: usize,
-    source: Region,
-    destination: Region,
-    semaphore: (usize, usize),
-    bytes: usize,
-    origin: u32,
-    started: Vec<usize>,
-    owner: u32,
-    landed: bool,
+    pub(super) id: usize,
+    pub(super) source: Region,
+    pub(super) destination: Region,
+    /// Where the destination is another device's.
+    pub(super) to: Option<Remote>,
+    /// The size of its minor dimension.
+    pub(super) lanes: usize,
+    /// The semaphore of this device: that of the source, for a DMA to another.
+    pub(super) semaphore: (usize, usize),
+    pub(super) bytes: usize,
+    pub(super) origin: u32,
+    pub(super) started: Vec<usize>,
+    pub(super) owner: u32,
+    /// Whether its bytes are at the destination, or have left for another device.
+    pub(super) landed: bool,
+}
+
+/// Where a DMA to another device goes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Remote {
+    pub(super) device: usize,
+    pub(super) sending: Sending,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Semaphore {
     /// Bytes that arrived and were not waited for; for counting semaphores, the count.
-    value: i64,
+    pub(super) value: i64,
     /// Bytes waited for that do not yet make up the DMA that landed first.
     credit: usize,
-    /// DMAs in the order in which they landed.
-    landed: VecDeque<usize>,
+    /// DMAs in the order in which they landed, and their bytes; those of other devices have no number here.
+    pub(super) landed: VecDeque<(Option<usize>, usize)>,
     /// Who touched it last.
-    origin: u32,
+    pub(super) origin: u32,
 }
 
 impl<O: Observer> Executor<'_, '_, O> {
-    fn describe_dma(&self, dma: &Dma) -> String {
+    pub(super) fn describe_dma(&self, dma: &Dma) -> String {
         let (from, to) = (&self.buffers[dma.source.buffer].name, &self.buffers[dma.destination.buffer].name);
-        format!("from `{from}` to `{to}` started at {} in grid step {:?}", self.location(dma.origin), dma.started)
+        let device = dma.to.map_or(String::new(), |to| format!(" of device {}", to.device));
+        format!(
+            "from `{from}` to `{to}`{device} started at {} in grid step {:?}",
+            self.location(dma.origin),
+            dma.started
+        )
+    }
+
+    /// At the end of the kernel: DMAs whose semaphore is the call's own go on, and whoever gets that waits for them. They land
+    /// now, and nothing knows that they are in flight until that wait.
+    pub(super) fn land_for_later(&mut self) -> Step<()> {
+        while let Some(index) = self.dmas.iter().position(|dma| self.buffers[dma.semaphore.0].outlives) {
+            if !self.dmas[index].landed {
+                self.land(index)?;
+            }
+            let dma = self.dmas.remove(index);
+            self.land_on_nothing(&dma);
+        }
+        Ok(())
     }
 
     /// Faults unless every DMA was waited for and every semaphore is zero at `when`.
@@ -48,7 +81,8 @@ impl<O: Observer> Executor<'_, '_, O> {
         if self.machine.ignored.contains(FaultKind::SemaphoreUnbalanced) {
             return Ok(());
         }
-        if let Some(dma) = self.dmas.first() {
+        let of_kernel = |dma: &&Dma| !self.buffers[dma.semaphore.0].outlives;
+        if let Some(dma) = self.dmas.iter().find(of_kernel) {
             let detail = format!("a DMA was not waited for {when}");
             let mut fault = self.fault_at(FaultKind::SemaphoreUnbalanced, dma.origin, detail);
             fault = self.in_buffer(fault, dma.semaphore.0, dma.semaphore.1);
@@ -56,7 +90,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             return Err(fault);
         }
         for (&(buffer, cell), semaphore) in &self.semaphores {
-            if semaphore.value != 0 {
+            if semaphore.value != 0 && !self.buffers[buffer].outlives {
                 let detail = format!("it holds {} {when}", semaphore.value);
                 let fault = self.fault_at(FaultKind::SemaphoreUnbalanced, semaphore.origin, detail);
                 return Err(self.in_buffer(fault, buffer, cell));
@@ -68,7 +102,8 @@ impl<O: Observer> Executor<'_, '_, O> {
     /// Ends the scope of the buffers and semaphores from `first` on: no DMA may be in flight on them, no semaphore hold anything.
     pub(super) fn end_scope(&mut self, first: usize) -> Step<()> {
         let uses = |dma: &&Dma| {
-            [dma.source.buffer, dma.destination.buffer, dma.semaphore.0].into_iter().any(|buffer| buffer >= first)
+            let destination = if dma.to.is_none() { dma.destination.buffer } else { 0 };
+            [dma.source.buffer, destination, dma.semaphore.0].into_iter().any(|buffer| buffer >= first)
         };
         let checked = !self.machine.ignored.contains(FaultKind::SemaphoreUnbalanced);
         if let Some(dma) = self.dmas.iter().find(uses).filter(|_| checked) {
@@ -78,8 +113,20 @@ impl<O: Observer> Executor<'_, '_, O> {
             fault.dma = Some(self.describe_dma(dma));
             return Err(fault);
         }
-        let left = self.semaphores.range((first, 0)..).find(|(_, semaphore)| semaphore.value != 0).filter(|_| checked);
-        if let Some((&(buffer, cell), semaphore)) = left {
+        let into = |incoming: &&Incoming| incoming.region.buffer >= first;
+        if let Some(incoming) = self.incoming().iter().find(into).filter(|_| checked) {
+            let detail =
+                "this device has not waited for all of a DMA when the scope of its destination ended".to_owned();
+            let mut fault = self.fault_at(FaultKind::SemaphoreUnbalanced, incoming.origin(), detail);
+            fault.buffer = Some(self.buffers[incoming.region.buffer].name.clone());
+            fault.dma = Some(self.describe_incoming(incoming));
+            return Err(fault);
+        }
+        let left = self.semaphores.range((first, 0)..).find(|(key, semaphore)| {
+            // Another device may be ahead, and at the next time around.
+            semaphore.value != 0 && !self.is_sent_to(**key)
+        });
+        if let Some((&(buffer, cell), semaphore)) = left.filter(|_| checked) {
             let detail = format!("it holds {} when its scope ends", semaphore.value);
             let fault = self.fault_at(FaultKind::SemaphoreUnbalanced, semaphore.origin, detail);
             return Err(self.in_buffer(fault, buffer, cell));
@@ -87,44 +134,60 @@ impl<O: Observer> Executor<'_, '_, O> {
         let ended: Vec<usize> = (0..self.dmas.len()).filter(|&index| uses(&&self.dmas[index])).rev().collect();
         for index in ended {
             let dma = self.dmas.remove(index);
-            for buffer in [dma.source.buffer, dma.destination.buffer] {
-                self.buffers[buffer].in_flight -= 1;
-            }
-            self.semaphores.values_mut().for_each(|semaphore| semaphore.landed.retain(|&id| id != dma.id));
+            self.land_on_nothing(&dma);
+            self.semaphores.values_mut().for_each(|semaphore| semaphore.landed.retain(|&(id, _)| id != Some(dma.id)));
         }
+        self.leave_scope(first);
         self.semaphores.retain(|&(buffer, _), _| buffer < first);
         self.free(first);
         Ok(())
     }
 
+    /// A DMA does not touch memory any more.
+    fn land_on_nothing(&mut self, dma: &Dma) {
+        self.buffers[dma.source.buffer].in_flight -= 1;
+        if dma.to.is_none() {
+            self.buffers[dma.destination.buffer].in_flight -= 1;
+        }
+    }
+
     /// Faults when an access to `region` meets a DMA in flight.
-    pub(super) fn check_in_flight(&self, region: &Region, writes: bool, origin: Option<u32>) -> Step<()> {
+    pub(super) fn check_in_flight(&mut self, region: &Region, writes: bool, origin: Option<u32>) -> Step<()> {
+        if self.buffers[region.buffer].shared {
+            self.touch(region, writes, origin);
+        }
         if self.buffers[region.buffer].in_flight == 0 {
             return Ok(());
         }
-        for dma in &self.dmas {
-            let hit =
-                dma.destination.overlap(region).or_else(|| if writes { dma.source.overlap(region) } else { None });
-            if let Some(offset) = hit {
-                let kind = if writes { FaultKind::OverwriteInFlight } else { FaultKind::ReadInFlight };
-                if self.machine.ignored.contains(kind) {
-                    continue;
-                }
-                let mut fault = match origin {
-                    Some(origin) => self.fault_at(kind, origin, String::new()),
-                    None => self.fault(kind, &self.pipeline, String::new()),
-                };
-                fault = self.in_buffer(fault, region.buffer, offset);
-                fault.dma = Some(self.describe_dma(dma));
-                return Err(fault);
-            }
+        let kind = if writes { FaultKind::OverwriteInFlight } else { FaultKind::ReadInFlight };
+        if self.machine.ignored.contains(kind) {
+            return Ok(());
         }
-        Ok(())
+        let own = self.dmas.iter().find_map(|dma| {
+            let destination = if dma.to.is_none() { dma.destination.overlap(region) } else { None };
+            let hit = destination.or_else(|| if writes { dma.source.overlap(region) } else { None });
+            Some((hit?, self.describe_dma(dma)))
+        });
+        let hit = own.or_else(|| {
+            let incoming = self.incoming().iter();
+            incoming.filter_map(|one| Some((one.region.overlap(region)?, self.describe_incoming(one)))).next()
+        });
+        let Some((offset, dma)) = hit else { return Ok(()) };
+        let mut fault = match origin {
+            Some(origin) => self.fault_at(kind, origin, String::new()),
+            None => self.fault(kind, &self.pipeline, String::new()),
+        };
+        fault = self.in_buffer(fault, region.buffer, offset);
+        fault.dma = Some(dma);
+        Err(fault)
     }
 
-    pub(super) fn check_written(&self, region: &Region, origin: u32) -> Step<()> {
+    pub(super) fn check_written(&mut self, region: &Region, origin: u32) -> Step<()> {
         match self.buffers[region.buffer].unwritten_in(region) {
             Some(offset) if !self.machine.reads_unwritten() => {
+                if self.buffers[region.buffer].shared {
+                    self.check_on_its_way(region, origin)?;
+                }
                 let fault = self.fault_at(FaultKind::UnwrittenRead, origin, String::new());
                 Err(self.in_buffer(fault, region.buffer, offset))
             }
@@ -150,6 +213,8 @@ impl<O: Observer> Executor<'_, '_, O> {
     }
 
     pub(super) fn start_dma(&mut self, source: &View, destination: &View, semaphore: &View, origin: u32) -> Step<()> {
+        self.check_inside(source)?;
+        self.check_inside(destination)?;
         let (from, to) = (source.all(), destination.all());
         self.check_in_flight(&from, false, Some(origin))?;
         self.check_core(&from, self.owner, Some(origin))?;
@@ -168,6 +233,8 @@ impl<O: Observer> Executor<'_, '_, O> {
             id: self.next_dma,
             source: from,
             destination: to,
+            to: None,
+            lanes: destination.dims.last().copied().unwrap_or(1),
             semaphore: (semaphore.buffer, semaphore.offset),
             bytes,
             origin,
@@ -186,10 +253,12 @@ impl<O: Observer> Executor<'_, '_, O> {
         self.buffers[from].in_flight += 1;
         self.buffers[to].in_flight += 1;
         self.semaphores.entry(dma.semaphore).or_default().origin = origin;
+        self.count_sent(dma.semaphore, bytes as i64);
         self.observer.dma_start(&DmaEvent {
             id: dma.id,
             from: side(&self.buffers, &dma.source),
             to: side(&self.buffers, &dma.destination),
+            device: None,
             bytes,
             semaphore: (&self.buffers[dma.semaphore.0].name, dma.semaphore.1),
             location: &self.program.origins[origin as usize].location,
@@ -214,6 +283,7 @@ impl<O: Observer> Executor<'_, '_, O> {
 
     /// Counting semaphores: adds to one.
     pub(super) fn signal(&mut self, semaphore: &View, amount: i32, origin: u32) {
+        self.count_sent((semaphore.buffer, semaphore.offset), i64::from(amount));
         let semaphore = self.semaphores.entry((semaphore.buffer, semaphore.offset)).or_default();
         semaphore.value += i64::from(amount);
         semaphore.origin = origin;
@@ -222,8 +292,13 @@ impl<O: Observer> Executor<'_, '_, O> {
     /// Counting semaphores: takes from one, which must hold that much.
     pub(super) fn wait_semaphore(&mut self, view: &View, amount: i32, origin: u32) -> Step<()> {
         let key = (view.buffer, view.offset);
+        while amount >= 0 && self.semaphore_value(view) < i64::from(amount) {
+            if !self.wait_for_others(key, &format!("{amount}"), origin)? {
+                break;
+            }
+        }
+        // What is left in the end is due to who signalled it.
         let semaphore = self.semaphores.entry(key).or_default();
-        semaphore.origin = origin;
         let (kind, detail) = match (amount, semaphore.value) {
             (..0, _) => (FaultKind::SemaphoreUnbalanced, format!("{amount} is waited for; a wait takes 0 or more")),
             (_, value) if value < i64::from(amount) => {
@@ -231,6 +306,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             }
             _ => {
                 semaphore.value -= i64::from(amount);
+                self.acquire(key, i64::from(amount), origin);
                 return Ok(());
             }
         };
@@ -243,11 +319,18 @@ impl<O: Observer> Executor<'_, '_, O> {
         self.semaphores.get(&(view.buffer, view.offset)).map_or(0, |semaphore| semaphore.value)
     }
 
-    fn land(&mut self, index: usize) -> Step<()> {
+    /// The bytes of a DMA are at its destination, or leave for another device.
+    pub(super) fn land(&mut self, index: usize) -> Step<()> {
         let dma = &mut self.dmas[index];
         dma.landed = true;
         let (id, key, bytes, owner, origin) = (dma.id, dma.semaphore, dma.bytes, dma.owner, dma.origin);
-        let (source, destination) = (dma.source.clone(), dma.destination.clone());
+        let (source, destination, to, lanes) = (dma.source.clone(), dma.destination.clone(), dma.to, dma.lanes);
+        if let Some(to) = to {
+            let data = self.carried(&source, self.buffers[destination.buffer].data.element(), lanes);
+            self.depart(id, to, data);
+            self.landed(id, &source, None, key, bytes);
+            return Ok(());
+        }
         if let Some((offset, other)) = self.buffers[destination.buffer].claim(&destination, owner) {
             let detail = format!("it was already written at parallel position {other}, now at {owner}");
             let mut fault = self.fault_at(FaultKind::ParallelOverlap, origin, detail);
@@ -255,19 +338,46 @@ impl<O: Observer> Executor<'_, '_, O> {
             fault.dma = Some(self.describe_dma(&self.dmas[index]));
             return Err(fault);
         }
-        Buffer::copy(&mut self.buffers, &source, &destination);
+        let into = self.buffers[destination.buffer].data.element();
+        if self.buffers[source.buffer].data.element().bits() == into.bits() {
+            Buffer::copy(&mut self.buffers, &source, &destination);
+        } else {
+            let data = self.carried(&source, into, lanes);
+            self.buffers[destination.buffer].copy_in(&destination, &data);
+        }
         self.buffers[destination.buffer].contest(&destination, owner);
+        self.landed(id, &source, Some(&destination), key, bytes);
+        Ok(())
+    }
+
+    /// The bytes of `source`, as a buffer of `to` has them: narrow elements that are seen as wide ones, or wide as narrow, are
+    /// rows of `lanes`.
+    fn carried(&self, source: &Region, to: Element, lanes: usize) -> Vec<u8> {
+        let buffer = &self.buffers[source.buffer];
+        let from = buffer.data.element();
+        if from.bits() == to.bits() {
+            return buffer.copy_out(source);
+        }
+        let tile = tile::bitcast(&buffer.read(source), &[lanes], from, to);
+        let len = source.len() * from.bits() / to.bits();
+        let mut carried = Buffer::poisoned("", buffer.space, to, &[len]);
+        let whole = Region::new(0, 0, &[len], &[1]);
+        carried.write(&whole, &tile, None);
+        carried.copy_out(&whole)
+    }
+
+    /// Counts the bytes of a DMA.
+    fn landed(&mut self, id: usize, source: &Region, to: Option<&Region>, key: (usize, usize), bytes: usize) {
         if self.buffers[source.buffer].space == MemorySpace::Hbm {
             self.counters.hbm_bytes_read += bytes as u64;
         }
-        if self.buffers[destination.buffer].space == MemorySpace::Hbm {
+        if to.is_some_and(|to| self.buffers[to.buffer].space == MemorySpace::Hbm) {
             self.counters.hbm_bytes_written += bytes as u64;
         }
         let semaphore = self.semaphores.entry(key).or_default();
         semaphore.value += bytes as i64;
-        semaphore.landed.push_back(id);
+        semaphore.landed.push_back((Some(id), bytes));
         self.observer.dma_land(id);
-        Ok(())
     }
 
     pub(super) fn wait_dma(&mut self, semaphore: &View, destination: &View, origin: u32) -> Step<()> {
@@ -279,6 +389,10 @@ impl<O: Observer> Executor<'_, '_, O> {
             let candidates: Vec<usize> = (0..self.dmas.len()).filter(|&index| flying(&self.dmas[index])).collect();
             let chosen = match (candidates.as_slice(), self.machine.dma) {
                 ([], _) => {
+                    let what = format!("{bytes} bytes");
+                    if self.wait_for_others(key, &what, origin)? {
+                        continue;
+                    }
                     let has = self.semaphores[&key].value;
                     let detail =
                         format!("{bytes} bytes are waited for, {has} arrived and no other DMA was started on it");
@@ -294,18 +408,24 @@ impl<O: Observer> Executor<'_, '_, O> {
         semaphore.value -= bytes as i64;
         semaphore.credit += bytes;
         semaphore.origin = origin;
-        while let Some(&id) = semaphore.landed.front() {
-            let index = self.dmas.iter().position(|dma| dma.id == id).expect("a landed DMA stays until waited for");
-            if self.dmas[index].bytes > semaphore.credit {
-                break;
-            }
-            semaphore.credit -= self.dmas[index].bytes;
+        let mut over = vec![];
+        while let Some(&(id, size)) = semaphore.landed.front().filter(|&&(_, size)| size <= semaphore.credit) {
+            semaphore.credit -= size;
             semaphore.landed.pop_front();
+            over.extend(id);
+        }
+        for id in over {
+            let index = self.dmas.iter().position(|dma| dma.id == id).expect("a landed DMA stays until waited for");
             let dma = self.dmas.remove(index);
-            self.buffers[dma.source.buffer].in_flight -= 1;
-            self.buffers[dma.destination.buffer].in_flight -= 1;
+            self.land_on_nothing(&dma);
+            // Until now it read and wrote.
+            self.touch(&dma.source, false, Some(origin));
+            if dma.to.is_none() {
+                self.touch(&dma.destination, true, Some(origin));
+            }
             self.observer.dma_wait(id);
         }
+        self.acquire(key, bytes as i64, origin);
         Ok(())
     }
 }

@@ -7,13 +7,14 @@ use smallvec::SmallVec;
 
 use super::{
     Counters, DmaOrder, Machine, Run,
+    devices::Link,
     dma::{Dma, Semaphore},
     fault::{Fault, FaultKind},
     fuse::Strips,
     lanes::Arch,
-    memory::{Buffer, Region, View},
+    memory::{Buffer, Outside, Region, View},
     observer::{AccessEvent, MatmulEvent, Observer, OpEvent, Side},
-    program::{Code, Extent, Inst, Op, Origin, Permutation, Program, Slot, Use},
+    program::{Code, Extent, Inst, Op, Origin, Permutation, Program, Slot, Target, Use},
     tile::{self, Binary, MatmulShape, Scalar, Tile},
 };
 use crate::{element::Element, mosaic::RefElement, random::SplitMix64, shape::TensorType, tensor::HostTensor};
@@ -40,6 +41,8 @@ pub(super) struct Executor<'p, 'i, O> {
     pub(super) buffers: Vec<Buffer<'i>>,
     /// Outputs without windows: the buffer that the kernel sees, and the array.
     pub(super) whole_outputs: Vec<(usize, usize)>,
+    /// Inputs without windows in VMEM or SMEM: the buffer that the kernel sees, and the array.
+    pub(super) whole_inputs: Vec<(usize, usize)>,
     registers: Vec<Reg>,
     pub(super) dmas: Vec<Dma>,
     pub(super) next_dma: usize,
@@ -64,6 +67,8 @@ pub(super) struct Executor<'p, 'i, O> {
     strips: Strips,
     /// Where faults of the pipeline come from.
     pub(super) pipeline: Origin,
+    /// To other devices, if there may be any.
+    pub(super) link: Option<Box<Link<'p>>>,
 }
 
 impl Program {
@@ -90,12 +95,31 @@ impl Program {
         outputs: &[TensorType],
         observer: &mut O,
     ) -> Result<Run, Box<Fault>> {
-        let mut executor = self.executor(machine, observer);
+        match self.communicates() {
+            // A device alone among others.
+            true => self.run_alone(machine, inputs, outputs, observer),
+            false => self.run_linked(machine, inputs, outputs, observer, None),
+        }
+    }
+
+    /// A run, of one of several devices if `link` says so.
+    pub(super) fn run_linked<O: Observer>(
+        &self,
+        machine: &Machine,
+        inputs: &[HostTensor],
+        outputs: &[TensorType],
+        observer: &mut O,
+        link: Option<Box<Link>>,
+    ) -> Result<Run, Box<Fault>> {
+        let mut executor = self.executor(machine, observer, link);
         let signature = self.signature.clone().with_outputs(outputs.len());
         let mut call = executor.allocate(&signature.arguments, inputs, outputs)?;
         executor.observer.begin(&call.results);
+        executor.share(&call);
         let steps = executor.bounds.iter().product();
         executor.grid(&call.views, &mut call.windows, 0..steps)?;
+        executor.meet_others()?;
+        executor.land_for_later()?;
         executor.check_settled("at the end of the kernel")?;
         executor.put_whole_outputs();
         executor.results(&call.results, outputs)
@@ -106,6 +130,7 @@ impl Program {
         &'p self,
         machine: &'p Machine,
         observer: &'p mut O,
+        link: Option<Box<Link<'p>>>,
     ) -> Executor<'p, 'i, O> {
         Executor {
             program: self,
@@ -113,6 +138,7 @@ impl Program {
             observer,
             buffers: vec![],
             whole_outputs: vec![],
+            whole_inputs: vec![],
             registers: vec![Reg::Empty; self.slots],
             dmas: vec![],
             next_dma: 0,
@@ -137,6 +163,7 @@ impl Program {
                 frames: self.frames.clone(),
                 elements: 0,
             },
+            link,
         }
     }
 }
@@ -148,6 +175,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         Box::new(Fault {
             kind,
             kernel: self.program.signature.name.clone(),
+            device: self.link.as_ref().filter(|link| link.count > 1).map(|link| link.me),
             op: origin.op.clone(),
             location: origin.location.clone(),
             frames: origin.frames.clone(),
@@ -426,10 +454,18 @@ impl<O: Observer> Executor<'_, '_, O> {
                 // A negative size is an access before the first element.
                 let start_or_size = |dim: usize| if sizes[dim] < 0 { sizes[dim] } else { start[dim] };
                 let start: Vec<i64> = (0..sizes.len()).map(start_or_size).collect();
+                let negative = sizes.iter().any(|&size| size < 0);
                 let extent = Extent { sizes: sizes.iter().map(|&size| size.max(0) as usize).collect(), steps: vec![] };
-                let sliced = view.slice(&start, &extent.sizes);
-                let sliced =
-                    sliced.map_err(|(dim, index)| self.out_of_bounds(&view, dim, index, &start, &extent, origin))?;
+                self.check_words(&view, &start, &extent, origin)?;
+                let sliced = match view.slice(&start, &extent.sizes) {
+                    Ok(sliced) => sliced,
+                    // A wait counts bytes, and takes a descriptor of any place: what is outside faults where it is accessed.
+                    Err((dim, index)) if !negative => {
+                        let why = self.out_of_bounds(&view, dim, index, &start, &extent, origin).detail;
+                        view.beyond(&extent.sizes, Outside { origin, start, why })
+                    }
+                    Err((dim, index)) => return Err(self.out_of_bounds(&view, dim, index, &start, &extent, origin)),
+                };
                 Reg::View(Arc::new(sliced))
             }
             Op::SqueezeRef { keep } => Reg::View(Arc::new(self.view(&operands[0]).keep(keep))),
@@ -437,15 +473,16 @@ impl<O: Observer> Executor<'_, '_, O> {
                 let view = self.view(&operands[0]);
                 self.recast(&view, view.reshape(dims), origin)?
             }
-            Op::BitcastRef { to, ratio } => {
+            Op::BitcastRef { to } => {
                 let view = self.view(&operands[0]);
-                self.recast(&view, view.bitcast(*to, *ratio), origin)?
+                self.recast(&view, view.bitcast(*to), origin)?
             }
             Op::Allocate { element, dims, space } => {
                 let buffer = self.allocate_scoped(*element, dims, *space, origin)?;
                 Reg::View(Arc::new(View::whole(buffer, *element, dims)))
             }
             Op::BarrierSemaphore => Reg::View(Arc::new(View::whole(self.barrier, RefElement::Semaphore, &[]))),
+            Op::DeviceId => Reg::Scalar(Scalar::Int(self.link.as_ref().map_or(0, |link| link.me as i32))),
             Op::GridSize(dim) => {
                 let size = self.bounds.get(*dim).copied().unwrap_or(1);
                 Reg::Scalar(Scalar::Int(size as i32))
@@ -456,14 +493,21 @@ impl<O: Observer> Executor<'_, '_, O> {
                 self.start_dma(&source, &destination, &semaphore, origin)?;
                 Reg::Empty
             }
+            Op::StartRemoteDma(target) => {
+                let [source, own, destination, semaphore] = [0, 1, 2, 3].map(|at| self.view(&operands[at]));
+                let target = self.target(*target, &operands[4..]);
+                self.start_remote_dma([&source, &own], [&destination, &semaphore], target, origin)?;
+                Reg::Empty
+            }
             Op::WaitDma { destination } => {
                 let (semaphore, destination) = (self.view(&operands[0]), self.view(&operands[*destination]));
                 self.wait_dma(&semaphore, &destination, origin)?;
                 Reg::Empty
             }
-            Op::Signal => {
+            Op::Signal(target) => {
                 let (semaphore, amount) = (self.view(&operands[0]), self.scalar(&operands[1]));
-                self.signal(&semaphore, amount, origin);
+                let target = self.target(*target, &operands[2..]);
+                self.signal_device(&semaphore, amount, target, origin)?;
                 Reg::Empty
             }
             Op::WaitSemaphore => {
@@ -473,6 +517,8 @@ impl<O: Observer> Executor<'_, '_, O> {
             }
             Op::ReadSemaphore => {
                 let semaphore = self.view(&operands[0]);
+                // A loop may wait for a number.
+                self.let_others_run()?;
                 Reg::Scalar(Scalar::Int(self.semaphore_value(&semaphore) as i32))
             }
             Op::AssumeMultiple(multiple) => {
@@ -557,6 +603,12 @@ impl<O: Observer> Executor<'_, '_, O> {
         (view, operands[1..].iter().map(|index| i64::from(self.scalar(index))).collect())
     }
 
+    /// The device and the core that an op goes to, if it says so.
+    fn target(&mut self, target: Target, operands: &[Use]) -> [Option<i32>; 2] {
+        let mut given = operands.iter();
+        [target.device, target.core].map(|is| if is { given.next().map(|read| self.scalar(read)) } else { None })
+    }
+
     fn out_of_bounds(
         &self,
         view: &View,
@@ -576,7 +628,33 @@ impl<O: Observer> Executor<'_, '_, O> {
         fault
     }
 
+    /// Faults when a box of a view of narrow elements takes parts of a word.
+    fn check_words(&self, view: &View, start: &[i64], extent: &Extent, origin: u32) -> Step<()> {
+        if !view.splits_a_word(start, &extent.sizes, &extent.steps) {
+            return Ok(());
+        }
+        let (element, stored) = (view.element, self.buffers[view.buffer].data.element());
+        let detail = format!(
+            "elements {start:?}, {:?} of them, of {stored} seen as {element}: the tile machine takes whole {stored}",
+            extent.sizes
+        );
+        let mut fault = self.fault_at(FaultKind::OutOfBounds, origin, detail);
+        fault.buffer = Some(self.buffers[view.buffer].name.clone());
+        Err(fault)
+    }
+
+    /// Faults when a view is outside the memory that it is of.
+    pub(super) fn check_inside(&self, view: &View) -> Step<()> {
+        let Some(outside) = &view.outside else { return Ok(()) };
+        let mut fault = self.fault_at(FaultKind::OutOfBounds, outside.origin, outside.why.clone());
+        fault.buffer = Some(self.buffers[view.buffer].name.clone());
+        fault.index.clone_from(&outside.start);
+        Err(fault)
+    }
+
     fn region(&self, view: &View, start: &[i64], extent: &Extent, origin: u32) -> Step<Region> {
+        self.check_inside(view)?;
+        self.check_words(view, start, extent, origin)?;
         view.region(start, &extent.sizes, &extent.steps)
             .map_err(|(dim, index)| self.out_of_bounds(view, dim, index, start, extent, origin))
     }
@@ -651,8 +729,14 @@ impl<O: Observer> Executor<'_, '_, O> {
             Some(Tile::Pred(mask)) => Some(mask.as_ref().clone()),
             _ => None,
         };
+        if element.bits() < stored.bits()
+            && let Some(mask) = mask.take()
+        {
+            let old = self.read(&region, extent, element);
+            value = tile::select(&Tile::Pred(Arc::new(mask)), value, old);
+        }
         if stored != element {
-            let ratio = element.bits() / stored.bits();
+            let ratio = (element.bits() / stored.bits()).max(1);
             value = tile::bitcast(&value, &extent.sizes, element, stored);
             let lanes = extent.sizes.last().copied().unwrap_or(1);
             mask = mask.map(|mask| mask.chunks(lanes).flat_map(|row| row.repeat(ratio)).collect());

@@ -21,6 +21,8 @@ pub enum FaultKind {
     SemaphoreUnbalanced,
     /// A wait that nothing will ever satisfy.
     Deadlock,
+    /// Something that one device does to another's memory or semaphores and that nothing orders with what that one does.
+    DeviceRace,
     /// Two steps of a `parallel` grid dimension that write the same output, or one that reads what the other wrote.
     ParallelOverlap,
     /// A memory is too small for what the kernel declares.
@@ -55,13 +57,14 @@ impl FaultKinds {
 
 impl FaultKind {
     /// All kinds.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::OutOfBounds,
         Self::UnwrittenRead,
         Self::ReadInFlight,
         Self::OverwriteInFlight,
         Self::SemaphoreUnbalanced,
         Self::Deadlock,
+        Self::DeviceRace,
         Self::ParallelOverlap,
         Self::MemoryExceeded,
         Self::OutputNeverWritten,
@@ -85,6 +88,7 @@ impl FaultKind {
             Self::OverwriteInFlight => "overwrite-in-flight",
             Self::SemaphoreUnbalanced => "semaphore-unbalanced",
             Self::Deadlock => "deadlock",
+            Self::DeviceRace => "device-race",
             Self::ParallelOverlap => "parallel-overlap",
             Self::MemoryExceeded => "memory-exceeded",
             Self::OutputNeverWritten => "output-never-written",
@@ -104,6 +108,7 @@ impl FaultKind {
             Self::OverwriteInFlight => "overwrite of a buffer whose DMA is in flight",
             Self::SemaphoreUnbalanced => "semaphore left unbalanced",
             Self::Deadlock => "wait that is never satisfied",
+            Self::DeviceRace => "race between devices",
             Self::ParallelOverlap => "overlap of parallel grid steps",
             Self::MemoryExceeded => "memory exceeded",
             Self::OutputNeverWritten => "output element never written",
@@ -122,6 +127,9 @@ pub struct Fault {
     pub kind: FaultKind,
     /// The kernel's name.
     pub kernel: String,
+    /// The device, of several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<usize>,
     /// The op, by its full name; `pipeline` where blocks are copied.
     pub op: String,
     /// The op's source line, `file:line`.
@@ -148,7 +156,8 @@ impl std::error::Error for Fault {}
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "kernel `{}`: {}: {} at {}", self.kernel, self.kind.describe(), self.op, self.location)?;
+        let device = self.device.map_or(String::new(), |device| format!(" on device {device}"));
+        write!(f, "kernel `{}`{device}: {}: {} at {}", self.kernel, self.kind.describe(), self.op, self.location)?;
         if let Some(buffer) = &self.buffer {
             write!(f, ", buffer `{buffer}`")?;
             if !self.index.is_empty() {

@@ -56,6 +56,8 @@ impl Program {
         let apart = !matches!(machine.dma, DmaOrder::Random(_))
             && !machine.overlaps()
             && self.unused_outputs.is_empty()
+            && !self.communicates()
+            && !self.has_semaphores_of_the_call()
             && !machine.ignored.contains(FaultKind::SemaphoreUnbalanced);
         let grid = self.signature.grid.iter().map(|&(size, how)| Some((size?, how))).collect::<Option<Vec<_>>>()?;
         let &(size, how) = grid.iter().find(|(size, _)| *size > 1)?;
@@ -73,7 +75,7 @@ impl Program {
         steps: Range<usize>,
         nobody: &'p mut (),
     ) -> Option<Half<'p, 'i>> {
-        let mut executor = self.executor(machine, nobody);
+        let mut executor = self.executor(machine, nobody, None);
         executor.reads = Some(vec![]);
         let signature = self.signature.clone().with_outputs(outputs.len());
         let mut call = executor.allocate(&signature.arguments, inputs, outputs).ok()?;

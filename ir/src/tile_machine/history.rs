@@ -61,20 +61,45 @@ impl Program {
     /// What happened to `cell` in a run of the same call, the last first; of an element that was copied, what happened before
     /// to the one that it was copied from.
     pub fn history(&self, machine: &Machine, inputs: &[HostTensor], outputs: &[TensorType], cell: Cell) -> Vec<Past> {
-        let mut pasts = vec![];
-        let (mut cell, mut before) = (cell, u64::MAX);
-        for _ in 0..HOPS {
-            let mut watch = Watch::new(cell, before);
+        history(cell, |watch| {
             // The run ends as the first one did.
-            let _ = self.run_observed(machine, inputs, outputs, &mut watch);
-            let last_copy = watch.seen.iter().rev().find(|event| event.writes);
-            let source = last_copy.and_then(|event| Some((event.from?, event.at)));
-            pasts.extend(watch.seen.into_iter().rev().take(KEPT).map(|event| event.past));
-            let Some(((buffer, offset), at)) = source else { break };
-            (cell, before) = (Cell::Buffer { buffer, offset }, at);
-        }
-        pasts
+            let _ = self.run_observed(machine, inputs, outputs, watch);
+        })
     }
+
+    /// [`history`](Self::history) of an element of one of several devices; what came from others is not followed to them.
+    pub fn history_of_device(
+        &self,
+        machine: &Machine,
+        inputs: &[Vec<HostTensor>],
+        outputs: &[TensorType],
+        device: usize,
+        cell: Cell,
+    ) -> Vec<Past> {
+        let nothing = Cell::Buffer { buffer: usize::MAX, offset: 0 };
+        history(cell, |watch| {
+            let mut watches: Vec<Watch> = inputs.iter().map(|_| Watch::new(nothing, u64::MAX)).collect();
+            std::mem::swap(&mut watches[device], watch);
+            let _ = self.run_devices_observed(machine, inputs, outputs, &mut watches);
+            std::mem::swap(&mut watches[device], watch);
+        })
+    }
+}
+
+/// The past of `cell` in runs that `run` makes, each watched.
+fn history(cell: Cell, run: impl Fn(&mut Watch)) -> Vec<Past> {
+    let mut pasts = vec![];
+    let (mut cell, mut before) = (cell, u64::MAX);
+    for _ in 0..HOPS {
+        let mut watch = Watch::new(cell, before);
+        run(&mut watch);
+        let last_copy = watch.seen.iter().rev().find(|event| event.writes);
+        let source = last_copy.and_then(|event| Some((event.from?, event.at)));
+        pasts.extend(watch.seen.into_iter().rev().take(KEPT).map(|event| event.past));
+        let Some(((buffer, offset), at)) = source else { break };
+        (cell, before) = (Cell::Buffer { buffer, offset }, at);
+    }
+    pasts
 }
 
 /// An event of the watched element.
@@ -182,13 +207,14 @@ impl Observer for Watch {
 
     fn dma_start(&mut self, dma: &DmaEvent) {
         self.now += 1;
-        let to = self.rank_in(&dma.to);
+        let to = if dma.device.is_none() { self.rank_in(&dma.to) } else { None };
         if to.is_none() && self.rank_in(&dma.from).is_none() {
             return;
         }
         let (name, cell) = dma.semaphore;
         let DmaEvent { id, from, to: into, .. } = dma;
-        let text = format!("DMA {id} from `{from}` to `{into}` (semaphore `{name}`[{cell}])");
+        let device = dma.device.map_or(String::new(), |device| format!(" of device {device}"));
+        let text = format!("DMA {id} from `{from}` to `{into}`{device} (semaphore `{name}`[{cell}])");
         let source = to.and_then(|rank| Some((dma.from.buffer, dma.from.offset_of(rank)?)));
         self.see(format!("{text} started"), true, false, None);
         self.dmas.insert(*id, (text, source));
@@ -199,6 +225,13 @@ impl Observer for Watch {
         if let Some((text, source)) = self.dmas.get(&id).cloned() {
             // Its value is there now; who copies from the element does not write it.
             self.see(format!("{text} landed"), false, source.is_some(), source);
+        }
+    }
+
+    fn dma_arrive(&mut self, from: usize, to: Side, _bytes: usize) {
+        self.now += 1;
+        if self.rank_in(&to).is_some() {
+            self.see(format!("`{to}` written by a DMA from device {from}"), false, true, None);
         }
     }
 

@@ -48,6 +48,10 @@ pub(super) struct Buffer<'i> {
     pub(super) may_overlap: bool,
     /// DMAs in flight that touch this buffer.
     pub(super) in_flight: usize,
+    /// Whether these are semaphores of the call, which other calls use too.
+    pub(super) outlives: bool,
+    /// Whether other devices may write to it, so that what this one does with it matters.
+    pub(super) shared: bool,
     /// What it takes of its memory, if the kernel allocated it while it ran.
     pub(super) scoped_bytes: usize,
 }
@@ -72,6 +76,8 @@ impl<'i> Buffer<'i> {
             owners: vec![],
             may_overlap: false,
             in_flight: 0,
+            outlives: false,
+            shared: false,
             scoped_bytes: 0,
         }
     }
@@ -409,7 +415,7 @@ impl<'i> Buffer<'i> {
     }
 
     /// The bytes of `region`, in order.
-    fn copy_out(&self, region: &Region) -> Vec<u8> {
+    pub(super) fn copy_out(&self, region: &Region) -> Vec<u8> {
         let width = self.data.element().bytes();
         let data = self.data.bytes();
         let mut bytes = Vec::with_capacity(region.len() * width);
@@ -421,7 +427,7 @@ impl<'i> Buffer<'i> {
     }
 
     /// Writes bytes that [`copy_out`](Self::copy_out) took from a region of equal length.
-    fn copy_in(&mut self, region: &Region, bytes: &[u8]) {
+    pub(super) fn copy_in(&mut self, region: &Region, bytes: &[u8]) {
         let width = self.data.element().bytes();
         let mut from = 0;
         region.for_each_run(|start, len, stride| {
@@ -584,7 +590,17 @@ impl Iterator for Runs<'_> {
 /// Sizes or strides: of few dimensions, so in place.
 pub(super) type Dims = SmallVec<[usize; 6]>;
 
-/// A memref at run time: a strided view of a buffer, perhaps read as a wider element type.
+/// A slice that is not inside what it is of.
+#[derive(Debug, PartialEq)]
+pub(super) struct Outside {
+    /// The op that made it.
+    pub(super) origin: u32,
+    pub(super) start: Vec<i64>,
+    /// In words.
+    pub(super) why: String,
+}
+
+/// A memref at run time: a strided view of a buffer, perhaps read as a wider or narrower element type.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct View {
     pub(super) buffer: usize,
@@ -594,11 +610,43 @@ pub(super) struct View {
     pub(super) strides: Dims,
     /// For a view of narrow elements as wide ones: how many, and how far apart, make one.
     pub(super) packed: Option<(usize, usize)>,
+    /// For a view of wide elements as narrow ones: how many make one. They are rows of the second-minor dimension, whose
+    /// stride is that of a wide row.
+    pub(super) split: Option<usize>,
+    /// Where it is not inside what it is a slice of, and has a size but nothing that could be accessed.
+    pub(super) outside: Option<Arc<Outside>>,
 }
 
 impl View {
     pub(super) fn whole(buffer: usize, element: RefElement, dims: &[usize]) -> Self {
-        Self { buffer, offset: 0, element, dims: dims.into(), strides: tile::strides(dims).into(), packed: None }
+        Self {
+            buffer,
+            offset: 0,
+            element,
+            dims: dims.into(),
+            strides: tile::strides(dims).into(),
+            packed: None,
+            split: None,
+            outside: None,
+        }
+    }
+
+    /// Whether a box of narrow elements has parts of a wide one: the machine takes whole ones.
+    pub(super) fn splits_a_word(&self, start: &[i64], sizes: &[usize], steps: &[usize]) -> bool {
+        let (Some(ratio), Some(rows)) = (self.split, sizes.len().checked_sub(2)) else { return false };
+        let whole = start[rows] % ratio as i64 == 0 && sizes[rows].is_multiple_of(ratio);
+        !whole || steps.get(rows).is_some_and(|&step| step != 1)
+    }
+
+    /// Indices or sizes in rows of the buffer's elements.
+    fn unsplit<T: Copy + std::ops::Div<Output = T> + TryFrom<usize>>(&self, of: &[T]) -> Vec<T> {
+        let mut of = of.to_vec();
+        if let (Some(ratio), Some(rows)) = (self.split, of.len().checked_sub(2))
+            && let Ok(ratio) = T::try_from(ratio)
+        {
+            of[rows] = of[rows] / ratio;
+        }
+        of
     }
 
     /// The elements `start + i * step`, `sizes` of them, or the dimension and index that is out of bounds.
@@ -611,8 +659,12 @@ impl View {
             if start[dim] < 0 || last >= self.dims[dim] as i64 {
                 return Err((dim, if start[dim] < 0 { start[dim] } else { last }));
             }
-            offset += start[dim] as usize * self.strides[dim];
+            let row = if dim + 2 == self.dims.len() { self.split.unwrap_or(1) } else { 1 };
+            offset += start[dim] as usize / row * self.strides[dim];
             strides.push(self.strides[dim] * step);
+        }
+        if self.split.is_some() {
+            return Ok(Region::new(self.buffer, offset, &self.unsplit(sizes), &strides));
         }
         let Some((ratio, apart)) = self.packed else {
             return Ok(Region::new(self.buffer, offset, sizes, &strides));
@@ -638,10 +690,16 @@ impl View {
             if start[dim] < 0 || last >= self.dims[dim] as i64 {
                 return Err((dim, if start[dim] < 0 { start[dim] } else { last }));
             }
-            view.offset += start[dim] as usize * self.strides[dim];
+            let row = if dim + 2 == self.dims.len() { self.split.unwrap_or(1) } else { 1 };
+            view.offset += start[dim] as usize / row * self.strides[dim];
         }
         view.dims = sizes.into();
         Ok(view)
+    }
+
+    /// A view of sizes `sizes` that is not inside this one.
+    pub(super) fn beyond(&self, sizes: &[usize], outside: Outside) -> Self {
+        Self { dims: sizes.into(), outside: Some(Arc::new(outside)), ..self.clone() }
     }
 
     /// The view without its other dimensions, which are of size 1.
@@ -657,8 +715,17 @@ impl View {
         let known: usize = dims.iter().flatten().product();
         let rest = all.checked_div(known).unwrap_or(0);
         let dims: Dims = dims.iter().map(|size| size.unwrap_or(rest)).collect();
-        if dims.iter().product::<usize>() != all || (self.packed.is_some() && dims.last() != self.dims.last()) {
+        let recast = self.packed.is_some() || self.split.is_some();
+        if dims.iter().product::<usize>() != all || (recast && dims.last() != self.dims.last()) {
             return None;
+        }
+        if let Some(ratio) = self.split {
+            let rows = dims.len().checked_sub(2).filter(|&rows| dims[rows].is_multiple_of(ratio))?;
+            let words = Self { dims: self.unsplit(&self.dims).into(), split: None, ..self.clone() };
+            let sizes: Vec<Option<usize>> = self.unsplit(&dims).into_iter().map(Some).collect();
+            let mut view = Self { split: Some(ratio), ..words.reshape(&sizes)? };
+            view.dims[rows] *= ratio;
+            return Some(view);
         }
         let of = |dims: Dims, strides: Dims| Self { dims, strides, ..self.clone() };
         if all == 0 {
@@ -697,17 +764,42 @@ impl View {
         Some(of(dims, strides))
     }
 
-    /// The memory read as an element type of `ratio` times the width.
-    pub(super) fn bitcast(&self, to: Element, ratio: usize) -> Option<Self> {
+    /// The memory read as another element type; narrow ones are rows of the second-minor dimension.
+    pub(super) fn bitcast(&self, to: Element) -> Option<Self> {
+        let from = self.element.data()?.bits();
         let mut view = Self { element: RefElement::Data(to), ..self.clone() };
-        if ratio > 1 {
-            let rows = self.dims.len().checked_sub(2)?;
-            if self.packed.is_some() {
+        if to.bits() == from {
+            return Some(view);
+        }
+        let rows = self.dims.len().checked_sub(2)?;
+        if to.bits() > from {
+            let ratio = to.bits() / from;
+            if !self.dims[rows].is_multiple_of(ratio) {
                 return None;
             }
-            view.packed = Some((ratio, self.strides[rows]));
             view.dims[rows] /= ratio;
-            view.strides[rows] *= ratio;
+            match (self.split, self.packed) {
+                (Some(split), _) if split.is_multiple_of(ratio) => {
+                    view.split = Some(split / ratio).filter(|&split| split > 1);
+                }
+                (Some(_), _) => return None,
+                (None, packed) => {
+                    let (before, apart) = packed.unwrap_or((1, self.strides[rows]));
+                    view.packed = Some((before * ratio, apart));
+                    view.strides[rows] *= ratio;
+                }
+            }
+        } else {
+            let ratio = from / to.bits();
+            view.dims[rows] *= ratio;
+            match self.packed {
+                Some((before, apart)) if before.is_multiple_of(ratio) => {
+                    view.packed = Some((before / ratio, apart)).filter(|&(left, _)| left > 1);
+                    view.strides[rows] = before / ratio * apart;
+                }
+                Some(_) => return None,
+                None => view.split = Some(self.split.unwrap_or(1) * ratio),
+            }
         }
         Some(view)
     }
@@ -740,9 +832,23 @@ mod tests {
 
     #[test]
     fn packed_views_take_rows_of_one_lane() {
-        let view = View::whole(0, RefElement::Data(Element::Bf16), &[4, 128]).bitcast(Element::I32, 2).unwrap();
+        let view = View::whole(0, RefElement::Data(Element::Bf16), &[4, 128]).bitcast(Element::I32).unwrap();
         assert_eq!((view.dims.as_slice(), view.strides.as_slice()), ([2, 128].as_slice(), [256, 1].as_slice()));
         let region = view.region(&[1, 0], &[1, 128], &[]).unwrap();
         assert_eq!(region, Region::new(0, 256, &[2, 128], &[128, 1]));
+        assert_eq!(view.bitcast(Element::F16).unwrap().all(), Region::new(0, 0, &[4, 128], &[128, 1]));
+    }
+
+    #[test]
+    fn split_views_take_whole_words() {
+        let words = View::whole(0, RefElement::Data(Element::I32), &[16, 256]);
+        let view = words.bitcast(Element::I16).unwrap();
+        assert_eq!(view.dims.as_slice(), [32, 256]);
+        let slice = view.slice(&[16, 0], &[16, 128]).unwrap();
+        assert_eq!(slice.all(), Region::new(0, 8 * 256, &[8, 128], &[256, 1]));
+        assert!(view.splits_a_word(&[1, 0], &[2, 128], &[]) && !view.splits_a_word(&[2, 0], &[2, 128], &[]));
+        let tiles = view.reshape(&[Some(2), Some(16), Some(256)]).unwrap();
+        assert_eq!(tiles.slice(&[1, 0, 0], &[1, 16, 256]).unwrap().all(), Region::new(0, 8 * 256, &[2048], &[1]));
+        assert_eq!(tiles.bitcast(Element::I32).unwrap().all(), words.all());
     }
 }

@@ -86,6 +86,24 @@
 //! ⁵ On an [unused output](Program::with_unused_outputs), and with [`Machine::allow_parallel_overlaps`]: an output that
 //! serves as scratch memory is not a race until somebody reads what another position left there.
 //!
+//! # Several devices
+//! [`Program::run_devices`] runs a kernel on several devices, each with memories of its own, which send each other signals and
+//! DMAs. Their ops are interleaved as the order of DMAs says, and an access races if no signal or DMA that a wait is sure of
+//! orders it, whether or not it came out right in this run (`devices.rs` says how):
+//!
+//! | event | fault |
+//! |---|---|
+//! | a signal, or a DMA, to a device that may not have entered the kernel ⁶ | `DeviceRace` |
+//! | a DMA to memory that its receiver, not known to be done with it, has read or written, or is copying, or that another DMA goes to | `DeviceRace` |
+//! | the receiver reads, or writes, where a DMA goes that no wait of its own is sure of | `ReadInFlight`, `OverwriteInFlight` |
+//! | the sender writes to the source of a DMA that it has not waited for | `OverwriteInFlight` |
+//! | a device or a core that there is not | `OutOfBounds` |
+//! | all wait, or are at the end, and nothing is under way | `Deadlock` |
+//! | at the end of all: a DMA that its sender or its receiver has not waited for, a signal that is left | `SemaphoreUnbalanced` |
+//!
+//! A DMA has left, and has arrived, on its two sides: the sender's semaphore says nothing of the receiver's memory.
+//! ⁶ Where the kernel names the barrier semaphore: others enter together, by a barrier that the compiler adds.
+//!
 //! # Faults
 //! Each names the op, its source line, the buffer, the index, the grid step and, where there is one, the DMA. Kinds that a
 //! run can go on after may be ignored by name ([`Machine::ignored`], [`FaultKind::can_be_ignored`]).
@@ -97,6 +115,7 @@
 //! - [`FaultKind::SemaphoreUnbalanced`]: a DMA was not waited for or a semaphore is not zero at the end of the kernel, or
 //!   between steps that differ in a `parallel` dimension, or at the end of their scope; a wait for a negative amount.
 //! - [`FaultKind::Deadlock`]: a wait for more bytes or signals than were ever started.
+//! - [`FaultKind::DeviceRace`]: what one device does to another's memory or semaphores, with nothing that orders it.
 //! - [`FaultKind::ParallelOverlap`]: two steps that differ in a `parallel` dimension write the same output element, or
 //!   one reads what the other, earlier in the grid, wrote ([`Machine::allow_parallel_overlaps`],
 //!   [`Program::with_unused_outputs`]).
@@ -107,12 +126,15 @@
 //! - [`FaultKind::Runaway`]: more than [`Machine::max_ops`] ops or grid steps.
 //! - [`FaultKind::BadCall`]: arguments that do not fit the kernel.
 //!
-//! What it does not model: time, registers and their spills, several devices and cores, SparseCores, layouts inside a tile (so
-//! it runs what the compiler may refuse), DMAs that outlive their kernel, and views of memory as narrower elements.
+//! What it does not model: time, registers and their spills, the routes and the bandwidth between devices, cores of a device that
+//! signal each other (those of a `parallel` dimension run one after another), SparseCores, layouts inside a tile (so it runs
+//! what the compiler may refuse), and what is in flight between calls: a DMA whose semaphore is the call's own lands when the
+//! kernel ends, and whoever gets that semaphore can wait for it.
 //!
 //! # Where things are
 //! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness` and
-//! `fuse` finish. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data.
+//! `fuse` finish. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data,
+//! `devices` between devices.
 //! `history` and `profile` watch: what happened to one element, and what was moved when. `halves`
 //! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`. Only `decode` and
 //! `ops` see MLIR. `ir/tests/states.rs` holds the machine to the tables by random kernels, and `ir/tests/cases` has a kernel
@@ -120,6 +142,7 @@
 
 mod allocate;
 mod decode;
+mod devices;
 mod dma;
 mod exec;
 mod fault;

@@ -40,6 +40,8 @@ pub trait Observer {
     fn dma_land(&mut self, _id: usize) {}
     /// DMA `id` was waited for. It is over.
     fn dma_wait(&mut self, _id: usize) {}
+    /// The bytes of a DMA that device `from` has started are in this one's memory.
+    fn dma_arrive(&mut self, _from: usize, _to: Side, _bytes: usize) {}
 }
 
 /// Nobody watches.
@@ -170,6 +172,8 @@ pub struct DmaEvent<'e> {
     pub from: Side<'e>,
     /// What it writes.
     pub to: Side<'e>,
+    /// Whose memory that is, if it is another device's: then `to` is the buffer of that name here.
+    pub device: Option<usize>,
     /// How many bytes it copies.
     pub bytes: usize,
     /// The semaphore that it signals: its buffer's name, and which of its cells.

@@ -14,8 +14,8 @@ use melior::ir::{Attribute, AttributeLike};
 
 use super::{
     decode::{Decoded, Memory, Refusal, Shape, Site, fits, scalar, unsupported},
-    program::{Extent, Op, Permutation},
-    tile::{self, Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Scalar, Strides, Tile, Unary},
+    program::{Extent, Op, Permutation, Target},
+    tile::{self, Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Strides, Tile, Unary},
 };
 use crate::{
     context::printed,
@@ -208,7 +208,7 @@ static ROWS: &[Row] = &[
     effect("cf.assert", 1..=1, |op| Ok(Op::Assert(op.text("msg")?))),
     // The grid and the devices.
     pure("tpu.iteration_bound", 0..=0, |op| Ok(Op::GridSize(op.size("dim")?))),
-    pure("tpu.device_id", 0..=0, |_| Ok(Op::Scalar(Scalar::Int(0)))),
+    pure("tpu.device_id", 0..=0, |_| Ok(Op::DeviceId)),
     // Control flow.
     nesting("scf.if", 1..=1, 2, |_| Ok(Op::If)),
     nesting("scf.for", 3..=usize::MAX, 1, |_| Ok(Op::For)),
@@ -741,21 +741,16 @@ fn bitcast_memref(op: &Site) -> Decoded<Op> {
         return Err(Refusal::Misfit);
     };
     fits(memory.space == result.space && memory.space != MemorySpace::Smem)?;
-    if to.bits() == from.bits() {
-        fits(memory.may_have_dims_of(&result))?;
-        return Ok(Op::BitcastRef { to, ratio: 1 });
-    }
-    if to.bits() < from.bits() {
-        return unsupported(format!("from {from} to the narrower {to} is not supported"));
-    }
-    let rows = memory.dims.len().checked_sub(2).ok_or(Refusal::Misfit)?;
     let mut expected = Memory { dims: memory.dims.clone(), ..memory };
-    if let Some(rows) = &mut expected.dims[rows] {
-        fits((*rows * from.bits()).is_multiple_of(to.bits()))?;
-        *rows = *rows * from.bits() / to.bits();
+    if to.bits() != from.bits() {
+        let rows = memory.dims.len().checked_sub(2).ok_or(Refusal::Misfit)?;
+        if let Some(rows) = &mut expected.dims[rows] {
+            fits((*rows * from.bits()).is_multiple_of(to.bits()))?;
+            *rows = *rows * from.bits() / to.bits();
+        }
     }
     fits(expected.may_have_dims_of(&result))?;
-    Ok(Op::BitcastRef { to, ratio: to.bits() / from.bits() })
+    Ok(Op::BitcastRef { to })
 }
 
 /// The result: a buffer or semaphores of its own.
@@ -779,16 +774,43 @@ fn barrier_semaphore(op: &Site) -> Decoded<Op> {
 
 // ---- DMAs and semaphores ----
 
-/// Operands: source, destination, semaphore.
-fn start_dma(op: &Site) -> Decoded<Op> {
-    if op.operands.len() != 3 {
-        return unsupported("a DMA to another device or core is not supported");
+/// How many operands each of `count` parts of an op has: those that may be left out are there or not.
+fn segments(op: &Site, count: usize) -> Decoded<Vec<usize>> {
+    let mut segments = op.sizes("operandSegmentSizes")?;
+    // Parts that later versions of the op have.
+    fits(segments.len() >= count && segments.iter().all(|&size| size <= 1))?;
+    fits(segments.iter().sum::<usize>() == op.operands.len())?;
+    if segments.split_off(count).iter().any(|&size| size > 0) {
+        return unsupported("a SparseCore's subcore is not supported");
     }
-    let (source, destination) = (op.memref(0)?, op.memref(1)?);
+    Ok(segments)
+}
+
+/// The device and the core that an op goes to: its operands from `at` on.
+fn target(op: &Site, at: usize, device: usize, core: usize) -> Decoded<Target> {
+    op.scalars(at, device + core)?;
+    Ok(Target { device: device > 0, core: core > 0 })
+}
+
+/// Operands: source, its semaphore, destination, its semaphore, device, core; of the semaphores the second, and source and
+/// destination, are always there.
+fn start_dma(op: &Site) -> Decoded<Op> {
+    let parts = match op.has("operandSegmentSizes") {
+        true => segments(op, 6)?,
+        false => vec![1, 0, 1, 1, 0, 0],
+    };
+    let &[1, own, 1, 1, device, core] = parts.as_slice() else { return Err(Refusal::Misfit) };
+    fits(op.operands.len() == 3 + own + device + core)?;
+    let (source, destination) = (op.memref(0)?, op.memref(1 + own)?);
     fits(source.element == destination.element && source.element.data().is_some())?;
     fits(source.may_have_dims_of(&destination))?;
-    op.semaphore(2)?;
-    Ok(Op::StartDma)
+    op.semaphore(2 + own)?;
+    if own == 0 {
+        // A DMA within the device has one semaphore.
+        return if device + core == 0 { Ok(Op::StartDma) } else { Err(Refusal::Misfit) };
+    }
+    op.semaphore(1)?;
+    Ok(Op::StartRemoteDma(target(op, 4, device, core)?))
 }
 
 /// Operands: semaphore, ..., and the destination.
@@ -798,14 +820,17 @@ fn wait_dma(op: &Site, destination: usize) -> Decoded<Op> {
     Ok(Op::WaitDma { destination })
 }
 
-/// Operands: semaphore, amount.
+/// Operands: semaphore, amount, device, core.
 fn signal(op: &Site) -> Decoded<Op> {
-    if op.operands.len() != 2 {
-        return unsupported("a signal to another device or core is not supported");
-    }
+    let parts = match op.has("operandSegmentSizes") {
+        true => segments(op, 4)?,
+        false => vec![1, 1, 0, 0],
+    };
+    let &[1, 1, device, core] = parts.as_slice() else { return Err(Refusal::Misfit) };
+    fits(op.operands.len() == 2 + device + core)?;
     op.semaphore(0)?;
     op.scalars(1, 1)?;
-    Ok(Op::Signal)
+    Ok(Op::Signal(target(op, 2, device, core)?))
 }
 
 /// Operands: semaphore, amount.

@@ -1,6 +1,6 @@
 //! The pipeline: walks the grid, and copies blocks of arrays into windows before a step and out of them after it.
 
-use std::{collections::HashSet, ops::Range, sync::Arc};
+use std::{borrow::Cow, collections::HashSet, ops::Range, sync::Arc};
 
 use super::{
     DmaOrder,
@@ -14,10 +14,10 @@ use crate::mosaic::{RefElement, Role, Semantics};
 
 /// A windowed argument at run time.
 pub(super) struct Window {
-    argument: usize,
+    pub(super) argument: usize,
     output: bool,
     array: usize,
-    buffers: Vec<usize>,
+    pub(super) buffers: Vec<usize>,
     current: usize,
     /// The block that is in it, and the parallel position of the step that it is for.
     index: Vec<i64>,
@@ -153,6 +153,14 @@ impl<O: Observer> Executor<'_, '_, O> {
                 self.buffers[view.buffer].poison();
                 self.observer
                     .forget(view.buffer, "a step at another parallel position, perhaps on another core, begins");
+            }
+        }
+        // Every core has its own copy of these, as the call gave them.
+        for at in 0..self.whole_inputs.len() {
+            let (buffer, array) = self.whole_inputs[at];
+            if matches!(self.buffers[buffer].data, Cow::Owned(_)) {
+                self.carry(&self.whole(array), &self.whole(buffer));
+                self.observe_whole(array, buffer, false);
             }
         }
         Ok(())

@@ -1,10 +1,12 @@
 //! A decoded kernel: instructions over registers. It holds no MLIR.
 
+use std::collections::HashMap;
+
 use super::fuse::Fused;
 use super::tile::{Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Scalar, Tile, Unary};
 use crate::{
     element::Element,
-    mosaic::{Frame, MemorySpace, RefElement, Signature},
+    mosaic::{Frame, MemorySpace, RefElement, Role, Signature},
 };
 
 /// A register.
@@ -64,6 +66,13 @@ pub(super) struct Extent {
 pub(super) struct Permutation {
     pub(super) dims: Vec<usize>,
     pub(super) order: Vec<usize>,
+}
+
+/// Which of device and core are operands of an op that goes to another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) device: bool,
+    pub(super) core: bool,
 }
 
 /// What an instruction does to its operands, which are those of the MLIR op that it was decoded from.
@@ -195,7 +204,6 @@ pub(super) enum Op {
     },
     BitcastRef {
         to: Element,
-        ratio: usize,
     },
     /// A buffer that lives until the end of the block that it is in.
     Allocate {
@@ -205,14 +213,21 @@ pub(super) enum Op {
     },
     /// The semaphore that the devices of a program share.
     BarrierSemaphore,
+    /// The number of this device.
+    DeviceId,
     /// The size of a dimension of the grid.
     GridSize(usize),
+    /// Operands: source, destination, semaphore.
     StartDma,
+    /// A DMA with a semaphore on either side. Operands: source, its semaphore, destination, its semaphore, and as far as they
+    /// are given the device and its core.
+    StartRemoteDma(Target),
     /// A wait for as many bytes as operand `destination` has.
     WaitDma {
         destination: usize,
     },
-    Signal,
+    /// Operands: semaphore, amount, and as far as they are given the device and its core.
+    Signal(Target),
     WaitSemaphore,
     ReadSemaphore,
     AssumeMultiple(i32),
@@ -248,6 +263,68 @@ pub struct Program {
     pub(super) frames: Vec<Frame>,
     /// Where the transform of each argument's window is.
     pub(super) transform_frames: Vec<Vec<Frame>>,
+    /// What it says to other devices.
+    pub(super) communication: Communication,
+}
+
+/// What a kernel says to other devices, and where they may write.
+#[derive(Debug, Default)]
+pub(super) struct Communication {
+    /// Whether there is any.
+    pub(super) any: bool,
+    /// Whether it names the barrier semaphore. Where no kernel does, devices enter it together.
+    pub(super) own_barrier: bool,
+    /// Arguments that DMAs of other devices write to.
+    pub(super) arguments: Vec<usize>,
+    /// Ops that allocate such memory.
+    pub(super) allocations: Vec<u32>,
+    /// Whether they may write anywhere: it is not known where.
+    pub(super) anywhere: bool,
+}
+
+impl Communication {
+    /// That of the kernel `body`, whose first parameters are the grid's indices, `rank` of them.
+    pub(super) fn of(body: &Code, rank: usize) -> Self {
+        let mut found = Self::default();
+        let mut roots: HashMap<Slot, Root> = HashMap::new();
+        roots.extend(body.parameters.iter().skip(rank).enumerate().map(|(at, &slot)| (slot, Root::Argument(at))));
+        found.read(body, &mut roots);
+        found
+    }
+
+    fn read(&mut self, code: &Code, roots: &mut HashMap<Slot, Root>) {
+        for inst in &code.body {
+            let first = inst.operands.first().and_then(|read| roots.get(&read.slot).copied());
+            let root = match inst.op {
+                Op::Allocate { .. } => Some(Root::Allocation(inst.origin)),
+                Op::SliceRef { .. } | Op::SqueezeRef { .. } | Op::ReshapeRef { .. } | Op::BitcastRef { .. } => first,
+                Op::Same => first,
+                _ => None,
+            };
+            roots.extend(root.zip(inst.results.first()).map(|(root, &slot)| (slot, root)));
+            match inst.op {
+                Op::BarrierSemaphore => self.own_barrier = true,
+                Op::Signal(Target { device: true, .. }) => self.any = true,
+                Op::StartRemoteDma(_) => {
+                    self.any = true;
+                    match roots.get(&inst.operands[2].slot) {
+                        Some(&Root::Argument(at)) => self.arguments.push(at),
+                        Some(&Root::Allocation(origin)) => self.allocations.push(origin),
+                        None => self.anywhere = true,
+                    }
+                }
+                _ => {}
+            }
+            inst.codes.iter().for_each(|code| self.read(code, roots));
+        }
+    }
+}
+
+/// What a view is of.
+#[derive(Clone, Copy)]
+enum Root {
+    Argument(usize),
+    Allocation(u32),
 }
 
 impl Program {
@@ -275,6 +352,14 @@ impl Program {
     /// The source line of the kernel function, or of its first op that has one, and those that called it.
     pub fn frames(&self) -> &[Frame] {
         &self.frames
+    }
+
+    /// Whether semaphores are among its operands and results.
+    pub(super) fn has_semaphores_of_the_call(&self) -> bool {
+        self.signature
+            .arguments
+            .iter()
+            .any(|argument| argument.element.data().is_none() && argument.role != Role::Scratch)
     }
 
     /// The kernel's grid and arguments.

@@ -135,3 +135,50 @@ func.func @k(%small: !hbm, %huge: memref<1048576x1048576xf32, "hbm">) attributes
 // run
 // error: Mosaic kernel: @k: argument 0 of [4294967296, 4294967296] has more than 2^40 elements
 func.func @k(%huge: memref<4294967296x4294967296xf32, "vmem">) attributes {scratch_operands = 1 : i64} { return }
+// -----
+// Words seen as halves, the low one first; and as words again.
+// in i32[8,128] = 65538 196612 -1
+// out i32[8,128]
+// out i32[8,128]
+// run
+// result 0: i32[8, 128]: 2 4 -1 2 4 -1 2 4 ..., sum 1370.00000, by place 664330.000
+// result 1: i32[8, 128]: 65538 196612 -1 65538 196612 -1 65538 196612 ..., sum 89458347.00000, by place 44401880269.000
+func.func @k(%x: memref<8x128xi32, "vmem">, %low: memref<8x128xi32, "vmem">, %same: memref<8x128xi32, "vmem">) {
+  %c = arith.constant 0 : index
+  %i = arith.constant 0 : i32
+  %four = arith.constant 4 : i32
+  %halves = "tpu.memref_bitcast"(%x) : (memref<8x128xi32, "vmem">) -> memref<16x128xi16, "vmem">
+  %all = vector.load %halves[%c, %c] : memref<16x128xi16, "vmem">, vector<16x128xi16>
+  %some = vector.extract_strided_slice %all {offsets = [0, 0], sizes = [8, 128], strides = [1, 1]} : vector<16x128xi16> to vector<8x128xi16>
+  %wide = arith.extsi %some : vector<8x128xi16> to vector<8x128xi32>
+  vector.store %wide, %low[%c, %c] : memref<8x128xi32, "vmem">, vector<8x128xi32>
+  %out = "tpu.memref_bitcast"(%same) : (memref<8x128xi32, "vmem">) -> memref<16x128xi16, "vmem">
+  vector.store %all, %out[%c, %c] : memref<16x128xi16, "vmem">, vector<16x128xi16>
+  return
+}
+// -----
+// Half a word.
+// in i32[8,128] = 65538 196612 -1
+// run
+// fault: out-of-bounds: kernel `k`: access out of bounds: vector.load at memory.mlir:168, buffer `x`, grid step []: elements [1, 0], [2, 128] of them, of i32 seen as i16: the tile machine takes whole i32
+func.func @k(%x: memref<8x128xi32, "vmem">) {
+  %c = arith.constant 0 : index
+  %one = arith.constant 1 : index
+  %halves = "tpu.memref_bitcast"(%x) : (memref<8x128xi32, "vmem">) -> memref<16x128xi16, "vmem">
+  %v = vector.load %halves[%one, %c] : memref<16x128xi16, "vmem">, vector<2x128xi16>
+  vector.store %v, %halves[%c, %c] : memref<16x128xi16, "vmem">, vector<2x128xi16>
+  return
+}
+// -----
+// A wait by a slice that hangs over: it counts bytes.
+// in f32[8,128] = wave 0
+// run
+// ok
+func.func @k(%x: !hbm, %a: !vmem, %s: !dma) attributes {scratch_operands = 2 : i64} {
+  %c = arith.constant 0 : i32
+  %four = arith.constant 4 : i32
+  "tpu.enqueue_dma"(%x, %a, %s) : (!hbm, !vmem, !dma) -> ()
+  %over = "tpu.memref_slice"(%a, %four, %c) : (!vmem, i32, i32) -> !vmem
+  "tpu.wait_dma2"(%s, %x, %over) : (!dma, !hbm, !vmem) -> ()
+  return
+}

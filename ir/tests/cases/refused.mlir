@@ -164,15 +164,15 @@ func.func @k(%x: memref<8x128xf32, "vmem">, %h: memref<8x128xf32, "any">) {
   return
 }
 // -----
-// A narrower view.
+// A narrower view, of other lanes.
 // run
-// error: tpu.memref_bitcast: from f32 to the narrower bf16 is not supported (at refused.mlir:175)
+// error: tpu.memref_bitcast: (memref<8x128xf32, "vmem">) -> (memref<8x256xbf16, "vmem">) do not fit together (at refused.mlir:175)
 func.func @k(%x: memref<8x128xf32, "vmem">, %h: memref<8x128xf32, "any">) {
   %i = arith.constant 0 : i32
   %c = arith.constant 0 : index
   %v = arith.constant dense<0.0> : vector<8x128xf32>
   %n = arith.constant dense<0> : vector<8x128xi32>
-  %0 = "tpu.memref_bitcast"(%x) : (memref<8x128xf32, "vmem">) -> memref<16x128xbf16, "vmem">
+  %0 = "tpu.memref_bitcast"(%x) : (memref<8x128xf32, "vmem">) -> memref<8x256xbf16, "vmem">
   return
 }
 // -----

@@ -59,7 +59,7 @@ func.func @k(%x: !hbm, %a: !vmem, %s: !dma) attributes {scratch_operands = 2 : i
 // -----
 // A counting semaphore is left over.
 // run
-// fault: semaphore-unbalanced: kernel `k`: semaphore left unbalanced: tpu.sem_wait at semaphores.mlir:67, buffer `s`, grid step []: it holds 1 at the end of the kernel
+// fault: semaphore-unbalanced: kernel `k`: semaphore left unbalanced: tpu.sem_signal at semaphores.mlir:66, buffer `s`, grid step []: it holds 1 at the end of the kernel
 func.func @k(%s: !count) attributes {scratch_operands = 1 : i64} {
   %three = arith.constant 3 : i32
   %two = arith.constant 2 : i32
@@ -100,5 +100,29 @@ func.func @k(%s: !count) attributes {scratch_operands = 1 : i64} {
   "tpu.sem_wait"(%s, %one) : (!count, i32) -> ()
   %left = "tpu.sem_read"(%s) : (!count) -> i32
   "tpu.sem_wait"(%s, %left) : (!count, i32) -> ()
+  return
+}
+// -----
+// A DMA that another call waits for: its semaphore is a result.
+// in f32[8,128] = wave 0
+// out f32[8,128]
+// out i32[]
+// run
+// result 0: f32[8, 128]: 0.8217788 1.4984071 1.9103724 1.9849094 1.7088526 1.130962 0.35331 -0.48674703 ..., sum 0.05815, by place -4778.684
+// result 1: i32[]: 4096, sum 4096.00000, by place 0.000
+func.func @k(%x: !hbm, %o: !hbm, %s: !dma) {
+  "tpu.enqueue_dma"(%x, %o, %s) : (!hbm, !hbm, !dma) -> ()
+  return
+}
+// -----
+// The call that waits for it.
+// in f32[8,128] = wave 0
+// in i32[] = 4096
+// out f32[8,128]
+// alias 0:0
+// run
+// result 0: f32[8, 128]: 0.8217788 1.4984071 1.9103724 1.9849094 1.7088526 1.130962 0.35331 -0.48674703 ..., sum 0.05815, by place -4778.684
+func.func @k(%x: !hbm, %s: !dma, %o: !hbm) {
+  "tpu.wait_dma2"(%s, %x, %x) : (!dma, !hbm, !hbm) -> ()
   return
 }

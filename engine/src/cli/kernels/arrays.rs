@@ -71,6 +71,13 @@ pub(super) fn read_as_saved(path: &Path, ty: &TensorType) -> Result<HostTensor> 
     Ok(HostTensor::from_bytes(element, &ty.dims, data))
 }
 
+/// The sizes of the array in a file, if they can be read.
+pub(super) fn sizes(path: &Path) -> Option<Vec<usize>> {
+    let bytes = std::fs::read(path).ok()?;
+    let file = NpyFile::new(&bytes[..]).ok()?;
+    file.shape().iter().map(|&size| usize::try_from(size).ok()).collect()
+}
+
 /// Writes an array, whole or not at all. What NumPy has no type for is widened: bf16 and narrower floats to
 /// float32, narrow integers to 8 bits.
 ///

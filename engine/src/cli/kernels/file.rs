@@ -30,6 +30,9 @@ pub(super) struct File {
     content: Content,
 }
 
+/// A kernel, and where it is called.
+pub(super) type Kernel<'c, 'f> = (Opened<'c>, Option<&'f CallSite>);
+
 #[derive(Debug)]
 enum Content {
     /// One Mosaic kernel: readable text, or the bytecode of a custom call's body.
@@ -122,11 +125,34 @@ impl File {
         self.bytes.starts_with(BYTECODE)
     }
 
+    /// Whether a kernel of it sends to other devices, as its call says.
+    pub(super) fn communicates(&self) -> bool {
+        self.calls().iter().any(|call| call.backend_config.contains("\"has_communication\": true"))
+    }
+
+    /// The kernels with their numbers: all of them, or number `only`.
+    ///
+    /// # Errors
+    /// When one is damaged, or there are not so many.
+    pub(super) fn chosen_kernels<'c>(
+        &self,
+        context: &'c Context,
+        only: Option<usize>,
+    ) -> Result<Vec<(usize, Kernel<'c, '_>)>> {
+        let kernels = self.kernels(context)?;
+        let count = kernels.len();
+        if let Some(only) = only.filter(|&only| only >= count) {
+            let limit = format!("is not one of the {count} of {}, which are counted from 0", self.path.display());
+            return Err(Error::setting("kernel", only, limit, "see `pagoda inspect`"));
+        }
+        Ok(kernels.into_iter().enumerate().filter(|(at, _)| only.is_none_or(|only| only == *at)).collect())
+    }
+
     /// Every Mosaic kernel in it, in order of appearance, and where it is called.
     ///
     /// # Errors
     /// When one is damaged.
-    pub(super) fn kernels<'c>(&self, context: &'c Context) -> Result<Vec<(Opened<'c>, Option<&CallSite>)>> {
+    pub(super) fn kernels<'c>(&self, context: &'c Context) -> Result<Vec<Kernel<'c, '_>>> {
         let damaged = |error| Error::file(&self.path, error, EMIT_AGAIN);
         match &self.content {
             Content::Kernel => {

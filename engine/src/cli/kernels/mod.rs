@@ -1,6 +1,7 @@
 //! `pagoda plan | certify | emit | inspect | run`: one kernel at a time, from its problem to its verdict.
 
 mod arrays;
+mod devices;
 mod explain;
 mod file;
 mod inspect;

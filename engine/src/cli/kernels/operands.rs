@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pagoda_ir::random::SplitMix64;
 use pagoda_ir::{Element, HostTensor, TensorType};
@@ -84,6 +84,20 @@ impl Given {
             Some((name, _)) => Err(Error::setting("input", name, "is given twice", "give each operand once")),
             None => Ok(Self { sources }),
         }
+    }
+
+    /// No operands.
+    pub(super) fn nothing() -> Self {
+        Self { sources: vec![] }
+    }
+
+    /// The file of an operand, one of `names`.
+    pub(super) fn file(&self, names: &[Name], name: &Name) -> Option<&Path> {
+        let of = |key: &str| position(names, key).is_some_and(|at| names[at] == *name);
+        self.sources.iter().find_map(|(key, source)| match source {
+            Source::File(path) if of(key) => Some(path.as_path()),
+            _ => None,
+        })
     }
 
     /// The names as they were given.

@@ -17,7 +17,7 @@ use super::problem::{KernelCommand, Launch, NAMES, Planned};
 use super::report::{Against, Check, Report, print_reports};
 use super::results::ResultArgs;
 use super::sources::Sources;
-use super::{profile, program};
+use super::{devices, profile, program};
 use crate::error::{Error, Result};
 use crate::output::write_atomically;
 use crate::pjrt::{self, Client, Executable};
@@ -44,7 +44,12 @@ pub(in crate::cli) struct RunArgs {
     pub(super) plugin: Option<String>,
     /// Of a module with several Mosaic kernels, this one alone, counted from 0, on operands of its own.
     #[arg(long = "kernel", global = true, value_name = "N")]
-    only: Option<usize>,
+    pub(super) only: Option<usize>,
+    /// Run a kernel that sends to other devices on so many of them, or on a mesh (2x4) whose device ids are row-major
+    /// [default: as many as the module is for]. Operands are of all devices, one after another along the leading dimension; or
+    /// the same for all; or given one by one, as NAME@DEVICE. Results are of all devices.
+    #[arg(long, global = true, value_name = "N", value_parser = devices::parse)]
+    devices: Option<usize>,
     /// The array of an operand, by name or position (counted from 0), from NumPy's .npy file; f32 files also give bf16
     /// operands. Repeatable.
     #[arg(long = "input", global = true, value_name = "NAME=FILE.npy")]
@@ -171,6 +176,18 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
                 let limit = format!("is of no use: line 1 of {} names no kernel", path.display());
                 return Err(Error::setting("lengths", lengths, limit, "give the metadata with --input"));
             }
+            let devices = match (args.devices, &known) {
+                (Some(devices), Some(_)) => {
+                    let limit = "is for kernels that send to other devices, which those of `pagoda emit` do not";
+                    return Err(Error::setting("devices", devices, limit, "leave it out"));
+                }
+                (None, None) if file.communicates() => devices::of_module(&file.bytes),
+                (devices, _) => devices,
+            };
+            if let (Some(devices), true) = (devices, on_machine) {
+                no_check(args, &file)?;
+                return print_reports(&devices::run(args, &running, &given, &file, devices)?, args.json);
+            }
             match (on_machine, known) {
                 (true, Some(kernel)) => vec![emitted_on_tile_machine(args, &running, &given, &file, &kernel)?],
                 (true, None) if args.only.is_none() && file.is_program() => {
@@ -197,7 +214,7 @@ fn dma_orders(args: &RunArgs) -> Result<Vec<DmaOrder>> {
     }
 }
 
-fn order_name(dma: DmaOrder) -> String {
+pub(super) fn order_name(dma: DmaOrder) -> String {
     match dma {
         DmaOrder::Early => "early".into(),
         DmaOrder::Late => "late".into(),
@@ -250,9 +267,24 @@ impl Running {
     }
 
     /// `machine` with an order of DMAs, and what is allowed.
-    fn machine(&self, machine: Machine, dma: DmaOrder) -> Machine {
+    pub(super) fn machine(&self, machine: Machine, dma: DmaOrder) -> Machine {
         let Self { allow_unwritten_reads, allow_unwritten_outputs, allow_parallel_overlaps, ignored, .. } = *self;
         Machine { dma, allow_unwritten_reads, allow_unwritten_outputs, allow_parallel_overlaps, ignored, ..machine }
+    }
+
+    /// The orders of DMAs.
+    pub(super) fn orders(&self) -> &[DmaOrder] {
+        &self.orders
+    }
+
+    /// # Errors
+    /// When a timeline or counts are wanted, which are of one device.
+    pub(super) fn unwatched(&self) -> Result<()> {
+        let wanted = [("trace", self.trace.is_some()), ("timeline, counts or html", self.profile.is_some())];
+        match wanted.iter().find(|(_, wanted)| *wanted) {
+            None => Ok(()),
+            Some((key, _)) => Err(Error::setting(*key, "given", "is of a run on one device", "drop it, or --devices")),
+        }
     }
 
     /// The orders, as they are typed.
@@ -373,16 +405,9 @@ fn no_check(args: &RunArgs, file: &File) -> Result<()> {
 fn all_on_tile_machine(args: &RunArgs, running: &Running, given: &Given, file: &File) -> Result<Vec<Report>> {
     no_check(args, file)?;
     let context = Context::new();
-    let kernels = file.kernels(&context)?;
-    let count = kernels.len();
-    if let Some(only) = args.only.filter(|&only| only >= count) {
-        let limit = format!("is not one of the {count} of {}, which are counted from 0", file.path.display());
-        return Err(Error::setting("kernel", only, limit, "see `pagoda inspect`"));
-    }
+    let count = file.calls().len();
     let mut reports = Vec::new();
-    for (at, (opened, call)) in
-        kernels.into_iter().enumerate().filter(|(at, _)| args.only.is_none_or(|only| only == *at))
-    {
+    for (at, (opened, call)) in file.chosen_kernels(&context, args.only)? {
         let program = Program::decode(&opened.module).map_err(|error| unknown_op(&file.path, error))?;
         let Some((call, (types, results))) = call.and_then(|call| Some((call, call.types.as_ref()?))) else {
             let problem = "the sizes of its arrays stand neither in it nor in a first line from `pagoda emit`";
