@@ -1,5 +1,5 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools mpi-tools demo test nightly jax-suite multihost python serve-load bench bench-peers certify-all certify-sample tpu-static tpu-grid cost-points peers
+.PHONY: help setup tpu-tools mpi-tools demo test nightly jax-suite multihost python serve-load bench bench-peers certify-all certify-sample tpu-static tpu-grid cost-points tables peers
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
@@ -18,7 +18,8 @@ help:
 	@echo "make certify-sample N=200  problems that no table has, by the TPU compiler: how right the verdicts are"
 	@echo "make tpu-static   static cycles of the TPU kernels beside the peers'"
 	@echo "make tpu-grid N=40 the same over problems and batches that are drawn (SEED=1), beside v3"
-	@echo "make cost-points  records what the models of cost are fitted to (PAGODA_COST_SECONDS=600)"
+	@echo "make cost-points  records what the models of cost are fitted to (PAGODA_COST_SECONDS=600), fits them, says how they rank"
+	@echo "make tables       every table of the README that is measured: static cycles, the grid, tokens/s beside plain JAX"
 	@echo "make peers        measures the peers' static cycles anew (hours; ARGS=\"--only v2 --quick\" and the like)"
 
 setup:
@@ -85,7 +86,14 @@ tpu-grid: tpu-tools
 
 cost-points: tpu-tools
 	cargo test --test cost -- --ignored --nocapture record
+	cargo test --test cost -- --ignored fit
 	cargo bench --bench cost
+
+tables: tpu-tools
+	cargo bench --bench tpu_static
+	cargo bench --bench tpu_static -- grid $(or $(N),40) --seed $(or $(SEED),1)
+	cargo bench --bench cost
+	@scripts/bench-peers.sh $(ARGS)
 
 peers: tpu-tools
 	@scripts/peers.py $(ARGS)

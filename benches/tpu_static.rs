@@ -5,11 +5,10 @@
 //! the same every time. It knows matrix units, loads, stores and copies of one core; it does not know that two cores and
 //! many copies share one HBM, so the table also gives the cycles that moving the bytes takes at least.
 //!
-//! Attention: what a core takes depends on the batch, so its lengths are constants of the kernel that is compiled. Each of
-//! v5p's two cores has half of the heads, and the estimate is of one core's half (16 of 32 query heads, 4 of 8 KV heads):
-//! the compiler cannot estimate the pipeline's strided copies of half of q's heads (`dma-general`), while for a launch of
-//! half the heads they are plain ones. The peers have all heads on one core; half of their figures is what they would take
-//! on both.
+//! Attention: what a core takes depends on the batch, so its lengths are constants of the kernel that is compiled, at the tiles
+//! that the planner chooses for any batch, and for this one. Each of v5p's two cores has half of the heads, and the estimate is
+//! of one core's launch of half the heads: the compiler cannot estimate strided copies (`dma-general`). The peers have all heads
+//! on one core; half of their figures is what they would take on both.
 //!
 //! The grid compares what a step pays: everything from the projections' outputs to the output projection's input. What the
 //! compiler said of a program is kept in the user's cache, so a grid that was stopped goes on where it was.
@@ -22,11 +21,12 @@ use pagoda_engine::certify::batch::BatchCycles;
 use pagoda_engine::certify::kernel::Certified;
 use pagoda_engine::certify::{Certifier, run_if_asked};
 use pagoda_engine::check::compile::{Cached, user_cache};
-use pagoda_ir::{Context, Element};
+use pagoda_ir::Element;
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::matmul::{self, Matmul};
-use pagoda_kernels::plan::{Options, Plan, PlanError};
-use pagoda_kernels::rpa::{self, Batch, Kind, KvLayout, Rpa, mosaic};
+use pagoda_kernels::plan::{Options, Plan};
+use pagoda_kernels::random::Lengths;
+use pagoda_kernels::rpa::{self, Kind, Rpa};
 use pagoda_kernels::vmem::Bytes;
 use pagoda_kernels::{Kernel, Problem};
 
@@ -134,7 +134,12 @@ fn over_grid(count: u64, seed: u64, chip: Chip, json: bool) -> pagoda_engine::Re
                     let Some(index) = next.lock().expect("no holder panics").next() else { break };
                     let point = grid::Point::drawn(seed, index);
                     let estimate = || {
-                        let mut plans = point.forms().into_iter().map(|spec| plan_on::<Rpa>(spec, chip, None));
+                        let options = Options { tiles: None, vmem_limit: None };
+                        let batches = [point.lengths.clone()];
+                        let mut plans = point
+                            .forms()
+                            .into_iter()
+                            .map(|spec| Plan::<Rpa>::over(Problem::new(spec)?, chip, options, &batches));
                         let refused = plans.next_back().expect("three forms");
                         let plan = plans.find_map(Result::ok).map_or(refused, Ok).map_err(|error| error.to_string())?;
                         let cycles = BatchCycles::new(&plan, Some(&point.lengths), &compiler);
@@ -205,43 +210,11 @@ fn measure(json: bool) -> pagoda_engine::Result<()> {
     Ok(())
 }
 
-impl peers::Batch {
-    /// Its metadata: pages in order, sequence after sequence.
-    fn batch(&self, plan: &Plan<Rpa>) -> Batch {
-        let problem = plan.problem();
-        let (seqs, pages) = (problem.max_seqs, problem.pages_per_seq);
-        let kv_lens: Vec<i32> =
-            (0..seqs).map(|seq| if seq < self.sequences { self.kv_len as i32 } else { 0 }).collect();
-        let rows: Vec<i32> = (0..=seqs).map(|seq| (seq.min(self.sequences) * self.q_len) as i32).collect();
-        let page_indices: Vec<i32> = (0..(seqs * pages) as i32).collect();
-        Batch::new(problem, &kv_lens, &page_indices, &rows, self.sequences).expect("it fits the incident's problem")
-    }
-
-    /// What a core works on and what it fetches, in keys: each query block of a sequence as many of every KV block as the
-    /// kernel has a form for, and the pages that there are.
-    fn keys(&self, plan: &Plan<Rpa>) -> [usize; 2] {
-        let (queries, keys, page) = (plan.tiles().queries, plan.keys(), plan.problem().page_size);
-        let widths = plan.widths();
-        let (mut worked, mut fetched) = (0, 0);
-        for sequence in 0..self.sequences {
-            let (start, stop) = (sequence * self.q_len, (sequence + 1) * self.q_len);
-            for block in start / queries..stop.div_ceil(queries) {
-                let end = self.kv_len - (stop - ((block + 1) * queries).min(stop));
-                for first in (0..end).step_by(keys) {
-                    worked += widths.iter().find(|&&width| end - first <= width).unwrap_or(&keys);
-                    fetched += (self.kv_len - first).next_multiple_of(page).min(keys);
-                }
-            }
-        }
-        [worked, fetched]
-    }
-}
-
 fn attentions(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {
     let mut lines = Vec::new();
     if !json {
         println!(
-            "\nbatch (kernel)      | ours, per core @ MiB (tiles)     | around | matrix unit | bytes  | v2 best, <= 16 MiB  | v3 best, <= 16 MiB  | v3 f32"
+            "\nbatch (kernel)      | ours, per core @ MiB (tiles)     | tiles for   | matrix unit | bytes  | v2 best, <= 16 MiB  | v3 best, <= 16 MiB  | v3 f32"
         );
     }
     let mixed = peers.batches.iter().map(|case| (case, Kind::Mixed));
@@ -251,49 +224,40 @@ fn attentions(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine
         let v3 = [figures.v3_any.cycles, figures.v3_16mib.cycles];
         let v3_f32 = figures.v3_f32_16mib.cycles;
         let (tokens, kernel) = if kind == Kind::Decode { (8, "decode") } else { (1024, "mixed") };
-        let spec = rpa::Spec { tokens, q_heads: 16, kv_heads: 4, kind, ..Rpa::common().remove(0) };
-        let plan = plan::<Rpa>(spec, None);
-        let context = Context::new();
-        let batch_kernel = mosaic::kernel_of_batch(&context, &plan, &batch.batch(&plan))?;
-        let ours = Certified::of_kernel(&plan, &batch_kernel, certifier)?;
-        let cycles = ours.certificate.kernel_cycles();
-        let around = ours.certificate.cycles.iter().map(|op| op.cycles).sum::<u64>() - cycles.unwrap_or(0);
-        let (info, problem) = (Chip::V5p.info(), plan.problem());
-        // Two products of two flop each for every row, key and element; all heads of the core.
-        let rows = problem.group() * plan.tiles().queries.min(batch.q_len.next_multiple_of(8));
-        let [worked, fetched] = batch.keys(&plan);
-        let flop = worked * rows * problem.head_dim * 4 * problem.kv_heads;
-        let matrix_unit = flop as u64 / info.peak_flop_per_cycle_and_core;
-        // Both cores: K and V of every page, q and the output once.
-        let row = problem.head_dim * problem.precision.q.bytes();
-        let moved = 2 * (fetched * KvLayout::rows_of(problem.kv_heads) + 2 * tokens * problem.q_heads) * row;
-        let floor = moved as f64 / info.hbm_bytes_per_cycle();
-        if json {
-            lines.push(serde_json::json!({ "batch": name, "kernel": kernel, "cycles_per_core": cycles,
-                "cycles_around": around, "matrix_unit_cycles": matrix_unit, "bytes_moved": moved, "bytes_cycles": floor,
-                "ours": ours, "v2": v2, "v3": v3, "v3_f32": v3_f32 }));
-            continue;
+        let problem = Problem::new(rpa::Spec { tokens, kind, ..Rpa::common().remove(0) }).expect("a problem");
+        let lengths = vec![Lengths { q_len: batch.q_len, kv_len: batch.kv_len }; batch.sequences];
+        let plan_over = |batches: &[Vec<Lengths>]| {
+            Plan::<Rpa>::over(problem.clone(), Chip::V5p, Options::default(), batches).expect("a plan")
+        };
+        let (any, own) = (plan_over(&[]), plan_over(&[lengths.clone()]));
+        let same = any.tiles() == own.tiles();
+        let plans = [("any batch", any), ("this batch", own)];
+        for (of, plan) in plans.into_iter().take(if same { 1 } else { 2 }) {
+            let (ours, certificate) = BatchCycles::of_launch(&plan, Some(&lengths), certifier)?;
+            if json {
+                lines.push(serde_json::json!({ "batch": name, "kernel": kernel, "tiles_for": of, "ours": ours,
+                    "spills": certificate.spills(), "v2": v2, "v3": v3, "v3_f32": v3_f32 }));
+                continue;
+            }
+            let cycles = ours.core_cycles.map_or("none".into(), |cycles| cycles.to_string());
+            println!(
+                "{:<19} | {:<32} | {of:<11} | {:<11} | {:<6} | {:<19} | {:<19} | {v3_f32}",
+                format!("{name} ({kernel})"),
+                format!("{cycles} @ {:.1} ({})", ours.vmem.as_mib(), ours.tiles),
+                ours.mxu_floor_cycles,
+                ours.hbm_floor_cycles,
+                format!("{}, {}", v2[0], v2[1]),
+                format!("{}, {}", v3[0], v3[1]),
+            );
         }
-        let taken = ours.plan.total + ours.certificate.spills();
-        let cycles = cycles.map_or("none".into(), |cycles| cycles.to_string());
-        println!(
-            "{:<19} | {:<32} | {around:<6} | {matrix_unit:<11} | {floor:<6.0} | {:<19} | {:<19} | {v3_f32}",
-            format!("{name} ({kernel})"),
-            format!("{cycles} @ {:.1} ({})", taken.as_mib(), ours.plan.tiles),
-            format!("{}, {}", v2[0], v2[1]),
-            format!("{}, {}", v3[0], v3[1]),
-        );
     }
     Ok(lines)
 }
 
 /// The planner's kernel on v5p.
 fn plan<K: Kernel>(spec: K::Spec, vmem_limit: Option<Bytes>) -> Plan<K> {
-    plan_on(spec, Chip::V5p, vmem_limit).expect("a plan")
-}
-
-fn plan_on<K: Kernel>(spec: K::Spec, chip: Chip, vmem_limit: Option<Bytes>) -> Result<Plan<K>, PlanError> {
-    Plan::new(Problem::new(spec)?, chip, Options { tiles: None, vmem_limit })
+    let problem = Problem::new(spec).expect("a problem");
+    Plan::new(problem, Chip::V5p, Options { tiles: None, vmem_limit }).expect("a plan")
 }
 
 fn matmuls(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {

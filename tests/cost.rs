@@ -1,79 +1,240 @@
-//! The points that the models of cost are fitted to: recorded from libtpu, and held against the models.
+//! The points that the models of cost are fitted to: recorded from libtpu, fitted, and held against the models.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use pagoda_engine::certify::Certifier;
-use pagoda_engine::certify::batch::BatchCycles;
+use pagoda_engine::certify::batch::{Launch, cycles_of_launches};
 use pagoda_engine::check::compile::{Cached, user_cache};
 use pagoda_engine::pjrt::{Kind, PluginChoice};
 use pagoda_kernels::chips::Chip;
-use pagoda_kernels::cost::{self, Point, Ranking};
+use pagoda_kernels::cost::{self, Family, FamilyWeights, Point, Ranking, Table, Weights};
 use pagoda_kernels::matmul::Matmul;
 use pagoda_kernels::random::Lengths;
 use pagoda_kernels::rpa::Rpa;
-use pagoda_kernels::{Choices, Kernel, Plan, Problem};
+use pagoda_kernels::{Choices, Kernel, Options, Plan, Problem};
 
-const FILE: &str = "kernels/tuned/cost.json";
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
 
-/// Records drawn problems of a kernel at candidates that are spread over all of them, for `PAGODA_COST_SECONDS` (default 600),
-/// from the seed `PAGODA_COST_SEED` (default 1) on. The file is written after every point; points of the seed that it has are kept.
+/// Records points for `PAGODA_COST_SECONDS` (default 600): first what the planner would choose today for points on record, then
+/// drawn problems, from the seed `PAGODA_COST_SEED` (default 1) on, of the kernel `PAGODA_COST_KERNEL` if it is given, and of those whose
+/// specification has all parts of `PAGODA_COST_ONLY` (`"kv_heads":1;"q":"bf16"`). The table is written after every problem; a run that was
+/// stopped goes on where it was.
 #[test]
 #[ignore = "an hour of compilations by libtpu"]
 fn record() {
-    let number =
-        |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
     let library = PluginChoice::Named(Kind::Tpu).locate().expect("make tpu-tools").path;
-    let certifier = Certifier::new(env!("CARGO_BIN_EXE_pagoda"), &library);
+    let patient = Duration::from_secs(1800);
+    let certifier = Certifier::new(env!("CARGO_BIN_EXE_pagoda"), &library).timeout(patient).profile_timeout(patient);
     let compiler = Cached::new(certifier, &library, &user_cache().unwrap().join("kernels")).unwrap();
-    let started = std::time::Instant::now();
+    let started = Instant::now();
+    let mut recorder = Recorder { table: Points::read(), compiler };
+    let is_time = || started.elapsed().as_secs() < number("PAGODA_COST_SECONDS", 600);
+    for (chip, kernel, spec) in recorder.table.problems() {
+        if is_time() {
+            match kernel.as_str() {
+                Rpa::NAME => recorder.complete::<Rpa>(chip, &spec),
+                _ => recorder.complete::<Matmul>(chip, &spec),
+            }
+        }
+    }
     let mut seed = number("PAGODA_COST_SEED", 1);
-    while started.elapsed().as_secs() < number("PAGODA_COST_SECONDS", 600) {
+    let wanted = |kernel: &str| std::env::var("PAGODA_COST_KERNEL").map_or(true, |only| only == kernel);
+    while is_time() {
         for chip in [Chip::V5p, Chip::V6e] {
-            point::<Rpa>(chip, seed, &compiler);
-            point::<Matmul>(chip, seed, &compiler);
+            if wanted(Rpa::NAME) {
+                recorder.draw::<Rpa>(chip, seed);
+            }
+            if wanted(Matmul::NAME) {
+                recorder.draw::<Matmul>(chip, seed);
+            }
         }
         seed += 1;
     }
 }
 
-/// One problem, one batch, a few candidates.
-fn point<K: Kernel>(chip: Chip, seed: u64, compiler: &Cached) {
-    const CANDIDATES: usize = 6;
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(FILE);
-    let Some(spec) = K::workload(&mut Choices::of_seed(seed)) else { return };
-    let problem = Problem::new(spec).expect("a workload is a problem");
-    let mut batches = K::spread(&problem);
-    let batch: Option<Vec<Lengths>> =
-        (!batches.is_empty()).then(|| batches.swap_remove(seed as usize % batches.len()).1);
-    let Ok(plans) = Plan::<K>::all(&problem, chip, None, batch.as_deref()) else { return };
-    let mut points: Vec<Point> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    let spec = serde_json::to_value(problem.spec()).unwrap();
-    if points.iter().any(|of| of.chip == chip && of.kernel == K::NAME && of.spec == spec && of.batch == batch) {
-        return;
+/// The table of points, in its file.
+struct Points(Vec<Point>);
+
+impl Points {
+    fn path() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/tuned/cost.json")
     }
-    // The planner's choice, and others at equal distances.
-    let chosen = Plan::<K>::new(problem.clone(), chip, pagoda_kernels::Options::default()).expect("there are plans");
-    let step = plans.len().div_ceil(CANDIDATES).max(1);
-    let others = plans.iter().step_by(step).filter(|plan| plan.tiles() != chosen.tiles());
-    let mut cycles = BTreeMap::new();
-    for plan in std::iter::once(&chosen).chain(others) {
-        if let Ok((of, _)) = BatchCycles::of_launch(plan, batch.as_deref(), compiler)
-            && let Some(device) = of.device_cycles
-        {
-            cycles.insert(plan.tiles().to_string(), device);
+
+    fn read() -> Self {
+        Self(serde_json::from_slice(&std::fs::read(Self::path()).unwrap()).unwrap())
+    }
+
+    fn write(&self) {
+        let lines: Vec<_> = self.0.iter().map(|point| serde_json::to_string(point).unwrap()).collect();
+        let partial = Self::path().with_extension("partial");
+        std::fs::write(&partial, format!("[\n{}\n]\n", lines.join(",\n"))).unwrap();
+        std::fs::rename(partial, Self::path()).unwrap();
+    }
+
+    /// The problems on record, each once.
+    fn problems(&self) -> Vec<(Chip, String, serde_json::Value)> {
+        let mut problems: Vec<(Chip, String, serde_json::Value)> = Vec::new();
+        for point in &self.0 {
+            let of = (point.chip, point.kernel.clone(), point.spec.clone());
+            if !problems.contains(&of) {
+                problems.push(of);
+            }
         }
+        problems
     }
-    eprintln!("{} {chip} {seed}: {cycles:?}", K::NAME);
-    if cycles.len() < 2 {
-        return;
+}
+
+struct Recorder {
+    table: Points,
+    compiler: Cached,
+}
+
+impl Recorder {
+    /// One problem, two batches of its spread, a few candidates: the planner's, those that the model finds best for each batch,
+    /// and one of the others.
+    fn draw<K: Kernel>(&mut self, chip: Chip, seed: u64) {
+        const MOST: usize = 4;
+        const BATCHES: usize = 2;
+        let Some(spec) = K::workload(&mut Choices::of_seed(seed)) else { return };
+        let problem = Problem::new(spec).expect("a workload is a problem");
+        let spec = serde_json::to_value(problem.spec()).unwrap();
+        let is_known = |of: &Point| of.chip == chip && of.kernel == K::NAME && of.spec == spec;
+        let Ok(chosen) = Plan::<K>::new(problem.clone(), chip, Options::default()) else { return };
+        let parts = std::env::var("PAGODA_COST_ONLY").unwrap_or_default();
+        if parts.split(';').any(|part| !spec.to_string().contains(part)) {
+            return;
+        }
+        if self.table.0.iter().any(is_known) {
+            return;
+        }
+        let spread = K::spread(&problem).into_iter().map(|(_, batch)| Some(batch));
+        let mut batches: Vec<Option<Vec<Lengths>>> = if spread.len() == 0 { vec![None] } else { spread.collect() };
+        let turned = seed as usize % batches.len();
+        batches.rotate_left(turned);
+        batches.truncate(BATCHES);
+        let mut tiles = vec![chosen.tiles()];
+        let mut add = |of: K::Tiles| {
+            if !tiles.contains(&of) {
+                tiles.push(of);
+            }
+        };
+        let all = |batch: &Option<Vec<Lengths>>| {
+            let over: Vec<_> = batch.iter().cloned().collect();
+            Plan::<K>::all(&problem, chip, None, &over).expect("there are plans")
+        };
+        let any = all(&None);
+        add(any[seed as usize % any.len()].tiles());
+        batches.iter().for_each(|batch| add(all(batch)[0].tiles()));
+        any.iter().take(MOST).for_each(|plan| add(plan.tiles()));
+        tiles.truncate(MOST);
+        let asked = batches.iter().map(|batch| (batch.clone(), tiles.clone())).collect();
+        self.compile::<K>(&problem, chip, chosen.limit(), asked);
     }
-    let compiler = std::fs::read_to_string(".pagoda/plugins/libtpu.version").unwrap_or_default().trim().to_owned();
-    points.push(Point { kernel: K::NAME.into(), chip, spec, limit: chosen.limit(), batch, cycles, compiler });
-    let lines: Vec<_> = points.iter().map(|point| serde_json::to_string(point).unwrap()).collect();
-    let partial = path.with_extension("partial");
-    std::fs::write(&partial, format!("[\n{}\n]\n", lines.join(",\n"))).unwrap();
-    std::fs::rename(partial, path).unwrap();
+
+    /// What the model finds best today for each batch of a problem on record.
+    fn complete<K: Kernel>(&mut self, chip: Chip, spec: &serde_json::Value) {
+        let of_spec: K::Spec = serde_json::from_value(spec.clone()).unwrap();
+        let problem = Problem::new(of_spec).expect("a problem on record");
+        let points = self.table.0.iter().filter(|of| of.chip == chip && of.kernel == K::NAME && of.spec == *spec);
+        let mut limit = None;
+        let asked = points.map(|point| {
+            limit = Some(point.limit);
+            let batches: Vec<_> = point.batch.iter().cloned().collect();
+            let options = Options { tiles: None, vmem_limit: limit };
+            let chosen = Plan::<K>::over(problem.clone(), chip, options, &batches).expect("a plan").tiles();
+            let is_known = point.cycles.contains_key(&chosen.to_string());
+            (point.batch.clone(), if is_known { vec![] } else { vec![chosen] })
+        });
+        let asked = asked.collect();
+        self.compile::<K>(&problem, chip, limit.expect("a point"), asked);
+    }
+
+    /// Has tiles compiled for batches of a problem, and adds what came of it.
+    fn compile<K: Kernel>(
+        &mut self,
+        problem: &Problem<K::Spec>,
+        chip: Chip,
+        limit: pagoda_kernels::vmem::Bytes,
+        asked: Vec<(Option<Vec<Lengths>>, Vec<K::Tiles>)>,
+    ) {
+        let plan = |tiles: K::Tiles| -> Plan<K> {
+            let options = Options { tiles: Some(tiles), vmem_limit: Some(limit) };
+            Plan::<K>::new(problem.clone(), chip, options).expect("a candidate is legal")
+        };
+        let launches: Vec<Launch<K>> = asked
+            .iter()
+            .flat_map(|(batch, tiles)| tiles.iter().map(move |&tiles| (plan(tiles), batch.as_deref())))
+            .collect();
+        if launches.is_empty() {
+            return;
+        }
+        let started = Instant::now();
+        let mut cycles = cycles_of_launches(&launches, &self.compiler).expect("the compiler").into_iter();
+        let compiler = std::fs::read_to_string(".pagoda/plugins/libtpu.version").unwrap_or_default().trim().to_owned();
+        let spec = serde_json::to_value(problem.spec()).unwrap();
+        for (batch, tiles) in &asked {
+            let new: BTreeMap<String, u64> =
+                tiles.iter().filter_map(|tiles| Some((tiles.to_string(), cycles.next()??))).collect();
+            let known =
+                |of: &&mut Point| of.chip == chip && of.kernel == K::NAME && of.spec == spec && of.batch == *batch;
+            match self.table.0.iter_mut().find(known) {
+                Some(point) => point.cycles.extend(new),
+                None if new.len() > 1 => self.table.0.push(Point {
+                    kernel: K::NAME.into(),
+                    chip,
+                    spec: spec.clone(),
+                    limit,
+                    batch: batch.clone(),
+                    cycles: new,
+                    compiler: compiler.clone(),
+                }),
+                None => {}
+            }
+        }
+        eprintln!(
+            "{} {chip}: {} launches in {:.0} s, {} points | {}",
+            K::NAME,
+            launches.len(),
+            started.elapsed().as_secs_f64(),
+            self.table.0.len(),
+            K::describe(problem)
+        );
+        self.table.write();
+    }
+}
+
+/// Fits the weights to all points on record, and writes them.
+#[test]
+#[ignore = "writes kernels/tuned/cost_weights.json"]
+fn fit() {
+    let table = fitted(&Points::read().0);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/tuned/cost_weights.json");
+    std::fs::write(path, serde_json::to_string_pretty(&table).unwrap() + "\n").unwrap();
+}
+
+/// The table of weights that fit some points.
+fn fitted(points: &[Point]) -> Table {
+    let mut table = Table::new();
+    for (family, chip, weights) in fitted_of::<Rpa>(points).into_iter().chain(fitted_of::<Matmul>(points)) {
+        let units: Vec<String> = family.units.iter().map(|&unit| unit.to_owned()).collect();
+        let of = table.entry(family.name.to_owned()).or_insert(FamilyWeights { units, chips: BTreeMap::new() });
+        // Four digits are more than the estimate has.
+        let round = |weight: f64| format!("{weight:.3e}").parse().expect("a number");
+        of.chips.insert(chip, weights.of_units(family).into_iter().map(round).collect());
+    }
+    table
+}
+
+fn fitted_of<K: Kernel>(points: &[Point]) -> Vec<(&'static Family, Chip, Weights)> {
+    let fit = |((family, chip), of): ((&'static Family, Chip), Vec<_>)| {
+        let prior = cost::weights(family, chip).copied().unwrap_or_default();
+        (family, chip, Weights::fit(&of, &prior))
+    };
+    cost::launches::<K>(points).into_iter().map(fit).collect()
 }
 
 /// The models rank what is on record: the worst regret and the mean correlation are held, so that a change of a kernel or of

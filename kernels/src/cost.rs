@@ -1,13 +1,14 @@
-//! What a launch costs, by a model: the work that it gives each unit of a core, weighed so that recorded launches cost what
-//! the compiler's static estimate says.
+//! What a launch costs, by a model: the steps of its busiest core, each with the work that it gives the core's units and the
+//! copies that run beside it, weighed so that recorded launches cost what the compiler's static estimate says.
 //!
-//! A kernel counts the work ([`Kernel::work_of_units`]): pure arithmetic over tiles and batch. How much of it a cycle does
-//! is not known beforehand: parts overlap, and the compiler spills. So the weights are fitted, for each chip, to points on
-//! record (`tuned/cost.json`: problem, tiles, batch, cycles), in relative terms: a short launch counts as much as a long
-//! one. Weights are never negative: more work never costs less.
+//! A kernel says what its steps are ([`Kernel::stages`]): pure arithmetic over tiles and batch. How many cycles a unit of
+//! work takes is not known beforehand: parts overlap, and the compiler spills. So the weights are fitted, for each
+//! [`Family`] and chip, to points on record (`tuned/cost.json`: problem, batch, tiles, cycles), in relative terms: a short
+//! launch counts as much as a long one. Weights are never negative: more work never costs less.
 //!
-//! The points are data, compiled in, so that planning stays pure; `cargo test --test cost -- --ignored` makes them anew, and
-//! `cargo bench --bench cost` prints how well the model ranks them.
+//! The weights are data (`tuned/cost_weights.json`), compiled in, so that planning stays pure and fast. `make cost-points`
+//! records points and fits; `cargo bench --bench cost` prints how well the model ranks them, each point by weights that were
+//! fitted to others.
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -23,82 +24,199 @@ use crate::{
     vmem::Bytes,
 };
 
-/// Units whose work is counted.
-pub const UNITS: usize = 7;
+/// Kinds of work that a family tells apart, at most.
+pub const UNITS: usize = 16;
 
-/// Work of the busiest core in a launch. The scale of a unit does not matter, as its weight is fitted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct UnitWork {
-    /// Cycles of the matrix units, padding counted.
-    pub matrix: f64,
-    /// Elements that the vector units go through.
-    pub vector: f64,
-    /// Elements that are stored.
-    pub stores: f64,
-    /// Elements that are loaded.
-    pub loads: f64,
-    /// Copies that are started.
-    pub copies: f64,
-    /// Bytes that are copied.
-    pub bytes: f64,
-    /// Steps of loops that do not overlap with anything.
-    pub steps: f64,
+/// Launches whose steps are of one sort: they share their weights.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Family {
+    /// What it is called in the table of weights.
+    pub name: &'static str,
+    /// The kinds of work that its steps count, in order; [`UNITS`] at most.
+    pub units: &'static [&'static str],
 }
 
-impl UnitWork {
-    /// The units in order.
-    pub fn units(&self) -> [f64; UNITS] {
-        let &Self { matrix, vector, stores, loads, copies, bytes, steps } = self;
-        [matrix, vector, stores, loads, copies, bytes, steps]
+/// Work by kind, in the order of [`Family::units`]. The scale of a unit does not matter, as its weight is fitted.
+pub type Work = [f64; UNITS];
+
+/// Equal steps of a core, one after another.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Stage {
+    /// How many steps.
+    pub times: f64,
+    /// What one of them does.
+    pub work: Work,
+    /// What runs beside it.
+    pub copies: Copies,
+}
+
+/// Copies for a step that run ahead, while earlier steps work.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Copies {
+    /// Cycles from start to end.
+    pub cycles: f64,
+    /// Steps that work meanwhile.
+    pub beside: f64,
+    /// Steps that share what the work does not hide: as many copies are under way at a time.
+    pub among: f64,
+}
+
+impl Stage {
+    /// Steps without copies of their own.
+    pub fn of(times: f64, work: Work) -> Self {
+        Self { times, work, copies: Copies::default() }
+    }
+
+    /// What part of a step's work counts, and the cycles beside it, where the work takes `cycles`: a step takes as long as
+    /// its work, and longer where its copies do.
+    fn exposed(&self, cycles: f64) -> (f64, f64) {
+        let Copies { cycles: copy, beside, among } = self.copies;
+        match copy > beside * cycles && among > 0.0 {
+            true => (1.0 - beside / among, copy / among),
+            false => (1.0, 0.0),
+        }
     }
 }
 
-/// Cycles for a unit of work of each kind, and of a launch that does nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct Weights {
-    launch: f64,
-    units: [f64; UNITS],
-}
+/// Cycles for a unit of work of each kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Weights(Work);
 
 impl Weights {
-    /// The weights that fit launches best: `(work, cycles)`. Least squares of relative errors, none below zero, by going
-    /// through the weights one by one.
-    pub fn fit(points: &[(UnitWork, f64)]) -> Self {
-        const ROUNDS: usize = 400;
-        let rows: Vec<[f64; UNITS + 1]> = points
-            .iter()
-            .map(|(work, cycles)| {
-                let mut row = [1.0 / cycles; UNITS + 1];
-                row[1..].iter_mut().zip(work.units()).for_each(|(cell, unit)| *cell = unit / cycles);
-                row
-            })
-            .collect();
-        let mut weights = [0.0; UNITS + 1];
-        // What every row lacks to 1.
-        let mut missing = vec![1.0; rows.len()];
+    /// The weights that fit launches best: `(stages, cycles)`. Least squares of relative errors, none below zero; what the
+    /// launches say nothing of stays near `prior`. Which steps wait for copies depends on the weights, so they are fitted again
+    /// and again; the best fit is kept.
+    pub fn fit(points: &[(Vec<Stage>, f64)], prior: &Self) -> Self {
+        const ROUNDS: usize = 12;
+        /// A weight that is twice its prior counts as much as a launch that is missed by this part of its cycles.
+        const HELD: f64 = 0.03;
+        let error = |weights: &Self| -> f64 {
+            points.iter().map(|(stages, cycles)| (weights.cycles(stages) / cycles - 1.0).powi(2)).sum()
+        };
+        let mut best = (f64::INFINITY, Self::default());
+        // Work so slow that no copy is waited for.
+        let mut weights = Self([1e12; UNITS]);
         for _ in 0..ROUNDS {
-            for unit in 0..=UNITS {
-                let squares: f64 = rows.iter().map(|row| row[unit] * row[unit]).sum();
-                if squares == 0.0 {
-                    continue;
+            let rows = points.iter().map(|(stages, cycles)| {
+                let (mut row, mut missing) = ([0.0; UNITS], 1.0);
+                for stage in stages {
+                    let (share, beside) = stage.exposed(weights.of(&stage.work));
+                    let times = stage.times / cycles;
+                    row.iter_mut().zip(stage.work).for_each(|(cell, unit)| *cell += times * share * unit);
+                    missing -= times * beside;
                 }
-                let step: f64 =
-                    rows.iter().zip(&missing).map(|(row, missing)| row[unit] * missing).sum::<f64>() / squares;
-                let weight = (weights[unit] + step).max(0.0);
-                let change = weight - weights[unit];
-                weights[unit] = weight;
-                rows.iter().zip(&mut missing).for_each(|(row, missing)| *missing -= change * row[unit]);
+                (row, missing)
+            });
+            let held = prior.0.iter().enumerate().filter(|(_, weight)| **weight > 0.0).map(|(unit, weight)| {
+                let mut row = [0.0; UNITS];
+                row[unit] = HELD / weight;
+                (row, HELD)
+            });
+            weights = Self(least_squares(rows.chain(held).collect()));
+            let of = error(&weights);
+            if of < best.0 {
+                best = (of, weights);
             }
         }
-        let mut units = [0.0; UNITS];
-        units.copy_from_slice(&weights[1..]);
-        Self { launch: weights[0], units }
+        best.1
+    }
+
+    /// Cycles of a step's work.
+    fn of(&self, work: &Work) -> f64 {
+        self.0.iter().zip(work).map(|(weight, unit)| weight * unit).sum()
     }
 
     /// Cycles of a launch.
-    pub fn cycles(&self, work: &UnitWork) -> f64 {
-        self.launch + self.units.iter().zip(work.units()).map(|(weight, unit)| weight * unit).sum::<f64>()
+    pub fn cycles(&self, stages: &[Stage]) -> f64 {
+        let of = |stage: &Stage| {
+            let work = self.of(&stage.work);
+            let (share, beside) = stage.exposed(work);
+            stage.times * (share * work + beside)
+        };
+        stages.iter().map(of).sum()
     }
+
+    /// The weights of a family's units.
+    pub fn of_units(&self, family: &Family) -> Vec<f64> {
+        self.0[..family.units.len()].to_vec()
+    }
+}
+
+/// The weights, none below zero, with which `(row, right side)` are missed least, going through them one by one.
+fn least_squares(rows: Vec<(Work, f64)>) -> Work {
+    const ROUNDS: usize = 300;
+    let mut weights = [0.0; UNITS];
+    let (rows, mut missing): (Vec<Work>, Vec<f64>) = rows.into_iter().unzip();
+    for _ in 0..ROUNDS {
+        for unit in 0..UNITS {
+            let squares: f64 = rows.iter().map(|row| row[unit] * row[unit]).sum();
+            if squares == 0.0 {
+                continue;
+            }
+            let step = rows.iter().zip(&missing).map(|(row, missing)| row[unit] * missing).sum::<f64>() / squares;
+            let weight = (weights[unit] + step).max(0.0);
+            let change = weight - weights[unit];
+            weights[unit] = weight;
+            rows.iter().zip(&mut missing).for_each(|(row, missing)| *missing -= change * row[unit]);
+        }
+    }
+    weights
+}
+
+/// The table of weights: by family, then by chip.
+pub type Table = BTreeMap<String, FamilyWeights>;
+
+/// A family's part of the table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FamilyWeights {
+    /// The units, in order.
+    pub units: Vec<String>,
+    /// Cycles of each.
+    pub chips: BTreeMap<Chip, Vec<f64>>,
+}
+
+/// The weights of a family on a chip. Chips without points take those of the chip with the same matrix units.
+pub fn weights(family: &Family, chip: Chip) -> Option<&'static Weights> {
+    static WEIGHTS: LazyLock<BTreeMap<String, BTreeMap<Chip, Weights>>> = LazyLock::new(|| {
+        let of_chip = |weights: Vec<f64>| {
+            let mut work = [0.0; UNITS];
+            work.iter_mut().zip(weights).for_each(|(cell, weight)| *cell = weight);
+            Weights(work)
+        };
+        let of_family = |of: FamilyWeights| of.chips.into_iter().map(|(chip, of)| (chip, of_chip(of))).collect();
+        table().into_iter().map(|(name, of)| (name, of_family(of))).collect()
+    });
+    let of_family = WEIGHTS.get(family.name)?;
+    let alike = match chip {
+        Chip::V4 | Chip::V5e | Chip::V5p => Chip::V5p,
+        Chip::V6e | Chip::Tpu7x => Chip::V6e,
+    };
+    of_family.get(&chip).or_else(|| of_family.get(&alike))
+}
+
+/// The table of weights on record.
+///
+/// # Panics
+/// When it is damaged; a test sees to it that it is not.
+pub fn table() -> Table {
+    serde_json::from_str(include_str!("../tuned/cost_weights.json")).expect("the table is valid")
+}
+
+/// Cycles of a launch of `plan` over `batch` by the weights on record; `None` for a kernel without stages.
+pub fn cycles<K: Kernel>(plan: &Plan<K>, batch: Option<&[Lengths]>) -> Option<f64> {
+    let weights = weights(K::family(plan.problem())?, plan.chip())?;
+    Some(weights.cycles(&K::stages(plan, batch)?))
+}
+
+/// What candidates cost over some batches, from the cycles of each: the mean, over batches, of its cycles over the least that
+/// any takes, so that a short batch counts as much as a long one.
+pub fn scores(cycles: &[Vec<f64>]) -> Vec<f64> {
+    let batches = cycles.iter().map(Vec::len).min().unwrap_or(0);
+    let least: Vec<f64> =
+        (0..batches).map(|batch| cycles.iter().map(|of| of[batch]).fold(f64::INFINITY, f64::min)).collect();
+    let score = |of: &Vec<f64>| of.iter().zip(&least).map(|(of, least)| of / least).sum::<f64>() / batches as f64;
+    cycles.iter().map(score).collect()
 }
 
 /// A launch that was compiled.
@@ -150,17 +268,23 @@ pub fn points() -> &'static [Point] {
     &POINTS
 }
 
-/// The weights of a kernel by chip, fitted to `points`.
-pub fn weights<K: Kernel>(points: &[Point]) -> BTreeMap<Chip, Weights> {
-    let mut by_chip: BTreeMap<Chip, Vec<(UnitWork, f64)>> = BTreeMap::new();
+/// Launches of a kernel on record as the fit takes them, by family and chip: `(stages, cycles)` of every candidate.
+pub fn launches<K: Kernel>(points: &[Point]) -> Vec<((&'static Family, Chip), Vec<(Vec<Stage>, f64)>)> {
+    let mut launches: Vec<((&'static Family, Chip), Vec<_>)> = Vec::new();
     for point in points.iter().filter(|point| point.kernel == K::NAME) {
         for (plan, cycles) in point.plans::<K>().unwrap_or_default() {
-            if let Some(work) = K::work_of_units(&plan, point.batch.as_deref()) {
-                by_chip.entry(point.chip).or_default().push((work, cycles as f64));
+            if let (Some(family), Some(stages)) = (K::family(plan.problem()), K::stages(&plan, point.batch.as_deref()))
+            {
+                let key = (family, point.chip);
+                let at = launches.iter().position(|(of, _)| *of == key).unwrap_or_else(|| {
+                    launches.push((key, vec![]));
+                    launches.len() - 1
+                });
+                launches[at].1.push((stages, cycles as f64));
             }
         }
     }
-    by_chip.into_iter().map(|(chip, points)| (chip, Weights::fit(&points))).collect()
+    launches
 }
 
 /// How well a model ranks the candidates of one point.
@@ -201,32 +325,69 @@ mod tests {
     use super::*;
     use crate::random::Random;
 
+    /// Launches of three sorts of steps: without copies, with copies that work hides, and with copies that it does not.
     #[test]
     fn a_fit_finds_the_weights_that_made_the_points() {
         let mut random = Random::new(3);
-        let mut drawn = |most| random.within(0, most) as f64;
-        let weights = Weights { launch: 800.0, units: [1.1, 0.4, 0.0, 0.2, 30.0, 0.001, 250.0] };
+        let mut drawn = |most| random.within(1, most) as f64;
+        let mut weights = Weights::default();
+        weights.0[..5].copy_from_slice(&[800.0, 1.1, 0.4, 0.0, 30.0]);
         let points: Vec<_> = (0..200)
             .map(|_| {
-                let work = UnitWork {
-                    matrix: drawn(90_000),
-                    vector: drawn(50_000),
-                    stores: drawn(20_000),
-                    loads: drawn(70_000),
-                    copies: drawn(900),
-                    bytes: drawn(9_000_000),
-                    steps: drawn(200),
+                let mut work = || {
+                    let mut work = [0.0; UNITS];
+                    work[1..5].copy_from_slice(&[drawn(900), drawn(500), drawn(200), drawn(9)]);
+                    work
                 };
-                (work, weights.cycles(&work))
+                let (first, second) = (work(), work());
+                let mut launch = [0.0; UNITS];
+                launch[0] = 1.0;
+                let copies = |cycles| Copies { cycles, beside: 2.0, among: 3.0 };
+                let (times, copy) = ([drawn(20), drawn(20)], [drawn(300), 6000.0]);
+                let of = |(work, (times, copy))| Stage { times, work, copies: copies(copy) };
+                let steps = [first, second].into_iter().zip(times.into_iter().zip(copy)).map(of);
+                let stages: Vec<_> = steps.chain([Stage::of(1.0, launch)]).collect();
+                let cycles = weights.cycles(&stages);
+                (stages, cycles)
             })
             .collect();
-        let fitted = Weights::fit(&points);
-        for (work, cycles) in &points {
-            assert!((fitted.cycles(work) / cycles - 1.0).abs() < 0.02, "{fitted:?}");
+        let fitted = Weights::fit(&points, &Weights::default());
+        for (stages, cycles) in &points {
+            assert!((fitted.cycles(stages) / cycles - 1.0).abs() < 0.02, "{fitted:?}");
         }
+        // Of units that no launch has, the prior says all.
+        let mut prior = weights;
+        prior.0[9] = 7.0;
+        assert!((Weights::fit(&points, &prior).0[9] - 7.0).abs() < 1e-6);
         // What is noise in one unit never makes a weight negative.
-        let noisy: Vec<_> = points.iter().map(|(work, cycles)| (*work, cycles + 9.0 * (1e5 - work.stores))).collect();
-        assert!(Weights::fit(&noisy).units.iter().all(|&weight| weight >= 0.0));
+        let noisy: Vec<_> = points.iter().map(|(stages, of)| (stages.clone(), of + 9e3 / stages[0].work[3])).collect();
+        assert!(Weights::fit(&noisy, &weights).0.iter().all(|&weight| weight >= 0.0));
+    }
+
+    #[test]
+    fn a_step_takes_as_long_as_its_work_or_its_copies() {
+        let mut weights = Weights::default();
+        weights.0[0] = 1.0;
+        let of = |work: f64, copies| {
+            let mut units = [0.0; UNITS];
+            units[0] = work;
+            weights.cycles(&[Stage { times: 10.0, work: units, copies }])
+        };
+        let copies = |cycles, beside, among| Copies { cycles, beside, among };
+        assert_eq!(of(100.0, Copies::default()), 1000.0);
+        // Two copies under way beside the work of two steps: none is waited for, or each step takes a half.
+        assert_eq!(of(100.0, copies(200.0, 2.0, 2.0)), 1000.0);
+        assert_eq!(of(100.0, copies(300.0, 2.0, 2.0)), 1500.0);
+        // A copy is started behind a step's work: two steps take a copy and the work of one.
+        assert_eq!(of(100.0, copies(300.0, 1.0, 2.0)), 2000.0);
+    }
+
+    #[test]
+    fn a_short_batch_counts_as_much_as_a_long_one() {
+        let of = |[one, other]: [[f64; 2]; 2]| scores(&[one.to_vec(), other.to_vec()]);
+        assert_eq!(of([[100.0, 10_000.0], [150.0, 10_000.0]]), [1.0, 1.25]);
+        let scores = of([[100.0, 10_000.0], [105.0, 8_000.0]]);
+        assert!(scores[1] < scores[0], "{scores:?}");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
-    cost::UnitWork,
+    cost::{self, Family, Stage},
     error::Invalid,
     evidence::Records,
     mutants::MutantSet,
@@ -203,6 +203,12 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         Work { flops: flops as f64, bytes: bytes_accessed as f64 }
     }
 
+    /// Bytes that a launch of `plan` moves between HBM and VMEM, all cores together: no fewer than those of [`Kernel::work`], and
+    /// more where tiles have blocks fetched again. By default what that says.
+    fn bytes_moved(plan: &Plan<Self>, batch: Option<&[Lengths]>) -> f64 {
+        Self::work(plan.problem(), batch).bytes
+    }
+
     /// The Mosaic kernel of `plan` for sequences of the lengths in `batch` alone: they are constants of it, so that the
     /// compiler knows how often each loop turns, and its static estimate is of this batch. Operands are the same. By default
     /// the kernel as it is.
@@ -252,25 +258,31 @@ pub trait Kernel: Sized + Send + Sync + 'static {
     /// The rule that they break.
     fn legal(problem: &ProblemOf<Self>, chip: Chip, tiles: Self::Tiles) -> std::result::Result<(), PlanError>;
 
-    /// The best legal tiles whose buffers fit `limit`, with room for spills where there are some; `None` if none fit.
-    fn choose(problem: &ProblemOf<Self>, chip: Chip, limit: Bytes) -> Option<Self::Tiles>;
+    /// The best legal tiles whose buffers fit `limit`, with room for spills where there are some; `None` if none fit. They are
+    /// for launches over `batches`; where none are given, over those of [`Kernel::spread`].
+    fn choose(problem: &ProblemOf<Self>, chip: Chip, limit: Bytes, batches: &[Vec<Lengths>]) -> Option<Self::Tiles>;
 
     /// Legal tiles whose buffers fit `limit`: what is worth a compilation. By default the planner's choice alone.
     fn candidates(problem: &ProblemOf<Self>, chip: Chip, limit: Bytes) -> Vec<Self::Tiles> {
-        Self::choose(problem, chip, limit).into_iter().collect()
+        Self::choose(problem, chip, limit, &[]).into_iter().collect()
     }
 
-    /// The work of the busiest core in a launch of `plan` over `batch`, by unit: what a model of its cycles is fitted to
-    /// ([`crate::cost`]). `None` for a kernel that does not say.
-    fn work_of_units(plan: &Plan<Self>, batch: Option<&[Lengths]>) -> Option<UnitWork> {
+    /// Whose weights a model of the problem's launches takes ([`crate::cost`]). `None` for a kernel without stages.
+    fn family(problem: &ProblemOf<Self>) -> Option<&'static Family> {
+        let _ = problem;
+        None
+    }
+
+    /// The steps of the busiest core in a launch of `plan` over `batch`: what a model of its cycles is fitted to. `None` for
+    /// a kernel that does not say.
+    fn stages(plan: &Plan<Self>, batch: Option<&[Lengths]>) -> Option<Vec<Stage>> {
         let _ = (plan, batch);
         None
     }
 
     /// Cycles of a launch of `plan` over `batch` by the kernel's model. `None` for a kernel, or a chip, without one.
     fn model(plan: &Plan<Self>, batch: Option<&[Lengths]>) -> Option<f64> {
-        let _ = (plan, batch);
-        None
+        cost::cycles(plan, batch)
     }
 
     /// What follows from legal tiles: name, grid, every VMEM buffer.

@@ -12,6 +12,7 @@ use pagoda_ir::{
 
 use crate::{
     chips::Chip,
+    cost,
     error::Invalid,
     kernel::{self, Kernel, ProblemOf},
     named::{Arguments, Role},
@@ -98,6 +99,20 @@ impl<K: Kernel> Plan<K> {
     /// When the limit passes the chip's VMEM, the kernel cannot be planned for the problem, the tiles are illegal, or no
     /// tiles fit the limit.
     pub fn new(problem: ProblemOf<K>, chip: Chip, options: Options<K::Tiles>) -> Result<Self, PlanError> {
+        Self::over(problem, chip, options, &[])
+    }
+
+    /// As [`Plan::new`], with the best tiles for launches over `batches`; where there are none, over the kernel's spread.
+    ///
+    /// # Errors
+    /// As [`Plan::new`], and when a batch is not one of the problem.
+    pub fn over(
+        problem: ProblemOf<K>,
+        chip: Chip,
+        options: Options<K::Tiles>,
+        batches: &[Vec<Lengths>],
+    ) -> Result<Self, PlanError> {
+        batches.iter().try_for_each(|batch| K::check_batch(&problem, Some(batch)))?;
         let limit = scoped_limit(chip, options.vmem_limit)?;
         K::plannable(&problem, chip)?;
         let tiles = match options.tiles {
@@ -105,7 +120,7 @@ impl<K: Kernel> Plan<K> {
                 K::legal(&problem, chip, tiles)?;
                 tiles
             }
-            None => K::choose(&problem, chip, limit).ok_or_else(|| PlanError {
+            None => K::choose(&problem, chip, limit, batches).ok_or_else(|| PlanError {
                 key: "vmem-limit",
                 value: limit.to_string(),
                 limit: format!("holds no legal tiles of {} {}", K::NAME, K::describe(&problem)),
@@ -115,26 +130,37 @@ impl<K: Kernel> Plan<K> {
         Ok(Self::with(problem, chip, tiles, limit))
     }
 
-    /// Every plan of `problem` on `chip` within the limit that is worth a compilation, the cheapest by the kernel's model
-    /// first; `batch` is what the model is asked about. The planner's choice is among them.
+    /// Every plan of `problem` on `chip` within the limit that is worth a compilation, the cheapest over `batches` by the
+    /// kernel's model first. The planner's choice for them is among them.
     ///
     /// # Errors
-    /// As [`Plan::new`].
+    /// As [`Plan::over`].
     pub fn all(
         problem: &ProblemOf<K>,
         chip: Chip,
         vmem_limit: Option<Bytes>,
-        batch: Option<&[Lengths]>,
+        batches: &[Vec<Lengths>],
     ) -> Result<Vec<Self>, PlanError> {
-        let chosen = Self::new(problem.clone(), chip, Options { tiles: None, vmem_limit })?;
+        let chosen = Self::over(problem.clone(), chip, Options { tiles: None, vmem_limit }, batches)?;
         let others = K::candidates(problem, chip, chosen.limit).into_iter().filter(|&tiles| tiles != chosen.tiles);
         let others = others.map(|tiles| Self::with(problem.clone(), chip, tiles, chosen.limit));
-        let mut plans: Vec<Self> = std::iter::once(chosen.clone()).chain(others).collect();
-        plans.sort_by_cached_key(|plan| K::model(plan, batch).unwrap_or(0.0) as u64);
-        Ok(plans)
+        let plans: Vec<Self> = std::iter::once(chosen.clone()).chain(others).collect();
+        let mut scored: Vec<_> = cost::scores(&plans.iter().map(|plan| plan.modelled(batches)).collect::<Vec<_>>())
+            .into_iter()
+            .zip(plans)
+            .collect();
+        scored.sort_by(|(one, _), (other, _)| one.total_cmp(other));
+        Ok(scored.into_iter().map(|(_, plan)| plan).collect())
     }
 
-    fn with(problem: ProblemOf<K>, chip: Chip, tiles: K::Tiles, limit: Bytes) -> Self {
+    /// Cycles by the kernel's model: of a launch over each of `batches`; of one launch, where there are none.
+    fn modelled(&self, batches: &[Vec<Lengths>]) -> Vec<f64> {
+        let of = |batch: Option<&[Lengths]>| K::model(self, batch).unwrap_or(1.0);
+        if batches.is_empty() { vec![of(None)] } else { batches.iter().map(|batch| of(Some(batch))).collect() }
+    }
+
+    /// The plan with legal tiles.
+    pub(crate) fn with(problem: ProblemOf<K>, chip: Chip, tiles: K::Tiles, limit: Bytes) -> Self {
         let layout = K::layout(&problem, chip, tiles);
         Self { problem, chip, tiles, limit, layout }
     }
@@ -199,9 +225,10 @@ impl<K: Kernel> Plan<K> {
         &self.layout.details
     }
 
-    /// The plan of the same problem with the tiles that the planner would choose within the same limit.
+    /// The plan of the same problem with the tiles that the planner would choose within the same limit, for the kernel's
+    /// spread of batches.
     pub fn replanned(&self) -> Option<Self> {
-        let tiles = K::choose(&self.problem, self.chip, self.limit)?;
+        let tiles = K::choose(&self.problem, self.chip, self.limit, &[])?;
         Some(Self::with(self.problem.clone(), self.chip, tiles, self.limit))
     }
 

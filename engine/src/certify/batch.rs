@@ -8,6 +8,7 @@
 use std::fmt;
 
 use pagoda_ir::Context;
+use pagoda_ir::stablehlo::Module;
 use pagoda_kernels::Kernel;
 use pagoda_kernels::kernel::certified_module;
 use pagoda_kernels::plan::Plan;
@@ -16,7 +17,7 @@ use pagoda_kernels::vmem::Bytes;
 use serde::Serialize;
 
 use super::{Certificate, Certifier, Profile, Program};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Where cycles come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -160,13 +161,72 @@ fn launched<K: Kernel>(plan: &Plan<K>, batch: Option<&[Lengths]>, compiler: &dyn
 /// When the batch is not one of the problem.
 pub fn launch_module<K: Kernel>(context: &Context, plan: &Plan<K>, batch: Option<&[Lengths]>) -> Result<Vec<u8>> {
     let module = certified_module::<K>(context, plan, &K::kernel_of_batch(context, plan, batch)?)?;
+    row_major(&module)?;
+    Ok(module.bytecode())
+}
+
+/// A plan, and the batch that a launch of it is over.
+pub type Launch<'b, K> = (Plan<K>, Option<&'b [Lengths]>);
+
+/// Static cycles of launches of plans of one problem and chip, compiled as one program: starting the compiler takes longer
+/// than most kernels do. A launch that the compiler refuses, or has no estimate of, has none.
+///
+/// # Errors
+/// When a batch is not one of the problem, or the compiler is missing.
+pub fn cycles_of_launches<K: Kernel>(launches: &[Launch<K>], compiler: &dyn Compile) -> Result<Vec<Option<u64>>> {
+    let Some((plan, _)) = launches.first() else { return Ok(vec![]) };
+    let name = |at: usize| format!("launch_{at}");
+    let (module, times) = module_of_launches(launches, name)?;
+    match compiler.certificate(plan.chip().info().topology, "launches", module) {
+        Ok(certificate) if certificate.compiles() => {
+            let cycles = |(at, times): (usize, &usize)| {
+                let (name, numbered) = (name(at), name(at) + ".");
+                let of = certificate.cycles.iter().find(|of| of.op == name || of.op.starts_with(&numbered));
+                of.map(|of| of.cycles / of.equal * *times as u64)
+            };
+            Ok(times.iter().enumerate().map(cycles).collect())
+        }
+        Err(error @ Error::Io { .. }) => Err(error),
+        _ if launches.len() == 1 => Ok(vec![None]),
+        // One of them stands in the way of the others.
+        _ => {
+            let (front, back) = launches.split_at(launches.len() / 2);
+            Ok([cycles_of_launches(front, compiler)?, cycles_of_launches(back, compiler)?].concat())
+        }
+    }
+}
+
+/// A program of all launches, one behind the other, each named; and how many of each make one of the plan's.
+fn module_of_launches<K: Kernel>(
+    launches: &[Launch<K>],
+    name: impl Fn(usize) -> String,
+) -> Result<(Vec<u8>, Vec<usize>)> {
+    let context = Context::new();
+    let of_launch = |(plan, batch): &Launch<K>| {
+        let (share, times) = K::core_share(plan).unwrap_or_else(|| (plan.clone(), 1));
+        Ok::<_, Error>((K::kernel_of_batch(&context, &share, *batch)?, times))
+    };
+    let (kernels, times): (Vec<_>, Vec<_>) =
+        launches.iter().map(of_launch).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+    let module = Module::new(&context, "launches");
+    let inputs = kernels[0].inputs();
+    module.function("main", &inputs, |b, args| {
+        let calls = kernels.iter().enumerate().map(|(at, kernel)| kernel.call(&b.named(&name(at)), args));
+        Ok(calls.collect::<pagoda_ir::Result<Vec<_>>>()?.concat())
+    })?;
+    row_major(&module)?;
+    Ok((module.bytecode(), times))
+}
+
+/// Has arrays lie as they do in a step.
+fn row_major(module: &Module) -> Result<()> {
     let (arguments, results) = module.function_types("main")?;
     let wide = |types: &[pagoda_ir::TensorType]| -> Vec<usize> {
         types.iter().enumerate().filter(|(_, ty)| ty.dims.len() > 1).map(|(at, _)| at).collect()
     };
     wide(&arguments).into_iter().try_for_each(|at| module.row_major_argument("main", at))?;
     wide(&results).into_iter().try_for_each(|at| module.row_major_result("main", at))?;
-    Ok(module.bytecode())
+    Ok(())
 }
 
 /// Cycles of the programs around the kernel, and how many of them no estimate stands behind.

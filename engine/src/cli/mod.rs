@@ -64,6 +64,10 @@ enum Command {
     Plan {
         #[command(subcommand)]
         kernel: kernels::KernelCommand,
+        /// Choose the tiles for launches over this batch: query rows, KV tokens and how many such sequences, e.g.
+        /// 1024/1024,1/4608x8. Repeatable: several batches count alike [default: the kernel's own spread of batches].
+        #[arg(long, global = true, value_name = "Q/KV[xN],...")]
+        lengths: Vec<String>,
         /// Print JSON.
         #[arg(long, global = true)]
         json: bool,
@@ -74,8 +78,8 @@ enum Command {
         kernel: kernels::KernelCommand,
         #[command(flatten)]
         compiler: kernels::CompilerArgs,
-        /// Also estimate a launch over this batch: query rows, KV tokens and how many such sequences, e.g.
-        /// 1024/1024,1/4608x8. Its lengths are constants of the kernel that is compiled for it.
+        /// Choose the tiles for launches over this batch, and estimate one: query rows, KV tokens and how many such
+        /// sequences, e.g. 1024/1024,1/4608x8. Its lengths are constants of the kernel that is compiled for it.
         #[arg(long, global = true, value_name = "Q/KV[xN],...")]
         lengths: Option<String>,
         /// Print JSON.
@@ -269,7 +273,7 @@ pub fn main() -> ExitCode {
         Command::Doctor { json } => {
             doctor::doctor(json).map(|works| if works { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-        Command::Plan { kernel, json } => kernels::plan(&kernel, json),
+        Command::Plan { kernel, lengths, json } => kernels::plan(&kernel, &lengths, json),
         Command::Certify { kernel, compiler, lengths, json } => {
             kernels::certify(&kernel, &compiler, lengths.as_deref(), json)
         }

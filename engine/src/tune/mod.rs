@@ -127,13 +127,15 @@ pub fn tune<K: Kernel>(
         K::check_batch(problem, batch.lengths.as_deref())?;
     }
     let first = batches.first().and_then(|batch| batch.lengths.as_deref());
+    let lengths: Vec<Vec<Lengths>> = batches.iter().filter_map(|batch| batch.lengths.clone()).collect();
     let planned = |error: pagoda_kernels::PlanError| Error::setting(error.key, error.value, error.limit, error.fix);
-    let plans = Plan::all(problem, chip, Some(plan.limit()), first).map_err(planned)?;
+    let plans = Plan::all(problem, chip, Some(plan.limit()), &lengths).map_err(planned)?;
     let in_all = plans.len();
     // The planner's choice, and that of the command line, are compared whatever the model says.
-    let chosen = plan.replanned().map(|plan| plan.tiles());
+    let options = pagoda_kernels::Options { tiles: None, vmem_limit: Some(plan.limit()) };
+    let chosen = Plan::<K>::over(problem.clone(), chip, options, &lengths).map_err(planned)?.tiles();
     let mut tried: Vec<Plan<K>> = plans.into_iter().take(most.max(1)).collect();
-    for tiles in [Some(plan.tiles()), chosen].into_iter().flatten() {
+    for tiles in [plan.tiles(), chosen] {
         if !tried.iter().any(|of| of.tiles() == tiles) {
             let options = pagoda_kernels::Options { tiles: Some(tiles), vmem_limit: Some(plan.limit()) };
             tried.push(Plan::new(problem.clone(), chip, options).map_err(planned)?);
@@ -168,7 +170,7 @@ pub fn tune<K: Kernel>(
         spec: serde_json::to_value(problem.spec()).map_err(Error::runtime("writing JSON"))?,
         chip,
         limit: plan.limit(),
-        planned: chosen.unwrap_or(plan.tiles()).to_string(),
+        planned: chosen.to_string(),
         tiles_form: <K::Tiles as TileSizes>::FORM,
         candidates_in_all: in_all,
         candidates: candidates.collect(),

@@ -18,6 +18,7 @@ use pagoda_kernels::{
     kernel::{Sample, TileSizes},
     plan::{self, Layout, Spilling},
     problem::Specification,
+    random::Lengths,
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 use serde::{Deserialize, Serialize};
@@ -153,7 +154,7 @@ impl Kernel for Gelu {
     }
 
     /// The largest block that leaves a mebibyte for spills.
-    fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
+    fn choose(problem: &Problem, chip: Chip, limit: Bytes, _: &[Vec<Lengths>]) -> Option<Tiles> {
         let powers = (3..12).map(|power| 1 << power).filter(|&rows| rows < problem.rows);
         let candidates = powers.chain([problem.rows]).map(|rows| Tiles { rows });
         candidates.filter(|&tiles| report(problem, chip, tiles).total() + Bytes::mib(1) <= limit).max()

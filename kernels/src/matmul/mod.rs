@@ -194,12 +194,16 @@ impl Kernel for Matmul {
         plan::legal(problem, tiles)
     }
 
-    fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<plan::Tiles> {
+    fn choose(problem: &Problem, chip: Chip, limit: Bytes, _: &[Vec<Lengths>]) -> Option<plan::Tiles> {
         plan::choose(problem, chip, limit)
     }
 
     fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<plan::Tiles> {
         plan::fitting(problem, chip, limit)
+    }
+
+    fn bytes_moved(plan: &plan::Plan, _: Option<&[Lengths]>) -> f64 {
+        plan.estimate().bytes_moved as f64
     }
 
     fn model(plan: &plan::Plan, _: Option<&[Lengths]>) -> Option<f64> {

@@ -34,6 +34,7 @@ use crate::{
     mutants::MutantSet,
     named::{Arguments, Arrays, Named},
     plan::{Layout, PlanError},
+    random::Lengths,
     vmem::Bytes,
 };
 
@@ -110,7 +111,7 @@ impl Kernel for RmsNorm {
         plan::legal(problem, tiles)
     }
 
-    fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<plan::Tiles> {
+    fn choose(problem: &Problem, chip: Chip, limit: Bytes, _: &[Vec<Lengths>]) -> Option<plan::Tiles> {
         plan::choose(problem, chip, limit)
     }
 

@@ -185,6 +185,11 @@ impl Batch {
         })
     }
 
+    /// The lengths of the live sequences.
+    pub fn lengths(&self) -> Vec<Lengths> {
+        self.sequences().map(|of| Lengths { q_len: of.q_len, kv_len: of.kv_len }).collect()
+    }
+
     /// Keys of each sequence: `[max_seqs]`.
     pub fn kv_lens(&self) -> &[i32] {
         &self.kv_lens

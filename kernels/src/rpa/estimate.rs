@@ -1,7 +1,5 @@
 //! What a launch over a known batch takes: its work, the part of each core, and the programs around it.
 
-use std::{collections::BTreeMap, sync::LazyLock};
-
 use pagoda_ir::{Context, Element, Result, TensorType, stablehlo::Module};
 
 use super::{
@@ -11,7 +9,7 @@ use super::{
 };
 use crate::{
     chips::Chip,
-    cost::{self, UnitWork, Weights},
+    cost,
     kernel::{Kernel, Work},
     named::Named,
     random::Lengths,
@@ -49,58 +47,13 @@ pub(super) fn work(problem: &Problem, batch: &[Lengths]) -> Work {
         .fold(Work::default(), |sum, of| Work { flops: sum.flops + of.flops, bytes: sum.bytes + of.bytes })
 }
 
-/// Online softmax over the blocks of each sequence, for one core's heads: rows that are padding work like others.
-pub(super) fn work_of_units(plan: &Plan, batch: &[Lengths]) -> UnitWork {
-    let (problem, info) = (plan.problem(), plan.chip().info());
-    let (queries, keys, group) = (plan.tiles().queries, plan.keys(), problem.group());
-    // Blocks of heads are shared out over the cores.
-    let blocks = problem.kv_heads / plan.head_block();
-    let heads = (plan.head_block() * blocks.div_ceil(info.cores)) as f64;
-    let dim = problem.head_dim.next_multiple_of(128) as f64;
-    let widths = plan.widths();
-    let mut work = UnitWork::default();
-    let mut first_row = 0;
-    for &Lengths { q_len, kv_len } in batch {
-        let stop = first_row + q_len;
-        for block in first_row / queries..stop.div_ceil(queries) {
-            let end = (kv_len + ((block + 1) * queries).min(stop)).saturating_sub(stop);
-            let begin = problem.sliding_window.map_or(0, |window| {
-                let first = (kv_len + (block * queries).max(first_row)).saturating_sub(stop);
-                (first + 1).saturating_sub(window) / keys * keys
-            });
-            let rows =
-                ((stop.min((block + 1) * queries) - first_row.max(block * queries)).next_multiple_of(16)).min(queries);
-            let rows = (rows * group) as f64;
-            let mut worked = 0.0;
-            for start in (begin..end).step_by(keys) {
-                worked += widths.iter().copied().find(|&width| end - start <= width).unwrap_or(keys) as f64;
-                work.steps += 1.0;
-                let fetched = (kv_len - start).min(keys).div_ceil(problem.page_size);
-                work.copies += fetched as f64;
-                let token = problem.kv_layout().token_elements() / problem.kv_heads * problem.precision.kv.bytes();
-                work.bytes += heads * (fetched * problem.page_size * token) as f64;
-            }
-            work.matrix += heads * worked * rows.max(64.0) * dim * 4.0 / info.peak_flop_per_cycle_and_core as f64;
-            work.vector += heads * worked * rows / 1024.0;
-            work.loads += heads * worked * dim / 1024.0;
-            work.stores += heads * rows * (worked / keys as f64) * (dim + 256.0) / 1024.0;
-        }
-        // Begin and finish of the blocks that the sequence is in.
-        let all = (stop.div_ceil(queries) - first_row / queries) as f64;
-        work.stores += all * heads * (queries * group) as f64 * (2.0 * dim + 256.0) / 1024.0;
-        first_row = stop;
-    }
-    work
-}
-
-/// Cycles by the weights that fit the points on record; `None` for a chip without any.
+/// Cycles by the weights that fit the points on record.
 pub(super) fn model(plan: &Plan, batch: &[Lengths]) -> Option<f64> {
-    static WEIGHTS: LazyLock<BTreeMap<Chip, Weights>> = LazyLock::new(|| cost::weights::<Rpa>(cost::points()));
-    Some(WEIGHTS.get(&plan.chip())?.cycles(&work_of_units(plan, batch)))
+    cost::cycles::<Rpa>(plan, Some(batch))
 }
 
-/// Decode rows over ragged contexts; of a mixed problem also one prompt, a chunk behind a long context, and half of the rows
-/// beside decode rows.
+/// Decode rows over ragged contexts; of a decode problem also over short ones; of a mixed problem also one prompt, several short ones, a chunk behind a long context, and
+/// half of the rows beside decode rows.
 pub(super) fn spread(problem: &Problem) -> Vec<(&'static str, Vec<Lengths>)> {
     let (most, rows) = (problem.max_kv_len().min(problem.pages * problem.page_size), problem.tokens);
     let pages = problem.pages / problem.max_seqs.min(problem.pages); // of a sequence, if all are as long
@@ -112,7 +65,8 @@ pub(super) fn spread(problem: &Problem) -> Vec<(&'static str, Vec<Lengths>)> {
     };
     let decoding = ("decode", decode(problem.max_seqs.min(rows).min(problem.pages)));
     if problem.kind == Kind::Decode {
-        return vec![decoding];
+        let short = decoding.1.iter().map(|of| Lengths { kv_len: of.kv_len.div_ceil(6), ..*of }).collect();
+        return vec![decoding, ("decode-short", short)];
     }
     let prompt = |q_len: usize| Lengths { q_len: q_len.min(most), kv_len: q_len.min(most) };
     let chunk = Lengths { q_len: rows.min(most), kv_len: most };
@@ -120,20 +74,17 @@ pub(super) fn spread(problem: &Problem) -> Vec<(&'static str, Vec<Lengths>)> {
     let pages_left = problem.pages - beside.iter().map(|of| of.kv_len.div_ceil(problem.page_size)).sum::<usize>();
     let half = (rows / 2).min(pages_left * problem.page_size);
     let mixed = beside.into_iter().chain((half > 0).then(|| prompt(half))).collect();
-    vec![("prompt", vec![prompt(rows)]), ("chunk", vec![chunk]), ("mixed", mixed), decoding]
+    // Of as many rows each, a number that is not round where there are others.
+    let count = problem.max_seqs.min(rows).min(problem.pages).min(8);
+    let each = (rows / count).min(longest);
+    let short = (0..count).map(|at| prompt((each - at * each / (4 * count)).max(1))).collect();
+    vec![("prompt", vec![prompt(rows)]), ("prompts", short), ("chunk", vec![chunk]), ("mixed", mixed), decoding]
 }
 
-/// Powers of two of query rows, and blocks of 128 to 4096 keys, with powers of two and three times such.
+/// What is worth a compilation: see [`plan::candidates`].
 pub(super) fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<Tiles> {
-    let queries = [8, 16, 32, 64, 128, 256, 512];
-    let keys = [128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096];
-    let mut pages: Vec<usize> = keys.map(|keys| (keys / problem.page_size).clamp(1, problem.pages_per_seq)).to_vec();
-    pages.dedup();
-    let all = queries.into_iter().flat_map(|queries| pages.iter().map(move |&kv_pages| Tiles { queries, kv_pages }));
-    let fits = |tiles: &Tiles| {
-        Rpa::legal(problem, chip, *tiles).is_ok() && Rpa::layout(problem, chip, *tiles).vmem.total() <= limit
-    };
-    all.filter(fits).collect()
+    let fits = |tiles: &Tiles| Rpa::layout(problem, chip, *tiles).vmem.total() <= limit;
+    plan::candidates(problem, chip).into_iter().filter(fits).collect()
 }
 
 /// Of a fused kernel no more than the output's change of layout, where rows are copied one by one. Before another, queries and

@@ -31,6 +31,7 @@ pub mod native;
 pub mod plan;
 pub mod problem;
 pub mod reference;
+mod schedule;
 pub mod stablehlo;
 
 use std::sync::LazyLock;
@@ -50,7 +51,7 @@ use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
-    cost::UnitWork,
+    cost::{Family, Stage},
     error::{Invalid, ensure},
     evidence::Records,
     kernel::{Kernel, Operand, Sample, Work},
@@ -324,12 +325,19 @@ impl Kernel for Rpa {
         plan::legal(problem, tiles)
     }
 
-    fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<plan::Tiles> {
-        plan::choose(problem, chip, limit)
+    fn choose(problem: &Problem, chip: Chip, limit: Bytes, batches: &[Vec<Lengths>]) -> Option<plan::Tiles> {
+        plan::choose(problem, chip, limit, batches)
     }
 
-    fn work_of_units(plan: &plan::Plan, batch: Option<&[Lengths]>) -> Option<UnitWork> {
-        Some(estimate::work_of_units(plan, batch?))
+    fn family(problem: &Problem) -> Option<&'static Family> {
+        Some(match problem.kind {
+            Kind::Mixed => &schedule::MIXED,
+            Kind::Decode => &schedule::DECODE,
+        })
+    }
+
+    fn stages(plan: &plan::Plan, batch: Option<&[Lengths]>) -> Option<Vec<Stage>> {
+        Some(schedule::stages(plan, batch?))
     }
 
     /// Over a batch; or the sum over those that serving meets.

@@ -30,16 +30,17 @@ use serde::{Deserialize, Serialize};
 
 pub use self::decode::Split;
 use super::{
-    Rpa,
-    kv_layout::{KvRows, fills_tiles, tile_rows},
+    Rpa, estimate,
+    kv_layout::{KvLayout, KvRows, fills_tiles, tile_rows},
     mosaic::block::lanes,
     problem::{Kind, Problem, Spec},
 };
 use crate::{
     chips::Chip,
-    evidence,
+    cost, evidence,
     kernel::{Kernel, TileSizes},
     plan::{self, PlanError, Spilling},
+    random::Lengths,
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
@@ -78,8 +79,11 @@ pub type Plan = plan::Plan<Rpa>;
 pub(super) const CHUNK: usize = 512;
 /// Most rows of a head's products that the planner chooses.
 const MAX_ROWS: usize = 2048;
+/// Query rows and keys of a block that are worth a try.
+const QUERIES: [usize; 7] = [8, 16, 32, 64, 128, 256, 512];
+const KEYS: [usize; 9] = [128, 256, 384, 512, 768, 1024, 1536, 2048, 3072];
 /// Most keys of a block that the planner chooses: more are wasted on what a causal mask hides.
-const MAX_KEYS: usize = 512;
+const MAX_KEYS: usize = 1024;
 /// Most logits of a block, all heads together, that the planner chooses. The body spells them out: the compiler's time
 /// grows with them. In f32, products take six passes.
 const MAX_LOGITS: usize = 1 << 21;
@@ -307,11 +311,49 @@ impl Plan {
         list_lengths(self.problem(), in_bands(self.problem(), self.chip(), self.tiles()))
     }
 
-    /// What a KV block takes, of a block of rows and of a band, in units of their own.
-    pub(super) fn costs(&self) -> [i64; 2] {
-        // Few rows take as long as bringing keys and values into the matrix units does.
-        let of = |rows: usize| (rows * self.problem().group()).div_ceil(8).max(16) as i64;
+    /// What an entry costs, of a block of rows and of a band.
+    pub(super) fn costs(&self) -> [EntryCost; 2] {
+        let of = |rows| EntryCost::of_rows(rows * self.problem().group(), self);
         [of(self.block_rows()), of(self.band())]
+    }
+}
+
+/// What an entry of the work list takes, roughly, in cycles: what cores share the list by. Constants of the kernel's text, and
+/// so independent of the weights that plans are chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct EntryCost {
+    /// Beginning and end.
+    pub entry: i64,
+    /// Of a KV block beside its products.
+    pub block: i64,
+    /// Of every 128 keys.
+    pub lanes: i64,
+}
+
+impl EntryCost {
+    /// Of `rows` rows of each KV head's products. (Fitted to static cycles by libtpu 0.0.52 on v5p.)
+    fn of_rows(rows: usize, plan: &Plan) -> Self {
+        const ENTRY: f64 = 900.0;
+        const PER_ROW: f64 = 0.35;
+        const BLOCK: f64 = 430.0;
+        const OPS_PER_REGISTER: f64 = 9.0;
+        const VECTOR_UNITS: f64 = 4.0;
+        let (info, dim) = (plan.chip().info(), plan.problem().head_dim.next_multiple_of(LANES));
+        let (heads, rows) = (plan.head_block() as f64, rows as f64);
+        // Matrix units take keys and values in whole tiles of theirs, whatever rows there are.
+        let products = 4.0 * rows.max(info.mxu as f64) * (LANES * dim) as f64;
+        let matrix = products / info.peak_flop_per_cycle_and_core as f64;
+        let vector = rows / SUBLANES as f64 * OPS_PER_REGISTER / VECTOR_UNITS;
+        Self {
+            entry: (ENTRY + heads * rows * PER_ROW) as i64,
+            block: BLOCK as i64,
+            lanes: (heads * matrix.max(vector)) as i64,
+        }
+    }
+
+    /// Of an entry that sees so many KV blocks, and so many times 128 keys.
+    pub fn of(&self, blocks: i64, lanes: i64) -> i64 {
+        self.entry + blocks * self.block + lanes * self.lanes
     }
 }
 
@@ -518,75 +560,62 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     VmemReport { buffers: first.into_iter().chain(by_head).chain(lanes).chain(rest).chain(last).collect() }
 }
 
-/// The tiles of least [`cycles`] that fit `limit` with room for spills; without it, if none do.
-pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
-    if problem.kind == Kind::Decode {
-        return decode::choose(problem, chip, limit);
-    }
-    let head_block = head_block(problem, chip);
-    let most_logits = if problem.precision.q == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
-    let margin = |tiles| evidence::margin(&spilling(problem, tiles, head_block));
-    let mut best: Option<((bool, f64), Tiles)> = None;
-    for queries in [8, 16, 32, 64, 128, 256] {
-        let rows = queries * problem.group();
-        if queries > problem.tokens.next_multiple_of(SUBLANES) || (queries > SUBLANES && rows > MAX_ROWS) {
-            continue;
+/// The tiles that cost least over `batches`, of those that fit `limit` with room for spills; without it, if none do.
+pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes, batches: &[Vec<Lengths>]) -> Option<Tiles> {
+    let spread: Vec<Vec<Lengths>>;
+    let batches = match batches {
+        [] => {
+            spread = estimate::spread(problem).into_iter().map(|(_, batch)| batch).collect();
+            &spread
         }
-        for kv_pages in 1..=problem.pages_per_seq.min(MAX_COPIES) {
-            let tiles = Tiles { queries, kv_pages };
-            let keys = kv_pages * problem.page_size;
-            let smallest = kv_pages == 1 && queries == SUBLANES;
-            if !smallest && (keys > MAX_KEYS || head_block * rows * keys > most_logits) {
-                continue;
-            }
-            let taken = report(problem, in_bands(problem, chip, tiles), head_block).total();
-            if taken > limit {
-                continue;
-            }
-            let fits = taken + margin(tiles) <= limit;
-            let cycles = cycles(problem, chip, tiles, head_block);
-            let is_better = |&((other, most), _): &((bool, f64), Tiles)| (fits, -cycles) > (other, -most);
-            if best.as_ref().is_none_or(is_better) {
-                best = Some(((fits, cycles), tiles));
-            }
-        }
-    }
-    best.map(|(_, tiles)| tiles)
+        _ => batches,
+    };
+    let plans = candidates(problem, chip).into_iter().map(|tiles| Plan::with(problem.clone(), chip, tiles, limit));
+    let fitting: Vec<Plan> = plans.filter(|plan| plan.vmem().total() <= limit).collect();
+    let has_room = |plan: &&Plan| plan.vmem().total() + room(plan) <= limit;
+    let roomy: Vec<&Plan> = fitting.iter().filter(has_room).collect();
+    let plans = if roomy.is_empty() { fitting.iter().collect() } else { roomy };
+    let cycles = |plan: &&Plan| batches.iter().filter_map(|batch| estimate::model(plan, batch)).collect();
+    let scores = cost::scores(&plans.iter().map(cycles).collect::<Vec<_>>());
+    let best = scores.into_iter().zip(plans).min_by(|(one, _), (other, _)| one.total_cmp(other));
+    best.map(|(_, plan)| plan.tiles())
 }
 
-/// What a core takes, roughly, for a prompt of the problem's tokens and a chunk of as many at the end of the longest
-/// sequence: matrix units and vector units for each step, and what comes once a step, once a row and once a block (fitted to
-/// static cycles by libtpu 0.0.52 on v5p and v6e).
-fn cycles(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize) -> f64 {
-    const STEP: f64 = 430.0;
-    const BLOCK: f64 = 900.0;
-    const PER_ROW: f64 = 0.35;
-    const OPS_PER_REGISTER: f64 = 9.0;
-    const VECTOR_UNITS: f64 = 4.0;
-    let (rows, keys) = (tiles.queries * problem.group(), tiles.kv_pages * problem.page_size);
-    let dim = problem.head_dim.next_multiple_of(LANES);
-    let (heads, tokens, widths) = (head_block as f64, problem.tokens as f64, widths(keys));
-    let of_keys = |keys: f64| {
-        // Matrix units take keys and values in whole tiles of theirs, whatever rows there are.
-        let side = chip.info().mxu as f64;
-        let products = 4.0 * (rows as f64).max(side) * (keys / side).ceil() * side * dim as f64;
-        let matrix = products / chip.info().peak_flop_per_cycle_and_core as f64;
-        let vector = rows as f64 * keys / (SUBLANES * LANES) as f64 * OPS_PER_REGISTER / VECTOR_UNITS;
-        heads * matrix.max(vector)
+/// What is kept free for spills.
+fn room(plan: &Plan) -> Bytes {
+    match plan.problem().kind {
+        Kind::Mixed => evidence::margin(plan.spilling()),
+        Kind::Decode => decode::SPILLS,
+    }
+}
+
+/// Legal tiles that the compiler gets through: powers of two of query rows; KV blocks of 128 keys and more, powers of two and
+/// three times such.
+pub(super) fn candidates(problem: &Problem, chip: Chip) -> Vec<Tiles> {
+    let (group, head_block) = match problem.kind {
+        Kind::Mixed => (problem.group(), head_block(problem, chip)),
+        Kind::Decode => (1, decode::head_block(problem, chip)),
     };
-    let seen = |end: f64| {
-        let (steps, rest) = ((end / keys as f64).floor(), end as usize % keys);
-        let last = widths.iter().find(|&&width| rest <= width).filter(|_| rest > 0);
-        let last = last.map_or(0.0, |&width| of_keys(width as f64) + STEP);
-        steps * (of_keys(keys as f64) + STEP) + last
-    };
-    let blocks = (tokens / tiles.queries as f64).ceil();
-    let longest = problem.max_kv_len() as f64;
-    let of = |context: f64| {
-        (0..blocks as usize).map(|block| seen((context - block as f64 * tiles.queries as f64).max(1.0))).sum::<f64>()
-    };
-    let once = blocks * (BLOCK + heads * rows as f64 * PER_ROW);
-    of(tokens.min(longest)) + of(longest) / 4.0 + 2.0 * once
+    let most_logits = if problem.precision.q == Element::F32 { MAX_F32_LOGITS } else { MAX_LOGITS };
+    let mut pages: Vec<usize> = KEYS.map(|keys| (keys / problem.page_size).clamp(1, problem.pages_per_seq)).to_vec();
+    pages.dedup();
+    let queries: &[usize] = if problem.kind == Kind::Decode { &[decode::QUERIES] } else { &QUERIES };
+    let all = queries.iter().flat_map(|&queries| pages.iter().map(move |&kv_pages| Tiles { queries, kv_pages }));
+    all.filter(|&tiles| {
+        let (rows, keys) = (tiles.queries * group, tiles.kv_pages * problem.page_size);
+        let is_least = tiles.queries == SUBLANES && tiles.kv_pages == 1;
+        let is_small = match problem.kind {
+            Kind::Mixed => {
+                keys <= MAX_KEYS
+                    && tiles.kv_pages <= MAX_COPIES
+                    && head_block * rows * keys <= most_logits
+                    && (tiles.queries == SUBLANES || rows <= MAX_ROWS)
+            }
+            Kind::Decode => keys <= decode::MAX_KEYS && head_block * keys <= decode::MAX_HEAD_KEYS,
+        };
+        (is_least || is_small) && legal(problem, tiles).is_ok()
+    })
+    .collect()
 }
 
 #[cfg(test)]

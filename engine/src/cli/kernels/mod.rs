@@ -58,9 +58,10 @@ fn print_answer(answer: &dyn Answer, json: bool) -> Result<()> {
     print(text.trim_end())
 }
 
-/// `pagoda plan`.
-pub(super) fn plan(kernel: &KernelCommand, json: bool) -> Result<ExitCode> {
-    print_answer(&*kernel.plan()?.answer(), json)?;
+/// `pagoda plan`, for launches over batches of these `lengths` where there are some.
+pub(super) fn plan(kernel: &KernelCommand, lengths: &[String], json: bool) -> Result<ExitCode> {
+    let lengths: Vec<&str> = lengths.iter().map(String::as_str).collect();
+    print_answer(&*kernel.plan_over(&lengths)?.answer(), json)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -95,8 +96,7 @@ pub(super) fn certify(
     json: bool,
 ) -> Result<ExitCode> {
     // What is wrong with the problem is printed before libtpu is looked for.
-    let plan = kernel.plan()?;
-    plan.check_lengths(lengths)?;
+    let plan = kernel.plan_over(&lengths.into_iter().collect::<Vec<_>>())?;
     let (certified, compiles) = plan.certified(&compiler.certifier()?, lengths)?;
     print_answer(&*certified, json)?;
     Ok(if compiles { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -99,7 +99,15 @@ impl KernelCommand {
     /// # Errors
     /// The first value that cannot work.
     pub(in crate::cli) fn plan(&self) -> Result<Box<dyn Planned>> {
-        self.0.plan()
+        self.plan_over(&[])
+    }
+
+    /// Plans it for launches over batches, `Q/KV[xN],...` each; where there are none, for those of the kernel's spread.
+    ///
+    /// # Errors
+    /// The first value that cannot work.
+    pub(in crate::cli) fn plan_over(&self, batches: &[&str]) -> Result<Box<dyn Planned>> {
+        self.0.plan_over(batches)
     }
 
     /// The kernel that the first line of an emitted text names; `None` if it names none.
@@ -191,7 +199,8 @@ impl<K: KernelArgs> Request<K> {
 trait Asked: Debug + Send + Sync {
     /// Why its flags do not describe a problem, if they do not.
     fn invalid(&self) -> Option<&Invalid>;
-    fn plan(&self) -> Result<Box<dyn Planned>>;
+    /// Plans it, for launches over `batches` where there are some.
+    fn plan_over(&self, batches: &[&str]) -> Result<Box<dyn Planned>>;
 }
 
 impl<K: Kernel> Asked for Request<K> {
@@ -199,11 +208,17 @@ impl<K: Kernel> Asked for Request<K> {
         self.spec.as_ref().err()
     }
 
-    fn plan(&self) -> Result<Box<dyn Planned>> {
+    fn plan_over(&self, batches: &[&str]) -> Result<Box<dyn Planned>> {
         let tiles = self.tiles.as_deref().map(K::Tiles::parse).transpose().map_err(refused)?;
         let problem = self.spec.clone().and_then(Problem::new).map_err(invalid)?;
+        let batch = |text: &&str| {
+            let batch = parse_batch(text)?;
+            K::check_batch(&problem, Some(&batch))?;
+            Ok(batch)
+        };
+        let batches: Vec<_> = batches.iter().map(batch).collect::<Result<_, _>>().map_err(invalid)?;
         let options = Options { tiles, vmem_limit: self.vmem_limit };
-        Ok(Box::new(Plan::<K>::new(problem, self.chip, options).map_err(refused)?))
+        Ok(Box::new(Plan::<K>::over(problem, self.chip, options, &batches).map_err(refused)?))
     }
 }
 
@@ -233,11 +248,6 @@ pub(in crate::cli) trait Planned {
     /// # Errors
     /// When a candidate does not run.
     fn measured(&self, client: &Client, batches: &[(String, String)], tuned: &mut crate::tune::Tuned) -> Result<()>;
-    /// Refuses lengths that are not a batch of the problem.
-    ///
-    /// # Errors
-    /// The first that breaks a limit.
-    fn check_lengths(&self, lengths: Option<&str>) -> Result<()>;
     /// The first line of an emission: the command that writes the same again.
     fn header(&self) -> String;
     /// The Mosaic kernel.
@@ -287,11 +297,6 @@ impl<K: Kernel> Planned for Plan<K> {
 
     fn measured(&self, client: &Client, batches: &[(String, String)], tuned: &mut crate::tune::Tuned) -> Result<()> {
         crate::tune::measure(self, &named_batches(self, batches)?, client, tuned)
-    }
-
-    fn check_lengths(&self, lengths: Option<&str>) -> Result<()> {
-        let batch = lengths.map(parse_batch).transpose().map_err(invalid)?;
-        K::check_batch(self.problem(), batch.as_deref()).map_err(invalid)
     }
 
     fn header(&self) -> String {

@@ -52,9 +52,8 @@ pub(in crate::cli) struct TuneArgs {
 
 /// `pagoda tune`: succeeds when a candidate has an estimate for every batch.
 pub(in crate::cli) fn tune(kernel: &KernelCommand, args: &TuneArgs) -> Result<ExitCode> {
-    let plan = kernel.plan()?;
     let batches = args.named_batches()?;
-    batches.iter().try_for_each(|(_, lengths)| plan.check_lengths(Some(lengths)))?;
+    let plan = kernel.plan_over(&batches.iter().map(|(_, lengths)| lengths.as_str()).collect::<Vec<_>>())?;
     for (key, value) in [("candidates", args.candidates), ("jobs", args.jobs.unwrap_or(1))] {
         if value == 0 {
             return Err(Error::setting(key, 0, "leaves nothing to do", "give at least 1"));

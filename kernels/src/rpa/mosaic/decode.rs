@@ -6,7 +6,8 @@
 //! holds its keys is worked on, and masked.
 //!
 //! Where no page can be sliced by heads, the cores share the sequences: the first core takes them from the front, the
-//! second from the back, each as long as the middle of the sequence's keys lies in its half. Rows are written by copies of
+//! second from the back, each as long as the middle of the sequence's load (keys, and what is fixed for a row) lies in its
+//! half. Rows are written by copies of
 //! their own, so that no block of the output belongs to both.
 //!
 //! Fused, queries and new keys of all rows are turned while the first KV blocks arrive (`projections`). A new token takes its
@@ -246,8 +247,12 @@ impl<'a, 'p> Body<'a, 'p> {
             let keys = self.metadata.kv_len(sequence) * rows;
             (row, rows, keys)
         };
+        let load = |rows: Value<'a>, keys: Value<'a>| keys + rows * decode::fixed_keys(self.plan) as i64;
         let total = match is_split {
-            true => k.fold_range(0, self.num_seqs, k.int(0), |sequence, total| total + of(sequence).2),
+            true => k.fold_range(0, self.num_seqs, k.int(0), |sequence, total| {
+                let (_, rows, keys) = of(sequence);
+                total + load(rows, keys)
+            }),
             false => k.int(0),
         };
         let none = (k.int(0), k.int(0), k.int(0));
@@ -255,16 +260,20 @@ impl<'a, 'p> Body<'a, 'p> {
             // From the front on the first core, from the back on the second.
             let sequence = if is_split { step + self.core * (self.num_seqs - 1 - step * 2) } else { step };
             let (row, rows, keys) = of(sequence);
-            let rows = match is_split {
-                // The sign: 1 where the middle of the keys is in the core's half.
-                true => rows * (before * 2 + keys - self.core - total).shift_right_logical(31),
-                false => rows,
+            let (rows, before) = match is_split {
+                // The sign: 1 where the middle of the load is in the core's half.
+                true => {
+                    let load = load(rows, keys);
+                    let mine = (before * 2 + load - self.core - total).shift_right_logical(31);
+                    (rows * mine, before + load)
+                }
+                false => (rows, before),
             };
             self.sequences.at(count).store(sequence);
             if !self.is_flat() {
                 k.when(rows.greater(keys), || self.blank(row));
             }
-            (count + rows * keys.minimum(1), before + keys, all_rows + rows)
+            (count + rows * keys.minimum(1), before, all_rows + rows)
         });
         // The last core has the rows that no sequence has.
         let padding = self.metadata.first_row(self.num_seqs);
@@ -552,8 +561,7 @@ impl<'a, 'p> Body<'a, 'p> {
     /// reduction far from where its result is used, and waits for it there.
     fn heads(&self, block: &Block<'a>, width: usize, live: Option<Value<'a>>) {
         let heads: Vec<usize> = (0..self.plan.head_block()).collect();
-        let at_once = (LOGITS / width).max(1);
-        for heads in heads.chunks(at_once) {
+        for heads in heads.chunks(decode::heads_at_once(width)) {
             self.update(heads, block, width, live);
         }
     }
@@ -650,8 +658,6 @@ impl<'a, 'p> Body<'a, 'p> {
 
 /// Keys of a product: a matrix unit's columns on the newest chips.
 const PART: usize = 256;
-/// Logits of a query head that are worked on at a time, all KV heads together.
-const LOGITS: usize = 8192;
 
 /// Stands for the first page of a sequence that its row sees.
 const NEW: i64 = -1;

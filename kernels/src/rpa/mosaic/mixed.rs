@@ -304,7 +304,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let bands = |rows: Value<'a>| (rows + (band - 1)) & -band;
         let sequences = self.metadata.sequences();
         let live = bands(self.metadata.first_row(sequences));
-        let [block_cost, band_cost] = self.plan.costs();
+        let [of_block, of_band] = self.plan.costs();
         let state = (
             k.int(plan::padded_rows(problem)[0] as i64),
             (sequences - 1).maximum(0),
@@ -335,13 +335,14 @@ impl<'a, 'p> Body<'a, 'p> {
                 let row = top - rows;
                 let start = is_padding.select(row, is_block.select((top - block).maximum(0), row));
                 let none = is_padding.select(k.int(-1), sequence);
-                let (_, next, blocks) = k.while_loop(
-                    (none, segment, k.int(0)),
+                let (_, next, [blocks, lanes]) = k.while_loop(
+                    (none, segment, [k.int(0), k.int(0)]),
                     |(sequence, ..)| self.metadata.first_row(sequence + 1).greater(row),
-                    |(sequence, segment, blocks)| {
-                        let blocks_of = self.add(segment, sequence, [row, top], start);
+                    |(sequence, segment, [blocks, lanes])| {
+                        let [blocks_of, lanes_of] = self.add(segment, sequence, [row, top], start);
                         let is_one = blocks_of.greater(0);
-                        (sequence - 1, is_one.select(segment + 1, segment), blocks + blocks_of)
+                        let sums = [blocks + blocks_of, lanes + lanes_of];
+                        (sequence - 1, is_one.select(segment + 1, segment), sums)
                     },
                 );
                 self.entries.row.at(entry).store(row);
@@ -352,7 +353,10 @@ impl<'a, 'p> Body<'a, 'p> {
                     return (row, sequence, [entry + 1, next], [mine, others]);
                 }
                 // Both cores go through the same list and agree on whose each entry is.
-                let cost = is_block.select(k.int(block_cost), band_cost) * (blocks + 1);
+                let part = |block: i64, band: i64| is_block.select(k.int(block), band);
+                let cost = part(of_block.entry, of_band.entry)
+                    + part(of_block.block, of_band.block) * blocks
+                    + part(of_block.lanes, of_band.lanes) * lanes;
                 let is_first = mine.less_equal(others);
                 let is_mine = is_first.select(k.int(0), 1).equals(self.core);
                 let loads = [is_first.select(mine + cost, mine), is_first.select(others, others + cost)];
@@ -363,9 +367,9 @@ impl<'a, 'p> Body<'a, 'p> {
         [entries, segments]
     }
 
-    /// Lists the rows of a sequence among `rows` of an entry as segment `segment`; how many KV blocks they see, 0 if there are
-    /// none.
-    fn add(&self, segment: Value<'a>, sequence: Value<'a>, rows: [Value<'a>; 2], start: Value<'a>) -> Value<'a> {
+    /// Lists the rows of a sequence among `rows` of an entry as segment `segment`; how many KV blocks they see, and how many
+    /// times 128 keys, 0 if there are no rows.
+    fn add(&self, segment: Value<'a>, sequence: Value<'a>, rows: [Value<'a>; 2], start: Value<'a>) -> [Value<'a>; 2] {
         let keys = self.plan.keys() as i64;
         let [from, to] = [sequence, sequence + 1].map(|sequence| self.metadata.first_row(sequence));
         let kv_len = self.metadata.kv_len(sequence);
@@ -382,7 +386,9 @@ impl<'a, 'p> Body<'a, 'p> {
         {
             array.at(segment).store(value);
         }
-        (first.less(end) & kv_len.greater(0)).select(stop - begin, 0)
+        let is_one = first.less(end) & kv_len.greater(0);
+        let lanes = (origin + end - begin * keys + (LANES as i64 - 1)) / LANES as i64;
+        [stop - begin, lanes].map(|of| is_one.select(of, 0))
     }
 
     fn segment(&self, entry: Value<'a>, segment: Value<'a>) -> Segment<'a> {

@@ -19,6 +19,7 @@ use super::{
     batch::Batch,
     plan::{self, Plan},
     problem::{Kind, Problem},
+    schedule,
 };
 use crate::kernel::Operand;
 
@@ -58,16 +59,12 @@ pub fn kernel_of_batch<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> 
 
 /// As [`kernel_of_batch`], of one core, where cores share the sequences: the estimate is what it is for. Where they share heads,
 /// it takes the plan of a core alone ([`Kernel::core_share`](crate::Kernel::core_share)). The core is the one with the most to
-/// do in decode; else the first, whose work is that of the other to within one entry of its list.
+/// do, as the kernel counts it.
 ///
 /// # Errors
 /// None, unless MLIR fails.
 pub(super) fn kernel_of_busiest<'c>(context: &'c Context, plan: &Plan, batch: &Batch) -> Result<Kernel<'c>> {
-    let core = match plan.problem().kind {
-        Kind::Mixed => 0,
-        Kind::Decode => plan::decode::busiest(plan, batch),
-    };
-    kernel_of_core(context, plan, batch, core)
+    kernel_of_core(context, plan, batch, schedule::busiest(plan, &batch.lengths()))
 }
 
 /// As [`kernel_of_batch`], of one core of those that share the sequences: only its rows of the output are written.

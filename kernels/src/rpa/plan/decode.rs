@@ -20,7 +20,7 @@ use super::{
 use crate::{
     chips::Chip,
     plan::{self, PlanError, Spilling},
-    rpa::{Batch, problem::Problem},
+    rpa::{kv_layout::KvLayout, problem::Problem},
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
@@ -193,14 +193,14 @@ pub(super) fn laid_out(
     }
 }
 
-/// The core with the most keys of a batch, where cores share the sequences; as the kernel shares them.
-pub(in crate::rpa) fn busiest(plan: &Plan, batch: &Batch) -> usize {
-    let keys: Vec<usize> = batch.sequences().map(|of| of.kv_len * of.q_len).collect();
-    let total: usize = keys.iter().sum();
-    let (_, first) = keys.iter().fold((0, 0), |(before, first), keys| {
-        (before + keys, if 2 * before + keys < total { before + keys } else { first })
-    });
-    usize::from(plan.details().split == Split::Sequences && 2 * first < total)
+/// What a sequence takes: its keys, and what is fixed for each of its rows in keys. Cores share sequences by it.
+pub(in crate::rpa) fn load(plan: &Plan, kv_len: usize, q_len: usize) -> usize {
+    (kv_len + fixed_keys(plan)) * q_len
+}
+
+/// How many keys take as long as what is fixed for a sequence. (Fitted to static cycles by libtpu 0.0.52 on v5p.)
+pub(in crate::rpa) fn fixed_keys(plan: &Plan) -> usize {
+    4000 / (plan.head_block() + 1)
 }
 
 /// Blocks of one row, and no more pages than a sequence has.
@@ -224,26 +224,16 @@ fn spilling(problem: &Problem, tiles: Tiles, head_block: usize) -> Spilling {
     Spilling { family: format!("{} decode", super::types(problem)), live: Bytes(live as u64) }
 }
 
-/// Keys of a block that the planner aims at, times heads: enough to hide what is fixed per block.
-const MOST_KEYS: usize = 6144;
-/// Keys of a block of many heads.
-const SHORTEST: usize = 512;
 /// Keys of a block, at most.
-const LONGEST: usize = 2048;
-
+pub(super) const MAX_KEYS: usize = 3072;
+/// Keys of a block times heads, at most: the body spells out their logits.
+pub(super) const MAX_HEAD_KEYS: usize = 16384;
 /// What the largest blocks spill, and more.
-const SPILLS: Bytes = Bytes::mib(2);
+pub(super) const SPILLS: Bytes = Bytes::mib(2);
+/// Logits of a query head that are worked on at a time, all KV heads together.
+const LOGITS: usize = 8192;
 
-/// The largest blocks up to what pays, that fit `limit` with room for spills; without it, if none do.
-pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
-    let (head_block, split) = (head_block(problem, chip), split(problem, chip));
-    let most = (MOST_KEYS / head_block).clamp(SHORTEST, LONGEST);
-    let tiles = (1..=problem.pages_per_seq).map(|kv_pages| Tiles { queries: QUERIES, kv_pages });
-    let pays = |tiles: &Tiles| tiles.kv_pages == 1 || tiles.kv_pages * problem.page_size <= most;
-    let tiles: Vec<_> = tiles.take_while(pays).collect();
-    let largest = |spills: Bytes| {
-        let fits = |tiles: &&Tiles| report(problem, **tiles, head_block, split).total() + spills <= limit;
-        tiles.iter().rev().find(fits).copied()
-    };
-    largest(SPILLS).or_else(|| largest(Bytes(0)))
+/// KV heads that are worked on at a time, where a block has `width` keys.
+pub(in crate::rpa) fn heads_at_once(width: usize) -> usize {
+    (LOGITS / width).max(1)
 }

@@ -1,0 +1,526 @@
+//! What the cores of a launch do over a known batch: as the kernels list their work and share it, counted on the host.
+//!
+//! `mosaic::mixed` and `mosaic::decode` say what an entry, a segment and a step are. Here they are counted by what decides
+//! their time: form, width, mask. The counts are what the model of cost is fitted to ([`crate::cost`]), and they say which of
+//! two cores that share a batch has more to do. Pure, and fast: a planner asks for every candidate.
+
+use pagoda_ir::{Element, mosaic::tiling::LANES};
+
+use super::{
+    plan::{self, CHUNK, Plan, Split, decode},
+    problem::Kind,
+};
+use crate::{
+    chips::Chip,
+    cost::{Copies, Family, Stage, UNITS, Work},
+    random::Lengths,
+};
+
+/// Launches over any batch.
+pub(super) const MIXED: Family = Family {
+    name: "rpa mixed",
+    units: &[
+        "launch",
+        "entries and segments in the list",
+        "blocks",
+        "bands",
+        "registers of finished rows",
+        "segments",
+        "KV steps of blocks",
+        "parts of heads",
+        "KV steps of bands",
+        "registers of logits",
+        "matrix unit or logits",
+        "registers of rows updated",
+        "registers of KV loaded for bands",
+        "pages",
+        "registers of logits masked",
+        "registers of queries turned",
+    ],
+};
+
+/// Launches of decode rows.
+pub(super) const DECODE: Family = Family {
+    name: "rpa decode",
+    units: &[
+        "launch",
+        "sequences in the list",
+        "sequences",
+        "registers of finished rows",
+        "registers of queries",
+        "KV steps",
+        "phases",
+        "heads",
+        "matrix unit",
+        "registers of logits",
+        "matrix unit or logits",
+        "registers of KV loaded",
+        "registers of KV masked",
+        "pages",
+        "masked steps",
+        "keys cleared",
+    ],
+};
+
+/// Vector operations on a register of logits, and slots for them in a bundle.
+const OPS_PER_REGISTER: f64 = 9.0 / 4.0;
+/// Words of a register.
+const REGISTER: f64 = 1024.0;
+/// The least rows that the matrix units take as long for, as a part of their side.
+const LEAST_ROWS: f64 = 0.67;
+/// bf16 passes of a true f32 product.
+const F32_PASSES: f64 = 6.0;
+
+/// The steps of the busiest core.
+pub(super) fn stages(plan: &Plan, batch: &[Lengths]) -> Vec<Stage> {
+    match plan.problem().kind {
+        Kind::Mixed => {
+            let (listed, cores) = mixed(plan, batch);
+            stages_of_mixed(plan, listed, &cores[most(&cores, |core| core.load)])
+        }
+        Kind::Decode => {
+            let cores = decoding(plan, batch);
+            stages_of_decode(plan, batch.len(), &cores[most(&cores, |core| core.load)])
+        }
+    }
+}
+
+/// The core that has the most to do, as the kernel counts it; the first of equal ones.
+pub(super) fn busiest(plan: &Plan, batch: &[Lengths]) -> usize {
+    match plan.problem().kind {
+        Kind::Mixed => most(&mixed(plan, batch).1, |core| core.load),
+        Kind::Decode => most(&decoding(plan, batch), |core| core.load),
+    }
+}
+
+fn most<T>(cores: &[T], load: impl Fn(&T) -> i64) -> usize {
+    (0..cores.len()).rev().max_by_key(|&core| load(&cores[core])).unwrap_or(0)
+}
+
+/// Steps of one sort, and the pages that they wait for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Steps {
+    count: usize,
+    pages: usize,
+}
+
+/// More forms than a KV block is worked on in: [`Plan::widths`], masked or not, the first of its entry or not.
+const FORMS: usize = 4 * 2 * 2;
+
+/// What a core does in a launch over any batch.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mixed {
+    /// As the kernel counts it.
+    load: i64,
+    /// Entries of one form, by form: blocks, then bands.
+    entries: [usize; 2],
+    segments: usize,
+    steps: [[Steps; FORMS]; 2],
+}
+
+impl Mixed {
+    const BLOCK: usize = 0;
+    const BAND: usize = 1;
+
+    const fn form(width: usize, masked: bool, first: bool) -> usize {
+        width * 4 + masked as usize * 2 + first as usize
+    }
+}
+
+/// The entries and segments of the list, and what each core has of them: as `mosaic::mixed` goes through the rows.
+fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
+    let problem = plan.problem();
+    let (block, band, keys) = (plan.block_rows(), plan.band(), plan.keys());
+    let (widths, costs) = (plan.widths(), plan.costs());
+    let first_rows: Vec<usize> = std::iter::once(0)
+        .chain(batch.iter().scan(0, |row, of| {
+            *row += of.q_len;
+            Some(*row)
+        }))
+        .collect();
+    let mut cores = vec![Mixed::default(); plan.shares()];
+    let mut listed = 0;
+    let [mut top, _] = plan::padded_rows(problem);
+    let live = first_rows[batch.len()].next_multiple_of(band);
+    let mut sequence = batch.len().saturating_sub(1);
+    while top > 0 {
+        listed += 1;
+        let core = if cores.len() > 1 && cores[0].load > cores[1].load { 1 } else { 0 };
+        if top > live {
+            top -= (top - live).min(block);
+            cores[core].load += costs[Mixed::BAND].of(0, 0);
+            continue;
+        }
+        while first_rows[sequence] >= top {
+            sequence -= 1;
+        }
+        let own = top.saturating_sub(first_rows[sequence].next_multiple_of(band));
+        let is_block = plan.has_blocks() && first_rows[sequence + 1] >= top && own >= plan.least_rows();
+        let rows = if is_block { own.min(block) } else { band };
+        let row = top - rows;
+        let start = if is_block { top.saturating_sub(block) } else { row };
+        let of = &mut cores[core];
+        let form = if is_block { Mixed::BLOCK } else { Mixed::BAND };
+        of.entries[form] += 1;
+        let (mut blocks, mut lanes) = (0, 0);
+        for segment in (0..=sequence).rev().take_while(|&of| first_rows[of + 1] > row) {
+            let (from, to, kv_len) = (first_rows[segment], first_rows[segment + 1], batch[segment].kv_len);
+            let (first, end) = (from.max(row) - start, to.min(top) - start);
+            // Positions may be below 0 at the start of an entry that begins before the sequence.
+            let origin = kv_len as i64 - to as i64 + start as i64;
+            let last = origin + end as i64;
+            if first >= end || kv_len == 0 || last <= 0 {
+                continue;
+            }
+            let last = last as usize;
+            let stop = last.div_ceil(keys);
+            let begin = problem
+                .sliding_window
+                .map_or(0, |window| (origin + first as i64 - (window as i64 - 1)).max(0) as usize / keys);
+            listed += 1;
+            of.segments += 1;
+            blocks += (stop - begin) as i64;
+            lanes += (last - begin * keys).div_ceil(LANES) as i64;
+            let is_whole = is_block && end - first == block && problem.sliding_window.is_none();
+            let unmasked = match is_whole && plan.has_inner_steps() {
+                true => ((origin + 1).max(0) as usize / keys).min(stop).saturating_sub(begin),
+                false => 0,
+            };
+            let steps = &mut of.steps[form];
+            let mut add = |width, masked, first, count: usize, pages: usize| {
+                let of = &mut steps[Mixed::form(width, masked, first)];
+                *of = Steps { count: of.count + count, pages: of.pages + pages };
+            };
+            let narrowest = |seen: usize| widths.iter().position(|&width| seen <= width).unwrap_or(widths.len() - 1);
+            let of_tiles = plan.tiles().kv_pages;
+            let of_last = (kv_len - (stop - 1) * keys).div_ceil(problem.page_size).min(of_tiles);
+            let last_width = narrowest(last - (stop - 1) * keys);
+            let count = stop - begin;
+            // The first, those between, the last.
+            let pages = if count == 1 { of_last } else { of_tiles };
+            let width = if count == 1 { last_width } else { widths.len() - 1 };
+            add(width, unmasked == 0, is_block, 1, pages);
+            if count > 1 {
+                let between = unmasked.saturating_sub(1).min(count - 2);
+                add(widths.len() - 1, false, false, between, between * of_tiles);
+                add(widths.len() - 1, true, false, count - 2 - between, (count - 2 - between) * of_tiles);
+                add(last_width, true, false, 1, of_last);
+            }
+        }
+        of.load += costs[form].of(blocks, lanes);
+        top = row;
+    }
+    (listed, cores)
+}
+
+/// What every step of a plan depends on.
+struct Sizes {
+    heads: f64,
+    dim: usize,
+    side: usize,
+    /// Passes of a product, and matrix units of a core.
+    passes: f64,
+    units: f64,
+    pieces: f64,
+}
+
+impl Sizes {
+    fn of(plan: &Plan) -> Self {
+        let (problem, info) = (plan.problem(), plan.chip().info());
+        Self {
+            heads: plan.head_block() as f64,
+            dim: problem.head_dim.next_multiple_of(LANES),
+            side: info.mxu,
+            passes: if problem.precision.kv == Element::F32 { F32_PASSES } else { 1.0 },
+            units: info.peak_flop_per_cycle_and_core as f64 / (2 * info.mxu * info.mxu) as f64,
+            pieces: problem.head_dim.div_ceil(LANES) as f64,
+        }
+    }
+
+    /// Cycles of the matrix units for both products of one head: for each tile of keys or values, the rows that go through
+    /// it, but no fewer than loading the next one takes.
+    fn matrix(&self, rows: f64, width: usize) -> f64 {
+        let tiles = (width.div_ceil(self.side) * self.dim.div_ceil(self.side)) as f64;
+        2.0 * tiles * rows.max(LEAST_ROWS * self.side as f64) / self.units * self.passes
+    }
+
+    /// As [`Sizes::matrix`], of rows that are worked on in parts.
+    fn matrix_in_parts(&self, rows: f64, width: usize) -> f64 {
+        let (whole, rest) = ((rows / CHUNK as f64).floor(), rows % CHUNK as f64);
+        whole * self.matrix(CHUNK as f64, width) + if rest > 0.0 { self.matrix(rest, width) } else { 0.0 }
+    }
+
+    /// Registers of maximum, sum and accumulator of some rows.
+    fn row_registers(&self, rows: f64) -> f64 {
+        rows * (self.dim + 2 * LANES) as f64 / REGISTER
+    }
+
+    /// Registers of keys and values.
+    fn kv_registers(&self, width: usize) -> f64 {
+        (width * self.dim) as f64 / REGISTER
+    }
+}
+
+/// Cycles of the copies of some pages of a block: they follow one another on each of its semaphores, without a gap.
+fn copies(plan: &Plan, pages: f64, semaphores: usize) -> f64 {
+    let problem = plan.problem();
+    let rows = super::kv_layout::KvLayout::rows_of(plan.head_block());
+    let bytes = (problem.page_size * rows * problem.head_dim * problem.precision.kv.bytes()) as f64;
+    let (latency, rate) = copy_rate(plan.chip());
+    latency + pages * bytes / rate / semaphores as f64
+}
+
+/// Cycles before the first byte of a copy, and bytes of a cycle, by the compiler's static estimate (libtpu 0.0.52; v4, of which
+/// it has none, as v5p).
+fn copy_rate(chip: Chip) -> (f64, f64) {
+    match chip {
+        Chip::V5e => (1143.0, 489.0),
+        Chip::V4 | Chip::V5p => (678.0, 1236.0),
+        Chip::V6e => (557.0, 772.0),
+        Chip::Tpu7x => (600.0, 1580.0),
+    }
+}
+
+fn stages_of_mixed(plan: &Plan, listed: usize, core: &Mixed) -> Vec<Stage> {
+    let (problem, sizes, widths) = (plan.problem(), Sizes::of(plan), plan.widths());
+    let [block, band] = [plan.block_rows(), plan.band()].map(|rows| (rows * problem.group()) as f64);
+    let turned = |rows: f64| if problem.head_dim.is_multiple_of(LANES) { 0.0 } else { sizes.row_registers(rows) };
+    let mut launch = [0.0; UNITS];
+    launch[..6].copy_from_slice(&[
+        1.0,
+        listed as f64,
+        core.entries[Mixed::BLOCK] as f64,
+        core.entries[Mixed::BAND] as f64,
+        [block, band].iter().zip(core.entries).map(|(rows, of)| of as f64 * sizes.row_registers(*rows)).sum::<f64>()
+            * sizes.heads,
+        core.segments as f64,
+    ]);
+    launch[15] = [block, band].iter().zip(core.entries).map(|(&rows, of)| of as f64 * turned(rows)).sum::<f64>();
+    launch[15] *= sizes.heads;
+    let ahead = (plan.kv_buffers() - 1) as f64;
+    let mut stages = vec![Stage::of(1.0, launch)];
+    for (is_block, rows, of_form) in [(true, block, &core.steps[0]), (false, band, &core.steps[1])] {
+        for (form, steps) in of_form.iter().enumerate().filter(|(_, steps)| steps.count > 0) {
+            let (width, is_masked, is_first) = (widths[form / 4], form & 2 > 0, form & 1 > 0);
+            let pages = steps.pages as f64 / steps.count as f64;
+            let (matrix, logits) = (sizes.matrix_in_parts(rows, width), rows * width as f64 / REGISTER);
+            let mut work: Work = [0.0; UNITS];
+            // A block's rows keep the matrix unit busy while keys are loaded; a band's do not.
+            let [of_block, of_band] = [is_block, !is_block].map(|of| if of { 1.0 } else { 0.0 });
+            work[6..15].copy_from_slice(&[
+                of_block,
+                sizes.heads * (rows / CHUNK as f64).ceil(),
+                of_band,
+                sizes.heads * logits,
+                sizes.heads * matrix.max(logits * OPS_PER_REGISTER),
+                if is_first { 0.0 } else { sizes.heads * sizes.row_registers(rows) },
+                of_band * sizes.heads * sizes.kv_registers(width),
+                pages * sizes.pieces,
+                if is_masked { sizes.heads * logits } else { 0.0 },
+            ]);
+            let copies = Copies { cycles: copies(plan, pages, 1), beside: ahead, among: ahead };
+            stages.push(Stage { times: steps.count as f64, work, copies });
+        }
+    }
+    stages
+}
+
+/// What a core does in a launch of decode rows.
+#[derive(Clone, Copy, Debug, Default)]
+struct Decoding {
+    /// As the kernel counts it.
+    load: i64,
+    sequences: usize,
+    /// By width: unmasked, masked.
+    steps: [[Steps; 2]; 4],
+    /// Buffers whose first block is short: they are cleared before.
+    cleared: usize,
+}
+
+/// What each core has of the batch: as `mosaic::decode` shares the sequences. The first has those in front.
+fn decoding(plan: &Plan, batch: &[Lengths]) -> Vec<Decoding> {
+    let load = |of: &Lengths| decode::load(plan, of.kv_len, of.q_len) as i64;
+    let total: i64 = batch.iter().map(load).sum();
+    let mut before = 0;
+    let in_front = batch.iter().take_while(|of| {
+        let middle = 2 * before + load(of);
+        before += load(of);
+        middle < total
+    });
+    match plan.details().split {
+        Split::Sequences => {
+            let (front, back) = batch.split_at(in_front.count());
+            vec![decoding_of(plan, front.iter()), decoding_of(plan, back.iter().rev())]
+        }
+        Split::Nothing | Split::Heads => vec![decoding_of(plan, batch.iter())],
+    }
+}
+
+/// What a core does that has these sequences, in the order of work.
+fn decoding_of<'b>(plan: &Plan, sequences: impl Iterator<Item = &'b Lengths>) -> Decoding {
+    let (problem, keys, widths) = (plan.problem(), plan.keys(), plan.widths());
+    let (of_tiles, last) = (plan.tiles().kv_pages, widths.len() - 1);
+    let (mut core, mut filled) = (Decoding::default(), 0);
+    for of in sequences {
+        core.load += decode::load(plan, of.kv_len, of.q_len) as i64;
+        if of.q_len == 0 || of.kv_len == 0 {
+            continue;
+        }
+        core.sequences += 1;
+        let unseen = problem.sliding_window.map_or(0, |window| of.kv_len.saturating_sub(window) / problem.page_size);
+        let seen = of.kv_len - unseen * problem.page_size;
+        let (whole, rest) = (seen / keys, seen % keys);
+        let mut add = |width: usize, masked: bool, count: usize, pages: usize| {
+            let steps = &mut core.steps[width][usize::from(masked)];
+            *steps = Steps { count: steps.count + count, pages: steps.pages + pages };
+        };
+        add(last, problem.sliding_window.is_some(), whole, whole * of_tiles);
+        filled += whole;
+        if rest > 0 {
+            let width = widths.iter().position(|&width| rest <= width).unwrap_or(last);
+            add(width, true, 1, rest.div_ceil(problem.page_size));
+            core.cleared += usize::from(filled < decode::BUFFERS);
+            filled += 1;
+        }
+    }
+    core
+}
+
+fn stages_of_decode(plan: &Plan, listed: usize, core: &Decoding) -> Vec<Stage> {
+    let (problem, sizes, widths) = (plan.problem(), Sizes::of(plan), plan.widths());
+    let rows = decode::rows(problem) as f64;
+    let mut of_sequence = [0.0; UNITS];
+    of_sequence[2..5].copy_from_slice(&[
+        1.0,
+        sizes.heads * sizes.row_registers(rows),
+        sizes.heads * (problem.group() * sizes.dim) as f64 / LANES as f64,
+    ]);
+    let mut launch = [0.0; UNITS];
+    launch[..2].copy_from_slice(&[1.0, listed as f64]);
+    launch[15] = (core.cleared * plan.keys()) as f64 * sizes.pieces;
+    let mut stages = vec![Stage::of(1.0, launch), Stage::of(core.sequences as f64, of_sequence)];
+    for (&width, of_width) in widths.iter().zip(&core.steps) {
+        for (masked, steps) in of_width.iter().enumerate().filter(|(_, steps)| steps.count > 0) {
+            let pages = steps.pages as f64 / steps.count as f64;
+            let (matrix, logits) = (sizes.matrix(rows, width), rows * width as f64 / REGISTER);
+            let mut work: Work = [0.0; UNITS];
+            let masked = masked as f64;
+            work[5..15].copy_from_slice(&[
+                1.0,
+                plan.head_block().div_ceil(decode::heads_at_once(width)) as f64,
+                sizes.heads,
+                sizes.heads * matrix,
+                sizes.heads * logits,
+                sizes.heads * matrix.max(logits * OPS_PER_REGISTER),
+                sizes.heads * sizes.kv_registers(width),
+                masked * sizes.heads * sizes.kv_registers(width),
+                pages * sizes.pieces,
+                masked,
+            ]);
+            // A block's copies are started when the block before it in its buffer is done with.
+            let buffers = decode::BUFFERS as f64;
+            let cycles = copies(plan, pages, decode::semaphores(plan.tiles()));
+            let copies = Copies { cycles, beside: buffers - 1.0, among: buffers };
+            stages.push(Stage { times: steps.count as f64, work, copies });
+        }
+    }
+    stages
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::{
+        Choices, Kernel, Problem,
+        rpa::{Rpa, Spec, estimate, plan::Options},
+    };
+
+    fn plans(of: impl Fn(&Plan, &[Lengths])) {
+        for seed in 0..60 {
+            let problem = Problem::new(Rpa::workload(&mut Choices::of_seed(seed)).unwrap()).unwrap();
+            for chip in [Chip::V5p, Chip::V6e] {
+                for tiles in plan::candidates(&problem, chip).into_iter().step_by(3) {
+                    let options = Options { tiles: Some(tiles), vmem_limit: Some(chip.info().vmem_per_core) };
+                    let plan = Plan::new(problem.clone(), chip, options).unwrap();
+                    estimate::spread(&problem).iter().for_each(|(_, batch)| of(&plan, batch));
+                }
+            }
+        }
+    }
+
+    /// Every row's keys are worked on, and no KV block twice for one row: counted row by row.
+    #[test]
+    fn steps_are_those_that_the_definition_needs() {
+        plans(|plan, batch| {
+            let problem = plan.problem();
+            let (keys, window) = (plan.keys(), problem.sliding_window.unwrap_or(usize::MAX));
+            let steps: usize = match problem.kind {
+                Kind::Mixed => {
+                    let (_, cores) = mixed(plan, batch);
+                    cores.iter().flat_map(|core| core.steps).flatten().map(|steps| steps.count).sum()
+                }
+                Kind::Decode => {
+                    let cores = decoding(plan, batch);
+                    cores.iter().flat_map(|core| core.steps).flatten().map(|steps| steps.count).sum()
+                }
+            };
+            let (mut least, mut most) = (0, 0);
+            for of in batch {
+                // Each row alone, and each as if it shared its blocks with as many others as fit an entry.
+                let rows = |position: usize| match problem.kind {
+                    Kind::Mixed => (position / keys + 1) - (position + 1).saturating_sub(window) / keys,
+                    Kind::Decode => {
+                        let unseen = of.kv_len.saturating_sub(window) / problem.page_size * problem.page_size;
+                        (of.kv_len - unseen).div_ceil(keys)
+                    }
+                };
+                let alone: Vec<usize> = (of.kv_len - of.q_len..of.kv_len).map(rows).collect();
+                most += alone.iter().sum::<usize>();
+                least += alone.iter().copied().max().unwrap_or(0);
+            }
+            assert!((least..=most).contains(&steps), "{steps} is not within {least}..={most}: {batch:?}");
+        });
+    }
+
+    /// Two cores differ by no more than one entry of the list, or one sequence.
+    #[test]
+    fn cores_that_share_a_batch_have_as_much_to_do() {
+        plans(|plan, batch| {
+            let (loads, largest): (Vec<i64>, i64) = match plan.problem().kind {
+                Kind::Mixed => {
+                    let longest = batch.iter().map(|of| of.kv_len).max().unwrap_or(0);
+                    let [blocks, lanes] = [plan.keys(), LANES].map(|of| longest.div_ceil(of) as i64);
+                    // A band has rows of as many sequences as it has rows.
+                    let [block, band] = plan.costs().map(|cost| cost.of(blocks, lanes));
+                    let (_, cores) = mixed(plan, batch);
+                    (cores.iter().map(|core| core.load).collect(), block.max(band * plan.band() as i64))
+                }
+                Kind::Decode => {
+                    let cores = decoding(plan, batch);
+                    let loads = batch.iter().map(|of| decode::load(plan, of.kv_len, of.q_len) as i64);
+                    (cores.iter().map(|core| core.load).collect(), loads.max().unwrap_or(0))
+                }
+            };
+            if let [first, second] = loads[..] {
+                assert!((first - second).abs() <= largest, "{loads:?} {largest} {batch:?}");
+            }
+        });
+    }
+
+    /// A plan is made whenever somebody asks: some twenty candidates, each walked through five batches.
+    #[test]
+    fn planning_takes_less_than_a_millisecond() {
+        for spec in Rpa::common() {
+            let problem = Problem::new(Spec { ..spec }).unwrap();
+            let time = || {
+                let start = Instant::now();
+                Plan::new(problem.clone(), Chip::V5p, Options::default()).unwrap();
+                start.elapsed()
+            };
+            let least = (0..20).map(|_| time()).min().unwrap();
+            assert!(least < Duration::from_millis(1), "{least:?}: {}", Rpa::describe(&problem));
+        }
+    }
+}
