@@ -401,7 +401,7 @@ impl Kernel for Rpa {
         };
         let narrow = |spec: Spec| Spec { precision: Precision { kv: Element::F8E4M3Fn, ..spec.precision }, ..spec };
         let plain = heads.into_iter().flat_map(of);
-        let narrow = [(32, 8, 128), (8, 1, 128)].into_iter().flat_map(of).map(narrow);
+        let narrow = [(32, 8, 128), (16, 4, 128)].into_iter().flat_map(of).map(narrow);
         // gpt-oss: every other layer sees a window.
         let sinks = of((64, 8, 64)).map(|spec| Spec { sinks: true, sliding_window: Some(128), ..spec });
         plain.chain(narrow).chain(sinks).collect()

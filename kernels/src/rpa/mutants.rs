@@ -81,14 +81,15 @@ fn decode() -> MutantSet<Rpa> {
         max_seqs: 8,
         pages_per_seq: 10,
         scale: 0.088,
-        sliding_window: Some(300),
+        sliding_window: Some(520),
         soft_cap: None,
         ..Spec::default()
     };
     let problem = Problem::new(spec).expect("a problem");
     let options = Options { tiles: Some(Tiles { queries: 8, kv_pages: 4 }), vmem_limit: None };
     let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
-    let lengths = [(1, 20), (1, 600), (0, 5), (1, 129), (1, 256), (1, 64), (1, 300)];
+    // One of whole blocks stands between others, behind as many blocks as there are buffers.
+    let lengths = [(1, 640), (0, 5), (1, 256), (1, 20), (1, 129), (1, 64), (1, 300)];
     let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
     let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
     MutantSet { plan, inputs, mutants: DECODE.to_vec(), superfluous: Some(IDLE) }

@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 pub use self::decode::Split;
 use super::{
     Rpa, estimate,
-    kv_layout::{KvLayout, KvRows, fills_tiles, tile_rows},
+    kv_layout::{KvRows, fills_tiles, tile_rows},
     mosaic::block::lanes,
     problem::{Kind, Problem, Spec},
 };

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     chips::Chip,
     plan::{self, PlanError, Spilling},
-    rpa::{kv_layout::KvLayout, problem::Problem},
+    rpa::problem::Problem,
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
