@@ -229,7 +229,7 @@ fn attentions(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine
         let plan_over = |batches: &[Vec<Lengths>]| {
             Plan::<Rpa>::over(problem.clone(), Chip::V5p, Options::default(), batches).expect("a plan")
         };
-        let (any, own) = (plan_over(&[]), plan_over(&[lengths.clone()]));
+        let (any, own) = (plan_over(&[]), plan_over(std::slice::from_ref(&lengths)));
         let same = any.tiles() == own.tiles();
         let plans = [("any batch", any), ("this batch", own)];
         for (of, plan) in plans.into_iter().take(if same { 1 } else { 2 }) {

@@ -93,6 +93,9 @@ struct Recorder {
     compiler: Cached,
 }
 
+/// A batch, and the tiles that are to be compiled for it.
+type Asked<K> = (Option<Vec<Lengths>>, Vec<<K as Kernel>::Tiles>);
+
 impl Recorder {
     /// One problem, two batches of its spread, a few candidates: the planner's, those that the model finds best for each batch,
     /// and one of the others.
@@ -159,7 +162,7 @@ impl Recorder {
         problem: &Problem<K::Spec>,
         chip: Chip,
         limit: pagoda_kernels::vmem::Bytes,
-        asked: Vec<(Option<Vec<Lengths>>, Vec<K::Tiles>)>,
+        asked: Vec<Asked<K>>,
     ) {
         let plan = |tiles: K::Tiles| -> Plan<K> {
             let options = Options { tiles: Some(tiles), vmem_limit: Some(limit) };

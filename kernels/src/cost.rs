@@ -268,9 +268,12 @@ pub fn points() -> &'static [Point] {
     &POINTS
 }
 
-/// Launches of a kernel on record as the fit takes them, by family and chip: `(stages, cycles)` of every candidate.
-pub fn launches<K: Kernel>(points: &[Point]) -> Vec<((&'static Family, Chip), Vec<(Vec<Stage>, f64)>)> {
-    let mut launches: Vec<((&'static Family, Chip), Vec<_>)> = Vec::new();
+/// Candidates of a family on a chip, as the fit takes them: the stages and the cycles of each.
+pub type Launches = ((&'static Family, Chip), Vec<(Vec<Stage>, f64)>);
+
+/// Launches of a kernel on record, by family and chip.
+pub fn launches<K: Kernel>(points: &[Point]) -> Vec<Launches> {
+    let mut launches: Vec<Launches> = Vec::new();
     for point in points.iter().filter(|point| point.kernel == K::NAME) {
         for (plan, cycles) in point.plans::<K>().unwrap_or_default() {
             if let (Some(family), Some(stages)) = (K::family(plan.problem()), K::stages(&plan, point.batch.as_deref()))
