@@ -622,7 +622,7 @@ fn a_profile_counts_and_draws() {
     for words in ["on the model's clock", "Grid steps", "not padding", "A model's clock, measured on no TPU"] {
         assert!(text.contains(words), "lacks `{words}`:\n{text}");
     }
-    refused(dir.path(), &format!("{line} --rates-of v4"), 2, &["chip = v4", "use v5e, v5p or v6e"]);
+    refused(dir.path(), &format!("{line} --rates-of v4"), 2, &["rates-of = v4", "use v5e, v5p or v6e"]);
     refused(dir.path(), "run x.mlir --plugin cpu --counts", 2, &["--counts = true is of use on the tile machine only"]);
 }
 

@@ -245,7 +245,8 @@ fn fitted_of<K: Kernel>(points: &[Point]) -> Vec<(&'static Family, Chip, Weights
 #[test]
 fn models_rank_the_points_on_record() {
     for (name, rankings) in [("rpa", rankings::<Rpa>()), ("matmul", rankings::<Matmul>())] {
-        if rankings.is_empty() {
+        // A handful of points, each of a few candidates that take nearly as long, says nothing of a model.
+        if rankings.len() < 5 {
             continue;
         }
         let mean = rankings.iter().map(|of| of.correlation).sum::<f64>() / rankings.len() as f64;
