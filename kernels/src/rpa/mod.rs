@@ -404,7 +404,10 @@ impl Kernel for Rpa {
         let narrow = [(32, 8, 128), (16, 4, 128)].into_iter().flat_map(of).map(narrow);
         // gpt-oss: every other layer sees a window.
         let sinks = of((64, 8, 64)).map(|spec| Spec { sinks: true, sliding_window: Some(128), ..spec });
-        plain.chain(narrow).chain(sinks).collect()
+        // What a step program asks for.
+        let fused = [(32, 8, 128), (8, 2, 128)].into_iter().flat_map(|heads| of(heads).into_iter().take(2));
+        let fused = fused.map(|spec| Spec { fused: Some(Rotary::HalfSplit), ..spec });
+        plain.chain(narrow).chain(sinks).chain(fused).collect()
     }
 
     /// Attention layers of decoders, of one device or a part of one; pages of 16 to 256 tokens, up to 128 sequences.
