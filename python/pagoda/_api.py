@@ -62,6 +62,8 @@ def run_lowered(lowered: "_lowering.Lowered", *, dma="late", options=(), expecte
         module = folder / "module.mlir"
         module.write_text(lowered.text)
         words = ["run", str(module), "--dma", dma, "--output", str(folder / "out"), *options]
+        if lowered.devices > 1:
+            words += ["--devices", str(lowered.devices)]
         for at, array in enumerate(lowered.inputs):
             words += ["--input", f"{at}={_saved(folder / f'in{at}.npy', array)}"]
         for kernel, names in lowered.names.items():

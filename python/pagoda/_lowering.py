@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
+import re
 import threading
 from typing import Any, Callable
 
@@ -18,6 +20,8 @@ class Lowered:
 
     # The StableHLO module.
     text: str
+    # How many devices it is for.
+    devices: int
     # The arrays that the module takes: arguments that it does not use are not among them.
     inputs: list[Any]
     # Which of all arguments these are.
@@ -63,6 +67,7 @@ def lower(fn, args, kwargs) -> Lowered:
     text = str(exported.mlir_module())
     return Lowered(
         text=text,
+        devices=max(exported.nr_devices, _devices_of_meshes(text)),
         inputs=[leaves[at] for at in exported.module_kept_var_idx],
         kept=list(exported.module_kept_var_idx),
         outputs=list(exported.out_avals),
@@ -70,6 +75,12 @@ def lower(fn, args, kwargs) -> Lowered:
         flatten=jax.tree.leaves,
         unflatten=lambda arrays: jax.tree.unflatten(exported.out_tree, arrays),
     )
+
+
+def _devices_of_meshes(text: str) -> int:
+    """Devices of the largest mesh of a module: one that is lowered for an abstract mesh counts as one partition."""
+    meshes = re.findall(r"^\s*sdy\.mesh @\w+ = <\[(.*?)\]", text, re.MULTILINE)
+    return max((math.prod(int(size) for size in re.findall(r"=(\d+)", axes)) for axes in meshes), default=1)
 
 
 @contextlib.contextmanager
