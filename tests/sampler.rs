@@ -100,7 +100,7 @@ fn allowed(case: &Case, row: usize, sampling: Sampling) -> Vec<usize> {
     let vocab = case.logits.len() / ROWS;
     let logits: Vec<f64> = case.logits[row * vocab..][..vocab].iter().map(|&x| f64::from(x)).collect();
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let (Sampling::Random { top_k, top_p }, true) = (sampling, case.temperature[row] > 0.0) else {
+    let (Sampling::Random { top_k, top_p, .. }, true) = (sampling, case.temperature[row] > 0.0) else {
         return vec![logits.iter().position(|&x| x == max).unwrap()];
     };
     let mut weights: Vec<f64> = logits.iter().map(|x| ((x - max) / f64::from(case.temperature[row])).exp()).collect();
@@ -183,10 +183,10 @@ fn every_mode_samples_what_its_definition_says_in_many_fresh_cases() {
 fn check_every_mode(cases: u32, rng_seed: RngSeed) {
     let modes = [
         Sampling::Greedy,
-        Sampling::Random { top_k: false, top_p: false },
-        Sampling::Random { top_k: true, top_p: false },
-        Sampling::Random { top_k: false, top_p: true },
-        Sampling::Random { top_k: true, top_p: true },
+        Sampling::Random { top_k: false, top_p: false, log_probabilities: false },
+        Sampling::Random { top_k: true, top_p: false, log_probabilities: false },
+        Sampling::Random { top_k: false, top_p: true, log_probabilities: false },
+        Sampling::Random { top_k: true, top_p: true, log_probabilities: false },
     ];
     for sampling in modes {
         for vocab in [1, 7, 300] {
@@ -217,7 +217,7 @@ fn check_every_mode(cases: u32, rng_seed: RngSeed) {
 
 #[test]
 fn a_row_does_not_depend_on_its_place_or_its_neighbours() {
-    let sampling = Sampling::Random { top_k: true, top_p: true };
+    let sampling = Sampling::Random { top_k: true, top_p: true, log_probabilities: false };
     let device = Device::new(sampling, 300);
     let row: Vec<f32> = (0..300).map(|i| ((i * 37) % 101) as f32 / 20.0).collect();
     let alone = Case {

@@ -55,7 +55,11 @@ impl SamplingOptions {
         if self.temperature == 0.0 {
             return Sampling::Greedy;
         }
-        Sampling::Random { top_k: self.top_k.is_some(), top_p: self.top_p.is_some_and(|p| p < 1.0) }
+        Sampling::Random {
+            top_k: self.top_k.is_some(),
+            top_p: self.top_p.is_some_and(|p| p < 1.0),
+            log_probabilities: false,
+        }
     }
 }
 
@@ -372,7 +376,7 @@ impl Engine {
 
     /// The logarithms of the probabilities that the model gives the tokens of a request that was submitted by
     /// [`submit_drawn`](Self::submit_drawn), before temperature and filters: of each token that it has sampled; of one that has
-    /// ended, until the next [`poll`](Self::poll). None where the step programs are greedy.
+    /// ended, until the next [`poll`](Self::poll). None where the step programs do not say.
     pub fn log_probabilities(&self, id: SampleId) -> &[f32] {
         self.draws.get(&id).map(|(_, kept)| kept).or_else(|| self.ended.get(&id)).map_or(&[], Vec::as_slice)
     }

@@ -29,6 +29,8 @@ pub enum Sampling {
         top_k: bool,
         /// Keep the smallest set of tokens whose probability reaches p.
         top_p: bool,
+        /// Say of each token how likely it is, too.
+        log_probabilities: bool,
     },
 }
 
@@ -38,7 +40,10 @@ impl Sampling {
         match (self, other) {
             (_, Self::Greedy) => true,
             (Self::Greedy, Self::Random { .. }) => false,
-            (Self::Random { top_k, top_p }, Self::Random { top_k: k, top_p: p }) => (top_k || !k) && (top_p || !p),
+            (
+                Self::Random { top_k, top_p, log_probabilities },
+                Self::Random { top_k: k, top_p: p, log_probabilities: log },
+            ) => (top_k || !k) && (top_p || !p) && (log_probabilities || !log),
         }
     }
 }
@@ -79,7 +84,7 @@ pub fn emit<'c, 'a>(
     keys: &Keys<'c, 'a>,
 ) -> Result<Tensor<'c, 'a>> {
     let (max, greedy) = largest(b, logits)?;
-    let Sampling::Random { top_k, top_p } = sampling else { return Ok(greedy) };
+    let Sampling::Random { top_k, top_p, .. } = sampling else { return Ok(greedy) };
     let dims = logits.dims(); // [rows, vocab]
     let rows = &dims[..1];
     let is_random = b.compare(parameters.temperature, Direction::Gt, b.splat(Element::F32, rows, 0.0)?)?;

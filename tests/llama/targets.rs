@@ -44,7 +44,7 @@ fn modules<'c>(context: &'c Context, config: &LlamaConfig, shape: &StepShape, sa
 
 /// Prefill and decode, as text.
 fn programs(target: Target) -> [String; 2] {
-    programs_of(&shape(target), Sampling::Random { top_k: true, top_p: true })
+    programs_of(&shape(target), Sampling::Random { top_k: true, top_p: true, log_probabilities: false })
 }
 
 fn programs_of(shape: &StepShape, sampling: Sampling) -> [String; 2] {
@@ -118,7 +118,8 @@ fn the_tile_machine_runs_the_kernels_that_a_tpu_gets() {
 fn shards_exchange_two_sums_a_layer() {
     let config = Model::tiny().config;
     let two = NonZeroUsize::new(2).unwrap();
-    let greedy_and_random = [Sampling::Greedy, Sampling::Random { top_k: false, top_p: false }];
+    let greedy_and_random =
+        [Sampling::Greedy, Sampling::Random { top_k: false, top_p: false, log_probabilities: false }];
     for (target, sampling) in [Target::Portable, Target::Host, Target::TileMachine(Chip::V5p), Target::Tpu(Chip::V5p)]
         .into_iter()
         .flat_map(|target| greedy_and_random.map(|sampling| (target, sampling)))

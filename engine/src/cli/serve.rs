@@ -127,7 +127,9 @@ pub(super) fn serve(args: &ServeArgs) -> Result<ExitCode> {
     }
     let model =
         DeviceModel::load_group(&place.client, &config, &weights, &options.shape(group.parallel()), group.clone())?;
-    let engine = Engine::with_sampling(&place.client, model, options, Sampling::Random { top_k: true, top_p: true })?;
+    // Whatever a request may ask for.
+    let sampling = Sampling::Random { top_k: true, top_p: true, log_probabilities: true };
+    let engine = Engine::with_sampling(&place.client, model, options, sampling)?;
     let options = serve::Options {
         address,
         model: name.clone(),

@@ -171,7 +171,7 @@ impl Executor {
 pub struct Sampled {
     /// Of each row, as the program has them.
     pub tokens: Vec<i32>,
-    /// Of each token; empty where the program is greedy.
+    /// Of each token; empty where the program does not say.
     pub log_probabilities: Vec<f32>,
 }
 

@@ -9,7 +9,7 @@ mod kv_cache;
 mod lowering;
 pub mod parallel;
 mod rotary;
-pub(crate) mod sampling;
+mod sampling;
 pub mod step;
 mod target;
 

@@ -26,7 +26,7 @@ pub(super) fn parameters<'c, 'a>(args: &[Tensor<'c, 'a>]) -> Parameters<'c, 'a> 
 }
 
 /// The arguments that have [`parameter_types`], of rows that are sampled like this.
-pub(crate) fn rows(options: &[SamplingOptions]) -> [HostTensor; 5] {
+pub(super) fn rows(options: &[SamplingOptions]) -> [HostTensor; 5] {
     fn column<T: pagoda_ir::element::Native>(
         options: &[SamplingOptions],
         of: impl Fn(&SamplingOptions) -> T,

@@ -266,8 +266,8 @@ impl<'c> Graph<'_, 'c> {
         self.lowering.by_row(&b.named("head"), hidden, &head)
     }
 
-    /// `i32[rows]`: a token per row of activations before the final norm; where all logits are there anyhow, `f32[rows]`: the
-    /// logarithm of its probability.
+    /// `i32[rows]`: a token per row of activations before the final norm; where they are asked for, `f32[rows]`: the logarithms of
+    /// their probabilities.
     fn choose<'a>(
         &self,
         b: &Builder<'c, 'a>,
@@ -280,10 +280,11 @@ impl<'c> Graph<'_, 'c> {
         let b = &b.named("sampler");
         match sampling {
             Sampling::Greedy => Ok((exchange.argmax(b, logits, self.config.vocab_size)?, None)),
-            Sampling::Random { .. } => {
+            Sampling::Random { log_probabilities, .. } => {
                 let logits = exchange.all_logits(b, logits, self.config.vocab_size)?;
                 let chosen = sampler::emit(b, sampling, logits, parameters, keys)?;
-                Ok((chosen, Some(sampler::log_probabilities(b, logits, chosen)?)))
+                let probabilities = log_probabilities.then(|| sampler::log_probabilities(b, logits, chosen));
+                Ok((chosen, probabilities.transpose()?))
             }
         }
     }
@@ -315,8 +316,8 @@ pub(super) fn is_stack(weight: &TensorType) -> bool {
 /// What a prefill program returns beside the KV buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Output {
-    /// `i32[slots]`: one sampled token per sequence, taken after its row in `sample_rows`; unless greedy, also `f32[slots]`: the
-    /// logarithm of the probability that the model gives it.
+    /// `i32[slots]`: one sampled token per sequence, taken after its row in `sample_rows`; where it is asked for, also
+    /// `f32[slots]`: the logarithm of the probability that the model gives it.
     Tokens(Sampling),
     /// `f32[prefill_rows, vocab]`: the logits of every row.
     Logits,
@@ -419,8 +420,8 @@ pub fn prefill<'c>(
 /// | parameters | `f32`, `i32`, `f32`, 2 x `u32`, each `[slots]` | temperature, top-k, top-p, the seed's high and low word |
 /// | rounds | `i32[]` | at most `max_rounds` |
 ///
-/// Results: the KV buffer and `i32[slots, max_rounds]`, the tokens of each slot from column 0 on, -1 after its end; unless greedy,
-/// also `f32[slots, max_rounds]`, the logarithms of their probabilities.
+/// Results: the KV buffer and `i32[slots, max_rounds]`, the tokens of each slot from column 0 on, -1 after its end; where
+/// they are asked for, also `f32[slots, max_rounds]`, the logarithms of their probabilities.
 /// A slot ends at an end-of-text token (which it yields) or when nothing remains; the loop ends when all slots have.
 ///
 /// # Errors
@@ -463,7 +464,7 @@ pub fn decode<'c>(
         let all = b.splat(Element::I32, &[1], slots as f64)?;
         let written = b.splat(Element::I32, &[slots, shape.max_rounds], -1.0)?;
         let mut state = vec![kv, tokens, positions, remaining, written, b.scalar(Element::I32, 0.0)?];
-        if sampling != Sampling::Greedy {
+        if matches!(sampling, Sampling::Random { log_probabilities: true, .. }) {
             state.push(b.splat(Element::F32, &[slots, shape.max_rounds], 0.0)?);
         }
         let results = b.while_(

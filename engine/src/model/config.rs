@@ -226,11 +226,9 @@ impl LlamaConfig {
         let sliding_window = match family {
             // Qwen2's is off unless `use_sliding_window` says otherwise, which is refused above.
             Family::Qwen2 => None,
-            Family::Mistral if object.map.contains_key("sliding_window") => match object.get("sliding_window") {
-                Some(_) => Some(object.size("sliding_window", None)?),
-                None => None,
-            },
-            Family::Mistral => Some(4096),
+            // Null is none, and an absent key is not.
+            Family::Mistral if object.map.get("sliding_window").is_some_and(Value::is_null) => None,
+            Family::Mistral => Some(object.size("sliding_window", Some(4096))?),
             Family::Llama => match object.get("sliding_window") {
                 Some(window) => {
                     let fix = "use a model without it, or one of class MistralForCausalLM";

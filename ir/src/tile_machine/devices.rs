@@ -731,17 +731,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         origin: u32,
     ) -> Step<()> {
         let to = self.device(device, core, origin)?;
-        self.check_inside(source)?;
-        self.check_inside(destination)?;
-        let (from, target) = (source.all(), destination.all());
-        self.check_in_flight(&from, false, Some(origin))?;
-        self.check_core(&from, self.owner, Some(origin))?;
-        self.check_written(&from, origin)?;
-        let bytes = self.buffers[from.buffer].data.element().packed_bytes(from.len());
-        if bytes != self.buffers[target.buffer].data.element().packed_bytes(target.len()) {
-            let detail = format!("{:?} into {:?}", source.dims, destination.dims);
-            return Err(self.fault_at(FaultKind::BadCall, origin, detail));
-        }
+        let (from, target, bytes) = self.checked_dma([source, destination], false, origin)?;
         if from.is_empty() {
             return Ok(());
         }

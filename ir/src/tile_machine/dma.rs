@@ -212,19 +212,33 @@ impl<O: Observer> Executor<'_, '_, O> {
         Err(self.in_buffer(fault, region.buffer, offset))
     }
 
-    pub(super) fn start_dma(&mut self, source: &View, destination: &View, semaphore: &View, origin: u32) -> Step<()> {
+    /// Checks that a DMA may start: what it copies, where to, and its bytes. Whether something else is on its way to a
+    /// destination on another device (not `here`) is for that device to check.
+    pub(super) fn checked_dma(
+        &mut self,
+        [source, destination]: [&View; 2],
+        here: bool,
+        origin: u32,
+    ) -> Step<(Region, Region, usize)> {
         self.check_inside(source)?;
         self.check_inside(destination)?;
         let (from, to) = (source.all(), destination.all());
         self.check_in_flight(&from, false, Some(origin))?;
         self.check_core(&from, self.owner, Some(origin))?;
-        self.check_in_flight(&to, true, Some(origin))?;
+        if here {
+            self.check_in_flight(&to, true, Some(origin))?;
+        }
         self.check_written(&from, origin)?;
         let bytes = self.buffers[from.buffer].data.element().packed_bytes(from.len());
         if bytes != self.buffers[to.buffer].data.element().packed_bytes(to.len()) {
             let detail = format!("{:?} into {:?}", source.dims, destination.dims);
             return Err(self.fault_at(FaultKind::BadCall, origin, detail));
         }
+        Ok((from, to, bytes))
+    }
+
+    pub(super) fn start_dma(&mut self, source: &View, destination: &View, semaphore: &View, origin: u32) -> Step<()> {
+        let (from, to, bytes) = self.checked_dma([source, destination], true, origin)?;
         // Nothing to copy, and nothing to wait for.
         if from.is_empty() {
             return Ok(());

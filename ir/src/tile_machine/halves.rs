@@ -44,7 +44,7 @@ impl Program {
                 return None;
             }
         }
-        first.executor.counters = first.executor.counters.and(second.executor.counters);
+        first.executor.counters = first.executor.counters + second.executor.counters;
         if first.executor.counters.ops > machine.max_ops {
             return None;
         }
@@ -105,21 +105,6 @@ pub(super) fn work(code: &Code, elements: &impl Fn(u32) -> u64) -> u64 {
 fn draws_random_bits(code: &Code) -> bool {
     let draws = |op: &Op| matches!(op, Op::Seed | Op::RandomBits { .. });
     code.body.iter().any(|inst| draws(&inst.op) || inst.codes.iter().any(draws_random_bits))
-}
-
-impl Counters {
-    /// Of two halves of a run.
-    fn and(self, other: Self) -> Self {
-        Self {
-            grid_steps: self.grid_steps + other.grid_steps,
-            ops: self.ops + other.ops,
-            hbm_bytes_read: self.hbm_bytes_read + other.hbm_bytes_read,
-            hbm_bytes_written: self.hbm_bytes_written + other.hbm_bytes_written,
-            copies: self.copies + other.copies,
-            mxu_flops: self.mxu_flops + other.mxu_flops,
-            vmem_bytes: self.vmem_bytes.max(other.vmem_bytes),
-        }
-    }
 }
 
 impl Buffer<'_> {

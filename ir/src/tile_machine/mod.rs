@@ -274,6 +274,23 @@ pub struct Counters {
     pub vmem_bytes: usize,
 }
 
+impl std::ops::Add for Counters {
+    type Output = Self;
+
+    /// Of two runs, or of two parts of one, that have their VMEM one after the other.
+    fn add(self, other: Self) -> Self {
+        Self {
+            grid_steps: self.grid_steps + other.grid_steps,
+            ops: self.ops + other.ops,
+            hbm_bytes_read: self.hbm_bytes_read + other.hbm_bytes_read,
+            hbm_bytes_written: self.hbm_bytes_written + other.hbm_bytes_written,
+            copies: self.copies + other.copies,
+            mxu_flops: self.mxu_flops + other.mxu_flops,
+            vmem_bytes: self.vmem_bytes.max(other.vmem_bytes),
+        }
+    }
+}
+
 /// A finished run.
 #[derive(Clone, Debug)]
 pub struct Run {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use pagoda_ir::mosaic::hosted::{self, Hosted};
-use pagoda_ir::tile_machine::{Counters, Machine, Program};
+use pagoda_ir::tile_machine::{Machine, Program};
 use pagoda_ir::{Context, HostTensor, TensorType};
 
 use super::super::client;
@@ -49,25 +49,13 @@ impl Kernels {
             Some((runs, report)) => {
                 *runs += 1;
                 let before = report.counters.unwrap_or_default();
-                let counters = executed.report.counters.map(|counters| sum(before, counters));
+                let counters = executed.report.counters.map(|counters| before + counters);
                 if report.fault.is_none() && report.order_dependent.is_none() {
                     *report = Report { counters, ..executed.report };
                 }
             }
         }
         executed.results.ok_or_else(|| failure.unwrap_or_else(|| "the kernel has no result".to_owned()))
-    }
-}
-
-fn sum(a: Counters, b: Counters) -> Counters {
-    Counters {
-        grid_steps: a.grid_steps + b.grid_steps,
-        ops: a.ops + b.ops,
-        hbm_bytes_read: a.hbm_bytes_read + b.hbm_bytes_read,
-        hbm_bytes_written: a.hbm_bytes_written + b.hbm_bytes_written,
-        copies: a.copies + b.copies,
-        mxu_flops: a.mxu_flops + b.mxu_flops,
-        vmem_bytes: a.vmem_bytes.max(b.vmem_bytes),
     }
 }
 

@@ -175,13 +175,9 @@ fn widened(top: Value<'_>, format: Minifloat) -> Value<'_> {
 
 #[cfg(test)]
 mod tests {
-    use pagoda_ir::{
-        Context, HostTensor, TensorType,
-        mosaic::{self, Semantics, Window},
-        tile_machine::{Machine, Program},
-    };
+    use pagoda_ir::{HostTensor, TensorType};
 
-    use super::*;
+    use super::{super::computed, *};
 
     /// Every code at every place of a word.
     #[test]
@@ -190,20 +186,13 @@ mod tests {
             let codes: Vec<u8> = (0..4096_u32).map(|at| (at / 4 + at % 4 * 37) as u8).collect();
             let words: Vec<i32> =
                 codes.chunks_exact(4).map(|word| i32::from_le_bytes(word.try_into().unwrap())).collect();
-            let context = Context::new();
-            let kernel = mosaic::kernel(&context, "widened", |k| {
-                k.grid([(1, Semantics::Arbitrary)]);
-                let words = k.input("words", Element::I32, &[8, 128], Window::whole(&[8, 128]));
-                let out = k.output("out", Element::F32, &[4, 8, 128], Window::whole(&[4, 8, 128]));
+            let words = HostTensor::new(&[8, 128], &words);
+            let widened = computed(&words, TensorType::new(Element::F32, &[4, 8, 128]), |words, out| {
                 for index in 0..4 {
                     out.at(index).store(numbers(words.load(), element, index));
                 }
             });
-            let program = Program::decode(kernel.unwrap().module()).unwrap();
-            let words = HostTensor::new(&[8, 128], &words);
-            let result = [TensorType::new(Element::F32, &[4, 8, 128])];
-            let run = program.run(&Machine::default(), &[words], &result).unwrap();
-            let widened = run.outputs[0].as_slice::<f32>();
+            let widened = widened.as_slice::<f32>();
             for (at, &code) in codes.iter().enumerate() {
                 let (expected, actual) = (format.decode(code), widened[at % 4 * 1024 + at / 4]);
                 let is_same = actual.to_bits() == expected.to_bits() || (!expected.is_finite() && actual.is_finite());

@@ -226,6 +226,30 @@ fn by_lane(tile: Value<'_>) -> Value<'_> {
     (LANES..columns).step_by(LANES).fold(piece(0), |sum, lane| sum + piece(lane))
 }
 
+/// What a kernel of one step makes of `x` on the tile machine: `body(x, result)`.
+#[cfg(test)]
+fn computed(
+    x: &pagoda_ir::HostTensor,
+    result: pagoda_ir::TensorType,
+    body: impl for<'a> Fn(Ref<'a>, Ref<'a>),
+) -> pagoda_ir::HostTensor {
+    use pagoda_ir::{
+        mosaic::{self, Semantics, Window},
+        tile_machine::{Machine, Program},
+    };
+    let context = pagoda_ir::Context::new();
+    let kernel = mosaic::kernel(&context, "computed", |k| {
+        k.grid([(1, Semantics::Arbitrary)]);
+        let input = k.input("x", x.element(), x.dims(), Window::whole(x.dims()));
+        let output = k.output("result", result.element, &result.dims, Window::whole(&result.dims));
+        body(input, output);
+    });
+    let program = Program::decode(kernel.expect("a kernel").module()).expect("a program");
+    let run =
+        program.run(&Machine::default(), std::slice::from_ref(x), std::slice::from_ref(&result)).expect("no fault");
+    run.outputs.into_iter().next().expect("a result")
+}
+
 #[cfg(test)]
 mod tests {
     use pagoda_ir::Element;
