@@ -624,8 +624,8 @@ impl<'a, 'p> Body<'a, 'p> {
             .map(|(&head, max)| {
                 let old = self.max.at(head).load();
                 let new = old.maximum(max);
-                // Fewer keys than a block has are the last ones.
-                if keys == self.plan.keys() {
+                // Fewer keys than a block has are the last ones: then only what comes behind all keys asks for their maximum.
+                if keys == self.plan.keys() || problem.sinks || problem.log_sum_exp {
                     self.max.at(head).store(new);
                 }
                 (new, (old - new).exp2())

@@ -339,9 +339,13 @@ mod tests {
         ] {
             let window = (heads[1] % 2 == 0).then_some(20);
             let plain = problem(q, heads, window, window.map(|_| 5.0)).spec().clone();
-            for kind in [Kind::Mixed, Kind::Decode] {
+            // Blocks that are short are worked on in part where they are large: what comes behind all keys needs the whole of it.
+            let page_sizes = if ends { &[16, 128][..] } else { &[16] };
+            let kinds = page_sizes.iter().flat_map(|&size| [(size, Kind::Mixed), (size, Kind::Decode)]);
+            for (page_size, kind) in kinds {
                 agrees(Spec {
                     kind,
+                    page_size,
                     precision: Precision { kv, ..plain.precision },
                     kv_rows: if packed { KvRows::Packed } else { KvRows::Interleaved },
                     sinks: ends,
