@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::launches::{Launch, Planned, keys_worked};
 use super::plan::{Plan, Program, Sample};
 use crate::error::Result;
+use crate::model::spec::QkNorm;
 use crate::scheduler::{Request, Scheduler, Step, batches};
 use crate::stop::StopRule;
 use crate::units::SampleId;
@@ -269,9 +270,10 @@ impl StepTime {
 }
 
 /// Sums over the shards of a step: behind the lookup of embeddings, and in each layer behind the attention's output and
-/// behind the MLP.
+/// behind the MLP, and where queries and keys are normed whole, before attention.
 pub fn sums(plan: &Plan) -> usize {
-    2 * plan.shard.layers + 1
+    let of_layer = if plan.shard.qk_norm == Some(QkNorm::Projection) { 3 } else { 2 };
+    of_layer * plan.shard.layers.len() + 1
 }
 
 /// The time of a step of `program` over sequences of these lengths.
@@ -288,7 +290,7 @@ pub fn step_time(plan: &Plan, costs: &Costs, program: Program, batch: &[Lengths]
         parts.push((launch.role, count * (cycles.fixed + cycles.per_key * keys) / chip.clock.0));
         bytes += count * launch.work(batch).bytes;
     }
-    let layers = plan.shard.layers as f64;
+    let layers = plan.shard.layers.len() as f64;
     parts.push((AROUND, layers * glue(plan, program.rows(&plan.shape)) / chip.clock.0));
     if let Some(exchange) = costs.exchange {
         parts.push((ALL_REDUCE, sums(plan) as f64 * exchange.sum(program).fixed / chip.clock.0));

@@ -31,7 +31,7 @@ use crate::report::Report;
 use crate::sampler::Sampling;
 use compile::{Answer, Compiler, How, Unit, compile_all};
 use estimate::{Calibration, Costs, Cycles, Exchange, JobTime, Source};
-use launches::{Launch, Planned};
+use launches::{Launch, Planned, ROLES};
 use plan::{Plan, Program};
 
 /// How the lengths of prompts are known.
@@ -336,7 +336,8 @@ fn emit(plan: &Plan, question: &Question, program: Program) -> Result<Unit> {
 
 /// The kernel of the compiler's report that is `launch`: by its name, or else by its buffers.
 pub fn compiled_kernel<'k>(launch: &Launch, kernels: &'k [KernelVmem]) -> Option<&'k KernelVmem> {
-    let named = |kernel: &&KernelVmem| kernel.name.split('.').any(|part| part == launch.role);
+    let role = |name: &str| name.rsplit('.').find_map(|part| ROLES.into_iter().find(|role| *role == part));
+    let named = |kernel: &&KernelVmem| role(&kernel.name) == Some(launch.role);
     let alike = |kernel: &&KernelVmem| crate::certify::kernel::differences(launch.plan.vmem(), kernel).is_empty();
     kernels.iter().find(named).or_else(|| kernels.iter().find(alike))
 }

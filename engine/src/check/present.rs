@@ -396,8 +396,8 @@ fn mesh(findings: &Findings) -> Section {
         shard.q_heads,
         shard.kv_heads,
         shard.head_dim,
-        shard.intermediate_size,
-        plan.job.config.intermediate_size,
+        shard.mlp.inner(),
+        plan.job.config.mlp.inner(),
         shard.vocab_size,
         plan.job.config.vocab_size
     );
@@ -580,7 +580,7 @@ fn steps(findings: &Findings) -> Section {
                     match *what {
                         ALL_REDUCE => (estimate::sums(plan), source(&|all| all.sum(program)).words()),
                         GATHER => (1, source(&|all| all.gather).words()),
-                        _ => (plan.shard.layers, "profiled once, scaled"),
+                        _ => (plan.shard.layers.len(), "profiled once, scaled"),
                     }
                 }
             };

@@ -16,20 +16,20 @@ use super::*;
 use crate::certify::report::{Allocation, AllocationKind, KernelVmem, OutOfMemory, SpillTag};
 use crate::certify::{Certificate, OpCycles, Profile};
 use crate::llama::KvCache;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::pjrt::MemoryStats;
 use crate::report::Status;
 use crate::scheduler::Limits;
 use crate::topology::Topology;
 use crate::units::{PageSize, SampleId};
 
-fn llama(q_heads: usize, kv_heads: usize, head_dim: usize, inner: usize, layers: usize, vocab: usize) -> LlamaConfig {
+fn llama(q_heads: usize, kv_heads: usize, head_dim: usize, inner: usize, layers: usize, vocab: usize) -> ModelSpec {
     let value = json!({
         "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": q_heads * head_dim,
         "head_dim": head_dim, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": q_heads,
         "num_key_value_heads": kv_heads, "max_position_embeddings": 131_072,
     });
-    LlamaConfig::parse(Path::new("config.json"), &value).unwrap()
+    ModelSpec::parse(Path::new("config.json"), &value).unwrap()
 }
 
 fn on(job: &Job, model: usize) -> Result<Plan> {
@@ -218,7 +218,7 @@ fn meshes_that_do_not_divide_are_refused() {
 /// The smallest model axis that fits is proposed: figures by hand, weights / axis + pages below 97% of 95.73 GiB.
 #[test]
 fn meshes_are_proposed_by_memory() {
-    let of = |config: LlamaConfig, topology| {
+    let of = |config: ModelSpec, topology| {
         let job = Job { config, ..incident(topology) };
         let plan = Plan::new(&job, None).unwrap();
         (plan.mesh.model.get(), suggest::fits(&plan), plan.within_a_host())

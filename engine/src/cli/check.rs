@@ -15,7 +15,7 @@ use crate::check::{self, Counted, Findings, Layout, Question, jax_v2};
 use crate::config::{Flags, InferenceMode, Settings};
 use crate::error::{Error, Result};
 use crate::generate::SamplingOptions;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::source::Files;
 use crate::model::tokenizer::Tokenizer;
 use crate::output::write_atomically;
@@ -61,7 +61,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let topology = Topology::parse(&args.topology)?;
     let settings = Settings::resolve(args.config.as_deref(), &args.settings)?;
     let folder = settings.model(Files::Config)?;
-    let config = LlamaConfig::open(&folder)?;
+    let config = ModelSpec::open(&folder)?;
     let (lengths, counted) = lengths(&settings, &config)?;
     let limits = settings.limits(&lengths, config.max_position_embeddings)?;
     let devices = NonZeroUsize::new(topology.devices()).expect("a slice has a chip");
@@ -136,7 +136,7 @@ fn show(args: &CheckArgs, report: &Report) -> Result<ExitCode> {
 }
 
 /// Tokens of each prompt.
-fn lengths(settings: &Settings, config: &LlamaConfig) -> Result<(Vec<usize>, Counted)> {
+fn lengths(settings: &Settings, config: &ModelSpec) -> Result<(Vec<usize>, Counted)> {
     let found = settings.tokenizer().ok().map(|path| if path.is_dir() { path.join("tokenizer.json") } else { path });
     let Some(file) = found.filter(|file| file.is_file()) else {
         let estimate = |prompt: &String| 1 + prompt.chars().count().div_ceil(4);
