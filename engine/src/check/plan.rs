@@ -14,6 +14,7 @@ use crate::llama::step::StepShape;
 use crate::llama::{KvCache, Parallel, Target, weight_types};
 use crate::mesh::Mesh;
 use crate::model::ModelSpec;
+use crate::sampler::Sampling;
 use crate::scheduler::Limits;
 use crate::topology::Topology;
 use crate::units::SampleId;
@@ -29,6 +30,8 @@ pub struct Job {
     pub compute: Element,
     /// What the KV cache holds.
     pub kv_cache: KvCache,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
     /// New tokens of a sample.
     pub max_new_tokens: usize,
     /// The samples, in the run's order.

@@ -727,8 +727,8 @@ fn executables(findings: &Findings) -> Section {
 fn notes(findings: &Findings, question: &Question) -> Vec<String> {
     let mut notes = vec![
         format!("Compiler: {}. Nothing of this was run on a TPU.", findings.compiler),
-        "Times are static estimates: the compiler's cycles leave out contention of DMAs, and no launch gaps, host work or \
-         sampling are in them. The HBM floor takes the data sheet's bandwidth as reached."
+        "Times are static estimates: the compiler's cycles leave out contention of DMAs, and no launch gaps or host \
+         work are in them. The HBM floor takes the data sheet's bandwidth as reached."
             .to_owned(),
     ];
     let (counted, sheet) = (findings.plan.job.hbm, findings.plan.job.topology.chip().info().hbm);
