@@ -27,6 +27,8 @@ const DESCRIPTIVE: &[&str] = &[
     "auto_map",
     "custom_pipelines",
     "tokenizer_class",
+    "model_max_length",
+    "max_sequence_length",
     "prefix",
     "finetuning_task",
     "task_specific_params",
@@ -495,7 +497,7 @@ mod tests {
                 "rope_scaling.beta = 3 is not a key that this model type is known to have",
             ),
             (json!({"logit_scale": 0.5}), "logit_scale = 0.5 is not a key that this model type is known to have"),
-            (json!({"partial_rotary_factor": 0.3}), "partial_rotary_factor = 0.3 "),
+            (json!({"partial_rotary_factor": 0.25}), "partial_rotary_factor = 0.25 is not supported"),
             (
                 json!({"rope_scaling": llama3(4.0)}),
                 "rope_scaling.high_freq_factor = 4 is not above low_freq_factor = 4",
