@@ -1,7 +1,7 @@
 //! `config.json` and `generation_config.json`: what the model is.
 //!
-//! [`families`](super::families) has a function per `model_type`. Absent keys take the defaults of the family's class in Hugging
-//! Face's transformers. Every key that is not read must be one that changes nothing of the function computed ([`DESCRIPTIVE`]):
+//! `families` has a function per `model_type`. Absent keys take the defaults of the family's class in Hugging
+//! Face's transformers. Every key that is not read must be one that changes nothing of the function computed (`DESCRIPTIVE`):
 //! any other is refused by name, as is a value that asks for what is not implemented.
 
 use std::cell::RefCell;

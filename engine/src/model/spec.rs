@@ -1,6 +1,6 @@
 //! What a model is: one description for every family of decoders that runs.
 //!
-//! A family is a function from `config.json` to a [`ModelSpec`] ([`families`](super::families)), and a map of names to the
+//! A family is a function from `config.json` to a [`ModelSpec`] (`families`), and a map of names to the
 //! tensors in its files ([`Names`]). The step program, the weights, the planner of `check` and the f64 reference read the
 //! description and nothing else: none of them knows a family. What a description cannot say is refused where the file is read.
 
