@@ -8,7 +8,7 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion};
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions, Timing};
 use pagoda_engine::llama::{DeviceModel, KvCache, Parallel, Target};
-use pagoda_engine::model::config::LlamaConfig;
+use pagoda_engine::model::ModelSpec;
 use pagoda_engine::model::weights::Weights;
 use pagoda_engine::pjrt::{Client, Plugin, PluginChoice};
 use pagoda_engine::scheduler::{Limits, Request};
@@ -21,7 +21,7 @@ const NEW: usize = 256;
 
 fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptions) -> Engine {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/tiny-llama-kjv");
-    let config = LlamaConfig::open(&folder).expect("the model's config");
+    let config = ModelSpec::open(&folder).expect("the model's config");
     let weights = Weights::open(&folder).expect("the model's weights");
     let page_size = PageSize::new(16).expect("not zero");
     let limits = Limits {

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
 use pagoda_engine::llama::{DeviceModel, KvCache, Parallel, Target};
-use pagoda_engine::model::config::LlamaConfig;
+use pagoda_engine::model::ModelSpec;
 use pagoda_engine::model::tokenizer::Tokenizer;
 use pagoda_engine::model::weights::Weights;
 use pagoda_engine::pjrt::{Plugin, PluginChoice};
@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = std::env::args_os().nth(1).map_or_else(|| PathBuf::from(tiny), PathBuf::from);
     let prompts = ["In the beginning", "The LORD is my shepherd"];
 
-    let config = LlamaConfig::open(&folder)?;
+    let config = ModelSpec::open(&folder)?;
     let tokenizer = Tokenizer::open(&folder, &config)?;
     let weights = Weights::open(&folder)?;
     weights.check(&config)?;

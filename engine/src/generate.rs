@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::llama::step::StepShape;
 use crate::llama::{Call, DeviceModel, Executor, KvCache, Parallel, Sampled, Target};
 use crate::memory::Room;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::pjrt::{Client, Executable};
 use crate::sampler::Sampling;
 use crate::scheduler::{DecodeRow, Finished, Limits, PrefillRow, Request, Scheduler, Step};
@@ -248,7 +248,7 @@ impl EngineOptions {
     pub fn check_memory(
         &self,
         client: &Client,
-        config: &LlamaConfig,
+        config: &ModelSpec,
         parallel: &Parallel,
         devices: &[usize],
     ) -> Result<()> {
@@ -322,7 +322,7 @@ impl Engine {
     }
 
     /// The model's configuration.
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &ModelSpec {
         self.executor.model().config()
     }
 

@@ -59,18 +59,27 @@ impl CustomCall for Matmul {
 }
 
 fn multiply<T: Float>(frame: Frame<'_>) -> Outcome {
-    let [norm, gate, residual] = matmul::native::OPTIONS;
+    let [norm, plus_one, gate, residual] = matmul::native::OPTIONS;
     let Frame { operands, results, options } = frame;
     let mut operands = (0..operands.len()).map(|index| operands.get(index));
     let mut next = || operands.next().unwrap_or_else(|| Err("an operand is missing".into()));
     let (w, x) = (next()?, next()?);
     let &[_, columns] = x.dims else { return Err(format!("activations of rank {}", x.dims.len())) };
     let norm = match number(options, norm)? {
-        Some(epsilon) => Some(Norm { weight: next()?.values::<T>()?, epsilon }),
+        Some(epsilon) => {
+            Some(Norm { weight: next()?.values::<T>()?, epsilon, plus_one: options.string(plus_one).is_some() })
+        }
         None => None,
     };
     let residual = if options.string(residual).is_some() { Some(next()?.values::<T>()?) } else { None };
-    let activation = if options.string(gate).is_some() { Activation::SiluGate } else { Activation::Identity };
+    let gates = [Activation::SiluGate, Activation::GeluGate];
+    let activation = match options.string(gate) {
+        None => Activation::Identity,
+        Some(name) => {
+            let known = gates.into_iter().find(|gate| gate.name() == Some(name));
+            known.ok_or_else(|| format!("{gate} = {name} is not one that is known"))?
+        }
+    };
     let around = Around { norm, activation, residual };
     let w = w.values::<T>()?;
     let call = matmul::native::Call { w, x: x.values()?, columns: columns as usize, around, resident: guard(w) };

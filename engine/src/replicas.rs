@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, Progress, StepReport, Timing};
 use crate::llama::{DeviceModel, Group};
 use crate::mesh::Mesh;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::weights::Weights;
 use crate::pjrt::Client;
 use crate::scheduler::{Finished, Request};
@@ -44,7 +44,7 @@ impl Replicas {
     /// When the model cannot be split like this, or one of the engines cannot be made ([`Engine::new`]).
     pub fn load(
         client: &Client,
-        config: &LlamaConfig,
+        config: &ModelSpec,
         weights: &Weights,
         mesh: Mesh,
         options: &EngineOptions,
@@ -59,7 +59,7 @@ impl Replicas {
     /// As [`load`](Self::load).
     pub fn of_groups(
         client: &Client,
-        config: &LlamaConfig,
+        config: &ModelSpec,
         weights: &Weights,
         groups: impl IntoIterator<Item = Group>,
         options: &EngineOptions,

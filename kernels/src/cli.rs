@@ -25,8 +25,3 @@ pub trait KernelArgs: Kernel {
 pub fn float() -> impl TypedValueParser<Value = Element> {
     PossibleValuesParser::new(["f32", "bf16"]).map(|name| if name == "f32" { Element::F32 } else { Element::Bf16 })
 }
-
-/// A flag that stands for one of two values.
-pub fn either<T: Clone + Send + Sync + 'static>(set: T, unset: T) -> impl TypedValueParser<Value = T> {
-    clap::builder::BoolishValueParser::new().map(move |given| if given { set.clone() } else { unset.clone() })
-}

@@ -1,6 +1,7 @@
 //! The step programs and the generation loop: on the tiny model, against golden tokens and the f64 reference; on small
 //! drawn models of every kind that is read; and what a program for a TPU holds.
 
+mod families;
 mod meshes;
 mod scheduling;
 mod support;
@@ -112,7 +113,7 @@ fn a_narrow_cache_costs_the_roundings_of_its_numbers() {
         // Steps of 0.1 are within 2^-4 of numbers of order 1.
         (KvCache::scaled(Element::I8, 0.1), unit_roundoff(Element::F8E4M3Fn)),
     ] {
-        let bound = ((2 * model.config.layers) as f64).sqrt() * roundoff;
+        let bound = ((2 * model.config.layers.len()) as f64).sqrt() * roundoff;
         let of = |target| logits_by_cache(&client, &model, (Element::F32, cache, target), &[&tokens], 16).remove(0);
         let [portable, host] = [Target::Portable, Target::Host].map(of);
         for (target, logits) in [("stablehlo", &portable), ("native", &host)] {

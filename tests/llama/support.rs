@@ -9,7 +9,7 @@ use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
 use pagoda_engine::llama::step::{self, Output, StepShape};
 use pagoda_engine::llama::{DeviceModel, Group, KvCache, Parallel, Target};
 use pagoda_engine::mesh::Mesh;
-use pagoda_engine::model::config::LlamaConfig;
+use pagoda_engine::model::ModelSpec;
 use pagoda_engine::model::reference::Reference;
 use pagoda_engine::model::weights::Weights;
 use pagoda_engine::pjrt::{Arg, Client, Plugin, PluginChoice};
@@ -53,13 +53,13 @@ pub fn limits() -> Limits {
 
 /// A model on disk.
 pub struct Model {
-    pub config: LlamaConfig,
+    pub config: ModelSpec,
     pub weights: Weights,
 }
 
 impl Model {
     pub fn open(folder: &Path) -> Self {
-        let (config, weights) = (LlamaConfig::open(folder).unwrap(), Weights::open(folder).unwrap());
+        let (config, weights) = (ModelSpec::open(folder).unwrap(), Weights::open(folder).unwrap());
         assert!(weights.check(&config).unwrap().is_empty());
         Self { config, weights }
     }
@@ -258,8 +258,8 @@ pub fn largest_difference(logits: &[Vec<f32>], expected: &[Vec<f64>]) -> f64 {
 /// independent signs grow with the root, to sqrt(n) u (Higham and Mary, "A new approach to probabilistic rounding error
 /// analysis", 2019; the worst case is n u), in a model whose layers do not amplify them. Sums are f32 and add nothing that
 /// shows.
-pub fn bf16_error(config: &LlamaConfig) -> f64 {
-    ((11 * config.layers + 2) as f64).sqrt() / 256.0
+pub fn bf16_error(config: &ModelSpec) -> f64 {
+    ((11 * config.layers.len() + 2) as f64).sqrt() / 256.0
 }
 
 fn norm(values: impl Iterator<Item = f64>) -> f64 {

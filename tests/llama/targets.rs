@@ -9,7 +9,7 @@ use pagoda_engine::certify::report::KernelVmem;
 use pagoda_engine::certify::{Certifier, Program};
 use pagoda_engine::llama::step::{self, Output, StepShape};
 use pagoda_engine::llama::{KvCache, Parallel, Target, weight_types};
-use pagoda_engine::model::config::LlamaConfig;
+use pagoda_engine::model::ModelSpec;
 use pagoda_engine::mpi;
 use pagoda_engine::sampler::Sampling;
 use pagoda_ir::stablehlo::Module;
@@ -37,7 +37,7 @@ fn shape(target: Target) -> StepShape {
 }
 
 /// Prefill and decode.
-fn modules<'c>(context: &'c Context, config: &LlamaConfig, shape: &StepShape, sampling: Sampling) -> [Module<'c>; 2] {
+fn modules<'c>(context: &'c Context, config: &ModelSpec, shape: &StepShape, sampling: Sampling) -> [Module<'c>; 2] {
     let prefill = step::prefill(context, config, shape, Output::Tokens(sampling)).unwrap();
     [prefill, step::decode(context, config, shape, sampling, &[1]).unwrap()]
 }
@@ -91,7 +91,7 @@ fn programs_for_a_tpu_carry_its_kernels() {
 
 #[test]
 fn programs_for_the_host_call_five_kernels_a_layer() {
-    let layers = Model::tiny().config.layers;
+    let layers = Model::tiny().config.layers.len();
     let [_, decode] = programs(Target::Host);
     let calls = between(&decode, "call_target_name = \"", "\"");
     let count = |name| calls.iter().filter(|call| **call == name).count();
@@ -126,7 +126,7 @@ fn shards_exchange_two_sums_a_layer() {
     {
         let shape = StepShape { parallel: Parallel::group(two), ..shape(target) };
         // A loop's body has those of one layer.
-        let sums = if shape.stacks_layers(&config) { 2 } else { 2 * config.layers };
+        let sums = if shape.stacks_layers(&config) { 2 } else { 2 * config.layers.len() };
         for text in programs_of(&shape, sampling) {
             assert!(text.contains("mhlo.num_replicas = 2"));
             let count = |op: &str| text.matches(&format!("\"stablehlo.{op}\"")).count();
@@ -181,7 +181,7 @@ fn operations_are_called_by_what_they_belong_to() {
 }
 
 /// A model and a batch of any sizes, as `config.json` and as a step on some chip.
-fn drawn(seed: u64) -> (LlamaConfig, StepShape) {
+fn drawn(seed: u64) -> (ModelSpec, StepShape) {
     let mut choices = Choices::of_seed(seed);
     let (kv_heads, group) = (choices.one_of(&[1, 2, 4, 5, 8, 10]), choices.within(1, 8));
     let head_dim = choices.one_of(&[64, 80, 96, 128, 256]);
@@ -207,7 +207,7 @@ fn drawn(seed: u64) -> (LlamaConfig, StepShape) {
         kv_cache: KvCache::of(compute),
         ..shape(Target::Tpu(choices.one_of(&Chip::ALL)))
     };
-    (LlamaConfig::parse(Path::new("config.json"), &config).unwrap(), shape)
+    (ModelSpec::parse(Path::new("config.json"), &config).unwrap(), shape)
 }
 
 /// Every kernel of a step can be planned, whatever its sizes.
@@ -289,7 +289,7 @@ fn models() -> [(&'static str, serde_json::Value); 4] {
 fn assert_compiles(name: &str, config: &serde_json::Value, chip: Chip) {
     let certifier = Certifier::find(env!("CARGO_BIN_EXE_pagoda")).expect("libtpu: run `make tpu-tools`");
     let certifier = certifier.in_program().without_profile().timeout(Duration::from_secs(600));
-    let config = LlamaConfig::parse(Path::new("config.json"), config).unwrap();
+    let config = ModelSpec::parse(Path::new("config.json"), config).unwrap();
     let pages_per_seq = 36;
     let shape = StepShape {
         prefill_rows: 1024,
@@ -320,7 +320,7 @@ fn assert_compiles(name: &str, config: &serde_json::Value, chip: Chip) {
         let kv = shape.kv_type(&config);
         assert!(memory.aliased >= kv.bytes() as i64, "the KV buffer is updated in place: {memory:?}");
         // No weight is copied: a layer's alone would be far more.
-        let activations = (shape.prefill_rows * (config.hidden_size + 2 * config.intermediate_size) * 4) as i64;
+        let activations = (shape.prefill_rows * (config.hidden_size + 2 * config.mlp.inner()) * 4) as i64;
         assert!(memory.temporaries < 4 * activations, "{name}, {program} on {chip}: {memory:?}");
         for part in ["qkv", "attention", "output", "gate_up", "down"].map(|part| format!("layer.{part}")) {
             let named = |kernel: &&KernelVmem| kernel.name.starts_with(&part);

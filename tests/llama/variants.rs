@@ -1,20 +1,23 @@
 //! Llamas of every kind that is read, small, with weights drawn from a seed: each form of the kernels against the f64
 //! reference.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
 
-use half::bf16;
 use pagoda_engine::generate::{EngineOptions, SamplingOptions};
 use pagoda_engine::llama::{KvCache, Parallel, Target};
-use pagoda_engine::model::config::LlamaConfig;
+use pagoda_engine::model::ModelSpec;
 use pagoda_engine::model::quantization::{Quantization, Scales};
+use pagoda_engine::model::weights::{Holds, Weights, expected_tensors};
 use pagoda_engine::scheduler::Limits;
 use pagoda_engine::stop::StopRule;
 use pagoda_engine::units::PageSize;
 use pagoda_ir::random::SplitMix64;
 use pagoda_ir::{Element, HostTensor};
+use pagoda_kernels::Choices;
+use pagoda_kernels::chips::Chip;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
@@ -91,43 +94,8 @@ fn quantized_inputs() -> [(&'static str, Value); 2] {
     ]
 }
 
-/// A projection as the file has it, of values around 0 with a deviation: in bf16, or quantized as `how` says.
-fn projection(
-    random: &mut SplitMix64,
-    name: &str,
-    [out, from]: [usize; 2],
-    deviation: f64,
-    how: Option<&Quantization>,
-) -> Vec<(String, Vec<usize>, Dtype, Vec<u8>)> {
-    let mut uniform = |count: usize, most: f64| -> Vec<f64> {
-        (0..count).map(|_| most * ((random.bits() >> 11) as f64 / (1u64 << 52) as f64 - 1.0)).collect()
-    };
-    let of = |name: String, dims: &[usize], dtype, element, values: &[f64]| {
-        (name, dims.to_vec(), dtype, HostTensor::from_f64(element, &[values.len()], values).bytes().to_vec())
-    };
-    let Some(how) = how else {
-        let values = uniform(out * from, deviation * 3f64.sqrt());
-        return vec![of(format!("{name}.weight"), &[out, from], Dtype::BF16, Element::Bf16, &values)];
-    };
-    let dtype = if how.weight == Element::I8 { Dtype::I8 } else { Dtype::F8_E4M3 };
-    let stored = uniform(out * from, Quantization::most(how.weight));
-    let dims = match how.scales {
-        Scales::Tensor => vec![],
-        Scales::Channel => vec![out, 1],
-        Scales::Group(group) => vec![out, from / group],
-    };
-    // Between one half and three halves of what gives the deviation.
-    let usual = deviation * 3f64.sqrt() / Quantization::most(how.weight);
-    let scales: Vec<f64> = uniform(dims.iter().product(), 0.5).into_iter().map(|part| usual * (1.0 + part)).collect();
-    vec![
-        of(format!("{name}.weight"), &[out, from], dtype, how.weight, &stored),
-        of(format!("{name}.weight_scale"), &dims, Dtype::F32, Element::F32, &scales),
-    ]
-}
-
-/// Writes a model: a configuration with `changes`, and weights drawn from `seed`, in bf16 (quantized ones: in 8 bits), so
-/// that both compute types have the same ones.
-fn write(folder: &Path, changes: &Value, seed: u64) {
+/// A small Llama, with `changes`.
+fn spec(changes: &Value) -> ModelSpec {
     let mut config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 128,
         "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -136,79 +104,80 @@ fn write(folder: &Path, changes: &Value, seed: u64) {
     for (key, value) in changes.as_object().unwrap() {
         config[key] = value.clone();
     }
-    let size = |key: &str| config[key].as_u64().unwrap() as usize;
-    let [vocab, hidden, inner, layers] =
-        ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"].map(size);
-    let [q, kv] = ["num_attention_heads", "num_key_value_heads"].map(|heads| size(heads) * size("head_dim"));
-    let on = |key: &str| config[key] == true;
+    ModelSpec::parse(Path::new("config.json"), &config).unwrap()
+}
 
-    let parsed = LlamaConfig::parse(Path::new("config.json"), &config).unwrap();
-    let quantization = parsed.quantization.as_ref();
+/// Writes a model's weights, drawn from `seed`, in bf16 (quantized ones: in 8 bits), so that both compute types have the same
+/// ones. What tensors there are, and of which shapes, is the map's word; that it is right, transformers' own files show
+/// (`families`).
+fn write(folder: &Path, spec: &ModelSpec, seed: u64) {
     let mut random = SplitMix64::new(seed);
-    // Uniform around `mean`, with the deviation given.
-    let draw = |random: &mut SplitMix64, name: String, dims: &[usize], mean: f64, deviation: f64| {
-        let values = (0..dims.iter().product()).flat_map(|_| {
-            let unit = (random.bits() >> 11) as f64 / (1u64 << 52) as f64 - 1.0;
-            bf16::from_f64(mean + deviation * 3f64.sqrt() * unit).to_le_bytes()
-        });
-        (name, dims.to_vec(), Dtype::BF16, values.collect::<Vec<u8>>())
+    let mut uniform = |count: usize, most: f64| -> Vec<f64> {
+        (0..count).map(|_| most * ((random.bits() >> 11) as f64 / (1u64 << 52) as f64 - 1.0)).collect()
     };
-    let random = &mut random;
-    let mut tensors = vec![draw(random, "model.embed_tokens.weight".into(), &[vocab, hidden], 0.0, 0.5)];
-    for layer in 0..layers {
-        let prefix = format!("model.layers.{layer}");
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            tensors.push(draw(random, format!("{prefix}.{norm}.weight"), &[hidden], 1.0, 0.3));
+    let mut tensors: BTreeMap<String, (Vec<usize>, Dtype, Vec<u8>)> = BTreeMap::new();
+    for tensor in expected_tensors(spec) {
+        if tensors.contains_key(&tensor.name) {
+            continue;
         }
-        for (name, out, from, bias) in [
-            ("self_attn.q_proj", q, hidden, "attention_bias"),
-            ("self_attn.k_proj", kv, hidden, "attention_bias"),
-            ("self_attn.v_proj", kv, hidden, "attention_bias"),
-            ("self_attn.o_proj", hidden, q, "attention_bias"),
-            ("mlp.gate_proj", inner, hidden, "mlp_bias"),
-            ("mlp.up_proj", inner, hidden, "mlp_bias"),
-            ("mlp.down_proj", hidden, inner, "mlp_bias"),
-        ] {
+        let (name, dims) = (tensor.name.as_str(), tensor.stored_dims());
+        let has = |part: &str| name.contains(part);
+        let (mean, deviation) = match () {
+            () if has("norm") => (if spec.norm.plus_one { 0.0 } else { 1.0 }, 0.3),
+            () if has(".bias") || has("sinks") || has("lm_head") => (0.0, 0.5),
+            () if has("embed_tokens") => (0.0, 0.5 / spec.embedding_scale.unwrap_or(1.0)),
             // A gain of one: layers do not amplify errors.
-            let deviation = 1.0 / (from as f64).sqrt();
-            tensors.extend(projection(random, &format!("{prefix}.{name}"), [out, from], deviation, quantization));
-            let qwen = config["model_type"] == "qwen2" && name.starts_with("self_attn") && name != "self_attn.o_proj";
-            if on(bias) || qwen {
-                tensors.push(draw(random, format!("{prefix}.{name}.bias"), &[out], 0.0, 0.5));
+            () => (0.0, 1.0 / (*dims.last().unwrap() as f64).sqrt()),
+        };
+        let count = dims.iter().product();
+        let (dims, dtype, element, values) = match (tensor.holds, spec.quantization) {
+            (Holds::Quantized(element), _) => {
+                let dtype = if element == Element::I8 { Dtype::I8 } else { Dtype::F8_E4M3 };
+                (dims, dtype, element, uniform(count, Quantization::most(element)))
             }
-        }
-    }
-    tensors.push(draw(random, "model.norm.weight".into(), &[hidden], 1.0, 0.3));
-    if !on("tie_word_embeddings") {
-        let quantization = quantization.filter(|quantization| quantization.head);
-        tensors.extend(projection(random, "lm_head", [vocab, hidden], 0.5, quantization));
+            (Holds::Scales, Some(how)) => {
+                let weight = name.trim_end_matches("_scale");
+                let deviation = if has("lm_head") { 0.5 } else { 1.0 / (tensors[weight].0[1] as f64).sqrt() };
+                let dims = if how.scales == Scales::Tensor { vec![] } else { dims };
+                // Between one half and three halves of what gives the deviation.
+                let usual = deviation * 3f64.sqrt() / Quantization::most(how.weight);
+                let values = uniform(dims.iter().product(), 0.5).into_iter().map(|part| usual * (1.0 + part));
+                (dims, Dtype::F32, Element::F32, values.collect())
+            }
+            (Holds::Numbers | Holds::Scales, _) => {
+                let values = uniform(count, deviation * 3f64.sqrt()).into_iter().map(|value| mean + value);
+                (dims, Dtype::BF16, Element::Bf16, values.collect())
+            }
+        };
+        let bytes = HostTensor::from_f64(element, &[values.len()], &values).bytes().to_vec();
+        tensors.insert(tensor.name, (dims, dtype, bytes));
     }
     let views = tensors
         .iter()
-        .map(|(name, dims, dtype, bytes)| (name.as_str(), TensorView::new(*dtype, dims.clone(), bytes).unwrap()));
+        .map(|(name, (dims, dtype, bytes))| (name.as_str(), TensorView::new(*dtype, dims.clone(), bytes).unwrap()));
     fs::write(folder.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
-    fs::write(folder.join("config.json"), config.to_string()).unwrap();
 }
 
 /// How far logits may be from each other, relative, where two forms round the inputs of projections to 8 bits, each on its
 /// own: by a step, uniformly (i8: a 127th of the largest of some hundred values, three deviations; e4m3: up to 2^-4 of each
 /// value), in four places a layer and before the head. Errors of independent signs grow with the root.
-fn input_error(config: &LlamaConfig) -> f64 {
+fn input_error(config: &ModelSpec) -> f64 {
     let Some(quantization) = config.quantization.filter(|quantization| quantization.activations) else { return 0.0 };
     let one = match quantization.weight {
         Element::I8 => 3.0 / 127.0 / 12f64.sqrt(),
         _ => 2f64.powi(-4) / 3f64.sqrt(),
     };
-    one * (2.0 * (4 * config.layers + 1) as f64).sqrt()
+    one * (2.0 * (4 * config.layers.len() + 1) as f64).sqrt()
 }
 
 /// Checks one model in some forms, each split over so many devices: logits of a text in f32 and bf16; and decoding, beside
 /// another sequence and an idle slot.
-fn check(name: &str, changes: &Value, seed: u64, forms: &[(Target, usize)]) {
+fn check(name: &str, spec: &ModelSpec, seed: u64, forms: &[(Target, usize)]) {
     let folder = tempfile::tempdir().unwrap();
-    write(folder.path(), changes, seed);
-    let model = Model::open(folder.path());
-    let reference = model.reference();
+    write(folder.path(), spec, seed);
+    let model = Model { config: spec.clone(), weights: Weights::open(folder.path()).unwrap() };
+    assert!(model.weights.check(spec).unwrap().is_empty());
+    let reference = model.reference().within(48);
     let mut random = SplitMix64::new(!seed);
     let tokens: Vec<u32> = (0..40).map(|_| random.below(model.config.vocab_size) as u32).collect();
     let expected = reference.logits(&tokens);
@@ -261,14 +230,14 @@ fn check(name: &str, changes: &Value, seed: u64, forms: &[(Target, usize)]) {
 #[test]
 fn every_kind_of_llama_agrees_with_the_reference() {
     for (seed, (name, changes)) in variants().iter().enumerate() {
-        check(name, changes, seed as u64, &TARGETS.map(|target| (target, 1)));
+        check(name, &spec(changes), seed as u64, &TARGETS.map(|target| (target, 1)));
     }
 }
 
 #[test]
 fn models_that_quantize_inputs_agree_with_the_reference() {
     for (seed, (name, changes)) in quantized_inputs().iter().enumerate() {
-        check(name, changes, seed as u64, &TARGETS.map(|target| (target, 1)));
+        check(name, &spec(changes), seed as u64, &TARGETS.map(|target| (target, 1)));
     }
 }
 
@@ -304,7 +273,7 @@ fn split_variants() -> [(&'static str, Value, usize); 4] {
 #[test]
 fn split_models_agree_with_the_reference() {
     for (seed, (name, changes, shards)) in split_variants().iter().enumerate() {
-        check(name, changes, seed as u64, &[(TARGETS[seed % TARGETS.len()], *shards)]);
+        check(name, &spec(changes), seed as u64, &[(TARGETS[seed % TARGETS.len()], *shards)]);
     }
 }
 
@@ -312,12 +281,12 @@ fn split_models_agree_with_the_reference() {
 #[ignore = "takes minutes: make nightly"]
 fn split_models_agree_with_the_reference_in_fresh_forms() {
     for (name, changes, shards) in &split_variants() {
-        check(name, changes, RandomState::new().hash_one(name), &TARGETS.map(|target| (target, *shards)));
+        check(name, &spec(changes), RandomState::new().hash_one(name), &TARGETS.map(|target| (target, *shards)));
     }
     for _ in 0..8 {
         let seed = RandomState::new().hash_one("drawn");
         let (changes, forms) = drawn(seed);
-        check("drawn", &changes, seed, &forms);
+        check("drawn", &spec(&changes), seed, &forms);
     }
 }
 
@@ -333,9 +302,7 @@ fn drawn(seed: u64) -> (Value, Vec<(Target, usize)>) {
         "attention_bias": from(&[0, 1]) == 1, "mlp_bias": from(&[0, 1]) == 1,
         "tie_word_embeddings": from(&[0, 1]) == 1,
     });
-    let folder = tempfile::tempdir().unwrap();
-    write(folder.path(), &changes, 0);
-    let config = LlamaConfig::open(folder.path()).unwrap();
+    let config = spec(&changes);
     let splits: Vec<usize> =
         (1..=8).filter(|&shards| Parallel::group(mesh(1, shards).model).check(&config).is_ok()).collect();
     (changes, TARGETS.map(|target| (target, from(&splits))).to_vec())
@@ -345,6 +312,123 @@ fn drawn(seed: u64) -> (Value, Vec<(Target, usize)>) {
 #[ignore = "other weights in every run: make nightly"]
 fn every_kind_of_llama_agrees_with_the_reference_for_fresh_seeds() {
     for (name, changes) in &variants() {
-        check(name, changes, RandomState::new().hash_one(name), &TARGETS.map(|target| (target, 1)));
+        check(name, &spec(changes), RandomState::new().hash_one(name), &TARGETS.map(|target| (target, 1)));
+    }
+}
+
+/// Each query head has a logit of its own in the softmax's sum, in layers with a window and in layers without.
+#[test]
+fn models_with_sinks_agree_with_the_reference() {
+    let window = json!({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": true,
+        "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "num_attention_heads": 6});
+    let spec = ModelSpec { sinks: true, ..spec(&window) };
+    let forms = [(Target::Portable, 1), (Target::Host, 2), (Target::TileMachine(Chip::V5p), 1)];
+    check("sinks", &spec, 1, &forms);
+}
+
+/// A model of any family, with options of any values, and a split of it for each form.
+fn drawn_family(seed: u64) -> (Value, Vec<(Target, usize)>) {
+    let mut choices = Choices::of_seed(seed);
+    let families = [
+        ("LlamaForCausalLM", "llama"),
+        ("MistralForCausalLM", "mistral"),
+        ("Qwen2ForCausalLM", "qwen2"),
+        ("Qwen3ForCausalLM", "qwen3"),
+        ("GemmaForCausalLM", "gemma"),
+        ("Gemma2ForCausalLM", "gemma2"),
+        ("Gemma3ForCausalLM", "gemma3_text"),
+        ("Phi3ForCausalLM", "phi3"),
+        ("SmolLM3ForCausalLM", "smollm3"),
+        ("Olmo2ForCausalLM", "olmo2"),
+    ];
+    let (class, kind) = families[choices.within(0, families.len() - 1)];
+    let (kv, group) = (choices.one_of(&[1, 2, 3, 4]), choices.one_of(&[1, 2, 3, 4]));
+    let head_dim = choices.one_of(&[32, 64, 80, 96, 128]);
+    let layers = choices.within(1, 4);
+    let mut changes = json!({
+        "architectures": [class], "model_type": kind,
+        "num_attention_heads": kv * group, "num_key_value_heads": kv, "head_dim": head_dim,
+        "hidden_size": choices.one_of(&[64, 100, 128, 192]), "intermediate_size": choices.one_of(&[100, 128, 257]),
+        "vocab_size": choices.one_of(&[64, 97, 130]), "num_hidden_layers": layers,
+        "tie_word_embeddings": choices.coin(),
+    });
+    let has = |kinds: &[&str]| kinds.contains(&kind);
+    let mut set = |key: &str, value: Value| changes[key] = value;
+    if has(&["llama", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2"]) {
+        set("attention_bias", choices.coin().into());
+    }
+    if has(&["llama", "smollm3"]) {
+        set("mlp_bias", choices.coin().into());
+    }
+    if has(&["mistral", "phi3"]) {
+        set("sliding_window", choices.maybe(|choices| choices.within(1, 20)).into());
+    }
+    if has(&["qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3"]) {
+        let of_layer = |choices: &mut Choices| if choices.coin() { "full_attention" } else { "sliding_attention" };
+        let kinds: Vec<_> = (0..layers).map(|_| of_layer(&mut choices)).collect();
+        set("layer_types", kinds.into());
+        set("sliding_window", choices.within(1, 20).into());
+    }
+    if has(&["qwen2", "qwen3", "smollm3"]) {
+        set("use_sliding_window", true.into());
+    }
+    if has(&["smollm3"]) {
+        let turns: Vec<_> = (0..layers).map(|_| u32::from(choices.coin())).collect();
+        set("no_rope_layers", turns.into());
+    }
+    if has(&["gemma2", "gemma3_text"]) {
+        set("query_pre_attn_scalar", choices.within(8, 200).into());
+        set("attn_logit_softcapping", choices.maybe(|choices| choices.within(2, 50)).into());
+        set("final_logit_softcapping", choices.maybe(|choices| choices.within(2, 30)).into());
+    }
+    let partial = if kind == "phi3" { choices.one_of(&[1.0, 0.5, 0.75]) } else { 1.0 };
+    let pairs = (f64::from(head_dim) * partial) as usize / 2;
+    let (factor, theta) = (choices.one_of(&[2.0, 4.0, 8.0]), choices.one_of(&[1e3, 1e4, 5e5]));
+    let original = choices.one_of(&[16, 64]);
+    let rope = match choices.within(0, 4) {
+        0 => json!({"rope_type": "default"}),
+        1 => json!({"rope_type": "linear", "factor": factor}),
+        2 => json!({"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original}),
+        3 => json!({"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
+            "beta_fast": choices.one_of(&[8.0, 32.0]), "truncate": choices.coin()}),
+        _ => json!({"rope_type": "longrope", "factor": factor, "original_max_position_embeddings": original,
+            "short_factor": (0..pairs).map(|pair| 1.0 + pair as f64 / 8.0).collect::<Vec<_>>(),
+            "long_factor": (0..pairs).map(|pair| 1.5 + pair as f64 / 4.0).collect::<Vec<_>>()}),
+    };
+    let mut rope = rope;
+    rope["rope_theta"] = theta.into();
+    rope["partial_rotary_factor"] = partial.into();
+    set(
+        "rope_parameters",
+        match kind {
+            "gemma3_text" => json!({"full_attention": rope,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+            _ => rope,
+        },
+    );
+    let config = spec(&changes);
+    let splits: Vec<usize> =
+        (1..=4).filter(|&shards| Parallel::group(mesh(1, shards).model).check(&config).is_ok()).collect();
+    let forms = TARGETS.map(|target| (target, splits[choices.within(0, splits.len() - 1)]));
+    (changes, forms.to_vec())
+}
+
+#[test]
+fn models_of_every_family_agree_with_the_reference() {
+    for seed in 0..8 {
+        let (changes, forms) = drawn_family(seed);
+        let one = seed as usize % TARGETS.len();
+        check(&changes["model_type"].to_string(), &spec(&changes), seed, &forms[one..=one]);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: make nightly"]
+fn models_of_every_family_agree_with_the_reference_for_fresh_seeds() {
+    for number in 0..32 {
+        let seed = RandomState::new().hash_one(number);
+        let (changes, forms) = drawn_family(seed);
+        check(&format!("drawn: {changes}"), &spec(&changes), seed, &forms);
     }
 }

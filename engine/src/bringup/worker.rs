@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions};
 use crate::llama::{DeviceModel, KvCache, Parallel, Target};
 use crate::measure::{Cores, Rates, Times, Until, times};
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::weights::Weights;
 use crate::pjrt::{Client, Plugin, PluginChoice};
 use crate::scheduler::{Limits, Request as Sample};
@@ -289,7 +289,7 @@ fn golden_text(folder: &Path, target: Target, device: &Device) -> Result<Option<
         mixed_steps: false,
         reuse_prefixes: false, // the prompts are alike
     };
-    let (config, weights) = (LlamaConfig::open(folder)?, Weights::open(folder)?);
+    let (config, weights) = (ModelSpec::open(folder)?, Weights::open(folder)?);
     let model = DeviceModel::load(&device.client, &config, &weights, &options.shape(&Parallel::ONE))?;
     let mut engine = Engine::new(&device.client, model, options)?;
     let mut wrong = Vec::new();

@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::launches::{Launch, Planned, keys_worked};
 use super::plan::{Plan, Program, Sample};
 use crate::error::Result;
+use crate::model::spec::QkNorm;
+use crate::sampler::Sampling;
 use crate::scheduler::{Request, Scheduler, Step, batches};
 use crate::stop::StopRule;
 use crate::units::SampleId;
@@ -231,14 +233,21 @@ fn modelled_exchange(plan: &Plan, elements: usize) -> f64 {
     REDUCE_LATENCY[at] + bytes / links
 }
 
-/// Cycles of a layer outside of its kernels (norms, rotary embedding, KV write, copies between layouts): profiled once on
-/// v5p at 8 rows and at 1024, for rows of 6144 query, key and value features.
-fn glue(plan: &Plan, rows: usize) -> f64 {
-    let features = ((plan.shard.q_heads + 2 * plan.shard.kv_heads) * plan.shard.head_dim) as f64 / 6144.0;
-    9_300.0 + 84.0 * rows as f64 * features
+/// Cycles of a layer outside of its kernels: norms, and what little is copied. Profiled on v5p over 8 rows of 4096 features
+/// (6,050 cycles), 93 (5,500 beside 3,600 for rows of padding) and 1024 (about 22,000); of two layers less those of one.
+fn around_layer(plan: &Plan, rows: usize) -> f64 {
+    5_500.0 + 16.0 * rows as f64 * plan.shard.hidden_size as f64 / 4096.0
 }
 
-/// What a layer does outside of its kernels.
+/// Cycles of a step outside of its layers and kernels: the rows' embeddings and angles are looked up, and tokens are chosen. A
+/// random choice goes through the logits some twenty times, the largest is found in two. Profiled on v5p over 8 rows of
+/// 128,256 logits (49,000 cycles; greedy, 16,000) and over 1024 rows of angles (24,800).
+fn around_step(plan: &Plan, rows: usize) -> f64 {
+    let per_logit = if plan.job.sampling == Sampling::Greedy { 0.003 } else { 0.035 };
+    12_500.0 + 20.0 * rows as f64 + per_logit * (plan.shape.slots * plan.job.config.vocab_size) as f64
+}
+
+/// What a step does outside of its kernels.
 pub const AROUND: &str = "around the kernels";
 /// Sums over the shards.
 pub const ALL_REDUCE: &str = "all-reduce";
@@ -269,9 +278,10 @@ impl StepTime {
 }
 
 /// Sums over the shards of a step: behind the lookup of embeddings, and in each layer behind the attention's output and
-/// behind the MLP.
+/// behind the MLP, and where queries and keys are normed whole, before attention.
 pub fn sums(plan: &Plan) -> usize {
-    2 * plan.shard.layers + 1
+    let of_layer = if plan.shard.qk_norm == Some(QkNorm::Projection) { 3 } else { 2 };
+    of_layer * plan.shard.layers.len() + 1
 }
 
 /// The time of a step of `program` over sequences of these lengths.
@@ -288,8 +298,9 @@ pub fn step_time(plan: &Plan, costs: &Costs, program: Program, batch: &[Lengths]
         parts.push((launch.role, count * (cycles.fixed + cycles.per_key * keys) / chip.clock.0));
         bytes += count * launch.work(batch).bytes;
     }
-    let layers = plan.shard.layers as f64;
-    parts.push((AROUND, layers * glue(plan, program.rows(&plan.shape)) / chip.clock.0));
+    let rows = program.rows(&plan.shape);
+    let around = plan.shard.layers.len() as f64 * around_layer(plan, rows) + around_step(plan, rows);
+    parts.push((AROUND, around / chip.clock.0));
     if let Some(exchange) = costs.exchange {
         parts.push((ALL_REDUCE, sums(plan) as f64 * exchange.sum(program).fixed / chip.clock.0));
         parts.push((GATHER, exchange.gather.fixed / chip.clock.0));

@@ -13,7 +13,7 @@ use pagoda_ir::Element;
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::vmem::{Buffer, BufferKind, Bytes, VmemReport};
 
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 
 /// What the compiler adds of its own accord (libtpu 0.0.52).
 const INTERNAL: Bytes = Bytes::kib(36);
@@ -50,8 +50,8 @@ pub struct Launch {
 
 impl Launch {
     /// The launch of a step with `rows` rows, all heads of the model on one device.
-    pub fn of(config: &LlamaConfig, page_size: usize, pages_per_seq: usize, rows: usize, element: Element) -> Self {
-        let &LlamaConfig { q_heads, kv_heads, head_dim, .. } = config;
+    pub fn of(config: &ModelSpec, page_size: usize, pages_per_seq: usize, rows: usize, element: Element) -> Self {
+        let &ModelSpec { q_heads, kv_heads, head_dim, .. } = config;
         Self { q_heads, kv_heads, head_dim, page_size, pages_per_seq, rows, element }
     }
 

@@ -8,17 +8,18 @@ use pagoda_kernels::chips::Chip;
 use pagoda_kernels::evidence::{self, Digest, Record};
 use pagoda_kernels::kernel::Kernel;
 pub use pagoda_kernels::kernel::Work;
-use pagoda_kernels::matmul::{self, Activation, Epilogue, Layout, Matmul};
+use pagoda_kernels::matmul::{self, Epilogue, Layout, Matmul};
 use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::random::Lengths;
-use pagoda_kernels::rpa::{Kind, Rpa};
+use pagoda_kernels::rpa::{self, Kind, Rpa};
 use pagoda_kernels::vmem::{Bytes, Spills, Verdict, VmemReport};
 
 use super::plan::Program;
 use crate::error::{Error, Result};
-use crate::llama::attention_kernel;
-use crate::llama::step::StepShape;
-use crate::model::config::LlamaConfig;
+use crate::llama::step::{self, StepShape};
+use crate::llama::{WINDOW_ATTENTION, attention_kernel, is_window_attention};
+use crate::model::ModelSpec;
+use crate::model::spec::Mlp;
 
 /// A kernel of a step.
 #[derive(Clone, Debug)]
@@ -30,6 +31,9 @@ pub struct Launch {
     /// The kernel.
     pub plan: Planned,
 }
+
+/// What launches are for: the names of their operations in a program end in these (and in numbers).
+pub const ROLES: [&str; 7] = ["qkv", "attention", WINDOW_ATTENTION, "output", "gate_up", "down", "head"];
 
 /// A planned kernel of a step.
 #[derive(Clone, Debug)]
@@ -86,18 +90,18 @@ impl Planned {
 ///
 /// # Errors
 /// When a kernel cannot be planned for the chip.
-pub fn launches(config: &LlamaConfig, shape: &StepShape, chip: Chip, program: Program) -> Result<Vec<Launch>> {
+pub fn launches(config: &ModelSpec, shape: &StepShape, chip: Chip, program: Program) -> Result<Vec<Launch>> {
     let shard = &shape.parallel.shard_of(config);
     let split = shape.parallel.model().get() > 1;
     let compute = shape.compute;
     let rows = program.rows(shape);
-    let (hidden, inner, layers) = (shard.hidden_size, shard.intermediate_size, shard.layers);
+    let (hidden, layers) = (shard.hidden_size, shard.layers.len());
     let heads = shard.q_heads * shard.head_dim;
     let stacked = heads + 2 * shard.kv_heads * shard.head_dim;
     let bias = |bias| Epilogue { bias, ..Epilogue::NONE };
     // Partial sums of a shard leave it in f32, and the residual is added once, behind the reduction.
-    let (partial, residual) = if split { (Element::F32, false) } else { (compute, true) };
-    let gate = Epilogue { activation: Activation::SiluGate, ..bias(shard.mlp_bias) };
+    // Where what is added is normed first, so does a whole model's.
+    let (partial, residual) = if split { (Element::F32, false) } else { (compute, !config.norms.after()) };
     let closing = |has_bias: bool| Epilogue { residual, ..bias(has_bias && !split) };
     let stack = if shape.stacks_layers(config) { layers } else { 1 };
     let quantized = |head: bool| {
@@ -118,20 +122,34 @@ pub fn launches(config: &LlamaConfig, shape: &StepShape, chip: Chip, program: Pr
         Ok::<_, Error>(Launch { role, count, plan: Planned::Matmul(plan) })
     };
     let kind = if program == Program::Decode { Kind::Decode } else { Kind::Mixed };
-    let attention =
-        attention_kernel(config, shape, rows, kind).map_err(|error| unplanned("attention", chip, &error))?;
-    Ok(vec![
-        matmul("qkv", layers, [rows, hidden, stacked], compute, bias(shard.attention_bias))?,
-        Launch {
-            role: "attention",
-            count: layers,
-            plan: Planned::Attention(plan::<Rpa>("attention", attention.spec().clone(), chip)?),
-        },
-        matmul("output", layers, [rows, heads, hidden], partial, closing(shard.output_bias))?,
-        matmul("gate_up", layers, [rows, hidden, inner], compute, gate)?,
-        matmul("down", layers, [rows, inner, hidden], partial, closing(shard.mlp_bias))?,
-        matmul("head", 1, [shape.slots, hidden, shard.vocab_size], Element::F32, Epilogue::NONE)?,
-    ])
+    // Layers whose attention is the same kernel: those that differ in their ropes alone.
+    let mut attention: Vec<(rpa::Problem, usize)> = Vec::new();
+    for layer in &config.layers {
+        let problem = attention_kernel(config, layer, shape, rows, kind);
+        let problem = problem.map_err(|error| unplanned("attention", chip, &error))?;
+        match attention.iter_mut().find(|(known, _)| *known == problem) {
+            Some((_, count)) => *count += 1,
+            None => attention.push((problem, 1)),
+        }
+    }
+    let kernels = attention.len();
+    let attention = attention.into_iter().map(|(problem, count)| {
+        let role = if is_window_attention(&problem, kernels) { WINDOW_ATTENTION } else { "attention" };
+        let plan = plan::<Rpa>(role, problem.spec().clone(), chip)?;
+        Ok(Launch { role, count, plan: Planned::Attention(plan) })
+    });
+    let mut launches = vec![matmul("qkv", layers, [rows, hidden, stacked], compute, bias(shard.attention_bias))?];
+    launches.extend(attention.collect::<Result<Vec<_>>>()?);
+    launches.push(matmul("output", layers, [rows, heads, hidden], partial, closing(shard.output_bias))?);
+    match shard.mlp {
+        Mlp::Gated(mlp) => {
+            let gate = Epilogue { activation: step::activation(mlp.gate), ..bias(mlp.bias) };
+            launches.push(matmul("gate_up", layers, [rows, hidden, mlp.inner], compute, gate)?);
+            launches.push(matmul("down", layers, [rows, mlp.inner, hidden], partial, closing(mlp.bias))?);
+        }
+    }
+    launches.push(matmul("head", 1, [shape.slots, hidden, shard.vocab_size], Element::F32, Epilogue::NONE)?);
+    Ok(launches)
 }
 
 fn plan<K: Kernel>(role: &str, spec: K::Spec, chip: Chip) -> Result<Plan<K>> {

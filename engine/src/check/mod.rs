@@ -31,7 +31,7 @@ use crate::report::Report;
 use crate::sampler::Sampling;
 use compile::{Answer, Compiler, How, Unit, compile_all};
 use estimate::{Calibration, Costs, Cycles, Exchange, JobTime, Source};
-use launches::{Launch, Planned};
+use launches::{Launch, Planned, ROLES};
 use plan::{Plan, Program};
 
 /// How the lengths of prompts are known.
@@ -60,8 +60,6 @@ pub struct Question {
     pub model_name: String,
     /// How the prompts' lengths are known.
     pub counted: Counted,
-    /// How tokens are chosen.
-    pub sampling: Sampling,
     /// Whether samples may end early: then the job takes at most as long as estimated.
     pub may_stop: bool,
     /// Tiles that the config gives JAX's kernel.
@@ -149,19 +147,13 @@ pub fn device_memory(compiler: &dyn Compiler, topology: &crate::topology::Topolo
 ///
 /// # Errors
 /// When the compiler is not there, or the job cannot be planned.
-pub fn find_out(
-    plan: Plan,
-    question: &Question,
-    compiler: &dyn Compiler,
-    done: &(dyn Fn(&Unit, &Answer) + Sync),
-) -> Result<Findings> {
+pub fn find_out(plan: Plan, compiler: &dyn Compiler, done: &(dyn Fn(&Unit, &Answer) + Sync)) -> Result<Findings> {
     let topology = plan.group.libtpu_name();
-    let steps: Vec<Unit> =
-        Program::ALL.into_iter().map(|program| emit(&plan, question, program)).collect::<Result<_>>()?;
+    let steps: Vec<Unit> = Program::ALL.into_iter().map(|program| emit(&plan, program)).collect::<Result<_>>()?;
     let mut wanted = Wanted::default();
     let prefill = wanted.of(&plan, Program::Prefill)?;
     let decode = wanted.of(&plan, Program::Decode)?;
-    let exchanges = exchanges(&plan, question)?;
+    let exchanges = exchanges(&plan)?;
     let profiled = plan.job.topology.chip().has_static_profile();
     let step_answers = compile_all(compiler, &steps, done)?;
     // What does not fit takes no time: nothing needs a profile.
@@ -205,7 +197,7 @@ pub fn find_out(
 }
 
 /// What the shards exchange: a sum of a prefill step's rows, one of a decode step's, and what a token is chosen from.
-fn exchanges(plan: &Plan, question: &Question) -> Result<Vec<Unit>> {
+fn exchanges(plan: &Plan) -> Result<Vec<Unit>> {
     let (shards, topology) = (plan.mesh.model.get(), plan.group.libtpu_name());
     if shards == 1 {
         return Ok(vec![]);
@@ -214,7 +206,7 @@ fn exchanges(plan: &Plan, question: &Question) -> Result<Vec<Unit>> {
     let sum =
         |program: Program| compile::all_reduce(&topology, group, program.rows(&plan.shape), plan.shard.hidden_size);
     // Greedy: each shard's largest logit and where it is; else all logits.
-    let columns = if question.sampling == Sampling::Greedy { 2 } else { plan.shard.vocab_size };
+    let columns = if plan.job.sampling == Sampling::Greedy { 2 } else { plan.shard.vocab_size };
     let gather = compile::gather(&topology, shards, plan.shape.slots, columns);
     Ok(vec![sum(Program::Prefill)?, sum(Program::Decode)?, gather?])
 }
@@ -315,14 +307,14 @@ fn one_core(plan: &pagoda_kernels::plan::Plan<Rpa>) -> Result<pagoda_kernels::pl
 }
 
 /// A step program of one replica.
-fn emit(plan: &Plan, question: &Question, program: Program) -> Result<Unit> {
+fn emit(plan: &Plan, program: Program) -> Result<Unit> {
     let context = Context::new();
     let (config, shape) = (&plan.job.config, &plan.shape);
     let module = match program {
-        Program::Prefill => step::prefill(&context, config, shape, Output::Tokens(question.sampling))?,
+        Program::Prefill => step::prefill(&context, config, shape, Output::Tokens(plan.job.sampling))?,
         Program::Decode => {
             let end_of_text: Vec<i32> = plan.job.config.eos_token_ids.iter().map(|&id| id as i32).collect();
-            step::decode(&context, config, shape, question.sampling, &end_of_text)?
+            step::decode(&context, config, shape, plan.job.sampling, &end_of_text)?
         }
     };
     Ok(Unit {
@@ -336,7 +328,8 @@ fn emit(plan: &Plan, question: &Question, program: Program) -> Result<Unit> {
 
 /// The kernel of the compiler's report that is `launch`: by its name, or else by its buffers.
 pub fn compiled_kernel<'k>(launch: &Launch, kernels: &'k [KernelVmem]) -> Option<&'k KernelVmem> {
-    let named = |kernel: &&KernelVmem| kernel.name.split('.').any(|part| part == launch.role);
+    let role = |name: &str| name.rsplit('.').find_map(|part| ROLES.into_iter().find(|role| *role == part));
+    let named = |kernel: &&KernelVmem| role(&kernel.name) == Some(launch.role);
     let alike = |kernel: &&KernelVmem| crate::certify::kernel::differences(launch.plan.vmem(), kernel).is_empty();
     kernels.iter().find(named).or_else(|| kernels.iter().find(alike))
 }

@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::llama::step::StepShape;
 use crate::llama::{KvCache, Parallel, Target, weight_types};
 use crate::mesh::Mesh;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
+use crate::sampler::Sampling;
 use crate::scheduler::Limits;
 use crate::topology::Topology;
 use crate::units::SampleId;
@@ -22,13 +23,15 @@ use crate::units::SampleId;
 #[derive(Clone, Debug)]
 pub struct Job {
     /// The model's shape.
-    pub config: LlamaConfig,
+    pub config: ModelSpec,
     /// Sizes of one engine.
     pub limits: Limits,
     /// Type of weights and activations.
     pub compute: Element,
     /// What the KV cache holds.
     pub kv_cache: KvCache,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
     /// New tokens of a sample.
     pub max_new_tokens: usize,
     /// The samples, in the run's order.
@@ -112,7 +115,7 @@ pub struct Plan {
     /// The slice that programs are compiled for: a host, or as many as a replica spans.
     pub group: Topology,
     /// The model as one device sees it.
-    pub shard: LlamaConfig,
+    pub shard: ModelSpec,
     /// Sizes of the step programs.
     pub shape: StepShape,
     /// Kernels of a prefill step.
@@ -135,7 +138,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    fn of(config: &LlamaConfig, shape: &StepShape) -> Self {
+    fn of(config: &ModelSpec, shape: &StepShape) -> Self {
         let weights = weight_types(config, shape).iter().map(padded).sum();
         // The step programs pin it row-major, so that its rows fill whole registers.
         let kv = shape.kv_type(config);
@@ -258,7 +261,7 @@ fn shape(job: &Job, model: NonZeroUsize) -> StepShape {
 
 /// The model axes that a model can have on so many devices: they divide the devices and the query heads, and divide the KV
 /// heads or repeat them.
-pub fn model_axes(config: &LlamaConfig, devices: usize) -> Vec<usize> {
+pub fn model_axes(config: &ModelSpec, devices: usize) -> Vec<usize> {
     let splits = |model: &usize| {
         devices.is_multiple_of(*model)
             && NonZeroUsize::new(*model).is_some_and(|model| Parallel::group(model).check(config).is_ok())

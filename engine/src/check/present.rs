@@ -396,8 +396,8 @@ fn mesh(findings: &Findings) -> Section {
         shard.q_heads,
         shard.kv_heads,
         shard.head_dim,
-        shard.intermediate_size,
-        plan.job.config.intermediate_size,
+        shard.mlp.inner(),
+        plan.job.config.mlp.inner(),
         shard.vocab_size,
         plan.job.config.vocab_size
     );
@@ -580,7 +580,7 @@ fn steps(findings: &Findings) -> Section {
                     match *what {
                         ALL_REDUCE => (estimate::sums(plan), source(&|all| all.sum(program)).words()),
                         GATHER => (1, source(&|all| all.gather).words()),
-                        _ => (plan.shard.layers, "profiled once, scaled"),
+                        _ => (plan.shard.layers.len(), "profiled once, scaled"),
                     }
                 }
             };
@@ -727,8 +727,8 @@ fn executables(findings: &Findings) -> Section {
 fn notes(findings: &Findings, question: &Question) -> Vec<String> {
     let mut notes = vec![
         format!("Compiler: {}. Nothing of this was run on a TPU.", findings.compiler),
-        "Times are static estimates: the compiler's cycles leave out contention of DMAs, and no launch gaps, host work or \
-         sampling are in them. The HBM floor takes the data sheet's bandwidth as reached."
+        "Times are static estimates: the compiler's cycles leave out contention of DMAs, and no launch gaps or host \
+         work are in them. The HBM floor takes the data sheet's bandwidth as reached."
             .to_owned(),
     ];
     let (counted, sheet) = (findings.plan.job.hbm, findings.plan.job.topology.chip().info().hbm);

@@ -16,20 +16,20 @@ use super::*;
 use crate::certify::report::{Allocation, AllocationKind, KernelVmem, OutOfMemory, SpillTag};
 use crate::certify::{Certificate, OpCycles, Profile};
 use crate::llama::KvCache;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::pjrt::MemoryStats;
 use crate::report::Status;
 use crate::scheduler::Limits;
 use crate::topology::Topology;
 use crate::units::{PageSize, SampleId};
 
-fn llama(q_heads: usize, kv_heads: usize, head_dim: usize, inner: usize, layers: usize, vocab: usize) -> LlamaConfig {
+fn llama(q_heads: usize, kv_heads: usize, head_dim: usize, inner: usize, layers: usize, vocab: usize) -> ModelSpec {
     let value = json!({
         "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": q_heads * head_dim,
         "head_dim": head_dim, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": q_heads,
         "num_key_value_heads": kv_heads, "max_position_embeddings": 131_072,
     });
-    LlamaConfig::parse(Path::new("config.json"), &value).unwrap()
+    ModelSpec::parse(Path::new("config.json"), &value).unwrap()
 }
 
 fn on(job: &Job, model: usize) -> Result<Plan> {
@@ -58,6 +58,7 @@ fn incident(topology: &str) -> Job {
         kv_cache: KvCache::of(Element::Bf16),
         max_new_tokens: 4096,
         samples: samples(&[25; 100]),
+        sampling: Sampling::Greedy,
         prefill_asked: 1024,
         prompts_per_batch: Some(8),
         mixed_steps: false,
@@ -70,7 +71,6 @@ fn question() -> Question {
     Question {
         model_name: "llama-3.1-8b".into(),
         counted: Counted::Characters,
-        sampling: Sampling::Greedy,
         may_stop: false,
         jax_tiles: None,
         one_engine: true,
@@ -159,7 +159,7 @@ impl Compiler for Canned {
 fn found(job: &Job, model: usize, hbm_asked: Option<Bytes>) -> Findings {
     let plan = on(job, model).unwrap();
     let canned = Canned { plan: plan.clone(), hbm_asked };
-    find_out(plan, &question(), &canned, &|_, _| {}).unwrap()
+    find_out(plan, &canned, &|_, _| {}).unwrap()
 }
 
 #[test]
@@ -218,7 +218,7 @@ fn meshes_that_do_not_divide_are_refused() {
 /// The smallest model axis that fits is proposed: figures by hand, weights / axis + pages below 97% of 95.73 GiB.
 #[test]
 fn meshes_are_proposed_by_memory() {
-    let of = |config: LlamaConfig, topology| {
+    let of = |config: ModelSpec, topology| {
         let job = Job { config, ..incident(topology) };
         let plan = Plan::new(&job, None).unwrap();
         (plan.mesh.model.get(), suggest::fits(&plan), plan.within_a_host())
@@ -276,6 +276,11 @@ fn any_job() -> impl Strategy<Value = (Job, Option<usize>)> {
                 kv_cache: KvCache::of(Element::Bf16),
                 max_new_tokens: new,
                 samples: samples(&prompts),
+                sampling: if seqs % 2 == 0 {
+                    Sampling::Greedy
+                } else {
+                    Sampling::Random { top_k: true, top_p: true, log_probabilities: false }
+                },
                 prefill_asked: prefill,
                 prompts_per_batch: (seqs % 3 == 0).then_some(seqs),
                 mixed_steps: seqs % 2 == 0,

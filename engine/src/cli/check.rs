@@ -15,7 +15,7 @@ use crate::check::{self, Counted, Findings, Layout, Question, jax_v2};
 use crate::config::{Flags, InferenceMode, Settings};
 use crate::error::{Error, Result};
 use crate::generate::SamplingOptions;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::source::Files;
 use crate::model::tokenizer::Tokenizer;
 use crate::output::write_atomically;
@@ -61,16 +61,23 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let topology = Topology::parse(&args.topology)?;
     let settings = Settings::resolve(args.config.as_deref(), &args.settings)?;
     let folder = settings.model(Files::Config)?;
-    let config = LlamaConfig::open(&folder)?;
+    let config = ModelSpec::open(&folder)?;
     let (lengths, counted) = lengths(&settings, &config)?;
     let limits = settings.limits(&lengths, config.max_position_embeddings)?;
     let devices = NonZeroUsize::new(topology.devices()).expect("a slice has a chip");
     let mesh = settings.trainer.mesh.axes.map(|axes| axes.resolve(devices)).transpose()?;
     let library = PluginChoice::Named(Kind::Tpu).locate();
+    let sampling = SamplingOptions {
+        temperature: settings.temperature,
+        top_k: settings.top_k.map(|k| u32::try_from(k).unwrap_or(u32::MAX)),
+        top_p: Some(settings.top_p),
+        seed: settings.engine.seed,
+    };
     let mut job = Job {
         limits,
         compute: settings.compute().element(),
         kv_cache: settings.kv_cache(),
+        sampling: sampling.kind(),
         max_new_tokens: settings.max_new_tokens,
         samples: samples(&lengths, &settings),
         prefill_asked: settings.engine.max_prefill_size.unwrap_or(limits.max_prefill_size),
@@ -80,16 +87,9 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         topology,
         config,
     };
-    let sampling = SamplingOptions {
-        temperature: settings.temperature,
-        top_k: settings.top_k.map(|k| u32::try_from(k).unwrap_or(u32::MAX)),
-        top_p: Some(settings.top_p),
-        seed: settings.engine.seed,
-    };
     let question = Question {
         model_name: folder.file_name().map_or_else(|| "the model".into(), |name| name.to_string_lossy().into_owned()),
         counted,
-        sampling: sampling.kind(),
         may_stop: settings.stop_sequence.is_some()
             || settings.ignore_eos != Some(true) && !job.config.eos_token_ids.is_empty(),
         jax_tiles: jax_tiles(&settings),
@@ -113,7 +113,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<ExitCode> {
         };
         eprintln!("# {:>5.1} s  {}: {said}", started.elapsed().as_secs_f64(), unit.name);
     };
-    let findings = check::find_out(plan, &question, &compiler, &done)?;
+    let findings = check::find_out(plan, &compiler, &done)?;
     if let Some(folder) = &args.out {
         write_executables(&findings, &compiler, folder)?;
     }
@@ -136,7 +136,7 @@ fn show(args: &CheckArgs, report: &Report) -> Result<ExitCode> {
 }
 
 /// Tokens of each prompt.
-fn lengths(settings: &Settings, config: &LlamaConfig) -> Result<(Vec<usize>, Counted)> {
+fn lengths(settings: &Settings, config: &ModelSpec) -> Result<(Vec<usize>, Counted)> {
     let found = settings.tokenizer().ok().map(|path| if path.is_dir() { path.join("tokenizer.json") } else { path });
     let Some(file) = found.filter(|file| file.is_file()) else {
         let estimate = |prompt: &String| 1 + prompt.chars().count().div_ceil(4);

@@ -23,7 +23,7 @@ use crate::hosts::Share;
 use crate::launcher::Launched;
 use crate::llama::Target;
 use crate::memory::Room;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::identity::identity;
 use crate::model::source::Files;
 use crate::model::tokenizer::{ChatTemplate, Message, Tokenizer};
@@ -103,7 +103,7 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
         return Err(Error::setting("--out", "none", format!("leaves {hosts} hosts nowhere to write"), fix));
     }
     let folder = &settings.model(Files::Model)?;
-    let config = LlamaConfig::open(folder)?;
+    let config = ModelSpec::open(folder)?;
     let tokenizer_path = settings.tokenizer()?;
     let tokenizer = Tokenizer::open(&tokenizer_path, &config)?;
     let weights = Weights::open(folder)?;
@@ -192,7 +192,7 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
 fn load(
     args: &SampleArgs,
     settings: &Settings,
-    config: &LlamaConfig,
+    config: &ModelSpec,
     weights: &Weights,
     place: &Place,
     mut options: EngineOptions,
@@ -233,7 +233,7 @@ fn load(
 /// When a device does not say what it has.
 pub(super) fn fit_pages(
     settings: &Settings,
-    config: &LlamaConfig,
+    config: &ModelSpec,
     weights: &Weights,
     Place { client, placement, .. }: &Place,
     options: &mut EngineOptions,
@@ -254,7 +254,7 @@ pub(super) fn fit_pages(
     Ok(())
 }
 
-fn stop_rule(settings: &Settings, config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<StopRule> {
+fn stop_rule(settings: &Settings, config: &ModelSpec, tokenizer: &Tokenizer) -> Result<StopRule> {
     let sequence = settings.stop_sequence.as_deref().map(|text| tokenizer.encode_plain(text)).transpose()?;
     settings.check_stop(sequence.as_ref().map_or(0, Vec::len))?;
     let eos = if settings.ignore_eos == Some(true) { Vec::new() } else { config.eos_token_ids.clone() };

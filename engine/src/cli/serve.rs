@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions};
 use crate::hosts::Share;
 use crate::llama::DeviceModel;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::source::Files;
 use crate::model::tokenizer::{ChatTemplate, Tokenizer};
 use crate::model::weights::Weights;
@@ -71,7 +71,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<ExitCode> {
     };
     let settings = Settings::resolve_for_server(args.config.as_deref(), &args.settings)?;
     let folder = &settings.model(Files::Model)?;
-    let config = LlamaConfig::open(folder)?;
+    let config = ModelSpec::open(folder)?;
     let tokenizer = Tokenizer::open(&settings.tokenizer()?, &config)?;
     let template = ChatTemplate::open(folder).map_err(|error| error.to_string());
     let weights = Weights::open(folder)?;

@@ -5,8 +5,9 @@ use pagoda_ir::stablehlo::Tensor;
 use pagoda_ir::{Element, TensorType};
 
 use super::step::StepShape;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::quantization::Quantization;
+use crate::model::spec::{Mlp, QkNorm};
 
 /// A weight `[out, in]` and, where the model has them, its scales and its biases `[out]`.
 #[derive(Clone, Copy)]
@@ -39,32 +40,59 @@ impl<T> Projection<T> {
 /// The weights of one layer, or stacks of all layers' weights, in the order of the arguments.
 pub(super) struct Layer<T> {
     /// `[hidden]`
-    pub(super) input_norm: T,
+    pub(super) before_attention: Option<T>,
     /// `[(q_heads + 2 * kv_heads) * head_dim, hidden]`: query, key and value rows stacked.
     pub(super) qkv: Projection<T>,
+    /// The norms of queries and keys: `[head_dim]` each, or `[q_heads * head_dim]` and `[kv_heads * head_dim]`.
+    pub(super) qk_norms: Option<[T; 2]>,
+    /// `[q_heads]`
+    pub(super) sinks: Option<T>,
     /// `[hidden, q_heads * head_dim]`
     pub(super) output: Projection<T>,
     /// `[hidden]`
-    pub(super) post_norm: T,
-    /// `[2 * intermediate, hidden]`: gate and up rows stacked.
-    pub(super) gate_up: Projection<T>,
-    /// `[hidden, intermediate]`
-    pub(super) down: Projection<T>,
+    pub(super) after_attention: Option<T>,
+    /// `[hidden]`
+    pub(super) before_mlp: Option<T>,
+    pub(super) mlp: MlpWeights<T>,
+    /// `[hidden]`
+    pub(super) after_mlp: Option<T>,
+}
+
+/// The weights of what follows attention.
+pub(super) enum MlpWeights<T> {
+    Gated {
+        /// `[2 * inner, hidden]`: gate and up rows stacked.
+        gate_up: Projection<T>,
+        /// `[hidden, inner]`
+        down: Projection<T>,
+    },
 }
 
 impl<T> Layer<T> {
-    fn each(config: &LlamaConfig, shape: &StepShape, mut next: impl FnMut(Element, &[usize]) -> T) -> Self {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let heads = config.q_heads * config.head_dim;
-        let stacked = heads + 2 * config.kv_heads * config.head_dim;
+    fn each(config: &ModelSpec, shape: &StepShape, mut next: impl FnMut(Element, &[usize]) -> T) -> Self {
+        let hidden = config.hidden_size;
+        let [queries, keys] = [config.q_heads, config.kv_heads].map(|heads| heads * config.head_dim);
         let quantization = config.quantization;
+        let (before, after) = (config.norms.before(), config.norms.after());
+        let qk_norms = config.qk_norm.map(|over| match over {
+            QkNorm::Head => [config.head_dim; 2],
+            QkNorm::Projection => [queries, keys],
+        });
         Self {
-            input_norm: next(shape.compute, &[hidden]),
-            qkv: Projection::each(shape, quantization, [stacked, hidden], config.attention_bias, &mut next),
-            output: Projection::each(shape, quantization, [hidden, heads], config.output_bias, &mut next),
-            post_norm: next(shape.compute, &[hidden]),
-            gate_up: Projection::each(shape, quantization, [2 * inner, hidden], config.mlp_bias, &mut next),
-            down: Projection::each(shape, quantization, [hidden, inner], config.mlp_bias, &mut next),
+            before_attention: before.then(|| next(shape.compute, &[hidden])),
+            qkv: Projection::each(shape, quantization, [queries + 2 * keys, hidden], config.attention_bias, &mut next),
+            qk_norms: qk_norms.map(|widths| widths.map(|width| next(shape.compute, &[width]))),
+            sinks: config.sinks.then(|| next(shape.compute, &[config.q_heads])),
+            output: Projection::each(shape, quantization, [hidden, queries], config.output_bias, &mut next),
+            after_attention: after.then(|| next(shape.compute, &[hidden])),
+            before_mlp: before.then(|| next(shape.compute, &[hidden])),
+            mlp: match &config.mlp {
+                Mlp::Gated(mlp) => MlpWeights::Gated {
+                    gate_up: Projection::each(shape, quantization, [2 * mlp.inner, hidden], mlp.bias, &mut next),
+                    down: Projection::each(shape, quantization, [hidden, mlp.inner], mlp.bias, &mut next),
+                },
+            },
+            after_mlp: after.then(|| next(shape.compute, &[hidden])),
         }
     }
 }
@@ -86,23 +114,24 @@ pub(super) struct Weights<T> {
     pub(super) norm: T,
     /// `[vocab, hidden]`, unless it is the embedding.
     head: Option<Projection<T>>,
-    /// `f32[max_positions, head_dim]`: the table of [`rotary`](super::rotary).
-    pub(super) rotary: T,
+    /// `f32[max_positions, head_dim]` each: the tables of [`rotary`](super::rotary), one per rope of the model.
+    pub(super) rotary: Vec<T>,
     /// `i32[]`: which shard of the model these weights are, where it is split.
     pub(super) shard: Option<T>,
 }
 
 impl<T> Weights<T> {
     /// Asks `next` for one weight after another, in the order of the arguments. Sizes are those of one shard.
-    fn each(config: &LlamaConfig, shape: &StepShape, mut next: impl FnMut(TensorType) -> T) -> Self {
+    fn each(config: &ModelSpec, shape: &StepShape, mut next: impl FnMut(TensorType) -> T) -> Self {
         let config = &shape.parallel.shard_of(config);
         let hidden = config.hidden_size;
         let mut weight = |element: Element, dims: &[usize]| next(TensorType::new(element, dims));
         let embedding = weight(shape.compute, &[config.vocab_size, hidden]);
         let layers = match shape.stacks_layers(config) {
-            false => Layers::Apart((0..config.layers).map(|_| Layer::each(config, shape, &mut weight)).collect()),
+            false => Layers::Apart(config.layers.iter().map(|_| Layer::each(config, shape, &mut weight)).collect()),
             true => {
-                let stacked = |element: Element, dims: &[usize]| weight(element, &[&[config.layers], dims].concat());
+                let layers = config.layers.len();
+                let stacked = |element: Element, dims: &[usize]| weight(element, &[&[layers], dims].concat());
                 Layers::Stacked(Layer::each(config, shape, stacked))
             }
         };
@@ -111,7 +140,8 @@ impl<T> Weights<T> {
             let quantization = config.quantization.filter(|quantization| quantization.head);
             Projection::each(shape, quantization, [config.vocab_size, hidden], false, &mut weight)
         });
-        let rotary = next(TensorType::new(Element::F32, &[shape.max_positions, config.head_dim]));
+        let table = TensorType::new(Element::F32, &[shape.max_positions, config.head_dim]);
+        let rotary = config.ropes.iter().map(|_| next(table.clone())).collect();
         let shard = (shape.parallel.model().get() > 1).then(|| next(TensorType::scalar(Element::I32)));
         Self { embedding, layers, norm, head, rotary, shard }
     }
@@ -120,7 +150,7 @@ impl<T> Weights<T> {
 impl<'c, 'a> Weights<Tensor<'c, 'a>> {
     /// Takes the weights from the front of a function's arguments, which have [`weight_types`]; returns them and the rest.
     pub(super) fn take<'s>(
-        config: &LlamaConfig,
+        config: &ModelSpec,
         shape: &StepShape,
         args: &'s [Tensor<'c, 'a>],
     ) -> (Self, &'s [Tensor<'c, 'a>]) {
@@ -138,13 +168,14 @@ impl<'c, 'a> Weights<Tensor<'c, 'a>> {
     }
 }
 
-/// The types of the weight arguments, which come first in both programs: embedding; per layer the norm before
-/// attention, the stacked query, key and value projection, the output projection, the norm before the MLP, the stacked
-/// gate and up projection, the down projection (each followed by its scales and its biases, where the model has them); final norm;
-/// (untied only) head; rotary table; (split models only) the number of the shard. Each weight is the shard's part of it.
+/// The types of the weight arguments, which come first in both programs: embedding; per layer, as far as the model has them,
+/// the norm before attention, the stacked query, key and value projection, the norms of queries and of keys, the sinks, the output
+/// projection, the norm behind it, the norm before the MLP, the stacked gate and up projection, the down projection, the norm behind
+/// it (each projection followed by its scales and its biases, where the model has them); final norm; (untied only) head; a rotary
+/// table per rope; (split models only) the number of the shard. Each weight is the shard's part of it.
 /// Where the program [loops](StepShape::stacks_layers), there is one of each of a layer's for all layers, a stack
 /// `[layers, ...]`.
-pub fn weight_types(config: &LlamaConfig, shape: &StepShape) -> Vec<TensorType> {
+pub fn weight_types(config: &ModelSpec, shape: &StepShape) -> Vec<TensorType> {
     let mut types = Vec::new();
     Weights::each(config, shape, |ty| types.push(ty));
     types

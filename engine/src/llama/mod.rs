@@ -1,4 +1,4 @@
-//! Llama on a device: loading its weights, and the step programs that run it.
+//! A decoder on a device: loading its weights, and the step programs that run it.
 //!
 //! [`step`] is the model's graph, `lowering` how its operations are emitted for a [`Target`]; `arguments`,
 //! `sampling` and `rotary` are what the programs take.
@@ -16,7 +16,7 @@ mod target;
 pub use arguments::weight_types;
 pub use executor::{Call, Executor, Sampled};
 pub use kv_cache::KvCache;
-pub(crate) use lowering::attention_kernel;
+pub(crate) use lowering::{WINDOW_ATTENTION, attention_kernel, is_window_attention};
 pub use parallel::{Group, Member, Parallel, Reduce};
 pub use target::Target;
 
@@ -25,7 +25,7 @@ use pagoda_ir::{Context, Element, HostTensor, TensorType};
 
 use crate::error::{Error, Result};
 use crate::mesh::Shard;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::weights::{Holds, TensorGroups, TensorSpec, Tensors, Weights, tensor_groups};
 use crate::pjrt::{Arg, Buffer, Client, Executable};
 use executor::zeros;
@@ -33,7 +33,7 @@ use step::StepShape;
 
 /// A model's weights on the devices of a group, as the step programs take them.
 pub struct DeviceModel {
-    config: LlamaConfig,
+    config: ModelSpec,
     group: Group,
     /// Per member of the group.
     buffers: Vec<Vec<Buffer>>,
@@ -44,12 +44,12 @@ impl DeviceModel {
     ///
     /// # Errors
     /// As there.
-    pub fn load(client: &Client, config: &LlamaConfig, weights: &Weights, shape: &StepShape) -> Result<Self> {
+    pub fn load(client: &Client, config: &ModelSpec, weights: &Weights, shape: &StepShape) -> Result<Self> {
         Self::load_group(client, config, weights, shape, Group::one())
     }
 
     /// Uploads to each member of `group` its shard of the weights that the step programs of `shape` take: in its type,
-    /// layers apart or stacked, and a rotary table for its positions.
+    /// layers apart or stacked, and rotary tables for its positions.
     ///
     /// Host memory holds one layer's part of an argument of one shard at a time beyond the devices' own copies: each is
     /// converted (and where the program wants several projections as one matrix, put together), uploaded, and dropped.
@@ -59,7 +59,7 @@ impl DeviceModel {
     /// When the model cannot be split like this, a tensor is missing or malformed, or a device is out of memory.
     pub fn load_group(
         client: &Client,
-        config: &LlamaConfig,
+        config: &ModelSpec,
         weights: &Weights,
         shape: &StepShape,
         group: Group,
@@ -86,9 +86,11 @@ impl DeviceModel {
                 buffers.extend(stack.map(|stack| stack.whole));
             }
         }
-        let rotary = rotary::table(config, shape.max_positions);
+        let rotary = rotary::tables(config, shape.max_positions);
         for (Member { shard, device }, buffers) in group.members().iter().zip(&mut buffers) {
-            buffers.push(client.upload(&rotary, *device)?);
+            for table in &rotary {
+                buffers.push(client.upload(table, *device)?);
+            }
             if shard.of.get() > 1 {
                 buffers.push(client.upload(&HostTensor::scalar(shard.index as i32), *device)?);
             }
@@ -100,7 +102,7 @@ impl DeviceModel {
     }
 
     /// The model's configuration.
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &ModelSpec {
         &self.config
     }
 
@@ -236,12 +238,14 @@ mod tests {
 
     use super::*;
     use crate::model::quantization::{Quantization, Scales};
+    use crate::model::spec::{GatedMlp, Mlp};
 
     /// What is uploaded is what the programs take, in their order.
     #[test]
     fn uploads_have_the_types_of_the_arguments() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny-llama-kjv");
-        let tiny = LlamaConfig::open(&folder).unwrap();
+        let tiny = ModelSpec::open(&folder).unwrap();
+        let Mlp::Gated(mlp) = tiny.mlp;
         let shape = |model| StepShape {
             prefill_rows: 8,
             slots: 2,
@@ -260,10 +264,10 @@ mod tests {
         for (bits, model) in (0..48).flat_map(|bits| [1, 2, 4].map(|model| (bits, model))) {
             let quantization = quantizations[bits / 16];
             let [attention_bias, mlp_bias, tie_word_embeddings, stacked] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
-            let config = LlamaConfig {
+            let config = ModelSpec {
                 attention_bias,
                 output_bias: attention_bias,
-                mlp_bias,
+                mlp: Mlp::Gated(GatedMlp { bias: mlp_bias, ..mlp }),
                 tie_word_embeddings,
                 quantization,
                 ..tiny.clone()
@@ -279,9 +283,10 @@ mod tests {
                     let stacked = if argument.len() > 1 { vec![argument.len()] } else { vec![] };
                     TensorType::new(element, &[stacked, dims].concat())
                 });
-                let table = TensorType::new(Element::F32, rotary::table(&config, shape.max_positions).dims());
+                let tables = rotary::tables(&config, shape.max_positions);
+                let tables = tables.iter().map(|table| TensorType::new(Element::F32, table.dims()));
                 let number = (model > 1).then(|| TensorType::scalar(Element::I32));
-                let uploads: Vec<_> = uploads.chain([table]).chain(number).collect();
+                let uploads: Vec<_> = uploads.chain(tables).chain(number).collect();
                 assert_eq!(uploads, arguments, "{config:?}, stacked {stacked}, {shard:?}");
             }
         }

@@ -21,8 +21,9 @@ use pagoda_ir::{Element, Result};
 use super::lowering::Lowering;
 use crate::error::Error;
 use crate::mesh::{Mesh, Shard};
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::quantization::Quantization;
+use crate::model::spec::{GatedMlp, Mlp};
 use crate::{mpi, sampler};
 
 /// The most rows of a vocabulary that one shard may hold: their numbers are exchanged as f32.
@@ -94,7 +95,7 @@ impl Parallel {
     ///
     /// # Errors
     /// Names what `model` does not divide, and the values that would do.
-    pub fn check(&self, config: &LlamaConfig) -> crate::Result<()> {
+    pub fn check(&self, config: &ModelSpec) -> crate::Result<()> {
         let Some(limit) = refusal(config, self.model.get()) else { return Ok(()) };
         let possible: Vec<_> = (1..=config.q_heads).filter(|&model| refusal(config, model).is_none()).collect();
         let fix = match &possible[..] {
@@ -110,12 +111,15 @@ impl Parallel {
 
     /// The sizes of one shard's model. The inner width of its MLP is a multiple of a register's lanes, as the TPU's gated
     /// matmul takes it; the columns that fill it up are zeros. The vocabulary is that of the largest shard.
-    pub fn shard_of(&self, config: &LlamaConfig) -> LlamaConfig {
+    pub fn shard_of(&self, config: &ModelSpec) -> ModelSpec {
         let width = |units| Shard::width(units, self.model);
-        LlamaConfig {
+        let mlp = match config.mlp {
+            Mlp::Gated(mlp) => Mlp::Gated(GatedMlp { inner: width(mlp.inner).next_multiple_of(LANES), ..mlp }),
+        };
+        ModelSpec {
             q_heads: width(config.q_heads),
             kv_heads: width(config.kv_heads),
-            intermediate_size: width(config.intermediate_size).next_multiple_of(LANES),
+            mlp,
             vocab_size: width(config.vocab_size),
             ..config.clone()
         }
@@ -123,8 +127,9 @@ impl Parallel {
 }
 
 /// Why a model cannot be split over `model` devices.
-fn refusal(config: &LlamaConfig, model: usize) -> Option<String> {
-    let LlamaConfig { q_heads, kv_heads, vocab_size, intermediate_size, .. } = *config;
+fn refusal(config: &ModelSpec, model: usize) -> Option<String> {
+    let ModelSpec { q_heads, kv_heads, vocab_size, .. } = *config;
+    let intermediate_size = config.mlp.inner();
     if !q_heads.is_multiple_of(model) {
         return Some(format!("does not divide num_attention_heads = {q_heads}"));
     }
@@ -338,13 +343,13 @@ impl<'p, 'c, 'a> Exchange<'p, 'c, 'a> {
 mod tests {
     use super::*;
 
-    fn config(q_heads: usize, kv_heads: usize, vocab_size: usize) -> LlamaConfig {
+    fn config(q_heads: usize, kv_heads: usize, vocab_size: usize) -> ModelSpec {
         let json = serde_json::json!({
             "architectures": ["LlamaForCausalLM"], "vocab_size": vocab_size, "hidden_size": 64, "head_dim": 16,
             "intermediate_size": 100, "num_hidden_layers": 1, "num_attention_heads": q_heads,
             "num_key_value_heads": kv_heads,
         });
-        LlamaConfig::parse(std::path::Path::new("config.json"), &json).unwrap()
+        ModelSpec::parse(std::path::Path::new("config.json"), &json).unwrap()
     }
 
     fn over(model: usize) -> Parallel {
@@ -374,10 +379,10 @@ mod tests {
         }
         let error = over(4).check(&config(4, 4, 3)).unwrap_err().to_string();
         assert!(error.contains("mesh model = 4 exceeds vocab_size = 3: use model = 1 or 2"), "{error}");
-        let sizes = |model, config: &LlamaConfig| {
+        let sizes = |model, config: &ModelSpec| {
             over(model).check(config).unwrap();
-            let LlamaConfig { q_heads, kv_heads, intermediate_size, vocab_size, .. } = over(model).shard_of(config);
-            [q_heads, kv_heads, intermediate_size, vocab_size]
+            let ModelSpec { q_heads, kv_heads, mlp: Mlp::Gated(mlp), vocab_size, .. } = over(model).shard_of(config);
+            [q_heads, kv_heads, mlp.inner, vocab_size]
         };
         let config = config(8, 2, 257);
         assert_eq!(

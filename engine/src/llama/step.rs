@@ -1,4 +1,4 @@
-//! The step program: one ragged step of a Llama model over paged KV. Here is the model's graph, and nothing else: how each
+//! The step program: one ragged step of a decoder over paged KV. Here is the model's graph, and nothing else: how each
 //! operation is emitted is the target's `lowering`, which also decides how activations lie.
 //!
 //! One emission serves both programs that the engine compiles:
@@ -27,16 +27,17 @@
 //! Numerics: weights and activations in the compute type, KV in the cache's; normalisation, softmax, logits and sampling in f32.
 
 use pagoda_ir::stablehlo::{Builder, Direction, Module, Tensor};
-use pagoda_ir::{Context, Element, Result, TensorType};
+use pagoda_ir::{Context, Element, HostTensor, Result, TensorType};
 use pagoda_kernels::rpa::{KvLayout, KvRows};
 
 use super::KvCache;
-use super::arguments::{Layer, Layers, Projection, Weights, weight_types};
-use super::lowering::{Activation, Batch, Kind, Linear, Lowering, Norm, Rows, lowering};
+use super::arguments::{Layer, Layers, MlpWeights, Projection, Weights, weight_types};
+use super::lowering::{Activation, Batch, Kind, Linear, Lowering, Norm, OfLayer, Rows, Which, lowering, square_sums};
 use super::parallel::{Exchange, Parallel};
 use super::sampling::{key_types, parameter_types, parameters};
 use super::target::Target;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
+use crate::model::spec::{Gate, Mlp, QkNorm};
 use crate::sampler::{self, Keys, Parameters, Sampling};
 use crate::scheduler::Limits;
 
@@ -86,16 +87,16 @@ impl StepShape {
     }
 
     /// Whether the program loops over the model's layers, and takes their weights as stacks.
-    pub fn stacks_layers(&self, config: &LlamaConfig) -> bool {
-        self.target.stacks_layers() && config.layers > 1
+    pub fn stacks_layers(&self, config: &ModelSpec) -> bool {
+        self.target.stacks_layers() && config.layers.len() > 1
     }
 
     /// How keys and values lie in the KV buffer of one device.
-    pub fn kv_layout(&self, config: &LlamaConfig) -> KvLayout {
+    pub fn kv_layout(&self, config: &ModelSpec) -> KvLayout {
         let (element, heads) = (self.kv_cache.element(), self.parallel.shard_of(config).kv_heads);
         KvLayout {
             element,
-            layers: config.layers,
+            layers: config.layers.len(),
             pages: self.pages,
             page_size: self.page_size,
             heads,
@@ -105,7 +106,7 @@ impl StepShape {
     }
 
     /// The type of the KV buffer.
-    pub fn kv_type(&self, config: &LlamaConfig) -> TensorType {
+    pub fn kv_type(&self, config: &ModelSpec) -> TensorType {
         self.kv_layout(config).buffer_type()
     }
 }
@@ -115,6 +116,8 @@ impl StepShape {
 struct Place<'c, 'a> {
     /// `i32[]`: where its pages begin in the KV buffer.
     first_page: Tensor<'c, 'a>,
+    /// Of which kind it is.
+    kind: Which<'c, 'a>,
     /// `i32[]`: its part of stacked weights.
     of_stack: Option<Tensor<'c, 'a>>,
 }
@@ -129,7 +132,7 @@ impl<'c, 'a> Place<'c, 'a> {
 /// Emits the model's graph over the rows of a step.
 #[derive(Clone, Copy)]
 struct Graph<'e, 'c> {
-    config: &'e LlamaConfig,
+    config: &'e ModelSpec,
     shape: &'e StepShape,
     lowering: &'e dyn Lowering<'c>,
 }
@@ -146,18 +149,22 @@ impl<'c> Graph<'_, 'c> {
         mut kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
         let lowering = self.lowering;
-        let batch = lowering.batch(&b.named("rotary"), rows, weights.rotary)?;
+        let batch = lowering.batch(&b.named("rotary"), rows, &weights.rotary)?;
         let mut x = {
             let b = &b.named("embedding");
-            lowering.orientation().turn(b, exchange.take(b, lowering, weights.embedding, tokens)?)?
+            let x = exchange.take(b, lowering, weights.embedding, tokens)?;
+            let scaled =
+                self.config.embedding_scale.map(|scale| b.multiply(x, b.splat(x.element(), &x.dims(), scale)?));
+            lowering.orientation().turn(b, scaled.unwrap_or(Ok(x))?)?
         };
+        let kinds = self.config.kind_of_layers();
         match &weights.layers {
             Layers::Apart(layers) => {
                 for (index, layer) in layers.iter().enumerate() {
                     let b = &b.named(&format!("layer{index}"));
                     let first_page = self.shape.kv_layout(self.config).first_page(index);
                     let first_page = b.scalar(Element::I32, first_page as f64)?;
-                    let layer = (layer, Place { first_page, of_stack: None });
+                    let layer = (layer, Place { first_page, kind: Which::Known(kinds[index]), of_stack: None });
                     (x, kv) = self.layer(b, layer, exchange, &batch, x, kv)?;
                 }
                 Ok((x, kv))
@@ -165,13 +172,21 @@ impl<'c> Graph<'_, 'c> {
             Layers::Stacked(layers) => {
                 let b = &b.named("layer");
                 let int = |b: &Builder<'c, 'a>, value: usize| b.scalar(Element::I32, value as f64);
+                let numbers: Vec<i32> = kinds.iter().map(|&kind| kind as i32).collect();
                 let results = b.while_(
                     &[int(b, 0)?, x, kv],
-                    |b, state| b.compare(state[0], Direction::Lt, int(b, self.config.layers)?),
+                    |b, state| b.compare(state[0], Direction::Lt, int(b, kinds.len())?),
                     |b, state| {
                         let [index, x, kv] = *state else { unreachable!() };
                         let first_page = b.multiply(index, int(b, self.shape.pages)?)?;
-                        let layer = (layers, Place { first_page, of_stack: Some(index) });
+                        let kind = match numbers.iter().all(|&kind| kind == 0) {
+                            true => Which::Known(0),
+                            false => {
+                                let numbers = b.constant(&HostTensor::new(&[numbers.len()], &numbers))?;
+                                Which::Looked(b.part(numbers, index)?)
+                            }
+                        };
+                        let layer = (layers, Place { first_page, kind, of_stack: Some(index) });
                         let (x, kv) = self.layer(b, layer, &exchange.of_body(), &batch, x, kv)?;
                         Ok(vec![b.add(index, int(b, 1)?)?, x, kv])
                     },
@@ -192,43 +207,109 @@ impl<'c> Graph<'_, 'c> {
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
         let lowering = self.lowering;
-        let normed = |b: &Builder<'c, 'a>, norm, projection| {
-            let norm = Some(self.norm(place.part(b, norm)?));
+        let projected = |b: &Builder<'c, 'a>, norm: Option<Tensor<'c, 'a>>, projection| {
+            let norm = norm.map(|norm| Ok::<_, pagoda_ir::Error>(self.norm(place.part(b, norm)?))).transpose()?;
             Ok(Linear { norm, layer: place.of_stack, ..self.projection(projection) })
         };
         let qkv = {
             let b = &b.named("qkv");
-            lowering.linear(b, x, &normed(b, layer.input_norm, layer.qkv)?)?
+            let qkv = lowering.linear(b, x, &projected(b, layer.before_attention, layer.qkv)?)?;
+            match self.config.qk_norm.zip(layer.qk_norms) {
+                Some((over, weights)) => self.norm_queries_and_keys(b, exchange, qkv, (over, weights, place))?,
+                None => qkv,
+            }
         };
-        let (attended, kv) = lowering.attend(&b.named("attention"), qkv, batch, place.first_page, kv)?;
-        let x = self.add_projection(&b.named("output"), exchange, x, attended, (layer.output, place))?;
-        let inner = {
-            let b = &b.named("gate_up");
-            let gate_up = normed(b, layer.post_norm, layer.gate_up)?;
-            lowering.linear(b, x, &Linear { activation: Activation::SiluGate, ..gate_up })?
+        let (attended, kv) = {
+            let b = &b.named("attention");
+            let sinks = layer.sinks.map(|sinks| b.convert(place.part(b, sinks)?, Element::F32)).transpose()?;
+            let of_layer = OfLayer { kind: place.kind, first_page: place.first_page, sinks };
+            lowering.attend(b, qkv, batch, of_layer, kv)?
         };
-        Ok((self.add_projection(&b.named("down"), exchange, x, inner, (layer.down, place))?, kv))
+        let output = (layer.output, layer.after_attention, place);
+        let x = self.add_projection(&b.named("output"), exchange, x, attended, output)?;
+        match &layer.mlp {
+            MlpWeights::Gated { gate_up, down } => {
+                let Mlp::Gated(mlp) = &self.config.mlp;
+                let inner = {
+                    let b = &b.named("gate_up");
+                    let gate_up = projected(b, layer.before_mlp, *gate_up)?;
+                    lowering.linear(b, x, &Linear { activation: activation(mlp.gate), ..gate_up })?
+                };
+                let down = (*down, layer.after_mlp, place);
+                Ok((self.add_projection(&b.named("down"), exchange, x, inner, down)?, kv))
+            }
+        }
     }
 
-    /// `x` plus a projection of `inner`, whose features are split: each shard's product is a part of the sum.
+    /// The projections of queries, keys and values with the first two normed.
+    fn norm_queries_and_keys<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        exchange: &Exchange<'_, 'c, 'a>,
+        qkv: Tensor<'c, 'a>,
+        (over, weights, place): (QkNorm, [Tensor<'c, 'a>; 2], Place<'c, 'a>),
+    ) -> Result<Tensor<'c, 'a>> {
+        let orientation = self.lowering.orientation();
+        let (features, rows) = (orientation.features(), orientation.rows());
+        let (width, count) = (qkv.dims()[features], qkv.dims()[rows]);
+        let shard = self.shape.parallel.shard_of(self.config);
+        let (queries, keys) = (shard.q_heads * shard.head_dim, shard.kv_heads * shard.head_dim);
+        let part = |first: usize, end: usize| b.slice_in_dim(qkv, first, end, features);
+        let (q, k, v) = (part(0, queries)?, part(queries, queries + keys)?, part(queries + keys, width)?);
+        let norm = |of: usize| Ok::<_, pagoda_ir::Error>(self.norm(place.part(b, weights[of])?));
+        let mean = |sums: Tensor<'c, 'a>, of: usize| b.divide(sums, b.splat(Element::F32, &sums.dims(), of as f64)?);
+        let [q, k] = match over {
+            QkNorm::Head => [(q, 0), (k, 1)].map(|(part, of)| {
+                let mut dims = part.dims();
+                dims[features] /= shard.head_dim;
+                dims.insert(features + 1, shard.head_dim);
+                let heads = b.reshape(part, &dims)?;
+                let mean = mean(square_sums(b, heads, &[features + 1])?, shard.head_dim)?;
+                let others = if features == 0 { [0, 2] } else { [0, 1] };
+                b.reshape(norm(of)?.apply(b, heads, (mean, &others), &[features + 1])?, &part.dims())
+            }),
+            QkNorm::Projection => {
+                // Over all shards' heads. Where shards hold the same one, each counts it, and the mean is the same.
+                let row = |part| b.reshape(square_sums(b, part, &[features])?, &[1, count]);
+                let sums = exchange.sum(b, b.concatenate(&[row(q)?, row(k)?], 0)?)?;
+                [(q, 0, queries), (k, 1, keys)].map(|(part, of, width)| {
+                    let sums = b.reshape(b.slice_in_dim(sums, of, of + 1, 0)?, &[count])?;
+                    let mean = mean(sums, width * self.shape.parallel.model().get())?;
+                    norm(of)?.apply(b, part, (mean, &[rows]), &[features])
+                })
+            }
+        };
+        b.concatenate(&[q?, k?, v], features)
+    }
+
+    /// `x` plus a projection of `inner`, whose features are split: each shard's product is a part of the sum. In a model with
+    /// norms behind its blocks, what is added is normed.
     fn add_projection<'a>(
         &self,
         b: &Builder<'c, 'a>,
         exchange: &Exchange<'_, 'c, 'a>,
         x: Tensor<'c, 'a>,
         inner: Tensor<'c, 'a>,
-        (projection, place): (Projection<Tensor<'c, 'a>>, Place<'c, 'a>),
+        (projection, norm, place): (Projection<Tensor<'c, 'a>>, Option<Tensor<'c, 'a>>, Place<'c, 'a>),
     ) -> Result<Tensor<'c, 'a>> {
         let lowering = self.lowering;
-        let whole = Linear { residual: Some(x), layer: place.of_stack, ..self.projection(projection) };
+        let whole = Linear { layer: place.of_stack, ..self.projection(projection) };
         if !exchange.is_split() {
-            return lowering.linear(b, inner, &whole);
+            let Some(norm) = norm else {
+                return lowering.linear(b, inner, &Linear { residual: Some(x), ..whole });
+            };
+            let product = lowering.linear(b, inner, &whole)?;
+            return b.add(x, lowering.norm(b, product, &self.norm(place.part(b, norm)?))?);
         }
-        let part = Linear { bias: None, residual: None, result: Element::F32, ..whole };
+        let part = Linear { bias: None, result: Element::F32, ..whole };
         let mut sum = exchange.sum(b, lowering.linear(b, inner, &part)?)?;
         if let Some(bias) = projection.bias {
             let bias = b.convert(place.part(b, bias)?, Element::F32)?;
             sum = b.add(sum, b.broadcast_in_dim(bias, &sum.dims(), &[lowering.orientation().features()])?)?;
+        }
+        if let Some(norm) = norm {
+            let product = b.convert(sum, x.element())?;
+            return b.add(x, lowering.norm(b, product, &self.norm(place.part(b, norm)?))?);
         }
         b.convert(b.add(b.convert(x, Element::F32)?, sum)?, x.element())
     }
@@ -251,7 +332,7 @@ impl<'c> Graph<'_, 'c> {
     }
 
     fn norm<'a>(&self, weight: Tensor<'c, 'a>) -> Norm<'c, 'a> {
-        Norm { weight, epsilon: self.config.rms_norm_eps }
+        Norm { weight, how: self.config.norm }
     }
 
     /// `f32[rows, vocab]` logits of activations before the final norm, of this shard's part of the vocabulary.
@@ -263,7 +344,11 @@ impl<'c> Graph<'_, 'c> {
     ) -> Result<Tensor<'c, 'a>> {
         let head = self.projection(weights.head());
         let head = Linear { norm: Some(self.norm(weights.norm)), result: Element::F32, ..head };
-        self.lowering.by_row(&b.named("head"), hidden, &head)
+        let b = &b.named("head");
+        let logits = self.lowering.by_row(b, hidden, &head)?;
+        let Some(cap) = self.config.logit_soft_cap else { return Ok(logits) };
+        let cap = b.splat(Element::F32, &logits.dims(), cap)?;
+        b.multiply(b.tanh(b.divide(logits, cap)?)?, cap)
     }
 
     /// `i32[rows]`: a token per row of activations before the final norm; where they are asked for, `f32[rows]`: the logarithms of
@@ -293,6 +378,14 @@ impl<'c> Graph<'_, 'c> {
     fn select<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, rows: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let orientation = self.lowering.orientation();
         orientation.turn(b, b.take(orientation.turn(b, x)?, rows, 0)?)
+    }
+}
+
+/// The activation of a gated projection.
+pub(crate) fn activation(gate: Gate) -> Activation {
+    match gate {
+        Gate::Silu => Activation::SiluGate,
+        Gate::GeluTanh => Activation::GeluGate,
     }
 }
 
@@ -344,7 +437,7 @@ pub enum Output {
 /// the target's chip.
 pub fn prefill<'c>(
     context: &'c Context,
-    config: &LlamaConfig,
+    config: &ModelSpec,
     shape: &StepShape,
     output: Output,
 ) -> crate::Result<Module<'c>> {
@@ -428,7 +521,7 @@ pub fn prefill<'c>(
 /// As [`prefill`].
 pub fn decode<'c>(
     context: &'c Context,
-    config: &LlamaConfig,
+    config: &ModelSpec,
     shape: &StepShape,
     sampling: Sampling,
     end_of_text: &[i32],

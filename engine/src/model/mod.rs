@@ -1,15 +1,18 @@
-//! Llama from Hugging Face files: configuration, weights, tokenizer, and the float64 reference.
+//! Models from Hugging Face files: configuration, weights, tokenizer, and the float64 reference.
 
 pub mod config;
+mod families;
 pub mod identity;
 pub mod quantization;
 pub mod reference;
 pub mod source;
+pub mod spec;
 pub mod tokenizer;
 pub mod weights;
 
 use std::path::Path;
 
+pub use self::spec::ModelSpec;
 use crate::error::{Error, Result};
 
 /// Reads a JSON file of a model folder.

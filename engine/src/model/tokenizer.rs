@@ -11,8 +11,8 @@ use tokenizers::{
     DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer as Inner,
 };
 
-use super::config::LlamaConfig;
 use super::read_json;
+use super::spec::ModelSpec;
 use crate::error::{Error, Result};
 
 /// A Hugging Face tokenizer that fits the model.
@@ -29,7 +29,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// When the file cannot be read, or holds a token beyond the model's embedding table.
-    pub fn open(path: &Path, config: &LlamaConfig) -> Result<Self> {
+    pub fn open(path: &Path, config: &ModelSpec) -> Result<Self> {
         let path = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
         let mut inner = Inner::from_bytes(bytes).map_err(|error| {
@@ -243,9 +243,9 @@ fn python_method(_: &mut State, value: &Value, method: &str, args: &[Value]) -> 
 mod tests {
     use super::*;
 
-    fn tiny() -> (PathBuf, LlamaConfig) {
+    fn tiny() -> (PathBuf, ModelSpec) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny-llama-kjv");
-        let config = LlamaConfig::open(&folder).unwrap();
+        let config = ModelSpec::open(&folder).unwrap();
         (folder, config)
     }
 

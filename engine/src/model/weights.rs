@@ -17,13 +17,13 @@ use pagoda_ir::mosaic::tiling::LANES;
 use pagoda_ir::tensor::HostTensor;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 
-use super::config::LlamaConfig;
 use super::read_json;
+use super::spec::{Mlp, ModelSpec, Parts, QkNorm};
 use crate::error::{Error, Result};
 use crate::mesh;
 use crate::output::fingerprint;
 
-/// A tensor that a model needs.
+/// A tensor that a model needs: one of its files, or some rows of one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
     /// Its name in the safetensors files.
@@ -34,6 +34,31 @@ pub struct TensorSpec {
     pub holds: Holds,
     /// The dimension along which it is split over shards, and into what; without one, every shard has all of it.
     split: Option<(usize, Units)>,
+    /// Where it is some rows of the tensor in the file: the first of them, and how many the file's has.
+    fused: Option<(usize, usize)>,
+    /// How its rows are turned on loading.
+    heads: Option<Heads>,
+}
+
+/// Rows that are heads, of which only the first `rotated` features turn, in pairs `(i, i + rotated / 2)`. Attention turns the
+/// pairs `(i, i + width / 2)`, so rows are loaded in another order: those that turn come first in either half. A dot product of
+/// a query and a key is the same in any order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Heads {
+    width: usize,
+    rotated: usize,
+}
+
+impl Heads {
+    /// Where the feature at `place` of a head is in the file.
+    fn stored(self, place: usize) -> usize {
+        let Self { width, rotated } = self;
+        let (half, turning) = (width / 2, rotated / 2);
+        match (place / half, place % half) {
+            (side, at) if at < turning => side * turning + at,
+            (side, at) => rotated + side * (half - turning) + at - turning,
+        }
+    }
 }
 
 /// What the values of a tensor are.
@@ -90,7 +115,17 @@ impl TensorSpec {
     fn new(name: String, axes: impl IntoIterator<Item = Axis>) -> Self {
         let axes = Vec::from_iter(axes);
         let split = axes.iter().enumerate().find_map(|(at, axis)| Some((at, axis.units?)));
-        Self { name, dims: axes.iter().map(|axis| axis.size).collect(), holds: Holds::Numbers, split }
+        let dims = axes.iter().map(|axis| axis.size).collect();
+        Self { name, dims, holds: Holds::Numbers, split, fused: None, heads: None }
+    }
+
+    /// The shape of the tensor in the file, of which it may be some rows.
+    pub fn stored_dims(&self) -> Vec<usize> {
+        let mut dims = self.dims.clone();
+        if let Some((_, rows)) = self.fused {
+            dims[0] = rows;
+        }
+        dims
     }
 
     fn holding(self, holds: Holds) -> Self {
@@ -138,18 +173,8 @@ struct Part {
     range: Range<usize>,
 }
 
-/// Tensors of a layer that are applied together.
-struct Together<'n> {
-    /// Names and rows.
-    tensors: &'n [(&'n str, Axis)],
-    /// Of matrices.
-    columns: Option<Axis>,
-    /// Whether each comes with a bias per row.
-    bias: bool,
-}
-
-/// Every tensor of a Llama, in the order of the forward pass.
-pub fn expected_tensors(config: &LlamaConfig) -> Vec<TensorSpec> {
+/// Every tensor of a model, in the order of the forward pass.
+pub fn expected_tensors(config: &ModelSpec) -> Vec<TensorSpec> {
     let TensorGroups { embedding, layers, last } = tensor_groups(config);
     std::iter::once(embedding).chain(layers.into_iter().flatten()).chain(last).flatten().collect()
 }
@@ -157,7 +182,7 @@ pub fn expected_tensors(config: &LlamaConfig) -> Vec<TensorSpec> {
 /// Tensors of one width (or vectors) that are applied together, and can be stacked along their rows.
 pub type Tensors = Vec<TensorSpec>;
 
-/// The tensors of a Llama in groups, in the order of the forward pass.
+/// The tensors of a model in groups, in the order of the forward pass.
 pub struct TensorGroups {
     /// The embedding.
     pub embedding: Tensors,
@@ -167,44 +192,113 @@ pub struct TensorGroups {
     pub last: Vec<Tensors>,
 }
 
+/// Rows of a tensor of a layer.
+#[derive(Clone, Copy)]
+struct Rows {
+    /// Its name within the layer.
+    name: &'static str,
+    axis: Axis,
+    fused: Option<(usize, usize)>,
+    heads: Option<Heads>,
+}
+
+impl Rows {
+    fn new(name: &'static str, axis: Axis) -> Self {
+        Self { name, axis, fused: None, heads: None }
+    }
+
+    /// Of tensors that are applied together, each its own or all in one.
+    fn of<const N: usize>(parts: Parts<N>, axes: [Axis; N]) -> [Self; N] {
+        let rows: usize = axes.iter().map(|axis| axis.size).sum();
+        std::array::from_fn(|at| match parts {
+            Parts::Apart(names) => Self::new(names[at], axes[at]),
+            Parts::Fused(name) => {
+                let first = axes[..at].iter().map(|axis| axis.size).sum();
+                Self { fused: Some((first, rows)), ..Self::new(name, axes[at]) }
+            }
+        })
+    }
+}
+
+/// The groups of one layer, one after another.
+struct LayerGroups<'m> {
+    config: &'m ModelSpec,
+    layer: usize,
+    groups: Vec<Tensors>,
+}
+
+impl LayerGroups<'_> {
+    fn group(&mut self, rows: &[Rows], kind: &str, columns: Option<Axis>, holds: Holds) {
+        let specs = rows.iter().map(|&Rows { name, axis, fused, heads }| {
+            let name = format!("model.layers.{}.{name}{kind}", self.layer);
+            let spec = TensorSpec::new(name, [axis].into_iter().chain(columns)).holding(holds);
+            TensorSpec { fused, heads, ..spec }
+        });
+        self.groups.push(specs.collect());
+    }
+
+    fn vector(&mut self, rows: Rows, kind: &str) {
+        self.group(&[rows], kind, None, Holds::Numbers);
+    }
+
+    /// A norm of the residual stream, where there is one.
+    fn norm(&mut self, at: usize, there: bool) {
+        if there {
+            self.vector(Rows::new(self.config.names.norms[at], Axis::whole(self.config.hidden_size)), ".weight");
+        }
+    }
+
+    fn projection(&mut self, rows: &[Rows], columns: Axis, bias: bool) {
+        match self.config.quantization {
+            None => self.group(rows, ".weight", Some(columns), Holds::Numbers),
+            Some(quantization) => {
+                self.group(rows, ".weight", Some(columns), Holds::Quantized(quantization.weight));
+                self.group(rows, ".weight_scale", Some(columns.groups(quantization.group())), Holds::Scales);
+            }
+        }
+        if bias {
+            self.group(rows, ".bias", None, Holds::Numbers);
+        }
+    }
+}
+
 /// As [`expected_tensors`], in groups. Query, key and value projections are a group, their scales and their biases are,
 /// gate and up; all others stand alone. A shard's part of a group is its part of each tensor.
-pub fn tensor_groups(config: &LlamaConfig) -> TensorGroups {
+pub fn tensor_groups(config: &ModelSpec) -> TensorGroups {
     let hidden = Axis::whole(config.hidden_size);
-    let inner = Axis::split(config.intermediate_size, 1, LANES);
     let vocab = Axis::split(config.vocab_size, 1, 1);
     let [q, kv] = [config.q_heads, config.kv_heads].map(|heads| Axis::split(heads, config.head_dim, 1));
+    let partial = Heads { width: config.head_dim, rotated: config.rotated() };
+    let turned = (1..config.head_dim).contains(&partial.rotated).then_some(partial);
     let alone = |name: &str, axes: &[Axis]| vec![TensorSpec::new(name.into(), axes.iter().copied())];
     let of_layer = |layer: usize| {
-        let mut groups = vec![];
-        let (attention, mlp) = (config.attention_bias, config.mlp_bias);
-        let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
-        for part in [
-            Together { tensors: &[("input_layernorm", hidden)], columns: None, bias: false },
-            Together { tensors: &qkv, columns: Some(hidden), bias: attention },
-            Together { tensors: &[("self_attn.o_proj", hidden)], columns: Some(q), bias: config.output_bias },
-            Together { tensors: &[("post_attention_layernorm", hidden)], columns: None, bias: false },
-            Together { tensors: &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)], columns: Some(hidden), bias: mlp },
-            Together { tensors: &[("mlp.down_proj", hidden)], columns: Some(inner), bias: mlp },
-        ] {
-            let group = |kind: &str, columns: Option<Axis>, holds: Holds| -> Vec<TensorSpec> {
-                let specs = part.tensors.iter().map(|&(name, rows)| {
-                    let name = format!("model.layers.{layer}.{name}.{kind}");
-                    TensorSpec::new(name, [rows].into_iter().chain(columns)).holding(holds)
-                });
-                specs.collect()
-            };
-            match config.quantization.zip(part.columns) {
-                None => groups.push(group("weight", part.columns, Holds::Numbers)),
-                Some((quantization, columns)) => {
-                    groups.push(group("weight", Some(columns), Holds::Quantized(quantization.weight)));
-                    let scales = columns.groups(quantization.group());
-                    groups.push(group("weight_scale", Some(scales), Holds::Scales));
-                }
+        let (names, norms) = (&config.names, config.norms);
+        let mut groups = LayerGroups { config, layer, groups: Vec::new() };
+        groups.norm(0, norms.before());
+        let [of_q, of_k, of_v] = Rows::of(names.qkv, [q, kv, kv]);
+        let qkv = [Rows { heads: turned, ..of_q }, Rows { heads: turned, ..of_k }, of_v];
+        groups.projection(&qkv, hidden, config.attention_bias);
+        if let Some(over) = config.qk_norm {
+            for (name, heads) in names.qk_norms.into_iter().zip([q, kv]) {
+                let axis = if over == QkNorm::Head { Axis::whole(config.head_dim) } else { heads };
+                groups.vector(Rows { heads: turned, ..Rows::new(name, axis) }, ".weight");
             }
-            groups.extend(part.bias.then(|| group("bias", None, Holds::Numbers)));
         }
-        groups
+        if config.sinks {
+            groups.vector(Rows::new(names.sinks, Axis::split(config.q_heads, 1, 1)), "");
+        }
+        groups.projection(&[Rows::new(names.output, hidden)], q, config.output_bias);
+        groups.norm(1, norms.after());
+        groups.norm(2, norms.before());
+        match &config.mlp {
+            Mlp::Gated(mlp) => {
+                let inner = Axis::split(mlp.inner, 1, LANES);
+                groups.projection(&Rows::of(names.gate_up, [inner, inner]), hidden, mlp.bias);
+                groups.projection(&[Rows::new(names.down, hidden)], inner, mlp.bias);
+            }
+        }
+        groups.norm(3, norms.after());
+        groups.groups
     };
     let mut last = vec![alone("model.norm.weight", &[hidden])];
     if !config.tie_word_embeddings {
@@ -220,7 +314,7 @@ pub fn tensor_groups(config: &LlamaConfig) -> TensorGroups {
     }
     TensorGroups {
         embedding: alone("model.embed_tokens.weight", &[vocab, hidden]),
-        layers: (0..config.layers).map(of_layer).collect(),
+        layers: (0..config.layers.len()).map(of_layer).collect(),
         last,
     }
 }
@@ -242,12 +336,12 @@ pub struct Weights {
 }
 
 /// A tensor in a mapped file.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct TensorView<'a> {
     /// Element type: BF16, F16 or F32, or of quantized elements.
     pub element: Element,
     /// Shape, row-major.
-    pub dims: &'a [usize],
+    pub dims: Vec<usize>,
     /// Little-endian bytes, of no particular alignment.
     pub bytes: &'a [u8],
 }
@@ -314,10 +408,17 @@ impl<'a> TensorView<'a> {
         runs.each(|from, to| self.run(from).fill(&mut out[to], &convert));
     }
 
-    /// Consecutive values, by their places in row-major order; the shape is the whole tensor's.
-    fn run(&self, places: Range<usize>) -> Self {
+    /// Some of its rows.
+    fn rows(self, rows: Range<usize>) -> Self {
+        let size = self.bytes.len() / self.dims[0].max(1);
+        let dims = [&[rows.len()], &self.dims[1..]].concat();
+        Self { element: self.element, dims, bytes: &self.bytes[rows.start * size..rows.end * size] }
+    }
+
+    /// Consecutive values, by their places in row-major order.
+    fn run(&self, places: Range<usize>) -> Run<'a> {
         let size = self.element.bytes();
-        Self { bytes: &self.bytes[places.start * size..places.end * size], ..*self }
+        Run { element: self.element, bytes: &self.bytes[places.start * size..places.end * size] }
     }
 
     /// One value, by its place in row-major order.
@@ -330,19 +431,27 @@ impl<'a> TensorView<'a> {
     /// Every value as f64, exactly; of quantized elements without their scales.
     pub fn to_f64(&self) -> Vec<f64> {
         if self.element.bytes() == 1 {
-            return HostTensor::from_bytes(self.element, self.dims, self.bytes).to_f64();
+            return HostTensor::from_bytes(self.element, &self.dims, self.bytes).to_f64();
         }
         let mut values = vec![0.0; self.dims.iter().product()];
-        self.fill(&mut values, f64::from);
+        self.run(0..values.len()).fill(&mut values, f64::from);
         values
     }
 
     /// The scales of each row and group, of which a file may have but one.
     fn scales(&self, spec: &TensorSpec) -> Vec<f64> {
         let values = self.to_f64();
-        if is_one(self.dims) { vec![values[0]; spec.dims.iter().product()] } else { values }
+        if is_one(&self.dims) { vec![values[0]; spec.dims.iter().product()] } else { values }
     }
+}
 
+/// Consecutive values of a tensor.
+struct Run<'a> {
+    element: Element,
+    bytes: &'a [u8],
+}
+
+impl Run<'_> {
     fn fill<T>(&self, out: &mut [T], convert: impl Fn(f32) -> T) {
         let pairs = || self.bytes.as_chunks::<2>().0.iter();
         match self.element {
@@ -428,19 +537,21 @@ impl Weights {
     ///
     /// # Errors
     /// Names all missing tensors, or the first with a wrong shape or type.
-    pub fn check(&self, config: &LlamaConfig) -> Result<Vec<&str>> {
+    pub fn check(&self, config: &ModelSpec) -> Result<Vec<&str>> {
         let specs = expected_tensors(config);
-        let missing: Vec<_> =
-            specs.iter().map(|spec| spec.name.as_str()).filter(|name| !self.homes.contains_key(*name)).collect();
+        // Of a tensor that is several, once.
+        let mut names: Vec<_> = specs.iter().map(|spec| spec.name.as_str()).collect();
+        names.dedup();
+        let missing: Vec<_> = names.iter().filter(|name| self.stored_name(name).is_none()).collect();
         if let [first, ..] = missing.as_slice() {
             let more = if missing.len() > 1 { format!(" and {} more", missing.len() - 1) } else { String::new() };
-            let problem = format!("tensor {first}{more} of {} is missing", specs.len());
+            let problem = format!("tensor {first}{more} of {} is missing", names.len());
             return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
         }
         for spec in &specs {
             self.tensor(spec)?;
         }
-        let known: BTreeSet<_> = specs.iter().map(|spec| spec.name.as_str()).collect();
+        let known: BTreeSet<_> = names.iter().filter_map(|name| self.stored_name(name)).collect();
         // With tied embeddings some checkpoints store the output projection all the same.
         Ok(self.homes.keys().map(String::as_str).filter(|name| !known.contains(name)).collect())
     }
@@ -470,13 +581,16 @@ impl Weights {
             (Dtype::F32, _) => Element::F32,
             (other, _) => return Err(mismatch("BF16, F16 or F32".into(), format!("{other:?}"))),
         };
-        let one_per_row = spec.holds == Holds::Scales && spec.dims[1] == 1;
-        let fits = info.shape == spec.dims || one_per_row && (info.shape == [spec.dims[0]] || is_one(&info.shape));
+        let (dims, first) = (spec.stored_dims(), spec.fused.map_or(0, |(first, _)| first));
+        let one_per_row = spec.holds == Holds::Scales && dims[1] == 1;
+        let fits = info.shape == dims || one_per_row && (info.shape == [dims[0]] || is_one(&info.shape));
         if !fits {
-            return Err(mismatch(format!("{:?}", spec.dims), format!("{:?}", info.shape)));
+            return Err(mismatch(format!("{dims:?}"), format!("{:?}", info.shape)));
         }
         let (start, end) = info.data_offsets;
-        Ok(TensorView { element, dims: &info.shape, bytes: &shard.map[shard.data + start..shard.data + end] })
+        let whole =
+            TensorView { element, dims: info.shape.clone(), bytes: &shard.map[shard.data + start..shard.data + end] };
+        Ok(if is_one(&whole.dims) { whole } else { whole.rows(first..first + spec.dims[0]) })
     }
 
     /// A shard's part of a tensor as `element`, each value of it finite: one NaN or infinity would make all logits NaN, and
@@ -493,18 +607,24 @@ impl Weights {
             Holds::Numbers | Holds::Quantized(_) => view.part(&part, element),
             Holds::Scales => {
                 let all = HostTensor::from_f64(Element::F32, &spec.dims, &view.scales(spec));
-                let whole = TensorView { element: Element::F32, dims: &spec.dims, bytes: all.bytes() };
+                let whole = TensorView { element: Element::F32, dims: spec.dims.clone(), bytes: all.bytes() };
                 let data = whole.part(&part, element);
                 TensorData::Converted(HostTensor::from_bytes(element, &part.dims, data.bytes()))
             }
         };
-        let Some(at) = first_not_finite(element, data.bytes()) else { return Ok(data) };
+        let Some(at) = first_not_finite(element, data.bytes()) else {
+            return Ok(match spec.heads {
+                None => data,
+                Some(heads) => TensorData::Converted(turned(heads, element, &part.dims, data.bytes())),
+            });
+        };
         let mut index = index_of(at, &part.dims);
         index[part.axis] += part.range.start;
         if spec.holds != Holds::Numbers && view.dims.len() != index.len() {
             index.fill(0);
         }
-        let value = view.value(index.iter().zip(view.dims).fold(0, |at, (index, dim)| at * dim + index));
+        let value = view.value(index.iter().zip(&view.dims).fold(0, |at, (index, dim)| at * dim + index));
+        index[0] += spec.fused.map_or(0, |(first, _)| first);
         let place = format!("tensor {}{index:?} = {value:e}", spec.name);
         if value.is_finite() {
             let limit = format!("cannot hold {place}");
@@ -514,22 +634,34 @@ impl Weights {
         Err(Error::file(path, format!("{place} is not finite"), "download the file again, or repair the training"))
     }
 
-    /// The values of a tensor in f64, exactly: of quantized elements what they stand for.
+    /// The values of a tensor of the file, whole, in f64, exactly: of quantized elements what they stand for.
     ///
     /// # Errors
-    /// As [`tensor`](Self::tensor).
-    pub fn values(&self, config: &LlamaConfig, name: &str) -> Result<Vec<f64>> {
-        let specs = expected_tensors(config);
-        let missing = TensorSpec::whole(name, &[]);
-        let find = |name: &str| specs.iter().find(|spec| spec.name == name);
-        let spec = find(name).unwrap_or(&missing);
-        let mut values = self.tensor(spec)?.to_f64();
-        if let Some(scale) = find(&format!("{name}_scale")) {
-            let scales = self.tensor(scale)?.scales(scale);
-            let group = spec.dims[1] / scale.dims[1];
+    /// When it is missing, or of a type that is not read.
+    pub fn values(&self, name: &str) -> Result<Vec<f64>> {
+        let mut values = self.stored(name)?.to_f64();
+        if let Some(scale) = self.stored_name(&format!("{name}_scale")) {
+            let scales = self.stored(scale)?.to_f64();
+            // As many values in order have a scale, whether it is a tensor's, a row's or a group's.
+            let group = values.len() / scales.len();
             values.iter_mut().enumerate().for_each(|(at, value)| *value *= scales[at / group]);
         }
         Ok(values)
+    }
+
+    /// A tensor as the file has it.
+    fn stored(&self, name: &str) -> Result<TensorView<'_>> {
+        let Some((_, info)) = self.find(name) else {
+            let problem = format!("tensor {name} is missing");
+            return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
+        };
+        let holds = match info.dtype {
+            Dtype::I8 => Holds::Quantized(Element::I8),
+            Dtype::F8_E4M3 => Holds::Quantized(Element::F8E4M3Fn),
+            Dtype::F8_E5M2 => Holds::Quantized(Element::F8E5M2),
+            _ => Holds::Numbers,
+        };
+        self.tensor(&TensorSpec::whole(name, &info.shape).holding(holds))
     }
 
     /// Lets the system drop a tensor's file pages from this process's memory: for after it was uploaded.
@@ -570,8 +702,18 @@ impl Weights {
     const IDENTITY_BYTES: usize = 4096;
 
     fn find(&self, name: &str) -> Option<(&Shard, &safetensors::tensor::TensorInfo)> {
+        let name = self.stored_name(name)?;
         let shard = &self.shards[*self.homes.get(name)?];
         Some((shard, shard.header.info(name)?))
+    }
+
+    /// What the files call a tensor: those of a model that has others beside its text have a prefix, before or within the
+    /// name (as transformers had it before release 4.52, and has it since).
+    fn stored_name(&self, name: &str) -> Option<&str> {
+        let own = |name: &str| self.homes.get_key_value(name).map(|(name, _)| name.as_str());
+        own(name)
+            .or_else(|| own(&format!("language_model.{name}")))
+            .or_else(|| own(&format!("model.language_model.{}", name.strip_prefix("model.")?)))
     }
 }
 
@@ -591,6 +733,14 @@ impl Shard {
         })?;
         Ok(Self { path, map, header, data: 8 + header_bytes })
     }
+}
+
+/// Rows of heads in the order in which attention turns them.
+fn turned(heads: Heads, element: Element, dims: &[usize], bytes: &[u8]) -> HostTensor {
+    let size = bytes.len() / dims[0];
+    let rows = (0..dims[0]).map(|row| row - row % heads.width + heads.stored(row % heads.width));
+    let bytes: Vec<u8> = rows.flat_map(|row| &bytes[row * size..][..size]).copied().collect();
+    HostTensor::from_bytes(element, dims, &bytes)
 }
 
 /// The place of the first NaN or infinity among little-endian floats.
@@ -674,6 +824,7 @@ mod tests {
     use safetensors::tensor::TensorView as Source;
 
     use super::*;
+    use crate::model::spec::GatedMlp;
 
     fn tiny() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny-llama-kjv")
@@ -692,7 +843,7 @@ mod tests {
 
     #[test]
     fn the_tiny_model_is_complete() {
-        let config = LlamaConfig::open(&tiny()).unwrap();
+        let config = ModelSpec::open(&tiny()).unwrap();
         let weights = Weights::open(&tiny()).unwrap();
         assert!(weights.check(&config).unwrap().is_empty());
         let specs = expected_tensors(&config);
@@ -715,10 +866,11 @@ mod tests {
         bytes[last] ^= 1;
         assert_ne!(copy(&bytes), weights.identity());
 
-        let untied = LlamaConfig { tie_word_embeddings: false, ..config.clone() };
+        let untied = ModelSpec { tie_word_embeddings: false, ..config.clone() };
         let error = weights.check(&untied).unwrap_err().to_string();
         assert!(error.contains("tensor lm_head.weight of 39 is missing"), "{error}");
-        let wider = LlamaConfig { intermediate_size: 1024, ..config };
+        let Mlp::Gated(mlp) = config.mlp;
+        let wider = ModelSpec { mlp: Mlp::Gated(GatedMlp { inner: 1024, ..mlp }), ..config };
         let error = weights.check(&wider).unwrap_err().to_string();
         let expected = "model.safetensors: tensor model.layers.0.mlp.gate_proj.weight is [768, 256], \
                         but config.json asks for [1024, 256]";

@@ -54,15 +54,11 @@ impl Kernel for Matmul {
             text += &format!(", {} {weight}", if activations { "x and w" } else { "w" });
             text += &group.map_or(String::new(), |group| format!(" in groups of {group}"));
         }
-        for (set, name) in [
-            (epilogue.bias, "bias"),
-            (epilogue.activation == Activation::SiluGate, "silu-gate"),
-            (epilogue.residual, "residual"),
-        ] {
-            if set {
-                text += " + ";
-                text += name;
-            }
+        let [bias, residual] =
+            [(epilogue.bias, "bias"), (epilogue.residual, "residual")].map(|(on, name)| on.then_some(name));
+        for name in [bias, epilogue.activation.name(), residual].into_iter().flatten() {
+            text += " + ";
+            text += name;
         }
         if layers > 1 {
             text += &format!(", one of {layers} layers");
@@ -96,7 +92,10 @@ impl Kernel for Matmul {
         let gate = choices.coin();
         // As often as not a block can start at the first up.
         let n = if gate && choices.coin() { n.next_multiple_of(unit_n) } else { n };
-        let activation = if gate { Activation::SiluGate } else { Activation::Identity };
+        let activation = match gate {
+            true => choices.one_of(&[Activation::SiluGate, Activation::GeluGate]),
+            false => Activation::Identity,
+        };
         let epilogue = Epilogue { bias: choices.coin(), activation, residual: choices.coin() };
         // All of a dimension, or a few units of it.
         let mut tile = |size: usize, unit: usize, most: usize| match choices.within(0, most) * unit {
@@ -153,11 +152,7 @@ impl Kernel for Matmul {
         let others = (layers - 1) * problem.weight_bytes();
         Cost {
             flops: 2 * (m * k * columns) as u64,
-            transcendentals: if problem.epilogue.activation == Activation::SiluGate {
-                (m * problem.n) as u64
-            } else {
-                0
-            },
+            transcendentals: if problem.epilogue.activation.is_gated() { (m * problem.n) as u64 } else { 0 },
             bytes_accessed: kernel::passes_once::<Self>(problem) - others as u64,
         }
     }

@@ -38,7 +38,7 @@ pub(super) fn write<'a>(k: &'a Builder<'a>, plan: &Plan) {
 /// of a gated product: the weight is named twice), scales of the weight and of `x`, the bias as a row or a column, the
 /// residual.
 pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
-    let gated = problem.epilogue.activation == Activation::SiluGate;
+    let gated = problem.epilogue.activation.is_gated();
     let several = |operand: Operand| std::iter::repeat_n(operand, windows_of_weight(problem));
     // One value per feature: twice, or where no block can start at the first up cut in two.
     let per_feature = |operand: Operand, dim: usize| match (gated, is_cut(problem)) {
@@ -79,8 +79,8 @@ pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
 fn windows_of_weight(problem: &Problem) -> usize {
     match problem.epilogue.activation {
         Activation::Identity => 1,
-        Activation::SiluGate if is_cut(problem) => 3,
-        Activation::SiluGate => 2,
+        Activation::SiluGate | Activation::GeluGate if is_cut(problem) => 3,
+        Activation::SiluGate | Activation::GeluGate => 2,
     }
 }
 
@@ -394,13 +394,21 @@ impl<'a, 'p> Body<'a, 'p> {
         }
         sums.iter_mut().zip(&self.bias).for_each(|(sum, bias)| *sum = *sum + of_features(bias));
         let mut result = match sums[..] {
-            [gate, up] => gate * gate.logistic() * up,
+            [gate, up] => gate * sigmoid_argument(problem.epilogue.activation, gate).logistic() * up,
             _ => sums[0],
         };
         if let Some(residual) = &self.residual {
             result = result + part(residual, row, column).load().cast(Element::F32);
         }
         part(&self.out, row, column).store(result.cast(problem.output));
+    }
+}
+
+/// What a gate's factor is the sigmoid of.
+fn sigmoid_argument(activation: Activation, gate: Value<'_>) -> Value<'_> {
+    match activation {
+        Activation::Identity | Activation::SiluGate => gate,
+        Activation::GeluGate => gate * (gate * gate * Activation::GELU_CUBE + 1.0) * (2.0 * Activation::GELU_SCALE),
     }
 }
 

@@ -3,7 +3,7 @@
 //! `y [n, m] = epilogue(w [n, k] norm(x) [k, m])`, the weight as Hugging Face stores it. Weights are read once for a few
 //! columns, at the memory's bandwidth, and widened in registers; for many columns the tiles of both operands stay in the caches
 //! and the multiply-adds are the limit. XLA's CPU compiler calls a general matmul that packs the weights anew on every step,
-//! and makes loops of their own of what stands around the product, whose dispatch costs more than their work: norm, SiLU gate
+//! and makes loops of their own of what stands around the product, whose dispatch costs more than their work: norm, gate
 //! and residual are part of this call.
 //!
 //! Each result is one sum over `k` in the order of [`simd`](crate::simd): a column's bits depend neither on what other columns there are
@@ -23,18 +23,20 @@ pub use multiply::{Call, multiply};
 
 /// The custom call's name; the engine registers its handler under it.
 pub const TARGET: &str = "pagoda_matmul";
-/// Options in the call's `backend_config`, written as text where they are on: the epsilon of the norm, a SiLU gate, a
-/// residual. Operands after `w` and `x`: the norm's weight, the residual.
-pub const OPTIONS: [&str; 3] = ["norm", "silu_gate", "residual"];
+/// Options in the call's `backend_config`, written as text where they are on: the epsilon of the norm, whether its weight is
+/// a distance from 1, a gate's name, a residual. Operands after `w` and `x`: the norm's weight, the residual.
+pub const OPTIONS: [&str; 4] = ["norm", "plus_one", "gate", "residual"];
 
 /// Root-mean-square norm of every column of `x`, `x / sqrt(mean(x^2) + epsilon) * weight`, rounded before the weight is
-/// applied (as Llama was trained) and after.
+/// applied (as Llama was trained) and after; with a factor of `1 + weight` after it alone (as Gemma was).
 #[derive(Clone, Copy, Debug)]
 pub struct Norm<W> {
     /// `[k]`
     pub weight: W,
     /// Added to the mean of the squares.
     pub epsilon: f64,
+    /// Whether the factor is `1 + weight`.
+    pub plus_one: bool,
 }
 
 /// What is done around the product. `W` is a tensor of a program that is being emitted, or a slice.
@@ -42,7 +44,7 @@ pub struct Norm<W> {
 pub struct Around<W> {
     /// Before it.
     pub norm: Option<Norm<W>>,
-    /// After it. With a SiLU gate the weight is `[2 n, k]`: rows of the gate, then of what is gated.
+    /// After it. With a gate the weight is `[2 n, k]`: rows of the gate, then of what is gated.
     pub activation: Activation,
     /// `[n, m]`, added last.
     pub residual: Option<W>,
@@ -70,11 +72,14 @@ pub fn emit<'c, 'a>(
         let message = format!("{w_type} times {x_type}");
         return Err(pagoda_ir::Error::op(TARGET, message));
     }
-    let gated = around.activation == Activation::SiluGate;
-    let rows = if gated { w_type.dims[0] / 2 } else { w_type.dims[0] };
+    let rows = if around.activation.is_gated() { w_type.dims[0] / 2 } else { w_type.dims[0] };
     let on = |yes: bool| yes.then(|| "true".to_owned());
-    let options =
-        [around.norm.map(|norm| norm.epsilon.to_string()), on(gated), on(around.residual.is_some())].into_iter();
+    let options = [
+        around.norm.map(|norm| norm.epsilon.to_string()),
+        on(around.norm.is_some_and(|norm| norm.plus_one)),
+        around.activation.name().map(str::to_owned),
+        on(around.residual.is_some()),
+    ];
     let options = OPTIONS.iter().zip(options);
     let options = options.filter_map(|(name, value)| Some(((*name).to_owned(), ConfigValue::Text(value?))));
     let call = CustomCall { backend_config: BackendConfig::Dictionary(options.collect()), ..CustomCall::default() };

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Matmul,
-    problem::{Activation, Layout, Problem, Quantized},
+    problem::{Layout, Problem, Quantized},
 };
 use crate::{
     chips::{Chip, ChipInfo},
@@ -371,7 +371,7 @@ fn splits(problem: &Problem) -> bool {
 }
 
 fn gated(problem: &Problem) -> bool {
-    problem.epilogue.activation == Activation::SiluGate
+    problem.epilogue.activation.is_gated()
 }
 
 /// The rule of the pipeline's DMAs: a block spans the array, or is a multiple of a tile's rows or lanes.
@@ -930,7 +930,7 @@ fn candidates(size: usize, unit: usize, most: usize) -> Vec<usize> {
 mod tests {
     use super::*;
     use crate::{
-        matmul::{Epilogue, Spec},
+        matmul::{Activation, Epilogue, Spec},
         vmem::{Spills, Suggestion, Verdict},
     };
 

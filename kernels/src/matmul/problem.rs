@@ -33,6 +33,60 @@ pub enum Activation {
     Identity,
     /// `silu(gate) * up`: the weight has `2n` output features, gates before ups, and `n` are left.
     SiluGate,
+    /// `gelu(gate) * up`, likewise, with GELU's approximation by tanh: `gelu(x) = x sigmoid(2 GELU_SCALE (x + GELU_CUBE x^3))`,
+    /// which is `x (1 + tanh(GELU_SCALE (x + GELU_CUBE x^3))) / 2`.
+    GeluGate,
+}
+
+impl Activation {
+    /// `sqrt(2 / pi)`, of GELU's approximation.
+    pub const GELU_SCALE: f64 = 0.797_884_560_802_865_4;
+    /// The cube's factor in GELU's approximation.
+    pub const GELU_CUBE: f64 = 0.044_715;
+
+    /// Whether it takes gates and ups.
+    pub const fn is_gated(self) -> bool {
+        !matches!(self, Self::Identity)
+    }
+
+    /// Its name among options; `None` for none.
+    pub const fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Identity => None,
+            Self::SiluGate => Some("silu-gate"),
+            Self::GeluGate => Some("gelu-gate"),
+        }
+    }
+}
+
+#[cfg(feature = "cli")]
+impl clap::Args for Activation {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let flag = |name: &'static str, help: &'static str| {
+            clap::Arg::new(name).long(name).action(clap::ArgAction::SetTrue).help(help)
+        };
+        let silu = flag("silu-gate", "w has 2n output features, gates before ups: out = silu(gate) * up");
+        let gelu = flag("gelu-gate", "As --silu-gate: out = gelu(gate) * up, by the approximation with tanh");
+        command.arg(silu).arg(gelu.conflicts_with("silu-gate"))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+#[cfg(feature = "cli")]
+impl clap::FromArgMatches for Activation {
+    fn from_arg_matches(matches: &clap::ArgMatches) -> Result<Self, clap::Error> {
+        let gates = [Self::SiluGate, Self::GeluGate];
+        let given = gates.into_iter().find(|gate| gate.name().is_some_and(|name| matches.get_flag(name)));
+        Ok(given.unwrap_or(Self::Identity))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &clap::ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 /// What is fused behind the product: `activation(x w + bias) + residual`, in f32, then one rounding.
@@ -43,12 +97,8 @@ pub struct Epilogue {
     /// Add a bias per output feature of the weight, of the input type.
     #[cfg_attr(feature = "cli", arg(long))]
     pub bias: bool,
-    /// w has 2n output features, gates before ups: out = silu(gate) * up.
-    #[cfg_attr(feature = "cli", arg(
-        long = "silu-gate",
-        action = clap::ArgAction::SetTrue,
-        value_parser = crate::cli::either(Activation::SiluGate, Activation::Identity),
-    ))]
+    /// What becomes of gates and ups.
+    #[cfg_attr(feature = "cli", command(flatten))]
     pub activation: Activation,
     /// Add a residual of the output's type and shape.
     #[cfg_attr(feature = "cli", arg(long))]
@@ -209,7 +259,7 @@ impl Problem {
     pub fn weight_columns(&self) -> usize {
         match self.epilogue.activation {
             Activation::Identity => self.n,
-            Activation::SiluGate => 2 * self.n,
+            Activation::SiluGate | Activation::GeluGate => 2 * self.n,
         }
     }
 

@@ -51,12 +51,19 @@ pub fn reference(problem: &Problem, inputs: &Arrays) -> Expected {
     for row in 0..m {
         for column in 0..n {
             let (mut value, mut magnitude) = product(row, column);
-            if problem.epilogue.activation == Activation::SiluGate {
+            // The share of a gate that is left, and the largest slope of the gate's function.
+            let gated = match problem.epilogue.activation {
+                Activation::Identity => None,
+                Activation::SiluGate => Some((1.0 / (1.0 + (-value).exp()), 1.1)),
+                Activation::GeluGate => {
+                    let inner = (2.0 / std::f64::consts::PI).sqrt() * (value + 0.044715 * value.powi(3));
+                    Some((0.5 * (1.0 + inner.tanh()), 1.13))
+                }
+            };
+            if let Some((share, slope)) = gated {
                 let (up, up_magnitude) = product(row, n + column);
-                let sigmoid = 1.0 / (1.0 + (-value).exp());
-                // |d silu(g) / dg| <= 1.1 and |silu(g)| <= |g|.
-                magnitude = 1.1 * magnitude * up.abs() + value.abs() * sigmoid * up_magnitude;
-                value *= sigmoid * up;
+                magnitude = slope * magnitude * up.abs() + value.abs() * share * up_magnitude;
+                value *= share * up;
             }
             let index = if problem.layout == Layout::FeatureMajor { column * m + row } else { row * n + column };
             if let Some(residual) = &residual {

@@ -49,10 +49,19 @@ pub fn emit<'c, 'a>(b: &Builder<'c, 'a>, problem: &Problem, args: &Named<Tensor<
         let bias = b.convert(part(bias)?, Element::F32)?;
         result = b.add(result, b.broadcast_in_dim(bias, &result.dims(), &[features])?)?;
     }
-    if problem.epilogue.activation == Activation::SiluGate {
+    if problem.epilogue.activation.is_gated() {
         let gate = b.slice_in_dim(result, 0, problem.n, features)?;
         let up = b.slice_in_dim(result, problem.n, 2 * problem.n, features)?;
-        result = b.multiply(b.multiply(gate, b.logistic(gate)?)?, up)?;
+        let number = |value: f64| b.splat(Element::F32, &gate.dims(), value);
+        let argument = match problem.epilogue.activation {
+            Activation::Identity | Activation::SiluGate => gate,
+            Activation::GeluGate => {
+                let cube = b.multiply(b.multiply(gate, gate)?, number(Activation::GELU_CUBE)?)?;
+                let inner = b.multiply(gate, b.add(cube, number(1.0)?)?)?;
+                b.multiply(inner, number(2.0 * Activation::GELU_SCALE)?)?
+            }
+        };
+        result = b.multiply(b.multiply(gate, b.logistic(argument)?)?, up)?;
     }
     if let Some(&residual) = args.get("residual") {
         result = b.add(result, b.convert(residual, Element::F32)?)?;

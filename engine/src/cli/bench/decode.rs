@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
 use crate::llama::{DeviceModel, KvCache, Parallel, Target};
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::weights::Weights;
 use crate::pjrt::Client;
 use crate::scheduler::{Limits, Request};
@@ -48,7 +48,7 @@ pub fn decode_rate(
 ) -> Result<DecodeRate> {
     const RUNS: usize = 3;
     const PAGE: PageSize = PageSize::new(16).expect("not zero");
-    let config = LlamaConfig::open(folder)?;
+    let config = ModelSpec::open(folder)?;
     let weights = Weights::open(folder)?;
     let limits = Limits {
         max_seq_len: new + 8,

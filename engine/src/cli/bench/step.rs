@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions, Timing};
 use crate::llama::{DeviceModel, KvCache, Parallel};
 use crate::measure::{Rates, Times, Until, budget, times};
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::weights::Weights;
 use crate::scheduler::{Limits, Request};
 use crate::stop::StopRule;
@@ -90,7 +90,7 @@ pub(in crate::cli) fn step(args: &StepArgs) -> Result<()> {
     let time = budget("--seconds", args.seconds)?;
     let client = args.plugin.client(1)?;
     let (target, kind) = (args.plugin.target(&client)?, client.device_kind(0).ok());
-    let (config, weights) = (LlamaConfig::open(&args.model)?, Weights::open(&args.model)?);
+    let (config, weights) = (ModelSpec::open(&args.model)?, Weights::open(&args.model)?);
     let compute = args.compute.element();
     let chip = kind.as_deref().and_then(Chip::of_kind);
     let on_cpu = client.platform().eq_ignore_ascii_case("cpu");

@@ -13,7 +13,7 @@ mod mosaic;
 mod native;
 mod stablehlo;
 
-use pagoda_ir::stablehlo::{Builder, Tensor};
+use pagoda_ir::stablehlo::{Branch, Builder, Tensor};
 use pagoda_ir::{Context, Element, Result};
 pub(super) use pagoda_kernels::matmul::Activation;
 pub(super) use pagoda_kernels::rpa::Kind;
@@ -21,8 +21,9 @@ use pagoda_kernels::{Invalid, Named, matmul, rpa};
 
 use super::step::StepShape;
 use super::target::Target;
-use crate::model::config::LlamaConfig;
+use crate::model::ModelSpec;
 use crate::model::quantization::Quantization;
+use crate::model::spec::{self, LayerKind};
 
 /// How activations lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,13 +59,40 @@ impl Orientation {
     }
 }
 
-/// Root-mean-square norm over the features: `x / sqrt(mean(x^2) + epsilon) * weight`, rounded before the weight is
-/// applied, as the model was trained.
+/// Root-mean-square norm over the features, [`spec::Norm`]. It is rounded before a weight is applied, and only behind one that
+/// is a distance from 1, as the models were trained.
 #[derive(Clone, Copy)]
 pub(super) struct Norm<'c, 'a> {
     /// `[features]`
     pub(super) weight: Tensor<'c, 'a>,
-    pub(super) epsilon: f64,
+    pub(super) how: spec::Norm,
+}
+
+impl<'c, 'a> Norm<'c, 'a> {
+    /// Applies it to `x`, whose mean squares are `mean f32`; both of them, and the weight, lie along the given dimensions of `x`.
+    pub(super) fn apply(
+        &self,
+        b: &Builder<'c, 'a>,
+        x: Tensor<'c, 'a>,
+        (mean, of_mean): (Tensor<'c, 'a>, &[usize]),
+        of_weight: &[usize],
+    ) -> Result<Tensor<'c, 'a>> {
+        let (element, dims) = (x.element(), x.dims());
+        let scale = b.rsqrt(b.add(mean, b.splat(Element::F32, &mean.dims(), self.how.epsilon)?)?)?;
+        let normed = b.multiply(b.convert(x, Element::F32)?, b.broadcast_in_dim(scale, &dims, of_mean)?)?;
+        if !self.how.plus_one {
+            return b.multiply(b.convert(normed, element)?, b.broadcast_in_dim(self.weight, &dims, of_weight)?);
+        }
+        let weight = b.convert(self.weight, Element::F32)?;
+        let weight = b.add(weight, b.splat(Element::F32, &weight.dims(), 1.0)?)?;
+        b.convert(b.multiply(normed, b.broadcast_in_dim(weight, &dims, of_weight)?)?, element)
+    }
+}
+
+/// The sums of the squares of `x` over some dimensions, in f32.
+pub(super) fn square_sums<'c, 'a>(b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, over: &[usize]) -> Result<Tensor<'c, 'a>> {
+    let wide = b.convert(x, Element::F32)?;
+    b.reduce_sum(b.multiply(wide, wide)?, over)
 }
 
 /// A projection with what is fused around it: `residual + activation(W norm(x) + bias)`, accumulated in f32.
@@ -106,11 +134,49 @@ pub(super) struct Rows<'c, 'a> {
 }
 
 /// What attention takes beside the projections, the same in every layer: made once a step.
-#[derive(Clone, Copy)]
 pub(super) struct Batch<'c, 'a> {
     rows: Rows<'c, 'a>,
-    /// `f32[_, head_dim]`: the rotary table, or the entry of each row.
-    angles: Tensor<'c, 'a>,
+    /// `f32[_, head_dim]`, for each rope of the model: the rotary table, or the entry of each row.
+    angles: Vec<Tensor<'c, 'a>>,
+}
+
+/// What is a layer's own of attention, beside the projections.
+#[derive(Clone, Copy)]
+pub(super) struct OfLayer<'c, 'a> {
+    /// Of which kind the layer is.
+    pub(super) kind: Which<'c, 'a>,
+    /// `i32[]`: where its pages begin in the KV buffer.
+    pub(super) first_page: Tensor<'c, 'a>,
+    /// `f32[q_heads]`, in a model with sinks.
+    pub(super) sinks: Option<Tensor<'c, 'a>>,
+}
+
+/// One of the model's [kinds of layers](ModelSpec::kinds).
+#[derive(Clone, Copy)]
+pub(super) enum Which<'c, 'a> {
+    /// This one.
+    Known(usize),
+    /// `i32[]`: of a layer that is known when the program runs only.
+    Looked(Tensor<'c, 'a>),
+}
+
+impl<'c, 'a> Which<'c, 'a> {
+    /// What `emit` returns for the kind, one of so many.
+    fn select(
+        self,
+        b: &Builder<'c, 'a>,
+        kinds: usize,
+        emit: impl Fn(&Builder<'c, 'a>, usize) -> Result<Vec<Tensor<'c, 'a>>>,
+    ) -> Result<Vec<Tensor<'c, 'a>>> {
+        let emit = &emit;
+        match self {
+            Self::Known(kind) => emit(b, kind),
+            Self::Looked(kind) => {
+                let branch = |kind| -> Branch<'_, 'c, 'a> { Box::new(move |b| emit(b, kind)) };
+                b.case(kind, (0..kinds).map(branch).collect())
+            }
+        }
+    }
 }
 
 /// The emissions behind a decoder's operations. Activations are 2-D, in the lowering's [`Orientation`].
@@ -118,11 +184,11 @@ pub(super) trait Lowering<'c> {
     /// How activations lie.
     fn orientation(&self) -> Orientation;
 
-    /// Prepares attention over `rows`, with the table of [`rotary`](super::rotary).
+    /// Prepares attention over `rows`, with the tables of [`rotary`](super::rotary).
     ///
     /// # Errors
     /// When an operand's type does not fit.
-    fn batch<'a>(&self, b: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: Tensor<'c, 'a>) -> Result<Batch<'c, 'a>>;
+    fn batch<'a>(&self, b: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: &[Tensor<'c, 'a>]) -> Result<Batch<'c, 'a>>;
 
     /// Rows `ids i32[n]` of `table [rows, width]`: `[n, width]`, the nearest row for one that is not there.
     ///
@@ -147,8 +213,7 @@ pub(super) trait Lowering<'c> {
     }
 
     /// Rotates the queries and keys of `qkv` (features `(q_heads + 2 * kv_heads) * head_dim`), writes keys and values
-    /// into the pages of the layer that begin at `first_page` (`i32[]`), and attends over them: activations of
-    /// `q_heads * head_dim` features, and the KV buffer.
+    /// into the pages of the layer, and attends over them: activations of `q_heads * head_dim` features, and the KV buffer.
     ///
     /// # Errors
     /// As [`linear`](Self::linear).
@@ -157,24 +222,19 @@ pub(super) trait Lowering<'c> {
         b: &Builder<'c, 'a>,
         qkv: Tensor<'c, 'a>,
         batch: &Batch<'c, 'a>,
-        first_page: Tensor<'c, 'a>,
+        layer: OfLayer<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)>;
 
-    /// A norm that stands before a projection and is not fused into it: sums in f32, the result in the type of `x`.
+    /// A norm that is not fused into a projection: sums in f32, the result in the type of `x`.
     ///
     /// # Errors
     /// When an operand's type does not fit.
     fn norm<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, norm: &Norm<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        let (element, dims, orientation) = (x.element(), x.dims(), self.orientation());
-        let (features, rows) = (orientation.features(), orientation.rows());
-        let wide = b.convert(x, Element::F32)?;
-        let sum = b.reduce_sum(b.multiply(wide, wide)?, &[features])?;
-        let per_row = [dims[rows]];
-        let mean = b.divide(sum, b.splat(Element::F32, &per_row, dims[features] as f64)?)?;
-        let scale = b.rsqrt(b.add(mean, b.splat(Element::F32, &per_row, norm.epsilon)?)?)?;
-        let normed = b.multiply(wide, b.broadcast_in_dim(scale, &dims, &[rows])?)?;
-        b.multiply(b.convert(normed, element)?, b.broadcast_in_dim(norm.weight, &dims, &[features])?)
+        let (features, rows) = (self.orientation().features(), self.orientation().rows());
+        let sums = square_sums(b, x, &[features])?;
+        let mean = b.divide(sums, b.splat(Element::F32, &sums.dims(), x.dims()[features] as f64)?)?;
+        norm.apply(b, x, (mean, &[rows]), &[features])
     }
 }
 
@@ -184,53 +244,68 @@ pub(super) trait Lowering<'c> {
 /// When the sizes do not make a valid attention problem, or its kernel cannot be planned.
 pub(super) fn lowering<'c>(
     context: &'c Context,
-    config: &LlamaConfig,
+    config: &ModelSpec,
     shape: &StepShape,
     rows: usize,
     kind: Kind,
 ) -> crate::Result<Box<dyn Lowering<'c> + 'c>> {
-    let attention = attention(config, shape, rows, kind)?;
-    let scale = shape.kv_cache.scale();
-    let plain = |orientation| stablehlo::Stablehlo::new(attention.clone(), scale, orientation);
+    let kinds = config.kinds();
+    let attention = kinds.iter().map(|layer| attention(config, layer, shape, rows, kind));
+    let attention = attention.collect::<std::result::Result<Vec<_>, _>>()?;
+    let ropes = kinds.iter().map(|layer| layer.rope).collect::<Vec<_>>();
+    let plain =
+        |orientation| stablehlo::Stablehlo::new(attention.clone(), ropes.clone(), shape.kv_cache.scale(), orientation);
+    let mosaic = |chip, runner| {
+        let kernels = attention.iter().map(kernel_of).collect::<std::result::Result<Vec<_>, _>>()?;
+        Ok::<_, crate::Error>(mosaic::Mosaic::new(context, plain(Orientation::RowMajor), kernels, chip, runner)?)
+    };
     Ok(match shape.target {
         Target::Portable => Box::new(plain(Orientation::FeatureMajor)),
         Target::Host => Box::new(native::Native::new(plain(Orientation::FeatureMajor))),
-        Target::TileMachine(chip) => {
-            let (plain, kernel) = (plain(Orientation::RowMajor), attention_kernel(config, shape, rows, kind)?);
-            Box::new(mosaic::Mosaic::new(context, plain, kernel, chip, mosaic::Runner::TileMachine)?)
-        }
-        Target::Tpu(chip) => {
-            let (plain, kernel) = (plain(Orientation::RowMajor), attention_kernel(config, shape, rows, kind)?);
-            Box::new(mosaic::Mosaic::new(context, plain, kernel, chip, mosaic::Runner::Tpu)?)
-        }
+        Target::TileMachine(chip) => Box::new(mosaic(chip, mosaic::Runner::TileMachine)?),
+        Target::Tpu(chip) => Box::new(mosaic(chip, mosaic::Runner::Tpu)?),
     })
 }
 
-/// The attention of one shard over `rows` query rows as there is a TPU kernel for it: whole, or after rotation and KV write.
+/// The attention of one shard in a layer of some kind, over `rows` query rows, as there is a TPU kernel for it: whole, or after
+/// rotation and KV write.
 ///
 /// # Errors
 /// When the sizes do not make a valid problem.
 pub(crate) fn attention_kernel(
-    config: &LlamaConfig,
+    config: &ModelSpec,
+    layer: &LayerKind,
     shape: &StepShape,
     rows: usize,
     kind: Kind,
 ) -> std::result::Result<rpa::Problem, Invalid> {
-    let attention = attention(config, shape, rows, kind)?;
-    match rpa::plan::emitted(&attention) {
-        true => Ok(attention),
+    kernel_of(&attention(config, layer, shape, rows, kind)?)
+}
+
+/// What the kernel of layers with a window is called, in a program that has one of layers without, too.
+pub(crate) const WINDOW_ATTENTION: &str = "window_attention";
+
+/// Whether an attention kernel has that name, in a program with so many: only a window tells two apart.
+pub(crate) fn is_window_attention(problem: &rpa::Problem, kernels: usize) -> bool {
+    kernels > 1 && problem.sliding_window.is_some()
+}
+
+/// The TPU kernel of an attention: all of it, or what comes after rotation and KV write.
+fn kernel_of(attention: &rpa::Problem) -> std::result::Result<rpa::Problem, Invalid> {
+    match rpa::plan::emitted(attention) {
+        true => Ok(attention.clone()),
         false => rpa::Problem::new(rpa::Spec { fused: None, ..attention.spec().clone() }),
     }
 }
 
-/// The attention of one shard over `rows` query rows, with rotation and KV write.
+/// The attention of one shard in a layer of some kind, over `rows` query rows, with rotation and KV write.
 fn attention(
-    config: &LlamaConfig,
+    whole: &ModelSpec,
+    layer: &LayerKind,
     shape: &StepShape,
     rows: usize,
     kind: Kind,
 ) -> std::result::Result<rpa::Problem, Invalid> {
-    let whole = config;
     let config = shape.parallel.shard_of(whole);
     rpa::Problem::new(rpa::Spec {
         kind,
@@ -241,12 +316,13 @@ fn attention(
         head_dim: config.head_dim,
         page_size: shape.page_size,
         pages: shape.pages,
-        layers: config.layers,
+        layers: config.layers.len(),
         max_seqs: shape.slots,
         pages_per_seq: shape.pages_per_seq,
-        scale: (config.head_dim as f64).powf(-0.5),
-        sliding_window: config.sliding_window,
-        soft_cap: None,
+        scale: config.attention_scale,
+        sliding_window: layer.window,
+        soft_cap: config.attention_soft_cap,
+        sinks: config.sinks,
         fused: Some(rpa::Rotary::HalfSplit),
         kv_rows: shape.kv_layout(whole).kv_rows,
         ..rpa::Spec::default()
@@ -275,7 +351,7 @@ fn matmul<'c, 'a>(
     let spec = matmul::Spec {
         m: x_dims[orientation.rows()],
         k,
-        n: if linear.activation == Activation::SiluGate { out / 2 } else { out },
+        n: if linear.activation.is_gated() { out / 2 } else { out },
         input: x.element(),
         output: linear.result,
         layout: match orientation {

@@ -14,7 +14,9 @@ use pagoda_kernels::matmul::{Matmul, Problem, plan};
 use pagoda_kernels::rpa::{self, Rpa};
 
 use super::stablehlo::Stablehlo;
-use super::{Batch, Linear, Lowering, Orientation, Rows, matmul, unplanned};
+use super::{
+    Batch, Linear, Lowering, OfLayer, Orientation, Rows, WINDOW_ATTENTION, is_window_attention, matmul, unplanned,
+};
 
 /// Who runs the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,28 +40,41 @@ pub(super) struct Mosaic<'c> {
     plain: Stablehlo,
     chip: Chip,
     runner: Runner,
-    attention: Kernel<'c>,
-    /// What `attention` does.
-    problem: rpa::Problem,
+    /// Of each kind of layers: what attention does, and which of the kernels does it.
+    attention: Vec<(rpa::Problem, usize)>,
+    /// The attention kernels: kinds that differ in their ropes alone share one.
+    kernels: Vec<Kernel<'c>>,
     /// The matmuls so far. A step has six at most, so the list is searched.
     matmuls: RefCell<Vec<(Problem, Rc<Kernel<'c>>)>>,
 }
 
 impl<'c> Mosaic<'c> {
-    /// Plans the attention kernel `problem`.
+    /// Plans the attention kernels of the kinds of layers.
     ///
     /// # Errors
-    /// When it has no plan for `chip`.
+    /// When one has no plan for `chip`.
     pub(super) fn new(
         context: &'c Context,
         plain: Stablehlo,
-        problem: rpa::Problem,
+        problems: Vec<rpa::Problem>,
         chip: Chip,
         runner: Runner,
     ) -> Result<Self> {
-        let plan = rpa::plan::Plan::new(problem.clone(), chip, rpa::plan::Options::default());
-        let attention = runner.kernel(plan.map_err(unplanned)?.kernel(context)?);
-        Ok(Self { context, plain, chip, runner, attention, problem, matmuls: RefCell::default() })
+        let mut different: Vec<rpa::Problem> = Vec::new();
+        let mut attention = Vec::new();
+        for problem in problems {
+            let at = different.iter().position(|known| *known == problem).unwrap_or(different.len());
+            if at == different.len() {
+                different.push(problem.clone());
+            }
+            attention.push((problem, at));
+        }
+        let kernel = |problem| {
+            let plan = rpa::plan::Plan::new(problem, chip, rpa::plan::Options::default());
+            Ok(runner.kernel(plan.map_err(unplanned)?.kernel(context)?))
+        };
+        let kernels = different.into_iter().map(kernel).collect::<Result<_>>()?;
+        Ok(Self { context, plain, chip, runner, attention, kernels, matmuls: RefCell::default() })
     }
 
     /// The kernel for a problem.
@@ -80,7 +95,7 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
         self.plain.orientation()
     }
 
-    fn batch<'a>(&self, b: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: Tensor<'c, 'a>) -> Result<Batch<'c, 'a>> {
+    fn batch<'a>(&self, b: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: &[Tensor<'c, 'a>]) -> Result<Batch<'c, 'a>> {
         self.plain.batch(b, rows, rotary)
     }
 
@@ -96,17 +111,22 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
         b: &Builder<'c, 'a>,
         qkv: Tensor<'c, 'a>,
         batch: &Batch<'c, 'a>,
-        first_page: Tensor<'c, 'a>,
+        layer: OfLayer<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
-        let args = self.plain.arguments(b, qkv, batch, first_page, kv)?;
-        if self.problem.fused.is_some() {
-            let results = kernel::call::<Rpa>(b, &self.attention, &self.problem, &args)?;
-            return Ok((results[0], results[1]));
-        }
-        // Rotated and written by StableHLO.
-        let args = rpa::stablehlo::written(b, self.plain.attention(), &args)?;
-        let attended = kernel::call::<Rpa>(b, &self.attention, &self.problem, &args)?[0];
-        Ok((b.reshape(attended, &self.plain.attention().output_type().dims)?, args["kv_pages"]))
+        let results = layer.kind.select(b, self.attention.len(), |b, kind| {
+            let (problem, kernel) = &self.attention[kind];
+            let b = if is_window_attention(problem, self.kernels.len()) { &b.named(WINDOW_ATTENTION) } else { b };
+            let args = self.plain.arguments(b, qkv, batch, (&layer, kind), kv)?;
+            if problem.fused.is_some() {
+                return kernel::call::<Rpa>(b, &self.kernels[*kernel], problem, &args);
+            }
+            // Rotated and written by StableHLO.
+            let whole = &self.plain.attention()[kind];
+            let args = rpa::stablehlo::written(b, whole, &args)?;
+            let attended = kernel::call::<Rpa>(b, &self.kernels[*kernel], problem, &args)?[0];
+            Ok(vec![b.reshape(attended, &whole.output_type().dims)?, args["kv_pages"]])
+        })?;
+        Ok((results[0], results[1]))
     }
 }

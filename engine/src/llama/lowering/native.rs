@@ -9,7 +9,7 @@ use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::{matmul, rpa};
 
 use super::stablehlo::Stablehlo;
-use super::{Activation, Batch, Linear, Lowering, Orientation, Rows};
+use super::{Batch, Linear, Lowering, OfLayer, Orientation, Rows};
 use crate::native::TAKE;
 
 /// The lowering. Activations are feature-major, as the calls take them.
@@ -25,7 +25,7 @@ impl Native {
 
 /// Whether the call takes a projection.
 fn takes(linear: &Linear<'_, '_>) -> bool {
-    let gated = linear.activation == Activation::SiluGate;
+    let gated = linear.activation.is_gated();
     linear.layer.is_none() && linear.scale.is_none() && !(gated && linear.bias.is_some())
 }
 
@@ -35,8 +35,8 @@ impl<'c> Lowering<'c> for Native {
     }
 
     /// The call looks the angles up itself.
-    fn batch<'a>(&self, _: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: Tensor<'c, 'a>) -> Result<Batch<'c, 'a>> {
-        Ok(Batch { rows, angles: rotary })
+    fn batch<'a>(&self, _: &Builder<'c, 'a>, rows: Rows<'c, 'a>, rotary: &[Tensor<'c, 'a>]) -> Result<Batch<'c, 'a>> {
+        Ok(Batch { rows, angles: rotary.to_vec() })
     }
 
     fn take<'a>(&self, b: &Builder<'c, 'a>, table: Tensor<'c, 'a>, ids: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
@@ -59,7 +59,11 @@ impl<'c> Lowering<'c> for Native {
                 Some(residual.map_or(Ok(bias), |residual| b.add(residual, bias))?)
             }
         };
-        let norm = linear.norm.map(|norm| Norm { weight: norm.weight, epsilon: norm.epsilon });
+        let norm = linear.norm.map(|norm| Norm {
+            weight: norm.weight,
+            epsilon: norm.how.epsilon,
+            plus_one: norm.how.plus_one,
+        });
         let around = Around { norm, activation: linear.activation, residual };
         matmul::native::emit(b, linear.weight, x, &around, linear.result)
     }
@@ -76,24 +80,28 @@ impl<'c> Lowering<'c> for Native {
         b: &Builder<'c, 'a>,
         qkv: Tensor<'c, 'a>,
         batch: &Batch<'c, 'a>,
-        first_page: Tensor<'c, 'a>,
+        layer: OfLayer<'c, 'a>,
         kv: Tensor<'c, 'a>,
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
-        let problem = self.plain.attention();
+        let problems = self.plain.attention();
         let Rows { kv_slots, kv_lens, page_indices, cu_q_lens, num_seqs, .. } = batch.rows;
-        let operands = rpa::native::Operands {
-            qkv,
-            kv_pages: kv,
-            kv_lens,
-            page_indices,
-            cu_q_lens,
-            num_seqs,
-            first_page,
-            slots: kv_slots,
-            rotary: batch.angles,
-            sinks: None,
-            scales: self.plain.scales(b)?,
-        };
-        rpa::native::emit(b, problem, &operands)
+        let results = layer.kind.select(b, problems.len(), |b, kind| {
+            let operands = rpa::native::Operands {
+                qkv,
+                kv_pages: kv,
+                kv_lens,
+                page_indices,
+                cu_q_lens,
+                num_seqs,
+                first_page: layer.first_page,
+                slots: kv_slots,
+                rotary: self.plain.angles(batch, kind),
+                sinks: layer.sinks,
+                scales: self.plain.scales(b)?,
+            };
+            let (attended, kv) = rpa::native::emit(b, &problems[kind], &operands)?;
+            Ok(vec![attended, kv])
+        })?;
+        Ok((results[0], results[1]))
     }
 }

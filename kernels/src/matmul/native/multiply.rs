@@ -24,7 +24,7 @@ const STRIP_BYTES: usize = 1 << 14;
 /// The operands of one call.
 #[derive(Clone, Debug)]
 pub struct Call<'a, T> {
-    /// `[n, k]`, with a SiLU gate `[2 n, k]`
+    /// `[n, k]`, with a gate `[2 n, k]`
     pub w: &'a [T],
     /// `[k, m]`
     pub x: &'a [T],
@@ -46,7 +46,8 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
         return;
     }
     let (k, n) = (x.len() / m, y.len() / m);
-    let halves = if around.activation == Activation::SiluGate { 2 } else { 1 };
+    let activation = around.activation;
+    let halves = if activation.is_gated() { 2 } else { 1 };
     assert!(x.len() == k * m && y.len() == n * m, "{} and {} elements, {m} columns", x.len(), y.len());
     assert!(w.len() == halves * n * k, "w has {} elements for {halves} times [{n}, {k}]", w.len());
     assert!(around.residual.is_none_or(|residual| residual.len() == y.len()), "the residual's size");
@@ -65,7 +66,7 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
         _ => 1,
     };
     let rows = n.div_ceil(pieces).next_multiple_of(8);
-    let weight = Weight { w, n, k, gated: halves == 2 };
+    let weight = Weight { w, n, k, activation };
     let take = |piece: usize, y: &mut [O], made: Vec<f32>| {
         let residual = around.residual.map(|residual| &residual[piece * rows * m..][..y.len()]);
         for (at, (y, made)) in y.iter_mut().zip(made).enumerate() {
@@ -77,7 +78,7 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
             let elsewhere = Elsewhere { w: w.as_ptr(), length: w.len(), guard: Arc::clone(guard) };
             let columns = packed.clone();
             let work = move |piece: usize| {
-                let weight = Weight { w: elsewhere.values(), n, k, gated: halves == 2 };
+                let weight = Weight { w: elsewhere.values(), n, k, activation };
                 weight.rows(piece * rows, rows, &columns, m)
             };
             threads.race(n.div_ceil(rows), Arc::new(work), &mut |piece, made| {
@@ -115,13 +116,13 @@ impl<T> Elsewhere<T> {
     }
 }
 
-/// `[n, k]`, with a SiLU gate `[2 n, k]`.
+/// `[n, k]`, with a gate `[2 n, k]`.
 #[derive(Clone, Copy)]
 struct Weight<'w, T> {
     w: &'w [T],
     n: usize,
     k: usize,
-    gated: bool,
+    activation: Activation,
 }
 
 impl<T: Float> Weight<'_, T> {
@@ -129,7 +130,7 @@ impl<T: Float> Weight<'_, T> {
     fn rows(&self, first: usize, most: usize, packed: &[Group], m: usize) -> Vec<f32> {
         let (k, count) = (self.k, most.min(self.n - first));
         let rows = |first: usize| &self.w[first * k..][..count * k];
-        let up = self.gated.then(|| rows(self.n + first));
+        let up = self.activation.is_gated().then(|| (rows(self.n + first), self.activation));
         let mut y = vec![0.0; count * m];
         T::part(Part { gate: rows(first), up, packed, y: &mut y, k, m });
         y
@@ -216,8 +217,14 @@ fn normalize<P: Product>(p: P, wide: &mut [f32], columns: usize, norm: Norm<&[P:
         let scale = 1.0 / (squares / k as f32 + norm.epsilon as f32).sqrt();
         let weights = norm.weight.chunks(P::ELEMENTS);
         for (step, weights) in wide.chunks_exact_mut(columns * P::ELEMENTS).zip(weights) {
-            for (x, weight) in step[column * P::ELEMENTS..].iter_mut().zip(weights) {
-                *x = P::Element::narrow(P::Element::narrow(*x * scale).widen() * weight.widen()).widen();
+            let pairs = step[column * P::ELEMENTS..].iter_mut().zip(weights);
+            match norm.plus_one {
+                true => pairs.for_each(|(x, weight)| {
+                    *x = P::Element::narrow(*x * scale * (1.0 + weight.widen())).widen();
+                }),
+                false => pairs.for_each(|(x, weight)| {
+                    *x = P::Element::narrow(P::Element::narrow(*x * scale).widen() * weight.widen()).widen();
+                }),
             }
         }
     }
@@ -227,7 +234,8 @@ fn normalize<P: Product>(p: P, wide: &mut [f32], columns: usize, norm: Norm<&[P:
 pub struct Part<'p, T> {
     /// The weight's rows, or those of the gate.
     gate: &'p [T],
-    up: Option<&'p [T]>,
+    /// What is gated, and how.
+    up: Option<(&'p [T], Activation)>,
     packed: &'p [Group],
     y: &'p mut [f32],
     k: usize,
@@ -279,7 +287,7 @@ impl<T: Float> Part<'_, T> {
                         let live = rows.min(count - first);
                         let mut pointers = [self.gate.as_ptr(); R];
                         for (row, pointer) in pointers.iter_mut().enumerate() {
-                            let half = if row < rows { self.gate } else { self.up.unwrap_or(self.gate) };
+                            let half = if row < rows { self.gate } else { self.up.map_or(self.gate, |(up, _)| up) };
                             // Beyond the last row: the last row again, whose sums are not kept.
                             *pointer = half[(first + (row % rows).min(live - 1)) * k..][..k].as_ptr();
                         }
@@ -369,12 +377,16 @@ impl<T: Float> Part<'_, T> {
                 flat[row * C + column] = sums[row][column];
             }
         }
-        if self.up.is_some() {
+        if let Some((_, activation)) = self.up {
             let half = strip.half * C;
             let mut up = [0.0; MOST[0] * MOST[1] / 2];
             up[..half].copy_from_slice(&flat[half..2 * half]);
-            for at in 0..(R / 2 * C).next_multiple_of(8) {
-                flat[at] *= sigmoid(flat[at]) * up[at];
+            let gates = 0..(R / 2 * C).next_multiple_of(8);
+            match activation {
+                Activation::GeluGate => gates.for_each(|at| flat[at] *= sigmoid(gelu_argument(flat[at])) * up[at]),
+                Activation::Identity | Activation::SiluGate => {
+                    gates.for_each(|at| flat[at] *= sigmoid(flat[at]) * up[at]);
+                }
             }
         }
         for row in 0..strip.rows {
@@ -395,6 +407,12 @@ struct Strip {
     to: usize,
     /// Rows of the gate, before those of what is gated.
     half: usize,
+}
+
+/// GELU is the gate times the sigmoid of this.
+#[inline(always)]
+fn gelu_argument(x: f32) -> f32 {
+    x * (x * x * Activation::GELU_CUBE as f32 + 1.0) * (2.0 * Activation::GELU_SCALE) as f32
 }
 
 #[inline(always)]
@@ -446,7 +464,8 @@ mod tests {
         for (n, k) in [(1, 1), (7, 33), (515, 96)] {
             for (m, bits) in (1..=20).chain([70]).flat_map(|m| (0..8).map(move |bits| (m, bits))) {
                 let element = if bits & 1 == 0 { Element::F32 } else { Element::Bf16 };
-                let activation = if bits & 2 == 0 { Activation::Identity } else { Activation::SiluGate };
+                let gate = if m % 2 == 0 { Activation::SiluGate } else { Activation::GeluGate };
+                let activation = if bits & 2 == 0 { Activation::Identity } else { gate };
                 let epilogue = Epilogue { bias: false, activation, residual: bits & 4 != 0 };
                 let layout = Layout::FeatureMajor;
                 let problem = Problem::new(Spec {
@@ -479,17 +498,20 @@ mod tests {
     #[test]
     fn the_norm_is_that_of_each_column() {
         let (n, k, epsilon) = (5, 48, 1e-5);
-        for m in [1, 3, 8, 17] {
+        for (m, plus_one) in [1, 3, 8, 17].into_iter().flat_map(|m| [(m, false), (m, true)]) {
             let (w, x, weight) =
                 (tensor(Element::F32, &[n, k], 0), tensor(Element::F32, &[k, m], 5), tensor(Element::F32, &[k], 9));
-            let around = Around { norm: Some(Norm { weight: weight.as_slice(), epsilon }), ..Around::NOTHING };
+            let norm = Some(Norm { weight: weight.as_slice(), epsilon, plus_one });
+            let around = Around { norm, ..Around::NOTHING };
             let mut y = vec![f32::NAN; n * m];
             multiply(
                 &Call { w: w.as_slice::<f32>(), x: x.as_slice(), columns: m, around, resident: None },
                 &mut y,
                 &Caller,
             );
-            let (w, x, weight) = (w.to_f64(), x.to_f64(), weight.to_f64());
+            let offset = if plus_one { 1.0 } else { 0.0 };
+            let (w, x, weight) =
+                (w.to_f64(), x.to_f64(), weight.to_f64().iter().map(|w| offset + w).collect::<Vec<_>>());
             for column in 0..m {
                 let squares: f64 = (0..k).map(|i| x[i * m + column].powi(2)).sum();
                 let scale = (squares / k as f64 + epsilon).sqrt().recip();
@@ -513,7 +535,7 @@ mod tests {
                 (0..k * m).map(|i| if i % m == place { column(i / m) } else { T::narrow((i % 5) as f32) }).collect();
             let weight: Vec<T> = (0..k).map(|i| T::narrow(value(i + 5) as f32)).collect();
             let mut y = vec![0f32; n * m];
-            let norm = Some(Norm { weight: &weight[..], epsilon: 1e-5 });
+            let norm = Some(Norm { weight: &weight[..], epsilon: 1e-5, plus_one: false });
             let around = Around { norm, ..Around::NOTHING };
             let call = Call { w: &w, x: &x, columns: m, around, resident: None };
             multiply(&call, &mut y, &Scoped(3));
