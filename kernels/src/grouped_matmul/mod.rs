@@ -180,7 +180,7 @@ impl Kernel for GroupedMatmul {
     }
 
     fn spread(problem: &Problem) -> Vec<(&'static str, Vec<Lengths>)> {
-        vec![("even", plan::even(problem).into_iter().map(group).collect())]
+        vec![("drawn", plan::typical(problem).into_iter().map(group).collect())]
     }
 
     /// At most every expert's weight passes once, of a stack one layer's; no more experts than there are rows.
@@ -313,9 +313,9 @@ impl Kernel for GroupedMatmul {
     }
 }
 
-/// What a launch of `plan` costs over a batch, or over rows spread evenly.
+/// What a launch of `plan` costs over a batch, or over rows dealt out at random.
 fn estimate(plan: &plan::Plan, batch: Option<&[Lengths]>) -> plan::Estimate {
-    let sizes = batch.map_or_else(|| plan::even(plan.problem()), |batch| plan::sizes(plan.problem(), batch));
+    let sizes = batch.map_or_else(|| plan::typical(plan.problem()), |batch| plan::sizes(plan.problem(), batch));
     plan::estimate(plan.problem(), plan.chip(), plan.tiles(), &sizes)
 }
 

@@ -4,7 +4,10 @@
 //! rows its expert has beside it.
 
 use half::bf16;
-use pagoda_ir::{Element, HostTensor};
+use pagoda_ir::{
+    Element, HostTensor, Result, TensorType,
+    stablehlo::{BackendConfig, Builder, ConfigValue, CustomCall, Tensor},
+};
 
 use super::problem::{Activation, Layout, Problem};
 use crate::{
@@ -16,6 +19,42 @@ use crate::{
     named::Arrays,
     threads::{Guard, Threads},
 };
+
+/// The custom call's name; the engine registers its handler under it. Operands: `w [experts * columns, k]`, `x [m, k]`,
+/// `group_sizes i32 [experts]`.
+pub const TARGET: &str = "pagoda_grouped_matmul";
+/// The option of the call's `backend_config` that is there where the weight has gates and ups.
+pub const GATED: &str = "silu_gate";
+
+/// Whether the call knows what follows the product.
+pub fn takes(activation: Activation, has_bias: bool) -> bool {
+    !has_bias && activation != Activation::ClampedSwiglu
+}
+
+/// Emits the call; its result is `[m, n]` of type `result`: that of the operands, or f32.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn emit<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    w: Tensor<'c, 'a>,
+    x: Tensor<'c, 'a>,
+    sizes: Tensor<'c, 'a>,
+    activation: Activation,
+    result: Element,
+) -> Result<Tensor<'c, 'a>> {
+    let (w_type, x_type, experts) = (w.ty(), x.ty(), sizes.ty().len());
+    let fits = w_type.rank() == 2 && x_type.rank() == 2 && w_type.dims[1] == x_type.dims[1];
+    let parts = experts * if activation.is_gated() { 2 } else { 1 };
+    if !fits || w_type.element != x_type.element || !w_type.dims[0].is_multiple_of(parts.max(1)) {
+        return Err(pagoda_ir::Error::op(TARGET, format!("{x_type} times {w_type} of {experts} experts")));
+    }
+    let gated = activation.is_gated().then(|| (GATED.to_owned(), ConfigValue::Text("true".into())));
+    let backend_config = BackendConfig::Dictionary(gated.into_iter().collect());
+    let call = CustomCall { backend_config, ..CustomCall::default() };
+    let result = TensorType::new(result, &[x_type.dims[0], w_type.dims[0] / parts]);
+    Ok(b.custom_call(TARGET, &[w, x, sizes], &[result], call)?[0])
+}
 
 /// The operands of one call.
 #[derive(Clone, Debug)]
@@ -69,8 +108,7 @@ fn transposed<T: Copy>(values: &[T], columns: usize) -> Vec<T> {
 
 /// The result of a problem that the host has a form for: weights as Hugging Face stores them, no bias.
 pub(super) fn run(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> Option<Vec<HostTensor>> {
-    let plain = problem.layout == Layout::WeightTransposed && !problem.bias;
-    if !plain || problem.activation == Activation::ClampedSwiglu {
+    if problem.layout != Layout::WeightTransposed || !takes(problem.activation, problem.bias) {
         return None;
     }
     let run = match (problem.input, problem.output) {

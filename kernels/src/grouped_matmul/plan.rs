@@ -1,13 +1,14 @@
 //! Planning a grouped matmul for a TPU: tiles, VMEM, and what it should cost over the groups that are expected.
 //!
 //! A launch is modelled chunk by chunk, as the kernel lists them: every chunk reads its expert's weights, tile after tile, and
-//! multiplies as many blocks of rows as it has. Where nobody says how large the groups are, rows are spread evenly.
+//! multiplies as many blocks of rows as it has. Where nobody says how large the groups are, rows are dealt out at random.
 
 use std::fmt;
 
 use pagoda_ir::{
     Element,
     mosaic::tiling::{LANES, SUBLANES},
+    random::SplitMix64,
 };
 use serde::{Deserialize, Serialize};
 
@@ -99,14 +100,14 @@ pub struct Details {
     pub shape: Shape,
     /// What the body works on at a time.
     pub block: Block,
-    /// What it should cost with rows spread evenly.
+    /// What it should cost with rows dealt out at random.
     pub estimate: Estimate,
 }
 
 impl fmt::Display for Details {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Estimate { cycles, bytes_moved, .. } = self.estimate;
-        write!(f, "{:<24} {cycles:.0} cycles, {} moved, rows spread evenly", "estimate", Bytes(bytes_moved))
+        write!(f, "{:<24} {cycles:.0} cycles, {} moved, rows dealt out at random", "estimate", Bytes(bytes_moved))
     }
 }
 
@@ -204,7 +205,7 @@ pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layou
         details: Details {
             shape: shape(problem, chip, tiles),
             block: block(problem, chip, tiles),
-            estimate: estimate(problem, chip, tiles, &even(problem)),
+            estimate: estimate(problem, chip, tiles, &typical(problem)),
         },
     }
 }
@@ -256,11 +257,19 @@ fn spilling(problem: &Problem, chip: Chip, tiles: Tiles) -> Spilling {
     Spilling { family: format!("{}{gated}", problem.input), live: Bytes(live as u64) }
 }
 
-/// The sizes of groups that rows are spread over evenly.
-pub(super) fn even(problem: &Problem) -> Vec<usize> {
-    let (m, experts) = (problem.m, problem.experts);
-    (0..experts).map(|expert| (expert + 1) * m / experts - expert * m / experts).collect()
+/// The sizes of groups that are expected where nobody says more: each row has an expert drawn from a fixed seed. Of more rows
+/// than [`MOST_DRAWN`], what is left is spread evenly.
+pub(super) fn typical(problem: &Problem) -> Vec<usize> {
+    let (experts, drawn) = (problem.experts, problem.m.min(MOST_DRAWN));
+    let left = problem.m - drawn;
+    let mut sizes: Vec<usize> =
+        (0..experts).map(|expert| (expert + 1) * left / experts - expert * left / experts).collect();
+    let mut random = SplitMix64::new(1);
+    (0..drawn).for_each(|_| sizes[random.below(experts)] += 1);
+    sizes
 }
+
+const MOST_DRAWN: usize = 1 << 14;
 
 /// The sizes of a batch's groups.
 pub(super) fn sizes(problem: &Problem, batch: &[Lengths]) -> Vec<usize> {
@@ -328,10 +337,10 @@ fn copy_cycles(chip: Chip, bytes: f64) -> f64 {
 }
 
 /// The tiles that are cheapest over `batches` and fit `limit` with room for spills; without it, if none do. Where no batch is
-/// given, over rows spread evenly.
+/// given, over rows dealt out at random.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes, batches: &[Vec<Lengths>]) -> Option<Tiles> {
     let launches: Vec<Vec<usize>> = match batches {
-        [] => vec![even(problem)],
+        [] => vec![typical(problem)],
         batches => batches.iter().map(|batch| sizes(problem, batch)).collect(),
     };
     let sum = |tiles, of: fn(Estimate) -> f64| {
@@ -355,7 +364,7 @@ const ALIKE: f64 = 1.02;
 /// Tiles that fit `limit`, the cheapest first: as many as are worth a compilation.
 pub(super) fn fitting(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<Tiles> {
     const MOST: usize = 64;
-    let sizes = even(problem);
+    let sizes = typical(problem);
     let mut all: Vec<Tiles> = every(problem).filter(|&tiles| report(problem, chip, tiles).total() <= limit).collect();
     all.sort_by_cached_key(|&tiles| estimate(problem, chip, tiles, &sizes).cycles as u64);
     all.truncate(MOST);
