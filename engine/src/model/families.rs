@@ -178,9 +178,8 @@ fn gemma3_text(object: &Object<'_>) -> Result<ModelSpec> {
         ..Defaults::GEMMA
     };
     let spec = gemmas(object, defaults)?;
-    // Both spellings of its two ropes are read before either counts.
-    let pattern =
-        object.size("sliding_window_pattern", None).or_else(|_| object.size("_sliding_window_pattern", Some(6)))?;
+    let pattern = object.optional_size("_sliding_window_pattern")?.unwrap_or(6);
+    let pattern = object.size("sliding_window_pattern", Some(pattern))?;
     let sliding = layer_types(object, spec.layers.len(), |layer| !(layer + 1).is_multiple_of(pattern))?;
     let window = object.size("sliding_window", Some(4096))?;
     let theta = object.positive("rope_local_base_freq", Some(10000.0))?;
@@ -210,6 +209,13 @@ fn gemma3_text(object: &Object<'_>) -> Result<ModelSpec> {
 }
 
 fn phi3(object: &Object<'_>) -> Result<ModelSpec> {
+    for key in ["attention_bias", "mlp_bias", "lm_head_bias"] {
+        object.fixed(key, &[json!(false)])?;
+    }
+    // How many of the layers see everything, and what positions are divided by: all, and nothing.
+    for key in ["full_attn_mod", "interpolate_factor"] {
+        object.fixed(key, &[json!(1)])?;
+    }
     let spec = decoder(object, Defaults { max_position_embeddings: 4096, rms_norm_eps: 1e-5, ..Defaults::LLAMA })?;
     let window = object.optional_size("sliding_window")?;
     let sliding = vec![window.is_some(); spec.layers.len()];
@@ -237,10 +243,10 @@ fn smollm3(object: &Object<'_>) -> Result<ModelSpec> {
         _ => None,
     })?;
     let turns = given.unwrap_or_else(|| (0..layers).map(|layer| !(layer + 1).is_multiple_of(interval)).collect());
-    let window = object
-        .optional_size("sliding_window")?
-        .filter(|_| matches!(object.boolean("use_sliding_window", false), Ok(true)));
-    object.boolean("use_sliding_window", false)?;
+    let on = object.boolean("use_sliding_window", false)?;
+    let window = object.optional_size("sliding_window")?.filter(|_| on);
+    // It is written, and read by no one.
+    object.count("max_window_layers", 0)?;
     let sliding = layer_types(object, layers, |layer| window.is_some() && !turns[layer])?;
     let kinds = windowed(object, &sliding, window, [0, 0])?;
     let kinds = kinds.into_iter().zip(&turns).map(|(kind, &turns)| LayerKind { rope: usize::from(!turns), ..kind });
@@ -440,6 +446,9 @@ fn both_norms(spec: ModelSpec) -> ModelSpec {
 
 /// What all families share: a decoder of sizes, with one rope, no windows, norms before, and a gated MLP.
 fn decoder(object: &Object<'_>, defaults: Defaults) -> Result<ModelSpec> {
+    for key in ["rope_interleaved", "use_qk_norm", "qk_layernorm"] {
+        object.fixed(key, &[json!(false)])?;
+    }
     let hidden_size = object.size("hidden_size", defaults.hidden_size)?;
     let q_heads = object.size("num_attention_heads", defaults.num_attention_heads)?;
     let kv_heads = object.size("num_key_value_heads", Some(defaults.num_key_value_heads.unwrap_or(q_heads)))?;
