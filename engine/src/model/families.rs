@@ -322,7 +322,9 @@ fn qwen3_moe(object: &Object<'_>) -> Result<ModelSpec> {
         experts: "mlp.experts",
         projections: ExpertProjections::Apart(["gate_proj", "up_proj", "down_proj"]),
     };
-    let [count, chosen] = experts(object, ["num_experts", "num_experts_per_tok"], [128, 8])?;
+    // Under either name.
+    let key = if object.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
+    let [count, chosen] = experts(object, [key, "num_experts_per_tok"], [128, 8])?;
     let mlp = Experts {
         count,
         chosen,
@@ -367,6 +369,7 @@ fn gpt_oss(object: &Object<'_>) -> Result<ModelSpec> {
     };
     let spec = decoder(object, defaults)?;
     object.fixed("swiglu_limit", &[json!(7.0), json!(7)])?;
+    object.fixed("swiglu_alpha", &[json!(1.702)])?;
     let names = ExpertNames {
         router: "mlp.router",
         experts: "mlp.experts",

@@ -282,7 +282,7 @@ impl Kernel for GroupedMatmul {
         let models = [(8, 2, 4096, 14336, silu), (128, 8, 2048, 768, silu)];
         let models = [&models[..], &[(32, 4, 2880, 2880, Activation::ClampedSwiglu)]].concat();
         let of_model = |(experts, chosen, hidden, inner, activation): (usize, usize, usize, usize, Activation)| {
-            [8, 64, 512].into_iter().flat_map(move |tokens| {
+            [8, 512].into_iter().flat_map(move |tokens| {
                 let bias = activation == Activation::ClampedSwiglu;
                 let of = |k, n| Spec { bias, ..Spec::new([tokens * chosen, k, n], experts, Element::Bf16) };
                 let [up, down] = [of(hidden, inner), of(inner, hidden)];

@@ -405,3 +405,68 @@ const EPILOGUE: f64 = 0.5;
 const WEIGHT_LOAD: f64 = 0.67;
 /// bf16 passes of a true f32 product.
 const F32_PASSES: f64 = 6.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grouped_matmul::Spec;
+
+    fn problem(m: usize, k: usize, n: usize, experts: usize, layout: Layout) -> Problem {
+        Problem::new(Spec { layout, ..Spec::new([m, k, n], experts, Element::Bf16) }).unwrap()
+    }
+
+    fn plan(problem: Problem, tiles: &str) -> Result<Plan, PlanError> {
+        let options = Options { tiles: Some(Tiles::parse(tiles)?), vmem_limit: None };
+        Plan::new(problem, Chip::V5p, options)
+    }
+
+    #[test]
+    fn what_cannot_be_planned_says_why_and_what_to_do() {
+        let row_major = problem(100, 384, 640, 4, Layout::RowMajor);
+        let transposed = problem(100, 384, 200, 4, Layout::WeightTransposed);
+        for (problem, tiles, message) in [
+            (row_major, "24,128,128", "tiles.m = 24 is not a multiple of 16 up to 112: give 16"),
+            (row_major, "128,128,128", "tiles.m = 128 is not a multiple of 16 up to 112: give 112"),
+            (
+                row_major,
+                "16,128,256",
+                "tiles.k = 256 is neither the whole 384 nor a multiple of 128 that divides it: give 384",
+            ),
+            (
+                row_major,
+                "16,256,384",
+                "tiles.n = 256 is neither the whole 640 nor a multiple of 128 that divides it: give 640",
+            ),
+            (
+                transposed,
+                "16,128,384",
+                "tiles.n = 128 is neither the whole 200 nor a multiple of 128 below it, for n a multiple of 16: give 200",
+            ),
+        ] {
+            assert_eq!(plan(problem, tiles).unwrap_err().to_string(), message);
+        }
+        let ragged = plan(problem(100, 384, 208, 4, Layout::WeightTransposed), "16,128,384").unwrap();
+        assert!(ragged.shape().is_ragged && ragged.output_dims() == [112, 256]);
+    }
+
+    /// Many small groups take chunks of few rows, large ones those of many; cores share the columns.
+    #[test]
+    fn tiles_follow_the_groups() {
+        let tiles = |m| {
+            let plan = Plan::new(problem(m, 2048, 768, 128, Layout::WeightTransposed), Chip::V5p, Options::default());
+            let plan = plan.unwrap();
+            assert!(plan.vmem().total() < plan.limit());
+            assert_eq!(plan.grid(), [2]);
+            plan.tiles()
+        };
+        assert!(tiles(64).m <= 32 && tiles(32_768).m >= 128, "{} {}", tiles(64), tiles(32_768));
+    }
+
+    #[test]
+    fn typical_groups_have_every_row() {
+        for (m, experts) in [(1, 1), (7, 128), (8192, 128), (100_000, 60)] {
+            let sizes = typical(&problem(m, 128, 128, experts, Layout::RowMajor));
+            assert_eq!((sizes.len(), sizes.iter().sum::<usize>()), (experts, m));
+        }
+    }
+}
