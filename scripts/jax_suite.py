@@ -14,7 +14,9 @@ have eight of the host's, which meet at every call. No kernel of it ever ran on 
 """
 
 import argparse
+import ast
 import collections
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -257,7 +259,13 @@ def plugin():
         # Which TPU they are on, they ask of JAX's devices.
         jax.devices = lambda *a, of=jax.devices, **k: [types.SimpleNamespace(device_kind="TPU v5p", platform="tpu", num_cores=1)]\
             if sys._getframe(1).f_globals.get("__name__", "").startswith("tpu_inference") else of(*a, **k)
-        package.utils = stub("tpu_inference.utils", get_device_name=lambda *a: "TPU v5p")
+        package.utils = stub("tpu_inference.utils", jax=jax, jnp=jax.numpy)
+        # Of its helpers, those that stand without the serving stack.
+        for node in ast.parse((pathlib.Path(serving) / "tpu_inference/utils.py").read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.Assign)):
+                with contextlib.suppress(NameError):
+                    exec(compile(ast.Module([node], []), "utils.py", "exec"), package.utils.__dict__)
+        package.utils.get_device_name = lambda *a: "TPU v5p"
         try:
             package.envs = importlib.import_module("tpu_inference.envs")
         except ImportError as error:

@@ -11,7 +11,7 @@ use pagoda_engine::pjrt::{Kind, PluginChoice};
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::cost::{self, Family, FamilyWeights, Point, Ranking, Table, Weights};
 use pagoda_kernels::matmul::Matmul;
-use pagoda_kernels::random::Lengths;
+use pagoda_kernels::random::{Lengths, batch_text};
 use pagoda_kernels::rpa::Rpa;
 use pagoda_kernels::{Choices, Kernel, Options, Plan, Problem};
 
@@ -221,7 +221,8 @@ fn fit() {
 
 /// The table of weights that fit some points.
 fn fitted(points: &[Point]) -> Table {
-    let mut table = Table::new();
+    // What no point speaks of stays as it is.
+    let mut table = cost::table();
     for (family, chip, weights) in fitted_of::<Rpa>(points).into_iter().chain(fitted_of::<Matmul>(points)) {
         let units: Vec<String> = family.units.iter().map(|&unit| unit.to_owned()).collect();
         let of = table.entry(family.name.to_owned()).or_insert(FamilyWeights { units, chips: BTreeMap::new() });
@@ -260,7 +261,14 @@ fn rankings<K: Kernel>() -> Vec<Ranking> {
         let plans = point.plans::<K>().expect("kernels/src/cost.rs checks it");
         let modelled =
             plans.iter().filter_map(|(plan, cycles)| Some((K::model(plan, point.batch.as_deref())?, *cycles)));
-        Ranking::of(&modelled.collect::<Vec<_>>())
+        let modelled: Vec<_> = modelled.collect();
+        println!("{} {} {}", point.chip, plans[0].0.name(), point.batch.as_deref().map_or(String::new(), batch_text));
+        for ((plan, _), (model, cycles)) in plans.iter().zip(&modelled) {
+            println!("    {:>8}  {model:>9.0} modelled, {cycles:>9} cycles", plan.tiles().to_string());
+        }
+        let ranking = Ranking::of(&modelled)?;
+        println!("    correlation {:.2}, regret {:.3}", ranking.correlation, ranking.regret);
+        Some(ranking)
     });
     ranked.collect()
 }

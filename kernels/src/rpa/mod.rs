@@ -405,7 +405,7 @@ impl Kernel for Rpa {
         // gpt-oss: every other layer sees a window.
         let sinks = of((64, 8, 64)).map(|spec| Spec { sinks: true, sliding_window: Some(128), ..spec });
         // What a step program asks for.
-        let fused = [(32, 8, 128), (8, 2, 128)].into_iter().flat_map(|heads| of(heads).into_iter().take(2));
+        let fused = heads.into_iter().flat_map(|heads| of(heads).into_iter().take(2));
         let fused = fused.map(|spec| Spec { fused: Some(Rotary::HalfSplit), ..spec });
         plain.chain(narrow).chain(sinks).chain(fused).collect()
     }

@@ -96,10 +96,9 @@ const MAX_COPIES: usize = 32;
 
 /// Whether there is a Mosaic form of a problem with these options. (Sizes are `plannable`'s matter.)
 pub fn emitted(spec: &Spec) -> bool {
-    // Rotary and KV write are written for tokens of interleaved rows of the queries' type.
-    let Spec { sinks, log_sum_exp, kv_rows, precision, .. } = spec;
-    let is_plain = !sinks && !log_sum_exp && *kv_rows == KvRows::Interleaved && precision.kv == precision.q;
-    (spec.fused.is_none() || is_plain) && can_copy(spec)
+    // Rotary and KV write are written for heads that begin a tile of lanes, or lie in one or two.
+    let is_within_tiles = spec.head_dim < LANES || spec.head_dim.is_multiple_of(LANES);
+    (spec.fused.is_none() || is_within_tiles) && can_copy(spec)
 }
 
 /// Whether copies can take a token's rows: they take whole tiles. (Three of four 32-bit words of a tile are taken by libtpu
@@ -275,6 +274,12 @@ impl Plan {
         let [token_rows, width] = problem.kv_layout().token_dims();
         let dims = [self.chip().info().cores, padded_rows(problem)[0], token_rows, width];
         is_shared.then(|| TensorType::new(problem.precision.kv, &dims))
+    }
+
+    /// Rows of a token that a core has.
+    pub(super) fn token_rows(&self) -> usize {
+        let [rows, _] = self.problem().kv_layout().of_heads(self.head_block()).token_dims();
+        rows
     }
 
     pub(super) fn kv_dims(&self) -> [usize; 5] {

@@ -7,6 +7,7 @@
 use pagoda_ir::{Element, mosaic::tiling::LANES};
 
 use super::{
+    kv_layout::Half,
     plan::{self, CHUNK, Plan, Split, decode},
     problem::Kind,
 };
@@ -29,7 +30,7 @@ pub(super) const MIXED: Family = Family {
         "KV steps of blocks",
         "parts of heads",
         "KV steps of bands",
-        "registers of logits",
+        "registers of logits of wide blocks",
         "matrix unit or logits",
         "registers of rows updated",
         "registers of KV loaded for bands",
@@ -68,6 +69,8 @@ const OPS_PER_REGISTER: f64 = 9.0 / 4.0;
 const REGISTER: f64 = 1024.0;
 /// The least rows that the matrix units take as long for, as a part of their side.
 const LEAST_ROWS: f64 = 0.67;
+/// Keys of a block from which on logits leave the registers while they are worked on.
+const WIDE_KEYS: usize = 512;
 /// bf16 passes of a true f32 product.
 const F32_PASSES: f64 = 6.0;
 
@@ -240,8 +243,20 @@ impl Sizes {
     /// Cycles of the matrix units for both products of one head: for each tile of keys or values, the rows that go through
     /// it, but no fewer than loading the next one takes.
     fn matrix(&self, rows: f64, width: usize) -> f64 {
-        let tiles = (width.div_ceil(self.side) * self.dim.div_ceil(self.side)) as f64;
-        2.0 * tiles * rows.max(LEAST_ROWS * self.side as f64) / self.units * self.passes
+        let tiles = width.div_ceil(self.side) * self.dim.div_ceil(self.side);
+        let rows = rows.max(LEAST_ROWS * self.side as f64);
+        2.0 * self.on_units(tiles, rows) * rows * self.passes
+    }
+
+    /// Tiles of the busiest matrix unit. Units share a tile's rows where they are a multiple of the tiles; of a number of tiles
+    /// that divides into the units in neither way some wait in the end, the shorter the more rows there are.
+    fn on_units(&self, tiles: usize, rows: f64) -> f64 {
+        const FEW_ROWS: f64 = 256.0;
+        let (units, even) = (self.units as usize, tiles as f64 / self.units);
+        match units.is_multiple_of(tiles) {
+            true => even,
+            false => even + (tiles.div_ceil(units) as f64 - even) * (FEW_ROWS / rows).min(1.0),
+        }
     }
 
     /// As [`Sizes::matrix`], of rows that are worked on in parts.
@@ -264,8 +279,8 @@ impl Sizes {
 /// Cycles of the copies of some pages of a block: they follow one another on each of its semaphores, without a gap.
 fn copies(plan: &Plan, pages: f64, semaphores: usize) -> f64 {
     let problem = plan.problem();
-    let rows = super::kv_layout::KvLayout::rows_of(plan.head_block());
-    let bytes = (problem.page_size * rows * problem.head_dim * problem.precision.kv.bytes()) as f64;
+    let token = plan.head_block() * Half::ALL.len() * problem.head_dim * problem.precision.kv.bytes();
+    let bytes = (problem.page_size * token) as f64;
     let (latency, rate) = copy_rate(plan.chip());
     latency + pages * bytes / rate / semaphores as f64
 }
@@ -311,7 +326,7 @@ fn stages_of_mixed(plan: &Plan, listed: usize, core: &Mixed) -> Vec<Stage> {
                 of_block,
                 sizes.heads * (rows / CHUNK as f64).ceil(),
                 of_band,
-                sizes.heads * logits,
+                if width > WIDE_KEYS { sizes.heads * logits } else { 0.0 },
                 sizes.heads * matrix.max(logits * OPS_PER_REGISTER),
                 if is_first { 0.0 } else { sizes.heads * sizes.row_registers(rows) },
                 of_band * sizes.heads * sizes.kv_registers(width),
@@ -410,7 +425,7 @@ fn stages_of_decode(plan: &Plan, listed: usize, core: &Decoding) -> Vec<Stage> {
                 plan.head_block().div_ceil(decode::heads_at_once(width)) as f64,
                 sizes.heads,
                 sizes.heads * matrix,
-                sizes.heads * logits,
+                if width > WIDE_KEYS { sizes.heads * logits } else { 0.0 },
                 sizes.heads * matrix.max(logits * OPS_PER_REGISTER),
                 sizes.heads * sizes.kv_registers(width),
                 masked * sizes.heads * sizes.kv_registers(width),

@@ -398,7 +398,7 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// A core's part of the rows of tokens: `[tokens, rows, head_dim]`.
     fn heads_of_page(&self, tokens: Ref<'a>) -> Ref<'a> {
-        let [kv_rows, _] = self.plan.problem().kv_layout().of_heads(self.plan.head_block()).token_dims();
+        let kv_rows = self.plan.token_rows();
         match self.split {
             Split::Heads => tokens.slice(1, (self.core * kv_rows).multiple_of(kv_rows), kv_rows),
             Split::Nothing | Split::Sequences => tokens,
@@ -408,7 +408,7 @@ impl<'a, 'p> Body<'a, 'p> {
     /// The copies of the page at `index` of the cache to a place of a buffer.
     fn page(&self, index: Value<'a>, slot: Value<'a>, place: Value<'a>) -> Copies<'a> {
         let source = self.heads_of_page(self.kv_pages.at(index));
-        let [kv_rows, _] = self.plan.problem().kv_layout().of_heads(self.plan.head_block()).token_dims();
+        let kv_rows = self.plan.token_rows();
         let semaphore = place & (self.arrived.dims()[1] as i64 - 1);
         let &[_, pieces, _, _, lanes] = &self.kv.dims()[..] else { unreachable!("it has five dimensions") };
         let copies = (0..pieces).map(|piece| {
@@ -474,6 +474,10 @@ impl<'a, 'p> Body<'a, 'p> {
             let result = to_the_front(self.k, acc / sum, first);
             self.staged(head, group).store(result.slice(&[0, 0], &[group, columns]));
         }
+        if let Some([_, rows]) = &self.lse {
+            let of_heads: Vec<_> = totals.iter().filter_map(|total| total.log_sum_exp).collect();
+            self.store_log_sum_exps(&rows.at(token), &of_heads);
+        }
         if let Some(fused) = self.fused.as_ref().filter(|fused| fused.is_flat) {
             for (lane, piece) in self.staging_pieces() {
                 let row = fused.row(lane / LANES, token, [heads, piece.dims()[1]]);
@@ -486,10 +490,6 @@ impl<'a, 'p> Body<'a, 'p> {
             let lanes = piece.dims()[1].min(problem.head_dim - lane);
             let result = piece.strided(0, 0, heads, SUBLANES).load().slice(&[0, 0], &[heads, lanes]);
             row.slice(1, lane, lanes).store(result.cast(problem.precision.output));
-        }
-        if let Some([_, rows]) = &self.lse {
-            let of_heads: Vec<_> = totals.iter().filter_map(|total| total.log_sum_exp).collect();
-            self.store_log_sum_exps(&rows.at(token), &of_heads);
         }
         self.send(token);
     }

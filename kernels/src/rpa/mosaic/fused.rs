@@ -10,7 +10,10 @@ use pagoda_ir::{
     mosaic::{Builder, Ref, Value, tiling::LANES},
 };
 
-use crate::rpa::{kv_layout::Half, problem::Problem};
+use crate::rpa::{
+    kv_layout::{Half, KvRows},
+    problem::Problem,
+};
 
 /// Factors of some rows' elements: `x * own + other half of x * other` is `x`, turned. Tiles of lanes, `[rows, LANES]` each.
 pub(super) struct Angles<'a> {
@@ -137,6 +140,7 @@ pub(super) fn to_columns<'a>(
 /// Writes tokens of the cache, rounded once: `tokens` are the pieces of their rows, `[tokens, rows, lanes]` each, and `of(half,
 /// head)` the numbers of a head.
 pub(super) fn store_tokens<'a>(
+    k: &'a Builder<'a>,
     problem: &Problem,
     heads: usize,
     tokens: &[Ref<'a>],
@@ -145,7 +149,17 @@ pub(super) fn store_tokens<'a>(
     let &[count, rows, lanes] = &tokens[0].dims()[..] else { unreachable!("tokens have rows of lanes") };
     let element = problem.precision.kv;
     let packing = 4 / element.bytes();
-    let all: Vec<_> = (0..heads).flat_map(|head| Half::ALL.map(|half| of(half, head))).collect();
+    let rows_of_head = |head: usize| {
+        let [key, value] = Half::ALL.map(|half| of(half, head));
+        match problem.kv_rows {
+            KvRows::Interleaved => vec![key, value],
+            KvRows::Packed => {
+                let value = value[0].rotate(problem.head_dim, 1);
+                vec![vec![k.iota(&value.dims(), 1).less(problem.head_dim).select(key[0], value)]]
+            }
+        }
+    };
+    let all: Vec<_> = (0..heads).flat_map(rows_of_head).collect();
     for (word, rows_of_word) in all.chunks(packing).enumerate() {
         for (piece, tokens) in tokens.iter().enumerate() {
             let numbers = rows_of_word.iter().map(|row| match lanes {

@@ -10,7 +10,10 @@ use pagoda_ir::{
     mosaic::{Builder, Ref, Value},
 };
 
-use crate::{kernel::Operand, rpa::problem::Problem};
+use crate::{
+    kernel::Operand,
+    rpa::{kv_layout::Half, problem::Problem},
+};
 
 /// The names of the arrays, in the order of the operands.
 fn names(problem: &Problem) -> impl Iterator<Item = &'static str> {
@@ -69,6 +72,14 @@ impl<'a> Heads<'a> {
             None => scales.at(head).load(),
             Some(first) => scales.at(first + head).load(),
         })
+    }
+
+    /// A KV head's numbers, tiles of f32 of `half`, as the cache holds them: divided by its scale.
+    pub fn stored(&self, half: Half, head: usize, numbers: Vec<Value<'a>>) -> Vec<Value<'a>> {
+        match self.scale(half as usize, head) {
+            None => numbers,
+            Some(scale) => numbers.into_iter().map(|tile| tile / scale).collect(),
+        }
     }
 
     /// The sink of a query head, as a power of two.

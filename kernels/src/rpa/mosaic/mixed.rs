@@ -172,12 +172,15 @@ impl<'a, 'p> Body<'a, 'p> {
             None => k.hbm_input("q", types.q, &[rows, columns]),
             Some(_) => k.hbm_input("qkv", types.q, &plan::fused::projected(problem)),
         };
-        let cos_sin = problem.fused.map(|_| k.hbm_input("cos_sin", Element::F32, &[rows, dim]));
+        let cos_sin = problem.fused.map(|_| k.hbm_input("cos_sin", Element::F32, &[rows, problem.head_dim]));
         let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
         let out = k.hbm_output("out", types.output, &[rows, columns]);
-        let written = cos_sin.map(|cos_sin| Written::declare(k, plan, cos_sin));
+        let pages = |_: &Ref<'a>| k.hbm_output("kv_pages_written", types.kv, &problem.kv_pages_type().dims);
+        let written_pages = cos_sin.as_ref().map(pages);
         let lse_lanes = plan::log_sum_exp_lanes(problem);
         let lse = problem.log_sum_exp.then(|| k.hbm_output("lse", Element::F32, &[rows, lse_lanes]));
+        let written = cos_sin.zip(written_pages);
+        let written = written.map(|(cos_sin, kv_pages)| Written::declare(k, plan, cos_sin, kv_pages));
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let (block, columns) = (plan.block_rows(), plan.columns());
         let queries = scratch("queries", types.q, &[2, block, columns]);

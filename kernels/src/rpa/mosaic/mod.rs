@@ -359,11 +359,12 @@ mod tests {
     /// Fused: what each way of sharing the work, each way of laying heads out, and sizes that are no whole tiles come to.
     #[test]
     fn fused_kernels_agree_with_the_reference() {
-        use Element::{Bf16, F32};
+        use Element::{Bf16, F8E4M3Fn, F8E5M2, F32, I8};
         use Kind::{Decode, Mixed};
+        use KvRows::{Interleaved, Packed};
         let prompts = &[(1, 60), (0, 5), (3, 0), (13, 13), (40, 41), (9, 64), (2, 17)][..];
         let rows = &[(1, 60), (0, 5), (1, 0), (1, 1), (1, 64), (1, 33), (0, 0), (1, 17)][..];
-        for (chip, kind, element, heads, tokens, batch) in [
+        let plain = [
             (Chip::V5e, Decode, Bf16, [8, 2, 128], 7, rows),
             (Chip::V5p, Decode, Bf16, [8, 2, 128], 8, rows),
             (Chip::V5p, Decode, Bf16, [16, 8, 128], 8, rows),
@@ -378,10 +379,35 @@ mod tests {
             (Chip::V6e, Mixed, Bf16, [10, 5, 80], 77, prompts),
             (Chip::V6e, Mixed, F32, [2, 1, 384], 75, prompts),
             (Chip::Tpu7x, Mixed, Bf16, [4, 2, 256], 75, prompts),
-        ] {
-            let spec = (*problem(element, heads, None, None)).clone();
+        ];
+        let optional = [
+            (Chip::V5e, Decode, F8E4M3Fn, Interleaved, false, [8, 2, 128], 7, rows),
+            (Chip::V5p, Decode, I8, Interleaved, true, [16, 8, 128], 8, rows),
+            (Chip::V6e, Decode, F8E5M2, Interleaved, true, [8, 4, 64], 90, rows),
+            (Chip::V5p, Decode, Bf16, Interleaved, true, [4, 1, 128], 8, rows),
+            (Chip::V5p, Mixed, I8, Interleaved, false, [8, 2, 128], 150, prompts),
+            (Chip::V5p, Mixed, F8E4M3Fn, Interleaved, true, [16, 8, 128], 150, prompts),
+            (Chip::V6e, Mixed, F8E5M2, Interleaved, true, [12, 4, 80], 77, prompts),
+            (Chip::V5p, Mixed, Bf16, Interleaved, true, [10, 5, 64], 75, prompts),
+            (Chip::V5p, Decode, Bf16, Packed, true, [8, 4, 64], 8, rows),
+            (Chip::V6e, Decode, I8, Packed, false, [16, 4, 64], 90, rows),
+            (Chip::V5p, Decode, Bf16, Packed, false, [32, 16, 64], 8, rows),
+            (Chip::V5p, Mixed, Bf16, Packed, false, [32, 16, 64], 150, prompts),
+            (Chip::V5p, Mixed, Bf16, Packed, true, [8, 4, 64], 75, prompts),
+            (Chip::V6e, Mixed, F8E4M3Fn, Packed, false, [8, 4, 64], 77, prompts),
+        ];
+        let plain = plain.map(|(chip, kind, element, heads, tokens, batch)| {
+            (chip, kind, Precision::uniform(element), Interleaved, false, heads, tokens, batch)
+        });
+        let optional = optional.map(|(chip, kind, kv, kv_rows, ends, heads, tokens, batch)| {
+            (chip, kind, Precision { kv, ..Precision::uniform(Bf16) }, kv_rows, ends, heads, tokens, batch)
+        });
+        for (chip, kind, precision, kv_rows, ends, heads, tokens, batch) in plain.into_iter().chain(optional) {
+            let spec = (*problem(precision.q, heads, ends.then_some(20), None)).clone();
             let spec = Spec { kind, tokens, pages: 40, max_seqs: 8, layers: 2, ..spec };
-            let problem = Problem::new(Spec { fused: Some(Rotary::HalfSplit), ..spec }).unwrap();
+            let spec = Spec { fused: Some(Rotary::HalfSplit), precision, kv_rows, ..spec };
+            let options = Spec { sinks: ends, log_sum_exp: ends, ..spec };
+            let problem = Problem::new(options).unwrap();
             let tiles = Some(Tiles { queries: if kind == Mixed { 16 } else { 8 }, kv_pages: 2 });
             let plan = Plan::new(problem.clone(), chip, Options { tiles, vmem_limit: None }).unwrap();
             let lengths: Vec<_> = batch.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();

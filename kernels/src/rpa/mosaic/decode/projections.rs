@@ -11,7 +11,7 @@ use super::{
     Body,
 };
 use crate::rpa::{
-    kv_layout::{Half, KvLayout},
+    kv_layout::Half,
     plan::{
         Plan, decode,
         fused::{self, Columns},
@@ -129,6 +129,10 @@ impl<'a> Body<'a, '_> {
             k.when(has_row & self.metadata.kv_len(sequence).equals(0), || blank(row));
         });
         k.for_range(self.metadata.first_row(self.num_seqs), fused.rows.dims()[1], blank);
+        // What sees keys is overwritten.
+        if let Some([_, lse_rows]) = &self.lse {
+            lse_rows.store(0.0);
+        }
     }
 
     /// The copies of `count` rows of the projections, and of their angles, all there are without a first one.
@@ -169,9 +173,10 @@ impl<'a> Body<'a, '_> {
                 }
             }
             let tokens: Vec<_> = (0..pieces).map(|piece| fused.new_tokens.at(piece).slice(0, row, step)).collect();
-            store_tokens(problem, heads, &tokens, |half, of| {
+            store_tokens(k, problem, heads, &tokens, |half, of| {
                 let numbers = head(k, dim, &columns, ((group + half as usize) * heads + of) * dim);
-                if half == Half::Key { angles.turn(k, dim, &numbers) } else { numbers }
+                let numbers = if half == Half::Key { angles.turn(k, dim, &numbers) } else { numbers };
+                self.heads.stored(half, of, numbers)
             });
         });
     }
@@ -195,7 +200,7 @@ impl<'a> Body<'a, '_> {
         [live, kv_len]: [Value<'a>; 2],
     ) {
         let pieces = fused.new_tokens.dims()[0];
-        let kv_rows = KvLayout::rows_of(self.plan.head_block());
+        let kv_rows = self.plan.token_rows();
         for piece in 0..pieces {
             let token = fused.new_tokens.at(piece).at(row).slice(0, 0, kv_rows).load();
             self.kv.at((slot, piece)).at(live - 1).slice(0, 0, kv_rows).store(token);
@@ -208,7 +213,7 @@ impl<'a> Body<'a, '_> {
     /// The copies of a row's token to its place in a page.
     fn token_copies(&self, fused: &Fused<'a>, row: Value<'a>, page: Value<'a>, offset: Value<'a>) -> Vec<Dma<'a>> {
         let &[pieces, _, _, lanes] = &fused.new_tokens.dims()[..] else { unreachable!("four dimensions") };
-        let kv_rows = KvLayout::rows_of(self.plan.head_block());
+        let kv_rows = self.plan.token_rows();
         let copy = |piece: usize| {
             let from = fused.new_tokens.at(piece).slice(0, row, 1).slice(1, 0, kv_rows);
             let to = self.heads_of_page(self.kv_pages.at(page).slice(0, offset, 1)).slice(2, piece * lanes, lanes);
@@ -223,9 +228,13 @@ impl<'a> Body<'a, '_> {
         self.k.for_range(0, count, |_| self.token_copies(fused, first, first, first).iter().for_each(Dma::wait));
     }
 
-    /// Writes the output in two dimensions.
+    /// Writes the output in two dimensions, and the log-sum-exps.
     pub(super) fn send_rows(&self, fused: &Fused<'a>) {
         let (k, [rows, times, rest]) = (self.k, fused.chunks());
+        let lse = self.lse.as_ref().map(|[lse, rows]| k.make_async_copy(rows.clone(), lse.clone(), self.moved.at(2)));
+        if let Some(lse) = &lse {
+            lse.start();
+        }
         let copy = |first: Option<Value<'a>>, count: usize| {
             let columns = fused.results.dims()[1];
             let out = match self.plan.head_block() < self.plan.problem().kv_heads {
@@ -237,17 +246,20 @@ impl<'a> Body<'a, '_> {
             dma.start();
             dma.wait();
         };
-        if (times, rest) == (1, 0) {
-            self.make_results(fused, k.int(0), rows);
-            return copy(None, rows);
-        }
-        let some = |first: Value<'a>, count: usize| {
-            self.make_results(fused, first, count);
-            copy(Some(first), count);
+        let some = |first: Option<Value<'a>>, count: usize| {
+            self.make_results(fused, first.unwrap_or_else(|| k.int(0)), count);
+            copy(first, count);
         };
-        k.for_range(0, times, |chunk| some((chunk * rows).multiple_of(rows), rows));
-        if rest > 0 {
-            some(k.int((times * rows) as i64), rest);
+        if (times, rest) == (1, 0) {
+            some(None, rows);
+        } else {
+            k.for_range(0, times, |chunk| some(Some((chunk * rows).multiple_of(rows)), rows));
+            if rest > 0 {
+                some(Some(k.int((times * rows) as i64)), rest);
+            }
+        }
+        if let Some(lse) = &lse {
+            lse.wait();
         }
     }
 

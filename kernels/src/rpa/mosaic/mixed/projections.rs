@@ -19,7 +19,7 @@ use super::{
     Body,
 };
 use crate::rpa::{
-    kv_layout::{Half, KvLayout},
+    kv_layout::Half,
     plan::{
         self, Plan,
         fused::{BUFFERS, Columns},
@@ -37,10 +37,8 @@ pub(super) struct Written<'a> {
 }
 
 impl<'a> Written<'a> {
-    /// Declares the outputs.
-    pub fn declare(k: &'a Builder<'a>, plan: &Plan, cos_sin: Ref<'a>) -> Self {
-        let problem = plan.problem();
-        let kv_pages = k.hbm_output("kv_pages_written", problem.precision.kv, &problem.kv_pages_type().dims);
+    /// Declares the core's own memory, behind the other outputs.
+    pub fn declare(k: &'a Builder<'a>, plan: &Plan, cos_sin: Ref<'a>, kv_pages: Ref<'a>) -> Self {
         let fresh = plan.fresh_tokens().map(|ty| k.hbm_output("fresh", ty.element, &ty.dims));
         Self { cos_sin, kv_pages, fresh }
     }
@@ -177,9 +175,10 @@ impl<'a> Body<'a, '_> {
             let columns = fused.projected.at(slot).slice(0, start, step);
             let tokens: Vec<_> =
                 (0..pieces).map(|piece| fused.new_tokens.at((slot, piece)).slice(0, start, step)).collect();
-            store_tokens(problem, heads, &tokens, |half, of| {
+            store_tokens(k, problem, heads, &tokens, |half, of| {
                 let numbers = head(k, dim, &columns, first + (half as usize * heads + of) * dim);
-                if half == Half::Key { angles.turn(k, dim, &numbers) } else { numbers }
+                let numbers = if half == Half::Key { angles.turn(k, dim, &numbers) } else { numbers };
+                self.heads.stored(half, of, numbers)
             });
         });
     }
@@ -235,9 +234,8 @@ impl<'a> Body<'a, '_> {
 
     /// The rows of a page's tokens that belong to the core's heads.
     fn of_core(&self, page: &Ref<'a>) -> Ref<'a> {
-        let (problem, heads) = (self.plan.problem(), self.plan.head_block());
-        let rows = KvLayout::rows_of(heads);
-        match heads < problem.kv_heads {
+        let rows = self.plan.token_rows();
+        match self.plan.head_block() < self.plan.problem().kv_heads {
             true => page.slice(1, (self.core * rows).multiple_of(rows), rows),
             false => page.clone(),
         }
@@ -258,7 +256,7 @@ impl<'a> Body<'a, '_> {
     fn tokens_sent(&self, fused: &Fused<'a>, slot: Value<'a>, count: Value<'a>) {
         let k = self.k;
         let pieces = fused.new_tokens.dims()[1];
-        let rows = KvLayout::rows_of(self.plan.head_block());
+        let rows = self.plan.token_rows();
         // Two copies of each, where the core has memory of its own.
         let tokens = |piece: usize, count: Value<'a>| {
             let tokens = fused.new_tokens.at((slot, piece)).slice(1, 0, rows);
@@ -287,7 +285,7 @@ impl<'a> Body<'a, '_> {
         act: &dyn Fn(Dma<'a>),
     ) {
         let (k, problem) = (self.k, self.plan.problem());
-        let (size, rows) = (problem.page_size, KvLayout::rows_of(self.plan.head_block()));
+        let (size, rows) = (problem.page_size, self.plan.token_rows());
         let [_, pieces, keys, _, lanes] = self.plan.kv_dims();
         let (kv_len, stop) = (self.metadata.kv_len(sequence), self.metadata.first_row(sequence + 1));
         let begin = number * size;
@@ -328,7 +326,13 @@ impl<'a> Body<'a, '_> {
                 let turned = angles.turn(k, dim, &head(k, dim, &queries, of * dim));
                 match &self.by_head {
                     Some(by_head) => {
-                        rows_of(&by_head.at(of)).store(turned[0].slice(&[0, 0], &[step, dim]).cast(element));
+                        // Behind a head's elements are those of values, which products take with zeros.
+                        let columns = by_head.dims()[2];
+                        let lanes = match columns > dim {
+                            true => k.iota(&turned[0].dims(), 1).less(dim).select(turned[0], 0.0),
+                            false => turned[0].slice(&[0, 0], &[step, dim]),
+                        };
+                        rows_of(&by_head.at(of)).store(lanes.cast(element));
                     }
                     None => {
                         for (piece, turned) in turned.into_iter().enumerate() {
