@@ -7,7 +7,7 @@
 No TPU is needed: libtpu compiles each peer for v5p, one child process per point (benches/peers/tpu_static.py), and its
 static profile says how many cycles the kernel takes. Tiles are searched by climbing: from those that the file names, one
 rung of one ladder up or down at a time, while that is faster. --quick measures the named tiles only. JAX's grouped matmul
-is measured on v5p and v6e at the four choices of tiles that a rough model of its cycles has first. A point of the grid
+is measured on v5p and v6e at the two choices of tiles that a rough model of its cycles has first. A point of the grid
 (drawn as benches/common/grid.rs draws it) is measured at six choices of tiles, within the chip's default limit as
 far as can be foreseen, the first with accumulators of either type; what stands around v3's kernel (rotary embedding, its own copies of q, K, V
 and the output) is measured beside it.
@@ -331,7 +331,7 @@ UNITS = {"v5p": (4, 128, 2, 678, 1236), "v6e": (4, 256, 1, 557, 772)}
 
 
 def group_tiles(shape, chip, limit):
-    """Four choices of the grouped matmul's tiles that should fit, those of which the model below expects least."""
+    """Two choices of the grouped matmul's tiles that should fit, those of which the model below expects least."""
     m, k, n, sizes = (shape[name] for name in ("m", "k", "n", "sizes"))
     units, side, cores, latency, rate = UNITS[chip]
     ends = [sum(sizes[:at + 1]) for at in range(len(sizes))]
@@ -354,7 +354,7 @@ def group_tiles(shape, chip, limit):
     choices.sort(key=cost)
     # No more than two of as many rows.
     fair = [of for of in choices if [other for other in choices if other[0] == of[0]].index(of) < 2]
-    return fair[:4]
+    return fair[:2]
 
 
 def run_groups(peers, options):

@@ -245,7 +245,8 @@ fn report(problem: &Problem, chip: Chip, tiles: Tiles) -> VmemReport {
     VmemReport { buffers: bias.chain([x]).chain(w).chain(sums).chain([results, band]).collect() }
 }
 
-/// Input type, layout, and whether there are two products; the sums of a block, and what of the operands it multiplies at a time.
+/// Input type, and whether there are two products; the sums of a block, and what of the operands it multiplies at a time. Rows
+/// that both products take are held over all of the depth: a family of its own, where they are more than [`HELD_OF_ROWS`].
 fn spilling(problem: &Problem, chip: Chip, tiles: Tiles) -> Spilling {
     let Block { rows, columns, depth } = block(problem, chip, tiles);
     let (products, lanes) = (problem.products(), columns.next_multiple_of(LANES));
@@ -253,7 +254,9 @@ fn spilling(problem: &Problem, chip: Chip, tiles: Tiles) -> Spilling {
         Element::F32 => tiles.k * (rows + products * lanes) * 6,
         _ => products * rows * lanes * 4 + (depth * lanes * 2).min(HELD_OF_WEIGHT),
     };
+    let is_deep = products == 2 && rows * tiles.k * problem.input.bytes() > HELD_OF_ROWS;
     let gated = if products == 2 { " gated" } else { "" };
+    let gated = if is_deep { " gated, deep" } else { gated };
     Spilling { family: format!("{}{gated}", problem.input), live: Bytes(live as u64) }
 }
 
@@ -391,6 +394,7 @@ const MAX_ROWS: usize = 1024;
 const MAX_COLUMNS: usize = 4096;
 /// Elements of a tile of weights: a block of rows times it is spelled out.
 const MAX_TILE: usize = 1 << 23;
+const HELD_OF_ROWS: usize = 1 << 20;
 /// Bytes of a weight that are held at once: however deep a block is, the compiler loads it piece by piece.
 const HELD_OF_WEIGHT: usize = 256 << 10;
 /// Cycles of a step and of a block of rows besides their work, of an expert in the list, and of a kernel besides its steps.
