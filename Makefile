@@ -1,11 +1,12 @@
 # Pagoda. `make demo` and `make test` are all that a newcomer needs; both set up what is missing.
-.PHONY: help setup tpu-tools mpi-tools demo test nightly jax-suite multihost python serve-load bench bench-peers certify-all certify-sample tpu-static tpu-grid cost-points tables peers
+.PHONY: help setup tpu-tools mpi-tools demo test nightly families jax-suite multihost python serve-load bench bench-peers certify-all certify-sample tpu-static tpu-grid cost-points tables peers
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
 	@echo "make test         set up, libtpu too, then format check, clippy, docs, every test, examples/my_kernel"
 	@echo "make nightly      10,000 random problems, tiles and batches through the Mosaic kernels (make test: 500);"
 	@echo "                  then each fuzz target for PAGODA_FUZZ_SECONDS (60) with a fresh seed"
+	@echo "make families     transformers writes the tiny checkpoints of tests/families anew (gigabytes of torch; only to change them)"
 	@echo "make jax-suite    JAX's own Pallas TPU tests on the tile machine (hours; JAX_SRC=a checkout of jax-v0.10.2, PYTHON=one with"
 	@echo "                  jax 0.10.2, absl-py, pytest, hypothesis; ARGS=\"--variants 2 --only 'tpu_ops*'\"; SERVING_SRC=tpu-inference)"
 	@echo "make multihost    installs Open MPI; one model over two and four CPU processes, and processes that are killed"
@@ -46,6 +47,12 @@ nightly: setup
 	cargo test --test llama -- --ignored fresh
 	cargo test -p pagoda-engine --lib -- --ignored a_million_requests --nocapture
 	PAGODA_FUZZ_SECONDS=$${PAGODA_FUZZ_SECONDS:-60} cargo test --test fuzz
+
+families:
+	@[ -x .pagoda/families/bin/python ] || python3 -m venv .pagoda/families
+	@.pagoda/families/bin/python -c 'import torch, transformers' 2>/dev/null || \
+	  .pagoda/families/bin/pip install --quiet --disable-pip-version-check torch==2.8.0 transformers==5.24.0
+	@.pagoda/families/bin/python scripts/families.py $(ARGS)
 
 jax-suite: setup
 	cargo build --quiet -p pagoda-ir --example call

@@ -18,6 +18,7 @@ use crate::report::{
     Bar, Block, Figure, Lane, MeshDrawing, Part, Report, Roofline, RooflinePoint, Section, Span, Status, Suggestion,
     Table, Timeline, Value, Verdict,
 };
+use crate::topology::plural;
 
 /// The whole report.
 pub(super) fn report(findings: &Findings, question: &Question) -> Report {
@@ -219,7 +220,8 @@ struct OneEngine {
 
 fn one_engine(findings: &Findings) -> Option<OneEngine> {
     let plan = &findings.plan;
-    if plan.mesh.data.get() == 1 {
+    // Where one engine takes all prompts at once there is nothing to compare.
+    if plan.mesh.data.get() == 1 || plan.job.samples.len() <= plan.job.limits.max_seqs {
         return None;
     }
     let clock = plan.job.topology.chip().info().clock.0;
@@ -243,9 +245,10 @@ impl OneEngine {
         let plan = &findings.plan;
         let slots = plan.job.limits.max_seqs;
         let (data, factor) = (plan.mesh.data.get(), self.factor(findings));
+        let of_slots = plural(slots, "slot");
         let own = findings.plan.shares().iter().map(Vec::len).max().unwrap_or(0).div_ceil(slots.max(1));
         let mut words = format!(
-            "Data parallelism: {data} engines with {slots} slots each are {} as fast as one engine with {slots} slots over the \
+            "Data parallelism: {data} engines with {of_slots} each are {} as fast as one engine with {of_slots} over the \
              slice ({}), because {} sequences run at once and the prompts take {own} {} instead of {}",
             Value::Times(factor),
             Value::Seconds(self.seconds),

@@ -107,9 +107,7 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
     let tokenizer_path = settings.tokenizer()?;
     let tokenizer = Tokenizer::open(&tokenizer_path, &config)?;
     let weights = Weights::open(folder)?;
-    for name in weights.check(&config)? {
-        log::warn!("{}: tensor {name} is not used", folder.display());
-    }
+    warn_of_unused(&weights.check(&config)?, folder);
     let prompts = Prompts::encode(&settings, &tokenizer)?;
     let lengths: Vec<usize> = prompts.tokens.iter().map(Vec::len).collect();
     let limits = settings.limits(&lengths, config.max_position_embeddings)?;
@@ -137,7 +135,7 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
     }
     eprintln!("# {launched}; {placement}");
     let departures = if args.config.is_some() { settings.departures(&lengths, &limits) } else { Vec::new() };
-    for note in settings.notes().iter().chain(&departures) {
+    for note in settings.notes().iter().chain(&departures).chain(&config.notes(limits.max_seq_len)) {
         eprintln!("# {note}");
     }
     eprintln!(
@@ -186,6 +184,16 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
         output.monitor.end(&args.monitor, placement.writes(), print, of_run.as_deref())?;
     }
     output.close(cancel.load(Ordering::Relaxed))
+}
+
+/// Says which tensors of a model's files are not used: of many, as a model of images has them, the first.
+pub(super) fn warn_of_unused(names: &[&str], folder: &Path) {
+    let folder = folder.display();
+    match names {
+        [] => {}
+        [first, _, _, _, _, ..] => log::warn!("{folder}: {} tensors are not used: {first} and others", names.len()),
+        few => few.iter().for_each(|name| log::warn!("{folder}: tensor {name} is not used")),
+    }
 }
 
 /// Loads the model onto this process's devices and compiles the step programs: the engines, and the pages of all of them.

@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::PluginArgs;
 use super::place::Place;
-use super::sample::fit_pages;
+use super::sample::{fit_pages, warn_of_unused};
 use crate::config::{Flags, Settings};
 use crate::error::{Error, Result};
 use crate::generate::{Engine, EngineOptions, SamplingOptions};
@@ -75,9 +75,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<ExitCode> {
     let tokenizer = Tokenizer::open(&settings.tokenizer()?, &config)?;
     let template = ChatTemplate::open(folder).map_err(|error| error.to_string());
     let weights = Weights::open(folder)?;
-    for name in weights.check(&config)? {
-        log::warn!("{}: tensor {name} is not used", folder.display());
-    }
+    warn_of_unused(&weights.check(&config)?, folder);
     let limits = settings.server_limits(config.max_position_embeddings)?;
     let place = Place::take(&args.plugin, &settings, Share::new(0, 1)?, &mut None)?;
     let groups = place.placement.groups();
@@ -103,6 +101,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<ExitCode> {
     };
     fit_pages(&settings, &config, &weights, &place, &mut options)?;
     let limits = options.limits;
+    config.notes(limits.max_seq_len).iter().for_each(|note| eprintln!("# {note}"));
     let name = args.served_model_name.clone().unwrap_or_else(|| {
         folder.file_name().map_or_else(|| folder.display().to_string(), |name| name.to_string_lossy().into_owned())
     });

@@ -27,6 +27,8 @@ const DESCRIPTIVE: &[&str] = &[
     "auto_map",
     "custom_pipelines",
     "tokenizer_class",
+    "model_max_length",
+    "max_sequence_length",
     "prefix",
     "finetuning_task",
     "task_specific_params",
@@ -335,7 +337,7 @@ fn positive(value: &Value) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::spec::{GatedMlp, Mlp, Rope, RopeScaling};
+    use crate::model::spec::{GatedMlp, Mlp, Parts, Rope, RopeScaling};
 
     fn base() -> Value {
         json!({
@@ -410,6 +412,36 @@ mod tests {
         assert!(config.tie_word_embeddings);
     }
 
+    /// As their makers publish them.
+    #[test]
+    fn published_configs_are_read() {
+        let open = |name: &str| {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models").join(name);
+            ModelSpec::open(&folder).unwrap_or_else(|error| panic!("{name}: {error}"))
+        };
+        let gemma = open("gemma-3-27b");
+        assert_eq!((gemma.layers.len(), gemma.kinds().len(), gemma.vocab_size, gemma.head_dim), (62, 2, 262_208, 128));
+        assert_eq!([4, 5, 6].map(|layer| gemma.layers[layer].window), [Some(1024), None, Some(1024)]);
+        assert_eq!([4, 5].map(|layer| gemma.ropes[gemma.layers[layer].rope].theta), [1e4, 1e6]);
+        assert_eq!(gemma.ropes[0].scaling, Some(RopeScaling::Linear { factor: 8.0 }));
+        assert_eq!((gemma.attention_scale, gemma.eos_token_ids), (168f64.powf(-0.5), vec![1, 106]));
+        let gemma = open("gemma-2-27b");
+        assert_eq!((gemma.attention_soft_cap, gemma.logit_soft_cap), (Some(50.0), Some(30.0)));
+        assert_eq!([0, 1].map(|layer| gemma.layers[layer].window), [Some(4096), None]);
+        let smol = open("smollm3-3b");
+        assert_eq!([2, 3, 4].map(|layer| smol.ropes[smol.layers[layer].rope].rotated), [128, 0, 128]);
+        let phi = open("phi-4");
+        assert!(matches!(phi.names.qkv, Parts::Fused(_)) && phi.kinds().len() == 1);
+        for (name, layers) in [("qwen3-8b", 36), ("qwen3-32b", 64), ("mistral-7b", 32), ("olmo-2-13b", 40)] {
+            let spec = open(name);
+            assert_eq!(
+                (spec.layers.len(), spec.layers[0].window, spec.tie_word_embeddings),
+                (layers, None, false),
+                "{name}"
+            );
+        }
+    }
+
     /// Numbers of Llama 3.1 8B, worked out from the published formula with 50 digits.
     #[test]
     fn llama3_frequencies() {
@@ -465,7 +497,7 @@ mod tests {
                 "rope_scaling.beta = 3 is not a key that this model type is known to have",
             ),
             (json!({"logit_scale": 0.5}), "logit_scale = 0.5 is not a key that this model type is known to have"),
-            (json!({"partial_rotary_factor": 0.3}), "partial_rotary_factor = 0.3 "),
+            (json!({"partial_rotary_factor": 0.25}), "partial_rotary_factor = 0.25 is not supported"),
             (
                 json!({"rope_scaling": llama3(4.0)}),
                 "rope_scaling.high_freq_factor = 4 is not above low_freq_factor = 4",

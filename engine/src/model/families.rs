@@ -58,6 +58,8 @@ struct Defaults {
     tie_word_embeddings: bool,
     /// `None`: the function is named by `hidden_act`, SiLU where it is absent.
     gate: Option<Gate>,
+    /// Whether a part of each head may turn.
+    partial_rotary: bool,
 }
 
 impl Defaults {
@@ -75,6 +77,7 @@ impl Defaults {
         rope_theta: 10000.0,
         tie_word_embeddings: false,
         gate: None,
+        partial_rotary: false,
     };
 
     /// Those of Gemma's family.
@@ -216,7 +219,9 @@ fn phi3(object: &Object<'_>) -> Result<ModelSpec> {
     for key in ["full_attn_mod", "interpolate_factor"] {
         object.fixed(key, &[json!(1)])?;
     }
-    let spec = decoder(object, Defaults { max_position_embeddings: 4096, rms_norm_eps: 1e-5, ..Defaults::LLAMA })?;
+    let defaults =
+        Defaults { max_position_embeddings: 4096, rms_norm_eps: 1e-5, partial_rotary: true, ..Defaults::LLAMA };
+    let spec = decoder(object, defaults)?;
     let window = object.optional_size("sliding_window")?;
     let sliding = vec![window.is_some(); spec.layers.len()];
     let names =
@@ -476,6 +481,11 @@ fn decoder(object: &Object<'_>, defaults: Defaults) -> Result<ModelSpec> {
     let quantization = quantization(object, [hidden_size, q_heads * head_dim, inner])?;
     let layers = object.size("num_hidden_layers", defaults.num_hidden_layers)?;
     let max_positions = object.size("max_position_embeddings", Some(defaults.max_position_embeddings))?;
+    let rope = model_rope(object, defaults.rope_theta, head_dim, max_positions)?;
+    if !defaults.partial_rotary && rope.rotated != head_dim {
+        let (part, fix) = (rope.rotated as f64 / head_dim as f64, "use a model with partial_rotary_factor = 1");
+        return Err(object.refuse("partial_rotary_factor", part, "is not supported of this model type", fix));
+    }
     Ok(ModelSpec {
         vocab_size,
         hidden_size,
@@ -491,7 +501,7 @@ fn decoder(object: &Object<'_>, defaults: Defaults) -> Result<ModelSpec> {
         attention_scale: (head_dim as f64).powf(-0.5),
         attention_soft_cap: None,
         sinks: false,
-        ropes: vec![model_rope(object, defaults.rope_theta, head_dim, max_positions)?],
+        ropes: vec![rope],
         mlp,
         embedding_scale: None,
         logit_soft_cap: None,

@@ -336,6 +336,21 @@ impl ModelSpec {
         self.layers.iter().filter_map(|layer| kinds.iter().position(|kind| kind == layer)).collect()
     }
 
+    /// What the longest sequence of a run decides of the model: a line each, for people.
+    pub fn notes(&self, max_seq_len: usize) -> Vec<String> {
+        let note = |rope: &Rope| match &rope.scaling {
+            Some(RopeScaling::LongRope(long)) => {
+                let (list, place) = if long.is_long(max_seq_len) { ("long", "beyond") } else { ("short", "within") };
+                let original = long.original_max_position_embeddings;
+                Some(format!(
+                    "rope: longrope with {list}_factor, as engine.max_seq_len = {max_seq_len} is {place} the original {original}"
+                ))
+            }
+            _ => None,
+        };
+        self.ropes.iter().filter_map(note).collect()
+    }
+
     /// Features of a head that turn; the same for all ropes that have any.
     pub fn rotated(&self) -> usize {
         self.ropes.iter().map(|rope| rope.rotated).max().unwrap_or(0)

@@ -29,13 +29,27 @@ pub(super) fn sets() -> Vec<MutantSet<Matmul>> {
     let quantized = Quantized { weight: Element::I8, group: Some(32), activations: true };
     let gated = Epilogue { bias: true, activation: Activation::SiluGate, residual: false };
     let cut = Spec { output, layout, epilogue: gated, ..Spec::new([24, 300, 130], input) };
+    let gated = Epilogue { activation: Activation::GeluGate, ..Epilogue::NONE };
+    let gelu = Spec { output, epilogue: gated, ..Spec::new([24, 64, 256], input) };
     vec![
         set(plain, Tiles { m: 16, n: 128, k: 256 }, MUTANTS, true),
         set(Spec { layers: 3, ..plain }, Tiles { m: 16, n: 128, k: 256 }, STACKED, false),
         set(Spec { layout, quantized: Some(quantized), ..plain }, Tiles { m: 32, n: 128, k: 256 }, QUANTIZED, false),
         set(cut, Tiles { m: 16, n: 128, k: 128 }, CUT, false),
+        set(gelu, Tiles { m: 16, n: 128, k: 64 }, GELU, false),
     ]
 }
+
+/// Of GELU: the sigmoid of a polynomial of the gate.
+const GELU: &[Mutant] = {
+    use Caught::Mismatch;
+    &[
+        ("the gate's square for its cube", |t| t.first_operand_only(t.find(0, &["mulf"]), "arith.maximumf"), Mismatch),
+        ("ten times the cube", |t| t.replaced(t.find(0, &["4.471500e-02"]), "e-02", "e-01"), Mismatch),
+        ("half the scale", |t| t.replaced(t.find(0, &["1.59576917"]), "1.59576917", "0.79788458"), Mismatch),
+        ("ups left out", |t| t.first_operand_only(t.find(5, &["mulf"]), "arith.maximumf"), Mismatch),
+    ]
+};
 
 /// Of i8 on both sides in groups of 32: windows are x, w, w_scale, x_scale, bias, residual, out. The last step comes first in
 /// the text; it has three groups, the last of them a part of one.
