@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use pagoda_engine::generate::{EngineOptions, SamplingOptions};
 use pagoda_engine::llama::{KvCache, Parallel, Target};
 use pagoda_engine::mesh::Mesh;
+use pagoda_engine::model::spec::Mlp;
 use pagoda_engine::scheduler::Limits;
 use pagoda_engine::stop::StopRule;
 use pagoda_engine::units::PageSize;
@@ -167,6 +168,19 @@ fn every_family_yields_the_tokens_of_transformers_in_fresh_forms() {
     }
 }
 
+/// The largest error of one position's logits. In bf16 a rounding may decide between two experts, and the token, and those that see
+/// it, then have other logits: of models with experts the median position counts.
+fn relative_error(model: &Model, compute: Element, logits: &[Vec<f32>], exact: &[Vec<f64>]) -> f64 {
+    let of = |(logits, exact)| largest_relative_error(std::slice::from_ref(logits), std::slice::from_ref(exact));
+    let mut errors: Vec<f64> = logits.iter().zip(exact).map(of).collect();
+    assert!(errors.iter().all(|error| error.is_finite()), "{errors:?}");
+    errors.sort_by(f64::total_cmp);
+    match (&model.config.mlp, compute) {
+        (Mlp::Experts(_), Element::Bf16) => errors[errors.len() / 2],
+        _ => errors[errors.len() - 1],
+    }
+}
+
 /// At the positions where transformers' are known, in both compute types. How far a rounding in an early layer carries differs from
 /// model to model: transformers' own errors show it, and ours are at most twice as large, or what [`bf16_error`] allows models
 /// that amplify nothing. In f32 roundings are 2^16 times finer, and those of the sums count too: they are less than 8 times as many.
@@ -184,8 +198,8 @@ fn check_logits(pairs: impl Fn(usize) -> Vec<(Target, Element)>) {
             };
             let logits = logits_in_chunks(&client, model, (compute, target), &[&text], 48);
             let ours: Vec<_> = logits[0].iter().skip(EVERY - 1).step_by(EVERY).cloned().collect();
-            let worst = largest_relative_error(&ours, &kept);
-            let bound = (2.0 * largest_relative_error(theirs, &kept)).max(bf16_error(&model.config) / finer);
+            let error = |logits: &[Vec<f32>]| relative_error(model, compute, logits, &kept);
+            let (worst, bound) = (error(&ours), (2.0 * error(theirs)).max(bf16_error(&model.config) / finer));
             eprintln!("{}, {target}, {compute}: {worst:.1e}, {bound:.1e} is allowed", checkpoint.name);
             assert!(worst <= bound, "{}, {target}, {compute}: {worst:e}, {bound:e} is allowed", checkpoint.name);
         }

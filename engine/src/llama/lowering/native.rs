@@ -26,7 +26,9 @@ impl Native {
 /// Whether the call takes a projection.
 fn takes(linear: &Linear<'_, '_>) -> bool {
     let gated = linear.activation.is_gated();
-    linear.layer.is_none() && linear.scale.is_none() && !(gated && linear.bias.is_some())
+    // Biases are added as a residual is, which has the weight's type.
+    let adds = linear.bias.is_none() || !gated && linear.result == linear.weight.element();
+    linear.layer.is_none() && linear.scale.is_none() && adds
 }
 
 impl<'c> Lowering<'c> for Native {
