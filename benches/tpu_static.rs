@@ -1,4 +1,4 @@
-//! Static cycles of our TPU kernels by the real compiler, beside the peers': `cargo bench --bench tpu_static [-- [matmul] [rpa] [--json]]`;
+//! Static cycles of our TPU kernels by the real compiler, beside the peers': `cargo bench --bench tpu_static [-- [matmul] [grouped_matmul] [rpa] [--json]]`;
 //! and over the seeded grid: `cargo bench --bench tpu_static -- grid N [--seed S] [--chip v5p|v6e] [--json]`.
 //!
 //! Nothing runs on a TPU and nothing is timed: libtpu compiles each kernel for v5p and estimates it, and the estimate is
@@ -9,6 +9,9 @@
 //! that the planner chooses for any batch, and for this one. Each of v5p's two cores has half of the heads, and the estimate is
 //! of one core's launch of half the heads: the compiler cannot estimate strided copies (`dma-general`). The peers have all heads
 //! on one core; half of their figures is what they would take on both.
+//!
+//! Grouped matmul: the groups' sizes are constants of the kernel that is compiled, as they are of the peer's list of work, on v5p
+//! and v6e, each within the chip's default limit.
 //!
 //! The grid compares what a step pays: everything from the projections' outputs to the output projection's input. What the
 //! compiler said of a program is kept in the user's cache, so a grid that was stopped goes on where it was.
@@ -23,6 +26,7 @@ use pagoda_engine::certify::{Certifier, run_if_asked};
 use pagoda_engine::check::compile::{Cached, user_cache};
 use pagoda_ir::Element;
 use pagoda_kernels::chips::Chip;
+use pagoda_kernels::grouped_matmul::{self, GroupedMatmul};
 use pagoda_kernels::matmul::{self, Matmul};
 use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::random::Lengths;
@@ -200,12 +204,13 @@ fn measure(json: bool) -> pagoda_engine::Result<()> {
         Certifier::of_this_executable()?.timeout(Duration::from_secs(900)).profile_timeout(Duration::from_secs(900));
     // All, or those that are named.
     let named = |kernel: &str| std::env::args().any(|argument| argument == kernel);
-    let wanted = |kernel| named(kernel) || !(named("matmul") || named("rpa"));
+    let wanted = |kernel| named(kernel) || !["matmul", "grouped_matmul", "rpa"].into_iter().any(named);
     let peers = Peers::read().expect("a file that tests/peers.rs holds complete");
     let matmul = if wanted("matmul") { matmuls(&peers, json, &certifier)? } else { vec![] };
+    let grouped = if wanted("grouped_matmul") { grouped_matmuls(&peers, json, &certifier)? } else { vec![] };
     let rpa = if wanted("rpa") { attentions(&peers, json, &certifier)? } else { vec![] };
     if json {
-        println!("{}", serde_json::json!({ "matmul": matmul, "rpa": rpa }));
+        println!("{}", serde_json::json!({ "matmul": matmul, "grouped_matmul": grouped, "rpa": rpa }));
     }
     Ok(())
 }
@@ -248,6 +253,51 @@ fn attentions(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine
                 ours.hbm_floor_cycles,
                 format!("{}, {}", v2[0], v2[1]),
                 format!("{}, {}", v3[0], v3[1]),
+            );
+        }
+    }
+    Ok(lines)
+}
+
+fn grouped_matmuls(peers: &Peers, json: bool, certifier: &Certifier) -> pagoda_engine::Result<Vec<serde_json::Value>> {
+    let mut lines = Vec::new();
+    if !json {
+        println!(
+            "\nexperts, m x k x n                            | ours @ MiB (tiles)               | megablox | ratio | floor"
+        );
+    }
+    for Case { name, shape, figures } in &peers.groups {
+        for (chip, peer) in [(Chip::V5p, figures.v5p.cycles), (Chip::V6e, figures.v6e.cycles)] {
+            let peers::Groups { m, k, n, transposed, ref sizes } = *shape;
+            let layout = match transposed {
+                true => grouped_matmul::Layout::WeightTransposed,
+                false => grouped_matmul::Layout::RowMajor,
+            };
+            let spec =
+                grouped_matmul::Spec { layout, ..grouped_matmul::Spec::new([m, k, n], sizes.len(), Element::Bf16) };
+            let groups: Vec<_> = sizes.iter().map(|&rows| Lengths { q_len: rows, kv_len: rows }).collect();
+            let problem = Problem::new(spec).expect("a problem");
+            let batches = std::slice::from_ref(&groups);
+            let plan = Plan::<GroupedMatmul>::over(problem, chip, Options::default(), batches).expect("a plan");
+            let (ours, _) = BatchCycles::of_launch(&plan, Some(&groups), certifier)?;
+            let ratio = ours.device_cycles.map(|cycles| cycles as f64 / peer as f64);
+            if json {
+                lines.push(
+                    serde_json::json!({ "name": name, "chip": chip, "ours": ours, "peer": peer, "ratio": ratio }),
+                );
+                continue;
+            }
+            println!(
+                "{:<45} | {:<32} | {peer:<8} | {:<5} | {}",
+                format!("{name} on {chip}: {} of {m} x {k} x {n}", sizes.len()),
+                format!(
+                    "{} @ {:.1} ({})",
+                    ours.device_cycles.map_or("none".into(), |cycles| cycles.to_string()),
+                    ours.vmem.as_mib(),
+                    ours.tiles
+                ),
+                ratio.map_or("-".into(), |ratio| format!("{ratio:.2}")),
+                ours.floor()
             );
         }
     }

@@ -87,6 +87,24 @@ MODELS = {
     "olmo2-few": ("olmo2", dict(
         hidden_size=64, head_dim=None, attention_bias=True,
         vocab_size=61)),
+    "mixtral-two": ("mixtral", dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=None)),
+    "mixtral-one": ("mixtral", dict(
+        num_local_experts=8, num_experts_per_tok=1, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, intermediate_size=40, sliding_window=9, tie_word_embeddings=True)),
+    "qwen3-moe-norm": ("qwen3_moe", dict(
+        num_experts=12, num_experts_per_tok=4, moe_intermediate_size=24, norm_topk_prob=True, decoder_sparse_step=1,
+        mlp_only_layers=[])),
+    "qwen3-moe-plain": ("qwen3_moe", dict(
+        num_experts=6, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=False, num_hidden_layers=3,
+        attention_bias=True, hidden_size=48, vocab_size=70)),
+    "gpt-oss-sinks": ("gpt_oss", dict(
+        num_local_experts=6, num_experts_per_tok=2, sliding_window=8, num_hidden_layers=4, head_dim=64,
+        num_attention_heads=4, num_key_value_heads=1,
+        rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=1.5e5, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                             original_max_position_embeddings=32))),
+    "gpt-oss-many": ("gpt_oss", dict(
+        num_local_experts=9, num_experts_per_tok=4, sliding_window=16, num_hidden_layers=3, hidden_size=48,
+        intermediate_size=40, vocab_size=68, rope_parameters=dict(rope_type="default", rope_theta=1e4))),
 }
 
 

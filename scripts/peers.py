@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Regenerates the peers' static cycles that `make tpu-static` prints: benches/peers/tpu_static.json, and grid.json there.
 
-  scripts/peers.py [--only matmul|xla|v2|v3 ...] [--quick] [--jobs N] [--dir DIR]
+  scripts/peers.py [--only matmul|xla|v2|v3|gmm ...] [--quick] [--jobs N] [--dir DIR]
   scripts/peers.py --grid N [--seed S] [--chip v5p|v6e ...]      the first N points of the seeded grid, v3 at each
 
 No TPU is needed: libtpu compiles each peer for v5p, one child process per point (benches/peers/tpu_static.py), and its
 static profile says how many cycles the kernel takes. Tiles are searched by climbing: from those that the file names, one
-rung of one ladder up or down at a time, while that is faster. --quick measures the named tiles only. A point of the grid
+rung of one ladder up or down at a time, while that is faster. --quick measures the named tiles only. JAX's grouped matmul
+is measured on v5p and v6e at the two choices of tiles that a rough model of its cycles has first. A point of the grid
 (drawn as benches/common/grid.rs draws it) is measured at six choices of tiles, within the chip's default limit as
 far as can be foreseen, the first with accumulators of either type; what stands around v3's kernel (rotary embedding, its own copies of q, K, V
 and the output) is measured beside it.
@@ -37,7 +38,7 @@ CHIPS = {"v5p": (16, 2.765e12 / 1.75e9, 131072), "v6e": (32, 1.64e12 / 1.75e9, 5
 PRODUCT_FIGURES = [("xla", "xla", LARGEST), ("pallas_16mib", "pallas", 16), ("pallas_any", "pallas", LARGEST)]
 BATCH_FIGURES = [("v2_16mib", "v2", 16), ("v2_any", "v2", LARGEST), ("v3_16mib", "v3", 16), ("v3_any", "v3", LARGEST),
                  ("v3_f32_16mib", "v3_f32", 16)]
-ONLY = {"matmul": {"xla", "pallas"}, "xla": {"xla"}, "v2": {"v2"}, "v3": {"v3", "v3_f32"}}
+ONLY = {"matmul": {"xla", "pallas"}, "gmm": {"gmm"}, "xla": {"xla"}, "v2": {"v2"}, "v3": {"v3", "v3_f32"}}
 
 
 def say(text):
@@ -79,7 +80,7 @@ def kernel_name(peer, shape):
     """How the peer's ops start in libtpu's reports; of a program of XLA's own, all count."""
     if "lengths" not in shape and peer.startswith("v3"):  # its other launch is idle
         return "RPAd-" if shape["q_len"] == 1 else "RPAm-"
-    return {"pallas": "matmul", "v2": "ragged_paged_attention_kernel", "v3": "RPA", "v3_f32": "RPA", "v3_hd64": "RPA"}.get(peer, "")
+    return {"pallas": "matmul", "gmm": "gmm", "v2": "ragged_paged_attention_kernel", "v3": "RPA", "v3_f32": "RPA", "v3_hd64": "RPA"}.get(peer, "")
 
 
 def read_reports(folder, name):
@@ -224,7 +225,7 @@ class Peers:
             if "xla" not in peers:  # XLA places no operand in VMEM beside the kernel: what it takes is its own
                 generation = "gf" if chip == "v6e" else "vf"
                 flags.append(f"--xla_{generation}_vmem_memory_space_assignment=false")
-            if "pallas" in peers:
+            if peers & {"pallas", "gmm"}:
                 flags.append(f"--xla_tpu_scoped_vmem_limit_kib={LARGEST << 10}")
             environment = dict(os.environ, TMPDIR=str(folder / "tmp"), LIBTPU_INIT_ARGS=" ".join(flags),
                                TPU_LIBRARY_PATH=str(self.libtpu.resolve()), TPU_MIN_LOG_LEVEL="3", TPU_SKIP_MDS_QUERY="1",
@@ -323,6 +324,59 @@ def write(file, data):
     new = file.with_suffix(".new")
     new.write_text(text + "\n")
     os.replace(new, file)
+
+
+# A chip's matrix units: how many a core has, their side; its cores; what a copy takes beside its bytes, and bytes of it a cycle.
+UNITS = {"v5p": (4, 128, 2, 678, 1236), "v6e": (4, 256, 1, 557, 772)}
+
+
+def group_tiles(shape, chip, limit):
+    """Two choices of the grouped matmul's tiles that should fit, those of which the model below expects least."""
+    m, k, n, sizes = (shape[name] for name in ("m", "k", "n", "sizes"))
+    units, side, cores, latency, rate = UNITS[chip]
+    ends = [sum(sizes[:at + 1]) for at in range(len(sizes))]
+    groups = [(end - size, end) for end, size in zip(ends, sizes) if size]
+
+    def parts(size):
+        return [part for part in range(128, size, 128) if size % part == 0 or part % 512 == 0] + [size]
+
+    def cost(tiles):
+        tm, tk, tn = tiles
+        visits = sum(-(-end // tm) - first // tm for first, end in groups)
+        steps = -(-n // tn) * visits * -(-k // tk) / (cores if -(-n // tn) > 1 else 1)
+        work = -(-tk // side) * -(-tn // side) * max(tm, 0.67 * side) / units + 0.6 * tm * tn / 1024 + 300
+        copy = latency + max(tk * tn, tm * tk if tk < k else 0) * 2 / rate
+        return steps * max(work, (work + copy) / 2)
+
+    rows = [rows for rows in (8, 16, 32, 64, 128, 256, 512, 1024) if m % rows == 0]
+    choices = [(tm, tk, tn) for tm in rows for tk in parts(k) for tn in parts(n)
+               if 2 * 2 * (tm * tk + tk * tn + tm * tn) + 8 * tm * tn <= 0.9 * limit * 2**20]
+    choices.sort(key=cost)
+    # No more than two of as many rows.
+    fair = [of for of in choices if [other for other in choices if other[0] == of[0]].index(of) < 2]
+    return fair[:2]
+
+
+def run_groups(peers, options):
+    """JAX's grouped matmul within each chip's default limit."""
+    data = json.loads(FILE.read_text())
+    for case in data["groups"]:
+        for chip in options.chip or CHIPS:
+            if options.case and case["name"] not in options.case:
+                continue
+            limit = CHIPS[chip][0]
+            tiles = group_tiles(case["shape"], chip, limit)
+            results = peers.points(chip, f"groups-{chip}-{case['name']}", case["shape"], [("gmm", list(of)) for of in tiles])
+            found = [(result["cycles"], result["mib"], of) for result, of in zip(results, tiles) if "cycles" in result]
+            found = [of for of in found if of[1] <= limit]
+            if not found:
+                say(f"{case['name']} on {chip}: nothing fits")
+                continue
+            cycles, mib, best = min(found)
+            case["figures"][chip] = {"cycles": cycles, "mib": mib, "tiles": list(best), "peer": peers.version("gmm"),
+                                     "libtpu": peers.libtpu_version, "from": "scripts/peers.py", "points": len(found)}
+            say(f"{case['name']} on {chip}: {cycles} at {best}")
+            write(FILE, data)
 
 
 class Choices:
@@ -518,7 +572,12 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
-            run_grid(peers, pool, options) if options.grid else run(peers, pool, wanted, options)
+            if options.grid:
+                run_grid(peers, pool, options)
+            else:
+                run(peers, pool, wanted, options)
+                if "gmm" in wanted:
+                    run_groups(peers, options)
         finally:
             for child in list(peers.children):
                 child.kill()

@@ -26,7 +26,7 @@ fn everything_passes_on_the_cpu_plugin() {
         };
         checks.iter().filter(matching).count()
     };
-    for kernel in ["matmul", "rpa", "rms_norm"] {
+    for kernel in ["matmul", "grouped_matmul", "rpa", "rms_norm"] {
         assert_eq!((of(kernel, "stablehlo", "passed"), of(kernel, "mosaic", "passed")), (3, 3), "{kernel}: {text}");
         assert_eq!(of(kernel, "native", "passed") + of(kernel, "native", "skipped"), 3, "{kernel}: {text}");
     }

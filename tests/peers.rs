@@ -17,8 +17,15 @@ fn every_figure_that_the_bench_prints_is_in_the_file_with_its_origin() {
     assert_eq!((products.len(), batches.len()), (5, 4), "{products:?} {batches:?}");
     assert_eq!(read.batches.iter().filter(|case| case.shape.q_len == 1).count(), 1, "one batch is the decode kernel's");
 
+    assert!(read.groups.len() >= 4);
+    let rows = |groups: &peers::Groups| groups.sizes.iter().sum::<usize>() == groups.m;
+    assert!(
+        read.groups.iter().all(|case| rows(&case.shape) && case.figures.v5p.cycles > 0),
+        "rows are those of the groups"
+    );
+
     let file: Value = serde_json::from_str(peers::FILE).unwrap();
-    for case in ["products", "batches"].iter().flat_map(|list| file[*list].as_array().unwrap()) {
+    for case in ["products", "batches", "groups"].iter().flat_map(|list| file[*list].as_array().unwrap()) {
         let figures = case["figures"].as_object().unwrap();
         for (name, figure) in figures.iter().filter(|(_, figure)| !figure.is_null()) {
             let what = format!("{} {name}: {figure}", case["name"]);

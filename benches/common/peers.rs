@@ -12,6 +12,7 @@ pub const FILE: &str = include_str!("../peers/tpu_static.json");
 pub struct Peers {
     pub products: Vec<Case<Product, ProductFigures>>,
     pub batches: Vec<Case<Batch, BatchFigures>>,
+    pub groups: Vec<Case<Groups, GroupFigures>>,
 }
 
 #[derive(Deserialize)]
@@ -54,6 +55,23 @@ pub struct BatchFigures {
     pub v3_any: Figure,
     pub v3_16mib: Figure,
     pub v3_f32_16mib: Figure,
+}
+
+/// Rows of experts, `[m, k]` times each expert's `[k, n]`, or `[n, k]` transposed: as many rows as `sizes` says.
+#[derive(Deserialize)]
+pub struct Groups {
+    pub m: usize,
+    pub k: usize,
+    pub n: usize,
+    pub transposed: bool,
+    pub sizes: Vec<usize>,
+}
+
+/// JAX's grouped matmul (megablox) at the best of a few tiles within a chip's default limit.
+#[derive(Deserialize)]
+pub struct GroupFigures {
+    pub v5p: Figure,
+    pub v6e: Figure,
 }
 
 #[derive(Deserialize)]

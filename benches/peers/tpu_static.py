@@ -60,6 +60,65 @@ def pallas(shape, tiles, limit):
     return lambda x, y: matmul(x, y, block_shape=(bm, bn), block_k=bk), [(m, k), (k, n)]
 
 
+@jax.tree_util.register_pytree_node_class
+class Known:
+    """A prefetched array of known numbers, of which a kernel's index maps know all: read from scalar memory, the compiler takes
+    a block for the same as the last one, and leaves its copy out of the estimate."""
+
+    def __init__(self, numbers):
+        self.numbers = tuple(int(number) for number in numbers)
+
+    def tree_flatten(self):
+        return (), self.numbers
+
+    @classmethod
+    def tree_unflatten(cls, numbers, _):
+        return cls(numbers)
+
+    @property
+    def size(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        for shift in range(8):
+            if all(number == at >> shift for at, number in enumerate(self.numbers)):
+                return jax.lax.shift_right_logical(index, jnp.int32(shift)) if shift else index
+        steps = {later - number for number, later in zip(self.numbers, self.numbers[1:])}
+        if len(steps) == 1:
+            return self.numbers[0] + index * steps.pop()
+        value = jnp.int32(self.numbers[0])
+        for at in range(1, len(self.numbers)):
+            if self.numbers[at] != self.numbers[at - 1]:
+                value = jnp.where(index >= at, jnp.int32(self.numbers[at]), value)
+        return value
+
+
+def gmm(shape, tiles, limit):
+    """JAX's grouped matmul (megablox), bf16 throughout; tiles are of m, k and n. Its list of work is made of the groups' sizes
+    here, so that its grid has as many steps as they need, and is known to its index maps. It takes no VMEM limit, as `pallas`."""
+    # The package has a function of the module's name.
+    peer = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    sizes = np.array(shape["sizes"], np.int32)
+    m, k, n = shape["m"], shape["k"], shape["n"]
+    with jax.sharding.set_mesh(jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("device",))):
+        metadata, count = peer.make_group_metadata(
+            group_sizes=jnp.array(sizes), m=m, tm=tiles[0], start_group=jnp.int32(0), num_nonzero_groups=len(sizes),
+            visit_empty_groups=False)
+        offsets, groups, rows = [np.asarray(array) for array in metadata]
+        count = int(count)
+    original = peer.make_group_metadata
+    peer.make_group_metadata = lambda **_: ((Known(offsets), Known(groups[:count]), Known(rows[:count])), count)
+    transposed = shape.get("transposed", False)
+
+    def gmm(x, w):
+        result = peer.gmm.__wrapped__(x, w, jnp.array(sizes), preferred_element_type=BF16, tiling=tuple(tiles),
+                                      transpose_rhs=transposed)
+        peer.make_group_metadata = original
+        return result
+
+    return gmm, [(m, k), (len(sizes), n, k) if transposed else (len(sizes), k, n)]
+
+
 def baked(kernel, constants, grid_dims):
     """`kernel` after stores of constants into its first refs (None: left as they come), at the first step of its grid."""
 
@@ -241,7 +300,7 @@ def f32_accumulators(peer):
     exec(compile(source, peer.__file__, "exec"), peer.__dict__)
 
 
-PEERS = {"xla": xla, "pallas": pallas, "v2": v2, "v3": v3, "v3_f32": functools.partial(v3, f32=True), "v3_hd64": v3_hd64,
+PEERS = {"xla": xla, "pallas": pallas, "gmm": gmm, "v2": v2, "v3": v3, "v3_f32": functools.partial(v3, f32=True), "v3_hd64": v3_hd64,
          "before": before, "after": after}
 
 

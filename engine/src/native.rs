@@ -9,6 +9,7 @@ use pagoda_ir::mosaic::wire;
 use pagoda_ir::tile_machine::{Machine, Program};
 use pagoda_ir::{Context, Element, HostTensor, TensorType};
 use pagoda_kernels::float::Float;
+use pagoda_kernels::grouped_matmul;
 use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::matmul::{self, Activation};
 use pagoda_kernels::rpa::cached::{self, Cached};
@@ -29,6 +30,7 @@ pub fn register_all(plugin: &Plugin) -> Result<()> {
     register::<HostCall>(plugin)?;
     register::<Attention>(plugin)?;
     register::<Take>(plugin)?;
+    register::<GroupedMatmul>(plugin)?;
     register::<Matmul>(plugin)
 }
 
@@ -90,6 +92,40 @@ fn multiply<T: Float>(frame: Frame<'_>) -> Outcome {
     } else {
         let [y] = results.values::<T, 1>()?;
         matmul::native::multiply(&call, y, &threads);
+    }
+    Ok(())
+}
+
+/// `pagoda_grouped_matmul`: see [`grouped_matmul::native`].
+struct GroupedMatmul;
+
+impl CustomCall for GroupedMatmul {
+    const TARGET: &'static str = grouped_matmul::native::TARGET;
+
+    fn call(frame: Frame<'_>) -> Outcome {
+        by_element(frame, multiply_groups::<f32>, multiply_groups::<bf16>)
+    }
+}
+
+fn multiply_groups<T: Float>(Frame { operands, results, options }: Frame<'_>) -> Outcome {
+    let (w, x, sizes) = (operands.get(0)?, operands.get(1)?, operands.get(2)?.values::<i32>()?);
+    let (&[columns, k], &[m, _]) = (w.dims, x.dims) else { return Err("operands are not matrices".into()) };
+    let rows: i64 = sizes.iter().map(|&size| i64::from(size)).sum();
+    if rows > m || sizes.iter().any(|&size| size < 0) {
+        return Err(format!("groups of {sizes:?} rows, of {m} in all"));
+    }
+    let gated = options.string(grouped_matmul::native::GATED).is_some();
+    let n = columns as usize / sizes.len().max(1) / if gated { 2 } else { 1 };
+    let w = w.values::<T>()?;
+    let groups =
+        grouped_matmul::native::Groups { x: x.values()?, w, sizes, k: k as usize, n, gated, resident: guard(w) };
+    let threads = options.threads();
+    if results.ty(0)?.0 == Element::F32 {
+        let [y] = results.values::<f32, 1>()?;
+        grouped_matmul::native::multiply_groups(&groups, y, &threads);
+    } else {
+        let [y] = results.values::<T, 1>()?;
+        grouped_matmul::native::multiply_groups(&groups, y, &threads);
     }
     Ok(())
 }

@@ -356,12 +356,14 @@ pub struct Operand {
     element: Option<Element>,
     dims: Option<Vec<usize>>,
     padded: Option<Vec<usize>>,
+    /// Sizes behind the padding.
+    last: Option<Vec<usize>>,
 }
 
 impl Operand {
     /// The argument as it is.
     pub const fn of(argument: &'static str) -> Self {
-        Self { argument, part: None, element: None, dims: None, padded: None }
+        Self { argument, part: None, element: None, dims: None, padded: None, last: None }
     }
 
     /// `size` elements from `start` on along dimension `dim`; what else is asked for comes behind it.
@@ -376,13 +378,16 @@ impl Operand {
         Self { element: Some(element), ..self }
     }
 
-    /// Of sizes `dims`, elements in the same order.
+    /// Of sizes `dims`, elements in the same order; what was padded, with its padding.
     #[must_use]
     pub fn reshape(self, dims: &[usize]) -> Self {
-        Self { dims: Some(dims.to_vec()), ..self }
+        match self.padded {
+            None => Self { dims: Some(dims.to_vec()), ..self },
+            Some(_) => Self { last: Some(dims.to_vec()), ..self },
+        }
     }
 
-    /// Padded to sizes `dims` at the end of each dimension, with what no kernel may look at. Costs nothing where the sizes are
+    /// Padded to sizes `dims` at the end of each dimension (of more than two, of the last one), with what no kernel may look at. Costs nothing where the sizes are
     /// these.
     #[must_use]
     pub fn padded(self, dims: &[usize]) -> Self {
@@ -404,10 +409,12 @@ impl Operand {
         if let Some(dims) = &self.dims {
             tensor = b.reshape(tensor, dims)?;
         }
-        let Some(padded) = self.padded.as_ref().filter(|padded| **padded != tensor.dims()) else { return Ok(tensor) };
-        let high: Vec<_> = padded.iter().zip(tensor.dims()).map(|(to, from)| (to - from) as i64).collect();
-        let zero = b.splat(tensor.element(), &[], 0.0)?;
-        b.pad(tensor, zero, &vec![0; high.len()], &high, &vec![0; high.len()])
+        if let Some(padded) = self.padded.as_ref().filter(|padded| **padded != tensor.dims()) {
+            let high: Vec<_> = padded.iter().zip(tensor.dims()).map(|(to, from)| (to - from) as i64).collect();
+            let zero = b.splat(tensor.element(), &[], 0.0)?;
+            tensor = b.pad(tensor, zero, &vec![0; high.len()], &high, &vec![0; high.len()])?;
+        }
+        self.last.as_ref().map_or(Ok(tensor), |dims| b.reshape(tensor, dims))
     }
 
     fn on_host(&self, inputs: &Arrays) -> HostTensor {
@@ -418,10 +425,18 @@ impl Operand {
             true => HostTensor::from_bytes(element, dims, array.bytes()),
             false => HostTensor::from_f64(element, dims, &array.to_f64()),
         };
-        match self.padded.as_ref().filter(|padded| padded[..] != *dims) {
+        let tensor = match self.padded.as_ref().filter(|padded| padded[..] != *dims) {
             None => tensor,
-            // Poison: a kernel that looks at it is found out.
-            Some(padded) => resized(&tensor, padded, if element.is_float() { 0xff } else { 0 }),
+            // Poison: a kernel that looks at it is found out. Of more than two dimensions, the last one is padded.
+            Some(padded) => {
+                let flat = HostTensor::from_bytes(tensor.element(), &by_last(tensor.dims()), tensor.bytes());
+                let wide = resized(&flat, &by_last(padded), if element.is_float() { 0xff } else { 0 });
+                HostTensor::from_bytes(wide.element(), padded, wide.bytes())
+            }
+        };
+        match &self.last {
+            None => tensor,
+            Some(dims) => HostTensor::from_bytes(tensor.element(), dims, tensor.bytes()),
         }
     }
 }
@@ -463,6 +478,12 @@ pub fn host_results<K: Kernel>(problem: &ProblemOf<K>, returned: &[HostTensor]) 
         }
     };
     returned.iter().zip(types.values()).map(result).collect()
+}
+
+/// Rows of an array's last dimension.
+fn by_last(dims: &[usize]) -> [usize; 2] {
+    let (&last, others) = dims.split_last().expect("an array that is padded has dimensions");
+    [others.iter().product(), last]
 }
 
 /// An array as a kernel that works on rows has it.

@@ -16,6 +16,7 @@ pub mod drawn;
 pub mod error;
 pub mod evidence;
 pub mod float;
+pub mod grouped_matmul;
 pub mod kernel;
 pub mod matmul;
 pub mod mutants;

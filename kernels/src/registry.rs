@@ -6,6 +6,7 @@ macro_rules! for_each_kernel {
     ($with:ident) => {
         $with! {
             matmul: $crate::matmul::Matmul,
+            grouped_matmul: $crate::grouped_matmul::GroupedMatmul,
             rpa: $crate::rpa::Rpa,
             rms_norm: $crate::rms_norm::RmsNorm,
         }

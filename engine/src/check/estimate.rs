@@ -205,6 +205,7 @@ const EMPTY_ATTENTION: f64 = 2000.0;
 pub fn modelled(plan: &Plan, launch: &Launch) -> Cycles {
     match &launch.plan {
         Planned::Matmul(matmul) => Cycles::constant(matmul.estimate().cycles, Source::Model),
+        Planned::Experts(experts) => Cycles::constant(experts.details().estimate.cycles, Source::Model),
         Planned::Attention(attention) => {
             let (chip, problem) = (plan.job.topology.chip().info(), attention.problem());
             let layout = problem.kv_layout();

@@ -6,6 +6,7 @@
 use pagoda_ir::{Context, Element};
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::evidence::{self, Digest, Record};
+use pagoda_kernels::grouped_matmul::{self, GroupedMatmul};
 use pagoda_kernels::kernel::Kernel;
 pub use pagoda_kernels::kernel::Work;
 use pagoda_kernels::matmul::{self, Epilogue, Layout, Matmul};
@@ -19,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::llama::step::{self, StepShape};
 use crate::llama::{WINDOW_ATTENTION, attention_kernel, is_window_attention};
 use crate::model::ModelSpec;
-use crate::model::spec::Mlp;
+use crate::model::spec::{Experts, Mlp};
 
 /// A kernel of a step.
 #[derive(Clone, Debug)]
@@ -33,13 +34,15 @@ pub struct Launch {
 }
 
 /// What launches are for: the names of their operations in a program end in these (and in numbers).
-pub const ROLES: [&str; 7] = ["qkv", "attention", WINDOW_ATTENTION, "output", "gate_up", "down", "head"];
+pub const ROLES: [&str; 8] = ["qkv", "attention", WINDOW_ATTENTION, "output", "router", "gate_up", "down", "head"];
 
 /// A planned kernel of a step.
 #[derive(Clone, Debug)]
 pub enum Planned {
     /// A projection.
     Matmul(Plan<Matmul>),
+    /// Projections by experts.
+    Experts(Plan<GroupedMatmul>),
     /// Attention over the KV pages.
     Attention(Plan<Rpa>),
 }
@@ -49,6 +52,7 @@ macro_rules! either {
     ($planned:expr, $plan:ident => $value:expr) => {
         match $planned {
             Planned::Matmul($plan) => $value,
+            Planned::Experts($plan) => $value,
             Planned::Attention($plan) => $value,
         }
     };
@@ -147,9 +151,32 @@ pub fn launches(config: &ModelSpec, shape: &StepShape, chip: Chip, program: Prog
             launches.push(matmul("gate_up", layers, [rows, hidden, mlp.inner], compute, gate)?);
             launches.push(matmul("down", layers, [rows, mlp.inner, hidden], partial, closing(mlp.bias))?);
         }
+        Mlp::Experts(Experts { count, chosen, inner, gate, bias: has_bias, .. }) => {
+            launches.push(matmul("router", layers, [rows, hidden, count], Element::F32, bias(has_bias))?);
+            let grouped = |role, [k, n]: [usize; 2], output, activation, bias| {
+                let spec = grouped_matmul::Spec {
+                    output,
+                    layout: grouped_matmul::Layout::WeightTransposed,
+                    activation,
+                    bias,
+                    layers: stack,
+                    ..grouped_matmul::Spec::new([rows * chosen, k, n], count, compute)
+                };
+                let plan = plan::<GroupedMatmul>(role, spec, chip)?;
+                Ok::<_, Error>(Launch { role, count: layers, plan: Planned::Experts(plan) })
+            };
+            launches.push(grouped("gate_up", [hidden, inner], compute, step::expert_activation(gate), has_bias)?);
+            let identity = grouped_matmul::Activation::Identity;
+            launches.push(grouped("down", [inner, hidden], Element::F32, identity, has_bias && !split)?);
+        }
     }
     launches.push(matmul("head", 1, [shape.slots, hidden, shard.vocab_size], Element::F32, Epilogue::NONE)?);
     Ok(launches)
+}
+
+/// The groups that are expected.
+fn typical(problem: &grouped_matmul::Problem) -> Option<Vec<Lengths>> {
+    GroupedMatmul::spread(problem).pop().map(|(_, batch)| batch)
 }
 
 fn plan<K: Kernel>(role: &str, spec: K::Spec, chip: Chip) -> Result<Plan<K>> {
@@ -168,6 +195,8 @@ impl Launch {
     pub fn work(&self, batch: &[Lengths]) -> Work {
         match &self.plan {
             Planned::Matmul(plan) => Matmul::work(plan.problem(), None),
+            // Rows as a router that prefers no expert deals them out.
+            Planned::Experts(plan) => GroupedMatmul::work(plan.problem(), typical(plan.problem()).as_deref()),
             Planned::Attention(plan) => Rpa::work(plan.problem(), Some(batch)),
         }
     }
@@ -202,6 +231,11 @@ pub fn module(planned: &Planned, batch: &[Lengths]) -> Result<Vec<u8>> {
     let context = Context::new();
     match planned {
         Planned::Matmul(plan) => Ok(plan.module(&context)?.bytecode().to_vec()),
+        Planned::Experts(plan) => {
+            let kernel = GroupedMatmul::kernel_of_batch(&context, plan, typical(plan.problem()).as_deref())?;
+            let module = pagoda_kernels::kernel::certified_module::<GroupedMatmul>(&context, plan, &kernel)?;
+            Ok(module.bytecode().to_vec())
+        }
         Planned::Attention(plan) => {
             Rpa::check_batch(plan.problem(), Some(batch))?;
             let kernel = Rpa::kernel_of_batch(&context, plan, Some(batch))?;

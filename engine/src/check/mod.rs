@@ -268,6 +268,8 @@ impl Wanted {
                 let at = self.unit(plan, &launch.plan, &format!("{} of {}", launch.role, program.name()), &[])?;
                 Ok(WantedCycles::One(at, model))
             }
+            // Its loops turn as often as there are chunks: a profile takes minutes.
+            Planned::Experts(_) => Ok(WantedCycles::Known(model)),
             Planned::Attention(attention) => {
                 let planned = Planned::Attention(one_core(attention)?);
                 let [low, high] = estimate::profiled_batches(plan, program);

@@ -688,7 +688,7 @@ fn pagoda_kernel(plan: &Plan) -> Option<Planned> {
     let launches = launches(&job.config, &shape, job.topology.chip(), Program::Prefill).ok()?;
     let attention = launches.into_iter().find_map(|launch| match launch.plan {
         Planned::Attention(plan) => Some(plan),
-        Planned::Matmul(_) => None,
+        Planned::Matmul(_) | Planned::Experts(_) => None,
     })?;
     let spec = rpa::Spec { layers: 1, ..attention.problem().spec().clone() };
     let problem = pagoda_kernels::Problem::new(spec).ok()?;

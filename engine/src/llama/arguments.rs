@@ -7,7 +7,7 @@ use pagoda_ir::{Element, TensorType};
 use super::step::StepShape;
 use crate::model::ModelSpec;
 use crate::model::quantization::Quantization;
-use crate::model::spec::{Mlp, QkNorm};
+use crate::model::spec::{Experts, Mlp, QkNorm};
 
 /// A weight `[out, in]` and, where the model has them, its scales and its biases `[out]`.
 #[derive(Clone, Copy)]
@@ -66,6 +66,14 @@ pub(super) enum MlpWeights<T> {
         /// `[hidden, inner]`
         down: Projection<T>,
     },
+    Experts {
+        /// `[experts, hidden]`
+        router: Projection<T>,
+        /// `[experts * 2 * inner, hidden]`: each expert's gate rows, then its up rows.
+        gate_up: Projection<T>,
+        /// `[experts * hidden, inner]`
+        down: Projection<T>,
+    },
 }
 
 impl<T> Layer<T> {
@@ -90,6 +98,11 @@ impl<T> Layer<T> {
                 Mlp::Gated(mlp) => MlpWeights::Gated {
                     gate_up: Projection::each(shape, quantization, [2 * mlp.inner, hidden], mlp.bias, &mut next),
                     down: Projection::each(shape, quantization, [hidden, mlp.inner], mlp.bias, &mut next),
+                },
+                Mlp::Experts(Experts { count, inner, bias, .. }) => MlpWeights::Experts {
+                    router: Projection::each(shape, None, [*count, hidden], *bias, &mut next),
+                    gate_up: Projection::each(shape, None, [count * 2 * inner, hidden], *bias, &mut next),
+                    down: Projection::each(shape, None, [count * hidden, *inner], *bias, &mut next),
                 },
             },
             after_mlp: after.then(|| next(shape.compute, &[hidden])),

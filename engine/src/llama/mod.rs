@@ -245,7 +245,7 @@ mod tests {
     fn uploads_have_the_types_of_the_arguments() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny-llama-kjv");
         let tiny = ModelSpec::open(&folder).unwrap();
-        let Mlp::Gated(mlp) = tiny.mlp;
+        let Mlp::Gated(mlp) = tiny.mlp else { panic!("a Llama") };
         let shape = |model| StepShape {
             prefill_rows: 8,
             slots: 2,

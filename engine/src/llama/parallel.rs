@@ -23,7 +23,7 @@ use crate::error::Error;
 use crate::mesh::{Mesh, Shard};
 use crate::model::ModelSpec;
 use crate::model::quantization::Quantization;
-use crate::model::spec::{GatedMlp, Mlp};
+use crate::model::spec::{Experts, GatedMlp, Mlp};
 use crate::{mpi, sampler};
 
 /// The most rows of a vocabulary that one shard may hold: their numbers are exchanged as f32.
@@ -115,6 +115,9 @@ impl Parallel {
         let width = |units| Shard::width(units, self.model);
         let mlp = match config.mlp {
             Mlp::Gated(mlp) => Mlp::Gated(GatedMlp { inner: width(mlp.inner).next_multiple_of(LANES), ..mlp }),
+            Mlp::Experts(experts) => {
+                Mlp::Experts(Experts { inner: width(experts.inner).next_multiple_of(LANES), ..experts })
+            }
         };
         ModelSpec {
             q_heads: width(config.q_heads),
@@ -381,8 +384,8 @@ mod tests {
         assert!(error.contains("mesh model = 4 exceeds vocab_size = 3: use model = 1 or 2"), "{error}");
         let sizes = |model, config: &ModelSpec| {
             over(model).check(config).unwrap();
-            let ModelSpec { q_heads, kv_heads, mlp: Mlp::Gated(mlp), vocab_size, .. } = over(model).shard_of(config);
-            [q_heads, kv_heads, mlp.inner, vocab_size]
+            let ModelSpec { q_heads, kv_heads, mlp, vocab_size, .. } = over(model).shard_of(config);
+            [q_heads, kv_heads, mlp.inner(), vocab_size]
         };
         let config = config(8, 2, 257);
         assert_eq!(

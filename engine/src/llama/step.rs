@@ -28,16 +28,19 @@
 
 use pagoda_ir::stablehlo::{Builder, Direction, Module, Tensor};
 use pagoda_ir::{Context, Element, HostTensor, Result, TensorType};
+use pagoda_kernels::grouped_matmul;
 use pagoda_kernels::rpa::{KvLayout, KvRows};
 
 use super::KvCache;
 use super::arguments::{Layer, Layers, MlpWeights, Projection, Weights, weight_types};
-use super::lowering::{Activation, Batch, Kind, Linear, Lowering, Norm, OfLayer, Rows, Which, lowering, square_sums};
+use super::lowering::{
+    Activation, Batch, Grouped, Kind, Linear, Lowering, Norm, OfLayer, Rows, Which, lowering, square_sums,
+};
 use super::parallel::{Exchange, Parallel};
 use super::sampling::{key_types, parameter_types, parameters};
 use super::target::Target;
 use crate::model::ModelSpec;
-use crate::model::spec::{Gate, Mlp, QkNorm};
+use crate::model::spec::{ExpertGate, Experts, Gate, Mlp, QkNorm};
 use crate::sampler::{self, Keys, Parameters, Sampling};
 use crate::scheduler::Limits;
 
@@ -126,6 +129,75 @@ impl<'c, 'a> Place<'c, 'a> {
     /// The layer's part of a weight, sliced.
     fn part(self, b: &Builder<'c, 'a>, weight: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         self.of_stack.map_or(Ok(weight), |index| b.part(weight, index))
+    }
+}
+
+/// Which experts work on which rows of a step. Each row has `chosen` *turns*, one with each of its experts.
+struct Routing<'c, 'a> {
+    /// `i32[rows * chosen]`: the expert of each turn, row by row.
+    chosen: Tensor<'c, 'a>,
+    /// `f32[rows, chosen]`: what its result is multiplied by.
+    weights: Tensor<'c, 'a>,
+    /// `i32[rows * chosen]`: the row of each turn, sorted by expert; those of padding come last.
+    tokens: Tensor<'c, 'a>,
+    /// `i32[rows * chosen]`: where each turn is among the sorted ones.
+    places: Tensor<'c, 'a>,
+    /// `i32[experts]`: turns of each expert.
+    sizes: Tensor<'c, 'a>,
+}
+
+impl<'c, 'a> Routing<'c, 'a> {
+    /// By the router's `logits f32[rows, experts]`. Rows that are not `live` have no expert.
+    fn of(b: &Builder<'c, 'a>, logits: Tensor<'c, 'a>, experts: &Experts, live: Tensor<'c, 'a>) -> Result<Self> {
+        let (dims, Experts { count, chosen, .. }) = (logits.dims(), *experts);
+        let (rows, turns) = (dims[0], dims[0] * chosen);
+        let softmax = |b: &Builder<'c, 'a>, logits: Tensor<'c, 'a>| {
+            let dims = logits.dims();
+            let of_row = |x| b.broadcast_in_dim(x, &dims, &[0]);
+            let powers = b.exponential(b.subtract(logits, of_row(b.reduce_max(logits, &[1])?)?)?)?;
+            b.divide(powers, of_row(b.reduce_sum(powers, &[1])?)?)
+        };
+        let scores = if experts.normalised { logits } else { softmax(b, logits)? };
+        // Of equals the first comes first.
+        let ids = b.iota(Element::I32, &dims, 1)?;
+        let sorted = b.sort(&[scores, ids], 1, true, |b, pairs| b.compare(pairs[0].0, Direction::Gt, pairs[0].1))?;
+        let best = |x| b.slice_in_dim(x, 0, chosen, 1);
+        let weights = if experts.normalised { softmax(b, best(sorted[0])?)? } else { best(sorted[0])? };
+        let ids = best(sorted[1])?;
+        let none = b.splat(Element::I32, &[rows, chosen], count as f64)?;
+        let ids = b.select(b.broadcast_in_dim(live, &[rows, chosen], &[0])?, ids, none)?;
+        let ids = b.reshape(ids, &[turns])?;
+        let in_order = |keys| {
+            let places = b.iota(Element::I32, &[turns], 0)?;
+            let sorted =
+                b.sort(&[keys, places], 0, true, |b, pairs| b.compare(pairs[0].0, Direction::Lt, pairs[0].1))?;
+            Ok::<_, pagoda_ir::Error>(sorted[1])
+        };
+        let order = in_order(ids)?;
+        let tokens = b.divide(order, b.splat(Element::I32, &[turns], chosen as f64)?)?;
+        let is_of = b.compare(
+            b.broadcast_in_dim(ids, &[count, turns], &[1])?,
+            Direction::Eq,
+            b.iota(Element::I32, &[count, turns], 0)?,
+        )?;
+        let sizes = b.reduce_sum(b.convert(is_of, Element::I32)?, &[1])?;
+        Ok(Self { chosen: ids, weights, tokens, places: in_order(order)?, sizes })
+    }
+
+    /// The weighted sums `f32[rows, width]` of `x f32[rows * chosen, width]`, what each turn made.
+    fn combined(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        let ([rows, chosen], width) = ([0, 1].map(|dim| self.weights.dims()[dim]), x.dims()[1]);
+        let dims = [rows, chosen, width];
+        let weights = b.broadcast_in_dim(self.weights, &dims, &[0, 1])?;
+        b.reduce_sum(b.multiply(b.reshape(x, &dims)?, weights)?, &[1])
+    }
+}
+
+/// What follows the experts' first product.
+pub(crate) fn expert_activation(gate: ExpertGate) -> grouped_matmul::Activation {
+    match gate {
+        ExpertGate::Silu => grouped_matmul::Activation::SiluGate,
+        ExpertGate::ClampedSwiglu => grouped_matmul::Activation::ClampedSwiglu,
     }
 }
 
@@ -229,7 +301,7 @@ impl<'c> Graph<'_, 'c> {
         let x = self.add_projection(&b.named("output"), exchange, x, attended, output)?;
         match &layer.mlp {
             MlpWeights::Gated { gate_up, down } => {
-                let Mlp::Gated(mlp) = &self.config.mlp;
+                let Mlp::Gated(mlp) = &self.config.mlp else { unreachable!("the weights are the model's") };
                 let inner = {
                     let b = &b.named("gate_up");
                     let gate_up = projected(b, layer.before_mlp, *gate_up)?;
@@ -237,6 +309,67 @@ impl<'c> Graph<'_, 'c> {
                 };
                 let down = (*down, layer.after_mlp, place);
                 Ok((self.add_projection(&b.named("down"), exchange, x, inner, down)?, kv))
+            }
+            MlpWeights::Experts { router, gate_up, down } => {
+                let Mlp::Experts(experts) = &self.config.mlp else { unreachable!("the weights are the model's") };
+                let normed = match layer.before_mlp {
+                    Some(norm) => lowering.norm(b, x, &self.norm(place.part(b, norm)?))?,
+                    None => x,
+                };
+                let logits = {
+                    let router = Linear { layer: place.of_stack, result: Element::F32, ..self.projection(*router) };
+                    lowering.by_row(&b.named("router"), normed, &router)?
+                };
+                let routing = Routing::of(&b.named("routing"), logits, experts, batch.live(b)?)?;
+                let rows = lowering.orientation().turn(b, normed)?;
+                let sum = self.experts(b, exchange, rows, &routing, (*gate_up, *down, place))?;
+                let sum = lowering.orientation().turn(b, sum)?;
+                let after = layer.after_mlp.map(|norm| Ok::<_, pagoda_ir::Error>(self.norm(place.part(b, norm)?)));
+                let sum = match after.transpose()? {
+                    Some(norm) => b.convert(lowering.norm(b, b.convert(sum, x.element())?, &norm)?, Element::F32)?,
+                    None => sum,
+                };
+                Ok((b.convert(b.add(b.convert(x, Element::F32)?, sum)?, x.element())?, kv))
+            }
+        }
+    }
+
+    /// The weighted sum `f32[rows, hidden]` of what the chosen experts make of `x [rows, hidden]`. Their inner width is split:
+    /// each shard's products are a part of the sum.
+    fn experts<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        exchange: &Exchange<'_, 'c, 'a>,
+        x: Tensor<'c, 'a>,
+        routing: &Routing<'c, 'a>,
+        (gate_up, down, place): (Projection<Tensor<'c, 'a>>, Projection<Tensor<'c, 'a>>, Place<'c, 'a>),
+    ) -> Result<Tensor<'c, 'a>> {
+        let Mlp::Experts(experts) = &self.config.mlp else { unreachable!("the weights are the model's") };
+        let grouped = |projection: Projection<Tensor<'c, 'a>>| Grouped {
+            weight: projection.weight,
+            bias: projection.bias,
+            layer: place.of_stack,
+            activation: grouped_matmul::Activation::Identity,
+            result: self.shape.compute,
+        };
+        let inner = {
+            let gate_up = Grouped { activation: expert_activation(experts.gate), ..grouped(gate_up) };
+            let sorted = self.lowering.take(b, x, routing.tokens)?;
+            self.lowering.grouped(&b.named("gate_up"), sorted, routing.sizes, &gate_up)?
+        };
+        let split = exchange.is_split();
+        let part = Grouped { result: Element::F32, ..grouped(down) };
+        let part = if split { Grouped { bias: None, ..part } } else { part };
+        let made = self.lowering.grouped(&b.named("down"), inner, routing.sizes, &part)?;
+        let b = &b.named("combine");
+        let sum = exchange.sum(b, routing.combined(b, self.lowering.take(b, made, routing.places)?)?)?;
+        match down.bias.filter(|_| split) {
+            None => Ok(sum),
+            // Added once, behind the sum over shards.
+            Some(bias) => {
+                let bias = b.convert(place.part(b, bias)?, Element::F32)?;
+                let bias = b.reshape(bias, &[experts.count, self.config.hidden_size])?;
+                b.add(sum, routing.combined(b, b.take(bias, routing.chosen, 0)?)?)
             }
         }
     }

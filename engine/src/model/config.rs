@@ -361,7 +361,7 @@ mod tests {
         assert_eq!((config.norm.epsilon, config.max_position_embeddings), (1e-6, 2048));
         assert_eq!(config.ropes, [Rope { theta: 1e4, rotated: 16, scaling: None }]);
         assert_eq!((config.eos_token_ids, config.attention_bias), (vec![], false));
-        let Mlp::Gated(GatedMlp { bias, .. }) = config.mlp;
+        let Mlp::Gated(GatedMlp { bias, .. }) = config.mlp else { panic!("a Llama") };
         assert!(!bias);
         // Some checkpoints name no class; transformers then goes by `model_type`, which it wants.
         assert_eq!(parse(json!({"architectures": null})).unwrap(), parse(json!({"model_type": null})).unwrap());

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use super::config::Object;
 use super::quantization::Quantization;
 use super::spec::{
-    Gate, GatedMlp, LayerKind, Llama3Scaling, LongRopeScaling, Mlp, ModelSpec, Names, Norm, NormPlaces, Parts, QkNorm,
-    Rope, RopeScaling, YarnScaling,
+    ExpertGate, ExpertNames, ExpertProjections, Experts, Gate, GatedMlp, LayerKind, Llama3Scaling, LongRopeScaling,
+    Mlp, ModelSpec, Names, Norm, NormPlaces, Parts, QkNorm, Rope, RopeScaling, YarnScaling,
 };
 use crate::error::{Error, Result};
 
@@ -35,6 +35,9 @@ pub(super) const FAMILIES: &[Family] = &[
     Family { class: "Phi3ForCausalLM", model_type: "phi3", read: phi3 },
     Family { class: "SmolLM3ForCausalLM", model_type: "smollm3", read: smollm3 },
     Family { class: "Olmo2ForCausalLM", model_type: "olmo2", read: olmo2 },
+    Family { class: "MixtralForCausalLM", model_type: "mixtral", read: mixtral },
+    Family { class: "Qwen3MoeForCausalLM", model_type: "qwen3_moe", read: qwen3_moe },
+    Family { class: "GptOssForCausalLM", model_type: "gpt_oss", read: gpt_oss },
 ];
 
 /// What a class takes for absent keys; `None`: the key must be there.
@@ -268,6 +271,167 @@ fn olmo2(object: &Object<'_>) -> Result<ModelSpec> {
     })
 }
 
+fn mixtral(object: &Object<'_>) -> Result<ModelSpec> {
+    let defaults = Defaults {
+        vocab_size: Some(32000),
+        hidden_size: Some(4096),
+        intermediate_size: Some(14336),
+        num_hidden_layers: Some(32),
+        num_attention_heads: Some(32),
+        num_key_value_heads: Some(8),
+        max_position_embeddings: 4096 * 32,
+        rms_norm_eps: 1e-5,
+        rope_theta: 1e6,
+        ..Defaults::LLAMA
+    };
+    let spec = decoder(object, defaults)?;
+    let names = ExpertNames {
+        router: "block_sparse_moe.gate",
+        experts: "block_sparse_moe.experts",
+        projections: ExpertProjections::Apart(["w1", "w3", "w2"]),
+    };
+    let [count, chosen] = experts(object, ["num_local_experts", "num_experts_per_tok"], [8, 2])?;
+    let mlp = Experts {
+        count,
+        chosen,
+        inner: spec.mlp.inner(),
+        gate: silu_experts(object, &spec)?,
+        normalised: true,
+        bias: false,
+        names,
+    };
+    let window = object.optional_size("sliding_window")?;
+    let sliding = vec![window.is_some(); spec.layers.len()];
+    let layers = windowed(object, &sliding, window, [0, 0])?;
+    whole_experts(object, &spec)?;
+    Ok(ModelSpec { layers, mlp: Mlp::Experts(mlp), ..spec })
+}
+
+fn qwen3_moe(object: &Object<'_>) -> Result<ModelSpec> {
+    let defaults = Defaults {
+        vocab_size: Some(151_936),
+        hidden_size: Some(2048),
+        intermediate_size: Some(6144),
+        num_hidden_layers: Some(24),
+        num_attention_heads: Some(32),
+        num_key_value_heads: Some(4),
+        max_position_embeddings: 32768,
+        ..Defaults::LLAMA
+    };
+    let spec = decoder(object, defaults)?;
+    // Every layer has experts: none is a plain MLP of intermediate_size.
+    object.fixed("decoder_sparse_step", &[json!(1)])?;
+    object.fixed("mlp_only_layers", &[json!([])])?;
+    let names = ExpertNames {
+        router: "mlp.gate",
+        experts: "mlp.experts",
+        projections: ExpertProjections::Apart(["gate_proj", "up_proj", "down_proj"]),
+    };
+    // Under either name.
+    let key = if object.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
+    let [count, chosen] = experts(object, [key, "num_experts_per_tok"], [128, 8])?;
+    let mlp = Experts {
+        count,
+        chosen,
+        inner: object.size("moe_intermediate_size", Some(768))?,
+        gate: silu_experts(object, &spec)?,
+        normalised: object.boolean("norm_topk_prob", false)?,
+        bias: false,
+        names,
+    };
+    let bias = object.boolean("attention_bias", false)?;
+    let on = object.boolean("use_sliding_window", false)?;
+    let window = object.size("sliding_window", Some(4096))?;
+    // Read, and without effect: with windows on, every layer has one.
+    object.count("max_window_layers", 28)?;
+    let sliding = layer_types(object, spec.layers.len(), |_| on)?;
+    let layers = windowed(object, &sliding, on.then_some(window), [0, 0])?;
+    whole_experts(object, &spec)?;
+    let qk_norm = Some(QkNorm::Head);
+    Ok(ModelSpec { layers, qk_norm, attention_bias: bias, output_bias: bias, mlp: Mlp::Experts(mlp), ..spec })
+}
+
+fn gpt_oss(object: &Object<'_>) -> Result<ModelSpec> {
+    if let Some(method) = object.object("quantization_config")?.and_then(|config| config.get("quant_method").cloned())
+        && method == "mxfp4"
+    {
+        let limit = "is not supported: its experts are numbers of 4 bits";
+        let fix = "use a checkpoint of bf16: load this one with transformers' Mxfp4Config(dequantize=True) and save it";
+        return Err(object.refuse("quantization_config.quant_method", method, limit, fix));
+    }
+    let defaults = Defaults {
+        vocab_size: Some(201_088),
+        hidden_size: Some(2880),
+        intermediate_size: Some(2880),
+        num_hidden_layers: Some(36),
+        num_attention_heads: Some(64),
+        num_key_value_heads: Some(8),
+        head_dim: Some(64),
+        max_position_embeddings: 131_072,
+        rms_norm_eps: 1e-5,
+        rope_theta: 150_000.0,
+        ..Defaults::LLAMA
+    };
+    let spec = decoder(object, defaults)?;
+    object.fixed("swiglu_limit", &[json!(7.0), json!(7)])?;
+    object.fixed("swiglu_alpha", &[json!(1.702)])?;
+    let names = ExpertNames {
+        router: "mlp.router",
+        experts: "mlp.experts",
+        projections: ExpertProjections::Together(["gate_up_proj", "down_proj"]),
+    };
+    let [count, chosen] = experts(object, ["num_local_experts", "num_experts_per_tok"], [128, 4])?;
+    // Another name of the same number, and one that nothing is computed with.
+    object.fixed("experts_per_token", &[json!(chosen)])?;
+    object.get("initial_context_length");
+    let mlp = Experts {
+        count,
+        chosen,
+        inner: spec.mlp.inner(),
+        gate: ExpertGate::ClampedSwiglu,
+        normalised: true,
+        bias: true,
+        names,
+    };
+    let bias = object.boolean("attention_bias", true)?;
+    let sliding = layer_types(object, spec.layers.len(), |layer| layer % 2 == 0)?;
+    let window = object.size("sliding_window", Some(128))?;
+    let layers = windowed(object, &sliding, Some(window), [0, 0])?;
+    whole_experts(object, &spec)?;
+    Ok(ModelSpec { layers, attention_bias: bias, output_bias: bias, sinks: true, mlp: Mlp::Experts(mlp), ..spec })
+}
+
+/// How many experts there are, and how many of them work on a token.
+fn experts(object: &Object<'_>, [count_key, chosen_key]: [&str; 2], defaults: [usize; 2]) -> Result<[usize; 2]> {
+    let (count, chosen) = (object.size(count_key, Some(defaults[0]))?, object.size(chosen_key, Some(defaults[1]))?);
+    match chosen <= count {
+        true => Ok([count, chosen]),
+        false => {
+            Err(object.refuse(chosen_key, chosen, format!("is more than {count_key} = {count}"), "repair config.json"))
+        }
+    }
+}
+
+/// The gate of experts whose config names SiLU.
+fn silu_experts(object: &Object<'_>, spec: &ModelSpec) -> Result<ExpertGate> {
+    match gated(spec).gate {
+        Gate::Silu => Ok(ExpertGate::Silu),
+        Gate::GeluTanh => {
+            let name = object.get("hidden_act").unwrap_or(&Value::Null);
+            Err(object.refuse("hidden_act", name, "is not supported with experts", "use a model with \"silu\""))
+        }
+    }
+}
+
+/// Refuses experts that are quantized.
+fn whole_experts(object: &Object<'_>, spec: &ModelSpec) -> Result<()> {
+    let value = object.get("quantization_config").filter(|_| spec.quantization.is_some());
+    value.map_or(Ok(()), |value| {
+        let fix = "use a checkpoint of bf16 or f32";
+        Err(object.refuse("quantization_config", value, "is not supported with experts", fix))
+    })
+}
+
 /// What all Gemmas have: norms whose weights are distances from 1, scaled embeddings, a GELU.
 fn gemmas(object: &Object<'_>, defaults: Defaults) -> Result<ModelSpec> {
     let bias = object.boolean("attention_bias", false)?;
@@ -351,7 +515,7 @@ fn decoder(object: &Object<'_>, defaults: Defaults) -> Result<ModelSpec> {
 }
 
 fn gated(spec: &ModelSpec) -> GatedMlp {
-    let Mlp::Gated(mlp) = spec.mlp;
+    let Mlp::Gated(mlp) = spec.mlp else { unreachable!("a decoder's MLP is gated before its family says otherwise") };
     mlp
 }
 

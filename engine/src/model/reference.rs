@@ -8,7 +8,10 @@ use std::f64::consts::{PI, TAU};
 
 use pagoda_ir::{Element, HostTensor};
 
-use super::spec::{Gate, GatedMlp, LayerKind, Llama3Scaling, Mlp, ModelSpec, Norm, Parts, QkNorm, Rope, RopeScaling};
+use super::spec::{
+    ExpertGate, ExpertProjections, Experts, Gate, GatedMlp, LayerKind, Llama3Scaling, Mlp, ModelSpec, Norm, Parts,
+    QkNorm, Rope, RopeScaling,
+};
 use super::weights::Weights;
 use crate::error::Result;
 
@@ -34,7 +37,17 @@ struct Layer {
 
 /// What follows attention.
 enum Inner {
-    Gated { sizes: GatedMlp, gate_up: [Projection; 2], down: Projection },
+    Gated {
+        sizes: GatedMlp,
+        gate_up: [Projection; 2],
+        down: Projection,
+    },
+    /// Of each expert gate, up and down projections.
+    Experts {
+        sizes: Experts,
+        router: Projection,
+        experts: Vec<[Projection; 3]>,
+    },
 }
 
 /// A model in float64.
@@ -131,8 +144,53 @@ impl Loader<'_> {
                     gate_up: self.projections(&layer, names.gate_up, [sizes.inner; 2], sizes.bias)?,
                     down: self.projection(&format!("{layer}.{}", names.down), sizes.bias)?,
                 },
+                Mlp::Experts(sizes) => Inner::Experts {
+                    sizes,
+                    router: self.projection(&format!("{layer}.{}", sizes.names.router), sizes.bias)?,
+                    experts: self.experts(&layer, sizes)?,
+                },
             },
         })
+    }
+}
+
+impl Loader<'_> {
+    fn experts(&self, layer: &str, sizes: Experts) -> Result<Vec<[Projection; 3]>> {
+        let prefix = format!("{layer}.{}", sizes.names.experts);
+        match sizes.names.projections {
+            ExpertProjections::Apart(names) => (0..sizes.count)
+                .map(|expert| {
+                    let [gate, up, down] =
+                        names.map(|name| self.projection(&format!("{prefix}.{expert}.{name}"), false));
+                    Ok([gate?, up?, down?])
+                })
+                .collect(),
+            ExpertProjections::Together([gate_up, down]) => {
+                let all = |name: &str| Ok::<_, crate::Error>((self.load(name)?, self.load(&format!("{name}_bias"))?));
+                let (gate_up, down) = (all(&format!("{prefix}.{gate_up}"))?, all(&format!("{prefix}.{down}"))?);
+                // [experts, in, out] and [experts, out]; the row of an output feature is a column there.
+                let projection = |(matrices, biases): &(Vec<f64>, Vec<f64>), expert: usize, features: Vec<usize>| {
+                    let (size, out) = (matrices.len() / sizes.count, biases.len() / sizes.count);
+                    let (matrix, bias) = (&matrices[expert * size..][..size], &biases[expert * out..][..out]);
+                    let column = |&feature: &usize| (0..size / out).map(move |row| matrix[row * out + feature]);
+                    Projection {
+                        matrix: features.iter().flat_map(column).collect(),
+                        bias: Some(features.iter().map(|&feature| bias[feature]).collect()),
+                        quantizes: None,
+                    }
+                };
+                let of_expert = |expert| {
+                    let taking_turns = |first: usize| (0..sizes.inner).map(|at| 2 * at + first).collect();
+                    let all = (0..self.config.hidden_size).collect();
+                    [
+                        projection(&gate_up, expert, taking_turns(0)),
+                        projection(&gate_up, expert, taking_turns(1)),
+                        projection(&down, expert, all),
+                    ]
+                };
+                Ok((0..sizes.count).map(of_expert).collect())
+            }
+        }
     }
 }
 
@@ -264,6 +322,35 @@ impl Inner {
                 let gates = gate.apply(x).into_iter().map(|gate| activation(gate, sizes.gate));
                 let inner: Vec<f64> = gates.zip(up.apply(x)).map(|(gate, up)| gate * up).collect();
                 down.apply(&inner)
+            }
+            Self::Experts { sizes, router, experts } => {
+                let logits = router.apply(x);
+                let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let powers: Vec<f64> = logits.iter().map(|logit| (logit - most).exp()).collect();
+                let mut order: Vec<usize> = (0..sizes.count).collect();
+                order.sort_by(|&one, &other| logits[other].total_cmp(&logits[one]));
+                order.truncate(sizes.chosen);
+                let total: f64 = match sizes.normalised {
+                    true => order.iter().map(|&expert| powers[expert]).sum(),
+                    false => powers.iter().sum(),
+                };
+                let mut sum = vec![];
+                for expert in order {
+                    let [gate, up, down] = &experts[expert];
+                    let pairs = gate.apply(x).into_iter().zip(up.apply(x));
+                    let inner: Vec<f64> = pairs
+                        .map(|(gate, up)| match sizes.gate {
+                            ExpertGate::Silu => activation(gate, Gate::Silu) * up,
+                            ExpertGate::ClampedSwiglu => {
+                                let gate = gate.min(7.0);
+                                gate / (1.0 + (-1.702 * gate).exp()) * (up.clamp(-7.0, 7.0) + 1.0)
+                            }
+                        })
+                        .collect();
+                    let made: Vec<f64> = down.apply(&inner).iter().map(|v| v * powers[expert] / total).collect();
+                    if sum.is_empty() { sum = made } else { add(&mut sum, &made) }
+                }
+                sum
             }
         }
     }

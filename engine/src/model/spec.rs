@@ -116,6 +116,8 @@ pub enum QkNorm {
 pub enum Mlp {
     /// `down(activation(gate(x)) * up(x))`.
     Gated(GatedMlp),
+    /// The weighted sum of a few such MLPs, chosen for each token.
+    Experts(Experts),
 }
 
 impl Mlp {
@@ -123,8 +125,58 @@ impl Mlp {
     pub fn inner(&self) -> usize {
         match self {
             Self::Gated(mlp) => mlp.inner,
+            Self::Experts(experts) => experts.inner,
         }
     }
+}
+
+/// A mixture of experts. A router, a projection of the normed `x`, gives each expert a logit; the experts with the largest ones
+/// work on the token, each weighed by its part of the softmax.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// How many there are.
+    pub count: usize,
+    /// How many work on a token.
+    pub chosen: usize,
+    /// Width between an expert's projections.
+    pub inner: usize,
+    /// What becomes of gates and ups.
+    pub gate: ExpertGate,
+    /// Whether the softmax is over the chosen experts alone, so that their weights add up to 1; else it is over all.
+    pub normalised: bool,
+    /// Whether the router and the experts' projections have biases.
+    pub bias: bool,
+    /// What their tensors are called.
+    pub names: ExpertNames,
+}
+
+/// What becomes of an expert's gates and ups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpertGate {
+    /// `gate * sigmoid(gate) * up`.
+    Silu,
+    /// `gate * sigmoid(1.702 gate) * (up + 1)` with gates up to 7 and ups from -7 to 7.
+    ClampedSwiglu,
+}
+
+/// What the tensors of experts are called, within a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertNames {
+    /// The router.
+    pub router: &'static str,
+    /// The experts, before their numbers or their projections.
+    pub experts: &'static str,
+    /// Gate, up and down projections.
+    pub projections: ExpertProjections,
+}
+
+/// How the projections of experts are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpertProjections {
+    /// Each expert's are tensors `[out, in]` of their own: gate, up and down.
+    Apart([&'static str; 3]),
+    /// One tensor `[experts, in, out]` of all experts' gates and ups, which take turns, and one of the down projections.
+    Together([&'static str; 2]),
 }
 
 /// The sizes of a gated MLP.

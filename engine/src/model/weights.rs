@@ -18,7 +18,7 @@ use pagoda_ir::tensor::HostTensor;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 
 use super::read_json;
-use super::spec::{Mlp, ModelSpec, Parts, QkNorm};
+use super::spec::{ExpertProjections, Experts, Mlp, ModelSpec, Parts, QkNorm};
 use crate::error::{Error, Result};
 use crate::mesh;
 use crate::output::fingerprint;
@@ -38,6 +38,33 @@ pub struct TensorSpec {
     fused: Option<(usize, usize)>,
     /// How its rows are turned on loading.
     heads: Option<Heads>,
+    /// Where it is an expert's part of a tensor of all experts.
+    of_expert: Option<OfExpert>,
+}
+
+/// Features of one expert of a tensor `[experts, in, features]`, or of `[experts, features]`: each `step`th from `first` on. They
+/// are loaded as rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct OfExpert {
+    expert: usize,
+    experts: usize,
+    first: usize,
+    step: usize,
+    features: usize,
+}
+
+impl OfExpert {
+    /// The rows, `dims` of them, of what the file has of the expert.
+    fn rows(self, stored: &TensorView<'_>, dims: &[usize]) -> HostTensor {
+        let (rows, columns) = (dims[0], dims[1..].iter().product::<usize>());
+        let values = stored.to_f64();
+        let of_row = |row: usize| {
+            let feature = self.first + row * self.step;
+            let values = &values;
+            (0..columns).map(move |column| values[column * self.features + feature])
+        };
+        HostTensor::from_f64(Element::F32, dims, &(0..rows).flat_map(of_row).collect::<Vec<_>>())
+    }
 }
 
 /// Rows that are heads, of which only the first `rotated` features turn, in pairs `(i, i + rotated / 2)`. Attention turns the
@@ -116,12 +143,15 @@ impl TensorSpec {
         let axes = Vec::from_iter(axes);
         let split = axes.iter().enumerate().find_map(|(at, axis)| Some((at, axis.units?)));
         let dims = axes.iter().map(|axis| axis.size).collect();
-        Self { name, dims, holds: Holds::Numbers, split, fused: None, heads: None }
+        Self { name, dims, holds: Holds::Numbers, split, fused: None, heads: None, of_expert: None }
     }
 
     /// The shape of the tensor in the file, of which it may be some rows.
     pub fn stored_dims(&self) -> Vec<usize> {
         let mut dims = self.dims.clone();
+        if let Some(OfExpert { experts, features, .. }) = self.of_expert {
+            return [&[experts], &dims[1..], &[features]].concat();
+        }
         if let Some((_, rows)) = self.fused {
             dims[0] = rows;
         }
@@ -262,6 +292,50 @@ impl LayerGroups<'_> {
     }
 }
 
+impl LayerGroups<'_> {
+    /// The router; gates and ups of all experts, one expert after another; their down projections.
+    fn experts(&mut self, experts: &Experts) {
+        let Experts { count, inner, bias, names, .. } = *experts;
+        let (hidden, inner) = (Axis::whole(self.config.hidden_size), Axis::split(inner, 1, LANES));
+        let router = Rows::new(names.router, Axis::whole(count));
+        self.group(&[router], ".weight", Some(hidden), Holds::Numbers);
+        if bias {
+            self.vector(router, ".bias");
+        }
+        let prefix = format!("model.layers.{}.{}", self.layer, names.experts);
+        let mut group = |of_expert: &dyn Fn(usize) -> Vec<TensorSpec>| {
+            self.groups.push((0..count).flat_map(of_expert).collect());
+        };
+        match names.projections {
+            ExpertProjections::Apart([gate, up, down]) => {
+                let spec = |expert, name, axes| TensorSpec::new(format!("{prefix}.{expert}.{name}.weight"), axes);
+                group(&|expert| [gate, up].map(|name| spec(expert, name, [inner, hidden])).to_vec());
+                group(&|expert| vec![spec(expert, down, [hidden, inner])]);
+            }
+            ExpertProjections::Together([gate_up, down]) => {
+                let spec = |expert, name: String, axes: &[Axis], [first, step, features]: [usize; 3]| {
+                    let of_expert = Some(OfExpert { expert, experts: count, first, step, features });
+                    TensorSpec { of_expert, ..TensorSpec::new(name, axes.iter().copied()) }
+                };
+                let (gates, downs) = (2 * inner.size, hidden.size);
+                let of = |name: &str| [format!("{prefix}.{name}"), format!("{prefix}.{name}_bias")];
+                let ([gate_up, gate_up_bias], [down, down_bias]) = (of(gate_up), of(down));
+                let both = |expert, name: &str, axes: &[Axis]| {
+                    [0, 1].map(|first| spec(expert, name.to_owned(), axes, [first, 2, gates])).to_vec()
+                };
+                group(&|expert| both(expert, &gate_up, &[inner, hidden]));
+                if bias {
+                    group(&|expert| both(expert, &gate_up_bias, &[inner]));
+                }
+                group(&|expert| vec![spec(expert, down.clone(), &[hidden, inner], [0, 1, downs])]);
+                if bias {
+                    group(&|expert| vec![spec(expert, down_bias.clone(), &[hidden], [0, 1, downs])]);
+                }
+            }
+        }
+    }
+}
+
 /// As [`expected_tensors`], in groups. Query, key and value projections are a group, their scales and their biases are,
 /// gate and up; all others stand alone. A shard's part of a group is its part of each tensor.
 pub fn tensor_groups(config: &ModelSpec) -> TensorGroups {
@@ -296,6 +370,7 @@ pub fn tensor_groups(config: &ModelSpec) -> TensorGroups {
                 groups.projection(&Rows::of(names.gate_up, [inner, inner]), hidden, mlp.bias);
                 groups.projection(&[Rows::new(names.down, hidden)], inner, mlp.bias);
             }
+            Mlp::Experts(experts) => groups.experts(experts),
         }
         groups.norm(3, norms.after());
         groups.groups
@@ -581,7 +656,12 @@ impl Weights {
             (Dtype::F32, _) => Element::F32,
             (other, _) => return Err(mismatch("BF16, F16 or F32".into(), format!("{other:?}"))),
         };
-        let (dims, first) = (spec.stored_dims(), spec.fused.map_or(0, |(first, _)| first));
+        let dims = spec.stored_dims();
+        let rows = match (spec.of_expert, spec.fused) {
+            (Some(of), _) => of.expert..of.expert + 1,
+            (None, Some((first, _))) => first..first + spec.dims[0],
+            (None, None) => 0..spec.dims[0],
+        };
         let one_per_row = spec.holds == Holds::Scales && dims[1] == 1;
         let fits = info.shape == dims || one_per_row && (info.shape == [dims[0]] || is_one(&info.shape));
         if !fits {
@@ -590,7 +670,7 @@ impl Weights {
         let (start, end) = info.data_offsets;
         let whole =
             TensorView { element, dims: info.shape.clone(), bytes: &shard.map[shard.data + start..shard.data + end] };
-        Ok(if is_one(&whole.dims) { whole } else { whole.rows(first..first + spec.dims[0]) })
+        Ok(if is_one(&whole.dims) { whole } else { whole.rows(rows) })
     }
 
     /// A shard's part of a tensor as `element`, each value of it finite: one NaN or infinity would make all logits NaN, and
@@ -603,6 +683,19 @@ impl Weights {
     /// As [`TensorView::to_element`].
     pub fn load(&self, spec: &TensorSpec, shard: mesh::Shard, element: Element) -> Result<TensorData<'_>> {
         let (view, part) = (self.tensor(spec)?, spec.part(shard));
+        if let Some(of) = spec.of_expert {
+            let rows = of.rows(&view, &spec.dims);
+            let rows = TensorView { element: Element::F32, dims: spec.dims.clone(), bytes: rows.bytes() };
+            let data = HostTensor::from_bytes(element, &part.dims, rows.part(&part, element).bytes());
+            return match first_not_finite(element, data.bytes()) {
+                None => Ok(TensorData::Converted(data)),
+                Some(_) => {
+                    let path = self.find(&spec.name).map_or(&self.folder, |(shard, _)| &shard.path);
+                    let problem = format!("tensor {} of expert {} is not finite in {element}", spec.name, of.expert);
+                    Err(Error::file(path, problem, "use f32, or download the file again"))
+                }
+            };
+        }
         let data = match spec.holds {
             Holds::Numbers | Holds::Quantized(_) => view.part(&part, element),
             Holds::Scales => {
@@ -869,7 +962,7 @@ mod tests {
         let untied = ModelSpec { tie_word_embeddings: false, ..config.clone() };
         let error = weights.check(&untied).unwrap_err().to_string();
         assert!(error.contains("tensor lm_head.weight of 39 is missing"), "{error}");
-        let Mlp::Gated(mlp) = config.mlp;
+        let Mlp::Gated(mlp) = config.mlp else { panic!("a Llama") };
         let wider = ModelSpec { mlp: Mlp::Gated(GatedMlp { inner: 1024, ..mlp }), ..config };
         let error = weights.check(&wider).unwrap_err().to_string();
         let expected = "model.safetensors: tensor model.layers.0.mlp.gate_proj.weight is [768, 256], \

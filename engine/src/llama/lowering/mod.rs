@@ -13,11 +13,12 @@ mod mosaic;
 mod native;
 mod stablehlo;
 
-use pagoda_ir::stablehlo::{Branch, Builder, Tensor};
+use pagoda_ir::stablehlo::{Branch, Builder, Direction, Tensor};
 use pagoda_ir::{Context, Element, Result};
+use pagoda_kernels::grouped_matmul::{self, GroupedMatmul};
 pub(super) use pagoda_kernels::matmul::Activation;
 pub(super) use pagoda_kernels::rpa::Kind;
-use pagoda_kernels::{Invalid, Named, matmul, rpa};
+use pagoda_kernels::{Invalid, Named, kernel, matmul, rpa};
 
 use super::step::StepShape;
 use super::target::Target;
@@ -140,6 +141,28 @@ pub(super) struct Batch<'c, 'a> {
     angles: Vec<Tensor<'c, 'a>>,
 }
 
+impl<'c, 'a> Batch<'c, 'a> {
+    /// `pred[rows]`: which rows are tokens of a sequence, and not padding.
+    pub(super) fn live(&self, b: &Builder<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+        let slots = self.rows.kv_slots;
+        b.compare(slots, Direction::Ge, b.splat(Element::I32, &slots.dims(), 0.0)?)
+    }
+}
+
+/// A projection by experts, of rows that are sorted by expert.
+#[derive(Clone, Copy)]
+pub(super) struct Grouped<'c, 'a> {
+    /// `[experts * out, in]`, or a stack of layers; with gates, each expert's gate rows, then its up rows.
+    pub(super) weight: Tensor<'c, 'a>,
+    /// `[experts * out]`, or a stack of layers.
+    pub(super) bias: Option<Tensor<'c, 'a>>,
+    /// `i32[]`: weight and bias are stacks, and this is the layer.
+    pub(super) layer: Option<Tensor<'c, 'a>>,
+    pub(super) activation: grouped_matmul::Activation,
+    /// The result's type: that of the rows, or f32.
+    pub(super) result: Element,
+}
+
 /// What is a layer's own of attention, beside the projections.
 #[derive(Clone, Copy)]
 pub(super) struct OfLayer<'c, 'a> {
@@ -210,6 +233,22 @@ pub(super) trait Lowering<'c> {
     /// As [`linear`](Self::linear).
     fn by_row<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         self.orientation().turn(b, self.linear(b, x, linear)?)
+    }
+
+    /// Rows `x [rows, in]`, of which each expert has as many as `sizes i32[experts]` says, times their experts' weights:
+    /// `[rows, out]`, with zeros behind the last expert's.
+    ///
+    /// # Errors
+    /// As [`linear`](Self::linear).
+    fn grouped<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        x: Tensor<'c, 'a>,
+        sizes: Tensor<'c, 'a>,
+        grouped: &Grouped<'c, 'a>,
+    ) -> Result<Tensor<'c, 'a>> {
+        let (problem, arguments) = grouped_problem(b, x, sizes, grouped)?;
+        Ok(kernel::stablehlo::<GroupedMatmul>(b, &problem, &arguments)?[0])
     }
 
     /// Rotates the queries and keys of `qkv` (features `(q_heads + 2 * kv_heads) * head_dim`), writes keys and values
@@ -327,6 +366,40 @@ fn attention(
         kv_rows: shape.kv_layout(whole).kv_rows,
         ..rpa::Spec::default()
     })
+}
+
+/// The grouped matmul of rows `x`, and its arguments by name.
+fn grouped_problem<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    x: Tensor<'c, 'a>,
+    sizes: Tensor<'c, 'a>,
+    grouped: &Grouped<'c, 'a>,
+) -> Result<(grouped_matmul::Problem, Named<Tensor<'c, 'a>>)> {
+    let (x_dims, experts, mut stack) = (x.dims(), sizes.dims()[0], grouped.weight.dims());
+    let k = stack.pop().unwrap_or(0);
+    let out = stack.pop().unwrap_or(0) / experts;
+    let spec = grouped_matmul::Spec {
+        output: grouped.result,
+        layout: grouped_matmul::Layout::WeightTransposed,
+        activation: grouped.activation,
+        bias: grouped.bias.is_some(),
+        layers: stack.first().copied().unwrap_or(1),
+        ..grouped_matmul::Spec::new(
+            [x_dims[0], k, if grouped.activation.is_gated() { out / 2 } else { out }],
+            experts,
+            x.element(),
+        )
+    };
+    let of_experts = |tensor, dims: &[usize]| b.reshape(tensor, &[&stack[..], &[experts], dims].concat());
+    let arguments = [
+        ("group_sizes", Some(sizes)),
+        ("x", Some(x)),
+        ("w", Some(of_experts(grouped.weight, &[out, k])?)),
+        ("bias", grouped.bias.map(|bias| of_experts(bias, &[out])).transpose()?),
+        ("layer", grouped.layer.filter(|_| spec.layers > 1)),
+    ];
+    let arguments = arguments.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect();
+    Ok((grouped_matmul::Problem::new(spec).map_err(unplanned)?, arguments))
 }
 
 /// The matmul of a projection of `x`, norm apart, and its arguments by name; a quantized `x` is made here.

@@ -9,13 +9,15 @@ use pagoda_ir::mosaic::Kernel;
 use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::{Context, Result};
 use pagoda_kernels::chips::Chip;
+use pagoda_kernels::grouped_matmul::{self, GroupedMatmul};
 use pagoda_kernels::kernel;
 use pagoda_kernels::matmul::{Matmul, Problem, plan};
 use pagoda_kernels::rpa::{self, Rpa};
 
 use super::stablehlo::Stablehlo;
 use super::{
-    Batch, Linear, Lowering, OfLayer, Orientation, Rows, WINDOW_ATTENTION, is_window_attention, matmul, unplanned,
+    Batch, Grouped, Linear, Lowering, OfLayer, Orientation, Rows, WINDOW_ATTENTION, grouped_problem,
+    is_window_attention, matmul, unplanned,
 };
 
 /// Who runs the kernels.
@@ -46,6 +48,8 @@ pub(super) struct Mosaic<'c> {
     kernels: Vec<Kernel<'c>>,
     /// The matmuls so far. A step has six at most, so the list is searched.
     matmuls: RefCell<Vec<(Problem, Rc<Kernel<'c>>)>>,
+    /// The grouped matmuls so far, two at most.
+    grouped: RefCell<Vec<(grouped_matmul::Problem, Rc<Kernel<'c>>)>>,
 }
 
 impl<'c> Mosaic<'c> {
@@ -74,7 +78,16 @@ impl<'c> Mosaic<'c> {
             Ok(runner.kernel(plan.map_err(unplanned)?.kernel(context)?))
         };
         let kernels = different.into_iter().map(kernel).collect::<Result<_>>()?;
-        Ok(Self { context, plain, chip, runner, attention, kernels, matmuls: RefCell::default() })
+        Ok(Self {
+            context,
+            plain,
+            chip,
+            runner,
+            attention,
+            kernels,
+            matmuls: RefCell::default(),
+            grouped: RefCell::default(),
+        })
     }
 
     /// The kernel for a problem.
@@ -104,6 +117,29 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
         let (problem, arguments) = matmul(b, self.orientation(), x, linear)?;
         let results = kernel::call::<Matmul>(b, &*self.matmul(&problem)?, &problem, &arguments)?;
         Ok(results[0])
+    }
+
+    fn grouped<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        x: Tensor<'c, 'a>,
+        sizes: Tensor<'c, 'a>,
+        grouped: &Grouped<'c, 'a>,
+    ) -> Result<Tensor<'c, 'a>> {
+        let (problem, arguments) = grouped_problem(b, x, sizes, grouped)?;
+        let known =
+            self.grouped.borrow().iter().find(|(known, _)| *known == problem).map(|(_, kernel)| Rc::clone(kernel));
+        let kernel = match known {
+            Some(kernel) => kernel,
+            None => {
+                let options = grouped_matmul::plan::Options::default();
+                let plan = grouped_matmul::plan::Plan::new(problem, self.chip, options).map_err(unplanned)?;
+                let kernel = Rc::new(self.runner.kernel(plan.kernel(self.context)?));
+                self.grouped.borrow_mut().push((problem, Rc::clone(&kernel)));
+                kernel
+            }
+        };
+        Ok(kernel::call::<GroupedMatmul>(b, &kernel, &problem, &arguments)?[0])
     }
 
     fn attend<'a>(

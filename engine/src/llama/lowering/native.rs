@@ -1,15 +1,15 @@
 //! Kernels in Rust, as custom calls of the CPU plugin: four matmuls and one attention a layer, and nothing between them.
 //!
-//! The matmuls that the call does not know are XLA's own: of quantised weights, and the gated one of a model with biases in
-//! its MLP.
+//! Experts are two grouped matmuls in the place of two. The matmuls that the call does not know are XLA's own: of quantised weights, and the gated one of a model with biases in
+//! its MLP or experts.
 
 use pagoda_ir::stablehlo::{BackendConfig, Builder, CustomCall, Tensor};
 use pagoda_ir::{Result, TensorType};
 use pagoda_kernels::matmul::native::{Around, Norm};
-use pagoda_kernels::{matmul, rpa};
+use pagoda_kernels::{grouped_matmul, matmul, rpa};
 
 use super::stablehlo::Stablehlo;
-use super::{Batch, Linear, Lowering, OfLayer, Orientation, Rows};
+use super::{Batch, Grouped, Linear, Lowering, OfLayer, Orientation, Rows};
 use crate::native::TAKE;
 
 /// The lowering. Activations are feature-major, as the calls take them.
@@ -72,6 +72,20 @@ impl<'c> Lowering<'c> for Native {
         match takes(linear) {
             true => self.orientation().turn(b, self.linear(b, x, linear)?),
             false => self.plain.by_row(b, x, linear),
+        }
+    }
+
+    fn grouped<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        x: Tensor<'c, 'a>,
+        sizes: Tensor<'c, 'a>,
+        grouped: &Grouped<'c, 'a>,
+    ) -> Result<Tensor<'c, 'a>> {
+        let takes = grouped_matmul::native::takes(grouped.activation, grouped.bias.is_some());
+        match takes && grouped.layer.is_none() {
+            true => grouped_matmul::native::emit(b, grouped.weight, x, sizes, grouped.activation, grouped.result),
+            false => self.plain.grouped(b, x, sizes, grouped),
         }
     }
 
