@@ -89,6 +89,32 @@ fn programs_for_a_tpu_carry_its_kernels() {
     }
 }
 
+/// A loop over layers of two kinds has their attention twice and all else once, however many layers there are: with a window and
+/// without, as two kernels; with positions and without, as one.
+#[test]
+fn layers_of_two_kinds_share_all_but_attention() {
+    let sizes = |class: &str, kind: &str| {
+        json!({"architectures": [class], "model_type": kind, "hidden_size": 512, "intermediate_size": 1536,
+            "num_hidden_layers": 13, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128,
+            "vocab_size": 1000, "sliding_window": 64})
+    };
+    for (class, kind, kernels) in [("Gemma3ForCausalLM", "gemma3_text", 2), ("SmolLM3ForCausalLM", "smollm3", 1)] {
+        let config = ModelSpec::parse(Path::new("config.json"), &sizes(class, kind)).unwrap();
+        assert_eq!(config.kinds().len(), 2);
+        let shape = shape(Target::Tpu(Chip::V5p));
+        for module in modules(&Context::new(), &config, &shape, Sampling::Greedy) {
+            module.verify().unwrap();
+            let text = module.text();
+            assert_eq!(text.matches("\"stablehlo.case\"").count(), 1);
+            // Four matmuls, attention in two branches, the head.
+            assert_eq!(bodies(&text).len(), 7);
+            assert_eq!(bodies(&text).into_iter().collect::<BTreeSet<_>>().len(), 5 + kernels, "{kind}");
+            let names = module.text_with_names();
+            assert_eq!(names.contains("layer.attention.window_attention\""), kernels == 2, "{kind}");
+        }
+    }
+}
+
 #[test]
 fn programs_for_the_host_call_five_kernels_a_layer() {
     let layers = Model::tiny().config.layers.len();

@@ -407,7 +407,10 @@ impl Kernel for Rpa {
         // What a step program asks for.
         let fused = heads.into_iter().flat_map(|heads| of(heads).into_iter().take(2));
         let fused = fused.map(|spec| Spec { fused: Some(Rotary::HalfSplit), ..spec });
-        plain.chain(narrow).chain(sinks).chain(fused).collect()
+        // The incident's second try: half of everything.
+        let halved = |spec: Spec| Spec { tokens: 512, max_seqs: 4, pages: 4 * 36, ..spec };
+        let halved = fused.clone().take(1).map(halved);
+        plain.chain(narrow).chain(sinks).chain(fused).chain(halved).collect()
     }
 
     /// Attention layers of decoders, of one device or a part of one; pages of 16 to 256 tokens, up to 128 sequences.
