@@ -200,18 +200,21 @@ fn check_logits(pairs: impl Fn(usize) -> Vec<(Target, Element)>) {
             let ours: Vec<_> = logits[0].iter().skip(EVERY - 1).step_by(EVERY).cloned().collect();
             let error = |logits: &[Vec<f32>]| relative_error(model, compute, logits, &kept);
             let (worst, bound) = (error(&ours), (2.0 * error(theirs)).max(bf16_error(&model.config) / finer));
-            eprintln!("{}, {target}, {compute}: {worst:.1e}, {bound:.1e} is allowed", checkpoint.name);
+            let all = largest_relative_error(&ours, &kept);
+            eprintln!("{}, {target}, {compute}: {worst:.1e} ({all:.1e}), {bound:.1e} is allowed", checkpoint.name);
             assert!(worst <= bound, "{}, {target}, {compute}: {worst:e}, {bound:e} is allowed", checkpoint.name);
         }
     }
 }
 
-/// Each form in one of the types, in turn.
+/// Each form in one of the types, in turn; of a family's two checkpoints one on the tile machine.
 #[test]
 fn logits_of_every_family_stay_within_the_error_of_their_roundings() {
     check_logits(|at| {
         let element = |form: usize| if (at + form).is_multiple_of(2) { Element::F32 } else { Element::Bf16 };
-        TARGETS.into_iter().enumerate().map(|(form, target)| (target, element(form))).collect()
+        let is_slow = |target: &Target| matches!(target, Target::TileMachine(_)) && ![0, 3].contains(&(at % 4));
+        let forms = TARGETS.into_iter().enumerate().filter(|(_, target)| !is_slow(target));
+        forms.map(|(form, target)| (target, element(form))).collect()
     });
 }
 
