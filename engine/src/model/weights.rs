@@ -660,7 +660,8 @@ impl Weights {
         let rows = match (spec.of_expert, spec.fused) {
             (Some(of), _) => of.expert..of.expert + 1,
             (None, Some((first, _))) => first..first + spec.dims[0],
-            (None, None) => 0..spec.dims[0],
+            // A single number has no rows.
+            (None, None) => 0..spec.dims.first().copied().unwrap_or(1),
         };
         let one_per_row = spec.holds == Holds::Scales && dims[1] == 1;
         let fits = info.shape == dims || one_per_row && (info.shape == [dims[0]] || is_one(&info.shape));
