@@ -480,13 +480,13 @@ mod tests {
                 "original_max_position_embeddings": 8192})
         };
         let cases = [
-            (json!({"architectures": ["MixtralForCausalLM"]}), "architectures = [\"MixtralForCausalLM\"] is not supp"),
+            (json!({"architectures": ["FalconForCausalLM"]}), "architectures = [\"FalconForCausalLM\"] is not supp"),
             (
                 json!({"hidden_act": "gelu"}),
                 "hidden_act = \"gelu\" is not supported: use a model with hidden_act = \"silu\" or",
             ),
             (json!({"architectures": null, "model_type": null}), "architectures is missing, and so is model_type"),
-            (json!({"architectures": null, "model_type": "mixtral"}), "model_type = \"mixtral\" is not supported"),
+            (json!({"architectures": null, "model_type": "falcon"}), "model_type = \"falcon\" is not supported"),
             (json!({"model_type": "mistral"}), "model_type = mistral is not the type of the class in architectures"),
             (json!({"attention_bias": 1}), "attention_bias = 1 is not true or false"),
             (json!({"sliding_window": 4096}), "sliding_window = 4096 is not a key of a Llama"),
