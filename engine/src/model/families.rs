@@ -637,7 +637,7 @@ fn rope(object: &Object<'_>, defaults: RopeDefaults) -> Result<Rope> {
     let rotated = rotated(object, RopeDefaults { partial, ..defaults })?;
     let kinds = ["rope_type", "type"].map(|key| Some((key, object.get(key)?)));
     let (key, kind) = kinds.into_iter().flatten().next().unwrap_or(("rope_type", &Value::Null));
-    let original_or = |default: Option<f64>| object.positive("original_max_position_embeddings", default);
+    let original = || object.positive("original_max_position_embeddings", original.or(Some(max_positions)));
     let scaling = match kind.as_str() {
         Some("default") => None,
         Some("linear") => Some(RopeScaling::Linear { factor: object.positive("factor", None)? }),
@@ -646,13 +646,13 @@ fn rope(object: &Object<'_>, defaults: RopeDefaults) -> Result<Rope> {
             object.positive("factor", None)?;
             None
         }
-        Some("llama3") => Some(RopeScaling::Llama3(llama3(object, original_or(None)?)?)),
+        Some("llama3") => Some(RopeScaling::Llama3(llama3(object)?)),
         Some("yarn") => {
-            let original = original_or(original.or(Some(max_positions)))?;
+            let original = original()?;
             Some(RopeScaling::Yarn(yarn(object, original, max_positions / original)?))
         }
         Some("longrope" | "su") => {
-            let original = original_or(original.or(Some(max_positions)))?;
+            let original = original()?;
             Some(RopeScaling::LongRope(long_rope(object, rotated / 2, original, max_positions / original)?))
         }
         _ => {
@@ -664,12 +664,12 @@ fn rope(object: &Object<'_>, defaults: RopeDefaults) -> Result<Rope> {
     Ok(Rope { theta, rotated, scaling })
 }
 
-fn llama3(object: &Object<'_>, original_max_position_embeddings: f64) -> Result<Llama3Scaling> {
+fn llama3(object: &Object<'_>) -> Result<Llama3Scaling> {
     let scaling = Llama3Scaling {
         factor: object.positive("factor", None)?,
         low_freq_factor: object.positive("low_freq_factor", None)?,
         high_freq_factor: object.positive("high_freq_factor", None)?,
-        original_max_position_embeddings,
+        original_max_position_embeddings: object.positive("original_max_position_embeddings", None)?,
     };
     if scaling.high_freq_factor <= scaling.low_freq_factor {
         let limit = format!("is not above low_freq_factor = {}", scaling.low_freq_factor);
