@@ -22,7 +22,7 @@ use crate::{
     chips::Chip,
     choices::Choices,
     cost::{self, Family, Stage},
-    error::Invalid,
+    error::{Invalid, ensure},
     evidence::Records,
     mutants::MutantSet,
     named::{Argument, Arguments, Arrays, Named, Role},
@@ -32,6 +32,19 @@ use crate::{
     threads::Threads,
     vmem::Bytes,
 };
+
+/// The layer that a launch with these inputs is of, where a stack of layers' weights is one array: its argument `layer`.
+pub(crate) fn layer_of(inputs: &Arrays) -> i32 {
+    inputs.get("layer").map_or(0, |layer| layer.as_slice::<i32>()[0])
+}
+
+/// Refuses inputs of a layer that there is none of.
+pub(crate) fn check_layer(subject: &'static str, layers: usize, inputs: &Arrays) -> std::result::Result<(), Invalid> {
+    let layer = layer_of(inputs);
+    let is_one = usize::try_from(layer).is_ok_and(|layer| layer < layers);
+    let limit = || format!("is none of {layers} layers");
+    ensure(is_one, subject, "layer", layer, limit, "give an index from 0 on, below layers")
+}
 
 /// A kernel's valid problem.
 pub type ProblemOf<K> = Problem<<K as Kernel>::Spec>;

@@ -126,16 +126,8 @@ fn a_narrow_cache_costs_the_roundings_of_its_numbers() {
         assert!(apart <= bound / 16.0, "{cache}: the forms are {apart:.5} apart");
     }
     let shape = |target| {
-        let options = EngineOptions {
-            limits: limits(),
-            compute: Element::Bf16,
-            kv_cache: KvCache::scaled(Element::F8E4M3Fn, 1.0),
-            target,
-            sampling: SamplingOptions::GREEDY,
-            stop: StopRule::default(),
-            mixed_steps: false,
-            reuse_prefixes: true,
-        };
+        let kv_cache = KvCache::scaled(Element::F8E4M3Fn, 1.0);
+        let options = EngineOptions { compute: Element::Bf16, kv_cache, ..greedy_options(limits(), target) };
         options.shape(&Parallel::ONE)
     };
     // Half the memory.

@@ -4,12 +4,10 @@
 use std::collections::BTreeMap;
 
 use pagoda_engine::generate::{EngineOptions, SamplingOptions};
-use pagoda_engine::llama::{Group, KvCache, Parallel, Target};
+use pagoda_engine::llama::{Group, Parallel, Target};
 use pagoda_engine::mesh::Mesh;
 use pagoda_engine::replicas::Replicas;
 use pagoda_engine::scheduler::{Finished, Limits};
-use pagoda_engine::stop::StopRule;
-use pagoda_ir::Element;
 use pagoda_kernels::chips::Chip;
 
 use super::support::*;
@@ -34,17 +32,7 @@ impl Case {
             max_rounds: self.max_rounds,
             ..limits()
         };
-        let (compute, stop, mixed_steps) = (Element::F32, StopRule::default(), true);
-        EngineOptions {
-            limits,
-            compute,
-            kv_cache: KvCache::of(compute),
-            target: self.target,
-            sampling,
-            stop,
-            mixed_steps,
-            reuse_prefixes: true,
-        }
+        EngineOptions { sampling, mixed_steps: true, ..greedy_options(limits, self.target) }
     }
 
     fn run(&self, sampling: SamplingOptions) -> BTreeMap<usize, Finished> {

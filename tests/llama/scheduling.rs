@@ -5,11 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions, StepKind, Timing};
-use pagoda_engine::llama::{KvCache, Parallel, Target};
+use pagoda_engine::llama::{Parallel, Target};
 use pagoda_engine::scheduler::{Finished, Limits, Request};
-use pagoda_engine::stop::{FinishReason, StopRule};
+use pagoda_engine::stop::FinishReason;
 use pagoda_engine::units::{PageSize, SampleId};
-use pagoda_ir::Element;
 use pagoda_kernels::chips::Chip;
 
 use super::support::*;
@@ -47,17 +46,9 @@ fn engine(cut: &Cut, target: Target, sampling: SamplingOptions) -> Engine {
         max_prefill_size: cut.max_prefill_size,
         max_rounds: cut.max_rounds,
     };
-    let (client, compute, mixed_steps) = (client(), Element::F32, cut.mixed_steps);
-    let options = EngineOptions {
-        limits,
-        compute,
-        kv_cache: KvCache::of(compute),
-        target,
-        sampling,
-        stop: StopRule::default(),
-        mixed_steps,
-        reuse_prefixes: cut.reuse_prefixes,
-    };
+    let client = client();
+    let &Cut { mixed_steps, reuse_prefixes, .. } = cut;
+    let options = EngineOptions { sampling, mixed_steps, reuse_prefixes, ..greedy_options(limits, target) };
     let model = Model::tiny().on_device(&client, &options.shape(&Parallel::ONE));
     Engine::new(&client, model, options).unwrap()
 }

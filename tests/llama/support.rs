@@ -51,6 +51,20 @@ pub fn limits() -> Limits {
     }
 }
 
+/// Greedy in f32, with nothing else out of the ordinary.
+pub fn greedy_options(limits: Limits, target: Target) -> EngineOptions {
+    EngineOptions {
+        limits,
+        compute: Element::F32,
+        kv_cache: KvCache::of(Element::F32),
+        target,
+        sampling: SamplingOptions::GREEDY,
+        stop: StopRule::default(),
+        mixed_steps: false,
+        reuse_prefixes: true,
+    }
+}
+
 /// A model on disk.
 pub struct Model {
     pub config: ModelSpec,
@@ -95,16 +109,7 @@ impl Model {
     ) -> Engine {
         let client = client();
         let kv_cache = KvCache::of(compute);
-        let options = EngineOptions {
-            limits,
-            compute,
-            kv_cache,
-            target,
-            sampling,
-            stop,
-            mixed_steps: false,
-            reuse_prefixes: true,
-        };
+        let options = EngineOptions { compute, kv_cache, sampling, stop, ..greedy_options(limits, target) };
         let model = self.on_device(&client, &options.shape(&Parallel::ONE));
         Engine::new(&client, model, options).unwrap()
     }

@@ -6,13 +6,11 @@ use std::fs;
 use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
 
-use pagoda_engine::generate::{EngineOptions, SamplingOptions};
-use pagoda_engine::llama::{KvCache, Parallel, Target};
+use pagoda_engine::llama::{Parallel, Target};
 use pagoda_engine::model::ModelSpec;
 use pagoda_engine::model::quantization::{Quantization, Scales};
 use pagoda_engine::model::weights::{Holds, Weights, expected_tensors};
 use pagoda_engine::scheduler::Limits;
-use pagoda_engine::stop::StopRule;
 use pagoda_engine::units::PageSize;
 use pagoda_ir::random::SplitMix64;
 use pagoda_ir::{Element, HostTensor};
@@ -207,16 +205,7 @@ fn check(name: &str, spec: &ModelSpec, seed: u64, forms: &[(Target, usize)]) {
             max_prefill_size: 24,
             max_rounds: 8,
         };
-        let options = EngineOptions {
-            limits,
-            compute: Element::F32,
-            kv_cache: KvCache::of(Element::F32),
-            target,
-            sampling: SamplingOptions::GREEDY,
-            stop: StopRule::default(),
-            mixed_steps: false,
-            reuse_prefixes: true,
-        };
+        let options = greedy_options(limits, target);
         let mut engines = model.replicas(mesh(1, shards), &options);
         let prompts = [&tokens[..7], &tokens[7..30]];
         let requests = prompts.iter().enumerate().map(|(index, prompt)| request(index, prompt, 12 + index)).collect();

@@ -29,7 +29,7 @@ use crate::{
     choices::Choices,
     error::{Invalid, ensure},
     evidence::Records,
-    kernel::{Kernel, Operand, Sample, Work},
+    kernel::{self, Kernel, Operand, Sample, Work},
     mutants::MutantSet,
     named::{Argument, Arguments, Arrays, Named},
     plan::PlanError,
@@ -143,10 +143,7 @@ impl Kernel for GroupedMatmul {
         let rows: i64 = sizes.iter().map(|&size| i64::from(size)).sum();
         let limit = || format!("is more than the {} rows of x", problem.m);
         ensure(rows <= problem.m as i64, SUBJECT, "sum of group_sizes", rows, limit, "count the rows of each expert")?;
-        let layer = layer_of(inputs);
-        let limit = || format!("is none of {} layers", problem.layers);
-        let is_one = usize::try_from(layer).is_ok_and(|layer| layer < problem.layers);
-        ensure(is_one, SUBJECT, "layer", layer, limit, "give an index from 0 on, below layers")
+        kernel::check_layer(SUBJECT, problem.layers, inputs)
     }
 
     fn batch(_: &Problem, inputs: &Arrays) -> Option<Vec<Lengths>> {
@@ -343,11 +340,6 @@ fn drawn_sizes(problem: &Problem, choices: &mut Choices) -> Vec<Lengths> {
         sizes[problem.experts / 2] += left;
     }
     sizes.into_iter().map(group).collect()
-}
-
-/// The layer that a launch with these inputs is of.
-fn layer_of(inputs: &Arrays) -> i32 {
-    inputs.get("layer").map_or(0, |layer| layer.as_slice::<i32>()[0])
 }
 
 #[cfg(feature = "cli")]

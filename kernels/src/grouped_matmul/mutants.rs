@@ -21,7 +21,8 @@ pub(super) fn sets() -> Vec<MutantSet<GroupedMatmul>> {
         let sizes: Vec<Lengths> = [3, 0, 9, 45, 14].map(group).to_vec();
         let mut drawn = (1..).map(|seed| GroupedMatmul::draw(&problem, Some(&sizes), seed).expect("a batch"));
         // Of a stack, neither the first layer nor the last.
-        let inputs = drawn.find(|inputs| super::layer_of(inputs) as usize == spec.layers / 2).expect("some seed");
+        let inputs =
+            drawn.find(|inputs| crate::kernel::layer_of(inputs) as usize == spec.layers / 2).expect("some seed");
         MutantSet { plan, inputs, mutants: mutants.to_vec(), superfluous: Some(0) }
     };
     let plain = Spec { output: Element::F32, ..Spec::new([90, 136, 128], 5, Element::Bf16) };

@@ -124,7 +124,7 @@ fn run_as<T: Float, O: Float>(problem: &Problem, inputs: &Arrays, threads: &dyn 
     let ty = problem.output_type();
     let mut y = HostTensor::zeros(ty.element, &ty.dims);
     let (k, n, gated) = (problem.k, problem.n, problem.activation.is_gated());
-    let layer = super::layer_of(inputs) as usize * problem.experts * problem.weight_columns() * k;
+    let layer = crate::kernel::layer_of(inputs) as usize * problem.experts * problem.weight_columns() * k;
     let w = &inputs["w"].as_slice::<T>()[layer..];
     let (x, sizes) = (inputs["x"].as_slice(), inputs["group_sizes"].as_slice());
     multiply_groups(&Groups { x, w, sizes, k, n, gated, resident: None }, y.as_mut_slice::<O>(), threads);

@@ -11,7 +11,7 @@ use crate::{
 /// The output is rounded once; before that, f32 sums of `k` terms and the activation's few.
 pub fn reference(problem: &Problem, inputs: &Arrays) -> Expected {
     let (k, n, columns) = (problem.k, problem.n, problem.weight_columns());
-    let first_expert = super::layer_of(inputs) as usize * problem.experts;
+    let first_expert = crate::kernel::layer_of(inputs) as usize * problem.experts;
     let x = inputs["x"].to_f64();
     let w = inputs["w"].to_f64();
     let bias = inputs.get("bias").map(|bias| bias.to_f64());

@@ -24,7 +24,7 @@ use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
-    error::{Invalid, ensure},
+    error::Invalid,
     evidence::Records,
     kernel::{self, Kernel, Operand, Sample},
     mutants::MutantSet,
@@ -132,17 +132,7 @@ impl Kernel for Matmul {
     }
 
     fn check_inputs(problem: &Problem, inputs: &Arrays) -> std::result::Result<(), Invalid> {
-        let layer = layer_of(inputs);
-        let limit = || format!("is none of {} layers", problem.layers);
-        let fix = "give an index from 0 on, below layers";
-        ensure(
-            usize::try_from(layer).is_ok_and(|layer| layer < problem.layers),
-            "matmul inputs",
-            "layer",
-            layer,
-            limit,
-            fix,
-        )
+        kernel::check_layer("matmul inputs", problem.layers, inputs)
     }
 
     /// Every array passes once, of a stack one layer.
@@ -245,11 +235,6 @@ impl Kernel for Matmul {
             LazyLock::new(|| Records::parse(include_str!("../../tuned/matmul.json")));
         Some(&RECORDS)
     }
-}
-
-/// The layer that a launch with these inputs is of.
-fn layer_of(inputs: &Arrays) -> i32 {
-    inputs.get("layer").map_or(0, |layer| layer.as_slice::<i32>()[0])
 }
 
 #[cfg(feature = "cli")]

@@ -21,7 +21,7 @@ pub(super) fn sets() -> Vec<MutantSet<Matmul>> {
         let plan = Plan::new(problem, Chip::V5p, options).expect("legal tiles");
         let mut drawn = (1..).map(|seed| Matmul::draw(&problem, None, seed).expect("no batch"));
         // Of a stack, neither the first layer nor the last.
-        let inputs = drawn.find(|inputs| super::layer_of(inputs) as usize == layers / 2).expect("some seed");
+        let inputs = drawn.find(|inputs| crate::kernel::layer_of(inputs) as usize == layers / 2).expect("some seed");
         MutantSet { plan, inputs, mutants: mutants.to_vec(), superfluous: nothing_superfluous.then_some(0) }
     };
     let plain = Spec { output, layout, epilogue, ..Spec::new([40, 600, 300], input) };

@@ -12,7 +12,7 @@ use crate::{
 /// so are products of two (8 significant bits at most, of bf16 too): scales add two roundings to a group's sum.
 pub fn reference(problem: &Problem, inputs: &Arrays) -> Expected {
     let (m, k, n) = (problem.m, problem.k, problem.n);
-    let layer = super::layer_of(inputs) as usize;
+    let layer = crate::kernel::layer_of(inputs) as usize;
     // Of a stack, the layer's part.
     let part = |stack: Vec<f64>| {
         let size = stack.len() / problem.layers;

@@ -9,10 +9,11 @@ use pagoda_ir::mosaic::Kernel;
 use pagoda_ir::stablehlo::{Builder, Tensor};
 use pagoda_ir::{Context, Result};
 use pagoda_kernels::chips::Chip;
-use pagoda_kernels::grouped_matmul::{self, GroupedMatmul};
-use pagoda_kernels::kernel;
-use pagoda_kernels::matmul::{Matmul, Problem, plan};
+use pagoda_kernels::grouped_matmul::GroupedMatmul;
+use pagoda_kernels::kernel::{self, ProblemOf};
+use pagoda_kernels::matmul::Matmul;
 use pagoda_kernels::rpa::{self, Rpa};
+use pagoda_kernels::{Options, Plan};
 
 use super::stablehlo::Stablehlo;
 use super::{
@@ -36,20 +37,49 @@ impl Runner {
     }
 }
 
-/// The lowering. Every kernel is planned and written once, however many layers call it.
-pub(super) struct Mosaic<'c> {
+/// The kernels that a program has of a kind, each made once. There are a few, so the list is searched.
+struct Made<'c, K: pagoda_kernels::Kernel>(RefCell<Vec<(ProblemOf<K>, Rc<Kernel<'c>>)>>);
+
+impl<K: pagoda_kernels::Kernel> Default for Made<'_, K> {
+    fn default() -> Self {
+        Self(RefCell::default())
+    }
+}
+
+/// Who makes them.
+struct Maker<'c> {
     context: &'c Context,
-    plain: Stablehlo,
     chip: Chip,
     runner: Runner,
-    /// Of each kind of layers: what attention does, and which of the kernels does it.
-    attention: Vec<(rpa::Problem, usize)>,
-    /// The attention kernels: kinds that differ in their ropes alone share one.
-    kernels: Vec<Kernel<'c>>,
-    /// The matmuls so far. A step has six at most, so the list is searched.
-    matmuls: RefCell<Vec<(Problem, Rc<Kernel<'c>>)>>,
-    /// The grouped matmuls so far, two at most.
-    grouped: RefCell<Vec<(grouped_matmul::Problem, Rc<Kernel<'c>>)>>,
+}
+
+impl<'c> Maker<'c> {
+    /// The kernel for a problem, with the planner's tiles.
+    ///
+    /// # Errors
+    /// When it has no plan for the chip.
+    fn kernel<K: pagoda_kernels::Kernel>(&self, made: &Made<'c, K>, problem: &ProblemOf<K>) -> Result<Rc<Kernel<'c>>> {
+        let mut made = made.0.borrow_mut();
+        if let Some((_, kernel)) = made.iter().find(|(known, _)| known == problem) {
+            return Ok(Rc::clone(kernel));
+        }
+        let plan = Plan::<K>::new(problem.clone(), self.chip, Options::default()).map_err(unplanned)?;
+        let kernel = Rc::new(self.runner.kernel(plan.kernel(self.context)?));
+        made.push((problem.clone(), Rc::clone(&kernel)));
+        Ok(kernel)
+    }
+}
+
+/// The lowering. Every kernel is planned and written once, however many layers call it.
+pub(super) struct Mosaic<'c> {
+    plain: Stablehlo,
+    maker: Maker<'c>,
+    /// Of each kind of layers: what attention does, and the kernel that does it. Kinds that differ in their ropes alone share one.
+    attention: Vec<(rpa::Problem, Rc<Kernel<'c>>)>,
+    /// How many attention kernels there are.
+    kernels: usize,
+    matmuls: Made<'c, Matmul>,
+    grouped: Made<'c, GroupedMatmul>,
 }
 
 impl<'c> Mosaic<'c> {
@@ -64,42 +94,14 @@ impl<'c> Mosaic<'c> {
         chip: Chip,
         runner: Runner,
     ) -> Result<Self> {
-        let mut different: Vec<rpa::Problem> = Vec::new();
-        let mut attention = Vec::new();
-        for problem in problems {
-            let at = different.iter().position(|known| *known == problem).unwrap_or(different.len());
-            if at == different.len() {
-                different.push(problem.clone());
-            }
-            attention.push((problem, at));
-        }
-        let kernel = |problem| {
-            let plan = rpa::plan::Plan::new(problem, chip, rpa::plan::Options::default());
-            Ok(runner.kernel(plan.map_err(unplanned)?.kernel(context)?))
-        };
-        let kernels = different.into_iter().map(kernel).collect::<Result<_>>()?;
-        Ok(Self {
-            context,
-            plain,
-            chip,
-            runner,
-            attention,
-            kernels,
-            matmuls: RefCell::default(),
-            grouped: RefCell::default(),
-        })
-    }
-
-    /// The kernel for a problem.
-    fn matmul(&self, problem: &Problem) -> Result<Rc<Kernel<'c>>> {
-        let mut known = self.matmuls.borrow_mut();
-        if let Some((_, kernel)) = known.iter().find(|(known, _)| known == problem) {
-            return Ok(Rc::clone(kernel));
-        }
-        let plan = plan::Plan::new(*problem, self.chip, plan::Options::default()).map_err(unplanned)?;
-        let kernel = Rc::new(self.runner.kernel(plan.kernel(self.context)?));
-        known.push((*problem, Rc::clone(&kernel)));
-        Ok(kernel)
+        let (maker, made) = (Maker { context, chip, runner }, Made::<Rpa>::default());
+        let attention = problems.into_iter().map(|problem| {
+            let kernel = maker.kernel(&made, &problem)?;
+            Ok((problem, kernel))
+        });
+        let attention = attention.collect::<Result<_>>()?;
+        let kernels = made.0.borrow().len();
+        Ok(Self { plain, maker, attention, kernels, matmuls: Made::default(), grouped: Made::default() })
     }
 }
 
@@ -115,8 +117,8 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
     fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
         let x = linear.norm.map_or(Ok(x), |norm| self.norm(b, x, &norm))?;
         let (problem, arguments) = matmul(b, self.orientation(), x, linear)?;
-        let results = kernel::call::<Matmul>(b, &*self.matmul(&problem)?, &problem, &arguments)?;
-        Ok(results[0])
+        let kernel = self.maker.kernel(&self.matmuls, &problem)?;
+        Ok(kernel::call::<Matmul>(b, &kernel, &problem, &arguments)?[0])
     }
 
     fn grouped<'a>(
@@ -127,18 +129,7 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
         grouped: &Grouped<'c, 'a>,
     ) -> Result<Tensor<'c, 'a>> {
         let (problem, arguments) = grouped_problem(b, x, sizes, grouped)?;
-        let known =
-            self.grouped.borrow().iter().find(|(known, _)| *known == problem).map(|(_, kernel)| Rc::clone(kernel));
-        let kernel = match known {
-            Some(kernel) => kernel,
-            None => {
-                let options = grouped_matmul::plan::Options::default();
-                let plan = grouped_matmul::plan::Plan::new(problem, self.chip, options).map_err(unplanned)?;
-                let kernel = Rc::new(self.runner.kernel(plan.kernel(self.context)?));
-                self.grouped.borrow_mut().push((problem, Rc::clone(&kernel)));
-                kernel
-            }
-        };
+        let kernel = self.maker.kernel(&self.grouped, &problem)?;
         Ok(kernel::call::<GroupedMatmul>(b, &kernel, &problem, &arguments)?[0])
     }
 
@@ -152,15 +143,15 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
     ) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
         let results = layer.kind.select(b, self.attention.len(), |b, kind| {
             let (problem, kernel) = &self.attention[kind];
-            let b = if is_window_attention(problem, self.kernels.len()) { &b.named(WINDOW_ATTENTION) } else { b };
+            let b = if is_window_attention(problem, self.kernels) { &b.named(WINDOW_ATTENTION) } else { b };
             let args = self.plain.arguments(b, qkv, batch, (&layer, kind), kv)?;
             if problem.fused.is_some() {
-                return kernel::call::<Rpa>(b, &self.kernels[*kernel], problem, &args);
+                return kernel::call::<Rpa>(b, kernel, problem, &args);
             }
             // Rotated and written by StableHLO.
             let whole = &self.plain.attention()[kind];
             let args = rpa::stablehlo::written(b, whole, &args)?;
-            let attended = kernel::call::<Rpa>(b, &self.kernels[*kernel], problem, &args)?[0];
+            let attended = kernel::call::<Rpa>(b, kernel, problem, &args)?[0];
             Ok(vec![b.reshape(attended, &whole.output_type().dims)?, args["kv_pages"]])
         })?;
         Ok((results[0], results[1]))

@@ -175,8 +175,8 @@ impl<'a, 'p> Body<'a, 'p> {
         let cos_sin = problem.fused.map(|_| k.hbm_input("cos_sin", Element::F32, &[rows, problem.head_dim]));
         let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
         let out = k.hbm_output("out", types.output, &[rows, columns]);
-        let pages = |_: &Ref<'a>| k.hbm_output("kv_pages_written", types.kv, &problem.kv_pages_type().dims);
-        let written_pages = cos_sin.as_ref().map(pages);
+        let kv_type = problem.kv_pages_type();
+        let written_pages = problem.fused.map(|_| k.hbm_output("kv_pages_written", types.kv, &kv_type.dims));
         let lse_lanes = plan::log_sum_exp_lanes(problem);
         let lse = problem.log_sum_exp.then(|| k.hbm_output("lse", Element::F32, &[rows, lse_lanes]));
         let written = cos_sin.zip(written_pages);
