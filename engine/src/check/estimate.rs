@@ -12,7 +12,7 @@ use pagoda_kernels::random::Lengths;
 use pagoda_kernels::rpa::Rpa;
 use serde::{Deserialize, Serialize};
 
-use super::launches::{Launch, Planned, keys_worked};
+use super::launches::{Launch, Time, keys_worked};
 use super::plan::{Plan, Program, Sample};
 use crate::error::Result;
 use crate::model::spec::QkNorm;
@@ -203,10 +203,9 @@ const EMPTY_ATTENTION: f64 = 2000.0;
 
 /// The planner's model of a launch.
 pub fn modelled(plan: &Plan, launch: &Launch) -> Cycles {
-    match &launch.plan {
-        Planned::Matmul(matmul) => Cycles::constant(matmul.estimate().cycles, Source::Model),
-        Planned::Experts(experts) => Cycles::constant(experts.details().estimate.cycles, Source::Model),
-        Planned::Attention(attention) => {
+    match &launch.time {
+        Time::Fixed(cycles) | Time::Groups(cycles, _) => Cycles::constant(*cycles, Source::Model),
+        Time::Keys(attention) => {
             let (chip, problem) = (plan.job.topology.chip().info(), attention.problem());
             let layout = problem.kv_layout();
             let bytes = (layout.token_elements() * problem.precision.kv.bytes()) as f64 / chip.hbm_bytes_per_cycle();
@@ -291,8 +290,8 @@ pub fn step_time(plan: &Plan, costs: &Costs, program: Program, batch: &[Lengths]
     let mut parts = Vec::new();
     let mut bytes = 0.0;
     for (launch, cycles) in plan.launches(program).iter().zip(costs.of(program)) {
-        let keys = match &launch.plan {
-            Planned::Attention(attention) if cycles.per_key > 0.0 => keys_worked(attention, batch),
+        let keys = match &launch.time {
+            Time::Keys(attention) if cycles.per_key > 0.0 => keys_worked(attention, batch),
             _ => 0.0,
         };
         let count = launch.count as f64;

@@ -3,12 +3,15 @@
 //! Pure. It names the kernels that the lowering for a TPU emits; that both agree is checked against the compiler's own
 //! report of the whole program.
 
+use std::fmt;
+use std::sync::Arc;
+
 use pagoda_ir::{Context, Element};
 use pagoda_kernels::chips::Chip;
 use pagoda_kernels::evidence::{self, Digest, Record};
 use pagoda_kernels::grouped_matmul::{self, GroupedMatmul};
-use pagoda_kernels::kernel::Kernel;
 pub use pagoda_kernels::kernel::Work;
+use pagoda_kernels::kernel::{Kernel, certified_module};
 use pagoda_kernels::matmul::{self, Epilogue, Layout, Matmul};
 use pagoda_kernels::plan::{Options, Plan};
 use pagoda_kernels::random::Lengths;
@@ -30,63 +33,97 @@ pub struct Launch {
     /// How often a step launches it.
     pub count: usize,
     /// The kernel.
-    pub plan: Planned,
+    pub plan: Arc<dyn Planned>,
+    /// What its time depends on.
+    pub time: Time,
 }
 
 /// What launches are for: the names of their operations in a program end in these (and in numbers).
 pub const ROLES: [&str; 8] = ["qkv", "attention", WINDOW_ATTENTION, "output", "router", "gate_up", "down", "head"];
 
-/// A planned kernel of a step.
+/// What the time of a launch depends on.
 #[derive(Clone, Debug)]
-pub enum Planned {
-    /// A projection.
-    Matmul(Plan<Matmul>),
-    /// Projections by experts.
-    Experts(Plan<GroupedMatmul>),
-    /// Attention over the KV pages.
-    Attention(Plan<Rpa>),
+pub enum Time {
+    /// On nothing but its problem: so many cycles, by the planner's model.
+    Fixed(f64),
+    /// On how a router deals out the rows: so many cycles over these groups, which one that prefers no expert would make. Loops
+    /// turn as often as there are chunks: a profile of it would take the compiler minutes.
+    Groups(f64, Vec<Lengths>),
+    /// On the sequences: it is linear in the [keys worked](keys_worked).
+    Keys(Arc<Plan<Rpa>>),
 }
 
-/// Calls a method of either plan.
-macro_rules! either {
-    ($planned:expr, $plan:ident => $value:expr) => {
-        match $planned {
-            Planned::Matmul($plan) => $value,
-            Planned::Experts($plan) => $value,
-            Planned::Attention($plan) => $value,
-        }
-    };
-}
-
-impl Planned {
+/// A planned kernel of a step, of any kind.
+pub trait Planned: fmt::Debug + Send + Sync {
     /// The kernel's name, tiles in it.
-    pub fn name(&self) -> &str {
-        either!(self, plan => plan.name())
-    }
-
+    fn name(&self) -> &str;
     /// The problem in words.
-    pub fn problem(&self) -> String {
-        either!(self, plan => plan.describe())
-    }
-
+    fn problem(&self) -> String;
     /// Every VMEM buffer.
-    pub fn vmem(&self) -> &VmemReport {
-        either!(self, plan => plan.vmem())
-    }
-
+    fn vmem(&self) -> &VmemReport;
     /// The scoped limit.
-    pub fn limit(&self) -> Bytes {
-        either!(self, plan => plan.limit())
-    }
-
+    fn limit(&self) -> Bytes;
     /// What the records know of its spills.
-    pub fn spills(&self) -> Spills {
-        either!(self, plan => evidence::spills(plan))
-    }
+    fn spills(&self) -> Spills;
+    /// What it computes and moves at least.
+    fn work(&self, batch: Option<&[Lengths]>) -> Work;
+    /// The module that the compiler profiles: with the lengths of `batch` as constants, so that every loop has as many
+    /// turns as in that batch.
+    ///
+    /// # Errors
+    /// When the batch is not one of the kernel, or MLIR fails.
+    fn module(&self, batch: Option<&[Lengths]>) -> Result<Vec<u8>>;
+    /// Cycles on record for exactly this kernel: its body and its limit.
+    fn recorded_cycles(&self) -> Option<u64>;
 
     /// Whether it fits, by the records.
-    pub fn verdict(&self) -> Verdict {
-        either!(self, plan => plan.verdict(evidence::spills(plan)))
+    fn verdict(&self) -> Verdict;
+}
+
+impl<K: Kernel + fmt::Debug> Planned for Plan<K> {
+    fn name(&self) -> &str {
+        self.name()
+    }
+
+    fn problem(&self) -> String {
+        self.describe()
+    }
+
+    fn vmem(&self) -> &VmemReport {
+        self.vmem()
+    }
+
+    fn limit(&self) -> Bytes {
+        self.limit()
+    }
+
+    fn spills(&self) -> Spills {
+        evidence::spills(self)
+    }
+
+    fn verdict(&self) -> Verdict {
+        self.verdict(evidence::spills(self))
+    }
+
+    fn work(&self, batch: Option<&[Lengths]>) -> Work {
+        K::work(self.problem(), batch)
+    }
+
+    fn module(&self, batch: Option<&[Lengths]>) -> Result<Vec<u8>> {
+        K::check_batch(self.problem(), batch)?;
+        let context = Context::new();
+        let kernel = K::kernel_of_batch(&context, self, batch)?;
+        Ok(certified_module::<K>(&context, self, &kernel)?.bytecode().to_vec())
+    }
+
+    fn recorded_cycles(&self) -> Option<u64> {
+        let alike = |record: &&Record<K>| {
+            (record.chip, record.tiles, record.limit, &record.spec)
+                == (self.chip(), self.tiles(), self.limit(), self.problem().spec())
+        };
+        let record = K::records()?.all().iter().find(alike)?;
+        let digest = Digest::of(self).ok()?;
+        record.cycles.filter(|_| record.digest == digest)
     }
 }
 
@@ -123,7 +160,8 @@ pub fn launches(config: &ModelSpec, shape: &StepShape, chip: Chip, program: Prog
             ..matmul::Spec::new([m, k, n], compute)
         };
         let plan = plan::<Matmul>(role, spec, chip)?;
-        Ok::<_, Error>(Launch { role, count, plan: Planned::Matmul(plan) })
+        let time = Time::Fixed(plan.estimate().cycles);
+        Ok::<_, Error>(Launch { role, count, plan: Arc::new(plan), time })
     };
     let kind = if program == Program::Decode { Kind::Decode } else { Kind::Mixed };
     // Layers whose attention is the same kernel: those that differ in their ropes alone.
@@ -139,8 +177,8 @@ pub fn launches(config: &ModelSpec, shape: &StepShape, chip: Chip, program: Prog
     let kernels = attention.len();
     let attention = attention.into_iter().map(|(problem, count)| {
         let role = if is_window_attention(&problem, kernels) { WINDOW_ATTENTION } else { "attention" };
-        let plan = plan::<Rpa>(role, problem.spec().clone(), chip)?;
-        Ok(Launch { role, count, plan: Planned::Attention(plan) })
+        let plan = Arc::new(plan::<Rpa>(role, problem.spec().clone(), chip)?);
+        Ok(Launch { role, count, plan: plan.clone(), time: Time::Keys(plan) })
     });
     let mut launches = vec![matmul("qkv", layers, [rows, hidden, stacked], compute, bias(shard.attention_bias))?];
     launches.extend(attention.collect::<Result<Vec<_>>>()?);
@@ -163,7 +201,9 @@ pub fn launches(config: &ModelSpec, shape: &StepShape, chip: Chip, program: Prog
                     ..grouped_matmul::Spec::new([rows * chosen, k, n], count, compute)
                 };
                 let plan = plan::<GroupedMatmul>(role, spec, chip)?;
-                Ok::<_, Error>(Launch { role, count: layers, plan: Planned::Experts(plan) })
+                let groups = GroupedMatmul::spread(plan.problem()).pop().map(|(_, groups)| groups).unwrap_or_default();
+                let time = Time::Groups(plan.details().estimate.cycles, groups);
+                Ok::<_, Error>(Launch { role, count: layers, plan: Arc::new(plan), time })
             };
             launches.push(grouped("gate_up", [hidden, inner], compute, step::expert_activation(gate), has_bias)?);
             let identity = grouped_matmul::Activation::Identity;
@@ -172,11 +212,6 @@ pub fn launches(config: &ModelSpec, shape: &StepShape, chip: Chip, program: Prog
     }
     launches.push(matmul("head", 1, [shape.slots, hidden, shard.vocab_size], Element::F32, Epilogue::NONE)?);
     Ok(launches)
-}
-
-/// The groups that are expected.
-fn typical(problem: &grouped_matmul::Problem) -> Option<Vec<Lengths>> {
-    GroupedMatmul::spread(problem).pop().map(|(_, batch)| batch)
 }
 
 fn plan<K: Kernel>(role: &str, spec: K::Spec, chip: Chip) -> Result<Plan<K>> {
@@ -193,12 +228,11 @@ fn unplanned(role: &str, chip: Chip, error: &dyn std::fmt::Display) -> Error {
 impl Launch {
     /// What the launch computes and moves at least: attention, over sequences of the lengths in `batch`.
     pub fn work(&self, batch: &[Lengths]) -> Work {
-        match &self.plan {
-            Planned::Matmul(plan) => Matmul::work(plan.problem(), None),
-            // Rows as a router that prefers no expert deals them out.
-            Planned::Experts(plan) => GroupedMatmul::work(plan.problem(), typical(plan.problem()).as_deref()),
-            Planned::Attention(plan) => Rpa::work(plan.problem(), Some(batch)),
-        }
+        self.plan.work(match &self.time {
+            Time::Fixed(_) => None,
+            Time::Groups(_, groups) => Some(groups),
+            Time::Keys(_) => Some(batch),
+        })
     }
 }
 
@@ -220,38 +254,4 @@ pub fn keys_worked(plan: &Plan<Rpa>, batch: &[Lengths]) -> f64 {
         first_row = stop;
     }
     worked as f64
-}
-
-/// The module of a kernel that the compiler profiles: attention with the lengths of `batch` as constants, so that every
-/// loop has as many turns as in that batch.
-///
-/// # Errors
-/// When the batch is not one of the kernel, or MLIR fails.
-pub fn module(planned: &Planned, batch: &[Lengths]) -> Result<Vec<u8>> {
-    let context = Context::new();
-    match planned {
-        Planned::Matmul(plan) => Ok(plan.module(&context)?.bytecode().to_vec()),
-        Planned::Experts(plan) => {
-            let kernel = GroupedMatmul::kernel_of_batch(&context, plan, typical(plan.problem()).as_deref())?;
-            let module = pagoda_kernels::kernel::certified_module::<GroupedMatmul>(&context, plan, &kernel)?;
-            Ok(module.bytecode().to_vec())
-        }
-        Planned::Attention(plan) => {
-            Rpa::check_batch(plan.problem(), Some(batch))?;
-            let kernel = Rpa::kernel_of_batch(&context, plan, Some(batch))?;
-            let module = pagoda_kernels::kernel::certified_module::<Rpa>(&context, plan, &kernel)?;
-            Ok(module.bytecode().to_vec())
-        }
-    }
-}
-
-/// Cycles on record for exactly this matmul: its body and its limit.
-pub fn recorded_cycles(plan: &Plan<Matmul>) -> Option<u64> {
-    let alike = |record: &&Record<Matmul>| {
-        (record.chip, record.tiles, record.limit, &record.spec)
-            == (plan.chip(), plan.tiles(), plan.limit(), plan.problem().spec())
-    };
-    let record = Matmul::records()?.all().iter().find(alike)?;
-    let digest = Digest::of(plan).ok()?;
-    record.cycles.filter(|_| record.digest == digest)
 }

@@ -31,7 +31,7 @@ use crate::report::Report;
 use crate::sampler::Sampling;
 use compile::{Answer, Compiler, How, Unit, compile_all};
 use estimate::{Calibration, Costs, Cycles, Exchange, JobTime, Source};
-use launches::{Launch, Planned, ROLES};
+use launches::{Launch, Planned, ROLES, Time};
 use plan::{Plan, Program};
 
 /// How the lengths of prompts are known.
@@ -260,23 +260,23 @@ impl Wanted {
 
     fn launch(&mut self, plan: &Plan, program: Program, launch: &Launch) -> Result<WantedCycles> {
         let model = estimate::modelled(plan, launch);
-        match &launch.plan {
-            Planned::Matmul(matmul) => {
-                if let Some(cycles) = launches::recorded_cycles(matmul) {
+        match &launch.time {
+            Time::Fixed(_) => {
+                if let Some(cycles) = launch.plan.recorded_cycles() {
                     return Ok(WantedCycles::Known(Cycles::constant(cycles as f64, Source::Record)));
                 }
-                let at = self.unit(plan, &launch.plan, &format!("{} of {}", launch.role, program.name()), &[])?;
+                let name = format!("{} of {}", launch.role, program.name());
+                let at = self.unit(plan, &*launch.plan, &name, None)?;
                 Ok(WantedCycles::One(at, model))
             }
-            // Its loops turn as often as there are chunks: a profile takes minutes.
-            Planned::Experts(_) => Ok(WantedCycles::Known(model)),
-            Planned::Attention(attention) => {
-                let planned = Planned::Attention(one_core(attention)?);
+            Time::Groups(..) => Ok(WantedCycles::Known(model)),
+            Time::Keys(attention) => {
+                let core = one_core(attention)?;
                 let [low, high] = estimate::profiled_batches(plan, program);
                 let mut point = |batch: &[Lengths]| {
                     let name =
                         format!("attention of {}, {} sequences of {}", program.name(), batch.len(), batch[0].kv_len);
-                    let at = self.unit(plan, &planned, &name, batch)?;
+                    let at = self.unit(plan, &core, &name, Some(batch))?;
                     Ok::<_, Error>((at, launches::keys_worked(attention, batch)))
                 };
                 Ok(WantedCycles::Line([point(&low)?, point(&high)?], model))
@@ -284,8 +284,8 @@ impl Wanted {
         }
     }
 
-    fn unit(&mut self, plan: &Plan, planned: &Planned, name: &str, batch: &[Lengths]) -> Result<usize> {
-        let module = launches::module(planned, batch)?;
+    fn unit(&mut self, plan: &Plan, kernel: &dyn Planned, name: &str, batch: Option<&[Lengths]>) -> Result<usize> {
+        let module = kernel.module(batch)?;
         if let Some(known) = self.units.iter().position(|unit| unit.module == module) {
             return Ok(known);
         }

@@ -5,7 +5,7 @@ use pagoda_kernels::vmem::{BufferKind, Bytes, Spills};
 
 use super::estimate::{self, ALL_REDUCE, Costs, Cycles, Exchange, GATHER, Source, StepTime};
 use super::jax_v2;
-use super::launches::{Planned, launches};
+use super::launches::{Planned, Time, launches};
 use super::plan::{Chosen, Plan, Program};
 use super::suggest::{self, Alternative};
 use super::{Counted, Findings, Question, compiled_kernel};
@@ -682,17 +682,17 @@ fn jax(plan: &Plan, question: &Question) -> Section {
 }
 
 /// Pagoda's attention kernel for what JAX's is asked for: all heads, as many rows as the config names, a buffer per layer.
-fn pagoda_kernel(plan: &Plan) -> Option<Planned> {
+fn pagoda_kernel(plan: &Plan) -> Option<impl Planned> {
     let job = &plan.job;
     let shape = StepShape { prefill_rows: job.prefill_asked, parallel: Parallel::ONE, ..plan.shape.clone() };
     let launches = launches(&job.config, &shape, job.topology.chip(), Program::Prefill).ok()?;
-    let attention = launches.into_iter().find_map(|launch| match launch.plan {
-        Planned::Attention(plan) => Some(plan),
-        Planned::Matmul(_) | Planned::Experts(_) => None,
+    let attention = launches.into_iter().find_map(|launch| match launch.time {
+        Time::Keys(attention) => Some(attention),
+        _ => None,
     })?;
     let spec = rpa::Spec { layers: 1, ..attention.problem().spec().clone() };
     let problem = pagoda_kernels::Problem::new(spec).ok()?;
-    Some(Planned::Attention(rpa::plan::Plan::new(problem, attention.chip(), rpa::plan::Options::default()).ok()?))
+    rpa::plan::Plan::new(problem, attention.chip(), rpa::plan::Options::default()).ok()
 }
 
 fn pagoda_words(plan: &Plan) -> Option<String> {
