@@ -216,10 +216,11 @@ fn check(name: &str, spec: &ModelSpec, seed: u64, forms: &[(Target, usize)]) {
     }
 }
 
+/// One form each, in turn; nightly all.
 #[test]
 fn every_kind_of_llama_agrees_with_the_reference() {
     for (seed, (name, changes)) in variants().iter().enumerate() {
-        check(name, &spec(changes), seed as u64, &TARGETS.map(|target| (target, 1)));
+        check(name, &spec(changes), seed as u64, &[(TARGETS[seed % TARGETS.len()], 1)]);
     }
 }
 

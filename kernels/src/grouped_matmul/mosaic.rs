@@ -5,7 +5,7 @@
 //! chunks as one stream of steps, a tile of columns and a tile of the depth each:
 //!
 //! ```text
-//! copies    w 0 | w 1 | w 2 | ...        a step ahead, whatever chunk comes next
+//! copies    w 0 | w 1 | w 2 | ...        two steps ahead, whatever chunk comes next
 //!           x 0 |     | x 1 | ...        a chunk ahead, where a chunk's rows are there in all their depth
 //! compute         0 |  1  |  2 | ...     blocks of rows, as many as the chunk has
 //! copies                out 0 | out 1    waited for two tiles later
@@ -32,7 +32,7 @@ use pagoda_ir::{
 };
 
 use super::{
-    plan::Plan,
+    plan::{Plan, W_BUFFERS},
     problem::{Activation, BAND, Layout, Problem},
 };
 use crate::kernel::Operand;
@@ -79,7 +79,7 @@ struct Body<'a, 'p> {
     bias: Vec<Ref<'a>>,
     /// Rows of this chunk and of the next: `[2, rows, depth]`.
     x_tiles: Ref<'a>,
-    /// One for each product: `[2, depth, columns]` or `[2, columns, depth]`.
+    /// One for each product: `[W_BUFFERS, depth, columns]` or `[W_BUFFERS, columns, depth]`.
     w_tiles: Vec<Ref<'a>>,
     /// One for each product, if the depth is walked through: `[rows, columns]`.
     sums: Vec<Ref<'a>>,
@@ -148,8 +148,8 @@ impl<'a, 'p> Body<'a, 'p> {
         let all = problem.layers * problem.experts;
         let x = k.hbm_input("x", problem.input, &[rows, problem.k]);
         let (w, tile) = match problem.layout {
-            Layout::RowMajor => ([all, problem.k, columns], [2, tiles.k, tiles.n]),
-            Layout::WeightTransposed => ([all, columns, problem.k], [2, tiles.n, tiles.k]),
+            Layout::RowMajor => ([all, problem.k, columns], [W_BUFFERS, tiles.k, tiles.n]),
+            Layout::WeightTransposed => ([all, columns, problem.k], [W_BUFFERS, tiles.n, tiles.k]),
         };
         let w = k.hbm_input("w", problem.input, &w);
         let rows_of_bias = problem.n.div_ceil(LANES);
@@ -201,7 +201,7 @@ impl<'a, 'p> Body<'a, 'p> {
             pending,
             x_arrived: semaphores("x_arrived"),
             // Copies of one semaphore come one after another.
-            w_arrived: k.dma_semaphores("w_arrived", &[problem.products(), 2]),
+            w_arrived: k.dma_semaphores("w_arrived", &[problem.products(), W_BUFFERS]),
             sent: semaphores("sent"),
         }
     }
@@ -211,12 +211,16 @@ impl<'a, 'p> Body<'a, 'p> {
         let [chunks, rows] = self.list();
         let start: At = [k.int(0), k.int(0), k.int(0)];
         self.zero_weights();
+        let second = self.second();
         k.when(chunks.greater(0), || self.copy_w(start, k.int(0), |dma| dma.start()));
+        k.when(second[0].less(chunks), || self.start_w(k.int(1), start, second));
         self.zero_x();
         [0, 1].into_iter().for_each(|slot| self.pending.at(slot).store(0));
         k.when(chunks.greater(0), || self.copy_x(start, k.int(0), |dma| dma.start()));
         k.fold_range(0, chunks * (shape.columns * shape.depths), start, |step, at| {
             let next = self.after(at);
+            let later = self.after(next);
+            k.when(later[0].less(chunks), || self.start_w(step + (W_BUFFERS - 1), next, later));
             self.fetch(step, at, next, chunks);
             self.compute(step, at, chunks);
             next
@@ -255,6 +259,17 @@ impl<'a, 'p> Body<'a, 'p> {
         Chunk { expert, first, end }
     }
 
+    /// What comes after the first tile of the first chunk.
+    fn second(&self) -> At<'a> {
+        let shape = self.plan.shape();
+        let at = match (shape.depths, shape.columns) {
+            (1, 1) => [1, 0, 0],
+            (1, _) => [0, 1, 0],
+            _ => [0, 0, 1],
+        };
+        at.map(|index| self.k.int(index))
+    }
+
     /// What comes after `at`: the next tile of the depth, of columns, or the next chunk.
     fn after(&self, [chunk, column, depth]: At<'a>) -> At<'a> {
         let shape = self.plan.shape();
@@ -267,23 +282,24 @@ impl<'a, 'p> Body<'a, 'p> {
         ]
     }
 
-    /// Starts the copies of the next step, and waits for those of this one.
+    /// Starts the copies of the weights of a step, which comes behind `before`: where an expert's weights stay for all its chunks,
+    /// with its first.
+    fn start_w(&self, step: Value<'a>, before: At<'a>, at: At<'a>) {
+        let copy = || self.copy_w(at, self.slot_of_w(step, at), |dma| dma.start());
+        match self.plan.shape().keeps_weights() {
+            true => self.k.when(self.turn(before[0]).differs(self.turn(at[0])), copy),
+            false => copy(),
+        }
+    }
+
+    /// Starts the copy of the next step's rows, and waits for what this one needs.
     fn fetch(&self, step: Value<'a>, at: At<'a>, next: At<'a>, chunks: Value<'a>) {
         let (k, shape) = (self.k, self.plan.shape());
         let [[chunk, column, _], [next_chunk, ..]] = [at, next];
         let is_new = next_chunk.differs(chunk);
         k.when(next_chunk.less(chunks), || {
             let of_x = || self.copy_x(next, self.slot_of_x(step + 1, next), |dma| dma.start());
-            if shape.depths == 1 {
-                k.when(is_new, of_x)
-            } else {
-                of_x()
-            }
-            let of_w = || self.copy_w(next, self.slot_of_w(step + 1, next), |dma| dma.start());
-            match shape.keeps_weights() {
-                true => k.when(self.turn(next_chunk).differs(self.turn(chunk)), of_w),
-                false => of_w(),
-            }
+            if shape.depths == 1 { k.when(is_new, of_x) } else { of_x() }
         });
         let of_x = || self.copy_x(at, self.slot_of_x(step, at), |dma| dma.wait());
         if shape.depths == 1 {
@@ -312,7 +328,8 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// The buffer of a step's weights: where an expert's stay for all its chunks, one after another of the experts'.
     fn slot_of_w(&self, step: Value<'a>, [chunk, ..]: At<'a>) -> Value<'a> {
-        if self.plan.shape().keeps_weights() { self.turn(chunk) & 1 } else { step & 1 }
+        let number = if self.plan.shape().keeps_weights() { self.turn(chunk) } else { step };
+        number % W_BUFFERS
     }
 
     /// The copy of a chunk's rows.
@@ -443,14 +460,11 @@ impl<'a, 'p> Body<'a, 'p> {
             let row = (block * size.rows).multiple_of(size.rows);
             for (lane, width) in ranges(self.plan.tiles().n, size.columns) {
                 let part = |of: &Ref<'a>| of.slice(0, row, size.rows).slice(1, lane, width);
-                let products = zip(0.., &self.w_tiles).map(|(product, w_tiles)| {
-                    let sum = match start {
-                        Sum::Zero => k.zeros(Element::F32, &[size.rows, width]),
-                        Sum::Loaded => part(&self.sums[product]).load(),
-                    };
-                    self.product(&self.x_tiles.at(x).slice(0, row, size.rows), &w_tiles.at(w), (lane, width), sum)
+                let starts = (0..self.w_tiles.len()).map(|product| match start {
+                    Sum::Zero => k.zeros(Element::F32, &[size.rows, width]),
+                    Sum::Loaded => part(&self.sums[product]).load(),
                 });
-                let products: Vec<_> = products.collect();
+                let products = self.products([x, w], row, (lane, width), starts.collect());
                 match finish {
                     true => {
                         let result = self.finished(chunk, column, (lane, width), products);
@@ -462,18 +476,29 @@ impl<'a, 'p> Body<'a, 'p> {
         });
     }
 
-    /// `sum` and the product of rows with some of the tile's columns.
-    fn product(&self, x: &Ref<'a>, w: &Ref<'a>, (lane, width): (usize, usize), sum: Value<'a>) -> Value<'a> {
-        let (problem, depth) = (self.plan.problem(), self.plan.tiles().k);
+    /// Each of `sums` plus the product of a block of rows with some of its tile's columns. Piece by piece of the depth, all
+    /// products: what is loaded of `x` for one is held for the other, and would spill if it were all of the depth.
+    fn products(
+        &self,
+        [x, w]: [Value<'a>; 2],
+        row: Value<'a>,
+        (lane, width): (usize, usize),
+        sums: Vec<Value<'a>>,
+    ) -> Vec<Value<'a>> {
+        let (problem, block) = (self.plan.problem(), self.plan.block());
         let (features, dims) = match problem.layout {
             Layout::RowMajor => (1, DotDims::nn()),
             Layout::WeightTransposed => (0, DotDims::nt()),
         };
         let precision = if problem.input == Element::F32 { Precision::Fp32 } else { Precision::Default };
-        let w = w.slice(features, lane, width);
-        ranges(depth, self.plan.block().depth).fold(sum, |sum, (from, size)| {
-            let [x, w] = [x.slice(1, from, size), w.slice(1 - features, from, size)].map(|part| part.load());
-            self.k.dot_general(x, w, sum, &dims, precision)
+        let x = self.x_tiles.at(x).slice(0, row, block.rows);
+        let sides: Vec<_> = self.w_tiles.iter().map(|tiles| tiles.at(w).slice(features, lane, width)).collect();
+        ranges(self.plan.tiles().k, block.depth).fold(sums, |sums, (from, size)| {
+            let added = zip(&sides, sums).map(|(side, sum)| {
+                let [x, w] = [x.slice(1, from, size), side.slice(1 - features, from, size)].map(|part| part.load());
+                self.k.dot_general(x, w, sum, &dims, precision)
+            });
+            added.collect()
         })
     }
 

@@ -36,8 +36,8 @@ pub(super) fn sets() -> Vec<MutantSet<GroupedMatmul>> {
     ]
 }
 
-/// Numbers of an expert are loaded for the first step's weights and rows, for the next step's rows and weights, for both waits,
-/// and to compute; there are 13 bands of features.
+/// Numbers of an expert are loaded for the weights of the first two steps and the first rows, for the weights of the step after
+/// next and the next one's rows, for both waits, and to compute; there are 13 bands of features.
 const GATED: &[Mutant] = {
     use Caught::{Fault, Mismatch};
     use FaultKind::{BrokenAssumption, OutOfBounds, OutputNeverWritten};
@@ -54,7 +54,7 @@ const GATED: &[Mutant] = {
         }),
         (
             "biases of the next expert",
-            |t| t.changed(t.find(6, &["load %chunk_expert["]), "arith.addi", 1),
+            |t| t.changed(t.find(7, &["load %chunk_expert["]), "arith.addi", 1),
             Fault(OutOfBounds),
         ),
         ("groups end a row late", |t| t.changed(t.find(0, &["arith.addi"]), "arith.addi", 1), Mismatch),

@@ -232,8 +232,8 @@ fn report(problem: &Problem, chip: Chip, tiles: Tiles) -> VmemReport {
     let window = |name| Buffer::new(name, BufferKind::InputWindow, Element::F32, &of_bias, 1);
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
     let w = match problem.layout {
-        Layout::RowMajor => [2, k, n],
-        Layout::WeightTransposed => [2, n, k],
+        Layout::RowMajor => [W_BUFFERS, k, n],
+        Layout::WeightTransposed => [W_BUFFERS, n, k],
     };
     let bias = names("bias", "bias_gate", "bias_up").into_iter().filter(|_| problem.bias).map(window);
     let x = scratch("x_tiles", problem.input, &[2, m, k]);
@@ -245,8 +245,7 @@ fn report(problem: &Problem, chip: Chip, tiles: Tiles) -> VmemReport {
     VmemReport { buffers: bias.chain([x]).chain(w).chain(sums).chain([results, band]).collect() }
 }
 
-/// Input type, and whether there are two products; the sums of a block, and what of the operands it multiplies at a time. Rows
-/// that both products take are held over all of the depth: a family of its own, where they are more than [`HELD_OF_ROWS`].
+/// Input type, and whether there are two products; the sums of a block, and what of the operands it multiplies at a time.
 fn spilling(problem: &Problem, chip: Chip, tiles: Tiles) -> Spilling {
     let Block { rows, columns, depth } = block(problem, chip, tiles);
     let (products, lanes) = (problem.products(), columns.next_multiple_of(LANES));
@@ -254,9 +253,7 @@ fn spilling(problem: &Problem, chip: Chip, tiles: Tiles) -> Spilling {
         Element::F32 => tiles.k * (rows + products * lanes) * 6,
         _ => products * rows * lanes * 4 + (depth * lanes * 2).min(HELD_OF_WEIGHT),
     };
-    let is_deep = products == 2 && rows * tiles.k * problem.input.bytes() > HELD_OF_ROWS;
     let gated = if products == 2 { " gated" } else { "" };
-    let gated = if is_deep { " gated, deep" } else { gated };
     Spilling { family: format!("{}{gated}", problem.input), live: Bytes(live as u64) }
 }
 
@@ -280,8 +277,8 @@ pub(super) fn sizes(problem: &Problem, batch: &[Lengths]) -> Vec<usize> {
     given.chain(std::iter::repeat(0)).take(problem.experts).collect()
 }
 
-/// What a launch over groups of these sizes costs: what its steps take, or what its bytes take, whichever is more. As for the
-/// dense matmul, where a copy takes longer than the work beside it, two are under way at a time.
+/// What a launch over groups of these sizes costs: what its steps take, or what its bytes take, whichever is more. Where a copy
+/// takes longer than the work beside it, as many are under way at a time as there are buffers.
 pub(super) fn estimate(problem: &Problem, chip: Chip, tiles: Tiles, sizes: &[usize]) -> Estimate {
     let info = chip.info();
     let Shape { columns, depths, .. } = shape(problem, chip, tiles);
@@ -314,7 +311,7 @@ pub(super) fn estimate(problem: &Problem, chip: Chip, tiles: Tiles, sizes: &[usi
             let copy = if fetched { copy_cycles(chip, w_tile as f64 / products as f64) } else { 0.0 };
             let x_copy = copy_cycles(chip, x_bytes / per_step);
             let copy = copy.max(if depths > 1 || columns == 1 { x_copy } else { 0.0 });
-            steps += per_step * if copy <= work { work } else { (work + copy) / 2.0 };
+            steps += per_step * work.max((work + copy) / W_BUFFERS as f64);
             let of_weights = if fetched { problem.expert_bytes() as f64 } else { 0.0 };
             bytes += of_weights + cores as f64 * x_bytes;
             bytes += (rows * problem.n * problem.output.bytes()) as f64;
@@ -390,11 +387,13 @@ fn every(problem: &Problem) -> impl Iterator<Item = Tiles> {
     all.filter(move |&tiles| legal(&problem, tiles).is_ok() && tiles.n * tiles.k <= MAX_TILE)
 }
 
+/// Buffers of weights: that of the step at work, and two that are being filled.
+pub(super) const W_BUFFERS: usize = 3;
+
 const MAX_ROWS: usize = 1024;
 const MAX_COLUMNS: usize = 4096;
 /// Elements of a tile of weights: a block of rows times it is spelled out.
 const MAX_TILE: usize = 1 << 23;
-const HELD_OF_ROWS: usize = 1 << 20;
 /// Bytes of a weight that are held at once: however deep a block is, the compiler loads it piece by piece.
 const HELD_OF_WEIGHT: usize = 256 << 10;
 /// Cycles of a step and of a block of rows besides their work, of an expert in the list, and of a kernel besides its steps.
