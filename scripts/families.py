@@ -91,10 +91,17 @@ MODELS = {
     "mixtral-one": ("mixtral", dict(
         num_local_experts=8, num_experts_per_tok=1, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
         head_dim=32, intermediate_size=40, sliding_window=9, tie_word_embeddings=True)),
-    "qwen3-moe-norm": ("qwen3_moe", dict(
+    "qwen2moe-norm": ("qwen2_moe", dict(
+        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40,
+        norm_topk_prob=True, hidden_size=64, head_dim=None)),
+    "qwen2moe-window": ("qwen2_moe", dict(
+        num_experts=5, num_experts_per_tok=3, moe_intermediate_size=32, shared_expert_intermediate_size=16,
+        norm_topk_prob=False, num_hidden_layers=4, qkv_bias=False, use_sliding_window=True, sliding_window=7, max_window_layers=3,
+        head_dim=None, num_attention_heads=2, num_key_value_heads=1, vocab_size=70)),
+    "qwen3moe-norm": ("qwen3_moe", dict(
         num_experts=12, num_experts_per_tok=4, moe_intermediate_size=24, norm_topk_prob=True, decoder_sparse_step=1,
         mlp_only_layers=[])),
-    "qwen3-moe-plain": ("qwen3_moe", dict(
+    "qwen3moe-plain": ("qwen3_moe", dict(
         num_experts=6, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=False, num_hidden_layers=3,
         attention_bias=True, hidden_size=48, vocab_size=70)),
     "gpt-oss-sinks": ("gpt_oss", dict(

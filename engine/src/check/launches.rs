@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::llama::step::{self, StepShape};
 use crate::llama::{WINDOW_ATTENTION, attention_kernel, is_window_attention};
 use crate::model::ModelSpec;
-use crate::model::spec::{Experts, Mlp};
+use crate::model::spec::{Experts, Gate, Mlp, SharedExpert};
 
 /// A kernel of a step.
 #[derive(Clone, Debug)]
@@ -39,7 +39,18 @@ pub struct Launch {
 }
 
 /// What launches are for: the names of their operations in a program end in these (and in numbers).
-pub const ROLES: [&str; 8] = ["qkv", "attention", WINDOW_ATTENTION, "output", "router", "gate_up", "down", "head"];
+pub const ROLES: [&str; 10] = [
+    "qkv",
+    "attention",
+    WINDOW_ATTENTION,
+    "output",
+    "router",
+    "gate_up",
+    "down",
+    "shared_gate_up",
+    "shared_down",
+    "head",
+];
 
 /// What the time of a launch depends on.
 #[derive(Clone, Debug)]
@@ -189,7 +200,7 @@ pub fn launches(config: &ModelSpec, shape: &StepShape, chip: Chip, program: Prog
             launches.push(matmul("gate_up", layers, [rows, hidden, mlp.inner], compute, gate)?);
             launches.push(matmul("down", layers, [rows, mlp.inner, hidden], partial, closing(mlp.bias))?);
         }
-        Mlp::Experts(Experts { count, chosen, inner, gate, bias: has_bias, .. }) => {
+        Mlp::Experts(Experts { count, chosen, inner, gate, bias: has_bias, shared, .. }) => {
             launches.push(matmul("router", layers, [rows, hidden, count], Element::F32, bias(has_bias))?);
             let grouped = |role, [k, n]: [usize; 2], output, activation, bias| {
                 let spec = grouped_matmul::Spec {
@@ -208,6 +219,11 @@ pub fn launches(config: &ModelSpec, shape: &StepShape, chip: Chip, program: Prog
             launches.push(grouped("gate_up", [hidden, inner], compute, step::expert_activation(gate), has_bias)?);
             let identity = grouped_matmul::Activation::Identity;
             launches.push(grouped("down", [inner, hidden], Element::F32, identity, has_bias && !split)?);
+            if let Some(SharedExpert { inner, .. }) = shared {
+                let gate = Epilogue { activation: step::activation(Gate::Silu), ..Epilogue::NONE };
+                launches.push(matmul("shared_gate_up", layers, [rows, hidden, inner], compute, gate)?);
+                launches.push(matmul("shared_down", layers, [rows, inner, hidden], Element::F32, Epilogue::NONE)?);
+            }
         }
     }
     launches.push(matmul("head", 1, [shape.slots, hidden, shard.vocab_size], Element::F32, Epilogue::NONE)?);

@@ -7,7 +7,7 @@ use pagoda_ir::{Element, TensorType};
 use super::step::StepShape;
 use crate::model::ModelSpec;
 use crate::model::quantization::Quantization;
-use crate::model::spec::{Experts, Mlp, QkNorm};
+use crate::model::spec::{Experts, Mlp, QkNorm, SharedExpert};
 
 /// A weight `[out, in]` and, where the model has them, its scales and its biases `[out]`.
 #[derive(Clone, Copy)]
@@ -73,7 +73,19 @@ pub(super) enum MlpWeights<T> {
         gate_up: Projection<T>,
         /// `[experts * hidden, inner]`
         down: Projection<T>,
+        shared: Option<SharedWeights<T>>,
     },
+}
+
+/// The weights of the expert that all tokens share.
+#[derive(Clone, Copy)]
+pub(super) struct SharedWeights<T> {
+    /// `[1, hidden]`: the gate of what it makes.
+    pub(super) gate: T,
+    /// `[2 * inner, hidden]`: gate and up rows stacked.
+    pub(super) gate_up: Projection<T>,
+    /// `[hidden, inner]`
+    pub(super) down: Projection<T>,
 }
 
 impl<T> Layer<T> {
@@ -99,10 +111,15 @@ impl<T> Layer<T> {
                     gate_up: Projection::each(shape, quantization, [2 * mlp.inner, hidden], mlp.bias, &mut next),
                     down: Projection::each(shape, quantization, [hidden, mlp.inner], mlp.bias, &mut next),
                 },
-                Mlp::Experts(Experts { count, inner, bias, .. }) => MlpWeights::Experts {
+                Mlp::Experts(Experts { count, inner, bias, shared, .. }) => MlpWeights::Experts {
                     router: Projection::each(shape, None, [*count, hidden], *bias, &mut next),
                     gate_up: Projection::each(shape, None, [count * 2 * inner, hidden], *bias, &mut next),
                     down: Projection::each(shape, None, [count * hidden, *inner], *bias, &mut next),
+                    shared: shared.map(|SharedExpert { inner, .. }| SharedWeights {
+                        gate: next(shape.compute, &[1, hidden]),
+                        gate_up: Projection::each(shape, None, [2 * inner, hidden], false, &mut next),
+                        down: Projection::each(shape, None, [hidden, inner], false, &mut next),
+                    }),
                 },
             },
             after_mlp: after.then(|| next(shape.compute, &[hidden])),

@@ -23,7 +23,7 @@ use crate::error::Error;
 use crate::mesh::{Mesh, Shard};
 use crate::model::ModelSpec;
 use crate::model::quantization::Quantization;
-use crate::model::spec::{Experts, GatedMlp, Mlp};
+use crate::model::spec::{Experts, GatedMlp, Mlp, SharedExpert};
 use crate::{mpi, sampler};
 
 /// The most rows of a vocabulary that one shard may hold: their numbers are exchanged as f32.
@@ -116,7 +116,9 @@ impl Parallel {
         let mlp = match config.mlp {
             Mlp::Gated(mlp) => Mlp::Gated(GatedMlp { inner: width(mlp.inner).next_multiple_of(LANES), ..mlp }),
             Mlp::Experts(experts) => {
-                Mlp::Experts(Experts { inner: width(experts.inner).next_multiple_of(LANES), ..experts })
+                let of_shard = |inner| width(inner).next_multiple_of(LANES);
+                let shared = experts.shared.map(|shared| SharedExpert { inner: of_shard(shared.inner), ..shared });
+                Mlp::Experts(Experts { inner: of_shard(experts.inner), shared, ..experts })
             }
         };
         ModelSpec {
@@ -139,7 +141,12 @@ fn refusal(config: &ModelSpec, model: usize) -> Option<String> {
     if !kv_heads.is_multiple_of(model) && !model.is_multiple_of(kv_heads) {
         return Some(format!("neither divides num_key_value_heads = {kv_heads} nor is a multiple of it"));
     }
-    for (key, size) in [("vocab_size", vocab_size), ("intermediate_size", intermediate_size)] {
+    let shared = match &config.mlp {
+        Mlp::Experts(Experts { shared: Some(shared), .. }) => Some(("shared_expert_intermediate_size", shared.inner)),
+        _ => None,
+    };
+    for (key, size) in [("vocab_size", vocab_size), ("intermediate_size", intermediate_size)].into_iter().chain(shared)
+    {
         if size < model {
             return Some(format!("exceeds {key} = {size}"));
         }

@@ -32,7 +32,7 @@ use pagoda_kernels::grouped_matmul;
 use pagoda_kernels::rpa::{KvLayout, KvRows};
 
 use super::KvCache;
-use super::arguments::{Layer, Layers, MlpWeights, Projection, Weights, weight_types};
+use super::arguments::{Layer, Layers, MlpWeights, Projection, SharedWeights, Weights, weight_types};
 use super::lowering::{
     Activation, Batch, Grouped, Kind, Linear, Lowering, Norm, OfLayer, Rows, Which, lowering, square_sums,
 };
@@ -310,7 +310,7 @@ impl<'c> Graph<'_, 'c> {
                 let down = (*down, layer.after_mlp, place);
                 Ok((self.add_projection(&b.named("down"), exchange, x, inner, down)?, kv))
             }
-            MlpWeights::Experts { router, gate_up, down } => {
+            MlpWeights::Experts { router, gate_up, down, shared } => {
                 let Mlp::Experts(experts) = &self.config.mlp else { unreachable!("the weights are the model's") };
                 let normed = match layer.before_mlp {
                     Some(norm) => lowering.norm(b, x, &self.norm(place.part(b, norm)?))?,
@@ -322,7 +322,8 @@ impl<'c> Graph<'_, 'c> {
                 };
                 let routing = Routing::of(&b.named("routing"), logits, experts, batch.live(b)?)?;
                 let rows = lowering.orientation().turn(b, normed)?;
-                let sum = self.experts(b, exchange, rows, &routing, (*gate_up, *down, place))?;
+                let shared = shared.map(|shared| self.shared_expert(b, normed, rows, shared, place)).transpose()?;
+                let sum = self.experts(b, exchange, (rows, shared), &routing, (*gate_up, *down, place))?;
                 let sum = lowering.orientation().turn(b, sum)?;
                 let after = layer.after_mlp.map(|norm| Ok::<_, pagoda_ir::Error>(self.norm(place.part(b, norm)?)));
                 let sum = match after.transpose()? {
@@ -334,13 +335,37 @@ impl<'c> Graph<'_, 'c> {
         }
     }
 
-    /// The weighted sum `f32[rows, hidden]` of what the chosen experts make of `x [rows, hidden]`. Their inner width is split:
-    /// each shard's products are a part of the sum.
+    /// What the expert that all tokens share makes of activations `x`, `rows [rows, hidden]` of them: a shard's part of
+    /// `f32[rows, hidden]`.
+    fn shared_expert<'a>(
+        &self,
+        b: &Builder<'c, 'a>,
+        x: Tensor<'c, 'a>,
+        rows: Tensor<'c, 'a>,
+        shared: SharedWeights<Tensor<'c, 'a>>,
+        place: Place<'c, 'a>,
+    ) -> Result<Tensor<'c, 'a>> {
+        let of_layer = |projection| Linear { layer: place.of_stack, ..self.projection(projection) };
+        let gate_up = Linear { activation: activation(Gate::Silu), ..of_layer(shared.gate_up) };
+        let inner = self.lowering.linear(&b.named("shared_gate_up"), x, &gate_up)?;
+        let down = Linear { result: Element::F32, ..of_layer(shared.down) };
+        let made = self.lowering.by_row(&b.named("shared_down"), inner, &down)?;
+        let b = &b.named("shared_gate");
+        let (dims, wide) = (rows.dims(), |tensor| b.convert(tensor, Element::F32));
+        let weight = b.reshape(wide(place.part(b, shared.gate)?)?, &dims[1..])?;
+        let logits = b.reduce_sum(b.multiply(wide(rows)?, b.broadcast_in_dim(weight, &dims, &[1])?)?, &[1])?;
+        let one = b.splat(Element::F32, &logits.dims(), 1.0)?;
+        let weights = b.divide(one, b.add(one, b.exponential(b.negate(logits)?)?)?)?;
+        b.multiply(made, b.broadcast_in_dim(weights, &dims, &[0])?)
+    }
+
+    /// The weighted sum `f32[rows, hidden]` of what the chosen experts make of `x [rows, hidden]`, and what the `shared` one made.
+    /// Their inner width is split: each shard's products are a part of the sum.
     fn experts<'a>(
         &self,
         b: &Builder<'c, 'a>,
         exchange: &Exchange<'_, 'c, 'a>,
-        x: Tensor<'c, 'a>,
+        (x, shared): (Tensor<'c, 'a>, Option<Tensor<'c, 'a>>),
         routing: &Routing<'c, 'a>,
         (gate_up, down, place): (Projection<Tensor<'c, 'a>>, Projection<Tensor<'c, 'a>>, Place<'c, 'a>),
     ) -> Result<Tensor<'c, 'a>> {
@@ -362,7 +387,8 @@ impl<'c> Graph<'_, 'c> {
         let part = if split { Grouped { bias: None, ..part } } else { part };
         let made = self.lowering.grouped(&b.named("down"), inner, routing.sizes, &part)?;
         let b = &b.named("combine");
-        let sum = exchange.sum(b, routing.combined(b, self.lowering.take(b, made, routing.places)?)?)?;
+        let combined = routing.combined(b, self.lowering.take(b, made, routing.places)?)?;
+        let sum = exchange.sum(b, shared.map_or(Ok(combined), |shared| b.add(combined, shared))?)?;
         match down.bias.filter(|_| split) {
             None => Ok(sum),
             // Added once, behind the sum over shards.

@@ -10,7 +10,7 @@ use super::config::Object;
 use super::quantization::Quantization;
 use super::spec::{
     ExpertGate, ExpertNames, ExpertProjections, Experts, Gate, GatedMlp, LayerKind, Llama3Scaling, LongRopeScaling,
-    Mlp, ModelSpec, Names, Norm, NormPlaces, Parts, QkNorm, Rope, RopeScaling, YarnScaling,
+    Mlp, ModelSpec, Names, Norm, NormPlaces, Parts, QkNorm, Rope, RopeScaling, SharedExpert, YarnScaling,
 };
 use crate::error::{Error, Result};
 
@@ -36,6 +36,7 @@ pub(super) const FAMILIES: &[Family] = &[
     Family { class: "SmolLM3ForCausalLM", model_type: "smollm3", read: smollm3 },
     Family { class: "Olmo2ForCausalLM", model_type: "olmo2", read: olmo2 },
     Family { class: "MixtralForCausalLM", model_type: "mixtral", read: mixtral },
+    Family { class: "Qwen2MoeForCausalLM", model_type: "qwen2_moe", read: qwen2_moe },
     Family { class: "Qwen3MoeForCausalLM", model_type: "qwen3_moe", read: qwen3_moe },
     Family { class: "GptOssForCausalLM", model_type: "gpt_oss", read: gpt_oss },
 ];
@@ -298,6 +299,7 @@ fn mixtral(object: &Object<'_>) -> Result<ModelSpec> {
         gate: silu_experts(object, &spec)?,
         normalised: true,
         bias: false,
+        shared: None,
         names,
     };
     let window = object.optional_size("sliding_window")?;
@@ -305,6 +307,60 @@ fn mixtral(object: &Object<'_>) -> Result<ModelSpec> {
     let layers = windowed(object, &sliding, window, [0, 0])?;
     whole_experts(object, &spec)?;
     Ok(ModelSpec { layers, mlp: Mlp::Experts(mlp), ..spec })
+}
+
+fn qwen2_moe(object: &Object<'_>) -> Result<ModelSpec> {
+    let defaults = Defaults {
+        vocab_size: Some(151_936),
+        hidden_size: Some(2048),
+        intermediate_size: Some(5632),
+        num_hidden_layers: Some(24),
+        num_attention_heads: Some(16),
+        num_key_value_heads: Some(16),
+        max_position_embeddings: 32768,
+        ..Defaults::LLAMA
+    };
+    let spec = decoder(object, defaults)?;
+    let [count, chosen] = experts(object, ["num_experts", "num_experts_per_tok"], [60, 4])?;
+    let shared = SharedExpert {
+        inner: object.size("shared_expert_intermediate_size", Some(5632))?,
+        names: (
+            ["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"],
+            "mlp.shared_expert.down_proj",
+            "mlp.shared_expert_gate",
+        ),
+    };
+    let mlp = Experts {
+        count,
+        chosen,
+        inner: object.size("moe_intermediate_size", Some(1408))?,
+        gate: silu_experts(object, &spec)?,
+        normalised: object.boolean("norm_topk_prob", false)?,
+        bias: false,
+        shared: Some(shared),
+        names: qwen_experts(object)?,
+    };
+    let bias = object.boolean("qkv_bias", true)?;
+    let on = object.boolean("use_sliding_window", false)?;
+    let last = object.count("max_window_layers", 28)?;
+    // Written as 0 where it is off.
+    let window = if on { Some(object.size("sliding_window", Some(4096))?) } else { None };
+    object.get("sliding_window");
+    let sliding = layer_types(object, spec.layers.len(), |layer| on && layer % 2 == 0 && layer < last)?;
+    let layers = windowed(object, &sliding, window, [0, 0])?;
+    whole_experts(object, &spec)?;
+    Ok(ModelSpec { layers, attention_bias: bias, mlp: Mlp::Experts(mlp), ..spec })
+}
+
+/// What Qwen calls its experts. Every layer has some: none is a plain MLP of intermediate_size.
+fn qwen_experts(object: &Object<'_>) -> Result<ExpertNames> {
+    object.fixed("decoder_sparse_step", &[json!(1)])?;
+    object.fixed("mlp_only_layers", &[json!([])])?;
+    Ok(ExpertNames {
+        router: "mlp.gate",
+        experts: "mlp.experts",
+        projections: ExpertProjections::Apart(["gate_proj", "up_proj", "down_proj"]),
+    })
 }
 
 fn qwen3_moe(object: &Object<'_>) -> Result<ModelSpec> {
@@ -319,14 +375,6 @@ fn qwen3_moe(object: &Object<'_>) -> Result<ModelSpec> {
         ..Defaults::LLAMA
     };
     let spec = decoder(object, defaults)?;
-    // Every layer has experts: none is a plain MLP of intermediate_size.
-    object.fixed("decoder_sparse_step", &[json!(1)])?;
-    object.fixed("mlp_only_layers", &[json!([])])?;
-    let names = ExpertNames {
-        router: "mlp.gate",
-        experts: "mlp.experts",
-        projections: ExpertProjections::Apart(["gate_proj", "up_proj", "down_proj"]),
-    };
     // Under either name.
     let key = if object.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
     let [count, chosen] = experts(object, [key, "num_experts_per_tok"], [128, 8])?;
@@ -337,7 +385,8 @@ fn qwen3_moe(object: &Object<'_>) -> Result<ModelSpec> {
         gate: silu_experts(object, &spec)?,
         normalised: object.boolean("norm_topk_prob", false)?,
         bias: false,
-        names,
+        shared: None,
+        names: qwen_experts(object)?,
     };
     let bias = object.boolean("attention_bias", false)?;
     let on = object.boolean("use_sliding_window", false)?;
@@ -391,6 +440,7 @@ fn gpt_oss(object: &Object<'_>) -> Result<ModelSpec> {
         gate: ExpertGate::ClampedSwiglu,
         normalised: true,
         bias: true,
+        shared: None,
         names,
     };
     let bias = object.boolean("attention_bias", true)?;

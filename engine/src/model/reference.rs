@@ -10,7 +10,7 @@ use pagoda_ir::{Element, HostTensor};
 
 use super::spec::{
     ExpertGate, ExpertProjections, Experts, Gate, GatedMlp, LayerKind, Llama3Scaling, Mlp, ModelSpec, Norm, Parts,
-    QkNorm, Rope, RopeScaling,
+    QkNorm, Rope, RopeScaling, SharedExpert,
 };
 use super::weights::Weights;
 use crate::error::Result;
@@ -47,6 +47,8 @@ enum Inner {
         sizes: Experts,
         router: Projection,
         experts: Vec<[Projection; 3]>,
+        /// Of the expert that all tokens share: gate, up and down projections, and the gate of what it makes.
+        shared: Option<Box<[Projection; 4]>>,
     },
 }
 
@@ -148,6 +150,14 @@ impl Loader<'_> {
                     sizes,
                     router: self.projection(&format!("{layer}.{}", sizes.names.router), sizes.bias)?,
                     experts: self.experts(&layer, sizes)?,
+                    shared: match sizes.shared {
+                        None => None,
+                        Some(SharedExpert { names: ([gate, up], down, weight), .. }) => {
+                            let [gate, up, down, weight] =
+                                [gate, up, down, weight].map(|name| self.projection(&format!("{layer}.{name}"), false));
+                            Some(Box::new([gate?, up?, down?, weight?]))
+                        }
+                    },
                 },
             },
         })
@@ -323,7 +333,7 @@ impl Inner {
                 let inner: Vec<f64> = gates.zip(up.apply(x)).map(|(gate, up)| gate * up).collect();
                 down.apply(&inner)
             }
-            Self::Experts { sizes, router, experts } => {
+            Self::Experts { sizes, router, experts, shared } => {
                 let logits = router.apply(x);
                 let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let powers: Vec<f64> = logits.iter().map(|logit| (logit - most).exp()).collect();
@@ -349,6 +359,12 @@ impl Inner {
                         .collect();
                     let made: Vec<f64> = down.apply(&inner).iter().map(|v| v * powers[expert] / total).collect();
                     if sum.is_empty() { sum = made } else { add(&mut sum, &made) }
+                }
+                if let Some([gate, up, down, weight]) = shared.as_deref() {
+                    let pairs = gate.apply(x).into_iter().zip(up.apply(x));
+                    let inner: Vec<f64> = pairs.map(|(gate, up)| activation(gate, Gate::Silu) * up).collect();
+                    let weight = 1.0 / (1.0 + (-weight.apply(x)[0]).exp());
+                    add(&mut sum, &down.apply(&inner).iter().map(|made| made * weight).collect::<Vec<_>>());
                 }
                 sum
             }

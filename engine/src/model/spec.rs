@@ -146,8 +146,20 @@ pub struct Experts {
     pub normalised: bool,
     /// Whether the router and the experts' projections have biases.
     pub bias: bool,
+    /// What every token goes through beside its experts.
+    pub shared: Option<SharedExpert>,
     /// What their tensors are called.
     pub names: ExpertNames,
+}
+
+/// A gated MLP of SiLU that works on every token. What it makes is weighed by `sigmoid(gate(x))`, a projection to one number, and
+/// added to what the chosen experts make (`Qwen2MoeSparseMoeBlock` of transformers).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedExpert {
+    /// Width between its projections.
+    pub inner: usize,
+    /// What its tensors are called within a layer: gate and up projections, the down projection, and its own gate.
+    pub names: ([&'static str; 2], &'static str, &'static str),
 }
 
 /// What becomes of an expert's gates and ups.

@@ -18,7 +18,7 @@ use pagoda_ir::tensor::HostTensor;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 
 use super::read_json;
-use super::spec::{ExpertProjections, Experts, Mlp, ModelSpec, Parts, QkNorm};
+use super::spec::{ExpertProjections, Experts, Mlp, ModelSpec, Parts, QkNorm, SharedExpert};
 use crate::error::{Error, Result};
 use crate::mesh;
 use crate::output::fingerprint;
@@ -293,9 +293,10 @@ impl LayerGroups<'_> {
 }
 
 impl LayerGroups<'_> {
-    /// The router; gates and ups of all experts, one expert after another; their down projections.
+    /// The router; gates and ups of all experts, one expert after another; their down projections; of the expert that all
+    /// tokens share its gate, its gates and ups, and its down projection.
     fn experts(&mut self, experts: &Experts) {
-        let Experts { count, inner, bias, names, .. } = *experts;
+        let Experts { count, inner, bias, shared, names, .. } = *experts;
         let (hidden, inner) = (Axis::whole(self.config.hidden_size), Axis::split(inner, 1, LANES));
         let router = Rows::new(names.router, Axis::whole(count));
         self.group(&[router], ".weight", Some(hidden), Holds::Numbers);
@@ -332,6 +333,12 @@ impl LayerGroups<'_> {
                     group(&|expert| vec![spec(expert, down_bias.clone(), &[hidden], [0, 1, downs])]);
                 }
             }
+        }
+        if let Some(SharedExpert { inner, names: (gate_up, down, gate) }) = shared {
+            let inner = Axis::split(inner, 1, LANES);
+            self.projection(&[Rows::new(gate, Axis::whole(1))], hidden, false);
+            self.projection(&gate_up.map(|name| Rows::new(name, inner)), hidden, false);
+            self.projection(&[Rows::new(down, hidden)], inner, false);
         }
     }
 }
