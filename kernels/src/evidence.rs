@@ -29,7 +29,7 @@ use crate::{
 /// Points of a family that an estimate needs.
 pub const ENOUGH: usize = 5;
 /// How much larger than the largest spills per live byte of its family the estimate is.
-pub const MARGIN: f64 = 3.2;
+pub const MARGIN: f64 = 2.4;
 /// The least that is estimated: what kernels spill that hold hardly anything at once.
 pub const LEAST: Bytes = Bytes::kib(256);
 

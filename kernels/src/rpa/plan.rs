@@ -586,11 +586,13 @@ pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes, batches: &[Vec
     best.map(|(_, plan)| plan.tiles())
 }
 
-/// What is kept free for spills.
+/// What is kept free for spills. Large tiles spill up to 1.24 bytes for each that the body holds at once, on tpu7x up to 1.9, as
+/// records go; the choice does not depend on them.
 fn room(plan: &Plan) -> Bytes {
-    match plan.problem().kind {
-        Kind::Mixed => evidence::margin(plan.spilling()),
-        Kind::Decode => decode::SPILLS,
+    match (plan.problem().kind, plan.chip()) {
+        (Kind::Mixed, Chip::Tpu7x) => evidence::margin(plan.spilling()),
+        (Kind::Mixed, _) => Bytes(plan.spilling().live.0 * 5 / 4).max(evidence::LEAST),
+        (Kind::Decode, _) => decode::SPILLS,
     }
 }
 
