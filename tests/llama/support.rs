@@ -258,13 +258,16 @@ pub fn largest_difference(logits: &[Vec<f32>], expected: &[Vec<f64>]) -> f64 {
 /// How far logits in bf16 may be from exact ones, relative, in the Euclidean norm over the vocabulary of one position.
 ///
 /// bf16 has 8 bits of significand: a rounding changes a value by at most u = 2^-8 of it. From the embedding to the logits
-/// a value is rounded 11 times a layer (two norms, twice each; projection, rotation, probability, attended value, the
-/// MLP's inner value; the residual stream twice) and twice in the last norm: n = 11 layers + 2 in series. Errors of
-/// independent signs grow with the root, to sqrt(n) u (Higham and Mary, "A new approach to probabilistic rounding error
+/// a value is rounded 7 times a layer (projection, rotation, probability, attended value, the MLP's inner value; the residual
+/// stream twice), twice in each of two norms, three times where they stand behind a block, whose result is rounded before; twice
+/// more where queries and keys are normed; and twice in the last norm. With Llama's norms that is n = 11 layers + 2 in series.
+/// Errors of independent signs grow with the root, to sqrt(n) u (Higham and Mary, "A new approach to probabilistic rounding error
 /// analysis", 2019; the worst case is n u), in a model whose layers do not amplify them. Sums are f32 and add nothing that
 /// shows.
 pub fn bf16_error(config: &ModelSpec) -> f64 {
-    ((11 * config.layers.len() + 2) as f64).sqrt() / 256.0
+    let of = |there: bool, roundings: usize| if there { roundings } else { 0 };
+    let norms = of(config.norms.before(), 4) + of(config.norms.after(), 6) + of(config.qk_norm.is_some(), 2);
+    (((7 + norms) * config.layers.len() + 2) as f64).sqrt() / 256.0
 }
 
 fn norm(values: impl Iterator<Item = f64>) -> f64 {
