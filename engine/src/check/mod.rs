@@ -29,6 +29,7 @@ use crate::llama::step::{self, Output};
 use crate::mesh::Mesh;
 use crate::report::Report;
 use crate::sampler::Sampling;
+use crate::topology::plural;
 use compile::{Answer, Compiler, How, Unit, compile_all};
 use estimate::{Calibration, Costs, Cycles, Exchange, JobTime, Source};
 use launches::{Launch, Planned, ROLES, Time};
@@ -274,8 +275,12 @@ impl Wanted {
                 let core = one_core(attention)?;
                 let [low, high] = estimate::profiled_batches(plan, program);
                 let mut point = |batch: &[Lengths]| {
-                    let name =
-                        format!("attention of {}, {} sequences of {}", program.name(), batch.len(), batch[0].kv_len);
+                    let name = format!(
+                        "attention of {}, {} of {}",
+                        program.name(),
+                        plural(batch.len(), "sequence"),
+                        batch[0].kv_len
+                    );
                     let at = self.unit(plan, &core, &name, Some(batch))?;
                     Ok::<_, Error>((at, launches::keys_worked(attention, batch)))
                 };

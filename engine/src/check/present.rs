@@ -49,8 +49,9 @@ fn subtitle(plan: &Plan, compiler: &str) -> String {
     let new = Value::Count(job.max_new_tokens as u64);
     let compiler = if compiler.is_empty() { String::new() } else { format!(" by {}", short(compiler)) };
     format!(
-        "{}; {samples} samples of {new} new tokens; mesh {} ({chosen}); compiled for {}{compiler}",
+        "{}; {samples} sample{} of {new} new tokens; mesh {} ({chosen}); compiled for {}{compiler}",
         job.topology,
+        if job.samples.len() == 1 { "" } else { "s" },
         plan.mesh,
         plan.group.libtpu_name()
     )
@@ -249,10 +250,10 @@ impl OneEngine {
         let own = findings.plan.shares().iter().map(Vec::len).max().unwrap_or(0).div_ceil(slots.max(1));
         let mut words = format!(
             "Data parallelism: {data} engines with {of_slots} each are {} as fast as one engine with {of_slots} over the \
-             slice ({}), because {} sequences run at once and the prompts take {own} {} instead of {}",
+             slice ({}), because {} run at once and the prompts take {own} {} instead of {}",
             Value::Times(factor),
             Value::Seconds(self.seconds),
-            (data * slots).min(plan.job.samples.len()),
+            plural((data * slots).min(plan.job.samples.len()), "sequence"),
             if own == 1 { "wave" } else { "waves" },
             self.waves
         );
@@ -283,7 +284,7 @@ fn figures(findings: &Findings) -> Vec<Figure> {
     let beside = findings.beside();
     let figure = |key, label: &str, value, note: String| Figure { key, label: label.into(), value, note };
     let mut figures = vec![
-        figure("job_seconds", "The job", Value::Seconds(time.seconds), format!("{} engines", time.busy)),
+        figure("job_seconds", "The job", Value::Seconds(time.seconds), plural(time.busy, "engine")),
         figure(
             "tokens_per_second",
             "New tokens per second",
@@ -327,12 +328,12 @@ fn suggestions(findings: &Findings, question: &Question, one_engine: Option<&One
             kind: "data parallelism",
             change: "inference_mode: host_data_parallel (the default here, and what is estimated; Levanter's is global_mesh)".into(),
             effect: format!(
-                "{} instead of {} ({}): {} calls of one engine become {} engines side by side",
+                "{} instead of {} ({}): {} calls of one engine become {} side by side",
                 Value::Seconds(findings.time.seconds),
                 Value::Seconds(one.seconds),
                 Value::Times(one.factor(findings)),
                 Value::Count(one.calls as u64),
-                findings.time.busy
+                plural(findings.time.busy, "engine")
             ),
         });
     }

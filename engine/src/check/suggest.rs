@@ -10,7 +10,7 @@ use pagoda_kernels::vmem::Bytes;
 
 use super::estimate::{Calibration, JobTime, job_time};
 use super::plan::{Job, Plan, RESERVE, model_axes};
-use crate::topology::Topology;
+use crate::topology::{Topology, plural};
 
 /// A change of one setting.
 #[derive(Clone, Debug)]
@@ -90,14 +90,17 @@ fn other_mesh(plan: &Plan, calibration: &Calibration, now_fits: bool) -> Option<
     let (before, after) = (plan.mesh, other.mesh);
     let why = if after.model < before.model {
         format!(
-            "{} engines instead of {} share the prompts, and each step has fewer sums over devices, at the price of more \
+            "{} instead of {} share the prompts, and each step has fewer sums over devices, at the price of more \
              weight bytes a device",
-            after.data, before.data
+            plural(after.data.get(), "engine"),
+            before.data
         )
     } else {
         format!(
-            "a step reads {} of weights a device instead of {}, and the {} engines' prompts still run at once",
-            other.memory.weights, plan.memory.weights, after.data
+            "a step reads {} of weights a device instead of {}, and the prompts of {} still run at once",
+            other.memory.weights,
+            plan.memory.weights,
+            plural(after.data.get(), "engine")
         )
     };
     Some(Alternative { kind: "mesh", change: format!("--mesh {after}"), plan: other, time, why })
@@ -133,7 +136,8 @@ fn more_sequences(plan: &Plan, calibration: &Calibration) -> Option<Alternative>
     }
     change.extend(batch.map(|prompts| format!("max_prompts_per_batch: {prompts}")));
     let why = format!(
-        "a step reads the weights once for {slots} sequences instead of {}; the pages take {} of HBM instead of {}",
+        "a step reads the weights once for {} instead of {}; the pages take {} of HBM instead of {}",
+        plural(slots, "sequence"),
         slots_now.min(pages_now / pages_each.max(1)),
         other.memory.kv,
         plan.memory.kv

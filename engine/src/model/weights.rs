@@ -626,8 +626,10 @@ impl Weights {
         names.dedup();
         let missing: Vec<_> = names.iter().filter(|name| self.stored_name(name).is_none()).collect();
         if let [first, ..] = missing.as_slice() {
-            let more = if missing.len() > 1 { format!(" and {} more", missing.len() - 1) } else { String::new() };
-            let problem = format!("tensor {first}{more} of {} is missing", names.len());
+            let problem = match missing.len() {
+                1 => format!("tensor {first} of {} is missing", names.len()),
+                count => format!("tensor {first} and {} more of {} are missing", count - 1, names.len()),
+            };
             return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
         }
         for spec in &specs {
