@@ -353,3 +353,11 @@ fn two_calls_in_one_line_are_refused() {
     let error = wire::find_custom_calls(call.repeat(2).as_bytes()).expect_err("which types are whose?").to_string();
     assert!(error.contains("calls 1 and 2 of Mosaic kernels are in one line: "), "{error}");
 }
+
+/// A kernel of JAX's, damaged by `tests/fuzz.rs`: an attribute of an addition that MLIR dies of printing. Nothing prints it.
+#[test]
+fn what_mlir_cannot_print_is_decoded() {
+    let context = Context::new();
+    let opened = wire::open(&context, include_str!("data/unprintable.json")).expect("it is read");
+    Program::decode(&opened.module).expect("its ops are known");
+}

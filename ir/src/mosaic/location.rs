@@ -3,11 +3,11 @@
 //! JAX's locations nest: a name around a call stack of named source lines, `callsite("kernel"("k.py":7:0) at ...)`.
 
 use melior::ir::{
-    BlockLike, Location, RegionLike,
+    BlockLike, Location,
     operation::{OperationLike, OperationRef},
 };
 
-use super::signature::identifier;
+use super::signature::{first_block, identifier};
 
 /// A source line of a call stack.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize)]
@@ -107,7 +107,7 @@ pub(crate) fn describe(location: Location) -> String {
 /// The place of a function; of its first op that has one where the function itself has none, as in JAX's modules.
 pub(crate) fn place_of_function(function: OperationRef) -> Place {
     let inside = || {
-        let first = function.region(0).ok()?.first_block()?.first_operation();
+        let first = first_block(function)?.first_operation();
         let places = std::iter::successors(first, |op| op.next_in_block()).map(|op| Place::of(op.location()));
         places.into_iter().find(|place| place.describe().is_some())
     };

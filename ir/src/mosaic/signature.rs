@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use melior::ir::{
-    Attribute, AttributeLike, BlockLike, Identifier, Module, RegionLike, Type, TypeLike, ValueLike,
+    Attribute, AttributeLike, BlockLike, BlockRef, Identifier, Module, RegionLike, Type, TypeLike, ValueLike,
     attribute::{
         ArrayAttribute, DenseI64ArrayAttribute, DictionaryAttribute, FlatSymbolRefAttribute, IntegerAttribute,
         StringAttribute,
@@ -127,11 +127,8 @@ impl Signature {
         if !countable(grid.iter().filter_map(|&(size, _)| size)) {
             return Err(Error::mosaic(format!("@{name}: the grid {bounds:?} has more than 2^40 steps")));
         }
-        let entry = function
-            .region(0)
-            .ok()
-            .and_then(|region| region.first_block())
-            .ok_or_else(|| Error::mosaic(format!("the kernel function @{name} has no body")))?;
+        let entry =
+            first_block(function).ok_or_else(|| Error::mosaic(format!("the kernel function @{name} has no body")))?;
         let count = entry.argument_count();
         let memrefs = count
             .checked_sub(grid.len())
@@ -221,6 +218,12 @@ pub(crate) fn functions<'c, 'a>(module: &'a Module<'c>) -> Vec<OperationRef<'c, 
     let first = module.body().first_operation();
     let all = std::iter::successors(first, |operation| operation.next_in_block());
     all.filter(|operation| op_name(*operation) == "func.func").collect()
+}
+
+/// The first block of an operation's first region. Nothing is asked for beyond the last region, result or argument: melior prints
+/// the operation into such an error, and MLIR dies of printing some that are damaged.
+pub(crate) fn first_block<'c: 'a, 'a>(operation: OperationRef<'c, 'a>) -> Option<BlockRef<'c, 'a>> {
+    operation.regions().next()?.first_block()
 }
 
 pub(crate) fn op_name(operation: OperationRef) -> String {
@@ -318,9 +321,11 @@ fn element_padding(kind: &str) -> Option<Vec<(usize, usize)>> {
 
 /// Whether a window's transform depends on the grid step.
 fn moves(transform: OperationRef, grid: &[(Option<usize>, Semantics)]) -> bool {
-    let Some(entry) = transform.region(0).ok().and_then(|region| region.first_block()) else { return true };
+    let Some(entry) = first_block(transform) else { return true };
+    let count = entry.argument_count();
     let still = grid.iter().enumerate().filter(|(_, (size, _))| *size == Some(1)).map(|(dim, _)| dim);
-    let still = still.chain(grid.len()..entry.argument_count()).filter_map(|index| entry.argument(index).ok());
+    let still = still.chain(grid.len()..count).filter(|&index| index < count);
+    let still = still.filter_map(|index| entry.argument(index).ok());
     // Values that are the same in every step: constants, prefetched arrays, and what is computed from them.
     let mut fixed: HashSet<_> = still.map(|argument| argument.to_raw().ptr).collect();
     let operations = std::iter::successors(entry.first_operation(), |operation| operation.next_in_block());

@@ -27,8 +27,8 @@ use crate::{
     element::Element,
     error::{Error, Result},
     mosaic::{
-        MemorySpace, Place, RefElement, Role, Signature, describe, describe_function, functions, i64_array,
-        kernel_function, op_name, place_of_function, read_memref, scalar_element, symbol, vector_dims,
+        MemorySpace, Place, RefElement, Role, Signature, describe, describe_function, first_block, functions,
+        i64_array, kernel_function, op_name, place_of_function, read_memref, scalar_element, symbol, vector_dims,
     },
 };
 
@@ -114,7 +114,7 @@ fn is_i32(r#type: &Type) -> bool {
 
 /// The types of a function's parameters.
 fn parameters<'c>(function: OperationRef<'c, '_>) -> Vec<Type<'c>> {
-    let Some(block) = function.region(0).ok().and_then(|region| region.first_block()) else { return vec![] };
+    let Some(block) = first_block(function) else { return vec![] };
     (0..block.argument_count()).filter_map(|index| Some(block.argument(index).ok()?.r#type())).collect()
 }
 
@@ -148,7 +148,7 @@ impl Decoder {
     }
 
     fn function(&mut self, function: OperationRef) -> Result<Code> {
-        let region = function.region(0).map_err(|error| Error::op("func.func", error.to_string()))?;
+        let region = function.regions().next().ok_or_else(|| Error::op("func.func", "has no body"))?;
         let mut code = self.region(region, "func.func")?;
         liveness(&mut code);
         Ok(code)
@@ -163,7 +163,7 @@ impl Decoder {
             let wanted = of_transform.iter().map(printed).collect::<Vec<_>>().join(", ");
             return Err(wrong(format!("does not take ({wanted})")));
         }
-        let last = function.region(0).ok().and_then(|region| region.first_block()?.terminator());
+        let last = first_block(function).and_then(|block| block.terminator());
         if !last.is_some_and(|last| last.operands().all(|index| is_i32(&index.r#type()))) {
             return Err(wrong("does not yield i32 indices".into()));
         }
@@ -210,7 +210,8 @@ impl Decoder {
                 false => Err(Refusal::Misfit),
             };
             let nested = |index| {
-                let region = operation.region(index).map_err(|_| site.error(&format!("region {index} is missing")))?;
+                let region = operation.regions().nth(index);
+                let region = region.ok_or_else(|| site.error(&format!("region {index} is missing")))?;
                 self.region(region, &site.name)
             };
             let codes = (0..row.regions).map(nested).collect::<Result<_>>()?;
@@ -321,7 +322,7 @@ impl<'c, 'a> Site<'c, 'a> {
     }
 
     fn result_type(&self) -> Decoded<Type<'c>> {
-        self.operation.result(0).map(|result| result.r#type()).map_err(|_| Refusal::Misfit)
+        self.operation.results().next().map(|result| result.r#type()).ok_or(Refusal::Misfit)
     }
 
     /// Operand `index`, a scalar or a tile.
