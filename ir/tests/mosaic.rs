@@ -361,3 +361,12 @@ fn what_mlir_cannot_print_is_decoded() {
     let opened = wire::open(&context, include_str!("data/unprintable.json")).expect("it is read");
     Program::decode(&opened.module).expect("its ops are known");
 }
+
+#[test]
+fn a_value_that_no_memory_holds_is_refused() {
+    let context = Context::new();
+    let text = matmul(&context).text().replace("vector<128x128xf32>", "vector<4611686018427387904x128xf32>");
+    let module = text::parse(&context, &text, "large").expect("MLIR takes any size");
+    let error = Program::decode(&module).map(drop).expect_err("no machine does").to_string();
+    assert!(error.contains("vector<4611686018427387904x128xf32> has more than 2^40 elements"), "{error}");
+}

@@ -75,7 +75,7 @@ pub struct WindowParams {
 const MOST: usize = 1 << 40;
 
 /// Whether the product of `sizes`, zeros left out, is within [`MOST`].
-fn countable(mut sizes: impl Iterator<Item = usize>) -> bool {
+pub(crate) fn countable(mut sizes: impl Iterator<Item = usize>) -> bool {
     let product = sizes.try_fold(1_usize, |product, size| product.checked_mul(size.max(1)));
     product.is_some_and(|product| product <= MOST)
 }

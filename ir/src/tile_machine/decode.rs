@@ -27,8 +27,9 @@ use crate::{
     element::Element,
     error::{Error, Result},
     mosaic::{
-        MemorySpace, Place, RefElement, Role, Signature, describe, describe_function, first_block, functions,
-        i64_array, kernel_function, op_name, place_of_function, read_memref, scalar_element, symbol, vector_dims,
+        MemorySpace, Place, RefElement, Role, Signature, countable, describe, describe_function, first_block,
+        functions, i64_array, kernel_function, op_name, place_of_function, read_memref, scalar_element, symbol,
+        vector_dims,
     },
 };
 
@@ -434,7 +435,11 @@ impl<'c, 'a> Site<'c, 'a> {
 fn shape(r#type: Type) -> Decoded<Shape> {
     match scalar_element(r#type) {
         Some(element) if is_stored(element) || element == Element::Pred => {
-            Ok(Shape { element, dims: vector_dims(r#type) })
+            let dims = vector_dims(r#type);
+            match countable(dims.iter().copied()) {
+                true => Ok(Shape { element, dims }),
+                false => unsupported(format!("{} has more than 2^40 elements", printed(&r#type))),
+            }
         }
         _ => unsupported(format!("values of type {} are not supported", printed(&r#type))),
     }
@@ -447,7 +452,10 @@ fn tile(r#type: Type) -> Decoded<Shape> {
 
 fn memref(r#type: Type) -> Decoded<Memory> {
     let (element, dims, space) = read_memref(r#type).map_err(Refusal::Because)?;
-    Ok(Memory { element, dims, space })
+    match countable(dims.iter().flatten().copied()) {
+        true => Ok(Memory { element, dims, space }),
+        false => unsupported(format!("{} has more than 2^40 elements", printed(&r#type))),
+    }
 }
 
 fn to_sizes(attribute: Attribute) -> Option<Vec<usize>> {
