@@ -14,13 +14,14 @@ fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/tiny-llama-kjv")
 }
 
-/// A config of 12 prompts, greedy or seeded.
+/// A config of 12 prompts, greedy or seeded. With seed 3 the random number of a token is 5e-8 from where the next token of the
+/// vocabulary begins: roundings of f32 decide there, and they differ from form to form.
 fn config(dir: &Path, temperature: f64, mode: &str) -> PathBuf {
     let prompts: String =
         (0..12).map(|at| format!("  - \"{} of prompt {at}\"\n", ["In the beginning", "Blessed are"][at % 2])).collect();
     let text = format!(
         "hf_checkpoint: {}\nprompts:\n{prompts}stop_sequence: null\nmax_new_tokens: 40\ntemperature: {temperature}\n\
-         inference_mode: {mode}\nengine: {{max_seq_len: 128, page_size: 16, max_seqs: 4, max_prefill_size: 48, seed: 3, \
+         inference_mode: {mode}\nengine: {{max_seq_len: 128, page_size: 16, max_seqs: 4, max_prefill_size: 48, seed: 5, \
          compute_dtype: float32}}\n",
         model().display()
     );
