@@ -68,8 +68,6 @@ pub enum Time {
 pub trait Planned: fmt::Debug + Send + Sync {
     /// The kernel's name, tiles in it.
     fn name(&self) -> &str;
-    /// The problem in words.
-    fn problem(&self) -> String;
     /// Every VMEM buffer.
     fn vmem(&self) -> &VmemReport;
     /// The scoped limit.
@@ -94,10 +92,6 @@ pub trait Planned: fmt::Debug + Send + Sync {
 impl<K: Kernel + fmt::Debug> Planned for Plan<K> {
     fn name(&self) -> &str {
         self.name()
-    }
-
-    fn problem(&self) -> String {
-        self.describe()
     }
 
     fn vmem(&self) -> &VmemReport {

@@ -354,9 +354,7 @@ impl<'c> Graph<'_, 'c> {
         let (dims, wide) = (rows.dims(), |tensor| b.convert(tensor, Element::F32));
         let weight = b.reshape(wide(place.part(b, shared.gate)?)?, &dims[1..])?;
         let logits = b.reduce_sum(b.multiply(wide(rows)?, b.broadcast_in_dim(weight, &dims, &[1])?)?, &[1])?;
-        let one = b.splat(Element::F32, &logits.dims(), 1.0)?;
-        let weights = b.divide(one, b.add(one, b.exponential(b.negate(logits)?)?)?)?;
-        b.multiply(made, b.broadcast_in_dim(weights, &dims, &[0])?)
+        b.multiply(made, b.broadcast_in_dim(b.logistic(logits)?, &dims, &[0])?)
     }
 
     /// The weighted sum `f32[rows, hidden]` of what the chosen experts make of `x [rows, hidden]`, and what the `shared` one made.

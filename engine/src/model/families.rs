@@ -321,7 +321,6 @@ fn qwen2_moe(object: &Object<'_>) -> Result<ModelSpec> {
         ..Defaults::LLAMA
     };
     let spec = decoder(object, defaults)?;
-    let [count, chosen] = experts(object, ["num_experts", "num_experts_per_tok"], [60, 4])?;
     let shared = SharedExpert {
         inner: object.size("shared_expert_intermediate_size", Some(5632))?,
         names: (
@@ -330,16 +329,8 @@ fn qwen2_moe(object: &Object<'_>) -> Result<ModelSpec> {
             "mlp.shared_expert_gate",
         ),
     };
-    let mlp = Experts {
-        count,
-        chosen,
-        inner: object.size("moe_intermediate_size", Some(1408))?,
-        gate: silu_experts(object, &spec)?,
-        normalised: object.boolean("norm_topk_prob", false)?,
-        bias: false,
-        shared: Some(shared),
-        names: qwen_experts(object)?,
-    };
+    let mlp = qwen_experts(object, &spec, "num_experts", [60, 4, 1408])?;
+    let mlp = Mlp::Experts(Experts { shared: Some(shared), ..mlp });
     let bias = object.boolean("qkv_bias", true)?;
     let on = object.boolean("use_sliding_window", false)?;
     let last = object.count("max_window_layers", 28)?;
@@ -349,17 +340,29 @@ fn qwen2_moe(object: &Object<'_>) -> Result<ModelSpec> {
     let sliding = layer_types(object, spec.layers.len(), |layer| on && layer % 2 == 0 && layer < last)?;
     let layers = windowed(object, &sliding, window, [0, 0])?;
     whole_experts(object, &spec)?;
-    Ok(ModelSpec { layers, attention_bias: bias, mlp: Mlp::Experts(mlp), ..spec })
+    Ok(ModelSpec { layers, attention_bias: bias, mlp, ..spec })
 }
 
-/// What Qwen calls its experts. Every layer has some: none is a plain MLP of intermediate_size.
-fn qwen_experts(object: &Object<'_>) -> Result<ExpertNames> {
+/// Qwen's experts; the defaults are how many there are, how many work on a token, and their inner width. Every layer has some: none is
+/// a plain MLP of intermediate_size.
+fn qwen_experts(object: &Object<'_>, spec: &ModelSpec, count_key: &str, defaults: [usize; 3]) -> Result<Experts> {
     object.fixed("decoder_sparse_step", &[json!(1)])?;
     object.fixed("mlp_only_layers", &[json!([])])?;
-    Ok(ExpertNames {
-        router: "mlp.gate",
-        experts: "mlp.experts",
-        projections: ExpertProjections::Apart(["gate_proj", "up_proj", "down_proj"]),
+    let [count, chosen, inner] = defaults;
+    let [count, chosen] = experts(object, [count_key, "num_experts_per_tok"], [count, chosen])?;
+    Ok(Experts {
+        count,
+        chosen,
+        inner: object.size("moe_intermediate_size", Some(inner))?,
+        gate: silu_experts(object, spec)?,
+        normalised: object.boolean("norm_topk_prob", false)?,
+        bias: false,
+        shared: None,
+        names: ExpertNames {
+            router: "mlp.gate",
+            experts: "mlp.experts",
+            projections: ExpertProjections::Apart(["gate_proj", "up_proj", "down_proj"]),
+        },
     })
 }
 
@@ -377,17 +380,7 @@ fn qwen3_moe(object: &Object<'_>) -> Result<ModelSpec> {
     let spec = decoder(object, defaults)?;
     // Under either name.
     let key = if object.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
-    let [count, chosen] = experts(object, [key, "num_experts_per_tok"], [128, 8])?;
-    let mlp = Experts {
-        count,
-        chosen,
-        inner: object.size("moe_intermediate_size", Some(768))?,
-        gate: silu_experts(object, &spec)?,
-        normalised: object.boolean("norm_topk_prob", false)?,
-        bias: false,
-        shared: None,
-        names: qwen_experts(object)?,
-    };
+    let mlp = qwen_experts(object, &spec, key, [128, 8, 768])?;
     let bias = object.boolean("attention_bias", false)?;
     let on = object.boolean("use_sliding_window", false)?;
     let window = object.size("sliding_window", Some(4096))?;

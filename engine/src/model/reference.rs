@@ -47,8 +47,8 @@ enum Inner {
         sizes: Experts,
         router: Projection,
         experts: Vec<[Projection; 3]>,
-        /// Of the expert that all tokens share: gate, up and down projections, and the gate of what it makes.
-        shared: Option<Box<[Projection; 4]>>,
+        /// The expert that all tokens share, and the gate of what it makes.
+        shared: Option<(Box<Inner>, Projection)>,
     },
 }
 
@@ -152,10 +152,13 @@ impl Loader<'_> {
                     experts: self.experts(&layer, sizes)?,
                     shared: match sizes.shared {
                         None => None,
-                        Some(SharedExpert { names: ([gate, up], down, weight), .. }) => {
-                            let [gate, up, down, weight] =
-                                [gate, up, down, weight].map(|name| self.projection(&format!("{layer}.{name}"), false));
-                            Some(Box::new([gate?, up?, down?, weight?]))
+                        Some(SharedExpert { inner, names: (gate_up, down, gate) }) => {
+                            let expert = Inner::Gated {
+                                sizes: GatedMlp { inner, gate: Gate::Silu, bias: false },
+                                gate_up: self.projections(&layer, Parts::Apart(gate_up), [inner; 2], false)?,
+                                down: self.projection(&format!("{layer}.{down}"), false)?,
+                            };
+                            Some((Box::new(expert), self.projection(&format!("{layer}.{gate}"), false)?))
                         }
                     },
                 },
@@ -360,11 +363,9 @@ impl Inner {
                     let made: Vec<f64> = down.apply(&inner).iter().map(|v| v * powers[expert] / total).collect();
                     if sum.is_empty() { sum = made } else { add(&mut sum, &made) }
                 }
-                if let Some([gate, up, down, weight]) = shared.as_deref() {
-                    let pairs = gate.apply(x).into_iter().zip(up.apply(x));
-                    let inner: Vec<f64> = pairs.map(|(gate, up)| activation(gate, Gate::Silu) * up).collect();
-                    let weight = 1.0 / (1.0 + (-weight.apply(x)[0]).exp());
-                    add(&mut sum, &down.apply(&inner).iter().map(|made| made * weight).collect::<Vec<_>>());
+                if let Some((expert, gate)) = shared {
+                    let weight = 1.0 / (1.0 + (-gate.apply(x)[0]).exp());
+                    add(&mut sum, &expert.apply(x).iter().map(|made| made * weight).collect::<Vec<_>>());
                 }
                 sum
             }
