@@ -8,6 +8,7 @@ use pagoda_ir::{Element, mosaic::tiling::LANES};
 
 use super::{
     kv_layout::Half,
+    mosaic::few_rows::heads_at_once,
     plan::{self, CHUNK, Plan, Split, decode},
     problem::Kind,
 };
@@ -422,7 +423,7 @@ fn stages_of_decode(plan: &Plan, listed: usize, core: &Decoding) -> Vec<Stage> {
             let masked = masked as f64;
             work[5..15].copy_from_slice(&[
                 1.0,
-                plan.head_block().div_ceil(decode::heads_at_once(width)) as f64,
+                plan.head_block().div_ceil(heads_at_once(width)) as f64,
                 sizes.heads,
                 sizes.heads * matrix,
                 if width > WIDE_KEYS { sizes.heads * logits } else { 0.0 },

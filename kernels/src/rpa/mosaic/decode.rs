@@ -19,21 +19,21 @@ mod projections;
 use pagoda_ir::{
     Element,
     mosaic::{
-        Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value,
+        Builder, Dma, MemorySpace, Ref, Semantics, Value,
         tiling::{LANES, SUBLANES},
     },
 };
 
 use self::projections::Fused;
 use super::{
-    MASKED, Metadata, NONE, Strided,
+    Metadata, NONE, Strided,
     block::{self, Block},
-    broadcast_lanes, by_lane,
+    broadcast_lanes,
+    few_rows::FewRows,
     heads::Heads,
 };
 use crate::rpa::{
     batch::Batch,
-    kv_layout::Half,
     plan::{
         self, Plan, Split,
         decode::{self, BUFFERS},
@@ -555,109 +555,33 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// A step of the online softmax for every head, over the first `width` keys of a block, of which `live` count.
-    ///
-    /// Each phase is written for several heads before the next one, for the compiler does not move a product or a
-    /// reduction far from where its result is used, and waits for it there.
-    fn heads(&self, block: &Block<'a>, width: usize, live: Option<Value<'a>>) {
-        let heads: Vec<usize> = (0..self.plan.head_block()).collect();
-        for heads in heads.chunks(decode::heads_at_once(width)) {
-            self.update(heads, block, width, live);
-        }
-    }
-
-    /// A step of the online softmax for some heads.
-    fn update(&self, heads: &[usize], block: &Block<'a>, keys: usize, live: Option<Value<'a>>) {
+    /// A step of the online softmax for every head, over the first `keys` keys of a block, of which `live` count.
+    fn heads(&self, block: &Block<'a>, keys: usize, live: Option<Value<'a>>) {
         let (k, problem) = (self.k, self.plan.problem());
-        let operand = problem.precision.q;
-        let precision = match operand {
-            Element::F32 => Precision::Fp32,
-            _ => Precision::Default,
-        };
         let rows = decode::rows(problem);
-        let parts: Vec<[usize; 2]> = (0..keys).step_by(PART).map(|first| [first, PART.min(keys - first)]).collect();
-        let queries: Vec<Value<'a>> = heads.iter().map(|&head| self.staged(head, rows).load(k).cast(operand)).collect();
-        let mut logits: Vec<Vec<Value<'a>>> = vec![vec![]; heads.len()];
-        let each = |of: &mut dyn FnMut(usize, usize)| {
-            (0..parts.len()).for_each(|part| (0..heads.len()).for_each(|head| of(head, part)));
+        let step = FewRows {
+            k,
+            problem,
+            heads: &self.heads,
+            block,
+            keys,
+            live,
+            // Fewer keys than a block has are the last ones: then only what comes behind all keys asks for their maximum.
+            keeps_maxima: keys == self.plan.keys() || problem.sinks || problem.log_sum_exp,
+            queries: &|head| self.staged(head, rows).load(k).cast(problem.precision.q),
+            state: &|head| [&self.max, &self.sum, &self.acc].map(|of| of.at(head)),
+            seen: &|first, dims| {
+                let (live, index) = (live? - first as i64, k.iota(dims, 1));
+                let seen = index.less(live);
+                Some(match problem.sliding_window {
+                    None => seen,
+                    Some(window) => seen & index.greater_equal(live - window as i64),
+                })
+            },
         };
-        each(&mut |head, part| {
-            let [first, count] = parts[part];
-            let dims = [rows, count];
-            let key = block.half(Half::Key, heads[head], parts[part], live);
-            let product = k.dot_general(queries[head], key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
-            let scaled = self.heads.logits(product, heads[head], problem);
-            logits[head].push(match live {
-                None => scaled,
-                Some(live) => {
-                    let (live, index) = (live - first as i64, k.iota(&dims, 1));
-                    let seen = index.less(live);
-                    let seen = match problem.sliding_window {
-                        None => seen,
-                        Some(window) => seen & index.greater_equal(live - window as i64),
-                    };
-                    seen.select(scaled, MASKED)
-                }
-            });
-        });
-        let maxima: Vec<Value<'a>> = logits
-            .iter()
-            .map(|parts| {
-                let all: Vec<Value<'a>> = parts
-                    .iter()
-                    .flat_map(|part| {
-                        let keys = part.dims()[1];
-                        (0..keys)
-                            .step_by(LANES)
-                            .map(move |lane| part.slice(&[0, lane], &[rows, LANES.min(keys - lane)]))
-                    })
-                    .collect();
-                let widest = all[0].dims()[1];
-                let (same, odd): (Vec<_>, Vec<_>) = all.into_iter().partition(|tile| tile.dims()[1] == widest);
-                let max = same.into_iter().reduce(|max, tile| max.maximum(tile)).expect("some keys").max(1);
-                odd.into_iter().fold(max, |max, tile| max.maximum(tile.max(1)))
-            })
-            .collect();
-        let scaled: Vec<_> = heads
-            .iter()
-            .zip(maxima)
-            .map(|(&head, max)| {
-                let old = self.max.at(head).load();
-                let new = old.maximum(max);
-                // Fewer keys than a block has are the last ones: then only what comes behind all keys asks for their maximum.
-                if keys == self.plan.keys() || problem.sinks || problem.log_sum_exp {
-                    self.max.at(head).store(new);
-                }
-                (new, (old - new).exp2())
-            })
-            .collect();
-        let weights: Vec<Vec<Value<'a>>> = logits
-            .iter()
-            .zip(&scaled)
-            .map(|(parts, &(new, _))| {
-                parts.iter().map(|&part| (part - broadcast_lanes(k, new, part.dims()[1])).exp2()).collect()
-            })
-            .collect();
-        for ((&head, weights), &(_, rescale)) in heads.iter().zip(&weights).zip(&scaled) {
-            let sum = self.sum.at(head);
-            sum.store(weights.iter().fold(rescale * sum.load(), |sum, &weights| sum + by_lane(weights)));
-        }
-        let [columns, _] = block::lanes(problem);
-        let mut products = vec![k.zeros(Element::F32, &[rows, columns]); heads.len()];
-        each(&mut |head, part| {
-            let value = block.half(Half::Value, heads[head], parts[part], live);
-            let weights = weights[head][part].cast(operand);
-            products[head] = k.dot_general(weights, value, products[head], &DotDims::nn(), precision);
-        });
-        for ((&head, &product), &(_, rescale)) in heads.iter().zip(&products).zip(&scaled) {
-            let acc = self.acc.at(head);
-            acc.store(acc.load() * broadcast_lanes(k, rescale, columns) + product);
-        }
+        step.write(self.plan.head_block());
     }
 }
-
-/// Keys of a product: a matrix unit's columns on the newest chips.
-const PART: usize = 256;
 
 /// Stands for the first page of a sequence that its row sees.
 const NEW: i64 = -1;

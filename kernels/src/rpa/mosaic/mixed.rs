@@ -45,6 +45,7 @@ use super::{
     Cores, MASKED, Metadata, NONE,
     block::{self, Block},
     broadcast_lanes, by_lane,
+    few_rows::FewRows,
     heads::Heads,
     joined,
 };
@@ -615,20 +616,45 @@ impl<'a, 'p> Body<'a, 'p> {
             let [begin, stop] = [&self.segments.begin, &self.segments.stop].map(|array| array.at(segment).load());
             k.fold_range(begin, stop, stream, |block, stream| {
                 self.step(&of_segment, block, Stream::of(stream), segments, |kv, first_key| {
-                    self.narrowest(&of_segment, kv, first_key, &|keys| {
-                        for head in 0..self.plan.head_block() {
-                            let keys_and_values = kv.keys_and_values(head, keys);
-                            let queries = self.band.at(head).slice(0, 0, part.count).load();
-                            let form = Form { is_first: false, is_masked: true };
-                            self.update(head, &part, queries, keys_and_values, first_key, form);
-                        }
-                    });
+                    self.narrowest(&of_segment, kv, first_key, &|keys| self.few_rows(&part, kv, keys, first_key));
                 })
             })
         });
         self.reclaim(entry);
         self.finish(self.plan.band());
         stream
+    }
+
+    /// A step of the online softmax for the rows of a band.
+    fn few_rows(&self, rows: &Rows, block: &Block<'a>, keys: usize, first_key: Value<'a>) {
+        let of = |of: &Ref<'a>, head: usize| of.at(head).slice(0, 0, rows.count);
+        let step = FewRows {
+            k: self.k,
+            problem: self.plan.problem(),
+            heads: &self.heads,
+            block,
+            keys,
+            // Values behind them are zeros.
+            live: None,
+            keeps_maxima: true,
+            queries: &|head| of(&self.band, head).load(),
+            state: &|head| [&self.max, &self.sum, &self.acc].map(|state| of(state, head)),
+            seen: &|first, dims| Some(self.seen(rows, first_key + first as i64, dims)),
+        };
+        step.write(self.plan.head_block());
+    }
+
+    /// Which keys from `first_key` on rows see: `[rows, keys]`.
+    fn seen(&self, rows: &Rows, first_key: Value<'a>, dims: &[usize]) -> Value<'a> {
+        let (k, keys) = (self.k, dims[1]);
+        let last: Vec<_> = rows.pieces().map(|(_, start, count)| self.last.slice(0, start, count).load()).collect();
+        let last = joined(k, &last, 0) - first_key;
+        let index = k.iota(dims, 1);
+        let seen = index.less_equal(broadcast_lanes(k, last, keys));
+        match self.plan.problem().sliding_window {
+            None => seen,
+            Some(window) => seen & index.greater(broadcast_lanes(k, last - window as i64, keys)),
+        }
     }
 
     /// Goes on with the fewest keys that hold what the segment's rows see of a block. Values behind the sequence's end are
@@ -744,17 +770,9 @@ impl<'a, 'p> Body<'a, 'p> {
         let dims = [rows.count, keys];
         let logits = k.dot_general(queries, key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
         let logits = self.heads.logits(logits, head, problem);
-        let logits = if form.is_masked {
-            let last: Vec<_> = rows.pieces().map(|(_, start, count)| self.last.slice(0, start, count).load()).collect();
-            let last = joined(k, &last, 0) - first_key;
-            let index = k.iota(&dims, 1);
-            let mut seen = index.less_equal(broadcast_lanes(k, last, keys));
-            if let Some(window) = problem.sliding_window {
-                seen = seen & index.greater(broadcast_lanes(k, last - window as i64, keys));
-            }
-            seen.select(logits, MASKED)
-        } else {
-            logits
+        let logits = match form.is_masked {
+            true => self.seen(rows, first_key, &dims).select(logits, MASKED),
+            false => logits,
         };
         let largest = logits.max(1);
         let weigh = |new: Value<'a>| (logits - broadcast_lanes(k, new, keys)).exp2();

@@ -6,6 +6,7 @@
 
 pub(super) mod block;
 mod decode;
+pub(super) mod few_rows;
 mod fused;
 mod heads;
 mod mixed;

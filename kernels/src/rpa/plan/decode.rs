@@ -230,10 +230,3 @@ pub(super) const MAX_KEYS: usize = 3072;
 pub(super) const MAX_HEAD_KEYS: usize = 16384;
 /// What the largest blocks spill, and more.
 pub(super) const SPILLS: Bytes = Bytes::mib(2);
-/// Logits of a query head that are worked on at a time, all KV heads together.
-const LOGITS: usize = 8192;
-
-/// KV heads that are worked on at a time, where a block has `width` keys.
-pub(in crate::rpa) fn heads_at_once(width: usize) -> usize {
-    (LOGITS / width).max(1)
-}
