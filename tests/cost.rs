@@ -26,12 +26,8 @@ fn number(name: &str, default: u64) -> u64 {
 #[test]
 #[ignore = "an hour of compilations by libtpu"]
 fn record() {
-    let library = PluginChoice::Named(Kind::Tpu).locate().expect("make tpu-tools").path;
-    let patient = Duration::from_secs(1800);
-    let certifier = Certifier::new(env!("CARGO_BIN_EXE_pagoda"), &library).timeout(patient).profile_timeout(patient);
-    let compiler = Cached::new(certifier, &library, &user_cache().unwrap().join("kernels")).unwrap();
     let started = Instant::now();
-    let mut recorder = Recorder { table: Points::read(), compiler };
+    let mut recorder = Recorder::new();
     let is_time = || started.elapsed().as_secs() < number("PAGODA_COST_SECONDS", 600);
     for (chip, kernel, spec) in recorder.table.problems() {
         if is_time() {
@@ -42,18 +38,41 @@ fn record() {
         }
     }
     let mut seed = number("PAGODA_COST_SEED", 1);
-    let wanted = |kernel: &str| std::env::var("PAGODA_COST_KERNEL").map_or(true, |only| only == kernel);
     while is_time() {
         for chip in [Chip::V5p, Chip::V6e] {
-            if wanted(Rpa::NAME) {
-                recorder.draw::<Rpa>(chip, seed);
-            }
-            if wanted(Matmul::NAME) {
-                recorder.draw::<Matmul>(chip, seed);
-            }
+            recorder.draw::<Rpa>(chip, seed);
+            recorder.draw::<Matmul>(chip, seed);
         }
         seed += 1;
     }
+}
+
+/// Records all candidates of the points on record anew, after a change of the kernel: those of `PAGODA_COST_KERNEL` and
+/// `PAGODA_COST_ONLY`, as [`record`] has them, and of batches with a part `PAGODA_COST_BATCH` (`1/2000`). What the compiler has
+/// seen costs nothing.
+#[test]
+#[ignore = "an hour of compilations by libtpu"]
+fn renew() {
+    let mut recorder = Recorder::new();
+    let batch = std::env::var("PAGODA_COST_BATCH").unwrap_or_default();
+    for point in recorder.table.0.clone() {
+        let of = point.batch.as_deref().map_or(String::new(), batch_text);
+        if !is_wanted(&point.kernel, &point.spec) || !of.contains(&batch) {
+            continue;
+        }
+        match point.kernel.as_str() {
+            Rpa::NAME => recorder.renew::<Rpa>(&point),
+            _ => recorder.renew::<Matmul>(&point),
+        }
+    }
+}
+
+/// Whether a problem is one of those that the environment asks for.
+fn is_wanted(kernel: &str, spec: &serde_json::Value) -> bool {
+    let parts = std::env::var("PAGODA_COST_ONLY").unwrap_or_default();
+    let spec = spec.to_string();
+    std::env::var("PAGODA_COST_KERNEL").map_or(true, |only| only == kernel)
+        && parts.split(';').all(|part| spec.contains(part))
 }
 
 /// The table of points, in its file.
@@ -97,6 +116,23 @@ struct Recorder {
 type Asked<K> = (Option<Vec<Lengths>>, Vec<<K as Kernel>::Tiles>);
 
 impl Recorder {
+    fn new() -> Self {
+        let library = PluginChoice::Named(Kind::Tpu).locate().expect("make tpu-tools").path;
+        let patient = Duration::from_secs(1800);
+        let certifier =
+            Certifier::new(env!("CARGO_BIN_EXE_pagoda"), &library).timeout(patient).profile_timeout(patient);
+        let compiler = Cached::new(certifier, &library, &user_cache().unwrap().join("kernels")).unwrap();
+        Self { table: Points::read(), compiler }
+    }
+
+    /// The candidates of a point, compiled again.
+    fn renew<K: Kernel>(&mut self, point: &Point) {
+        let plans = point.plans::<K>().expect("legal");
+        let Some((plan, _)) = plans.first() else { return };
+        let tiles = plans.iter().map(|(plan, _)| plan.tiles()).collect();
+        self.compile::<K>(plan.problem(), point.chip, point.limit, vec![(point.batch.clone(), tiles)]);
+    }
+
     /// One problem, two batches of its spread, a few candidates: the planner's, those that the model finds best for each batch,
     /// and one of the others.
     fn draw<K: Kernel>(&mut self, chip: Chip, seed: u64) {
@@ -107,11 +143,7 @@ impl Recorder {
         let spec = serde_json::to_value(problem.spec()).unwrap();
         let is_known = |of: &Point| of.chip == chip && of.kernel == K::NAME && of.spec == spec;
         let Ok(chosen) = Plan::<K>::new(problem.clone(), chip, Options::default()) else { return };
-        let parts = std::env::var("PAGODA_COST_ONLY").unwrap_or_default();
-        if parts.split(';').any(|part| !spec.to_string().contains(part)) {
-            return;
-        }
-        if self.table.0.iter().any(is_known) {
+        if !is_wanted(K::NAME, &spec) || self.table.0.iter().any(is_known) {
             return;
         }
         let spread = K::spread(&problem).into_iter().map(|(_, batch)| Some(batch));

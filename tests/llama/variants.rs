@@ -129,6 +129,16 @@ fn write(folder: &Path, spec: &ModelSpec, seed: u64) {
             () => (0.0, 1.0 / (*dims.last().unwrap() as f64).sqrt()),
         };
         let count = dims.iter().product();
+        if let Some(name) = name.strip_suffix("_blocks") {
+            // Numbers of 4 bits: any are, and their mean square is 8.6. Scales around the power of two that gives the deviation.
+            let (blocks, inputs) = (dims[..3].to_vec(), 32 * dims[2]);
+            let usual = 127.0 - (inputs as f64 * 8.6).sqrt().log2().round();
+            let scales = uniform(blocks.iter().product(), 1.5).into_iter().map(|part| (usual + part.round()) as u8);
+            tensors.insert(format!("{name}_scales"), (blocks, Dtype::U8, scales.collect()));
+            let bytes = uniform(count, 128.0).into_iter().map(|part| (part + 128.0) as u8).collect();
+            tensors.insert(tensor.name, (dims, Dtype::U8, bytes));
+            continue;
+        }
         let (dims, dtype, element, values) = match (tensor.holds, spec.quantization) {
             (Holds::Quantized(element), _) => {
                 let dtype = if element == Element::I8 { Dtype::I8 } else { Dtype::F8_E4M3 };
@@ -374,6 +384,11 @@ fn drawn_family(seed: u64) -> (Value, Vec<(Target, usize)>) {
     }
     if has(&["gpt_oss"]) {
         set("sliding_window", choices.within(1, 20).into());
+        if choices.coin() {
+            set("quantization_config", json!({"quant_method": "mxfp4"}));
+            set("hidden_size", choices.one_of(&[64, 128, 192]).into());
+            set("intermediate_size", choices.one_of(&[96, 128, 256]).into());
+        }
     }
     if has(&["mistral", "mixtral", "phi3"]) {
         set("sliding_window", choices.maybe(|choices| choices.within(1, 20)).into());
@@ -427,6 +442,16 @@ fn drawn_family(seed: u64) -> (Value, Vec<(Target, usize)>) {
         (1..=4).filter(|&shards| Parallel::group(mesh(1, shards).model).check(&config).is_ok()).collect();
     let forms = TARGETS.map(|target| (target, splits[choices.within(0, splits.len() - 1)]));
     (changes, forms.to_vec())
+}
+
+/// Experts as gpt-oss is published: numbers of 4 bits.
+#[test]
+fn experts_of_4_bits_agree_with_the_reference() {
+    let changes = json!({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_local_experts": 6,
+        "num_experts_per_tok": 2, "sliding_window": 7, "hidden_size": 192, "intermediate_size": 96,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn",
+            "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}});
+    check("experts of 4 bits", &spec(&changes), 4, &[(Target::Portable, 1), (Target::Host, 2)]);
 }
 
 #[test]

@@ -7,7 +7,8 @@
 use serde_json::{Value, json};
 
 use super::config::Object;
-use super::quantization::Quantization;
+use super::mxfp4;
+use super::quantization::{self, Quantization};
 use super::spec::{
     ExpertGate, ExpertNames, ExpertProjections, Experts, Gate, GatedMlp, LayerKind, Llama3Scaling, LongRopeScaling,
     Mlp, ModelSpec, Names, Norm, NormPlaces, Parts, QkNorm, Rope, RopeScaling, SharedExpert, YarnScaling,
@@ -61,6 +62,8 @@ struct Defaults {
     gate: Option<Gate>,
     /// Whether a part of each head may turn.
     partial_rotary: bool,
+    /// Whether experts may be stored in 4 bits.
+    mxfp4: bool,
 }
 
 impl Defaults {
@@ -79,6 +82,7 @@ impl Defaults {
         tie_word_embeddings: false,
         gate: None,
         partial_rotary: false,
+        mxfp4: false,
     };
 
     /// Those of Gemma's family.
@@ -394,13 +398,6 @@ fn qwen3_moe(object: &Object<'_>) -> Result<ModelSpec> {
 }
 
 fn gpt_oss(object: &Object<'_>) -> Result<ModelSpec> {
-    if let Some(method) = object.object("quantization_config")?.and_then(|config| config.get("quant_method").cloned())
-        && method == "mxfp4"
-    {
-        let limit = "is not supported: its experts are numbers of 4 bits";
-        let fix = "use a checkpoint of bf16: load this one with transformers' Mxfp4Config(dequantize=True) and save it";
-        return Err(object.refuse("quantization_config.quant_method", method, limit, fix));
-    }
     let defaults = Defaults {
         vocab_size: Some(201_088),
         hidden_size: Some(2880),
@@ -412,15 +409,20 @@ fn gpt_oss(object: &Object<'_>) -> Result<ModelSpec> {
         max_position_embeddings: 131_072,
         rms_norm_eps: 1e-5,
         rope_theta: 150_000.0,
+        mxfp4: true,
         ..Defaults::LLAMA
     };
     let spec = decoder(object, defaults)?;
     object.fixed("swiglu_limit", &[json!(7.0), json!(7)])?;
     object.fixed("swiglu_alpha", &[json!(1.702)])?;
+    let projections = ["gate_up_proj", "down_proj"];
     let names = ExpertNames {
         router: "mlp.router",
         experts: "mlp.experts",
-        projections: ExpertProjections::Together(["gate_up_proj", "down_proj"]),
+        projections: match object.get("quantization_config") {
+            Some(config) if quantization::is_mxfp4(config) => ExpertProjections::Mxfp4(projections),
+            _ => ExpertProjections::Together(projections),
+        },
     };
     let [count, chosen] = experts(object, ["num_local_experts", "num_experts_per_tok"], [128, 4])?;
     // Another name of the same number, and one that nothing is computed with.
@@ -521,7 +523,7 @@ fn decoder(object: &Object<'_>, defaults: Defaults) -> Result<ModelSpec> {
     let vocab_size = object.size("vocab_size", defaults.vocab_size)?;
     let inner = object.size("intermediate_size", defaults.intermediate_size)?;
     let mlp = Mlp::Gated(GatedMlp { inner, gate: gate(object, defaults.gate)?, bias: false });
-    let quantization = quantization(object, [hidden_size, q_heads * head_dim, inner])?;
+    let quantization = quantization(object, [hidden_size, q_heads * head_dim, inner], defaults.mxfp4)?;
     let layers = object.size("num_hidden_layers", defaults.num_hidden_layers)?;
     let max_positions = object.size("max_position_embeddings", Some(defaults.max_position_embeddings))?;
     let rope = model_rope(object, defaults.rope_theta, head_dim, max_positions)?;
@@ -617,17 +619,27 @@ fn last_windowed(object: &Object<'_>, layers: usize) -> Result<Vec<LayerKind>> {
     windowed(object, &sliding, on.then_some(window), [0, 0])
 }
 
-/// How projections are quantized: groups of features that share a scale are whole, for inputs of these sizes.
-fn quantization(object: &Object<'_>, [hidden, heads, inner]: [usize; 3]) -> Result<Option<Quantization>> {
+/// How projections are quantized: groups of features that share a scale are whole, for inputs of these sizes. Where experts may
+/// be stored in 4 bits, nothing else is.
+fn quantization(object: &Object<'_>, [hidden, heads, inner]: [usize; 3], mxfp4: bool) -> Result<Option<Quantization>> {
+    let sizes = [("hidden_size", hidden), ("num_attention_heads * head_dim", heads), ("intermediate_size", inner)];
+    let whole = |group: usize, sizes: &[(&str, usize)]| match sizes.iter().find(|(_, size)| !size.is_multiple_of(group))
+    {
+        None => Ok(()),
+        Some((key, size)) => {
+            let limit = format!("is not a multiple of the {group} features that share a scale");
+            Err(object.refuse(key, size, limit, "repair config.json"))
+        }
+    };
+    if let Some(config) = object.get("quantization_config").filter(|config| mxfp4 && quantization::is_mxfp4(config)) {
+        quantization::check_mxfp4(object.path, config)?;
+        // Attention has no such numbers.
+        whole(mxfp4::BLOCK, &[sizes[0], sizes[2]])?;
+        return Ok(None);
+    }
     let quantization = object.get("quantization_config").map(|value| Quantization::parse(object.path, value));
     let quantization = quantization.transpose()?;
-    if let Some(group) = quantization.and_then(Quantization::group) {
-        let sizes = [("hidden_size", hidden), ("num_attention_heads * head_dim", heads), ("intermediate_size", inner)];
-        if let Some((key, size)) = sizes.into_iter().find(|(_, size)| !size.is_multiple_of(group)) {
-            let limit = format!("is not a multiple of the {group} features that share a scale");
-            return Err(object.refuse(key, size, limit, "repair config.json"));
-        }
-    }
+    quantization.and_then(Quantization::group).map_or(Ok(()), |group| whole(group, &sizes))?;
     Ok(quantization)
 }
 

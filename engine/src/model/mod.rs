@@ -3,6 +3,7 @@
 pub mod config;
 mod families;
 pub mod identity;
+mod mxfp4;
 pub mod quantization;
 pub mod reference;
 pub mod source;

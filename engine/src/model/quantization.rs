@@ -5,6 +5,8 @@
 //!   alike, each row when it comes (`strategy: token`, `dynamic: true`).
 //! - `fp8` (vLLM, AutoFP8): e4m3, a scale per tensor, `activation_scheme: dynamic`.
 //!
+//! - `mxfp4`: only the experts of gpt-oss, numbers of 4 bits. They are loaded as the type that is computed in.
+//!
 //! A tensor `X.weight` of such a layer has its scales beside it in `X.weight_scale`: value = stored * scale. What would
 //! compute something else (zero points, activation orders, static activation scales, blocks, 4 bits) is refused by name.
 
@@ -124,6 +126,27 @@ impl Quantization {
         }
         // vLLM quantizes no output projection, whatever is ignored.
         Ok(Self { weight: Element::F8E4M3Fn, scales: Scales::Tensor, activations: true, head: false })
+    }
+}
+
+/// Whether a `quantization_config` has experts in 4 bits.
+pub(super) fn is_mxfp4(value: &Value) -> bool {
+    value.get("quant_method").is_some_and(|method| method == "mxfp4")
+}
+
+/// Refuses an `mxfp4` config whose experts are not all in 4 bits, or that has any other tensor so.
+///
+/// # Errors
+/// The first key that asks for what is not run.
+pub(super) fn check_mxfp4(path: &Path, value: &Value) -> Result<()> {
+    let config = Part { path, name: "quantization_config".into(), value };
+    let kept = config.at("modules_to_not_convert");
+    let names: Vec<_> = kept.value.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    match names.iter().any(|name| name.contains("experts")) {
+        true => {
+            Err(kept.refuse("names experts", "use a checkpoint all of whose experts are in 4 bits, or one of bf16"))
+        }
+        false => Ok(()),
     }
 }
 

@@ -85,6 +85,20 @@ impl Loader<'_> {
         self.weights.values(name)
     }
 
+    /// Numbers of 4 bits (sign, two bits of exponent, one of mantissa), 32 to a power of two: OCP's MXFP4.
+    fn of_4_bits(&self, name: &str) -> Result<Vec<f64>> {
+        let [blocks, scales] = ["blocks", "scales"].map(|part| self.weights.bytes(&format!("{name}_{part}")));
+        let (blocks, scales) = (blocks?, scales?);
+        let number = |at: usize| {
+            let code = blocks[at / 2] >> (at % 2 * 4);
+            let (exponent, half) = (i32::from(code >> 1 & 3), f64::from(code & 1) / 2.0);
+            let magnitude = if exponent == 0 { half } else { (1.0 + half) * 2f64.powi(exponent - 1) };
+            let signed = if code >> 3 & 1 == 1 { -magnitude } else { magnitude };
+            signed * 2f64.powi(i32::from(scales[at / 32]) - 127)
+        };
+        Ok((0..2 * blocks.len()).map(number).collect())
+    }
+
     fn projection(&self, name: &str, biased: bool) -> Result<Projection> {
         let bias = if biased { Some(self.load(&format!("{name}.bias"))?) } else { None };
         Ok(Projection { matrix: self.load(&format!("{name}.weight"))?, bias, quantizes: self.quantizes })
@@ -178,14 +192,18 @@ impl Loader<'_> {
                     Ok([gate?, up?, down?])
                 })
                 .collect(),
-            ExpertProjections::Together([gate_up, down]) => {
-                let all = |name: &str| Ok::<_, crate::Error>((self.load(name)?, self.load(&format!("{name}_bias"))?));
+            ExpertProjections::Together([gate_up, down]) | ExpertProjections::Mxfp4([gate_up, down]) => {
+                let in_4_bits = matches!(sizes.names.projections, ExpertProjections::Mxfp4(_));
+                let matrices = |name: &str| if in_4_bits { self.of_4_bits(name) } else { self.load(name) };
+                let all = |name: &str| Ok::<_, crate::Error>((matrices(name)?, self.load(&format!("{name}_bias"))?));
                 let (gate_up, down) = (all(&format!("{prefix}.{gate_up}"))?, all(&format!("{prefix}.{down}"))?);
-                // [experts, in, out] and [experts, out]; the row of an output feature is a column there.
+                // [experts, in, out] and [experts, out]; the row of an output feature is a column there. In 4 bits it is a row.
                 let projection = |(matrices, biases): &(Vec<f64>, Vec<f64>), expert: usize, features: Vec<usize>| {
                     let (size, out) = (matrices.len() / sizes.count, biases.len() / sizes.count);
                     let (matrix, bias) = (&matrices[expert * size..][..size], &biases[expert * out..][..out]);
-                    let column = |&feature: &usize| (0..size / out).map(move |row| matrix[row * out + feature]);
+                    let [of_row, of_feature] = if in_4_bits { [1, size / out] } else { [out, 1] };
+                    let column =
+                        |&feature: &usize| (0..size / out).map(move |row| matrix[row * of_row + feature * of_feature]);
                     Projection {
                         matrix: features.iter().flat_map(column).collect(),
                         bias: Some(features.iter().map(|&feature| bias[feature]).collect()),

@@ -189,6 +189,9 @@ pub enum ExpertProjections {
     Apart([&'static str; 3]),
     /// One tensor `[experts, in, out]` of all experts' gates and ups, which take turns, and one of the down projections.
     Together([&'static str; 2]),
+    /// As together, but `[experts, out, in]` in numbers of 4 bits: `NAME_blocks` has those of 32 inputs, `[experts, out, in / 32,
+    /// 16]`, and `NAME_scales` a power of two for each (MXFP4).
+    Mxfp4([&'static str; 2]),
 }
 
 /// The sizes of a gated MLP.

@@ -17,8 +17,8 @@ use pagoda_ir::mosaic::tiling::LANES;
 use pagoda_ir::tensor::HostTensor;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 
-use super::read_json;
 use super::spec::{ExpertProjections, Experts, Mlp, ModelSpec, Parts, QkNorm, SharedExpert};
+use super::{mxfp4, read_json};
 use crate::error::{Error, Result};
 use crate::mesh;
 use crate::output::fingerprint;
@@ -42,8 +42,8 @@ pub struct TensorSpec {
     of_expert: Option<OfExpert>,
 }
 
-/// Features of one expert of a tensor `[experts, in, features]`, or of `[experts, features]`: each `step`th from `first` on. They
-/// are loaded as rows.
+/// Features of one expert of a tensor `[experts, in, features]`, of `[experts, features]`, or in 4 bits of `[experts, features, in]`:
+/// each `step`th from `first` on. They are loaded as rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct OfExpert {
     expert: usize,
@@ -51,12 +51,22 @@ struct OfExpert {
     first: usize,
     step: usize,
     features: usize,
+    is_mxfp4: bool,
 }
 
 impl OfExpert {
-    /// The rows, `dims` of them, of what the file has of the expert.
-    fn rows(self, stored: &TensorView<'_>, dims: &[usize]) -> HostTensor {
+    /// The rows, `dims` of them, of what the file has of the expert: of numbers of 4 bits, their blocks and `scales`.
+    fn rows(self, stored: &TensorView<'_>, scales: Option<&[u8]>, dims: &[usize]) -> HostTensor {
         let (rows, columns) = (dims[0], dims[1..].iter().product::<usize>());
+        if let Some(scales) = scales {
+            let blocks = stored.bytes.as_chunks().0;
+            let of_row = |row: usize| {
+                let (feature, blocks_of) = (self.first + row * self.step, columns / mxfp4::BLOCK);
+                let of_feature = feature * blocks_of..(feature + 1) * blocks_of;
+                of_feature.flat_map(|at| mxfp4::decoded(&blocks[at], scales[at]))
+            };
+            return HostTensor::new(dims, &(0..rows).flat_map(of_row).collect::<Vec<_>>());
+        }
         let values = stored.to_f64();
         let of_row = |row: usize| {
             let feature = self.first + row * self.step;
@@ -149,13 +159,28 @@ impl TensorSpec {
     /// The shape of the tensor in the file, of which it may be some rows.
     pub fn stored_dims(&self) -> Vec<usize> {
         let mut dims = self.dims.clone();
-        if let Some(OfExpert { experts, features, .. }) = self.of_expert {
-            return [&[experts], &dims[1..], &[features]].concat();
+        match self.of_expert {
+            Some(OfExpert { experts, features, is_mxfp4: false, .. }) => {
+                return [&[experts], &dims[1..], &[features]].concat();
+            }
+            Some(OfExpert { experts, features, .. }) => {
+                return vec![experts, features, dims[1] / mxfp4::BLOCK, mxfp4::BYTES];
+            }
+            None => {}
         }
         if let Some((_, rows)) = self.fused {
             dims[0] = rows;
         }
         dims
+    }
+
+    fn is_mxfp4(&self) -> bool {
+        self.of_expert.is_some_and(|of| of.is_mxfp4)
+    }
+
+    /// The tensor of the scales of blocks.
+    fn scales_name(&self) -> Option<String> {
+        self.is_mxfp4().then(|| format!("{}_scales", self.name.trim_end_matches("_blocks")))
     }
 
     fn holding(self, holds: Holds) -> Self {
@@ -313,13 +338,16 @@ impl LayerGroups<'_> {
                 group(&|expert| [gate, up].map(|name| spec(expert, name, [inner, hidden])).to_vec());
                 group(&|expert| vec![spec(expert, down, [hidden, inner])]);
             }
-            ExpertProjections::Together([gate_up, down]) => {
+            ExpertProjections::Together([gate_up, down]) | ExpertProjections::Mxfp4([gate_up, down]) => {
+                let in_4_bits = matches!(names.projections, ExpertProjections::Mxfp4(_));
                 let spec = |expert, name: String, axes: &[Axis], [first, step, features]: [usize; 3]| {
-                    let of_expert = Some(OfExpert { expert, experts: count, first, step, features });
+                    let is_mxfp4 = in_4_bits && axes.len() > 1;
+                    let of_expert = Some(OfExpert { expert, experts: count, first, step, features, is_mxfp4 });
                     TensorSpec { of_expert, ..TensorSpec::new(name, axes.iter().copied()) }
                 };
                 let (gates, downs) = (2 * inner.size, hidden.size);
-                let of = |name: &str| [format!("{prefix}.{name}"), format!("{prefix}.{name}_bias")];
+                let blocks = if in_4_bits { "_blocks" } else { "" };
+                let of = |name: &str| [format!("{prefix}.{name}{blocks}"), format!("{prefix}.{name}_bias")];
                 let ([gate_up, gate_up_bias], [down, down_bias]) = (of(gate_up), of(down));
                 let both = |expert, name: &str, axes: &[Axis]| {
                     [0, 1].map(|first| spec(expert, name.to_owned(), axes, [first, 2, gates])).to_vec()
@@ -622,7 +650,8 @@ impl Weights {
     pub fn check(&self, config: &ModelSpec) -> Result<Vec<&str>> {
         let specs = expected_tensors(config);
         // Of a tensor that is several, once.
-        let mut names: Vec<_> = specs.iter().map(|spec| spec.name.as_str()).collect();
+        let of_spec = |spec: &TensorSpec| [Some(spec.name.clone()), spec.scales_name()].into_iter().flatten();
+        let mut names: Vec<_> = specs.iter().flat_map(of_spec).collect();
         names.dedup();
         let missing: Vec<_> = names.iter().filter(|name| self.stored_name(name).is_none()).collect();
         if let [first, ..] = missing.as_slice() {
@@ -634,6 +663,7 @@ impl Weights {
         }
         for spec in &specs {
             self.tensor(spec)?;
+            self.block_scales(spec)?;
         }
         let known: BTreeSet<_> = names.iter().filter_map(|name| self.stored_name(name)).collect();
         // With tied embeddings some checkpoints store the output projection all the same.
@@ -659,6 +689,8 @@ impl Weights {
             (Dtype::I8, Holds::Quantized(Element::I8)) => Element::I8,
             (Dtype::F8_E4M3, Holds::Quantized(Element::F8E4M3Fn)) => Element::F8E4M3Fn,
             (Dtype::F8_E5M2, Holds::Quantized(Element::F8E5M2)) => Element::F8E5M2,
+            (Dtype::U8, Holds::Numbers) if spec.is_mxfp4() => Element::U8,
+            (other, Holds::Numbers) if spec.is_mxfp4() => return Err(mismatch("U8".into(), format!("{other:?}"))),
             (other, Holds::Quantized(element)) => return Err(mismatch(element.to_string(), format!("{other:?}"))),
             (Dtype::BF16, _) => Element::Bf16,
             (Dtype::F16, _) => Element::F16,
@@ -683,6 +715,26 @@ impl Weights {
         Ok(if is_one(&whole.dims) { whole } else { whole.rows(rows) })
     }
 
+    /// Of an expert's numbers of 4 bits, the scales of their blocks: `[features, in / 32]`.
+    fn block_scales(&self, spec: &TensorSpec) -> Result<Option<&[u8]>> {
+        let (Some(name), Some(of)) = (spec.scales_name(), spec.of_expert) else { return Ok(None) };
+        let Some((shard, info)) = self.find(&name) else {
+            let problem = format!("tensor {name} is missing");
+            return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
+        };
+        let dims = &spec.stored_dims()[..3];
+        if info.dtype != Dtype::U8 || info.shape != dims {
+            return Err(Error::Tensor {
+                path: shard.path.clone(),
+                tensor: name,
+                expected: format!("U8 {dims:?}"),
+                found: format!("{:?} {:?}", info.dtype, info.shape),
+            });
+        }
+        let size = dims[1] * dims[2];
+        Ok(Some(&shard.map[shard.data + info.data_offsets.0 + of.expert * size..][..size]))
+    }
+
     /// A shard's part of a tensor as `element`, each value of it finite: one NaN or infinity would make all logits NaN, and
     /// text of them. Only the part is read and held.
     ///
@@ -694,7 +746,7 @@ impl Weights {
     pub fn load(&self, spec: &TensorSpec, shard: mesh::Shard, element: Element) -> Result<TensorData<'_>> {
         let (view, part) = (self.tensor(spec)?, spec.part(shard));
         if let Some(of) = spec.of_expert {
-            let rows = of.rows(&view, &spec.dims);
+            let rows = of.rows(&view, self.block_scales(spec)?, &spec.dims);
             let rows = TensorView { element: Element::F32, dims: spec.dims.clone(), bytes: rows.bytes() };
             let data = HostTensor::from_bytes(element, &part.dims, rows.part(&part, element).bytes());
             return match first_not_finite(element, data.bytes()) {
@@ -750,6 +802,19 @@ impl Weights {
             values.iter_mut().enumerate().for_each(|(at, value)| *value *= scales[at / group]);
         }
         Ok(values)
+    }
+
+    /// The bytes of a tensor of the file, whatever they stand for.
+    ///
+    /// # Errors
+    /// When it is missing.
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let Some((shard, info)) = self.find(name) else {
+            let problem = format!("tensor {name} is missing");
+            return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
+        };
+        let (start, end) = info.data_offsets;
+        Ok(&shard.map[shard.data + start..shard.data + end])
     }
 
     /// A tensor as the file has it.
