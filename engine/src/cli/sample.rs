@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::generate::{EngineOptions, SamplingOptions};
 use crate::hosts::Share;
 use crate::launcher::Launched;
-use crate::llama::Target;
+use crate::llama::{Target, weight_types};
 use crate::memory::Room;
 use crate::model::ModelSpec;
 use crate::model::identity::identity;
@@ -223,7 +223,7 @@ fn load(
     }
     // Hosts must agree on the pages without asking each other.
     if placement.share().hosts() == 1 && !placement.spans_processes() {
-        fit_pages(settings, config, weights, place, &mut options)?;
+        fit_pages(settings, config, place, &mut options)?;
     }
     options.check_memory(client, config, parallel, &devices)?;
     start_up.plugin_s = *plugin_s;
@@ -242,7 +242,6 @@ fn load(
 pub(super) fn fit_pages(
     settings: &Settings,
     config: &ModelSpec,
-    weights: &Weights,
     Place { client, placement, .. }: &Place,
     options: &mut EngineOptions,
 ) -> Result<()> {
@@ -251,8 +250,9 @@ pub(super) fn fit_pages(
         && let Some(room) = Room::of(client, &devices)?
     {
         let asked = options.limits.max_pages;
-        let weights = Bytes(weights.size().0 / parallel.model().get() as u64);
-        let cache = options.shape(parallel).kv_type(config);
+        let shape = options.shape(parallel);
+        let weights = weight_types(config, &shape).iter().map(|ty| Bytes(ty.bytes() as u64)).sum();
+        let cache = shape.kv_type(config);
         options.limits.max_pages = settings.pages(&options.limits, &room, weights, &cache);
         if options.limits.max_pages < asked {
             let (pages, share) = (options.limits.max_pages, settings.engine.hbm_utilization);

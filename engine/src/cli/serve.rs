@@ -99,7 +99,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<ExitCode> {
         mixed_steps: settings.engine.mixed_steps,
         reuse_prefixes: settings.engine.reuse_prefixes,
     };
-    fit_pages(&settings, &config, &weights, &place, &mut options)?;
+    fit_pages(&settings, &config, &place, &mut options)?;
     let limits = options.limits;
     config.notes(limits.max_seq_len).iter().for_each(|note| eprintln!("# {note}"));
     let name = args.served_model_name.clone().unwrap_or_else(|| {

@@ -479,6 +479,12 @@ mod tests {
             json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": high,
                 "original_max_position_embeddings": 8192})
         };
+        let gpt_oss = |changes: Value| {
+            let mut config = json!({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_key_value_heads": 2,
+                "quantization_config": {"quant_method": "mxfp4"}});
+            config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            config
+        };
         let cases = [
             (json!({"architectures": ["FalconForCausalLM"]}), "architectures = [\"FalconForCausalLM\"] is not supp"),
             (
@@ -491,6 +497,19 @@ mod tests {
             (json!({"attention_bias": 1}), "attention_bias = 1 is not true or false"),
             (json!({"sliding_window": 4096}), "sliding_window = 4096 is not a key of a Llama"),
             (json!({"quantization_config": {"bits": 4}}), "quantization_config.quant_method = null is not supported"),
+            (
+                json!({"quantization_config": {"quant_method": "mxfp4"}}),
+                "quantization_config.quant_method = \"mxfp4\" is not",
+            ),
+            (
+                gpt_oss(json!({"hidden_size": 48})),
+                "hidden_size = 48 is not a multiple of the 32 features that share a scale",
+            ),
+            (
+                gpt_oss(json!({"quantization_config": {"quant_method": "mxfp4",
+                    "modules_to_not_convert": ["model.layers.0.mlp.experts"]}})),
+                "quantization_config.modules_to_not_convert = [\"model.layers.0.mlp.experts\"] names experts",
+            ),
             (json!({"rope_scaling": {"type": "mrope"}}), "rope_scaling.type = \"mrope\" is not supported"),
             (
                 json!({"rope_scaling": {"type": "linear", "factor": 2, "beta": 3}}),

@@ -351,7 +351,7 @@ impl ModelSpec {
         self.layers.iter().filter_map(|layer| kinds.iter().position(|kind| kind == layer)).collect()
     }
 
-    /// What the longest sequence of a run decides of the model: a line each, for people.
+    /// What the longest sequence of a run decides of the model, and what its file does: a line each, for people.
     pub fn notes(&self, max_seq_len: usize) -> Vec<String> {
         let note = |rope: &Rope| match &rope.scaling {
             Some(RopeScaling::LongRope(long)) => {
@@ -363,7 +363,12 @@ impl ModelSpec {
             }
             _ => None,
         };
-        self.ropes.iter().filter_map(note).collect()
+        let in_4_bits = match &self.mlp {
+            Mlp::Experts(experts) => matches!(experts.names.projections, ExpertProjections::Mxfp4(_)),
+            Mlp::Gated(_) => false,
+        };
+        let experts = "experts: mxfp4 in the file, engine.compute_dtype on the device: four or eight times as much";
+        self.ropes.iter().filter_map(note).chain(in_4_bits.then(|| experts.to_owned())).collect()
     }
 
     /// Features of a head that turn; the same for all ropes that have any.

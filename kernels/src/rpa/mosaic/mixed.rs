@@ -22,7 +22,7 @@
 //! scaled by `log2 e`, so that the hardware's `2^x` needs nothing before it. The query heads of a group are one matrix
 //! product with their KV head; its rows are ordered by head, then by query. A block's first step writes maximum, sum and
 //! accumulator and reads none of them. Where the rows see no more than a half or a quarter of a KV block, no more is worked
-//! on ([`Plan::widths`]). How keys and values come from a block is `block`'s matter.
+//! on ([`Plan::widths`]). How keys and values come from a block is `block`'s matter, a step of a band that of `few_rows`.
 //!
 //! Fused, a core first turns the keys of the new rows and writes their tokens into the pages; queries are turned when they
 //! arrive (`projections`).

@@ -1,8 +1,8 @@
 //! Ragged paged attention as Mosaic kernels: what they share.
 //!
-//! `mixed` takes any batch, `decode` those of at most one row per sequence. `block` loads keys and values from what their copies
-//! brought, `heads` has what each head has of its own. The metadata of a launch (`Metadata`) and the arithmetic of registers
-//! are here.
+//! `mixed` takes any batch, `decode` those of at most one row per sequence; `few_rows` is the step of both where few rows share
+//! a key. `block` loads keys and values from what their copies brought, `heads` has what each head has of its own. The metadata
+//! of a launch (`Metadata`) and the arithmetic of registers are here.
 
 pub(super) mod block;
 mod decode;
