@@ -50,10 +50,7 @@ fn print<K: Kernel>(chip: Chip, kind: &str, all: bool) -> Vec<f64> {
     let (mut planned, mut family) = (Vec::new(), None);
     for point in &points {
         let (plans, batch) = (point.plans::<K>().expect("legal"), point.batch.as_deref());
-        let cost = |plan: &Plan<K>, cycles: u64| {
-            let bytes = K::bytes_moved(plan, batch) / chip.info().hbm_bytes_per_cycle();
-            cycles.max(bytes as u64)
-        };
+        let cost = |plan: &Plan<K>, cycles: u64| point.counted(plan, cycles);
         family = K::family(plans[0].0.problem());
         let of = |(plan, cycles): &(Plan<K>, u64)| Candidate {
             stages: K::stages(plan, batch),

@@ -240,6 +240,12 @@ pub struct Point {
 }
 
 impl Point {
+    /// What counts of a candidate's static cycles: they, or the time that its bytes take, whichever is more.
+    pub fn counted<K: Kernel>(&self, plan: &Plan<K>, cycles: u64) -> u64 {
+        let bytes = K::bytes_moved(plan, self.batch.as_deref()) / self.chip.info().hbm_bytes_per_cycle();
+        cycles.max(bytes as u64)
+    }
+
     /// The plans of a point of `K`, each with its cycles.
     ///
     /// # Errors
