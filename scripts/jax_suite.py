@@ -267,8 +267,9 @@ def plugin():
                 with contextlib.suppress(NameError, ImportError):
                     exec(compile(ast.Module([node], []), "utils.py", "exec"), package.utils.__dict__)
         package.utils.get_device_name = lambda *a: "TPU v5p"
-        # The host's devices have no place in a torus to order them by.
+        # The host's devices have no place in a torus to order them by: they are a line.
         package.utils.make_optimized_mesh = lambda shape, names, devices=None: jax.make_mesh(shape, names, devices=devices)
+        type(jax.devices("cpu")[0]).coords = property(lambda device: (device.id, 0, 0))
         try:
             package.envs = importlib.import_module("tpu_inference.envs")
         except ImportError as error:

@@ -19,8 +19,10 @@ use pagoda_ir::{
 };
 use serde_json::{Value, json};
 
-/// What a kernel may do on purpose: read and leave what nobody wrote, and use an output as scratch memory.
-const IGNORABLE: [FaultKind; 3] = [FaultKind::UnwrittenRead, FaultKind::OutputNeverWritten, FaultKind::ParallelOverlap];
+/// What a kernel may do on purpose: read and leave what nobody wrote, use an output as scratch memory, and load a scalar from beyond
+/// an array to select another.
+const IGNORABLE: [FaultKind; 4] =
+    [FaultKind::UnwrittenRead, FaultKind::OutputNeverWritten, FaultKind::ParallelOverlap, FaultKind::OutOfBounds];
 
 fn main() -> ExitCode {
     let folders: Box<dyn Iterator<Item = String>> = match std::env::args().nth(1) {

@@ -430,9 +430,19 @@ impl<O: Observer> Executor<'_, '_, O> {
             }
             Op::Load { extent, to, masked: true } => Reg::Tile(self.load_masked(operands, extent, *to, origin)?),
             Op::LoadScalar { extent } => {
-                let region = self.readable(operands, extent, origin)?;
-                self.observe_access(&region, false, None);
-                Reg::Scalar(self.buffers[region.buffer].read_scalar(region.start()))
+                let (view, start) = self.place(operands);
+                let ignored = self.machine.ignored.contains(FaultKind::OutOfBounds);
+                match (self.readable_at(&view, &start, extent, origin), view.element) {
+                    (Err(fault), RefElement::Data(element)) if ignored && fault.kind == FaultKind::OutOfBounds => {
+                        let space = self.buffers[view.buffer].space;
+                        Reg::Scalar(Buffer::poisoned("", space, element, &[1]).read_scalar(0))
+                    }
+                    (found, _) => {
+                        let region = found?;
+                        self.observe_access(&region, false, None);
+                        Reg::Scalar(self.buffers[region.buffer].read_scalar(region.start()))
+                    }
+                }
             }
             Op::Store { extent, add } => {
                 self.store(operands, extent, *add, origin)?;
@@ -664,7 +674,11 @@ impl<O: Observer> Executor<'_, '_, O> {
     /// The region that a load of `operands` reads: inside its view, written, and not in flight.
     fn readable(&mut self, operands: &[Use], extent: &Extent, origin: u32) -> Step<Region> {
         let (view, start) = self.place(operands);
-        let region = self.region(&view, &start, extent, origin)?;
+        self.readable_at(&view, &start, extent, origin)
+    }
+
+    fn readable_at(&mut self, view: &View, start: &[i64], extent: &Extent, origin: u32) -> Step<Region> {
+        let region = self.region(view, start, extent, origin)?;
         self.check_in_flight(&region, false, Some(origin))?;
         self.check_written(&region, origin)?;
         Ok(region)

@@ -74,9 +74,10 @@ impl FaultKind {
         Self::BadCall,
     ];
 
-    /// Whether a run can go on after it, so that [`Machine::ignored`](super::Machine::ignored) may name it.
+    /// Whether a run can go on after it, so that [`Machine::ignored`](super::Machine::ignored) may name it. After an access out of
+    /// bounds it can where a scalar was loaded alone: it is what unwritten memory holds.
     pub const fn can_be_ignored(self) -> bool {
-        !matches!(self, Self::OutOfBounds | Self::Deadlock | Self::Runaway | Self::BadCall)
+        !matches!(self, Self::Deadlock | Self::Runaway | Self::BadCall)
     }
 
     /// Its name, as it is serialized: `unwritten-read`.

@@ -182,3 +182,34 @@ func.func @k(%x: !hbm, %a: !vmem, %s: !dma) attributes {scratch_operands = 2 : i
   "tpu.wait_dma2"(%s, %x, %over) : (!dma, !hbm, !vmem) -> ()
   return
 }
+// -----
+// A scalar from beyond an array, and one that is selected instead. What lies there is as unwritten memory, where that is allowed.
+// out i32[8,128]
+// run
+// fault: out-of-bounds: kernel `k`: access out of bounds: memref.load at memory.mlir:198, buffer `a` at [4], grid step []: element 4 of dimension 0 in a view of sizes [4] (from [4], sizes [1])
+// run ignore=out-of-bounds
+// result 0: i32[8, 128]: 7 7 7 7 7 7 7 7 ..., sum 7168.00000, by place 3560487.000
+func.func @k(%out: memref<8x128xi32, "vmem">, %a: memref<4xi32, "smem">) attributes {scratch_operands = 1 : i64} {
+  %c = arith.constant 0 : index
+  %four = arith.constant 4 : index
+  %seven = arith.constant 7 : i32
+  %is = arith.constant false
+  memref.store %seven, %a[%c] : memref<4xi32, "smem">
+  %beyond = memref.load %a[%four] : memref<4xi32, "smem">
+  %x = arith.select %is, %beyond, %seven : i32
+  %v = vector.broadcast %x : i32 to vector<8x128xi32>
+  vector.store %v, %out[%c, %c] : memref<8x128xi32, "vmem">, vector<8x128xi32>
+  return
+}
+// -----
+// A vector from there is a fault still.
+// in f32[8,128] = wave 0
+// run ignore=out-of-bounds
+// fault: out-of-bounds: kernel `k`: access out of bounds: vector.load at memory.mlir:212, buffer `x` at [1, 0], grid step []: element 8 of dimension 0 in a view of sizes [8, 128] (from [1, 0], sizes [8, 128])
+func.func @k(%x: !vmem) {
+  %c = arith.constant 0 : index
+  %one = arith.constant 1 : index
+  %v = vector.load %x[%one, %c] : !vmem, !tile
+  vector.store %v, %x[%c, %c] : !vmem, !tile
+  return
+}
