@@ -495,7 +495,7 @@ fn results_are_written_and_held_against_what_is_expected() {
         ("--expect 1=off.npy", &["expect = 1 names no result", "use one of: "]),
         ("--expect off.npy", &["expect = off.npy is not NAME=FILE.npy"]),
         ("--rtol -1", &["rtol"]),
-        ("--ignore deadlock", &["deadlock", "a run goes on after: unwritten-read, "]),
+        ("--ignore deadlock", &["deadlock", "a run goes on after: out-of-bounds, unwritten-read, "]),
         ("--expect 0=off.npy --rtol nan", &["rtol = NaN is not a tolerance"]),
         ("--random-int x=3..3", &["random-int = x=3..3 is not NAME=LOW..HIGH"]),
         ("--random-int 0=0..3", &["input = 0 is given twice"]),
