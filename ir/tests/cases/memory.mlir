@@ -213,3 +213,38 @@ func.func @k(%x: !vmem) {
   vector.store %v, %x[%c, %c] : !vmem, !tile
   return
 }
+// -----
+// No rows from before an array: kernels start such copies, which move nothing, before they know that there is something. One row is a
+// in i32[1] = 0
+// in f32[8,128] = wave 0
+// run
+// ok
+func.func @rows(%n: memref<1xi32, "smem">, %x: memref<8x128xf32, "any">, %a: memref<8x128xf32, "vmem">, %sem: memref<i64, "semaphore_mem">)
+    attributes {scalar_prefetch = 1 : i64, scratch_operands = 2 : i64} {
+  %c = arith.constant 0 : index
+  %zero = arith.constant 0 : i32
+  %before = arith.constant -4 : i32
+  %rows = memref.load %n[%c] : memref<1xi32, "smem">
+  %from = "tpu.memref_slice"(%x, %before, %zero, %rows) {operandSegmentSizes = array<i32: 1, 2, 1>} : (memref<8x128xf32, "any">, i32, i32, i32) -> memref<?x128xf32, "any">
+  %to = "tpu.memref_slice"(%a, %zero, %zero, %rows) {operandSegmentSizes = array<i32: 1, 2, 1>} : (memref<8x128xf32, "vmem">, i32, i32, i32) -> memref<?x128xf32, "vmem">
+  "tpu.enqueue_dma"(%from, %to, %sem) {operandSegmentSizes = array<i32: 1, 0, 1, 1, 0, 0, 0>} : (memref<?x128xf32, "any">, memref<?x128xf32, "vmem">, memref<i64, "semaphore_mem">) -> ()
+  "tpu.wait_dma2"(%sem, %from, %to) {operandSegmentSizes = array<i32: 1, 1, 1, 0, 0>} : (memref<i64, "semaphore_mem">, memref<?x128xf32, "any">, memref<?x128xf32, "vmem">) -> ()
+  return
+}
+// -----
+// in i32[1] = 1
+// in f32[8,128] = wave 0
+// run
+// fault: out-of-bounds: kernel `rows`: access out of bounds: tpu.memref_slice at memory.mlir:245, buffer `x` at [-4, 0], grid step []: element -4 of dimension 0 in a view of sizes [8, 128] (from [-4, 0], sizes [1, 128])
+func.func @rows(%n: memref<1xi32, "smem">, %x: memref<8x128xf32, "any">, %a: memref<8x128xf32, "vmem">, %sem: memref<i64, "semaphore_mem">)
+    attributes {scalar_prefetch = 1 : i64, scratch_operands = 2 : i64} {
+  %c = arith.constant 0 : index
+  %zero = arith.constant 0 : i32
+  %before = arith.constant -4 : i32
+  %rows = memref.load %n[%c] : memref<1xi32, "smem">
+  %from = "tpu.memref_slice"(%x, %before, %zero, %rows) {operandSegmentSizes = array<i32: 1, 2, 1>} : (memref<8x128xf32, "any">, i32, i32, i32) -> memref<?x128xf32, "any">
+  %to = "tpu.memref_slice"(%a, %zero, %zero, %rows) {operandSegmentSizes = array<i32: 1, 2, 1>} : (memref<8x128xf32, "vmem">, i32, i32, i32) -> memref<?x128xf32, "vmem">
+  "tpu.enqueue_dma"(%from, %to, %sem) {operandSegmentSizes = array<i32: 1, 0, 1, 1, 0, 0, 0>} : (memref<?x128xf32, "any">, memref<?x128xf32, "vmem">, memref<i64, "semaphore_mem">) -> ()
+  "tpu.wait_dma2"(%sem, %from, %to) {operandSegmentSizes = array<i32: 1, 1, 1, 0, 0>} : (memref<i64, "semaphore_mem">, memref<?x128xf32, "any">, memref<?x128xf32, "vmem">) -> ()
+  return
+}
