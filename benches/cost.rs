@@ -50,21 +50,20 @@ fn print<K: Kernel>(chip: Chip, kind: &str, all: bool) -> Vec<f64> {
     let (mut planned, mut family) = (Vec::new(), None);
     for point in &points {
         let (plans, batch) = (point.plans::<K>().expect("legal"), point.batch.as_deref());
-        let cost = |plan: &Plan<K>, cycles: u64| point.counted(plan, cycles);
         family = K::family(plans[0].0.problem());
         let of = |(plan, cycles): &(Plan<K>, u64)| Candidate {
             stages: K::stages(plan, batch),
             own: K::model(plan, batch),
             cycles: *cycles,
-            cost: cost(plan, *cycles),
+            cost: point.counted(plan, *cycles),
         };
         candidates.push(plans.iter().map(of).collect());
-        let best = plans.iter().map(|(plan, cycles)| cost(plan, *cycles)).min().unwrap_or(1);
+        let best = plans.iter().map(|(plan, cycles)| point.counted(plan, *cycles)).min().unwrap_or(1);
         let options = Options { tiles: None, vmem_limit: Some(point.limit) };
         let batches: Vec<_> = point.batch.iter().cloned().collect();
         let chosen = Plan::<K>::over(plans[0].0.problem().clone(), chip, options, &batches).expect("a plan").tiles();
         let known = plans.iter().find(|(plan, _)| plan.tiles() == chosen);
-        let regret = known.map(|(plan, cycles)| cost(plan, *cycles) as f64 / best.max(1) as f64);
+        let regret = known.map(|(plan, cycles)| point.counted(plan, *cycles) as f64 / best.max(1) as f64);
         planned.extend(regret);
         if all && regret.is_none_or(|regret| regret > 1.05) {
             println!(

@@ -15,7 +15,7 @@ use pagoda_ir::Bytes;
 use pagoda_ir::element::Element;
 use pagoda_ir::mosaic::tiling::LANES;
 use pagoda_ir::tensor::HostTensor;
-use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 
 use super::spec::{ExpertProjections, Experts, Mlp, ModelSpec, Parts, QkNorm, SharedExpert};
 use super::{mxfp4, read_json};
@@ -650,8 +650,8 @@ impl Weights {
     pub fn check(&self, config: &ModelSpec) -> Result<Vec<&str>> {
         let specs = expected_tensors(config);
         // Of a tensor that is several, once.
-        let of_spec = |spec: &TensorSpec| [Some(spec.name.clone()), spec.scales_name()].into_iter().flatten();
-        let mut names: Vec<_> = specs.iter().flat_map(of_spec).collect();
+        let scales = specs.iter().filter_map(TensorSpec::scales_name);
+        let mut names: Vec<_> = specs.iter().map(|spec| spec.name.clone()).chain(scales).collect();
         names.dedup();
         let missing: Vec<_> = names.iter().filter(|name| self.stored_name(name).is_none()).collect();
         if let [first, ..] = missing.as_slice() {
@@ -675,10 +675,7 @@ impl Weights {
     /// # Errors
     /// When it is missing, has another shape, or is not BF16, F16 or F32 (quantized elements: not of their type).
     pub fn tensor(&self, spec: &TensorSpec) -> Result<TensorView<'_>> {
-        let Some((shard, info)) = self.find(&spec.name) else {
-            let problem = format!("tensor {} is missing", spec.name);
-            return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
-        };
+        let (shard, info) = self.found(&spec.name)?;
         let mismatch = |expected: String, found: String| Error::Tensor {
             path: shard.path.clone(),
             tensor: spec.name.clone(),
@@ -709,19 +706,14 @@ impl Weights {
         if !fits {
             return Err(mismatch(format!("{dims:?}"), format!("{:?}", info.shape)));
         }
-        let (start, end) = info.data_offsets;
-        let whole =
-            TensorView { element, dims: info.shape.clone(), bytes: &shard.map[shard.data + start..shard.data + end] };
+        let whole = TensorView { element, dims: info.shape.clone(), bytes: shard.bytes(info) };
         Ok(if is_one(&whole.dims) { whole } else { whole.rows(rows) })
     }
 
     /// Of an expert's numbers of 4 bits, the scales of their blocks: `[features, in / 32]`.
     fn block_scales(&self, spec: &TensorSpec) -> Result<Option<&[u8]>> {
         let (Some(name), Some(of)) = (spec.scales_name(), spec.of_expert) else { return Ok(None) };
-        let Some((shard, info)) = self.find(&name) else {
-            let problem = format!("tensor {name} is missing");
-            return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
-        };
+        let (shard, info) = self.found(&name)?;
         let dims = &spec.stored_dims()[..3];
         if info.dtype != Dtype::U8 || info.shape != dims {
             return Err(Error::Tensor {
@@ -732,7 +724,7 @@ impl Weights {
             });
         }
         let size = dims[1] * dims[2];
-        Ok(Some(&shard.map[shard.data + info.data_offsets.0 + of.expert * size..][..size]))
+        Ok(Some(&shard.bytes(info)[of.expert * size..][..size]))
     }
 
     /// A shard's part of a tensor as `element`, each value of it finite: one NaN or infinity would make all logits NaN, and
@@ -809,20 +801,12 @@ impl Weights {
     /// # Errors
     /// When it is missing.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
-        let Some((shard, info)) = self.find(name) else {
-            let problem = format!("tensor {name} is missing");
-            return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
-        };
-        let (start, end) = info.data_offsets;
-        Ok(&shard.map[shard.data + start..shard.data + end])
+        self.found(name).map(|(shard, info)| shard.bytes(info))
     }
 
     /// A tensor as the file has it.
     fn stored(&self, name: &str) -> Result<TensorView<'_>> {
-        let Some((_, info)) = self.find(name) else {
-            let problem = format!("tensor {name} is missing");
-            return Err(Error::file(&self.folder, problem, "use weights and config.json of one model"));
-        };
+        let (_, info) = self.found(name)?;
         let holds = match info.dtype {
             Dtype::I8 => Holds::Quantized(Element::I8),
             Dtype::F8_E4M3 => Holds::Quantized(Element::F8E4M3Fn),
@@ -869,7 +853,15 @@ impl Weights {
     /// How much of each end of a larger model's tensors [`identity`](Self::identity) reads.
     const IDENTITY_BYTES: usize = 4096;
 
-    fn find(&self, name: &str) -> Option<(&Shard, &safetensors::tensor::TensorInfo)> {
+    /// As [`find`](Self::find), of a tensor that cannot be done without.
+    fn found(&self, name: &str) -> Result<(&Shard, &TensorInfo)> {
+        self.find(name).ok_or_else(|| {
+            let problem = format!("tensor {name} is missing");
+            Error::file(&self.folder, problem, "use weights and config.json of one model")
+        })
+    }
+
+    fn find(&self, name: &str) -> Option<(&Shard, &TensorInfo)> {
         let name = self.stored_name(name)?;
         let shard = &self.shards[*self.homes.get(name)?];
         Some((shard, shard.header.info(name)?))
@@ -900,6 +892,12 @@ impl Shard {
             Error::file(&path, problem, "download the file again")
         })?;
         Ok(Self { path, map, header, data: 8 + header_bytes })
+    }
+
+    /// A tensor's bytes.
+    fn bytes(&self, info: &TensorInfo) -> &[u8] {
+        let (start, end) = info.data_offsets;
+        &self.map[self.data + start..self.data + end]
     }
 }
 

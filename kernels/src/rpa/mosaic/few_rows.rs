@@ -66,7 +66,6 @@ impl<'a> FewRows<'_, 'a> {
         let parts: Vec<[usize; 2]> = (0..keys).step_by(PART).map(|first| [first, PART.min(keys - first)]).collect();
         let queries: Vec<Value<'a>> = heads.iter().map(|&head| (self.queries)(head)).collect();
         let rows = queries[0].dims()[0];
-        let [max, sum, acc] = [0, 1, 2].map(|of| move |head: usize| (self.state)(head)[of].clone());
         let mut logits: Vec<Vec<Value<'a>>> = vec![vec![]; heads.len()];
         let each = |of: &mut dyn FnMut(usize, usize)| {
             (0..parts.len()).for_each(|part| (0..heads.len()).for_each(|head| of(head, part)));
@@ -104,10 +103,11 @@ impl<'a> FewRows<'_, 'a> {
             .iter()
             .zip(maxima)
             .map(|(&head, largest)| {
-                let old = max(head).load();
+                let [max, ..] = (self.state)(head);
+                let old = max.load();
                 let new = old.maximum(largest);
                 if self.keeps_maxima {
-                    max(head).store(new);
+                    max.store(new);
                 }
                 (new, (old - new).exp2())
             })
@@ -120,7 +120,7 @@ impl<'a> FewRows<'_, 'a> {
             })
             .collect();
         for ((&head, weights), &(_, rescale)) in heads.iter().zip(&weights).zip(&scaled) {
-            let sum = sum(head);
+            let [_, sum, _] = (self.state)(head);
             sum.store(weights.iter().fold(rescale * sum.load(), |sum, &weights| sum + by_lane(weights)));
         }
         let [columns, _] = block::lanes(problem);
@@ -131,7 +131,7 @@ impl<'a> FewRows<'_, 'a> {
             products[head] = k.dot_general(weights, value, products[head], &DotDims::nn(), precision);
         });
         for ((&head, &product), &(_, rescale)) in heads.iter().zip(&products).zip(&scaled) {
-            let acc = acc(head);
+            let [.., acc] = (self.state)(head);
             acc.store(acc.load() * broadcast_lanes(k, rescale, columns) + product);
         }
     }
