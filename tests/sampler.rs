@@ -18,6 +18,7 @@ struct Case {
     top_p: [f32; ROWS],
     seed: [u64; ROWS],
     keys: [[u32; 3]; ROWS], // index, generation, position
+    log_probabilities: [bool; ROWS],
 }
 
 struct Device {
@@ -40,13 +41,20 @@ impl Device {
             TensorType::new(Element::F32, &[ROWS]),
             TensorType::new(Element::U32, &[ROWS]),
             TensorType::new(Element::U32, &[ROWS]),
+            TensorType::new(Element::I32, &[ROWS]),
         ];
         module
             .function("main", &types, |b, a| {
-                let parameters = Parameters { temperature: a[4], top_k: a[5], top_p: a[6], seed: [a[7], a[8]] };
+                let parameters = Parameters {
+                    temperature: a[4],
+                    top_k: a[5],
+                    top_p: a[6],
+                    seed: [a[7], a[8]],
+                    log_probabilities: a[9],
+                };
                 let keys = Keys { index: a[1], generation: a[2], position: a[3] };
                 let chosen = sampler::emit(b, sampling, a[0], &parameters, &keys)?;
-                Ok(vec![chosen, sampler::log_probabilities(b, a[0], chosen)?])
+                Ok(vec![chosen, sampler::log_probabilities(b, a[0], chosen, parameters.log_probabilities)?])
             })
             .unwrap();
         let plugin = Plugin::load(&PluginChoice::parse("cpu").unwrap()).expect("the CPU plugin: run `make setup`");
@@ -71,6 +79,7 @@ impl Device {
             HostTensor::new(&[ROWS], &case.top_p),
             HostTensor::new(&[ROWS], &case.seed.map(|seed| (seed >> 32) as u32)),
             HostTensor::new(&[ROWS], &case.seed.map(|seed| seed as u32)),
+            HostTensor::new(&[ROWS], &case.log_probabilities.map(i32::from)),
         ];
         let results = self.program.call(&inputs).unwrap();
         (results[0].as_slice().to_vec(), results[1].as_slice().to_vec())
@@ -156,9 +165,30 @@ fn cases(vocab: usize) -> impl Strategy<Value = Case> {
     let temperature = prop::array::uniform4(prop_oneof![4 => 0.1f32..3.0, 1 => Just(0.0)]);
     let top_k = prop::array::uniform4(1..2 * vocab as i32);
     let top_p = prop::array::uniform4(prop_oneof![4 => 0.01f32..1.0, 1 => Just(1.0)]);
-    (logits, temperature, top_k, top_p, prop::array::uniform4(any::<u64>()), keys).prop_map(
-        |(logits, temperature, top_k, top_p, seed, keys)| Case { logits, temperature, top_k, top_p, seed, keys },
+    // Whole calls without what costs nothing then, too: random rows, filters, log-probabilities.
+    let greedy = prop::bool::weighted(0.1);
+    let unfiltered = prop::bool::weighted(0.1);
+    let log_probabilities = prop_oneof![Just([false; ROWS]), Just([true; ROWS]), prop::array::uniform4(any::<bool>())];
+    (
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        prop::array::uniform4(any::<u64>()),
+        keys,
+        log_probabilities,
+        greedy,
+        unfiltered,
     )
+        .prop_map(|(logits, temperature, top_k, top_p, seed, keys, log_probabilities, greedy, unfiltered)| Case {
+            logits,
+            temperature: if greedy { [0.0; ROWS] } else { temperature },
+            top_k: if unfiltered { [i32::MAX; ROWS] } else { top_k },
+            top_p: if unfiltered { [1.0; ROWS] } else { top_p },
+            seed,
+            keys,
+            log_probabilities,
+        })
 }
 
 #[test]
@@ -198,7 +228,14 @@ fn check_every_mode(cases: u32, rng_seed: RngSeed) {
                     for (row, (&token, &likelihood)) in tokens.iter().zip(&likelihoods).enumerate() {
                         // Sums of up to 300 weights in f32: some 300 roundings of 6e-8, of which a part cancels.
                         let expected = log_probability(&case, row, token as usize);
-                        prop_assert!((f64::from(likelihood) - expected).abs() < 1e-5, "{likelihood} for {expected}");
+                        match (case.log_probabilities[row], case.log_probabilities.contains(&true)) {
+                            (true, _) => prop_assert!(
+                                (f64::from(likelihood) - expected).abs() < 1e-5,
+                                "{likelihood} for {expected}"
+                            ),
+                            (false, true) => {} // as it comes
+                            (false, false) => prop_assert_eq!(likelihood, 0.0),
+                        }
                         let allowed = allowed(&case, row, sampling);
                         // A mass within f32 rounding of p may keep one token more or less: then both sets count.
                         let other = [-1e-5, 1e-5].map(|shift| {
@@ -227,6 +264,7 @@ fn a_row_does_not_depend_on_its_place_or_its_neighbours() {
         top_p: [0.95; ROWS],
         seed: [7; ROWS],
         keys: [[3, 0, 11]; ROWS],
+        log_probabilities: [false; ROWS],
     };
     let expected = device.sample(&alone)[0];
     assert_eq!(device.sample(&alone), [expected; ROWS]);
@@ -239,6 +277,7 @@ fn a_row_does_not_depend_on_its_place_or_its_neighbours() {
     among_others.top_k[..3].copy_from_slice(&[1, 300, i32::MAX]);
     among_others.top_p[..3].copy_from_slice(&[1.0, 0.1, 0.5]);
     among_others.seed[..3].copy_from_slice(&[1, 2, 3]);
+    among_others.log_probabilities[..3].copy_from_slice(&[true, false, true]);
     assert_eq!(device.sample(&among_others)[3], expected);
     let draws: std::collections::BTreeSet<i32> =
         (0..50).map(|position| device.sample(&Case { keys: [[3, 0, position]; ROWS], ..alone.clone() })[0]).collect();

@@ -50,6 +50,11 @@ impl SamplingOptions {
     /// Greedy decoding.
     pub const GREEDY: Self = Self { temperature: 0.0, top_k: None, top_p: None, seed: 0 };
 
+    /// How a request of this id is drawn by these options.
+    fn draw(self, id: SampleId) -> Draw {
+        Draw { sampling: self, key: id.key(), log_probabilities: false }
+    }
+
     /// The program variant that these options need.
     pub fn kind(&self) -> Sampling {
         if self.temperature == 0.0 {
@@ -70,6 +75,21 @@ pub struct Draw {
     pub sampling: SamplingOptions,
     /// What the random numbers depend on beside the seed and the position, as [`SampleId::key`] has it.
     pub key: [u32; 2],
+    /// Whether [`Engine::log_probabilities`] is to say how likely its tokens are.
+    pub log_probabilities: bool,
+}
+
+impl Draw {
+    /// The program variant that it needs.
+    fn kind(&self) -> Sampling {
+        match self.sampling.kind() {
+            Sampling::Greedy if !self.log_probabilities => Sampling::Greedy,
+            Sampling::Greedy => Sampling::Random { top_k: false, top_p: false, log_probabilities: true },
+            Sampling::Random { top_k, top_p, .. } => {
+                Sampling::Random { top_k, top_p, log_probabilities: self.log_probabilities }
+            }
+        }
+    }
 }
 
 /// What a host call did.
@@ -341,10 +361,10 @@ impl Engine {
     /// # Errors
     /// As there, and when the programs were compiled without what `draw` asks for.
     pub fn submit_drawn(&mut self, request: Request, draw: Draw) -> Result<()> {
-        if !self.sampling.serves(draw.sampling.kind()) {
+        if !self.sampling.serves(draw.kind()) {
             let compiled = format!("is not what the step programs were compiled for: {:?}", self.sampling);
             let fix = "make the engine with `Engine::with_sampling`";
-            return Err(Error::setting("sampling", format!("{:?}", draw.sampling), compiled, fix));
+            return Err(Error::setting("sampling", format!("{:?}", draw.kind()), compiled, fix));
         }
         let id = request.id;
         self.submit(request)?;
@@ -364,19 +384,18 @@ impl Engine {
     }
 
     fn draw(&self, id: SampleId) -> Draw {
-        let (sampling, key) = (self.options.sampling, id.key());
-        self.draws.get(&id).map_or(Draw { sampling, key }, |&(draw, _)| draw)
+        self.draws.get(&id).map_or(self.options.sampling.draw(id), |&(draw, _)| draw)
     }
 
     fn keep(&mut self, id: SampleId, log_probabilities: &[f32]) {
-        if let Some((_, kept)) = self.draws.get_mut(&id) {
+        if let Some((Draw { log_probabilities: true, .. }, kept)) = self.draws.get_mut(&id) {
             kept.extend(log_probabilities);
         }
     }
 
     /// The logarithms of the probabilities that the model gives the tokens of a request that was submitted by
     /// [`submit_drawn`](Self::submit_drawn), before temperature and filters: of each token that it has sampled; of one that has
-    /// ended, until the next [`poll`](Self::poll). None where the step programs do not say.
+    /// ended, until the next [`poll`](Self::poll). None where it did not ask, or the step programs do not say.
     pub fn log_probabilities(&self, id: SampleId) -> &[f32] {
         self.draws.get(&id).map(|(_, kept)| kept).or_else(|| self.ended.get(&id)).map_or(&[], Vec::as_slice)
     }
@@ -385,13 +404,13 @@ impl Engine {
     fn draw_rows(&mut self, rows: impl Iterator<Item = (usize, SampleId)>) -> Result<[Vec<u32>; 2]> {
         let slots = self.shape.slots;
         let mut keys = [vec![0u32; slots], vec![0u32; slots]];
-        let mut sampling = vec![self.options.sampling; slots];
+        let idle = Draw { sampling: self.options.sampling, key: [0; 2], log_probabilities: false };
+        let mut draws = vec![idle; slots];
         for (row, id) in rows {
-            let draw = self.draw(id);
-            [keys[0][row], keys[1][row]] = draw.key;
-            sampling[row] = draw.sampling;
+            draws[row] = self.draw(id);
+            [keys[0][row], keys[1][row]] = draws[row].key;
         }
-        self.executor.sample_like(&sampling)?;
+        self.executor.sample_like(&draws)?;
         Ok(keys)
     }
 

@@ -59,6 +59,8 @@ pub struct Parameters<'c, 'a> {
     pub top_p: Tensor<'c, 'a>,
     /// `u32[rows]` each, the high word first.
     pub seed: [Tensor<'c, 'a>; 2],
+    /// `i32[rows]`, 0 or 1: who asks how likely its token is.
+    pub log_probabilities: Tensor<'c, 'a>,
 }
 
 /// What a row's random numbers depend on beside the seed, each `u32[rows]`.
@@ -85,9 +87,29 @@ pub fn emit<'c, 'a>(
 ) -> Result<Tensor<'c, 'a>> {
     let (max, greedy) = largest(b, logits)?;
     let Sampling::Random { top_k, top_p, .. } = sampling else { return Ok(greedy) };
+    let zeros = b.splat(Element::F32, &logits.dims()[..1], 0.0)?;
+    let is_random = b.compare(parameters.temperature, Direction::Gt, zeros)?;
+    let chosen = b.if_(
+        any(b, is_random)?,
+        |b| {
+            let (token, valid) = draw(b, (top_k, top_p), (logits, max, is_random), parameters, keys)?;
+            Ok(vec![b.select(b.and(is_random, valid)?, token, greedy)?])
+        },
+        |_| Ok(vec![greedy]),
+    )?;
+    Ok(chosen[0])
+}
+
+/// A random token per row, and whether it has any weight: rounding in the running sums may point at one that has none.
+fn draw<'c, 'a>(
+    b: &Builder<'c, 'a>,
+    (top_k, top_p): (bool, bool),
+    (logits, max, is_random): (Tensor<'c, 'a>, Tensor<'c, 'a>, Tensor<'c, 'a>),
+    parameters: &Parameters<'c, 'a>,
+    keys: &Keys<'c, 'a>,
+) -> Result<(Tensor<'c, 'a>, Tensor<'c, 'a>)> {
     let dims = logits.dims(); // [rows, vocab]
     let rows = &dims[..1];
-    let is_random = b.compare(parameters.temperature, Direction::Gt, b.splat(Element::F32, rows, 0.0)?)?;
     let ones = b.splat(Element::F32, rows, 1.0)?;
     let temperature = b.select(is_random, parameters.temperature, ones)?;
     let shifted = b.subtract(logits, b.broadcast_in_dim(max, &dims, &[0])?)?;
@@ -111,17 +133,21 @@ pub fn emit<'c, 'a>(
     }
     let uniform = uniform(b, parameters.seed, keys)?;
     let chosen = inverse_transform(b, weights, uniform)?;
-    // Rounding in the running sums may point at a token of weight zero: then the most likely one stands in.
     let ids = b.iota(Element::I32, &dims, 1)?;
     let is_chosen = b.compare(ids, Direction::Eq, b.broadcast_in_dim(chosen, &dims, &[0])?)?;
     let zeros = b.splat(Element::F32, &dims, 0.0)?;
     let weight = b.reduce_sum(b.select(is_chosen, weights, zeros)?, &[1])?;
-    let valid = b.compare(weight, Direction::Gt, b.splat(Element::F32, rows, 0.0)?)?;
-    b.select(b.and(is_random, valid)?, chosen, greedy)
+    Ok((chosen, b.compare(weight, Direction::Gt, b.splat(Element::F32, rows, 0.0)?)?))
+}
+
+/// Whether one of `bool[rows]` holds: `bool[]`.
+fn any<'c, 'a>(b: &Builder<'c, 'a>, rows: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
+    let count = b.reduce_max(b.convert(rows, Element::I32)?, &[0])?;
+    b.compare(count, Direction::Gt, b.scalar(Element::I32, 0.0)?)
 }
 
 /// The logarithm of the probability that the model gives each row's token, before temperature and filters: logits
-/// `f32[rows, vocab]` and `tokens i32[rows]` to `f32[rows]`.
+/// `f32[rows, vocab]` and `tokens i32[rows]` to `f32[rows]`. Zeros, and no work, where no row of `wanted i32[rows]` asks for it.
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -129,14 +155,23 @@ pub fn log_probabilities<'c, 'a>(
     b: &Builder<'c, 'a>,
     logits: Tensor<'c, 'a>,
     tokens: Tensor<'c, 'a>,
+    wanted: Tensor<'c, 'a>,
 ) -> Result<Tensor<'c, 'a>> {
     let dims = logits.dims();
-    let shifted = b.subtract(logits, b.broadcast_in_dim(b.reduce_max(logits, &[1])?, &dims, &[0])?)?;
-    let total = b.log(b.reduce_sum(b.exponential(shifted)?, &[1])?)?;
-    let ids = b.iota(Element::I32, &dims, 1)?;
-    let is_token = b.compare(ids, Direction::Eq, b.broadcast_in_dim(tokens, &dims, &[0])?)?;
-    let own = b.reduce_sum(b.select(is_token, shifted, b.splat(Element::F32, &dims, 0.0)?)?, &[1])?;
-    b.subtract(own, total)
+    let wanted = b.compare(wanted, Direction::Gt, b.splat(Element::I32, &dims[..1], 0.0)?)?;
+    let found = b.if_(
+        any(b, wanted)?,
+        |b| {
+            let shifted = b.subtract(logits, b.broadcast_in_dim(b.reduce_max(logits, &[1])?, &dims, &[0])?)?;
+            let total = b.log(b.reduce_sum(b.exponential(shifted)?, &[1])?)?;
+            let ids = b.iota(Element::I32, &dims, 1)?;
+            let is_token = b.compare(ids, Direction::Eq, b.broadcast_in_dim(tokens, &dims, &[0])?)?;
+            let own = b.reduce_sum(b.select(is_token, shifted, b.splat(Element::F32, &dims, 0.0)?)?, &[1])?;
+            Ok(vec![b.subtract(own, total)?])
+        },
+        |b| Ok(vec![b.splat(Element::F32, &dims[..1], 0.0)?]),
+    )?;
+    Ok(found[0])
 }
 
 /// Each row's maximum and its first index: `f32[rows, n]` to `f32[rows]`, `i32[rows]`.
@@ -153,8 +188,8 @@ pub(crate) fn largest<'c, 'a>(b: &Builder<'c, 'a>, x: Tensor<'c, 'a>) -> Result<
     Ok((max, b.reduce_min(b.select(is_max, ids, none)?, &[1])?))
 }
 
-/// Zeroes all weights below the largest threshold that is `enough`, in the rows that are `filtered bool[rows]`. Where none is,
-/// it costs nothing.
+/// Zeroes all weights below the largest threshold that is `enough`, in the rows that are `filtered bool[rows]`. Where none is, it
+/// costs nothing.
 ///
 /// `weights` are in `[0, 1]`, where the order of f32 is that of its bit pattern; `enough` gets a mask of the weights at
 /// or above a candidate, and must be monotone: true for the mask of everything.
@@ -166,24 +201,29 @@ fn keep_largest<'c, 'a>(
 ) -> Result<Tensor<'c, 'a>> {
     let dims = weights.dims();
     let rows = &dims[..1];
-    let bits = b.bitcast_convert(weights, Element::I32)?;
-    // Bit patterns of [0, 1] need 30 bits: set them from the top, keeping each that is still enough.
-    let any = b.reduce_max(b.convert(filtered, Element::I32)?, &[0])?;
-    let top = b.multiply(any, b.scalar(Element::I32, f64::from(1 << 29))?)?;
-    let start = [b.splat(Element::I32, rows, 0.0)?, top];
-    let found = b.while_(
-        &start,
-        |b, state| b.compare(state[1], Direction::Gt, b.scalar(Element::I32, 0.0)?),
-        |b, state| {
-            let candidate = b.or(state[0], b.broadcast_to(state[1], rows)?)?;
-            let mask = b.compare(bits, Direction::Ge, b.broadcast_in_dim(candidate, &dims, &[0])?)?;
-            let raised = b.and(filtered, enough(b, mask)?)?;
-            let threshold = b.select(raised, candidate, state[0])?;
-            Ok(vec![threshold, b.shift_right_logical(state[1], b.scalar(Element::I32, 1.0)?)?])
+    let kept = b.if_(
+        any(b, filtered)?,
+        |b| {
+            let bits = b.bitcast_convert(weights, Element::I32)?;
+            // Bit patterns of [0, 1] need 30 bits: set them from the top, keeping each that is still enough.
+            let start = [b.splat(Element::I32, rows, 0.0)?, b.scalar(Element::I32, f64::from(1 << 29))?];
+            let found = b.while_(
+                &start,
+                |b, state| b.compare(state[1], Direction::Gt, b.scalar(Element::I32, 0.0)?),
+                |b, state| {
+                    let candidate = b.or(state[0], b.broadcast_to(state[1], rows)?)?;
+                    let mask = b.compare(bits, Direction::Ge, b.broadcast_in_dim(candidate, &dims, &[0])?)?;
+                    let raised = b.and(filtered, enough(b, mask)?)?;
+                    let threshold = b.select(raised, candidate, state[0])?;
+                    Ok(vec![threshold, b.shift_right_logical(state[1], b.scalar(Element::I32, 1.0)?)?])
+                },
+            )?;
+            let kept = b.compare(bits, Direction::Ge, b.broadcast_in_dim(found[0], &dims, &[0])?)?;
+            Ok(vec![b.select(kept, weights, b.splat(Element::F32, &dims, 0.0)?)?])
         },
+        |_| Ok(vec![weights]),
     )?;
-    let kept = b.compare(bits, Direction::Ge, b.broadcast_in_dim(found[0], &dims, &[0])?)?;
-    b.select(kept, weights, b.splat(Element::F32, &dims, 0.0)?)
+    Ok(kept[0])
 }
 
 /// The first index at which the running sum of a row's weights exceeds `uniform * total`.

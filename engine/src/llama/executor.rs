@@ -15,7 +15,7 @@ use super::DeviceModel;
 use super::sampling;
 use super::step::{self, Output, StepShape};
 use crate::error::{Error, Result};
-use crate::generate::SamplingOptions;
+use crate::generate::Draw;
 use crate::pjrt::{Arg, Buffer, Client, Executable};
 use crate::sampler::Sampling;
 
@@ -32,7 +32,7 @@ pub struct Executor {
     /// Taken while a call has them.
     caches: Option<Vec<Buffer>>,
     /// How each row of the last call was sampled: on the host, and on every member's device. Most calls have the same.
-    parameters: Option<([HostTensor; 5], Vec<Vec<Buffer>>)>,
+    parameters: Option<([HostTensor; 6], Vec<Vec<Buffer>>)>,
     compile: Duration,
 }
 
@@ -105,7 +105,7 @@ impl Executor {
     ///
     /// # Errors
     /// When a transfer fails.
-    pub fn sample_like(&mut self, rows: &[SamplingOptions]) -> Result<()> {
+    pub fn sample_like(&mut self, rows: &[Draw]) -> Result<()> {
         let rows = sampling::rows(rows);
         if self.parameters.as_ref().is_none_or(|(known, _)| *known != rows) {
             let buffers = self.on_every_member(&rows)?;

@@ -525,7 +525,8 @@ impl<'c> Graph<'_, 'c> {
             Sampling::Random { log_probabilities, .. } => {
                 let logits = exchange.all_logits(b, logits, self.config.vocab_size)?;
                 let chosen = sampler::emit(b, sampling, logits, parameters, keys)?;
-                let probabilities = log_probabilities.then(|| sampler::log_probabilities(b, logits, chosen));
+                let wanted = parameters.log_probabilities;
+                let probabilities = log_probabilities.then(|| sampler::log_probabilities(b, logits, chosen, wanted));
                 Ok((chosen, probabilities.transpose()?))
             }
         }
@@ -587,7 +588,7 @@ pub enum Output {
 /// | sequences | `i32[1]` | |
 /// | sample rows | `i32[slots]` | the row whose logits are sampled for each sequence |
 /// | keys | 3 x `u32[slots]` | prompt index, generation, position of the sampled token |
-/// | parameters | `f32`, `i32`, `f32`, 2 x `u32`, each `[slots]` | temperature, top-k, top-p, the seed's high and low word |
+/// | parameters | `f32`, `i32`, `f32`, 2 x `u32`, `i32`, each `[slots]` | temperature, top-k, top-p, the seed's high and low word, who asks for log-probabilities |
 ///
 /// # Errors
 /// When the model cannot be split like this, the sizes do not make a valid problem of a kernel, or a kernel has no plan for
@@ -667,7 +668,7 @@ pub fn prefill<'c>(
 /// | remaining | `i32[slots]` | tokens that the slot may still yield; 0 for an idle one |
 /// | page table | `i32[slots, pages_per_seq]` | holds pages for all these tokens |
 /// | keys | 2 x `u32[slots]` | prompt index, generation |
-/// | parameters | `f32`, `i32`, `f32`, 2 x `u32`, each `[slots]` | temperature, top-k, top-p, the seed's high and low word |
+/// | parameters | `f32`, `i32`, `f32`, 2 x `u32`, `i32`, each `[slots]` | temperature, top-k, top-p, the seed's high and low word, who asks for log-probabilities |
 /// | rounds | `i32[]` | at most `max_rounds` |
 ///
 /// Results: the KV buffer and `i32[slots, max_rounds]`, the tokens of each slot from column 0 on, -1 after its end; where

@@ -330,7 +330,8 @@ pub(super) struct Token {
     pub(super) text: String,
     /// Characters of the answer before it.
     pub(super) offset: usize,
-    pub(super) log_probability: f32,
+    /// Where the request asks for it.
+    pub(super) log_probability: Option<f32>,
 }
 
 /// Why a choice ended, as OpenAI spells it.

@@ -2,9 +2,17 @@
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+
+use crate::generate::StepReport;
+
+/// 0.1 ms to about 100 s.
+fn latency() -> Histogram {
+    Histogram::new(exponential_buckets(1e-4, 2.0, 20))
+}
 
 /// The metrics of a server.
 pub(super) struct Metrics {
@@ -20,12 +28,11 @@ pub(super) struct Metrics {
     pub(super) rejected: Counter,
     pub(super) first_token: Histogram,
     pub(super) inter_token: Histogram,
+    host_calls: Family<[(&'static str, &'static str); 1], Histogram, fn() -> Histogram>,
 }
 
 impl Metrics {
     pub(super) fn new(slots: usize, pages: usize) -> Self {
-        // 0.1 ms to about 100 s.
-        let latency = || Histogram::new(exponential_buckets(1e-4, 2.0, 20));
         let mut metrics = Self {
             registry: Registry::with_prefix("pagoda"),
             running: Gauge::default(),
@@ -39,6 +46,7 @@ impl Metrics {
             rejected: Counter::default(),
             first_token: latency(),
             inter_token: latency(),
+            host_calls: Family::new_with_constructor(latency),
         };
         let (all_slots, all_pages) = (Gauge::<i64>::default(), Gauge::<i64>::default());
         all_slots.set(slots as i64);
@@ -57,7 +65,13 @@ impl Metrics {
         registry.register("requests_rejected", "Requests that met a full queue", metrics.rejected.clone());
         registry.register("time_to_first_token_seconds", "From arrival on", metrics.first_token.clone());
         registry.register("inter_token_latency_seconds", "Between tokens", metrics.inter_token.clone());
+        registry.register("host_call_seconds", "Of each call of the engine, by its kind", metrics.host_calls.clone());
         metrics
+    }
+
+    /// Counts a call of the engine.
+    pub(super) fn called(&self, step: &StepReport) {
+        self.host_calls.get_or_create(&[("kind", step.kind.name())]).observe(step.total_s());
     }
 
     /// All of them, as text.

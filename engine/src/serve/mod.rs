@@ -73,7 +73,8 @@ struct Shared {
     tokenizer: Tokenizer,
     /// Of a model that has one.
     template: Option<ChatTemplate>,
-    jobs: Sender<Job>,
+    /// The choices of a request come together, so that they run side by side.
+    jobs: Sender<Vec<Job>>,
     /// One permit per sequence that may run or wait.
     room: Arc<Semaphore>,
     metrics: Arc<Metrics>,
@@ -247,14 +248,20 @@ async fn answer(shared: Arc<Shared>, kind: Kind, body: Result<Bytes, BytesReject
     // A client that reads slowly holds its own sequences up, not the engine.
     let (pieces, received) = mpsc::channel(64);
     let deadline = Instant::now() + shared.options.timeout;
-    for (index, (prompt, draw, max_new_tokens)) in shared.draws(&ask, choices).into_iter().enumerate() {
-        let (events, tokens) = mpsc::unbounded_channel();
-        let job = Job { prompt, max_new_tokens, draw, events };
-        if shared.jobs.send(job).is_err() {
-            return Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, "the engine has ended"));
-        }
-        let (shared, stops, pieces) = (Arc::clone(&shared), ask.stops.clone(), pieces.clone());
-        tokio::spawn(async move { shared.follow(index, tokens, Stops::new(stops), deadline, pieces).await });
+    let (jobs, tokens): (Vec<_>, Vec<_>) = shared
+        .draws(&ask, choices)
+        .into_iter()
+        .map(|(prompt, draw, max_new_tokens)| {
+            let (events, tokens) = mpsc::unbounded_channel();
+            (Job { prompt, max_new_tokens, draw, events }, tokens)
+        })
+        .unzip();
+    if shared.jobs.send(jobs).is_err() {
+        return Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, "the engine has ended"));
+    }
+    for (index, tokens) in tokens.into_iter().enumerate() {
+        let (shared, stops, pieces) = (Arc::clone(&shared), Stops::new(ask.stops.clone()), pieces.clone());
+        tokio::spawn(async move { shared.follow(index, tokens, stops, deadline, pieces).await });
     }
     drop(pieces);
     let log_probabilities = ask.log_probabilities;
@@ -324,7 +331,7 @@ impl Shared {
         let sampling = SamplingOptions { seed, ..ask.sampling };
         let draw = |(at, (prompt, max_new)): (usize, Choice)| {
             let id = SampleId { round: 0, index: at / ask.n, generation: (at % ask.n) as u32 };
-            (prompt, Draw { sampling, key: id.key() }, max_new)
+            (prompt, Draw { sampling, key: id.key(), log_probabilities: ask.log_probabilities }, max_new)
         };
         choices.into_iter().enumerate().map(draw).collect()
     }

@@ -30,8 +30,8 @@ pub(super) struct Job {
 /// What becomes of a job.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// Sampled since the last event, each with the logarithm of its probability.
-    Tokens(Vec<(u32, f32)>),
+    /// Sampled since the last event, each with the logarithm of its probability where the job asks for it.
+    Tokens(Vec<(u32, Option<f32>)>),
     /// It is done. Its end-of-text token was sampled, and is not part of the text.
     Ended { reason: FinishReason, sampled: usize },
     /// The device failed, or the request was refused.
@@ -48,20 +48,20 @@ struct Live {
 }
 
 /// Runs jobs until nobody can send any more, and all are done.
-pub(super) fn work(mut engine: Engine, jobs: &Receiver<Job>, metrics: &Metrics) {
+pub(super) fn work(mut engine: Engine, jobs: &Receiver<Vec<Job>>, metrics: &Metrics) {
     let mut live: HashMap<SampleId, Live> = HashMap::new();
     let mut count = 0;
     loop {
         let first = if live.is_empty() {
             metrics.pages.set(0);
             match jobs.recv() {
-                Ok(job) => Some(job),
+                Ok(jobs) => jobs,
                 Err(_) => return,
             }
         } else {
-            None
+            Vec::new()
         };
-        for job in first.into_iter().chain(jobs.try_iter()) {
+        for job in first.into_iter().chain(jobs.try_iter().flatten()) {
             let Job { prompt, max_new_tokens, draw, events } = job;
             let id = SampleId { round: 0, index: count, generation: 0 };
             count += 1;
@@ -82,6 +82,9 @@ pub(super) fn work(mut engine: Engine, jobs: &Receiver<Job>, metrics: &Metrics) 
         }
         match engine.poll() {
             Ok(finished) => {
+                if finished.is_some() {
+                    metrics.called(&engine.progress().step);
+                }
                 for (id, sampled) in engine.running() {
                     if let Some(job) = live.get_mut(&id) {
                         job.send(sampled, engine.log_probabilities(id), metrics);
@@ -115,7 +118,8 @@ fn fail(live: &mut HashMap<SampleId, Live>, error: &Error, metrics: &Metrics) {
 impl Live {
     /// Sends what is new of all `sampled` tokens.
     fn send(&mut self, sampled: &[u32], log_probabilities: &[f32], metrics: &Metrics) {
-        let new: Vec<_> = sampled.iter().copied().zip(log_probabilities.iter().copied()).skip(self.sent).collect();
+        let likely = |at| log_probabilities.get(at).copied();
+        let new: Vec<_> = (self.sent..sampled.len()).map(|at| (sampled[at], likely(at))).collect();
         if new.is_empty() {
             return;
         }
