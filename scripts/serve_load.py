@@ -4,10 +4,14 @@ half-way, and some malformed requests between them. Every whole answer is compar
 
     scripts/serve_load.py [--requests 10000] [--streams 200] [--seed 1] [--binary target/release/pagoda]
 
+Then tokens/s of whole answers to requests for as many samples as there are slots, beside `pagoda sample` of the same samples in
+the same slots, in turns.
+
 Needs the package openai (`make serve-load` makes a venv). Prints one JSON object; exit code 1 if anything was lost, mixed up or
 left behind.
 """
-import argparse, asyncio, json, os, random, re, subprocess, sys, threading, time, urllib.request
+import argparse, asyncio, concurrent.futures, json, os, random, re, statistics, subprocess, sys, tempfile, threading, time
+import urllib.request
 
 import openai
 
@@ -22,9 +26,13 @@ def sampled(binary, case):
     return json.loads(subprocess.run([str(part) for part in command], check=True, capture_output=True).stdout)["text"]
 
 
+def engine(slots):
+    # A prefill call takes as long as its size, however few rows it has: `pagoda sample` would take a smaller one.
+    return ["--max-seqs", str(slots), "--max-rounds", "8", "--max-seq-len", "256", "--max-prefill-size", str(8 * slots)]
+
+
 def serve(binary, slots, queue):
-    command = [binary, "serve", "--model", MODEL, "--port", "0", "--max-seqs", str(slots), "--max-queue", str(queue)]
-    command += ["--max-rounds", "8", "--max-seq-len", "256"]
+    command = [binary, "serve", "--model", MODEL, "--port", "0", "--max-queue", str(queue), *engine(slots)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if found := re.search(r" at (http://\S+)", line):
@@ -103,6 +111,34 @@ async def load(url, cases, args, process):
     return counts, wrong, tokens, seconds, memories
 
 
+def throughput(url, args, requests=50, prompt="And the LORD said unto Moses,", length=32):
+    """Tokens/s of the server and of `pagoda sample`, medians of five turns. Requests come without the client's package, which takes
+    more time than the tiny model."""
+
+    def answer(seed):
+        body = dict(model="tiny-llama-kjv", prompt=prompt, max_tokens=length, temperature=0.9, seed=seed, n=args.slots)
+        request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request))["usage"]["completion_tokens"]
+
+    def served():
+        started = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            tokens = sum(pool.map(answer, range(requests)))
+        return tokens / (time.monotonic() - started)
+
+    def sampled():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [args.binary, "sample", "--model", MODEL, "--prompt", prompt, "--max-new-tokens", str(length)]
+            command += ["--n-generations", str(requests * args.slots), "--temperature", "0.9", "--out", folder + "/out"]
+            said = subprocess.run(command + engine(args.slots), check=True, capture_output=True, text=True).stderr
+        return float(re.search(r"round_avg_tok_s=(\S+)", said)[1])
+
+    served()
+    turns = [(served(), sampled()) for _ in range(5)]
+    server, sample = (statistics.median(side) for side in zip(*turns))
+    return dict(serve=round(server), sample=round(sample), ratio=round(server / sample, 3))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
@@ -119,7 +155,7 @@ def main():
                   temperature=draw.choice([0, 0.7, 1.0]), top_p=draw.choice([1, 0.9])) for _ in range(args.cases)]
     for case in cases:
         case["text"] = sampled(args.binary, case)
-    process, url = serve(args.binary, args.slots, args.streams)
+    process, url = serve(args.binary, args.slots, max(args.streams, 4 * args.slots))
     try:
         before = memory(process)
         counts, wrong, tokens, seconds, memories = asyncio.run(load(url, cases, args, process))
@@ -129,6 +165,7 @@ def main():
         report = dict(counts=counts, wrong=len(wrong), examples=wrong[:5], seconds=round(seconds, 2),
                       tokens_per_second=round(tokens / seconds, 1), pages_used=metric(url, "pagoda_pages_used"),
                       memory_mib=dict(before=round(before, 1), during=memories, after=round(memory(process), 1)))
+        report["throughput"] = throughput(url, args)
     finally:
         process.terminate()
         ended = process.wait(60)

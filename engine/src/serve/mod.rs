@@ -259,9 +259,11 @@ async fn answer(shared: Arc<Shared>, kind: Kind, body: Result<Bytes, BytesReject
     if shared.jobs.send(jobs).is_err() {
         return Err(refuse(StatusCode::INTERNAL_SERVER_ERROR, "the engine has ended"));
     }
+    // Decoding token by token takes a core's time from the model: not where only the end of the text is looked at.
+    let grows = ask.stream || ask.log_probabilities || !ask.stops.is_empty();
     for (index, tokens) in tokens.into_iter().enumerate() {
         let (shared, stops, pieces) = (Arc::clone(&shared), Stops::new(ask.stops.clone()), pieces.clone());
-        tokio::spawn(async move { shared.follow(index, tokens, stops, deadline, pieces).await });
+        tokio::spawn(async move { shared.follow(index, tokens, (stops, grows), deadline, pieces).await });
     }
     drop(pieces);
     let log_probabilities = ask.log_probabilities;
@@ -336,13 +338,13 @@ impl Shared {
         choices.into_iter().enumerate().map(draw).collect()
     }
 
-    /// Turns a job's tokens into pieces of text, to its end, the deadline, or until nobody wants them. Then the job's events are
-    /// dropped, which ends it.
+    /// Turns a job's tokens into pieces of text (one, unless it `grows`), to its end, the deadline, or until nobody wants them.
+    /// Then the job's events are dropped, which ends it.
     async fn follow(
         &self,
         index: usize,
         mut events: UnboundedReceiver<Event>,
-        mut stops: Stops,
+        (mut stops, grows): (Stops, bool),
         deadline: Instant,
         pieces: mpsc::Sender<(usize, Piece)>,
     ) {
@@ -371,6 +373,9 @@ impl Shared {
             let mut text = String::new();
             let pushed = new.into_iter().try_for_each(|(id, log_probability)| {
                 ids.push(id);
+                if !grows {
+                    return Ok(());
+                }
                 let added = stream.push(id)?;
                 text.push_str(&added);
                 let offset = characters;
