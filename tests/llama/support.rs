@@ -226,6 +226,7 @@ pub fn logits_by_cache(
                 HostTensor::new(&[2], &[1f32; 2]),
                 HostTensor::zeros(Element::U32, &[2]),
                 HostTensor::zeros(Element::U32, &[2]),
+                HostTensor::zeros(Element::I32, &[2]),
             ];
             let all = model.weights().iter().zip(kv).enumerate().map(|(device, (weights, kv))| {
                 let arguments = arguments.iter().map(|tensor| Arg::Donate(client.upload(tensor, device).unwrap()));

@@ -741,14 +741,12 @@ impl Weights {
             let rows = of.rows(&view, self.block_scales(spec)?, &spec.dims);
             let rows = TensorView { element: Element::F32, dims: spec.dims.clone(), bytes: rows.bytes() };
             let data = HostTensor::from_bytes(element, &part.dims, rows.part(&part, element).bytes());
-            return match first_not_finite(element, data.bytes()) {
-                None => Ok(TensorData::Converted(data)),
-                Some(_) => {
-                    let path = self.find(&spec.name).map_or(&self.folder, |(shard, _)| &shard.path);
-                    let problem = format!("tensor {} of expert {} is not finite in {element}", spec.name, of.expert);
-                    Err(Error::file(path, problem, "use f32, or download the file again"))
-                }
-            };
+            let Some(at) = first_not_finite(element, data.bytes()) else { return Ok(TensorData::Converted(data)) };
+            let mut index = index_of(at, &part.dims);
+            index[part.axis] += part.range.start;
+            let value = rows.value(index.iter().zip(&spec.dims).fold(0, |at, (index, dim)| at * dim + index));
+            let place = format!("tensor {} of expert {}, {index:?} = {value:e}", spec.name, of.expert);
+            return Err(self.not_finite(spec, &place, value, element));
         }
         let data = match spec.holds {
             Holds::Numbers | Holds::Quantized(_) => view.part(&part, element),
@@ -773,12 +771,17 @@ impl Weights {
         let value = view.value(index.iter().zip(&view.dims).fold(0, |at, (index, dim)| at * dim + index));
         index[0] += spec.fused.map_or(0, |(first, _)| first);
         let place = format!("tensor {}{index:?} = {value:e}", spec.name);
+        Err(self.not_finite(spec, &place, value, element))
+    }
+
+    /// Says that a value of the file is not finite, or not as `element`.
+    fn not_finite(&self, spec: &TensorSpec, place: &str, value: f32, element: Element) -> Error {
         if value.is_finite() {
             let limit = format!("cannot hold {place}");
-            return Err(Error::setting("engine.compute_dtype", element, limit, "use f32"));
+            return Error::setting("engine.compute_dtype", element, limit, "use f32");
         }
         let path = self.find(&spec.name).map_or(&self.folder, |(shard, _)| &shard.path);
-        Err(Error::file(path, format!("{place} is not finite"), "download the file again, or repair the training"))
+        Error::file(path, format!("{place} is not finite"), "download the file again, or repair the training")
     }
 
     /// The values of a tensor of the file, whole, in f64, exactly: of quantized elements what they stand for.
