@@ -190,7 +190,7 @@ fn laid_out(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, spli
             Split::Heads => problem.kv_heads / head_block,
             Split::Sequences => chip.info().cores,
         }],
-        vmem: report(problem, tiles, head_block),
+        vmem: report(problem, chip, tiles, head_block, split),
         smem: smem(problem) + lists(problem, tiles),
         spilling: spilling(problem, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: tiles.kv_pages * problem.page_size, split },
@@ -299,6 +299,16 @@ impl Plan {
     /// Whether there are entries of more than a band.
     pub(super) fn has_blocks(&self) -> bool {
         self.block_rows() > self.band()
+    }
+
+    /// Whether two entries may have a band: a block, where its sequence begins within the band, and the entry before those rows.
+    pub(super) fn shares_bands(&self) -> bool {
+        shares_bands(
+            self.problem(),
+            self.chip(),
+            in_bands(self.problem(), self.chip(), self.tiles()),
+            self.details().split,
+        )
     }
 
     /// The fewest rows of a sequence that make a block. Fewer go band by band: a block takes as long whatever it holds.
@@ -457,7 +467,12 @@ fn list_lengths(problem: &Problem, tiles: Tiles) -> [usize; 2] {
 fn lists(problem: &Problem, tiles: Tiles) -> Bytes {
     let [entries, segments] = list_lengths(problem, tiles);
     let of = |len: usize| tile_padded_bytes(Element::I32, &[len]) as u64;
-    Bytes(3 * of(entries) + of(entries + 1) + 5 * of(segments))
+    Bytes(4 * of(entries) + of(entries + 1) + 5 * of(segments))
+}
+
+/// See [`Plan::shares_bands`]; cores that have some of the entries each do not share their bands.
+fn shares_bands(problem: &Problem, chip: Chip, tiles: Tiles, split: Split) -> bool {
+    tiles.queries > band(problem, chip) && split != Split::Sequences
 }
 
 /// Whole tiles of query rows, and no more pages than a sequence has.
@@ -539,7 +554,7 @@ fn kv_buffers(problem: &Problem, tiles: Tiles, head_block: usize) -> usize {
 }
 
 /// Every VMEM buffer, in the order of the kernel's operands.
-fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
+fn report(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, split: Split) -> VmemReport {
     let (types, [dim, _], group) = (problem.precision, lanes(problem), problem.group());
     let (rows, columns) = (tiles.queries * group, columns(problem, head_block));
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
@@ -552,6 +567,11 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
         scratch("queries", types.q, &[2, tiles.queries, columns]),
         scratch("results", types.output, &[tiles.queries, columns]),
     ];
+    let band = band(problem, chip);
+    let shared = shares_bands(problem, chip, tiles, split).then(|| {
+        let lse = problem.log_sum_exp.then(|| scratch("shared_lse", Element::F32, &[band, log_sum_exp_lanes(problem)]));
+        [scratch("shared", types.output, &[band, columns])].into_iter().chain(lse)
+    });
     let rest = [
         scratch("band", types.q, &[head_block, group * packed(problem), dim]),
         scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
@@ -562,7 +582,16 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize) -> VmemReport {
     ];
     let fused = problem.fused.map(|_| fused::buffers(problem, head_block, tiles.queries));
     let last = lse.into_iter().chain(fused.into_iter().flatten());
-    VmemReport { buffers: first.into_iter().chain(by_head).chain(lanes).chain(rest).chain(last).collect() }
+    VmemReport {
+        buffers: first
+            .into_iter()
+            .chain(shared.into_iter().flatten())
+            .chain(by_head)
+            .chain(lanes)
+            .chain(rest)
+            .chain(last)
+            .collect(),
+    }
 }
 
 /// The tiles that cost least over `batches`, of those that fit `limit` with room for spills; without it, if none do.

@@ -144,36 +144,43 @@ fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
         .collect();
     let mut cores = vec![Mixed::default(); plan.shares()];
     let mut listed = 0;
-    let [mut top, _] = plan::padded_rows(problem);
-    let live = first_rows[batch.len()].next_multiple_of(band);
+    let [mut end, _] = plan::padded_rows(problem);
+    let total = first_rows[batch.len()];
+    let live = total.next_multiple_of(band);
     let mut sequence = batch.len().saturating_sub(1);
-    while top > 0 {
+    while end > 0 {
         listed += 1;
         let core = if cores.len() > 1 && cores[0].load > cores[1].load { 1 } else { 0 };
+        let top = end.next_multiple_of(band);
         if top > live {
-            top -= (top - live).min(block);
+            end = top - (top - live).min(block);
             cores[core].load += costs[Mixed::BAND].of(0, 0);
             continue;
         }
-        while first_rows[sequence] >= top {
+        while first_rows[sequence] >= end.min(total) {
             sequence -= 1;
         }
-        let own = top.saturating_sub(first_rows[sequence].next_multiple_of(band));
-        let is_block = plan.has_blocks() && first_rows[sequence + 1] >= top && own >= plan.least_rows();
+        let begins = first_rows[sequence];
+        let own = match plan.shares_bands() {
+            true => top - begins / band * band,
+            false => top.saturating_sub(begins.next_multiple_of(band)),
+        };
+        let is_block = plan.has_blocks() && own >= plan.least_rows();
         let rows = if is_block { own.min(block) } else { band };
         let row = top - rows;
+        end = if is_block { begins.max(row) } else { row };
         let start = if is_block { top.saturating_sub(block) } else { row };
         let of = &mut cores[core];
         let form = if is_block { Mixed::BLOCK } else { Mixed::BAND };
         of.entries[form] += 1;
         let (mut blocks, mut lanes) = (0, 0);
-        for segment in (0..=sequence).rev().take_while(|&of| first_rows[of + 1] > row) {
+        for segment in (0..=sequence).rev().take_while(|&of| first_rows[of + 1] > end) {
             let (from, to, kv_len) = (first_rows[segment], first_rows[segment + 1], batch[segment].kv_len);
-            let (first, end) = (from.max(row) - start, to.min(top) - start);
+            let (first, behind) = (from.max(row) - start, to.min(top) - start);
             // Positions may be below 0 at the start of an entry that begins before the sequence.
             let origin = kv_len as i64 - to as i64 + start as i64;
-            let last = origin + end as i64;
-            if first >= end || kv_len == 0 || last <= 0 {
+            let last = origin + behind as i64;
+            if first >= behind || kv_len == 0 || last <= 0 {
                 continue;
             }
             let last = last as usize;
@@ -185,7 +192,7 @@ fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
             of.segments += 1;
             blocks += (stop - begin) as i64;
             lanes += (last - begin * keys).div_ceil(LANES) as i64;
-            let is_whole = is_block && end - first == block && problem.sliding_window.is_none();
+            let is_whole = is_block && behind - first == block && problem.sliding_window.is_none();
             let unmasked = match is_whole && plan.has_inner_steps() {
                 true => ((origin + 1).max(0) as usize / keys).min(stop).saturating_sub(begin),
                 false => 0,
@@ -212,7 +219,6 @@ fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
             }
         }
         of.load += costs[form].of(blocks, lanes);
-        top = row;
     }
     (listed, cores)
 }

@@ -3,13 +3,15 @@
 //! Queries and the output are two-dimensional, `[rows, heads * head_dim]`, as the matrix products around have them: a
 //! head's queries are a slice of columns. Copies of rows take whole *bands* of 8, so work is cut at bands. An *entry* of the
 //! work list is
-//! - a block of up to [`Tiles::queries`](crate::rpa::plan::Tiles) rows of one sequence, all bands of which are the sequence's own;
-//! - a single band, where sequences meet or have few rows, with a *segment* for each sequence that has rows in it;
+//! - a block of up to [`Tiles::queries`](crate::rpa::plan::Tiles) rows of one sequence;
+//! - a single band, where sequences have few rows, with a *segment* for each sequence that has rows in it;
 //! - a block of rows that no sequence has, which are written as zeros.
 //!
 //! Each core lists its entries in SMEM first, from the last row to the first, so that of a sequence's blocks the one with
-//! the most keys comes first. Where no page can be sliced by heads, an entry goes to the core that has less to do so far.
-//! Then it walks the KV blocks of its segments as one stream:
+//! the most keys comes first. Where a block's sequence begins within a band, the next entry has that band too, and writes both
+//! sequences' rows of it: it keeps what the block made of it. Where no page can be sliced by heads, an entry goes to the core
+//! that has less to do so far; a band where sequences meet is then an entry of its own, since its rows are one core's.
+//! Then the core walks the KV blocks of its segments as one stream:
 //!
 //! ```text
 //! copies    kv 0 | kv 1 | kv 2 | kv 3 ...            up to `Plan::kv_buffers` blocks ahead, whatever entry comes next
@@ -74,6 +76,8 @@ struct Body<'a, 'p> {
     queries: Ref<'a>,
     /// The rows of the output that are being written: `[rows, columns]`.
     results: Ref<'a>,
+    /// Where entries share bands: what the entry before made of one.
+    shared: Option<Shared<'a>>,
     /// In HBM, and of the rows that are being written: `[rows, lanes]`, a lane for each query head.
     lse: Option<[Ref<'a>; 2]>,
     /// Where heads are not whole tiles of lanes: this entry's queries by head, `[q_heads, rows, columns]`.
@@ -98,12 +102,20 @@ struct Body<'a, 'p> {
     fused: Option<Fused<'a>>,
 }
 
+/// The band of results, and of log-sum-exps, that an entry shares with the one before.
+struct Shared<'a> {
+    results: Ref<'a>,
+    lse: Option<Ref<'a>>,
+}
+
 /// The core's entries, an array in SMEM for each number.
 struct Entries<'a> {
     /// The first row that is the entry's.
     row: Ref<'a>,
     /// How many are: a multiple of a band.
     rows: Ref<'a>,
+    /// One past the last row that is not an earlier entry's: within the last band, where that is shared.
+    end: Ref<'a>,
     /// The first row whose queries are copied: that of a block, where the entry's rows are the last ones of a block.
     start: Ref<'a>,
     /// The first of its segments; with one more element, so that an entry's segments end where the next one's begin.
@@ -186,6 +198,10 @@ impl<'a, 'p> Body<'a, 'p> {
         let (block, columns) = (plan.block_rows(), plan.columns());
         let queries = scratch("queries", types.q, &[2, block, columns]);
         let results = scratch("results", types.output, &[block, columns]);
+        let shared = plan.shares_bands().then(|| Shared {
+            results: scratch("shared", types.output, &[plan.band(), columns]),
+            lse: lse.as_ref().map(|_| scratch("shared_lse", Element::F32, &[plan.band(), lse_lanes])),
+        });
         let by_head = (!problem.head_dim.is_multiple_of(LANES))
             .then(|| scratch("by_head", types.q, &[heads * problem.group(), block, dim]));
         let lanes = (!dim.is_multiple_of(LANES)).then(|| scratch("lanes", Element::F32, &[block, LANES]));
@@ -202,6 +218,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let entries = Entries {
             row: in_smem("entry_row", entries),
             rows: in_smem("entry_rows", entries),
+            end: in_smem("entry_end", entries),
             start: in_smem("entry_start", entries),
             segment: in_smem("entry_segment", entries + 1),
         };
@@ -237,6 +254,7 @@ impl<'a, 'p> Body<'a, 'p> {
             out,
             queries,
             results,
+            shared,
             lse,
             by_head,
             lanes,
@@ -295,6 +313,7 @@ impl<'a, 'p> Body<'a, 'p> {
                     stream.flat()
                 },
             );
+            self.join_shared(entry);
             self.copy_results(entry, |dma| dma.start());
             stream
         });
@@ -307,8 +326,10 @@ impl<'a, 'p> Body<'a, 'p> {
         let band = self.plan.band() as i64;
         let bands = |rows: Value<'a>| (rows + (band - 1)) & -band;
         let sequences = self.metadata.sequences();
-        let live = bands(self.metadata.first_row(sequences));
+        let shares_bands = self.shared.is_some();
         let [of_block, of_band] = self.plan.costs();
+        let total = self.metadata.first_row(sequences);
+        let live = bands(total);
         let state = (
             k.int(plan::padded_rows(problem)[0] as i64),
             (sequences - 1).maximum(0),
@@ -317,21 +338,21 @@ impl<'a, 'p> Body<'a, 'p> {
         );
         let (_, _, [entries, segments], _) = k.while_loop(
             state,
-            |(top, ..)| top.greater(0),
-            |(top, sequence, [entry, segment], [mine, others])| {
-                // The sequence of the last row below `top`.
+            |(end, ..)| end.greater(0),
+            |(end, sequence, [entry, segment], [mine, others])| {
+                let top = bands(end);
+                let is_padding = top.greater(live);
+                // The sequence of the last row.
+                let last = end.minimum(total.maximum(1));
                 let sequence = k.while_loop(
                     sequence,
-                    |sequence| self.metadata.first_row(sequence).greater_equal(top),
+                    |sequence| self.metadata.first_row(sequence).greater_equal(last),
                     |sequence| sequence - 1,
                 );
-                let is_padding = top.greater(live);
-                let own = top - bands(self.metadata.first_row(sequence));
+                let begin = self.metadata.first_row(sequence);
+                let own = top - if shares_bands { begin & -band } else { bands(begin) };
                 let is_block = match self.plan.has_blocks() {
-                    true => {
-                        self.metadata.first_row(sequence + 1).greater_equal(top)
-                            & own.greater_equal(self.plan.least_rows() as i64)
-                    }
+                    true => top.less_equal(live) & own.greater_equal(self.plan.least_rows() as i64),
                     false => k.int(0).differs(0),
                 };
                 let rows = is_block.select(own.minimum(block), band);
@@ -339,9 +360,11 @@ impl<'a, 'p> Body<'a, 'p> {
                 let row = top - rows;
                 let start = is_padding.select(row, is_block.select((top - block).maximum(0), row));
                 let none = is_padding.select(k.int(-1), sequence);
+                // A block is of one sequence; of what lies before it in a band, the next entry is.
+                let from = is_block.select(begin.maximum(row), row);
                 let (_, next, [blocks, lanes]) = k.while_loop(
                     (none, segment, [k.int(0), k.int(0)]),
-                    |(sequence, ..)| self.metadata.first_row(sequence + 1).greater(row),
+                    |(sequence, ..)| self.metadata.first_row(sequence + 1).greater(from),
                     |(sequence, segment, [blocks, lanes])| {
                         let [blocks_of, lanes_of] = self.add(segment, sequence, [row, top], start);
                         let is_one = blocks_of.greater(0);
@@ -351,10 +374,11 @@ impl<'a, 'p> Body<'a, 'p> {
                 );
                 self.entries.row.at(entry).store(row);
                 self.entries.rows.at(entry).store(rows);
+                self.entries.end.at(entry).store(end);
                 self.entries.start.at(entry).store(start);
                 self.entries.segment.at(entry).store(segment);
                 if !self.is_shared {
-                    return (row, sequence, [entry + 1, next], [mine, others]);
+                    return (from, sequence, [entry + 1, next], [mine, others]);
                 }
                 // Both cores go through the same list and agree on whose each entry is.
                 let part = |block: i64, band: i64| is_block.select(k.int(block), band);
@@ -364,7 +388,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 let is_first = mine.less_equal(others);
                 let is_mine = is_first.select(k.int(0), 1).equals(self.core);
                 let loads = [is_first.select(mine + cost, mine), is_first.select(others, others + cost)];
-                (row, sequence, [is_mine.select(entry + 1, entry), is_mine.select(next, segment)], loads)
+                (from, sequence, [is_mine.select(entry + 1, entry), is_mine.select(next, segment)], loads)
             },
         );
         self.entries.segment.at(entries).store(segments);
@@ -463,9 +487,47 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// Waits until the results of the entry before are on their way, so that this one's may be written.
+    /// Waits until the results of the entry before are on their way, so that this one's may be written; keeps those of a band
+    /// that both have.
     fn reclaim(&self, entry: Value<'a>) {
-        self.k.when(entry.greater(0), || self.copy_results(entry - 1, |dma| dma.wait()));
+        self.k.when(entry.greater(0), || {
+            self.copy_results(entry - 1, |dma| dma.wait());
+            let Some(shared) = &self.shared else { return };
+            let [row, start] = [&self.entries.row, &self.entries.start].map(|array| array.at(entry - 1).load());
+            self.k.when((self.entries.row.at(entry).load() + self.entries.rows.at(entry).load()).greater(row), || {
+                let band =
+                    |rows: &Ref<'a>| rows.slice(0, (row - start).multiple_of(self.plan.band()), self.plan.band());
+                shared.results.store(band(&self.results).load());
+                if let (Some(kept), Some([_, rows])) = (&shared.lse, &self.lse) {
+                    kept.store(band(rows).load());
+                }
+            });
+        });
+    }
+
+    /// Puts the rows of a band that are the entry's before, which has kept them, behind its own.
+    fn join_shared(&self, entry: Value<'a>) {
+        let (k, band) = (self.k, self.plan.band());
+        let Some(shared) = &self.shared else { return };
+        let of = &self.entries;
+        let [row, rows, end, start] = [&of.row, &of.rows, &of.end, &of.start].map(|array| array.at(entry).load());
+        let before = self.entries.row.at((entry - 1).maximum(0)).load();
+        k.when(entry.greater(0) & (row + rows).greater(before), || {
+            let at = (row + rows - (start + band as i64)).multiple_of(band);
+            let join = |rows: &Ref<'a>, kept: &Ref<'a>, element: Element| {
+                let rows = rows.slice(0, at, band);
+                for column in (0..kept.dims()[1]).step_by(LANES) {
+                    let [rows, kept] = [&rows, kept].map(|of| of.slice(1, column, LANES));
+                    let is_own = k.iota(&[band, LANES], 0).less(end - start - at);
+                    let [own, other] = [&rows, &kept].map(|of| of.load().cast(Element::F32));
+                    rows.store(is_own.select(own, other).cast(element));
+                }
+            };
+            join(&self.results, &shared.results, self.plan.problem().precision.output);
+            if let (Some(kept), Some([_, rows])) = (&shared.lse, &self.lse) {
+                join(rows, kept, Element::F32);
+            }
+        });
     }
 
     /// Starts the copies of the next KV block of the stream, if there is one.
