@@ -366,8 +366,29 @@ const BLOCKS: &[Mutant] = {
             Fault(Deadlock),
         ),
         ("rows of a block out of place", |t| t.changed(t.find(2, &["load %entry_start["]), "arith.addi", 8), Mismatch),
+        (
+            "rows of a shared band not kept",
+            |t| t.without(t.find(0, &["vector_store", "%shared,"])),
+            Fault(UnwrittenRead),
+        ),
+        (
+            "a shared band's rows of the entry before",
+            |t| t.changed(t.above(join(t), "subi"), "arith.addi", 1),
+            Mismatch,
+        ),
+        ("a shared band's own rows alone", |t| t.replaced(join(t), "slt", "ne"), Mismatch),
+        (
+            "a band joined that is not shared",
+            |t| t.replaced(t.above(join(t), "cmpi sgt"), "sgt", "sge"),
+            Fault(UnwrittenRead),
+        ),
     ]
 };
+
+/// Which rows of a shared band are an entry's own.
+fn join(t: &Emitted) -> usize {
+    t.above(t.find(0, &["vector.load %shared["]), "cmpi slt")
+}
 
 const FULL_BLOCK: usize = 1;
 const SHORT_BLOCK: usize = 5;

@@ -311,6 +311,11 @@ impl Plan {
         )
     }
 
+    /// Whether a band's queries have a buffer of their own.
+    pub(super) fn has_band(&self) -> bool {
+        has_band(self.problem(), self.chip(), in_bands(self.problem(), self.chip(), self.tiles()))
+    }
+
     /// The fewest rows of a sequence that make a block. Fewer go band by band: a block takes as long whatever it holds.
     pub(super) fn least_rows(&self) -> usize {
         (self.block_rows() / 4).next_multiple_of(self.band()).max(2 * self.band())
@@ -447,7 +452,7 @@ fn band(problem: &Problem, chip: Chip) -> usize {
 }
 
 /// Rows of a tile in registers.
-fn packed(problem: &Problem) -> usize {
+pub(super) fn packed(problem: &Problem) -> usize {
     SUBLANES * 4 / problem.precision.q.bytes()
 }
 
@@ -473,6 +478,13 @@ fn lists(problem: &Problem, tiles: Tiles) -> Bytes {
 /// See [`Plan::shares_bands`]; cores that have some of the entries each do not share their bands.
 fn shares_bands(problem: &Problem, chip: Chip, tiles: Tiles, split: Split) -> bool {
     tiles.queries > band(problem, chip) && split != Split::Sequences
+}
+
+/// See [`Plan::has_band`]: not where all entries are bands of whole tiles, whose queries are brought into order by head anyway.
+/// (The compiler would drop one of two buffers that hold the same.)
+fn has_band(problem: &Problem, chip: Chip, tiles: Tiles) -> bool {
+    let is_by_head = !problem.head_dim.is_multiple_of(LANES);
+    !(is_by_head && tiles.queries == band(problem, chip) && tiles.queries == packed(problem))
 }
 
 /// Whole tiles of query rows, and no more pages than a sequence has.
@@ -572,8 +584,9 @@ fn report(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, split:
         let lse = problem.log_sum_exp.then(|| scratch("shared_lse", Element::F32, &[band, log_sum_exp_lanes(problem)]));
         [scratch("shared", types.output, &[band, columns])].into_iter().chain(lse)
     });
+    let of_band =
+        has_band(problem, chip, tiles).then(|| scratch("band", types.q, &[head_block, group * packed(problem), dim]));
     let rest = [
-        scratch("band", types.q, &[head_block, group * packed(problem), dim]),
         scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
         scratch("last", Element::I32, &[tiles.queries, LANES]),
         scratch("max", Element::F32, &[head_block, rows, LANES]),
@@ -588,6 +601,7 @@ fn report(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, split:
             .chain(shared.into_iter().flatten())
             .chain(by_head)
             .chain(lanes)
+            .chain(of_band)
             .chain(rest)
             .chain(last)
             .collect(),

@@ -84,7 +84,7 @@ struct Body<'a, 'p> {
     by_head: Option<Ref<'a>>,
     /// Where products are not, either: a head's results in whole tiles, `[rows, lanes]`.
     lanes: Option<Ref<'a>>,
-    /// A band's queries by KV head: `[kv_heads, group * 8, columns]`.
+    /// A band's queries by KV head: `[kv_heads, group * 8, columns]`; `by_head`, where that has them in this order.
     band: Ref<'a>,
     /// KV blocks: `[buffers, pieces of a row, keys, rows of a key, lanes]`.
     kv: Ref<'a>,
@@ -205,7 +205,11 @@ impl<'a, 'p> Body<'a, 'p> {
         let by_head = (!problem.head_dim.is_multiple_of(LANES))
             .then(|| scratch("by_head", types.q, &[heads * problem.group(), block, dim]));
         let lanes = (!dim.is_multiple_of(LANES)).then(|| scratch("lanes", Element::F32, &[block, LANES]));
-        let band = scratch("band", types.q, &[heads, problem.group() * (SUBLANES * 4 / types.q.bytes()), dim]);
+        let of_band = [heads, problem.group() * plan::packed(problem), dim];
+        let band = match (&by_head, plan.has_band()) {
+            (Some(by_head), false) => by_head.reshape(&of_band),
+            _ => scratch("band", types.q, &of_band),
+        };
         let kv = scratch("kv", types.kv, &plan.kv_dims());
         let last = scratch("last", Element::I32, &[block, LANES]);
         let max = scratch("max", Element::F32, &[heads, plan.rows(), LANES]);
@@ -667,7 +671,9 @@ impl<'a, 'p> Body<'a, 'p> {
         self.arrange_queries(entry, self.plan.band());
         let part = Rows { per_head: self.plan.band(), start: 0, count: group * self.plan.band() };
         for head in 0..self.plan.head_block() {
-            self.band.at(head).slice(0, 0, part.count).store(self.queries_of(entry & 1, head, &part));
+            if self.plan.has_band() {
+                self.band.at(head).slice(0, 0, part.count).store(self.queries_of(entry & 1, head, &part));
+            }
             self.max.at(head).slice(0, 0, part.count).store(NONE);
             self.sum.at(head).slice(0, 0, part.count).store(0.0);
             self.acc.at(head).slice(0, 0, part.count).store(0.0);
