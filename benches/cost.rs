@@ -78,10 +78,11 @@ fn print<K: Kernel>(chip: Chip, kind: &str, all: bool) -> Vec<f64> {
     let part = |at: usize| points.iter().position(|of| of.spec == points[at].spec).unwrap_or(at) % PARTS;
     let weights: Vec<Option<Weights>> = (0..PARTS)
         .map(|left_out| {
-            let others = (0..points.len()).filter(|&at| part(at) != left_out).flat_map(|at| &candidates[at]);
-            let launches: Vec<_> = others.filter_map(|of| Some((of.stages.clone()?, of.cycles as f64))).collect();
+            let others = (0..points.len()).filter(|&at| part(at) != left_out).map(|at| &candidates[at]);
+            let launch = |of: &Candidate| Some((of.stages.clone()?, of.cycles as f64));
+            let launches: Vec<Vec<_>> = others.map(|of| of.iter().filter_map(launch).collect()).collect();
             let prior = family.and_then(|family| cost::weights(family, chip)).copied().unwrap_or_default();
-            (!launches.is_empty()).then(|| Weights::fit(&launches, &prior))
+            launches.iter().any(|of| !of.is_empty()).then(|| Weights::fit(&launches, &prior))
         })
         .collect();
     let (mut rankings, mut errors) = (Vec::new(), Vec::new());

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Kinds of work that a family tells apart, at most.
-pub const UNITS: usize = 16;
+pub const UNITS: usize = 17;
 
 /// Launches whose steps are of one sort: they share their weights.
 #[derive(Debug, PartialEq, Eq)]
@@ -83,46 +83,67 @@ impl Stage {
 pub struct Weights(Work);
 
 impl Weights {
-    /// The weights that fit launches best: `(stages, cycles)`. Least squares of relative errors, none below zero; what the
-    /// launches say nothing of stays near `prior`. Which steps wait for copies depends on the weights, so they are fitted again
-    /// and again; the best fit is kept.
-    pub fn fit(points: &[(Vec<Stage>, f64)], prior: &Self) -> Self {
+    /// The weights that fit launches best, which come as the candidates of a point: `(stages, cycles)`. Least squares of relative
+    /// errors, none below zero; what the launches say nothing of stays near `prior`. Candidates are to be ranked: what the model
+    /// misses of all of a point's alike counts less, and what it misses of slow ones. Which steps wait for copies depends on the
+    /// weights, so they are fitted again and again; the best fit is kept.
+    pub fn fit(points: &[Vec<(Vec<Stage>, f64)>], prior: &Self) -> Self {
         const ROUNDS: usize = 12;
         /// A weight that is twice its prior counts as much as a launch that is missed by this part of its cycles.
         const HELD: f64 = 0.03;
-        let error = |weights: &Self| -> f64 {
-            points.iter().map(|(stages, cycles)| (weights.cycles(stages) / cycles - 1.0).powi(2)).sum()
-        };
+        /// What remains of an error that all candidates of a point have.
+        const ALIKE: f64 = 0.4;
         let mut best = (f64::INFINITY, Self::default());
         // Work so slow that no copy is waited for.
         let mut weights = Self([1e12; UNITS]);
         for _ in 0..ROUNDS {
-            let rows = points.iter().map(|(stages, cycles)| {
-                let (mut row, mut missing) = ([0.0; UNITS], 1.0);
-                for stage in stages {
-                    let (share, beside) = stage.exposed(weights.of(&stage.work));
-                    let times = stage.times / cycles;
-                    row.iter_mut().zip(stage.work).for_each(|(cell, unit)| *cell += times * share * unit);
-                    missing -= times * beside;
-                }
-                (row, missing)
+            let rows = points.iter().flat_map(|candidates| {
+                let least = candidates.iter().map(|of| of.1).fold(f64::INFINITY, f64::min);
+                let counts: Vec<f64> = candidates.iter().map(|of| least / of.1).collect();
+                let rows = candidates.iter().map(|(stages, cycles)| weights.row(stages, *cycles));
+                let rows: Vec<[f64; UNITS + 1]> = rows.collect();
+                let mean = |at: usize| {
+                    let sum: f64 = rows.iter().zip(&counts).map(|(row, count)| row[at] * count * count).sum();
+                    sum / counts.iter().map(|count| count * count).sum::<f64>()
+                };
+                let mean: [f64; UNITS + 1] = std::array::from_fn(mean);
+                let of = move |(row, count): ([f64; UNITS + 1], f64)| -> [f64; UNITS + 1] {
+                    std::array::from_fn(|at| count * (row[at] - (1.0 - ALIKE) * mean[at]))
+                };
+                rows.into_iter().zip(counts).map(of)
             });
             let held = prior.0.iter().enumerate().filter(|(_, weight)| **weight > 0.0).map(|(unit, weight)| {
-                let mut row = [0.0; UNITS];
-                row[unit] = HELD / weight;
-                (row, HELD)
+                let mut row = [0.0; UNITS + 1];
+                (row[unit], row[UNITS]) = (HELD / weight, HELD);
+                row
             });
-            weights = Self(least_squares(rows.chain(held).collect()));
-            let of = error(&weights);
-            if of < best.0 {
-                best = (of, weights);
+            let rows: Vec<_> = rows.chain(held).collect();
+            let error = |of: &Self| rows.iter().map(|row| (of.of(&row[..UNITS]) - row[UNITS]).powi(2)).sum::<f64>();
+            // Of the weights by which these rows were made: they say what is waited for.
+            let missed = error(&weights);
+            if missed < best.0 {
+                best = (missed, weights);
             }
+            weights = Self(least_squares(&rows));
         }
         best.1
     }
 
+    /// A launch as an equation: what is counted of each unit, in parts of its cycles, and of these what is not waited for.
+    fn row(&self, stages: &[Stage], cycles: f64) -> [f64; UNITS + 1] {
+        let mut row = [0.0; UNITS + 1];
+        row[UNITS] = 1.0;
+        for stage in stages {
+            let (share, beside) = stage.exposed(self.of(&stage.work));
+            let times = stage.times / cycles;
+            row.iter_mut().zip(stage.work).for_each(|(cell, unit)| *cell += times * share * unit);
+            row[UNITS] -= times * beside;
+        }
+        row
+    }
+
     /// Cycles of a step's work.
-    fn of(&self, work: &Work) -> f64 {
+    fn of(&self, work: &[f64]) -> f64 {
         self.0.iter().zip(work).map(|(weight, unit)| weight * unit).sum()
     }
 
@@ -142,11 +163,12 @@ impl Weights {
     }
 }
 
-/// The weights, none below zero, with which `(row, right side)` are missed least, going through them one by one.
-fn least_squares(rows: Vec<(Work, f64)>) -> Work {
+/// The weights, none below zero, with which the equations of `rows` are missed least, going through them one by one. The right
+/// side stands behind the units.
+fn least_squares(rows: &[[f64; UNITS + 1]]) -> Work {
     const ROUNDS: usize = 300;
     let mut weights = [0.0; UNITS];
-    let (rows, mut missing): (Vec<Work>, Vec<f64>) = rows.into_iter().unzip();
+    let mut missing: Vec<f64> = rows.iter().map(|row| row[UNITS]).collect();
     for _ in 0..ROUNDS {
         for unit in 0..UNITS {
             let squares: f64 = rows.iter().map(|row| row[unit] * row[unit]).sum();
@@ -274,24 +296,22 @@ pub fn points() -> &'static [Point] {
     &POINTS
 }
 
-/// Candidates of a family on a chip, as the fit takes them: the stages and the cycles of each.
-pub type Launches = ((&'static Family, Chip), Vec<(Vec<Stage>, f64)>);
+/// Points of a family on a chip, as the fit takes them: of each candidate its stages and cycles.
+pub type Launches = ((&'static Family, Chip), Vec<Vec<(Vec<Stage>, f64)>>);
 
 /// Launches of a kernel on record, by family and chip.
 pub fn launches<K: Kernel>(points: &[Point]) -> Vec<Launches> {
     let mut launches: Vec<Launches> = Vec::new();
     for point in points.iter().filter(|point| point.kernel == K::NAME) {
-        for (plan, cycles) in point.plans::<K>().unwrap_or_default() {
-            if let (Some(family), Some(stages)) = (K::family(plan.problem()), K::stages(&plan, point.batch.as_deref()))
-            {
-                let key = (family, point.chip);
-                let at = launches.iter().position(|(of, _)| *of == key).unwrap_or_else(|| {
-                    launches.push((key, vec![]));
-                    launches.len() - 1
-                });
-                launches[at].1.push((stages, cycles as f64));
-            }
-        }
+        let plans = point.plans::<K>().unwrap_or_default();
+        let Some(family) = plans.first().and_then(|(plan, _)| K::family(plan.problem())) else { continue };
+        let stages = |(plan, cycles)| Some((K::stages(&plan, point.batch.as_deref())?, cycles as f64));
+        let key = (family, point.chip);
+        let at = launches.iter().position(|(of, _)| *of == key).unwrap_or_else(|| {
+            launches.push((key, vec![]));
+            launches.len() - 1
+        });
+        launches[at].1.push(plans.into_iter().filter_map(stages).collect());
     }
     launches
 }
@@ -360,8 +380,9 @@ mod tests {
                 (stages, cycles)
             })
             .collect();
+        let points: Vec<_> = points.chunks(4).map(<[_]>::to_vec).collect();
         let fitted = Weights::fit(&points, &Weights::default());
-        for (stages, cycles) in &points {
+        for (stages, cycles) in points.iter().flatten() {
             assert!((fitted.cycles(stages) / cycles - 1.0).abs() < 0.02, "{fitted:?}");
         }
         // Of units that no launch has, the prior says all.
@@ -369,7 +390,8 @@ mod tests {
         prior.0[9] = 7.0;
         assert!((Weights::fit(&points, &prior).0[9] - 7.0).abs() < 1e-6);
         // What is noise in one unit never makes a weight negative.
-        let noisy: Vec<_> = points.iter().map(|(stages, of)| (stages.clone(), of + 9e3 / stages[0].work[3])).collect();
+        let noise = |(stages, of): &(Vec<Stage>, f64)| (stages.clone(), of + 9e3 / stages[0].work[3]);
+        let noisy: Vec<Vec<_>> = points.iter().map(|of| of.iter().map(noise).collect()).collect();
         assert!(Weights::fit(&noisy, &weights).0.iter().all(|&weight| weight >= 0.0));
     }
 

@@ -38,6 +38,7 @@ pub(super) const MIXED: Family = Family {
         "pages",
         "registers of logits masked",
         "registers of queries turned",
+        "places of pages in short blocks",
     ],
 };
 
@@ -61,6 +62,7 @@ pub(super) const DECODE: Family = Family {
         "pages",
         "masked steps",
         "keys cleared",
+        "pages of short blocks",
     ],
 };
 
@@ -106,6 +108,14 @@ fn most<T>(cores: &[T], load: impl Fn(&T) -> i64) -> usize {
 struct Steps {
     count: usize,
     pages: usize,
+    /// Where a block is short, its pages are asked for one by one: places for them in `mixed`, pages in `decode`.
+    asked: usize,
+}
+
+impl Steps {
+    fn add(&mut self, count: usize, pages: usize, asked: usize) {
+        *self = Self { count: self.count + count, pages: self.pages + pages, asked: self.asked + asked };
+    }
 }
 
 /// More forms than a KV block is worked on in: [`Plan::widths`], masked or not, the first of its entry or not.
@@ -198,12 +208,12 @@ fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
                 false => 0,
             };
             let steps = &mut of.steps[form];
+            let of_tiles = plan.tiles().kv_pages;
             let mut add = |width, masked, first, count: usize, pages: usize| {
-                let of = &mut steps[Mixed::form(width, masked, first)];
-                *of = Steps { count: of.count + count, pages: of.pages + pages };
+                let asked = if pages < count * of_tiles { of_tiles } else { 0 };
+                steps[Mixed::form(width, masked, first)].add(count, pages, asked);
             };
             let narrowest = |seen: usize| widths.iter().position(|&width| seen <= width).unwrap_or(widths.len() - 1);
-            let of_tiles = plan.tiles().kv_pages;
             let of_last = (kv_len - (stop - 1) * keys).div_ceil(problem.page_size).min(of_tiles);
             let last_width = narrowest(last - (stop - 1) * keys);
             let count = stop - begin;
@@ -327,6 +337,7 @@ fn stages_of_mixed(plan: &Plan, listed: usize, core: &Mixed) -> Vec<Stage> {
             let pages = steps.pages as f64 / steps.count as f64;
             let (matrix, logits) = (sizes.matrix_in_parts(rows, width), rows * width as f64 / REGISTER);
             let mut work: Work = [0.0; UNITS];
+            work[16] = steps.asked as f64 / steps.count as f64 * sizes.pieces;
             // A block's rows keep the matrix unit busy while keys are loaded; a band's do not.
             let [of_block, of_band] = [is_block, !is_block].map(|of| if of { 1.0 } else { 0.0 });
             work[6..15].copy_from_slice(&[
@@ -393,8 +404,8 @@ fn decoding_of<'b>(plan: &Plan, sequences: impl Iterator<Item = &'b Lengths>) ->
         let seen = of.kv_len - unseen * problem.page_size;
         let (whole, rest) = (seen / keys, seen % keys);
         let mut add = |width: usize, masked: bool, count: usize, pages: usize| {
-            let steps = &mut core.steps[width][usize::from(masked)];
-            *steps = Steps { count: steps.count + count, pages: steps.pages + pages };
+            let asked = if pages < count * of_tiles { pages } else { 0 };
+            core.steps[width][usize::from(masked)].add(count, pages, asked);
         };
         add(last, problem.sliding_window.is_some(), whole, whole * of_tiles);
         filled += whole;
@@ -427,6 +438,7 @@ fn stages_of_decode(plan: &Plan, listed: usize, core: &Decoding) -> Vec<Stage> {
             let (matrix, logits) = (sizes.matrix(rows, width), rows * width as f64 / REGISTER);
             let mut work: Work = [0.0; UNITS];
             let masked = masked as f64;
+            work[16] = steps.asked as f64 / steps.count as f64 * sizes.pieces;
             work[5..15].copy_from_slice(&[
                 1.0,
                 plan.head_block().div_ceil(heads_at_once(width)) as f64,
