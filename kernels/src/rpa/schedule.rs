@@ -38,7 +38,7 @@ pub(super) const MIXED: Family = Family {
         "pages",
         "registers of logits masked",
         "registers of queries turned",
-        "places of pages in short blocks",
+        "pages of short blocks",
     ],
 };
 
@@ -108,7 +108,7 @@ fn most<T>(cores: &[T], load: impl Fn(&T) -> i64) -> usize {
 struct Steps {
     count: usize,
     pages: usize,
-    /// Where a block is short, its pages are asked for one by one: places for them in `mixed`, pages in `decode`.
+    /// Those of short blocks, which are asked for one by one.
     asked: usize,
 }
 
@@ -210,7 +210,7 @@ fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
             let steps = &mut of.steps[form];
             let of_tiles = plan.tiles().kv_pages;
             let mut add = |width, masked, first, count: usize, pages: usize| {
-                let asked = if pages < count * of_tiles { of_tiles } else { 0 };
+                let asked = if pages < count * of_tiles { pages } else { 0 };
                 steps[Mixed::form(width, masked, first)].add(count, pages, asked);
             };
             let narrowest = |seen: usize| widths.iter().position(|&width| seen <= width).unwrap_or(widths.len() - 1);

@@ -37,7 +37,7 @@ mod projections;
 use pagoda_ir::{
     Element,
     mosaic::{
-        Builder, Dma, DotDims, MemorySpace, Precision, Ref, Semantics, Value,
+        Builder, Dma, DotDims, IntoOperand, MemorySpace, Precision, Ref, Semantics, Value,
         tiling::{LANES, SUBLANES},
     },
 };
@@ -561,26 +561,44 @@ impl<'a, 'p> Body<'a, 'p> {
         let (pages, page_size) = (self.plan.tiles().kv_pages, self.plan.problem().page_size);
         let first = block * pages;
         let begins = |page: usize| (first + page) * page_size;
-        let page = |page: usize| self.page(sequence, first + page, slot, page, &act);
-        if pages == 1 {
-            return page(0);
+        let page = |page: usize| self.page(sequence, first + page, slot, page * page_size, &act);
+        let start = |page: Value<'a>| (page * page_size).multiple_of(page_size);
+        let pages_to = |end: Value<'a>| {
+            self.k.for_range(0, end, |page| self.page(sequence, first + page, slot, start(page), &act));
+        };
+        // Loops: a branch for each page that there might be takes longer.
+        let all = || ((kv_len + (page_size as i64 - 1)) / page_size - first).minimum(pages as i64);
+        if let Some(fresh) = self.fused.as_ref().and_then(|fused| fused.written.fresh.as_ref()) {
+            let [of, next] = [sequence, sequence + 1].map(|sequence| self.metadata.first_row(sequence));
+            let before = kv_len - next + of;
+            return self.k.if_else(
+                begins(pages).less_equal(before),
+                || (0..pages).for_each(&page),
+                || {
+                    let old = (before / page_size - first).maximum(0);
+                    pages_to(old);
+                    self.k.for_range(old, all(), |page| {
+                        self.page_or_fresh(fresh, sequence, [first + page, start(page)], [kv_len, before], slot, &act);
+                    });
+                },
+            );
         }
-        self.k.if_else(
-            begins(pages - 1).less(kv_len),
-            || (0..pages).for_each(&page),
-            || {
-                page(0);
-                (1..pages - 1).for_each(|number| self.k.when(begins(number).less(kv_len), || page(number)));
-            },
-        );
+        match pages {
+            1 => page(0),
+            _ => self.k.if_else(begins(pages - 1).less(kv_len), || (0..pages).for_each(&page), || pages_to(all())),
+        }
     }
 
-    /// The copies of a sequence's page `number` to place `page` of a buffer.
-    fn page(&self, sequence: Value<'a>, number: Value<'a>, slot: Value<'a>, page: usize, act: &dyn Fn(Dma<'a>)) {
+    /// The copies of a sequence's page `number` to a buffer, from its token `start` on.
+    fn page(
+        &self,
+        sequence: Value<'a>,
+        number: Value<'a>,
+        slot: Value<'a>,
+        start: impl IntoOperand<'a> + Copy,
+        act: &dyn Fn(Dma<'a>),
+    ) {
         let (problem, heads) = (self.plan.problem(), self.plan.head_block());
-        if let Some(fresh) = self.fused.as_ref().and_then(|fused| fused.written.fresh.as_ref()) {
-            return self.page_or_fresh(fresh, sequence, number, slot, page, act);
-        }
         let [kv_rows, _] = problem.kv_layout().of_heads(heads).token_dims();
         let [_, pieces, _, _, lanes] = self.plan.kv_dims();
         let mut source = self.kv_pages.at(self.metadata.page(sequence, number));
@@ -589,7 +607,7 @@ impl<'a, 'p> Body<'a, 'p> {
         }
         for piece in 0..pieces {
             let lanes = source.slice(2, piece * lanes, lanes);
-            let destination = self.kv.at((slot, piece)).slice(0, page * problem.page_size, problem.page_size);
+            let destination = self.kv.at((slot, piece)).slice(0, start, problem.page_size);
             act(self.k.make_async_copy(lanes, destination.slice(1, 0, kv_rows), self.arrived.at(slot)));
         }
     }

@@ -274,43 +274,34 @@ impl<'a> Body<'a, '_> {
         }
     }
 
-    /// As [`Body::page`], where new tokens are in the core's own memory.
+    /// As [`Body::page`], of page `number` to a buffer's token `start`, of a sequence of `kv_len` tokens of which those behind the
+    /// `before` first ones are in the core's own memory.
     pub(super) fn page_or_fresh(
         &self,
         fresh: &Ref<'a>,
         sequence: Value<'a>,
-        number: Value<'a>,
+        [number, start]: [Value<'a>; 2],
+        [kv_len, before]: [Value<'a>; 2],
         slot: Value<'a>,
-        page: usize,
         act: &dyn Fn(Dma<'a>),
     ) {
         let (k, problem) = (self.k, self.plan.problem());
         let (size, rows) = (problem.page_size, self.plan.token_rows());
         let [_, pieces, keys, _, lanes] = self.plan.kv_dims();
-        let (kv_len, stop) = (self.metadata.kv_len(sequence), self.metadata.first_row(sequence + 1));
         let begin = number * size;
-        let old = (kv_len - stop + self.metadata.first_row(sequence) - begin).maximum(0);
-        let source = self.kv_pages.at(self.metadata.page(sequence, number));
-        let copy = |from: &Ref<'a>, first: Value<'a>, count: Option<Value<'a>>| {
+        let old = (before - begin).maximum(0);
+        let copy = |from: &Ref<'a>, first: Value<'a>, count: Value<'a>| {
             let most = from.dims()[0];
             for piece in 0..pieces {
                 let to = self.kv.at((slot, piece)).slice(0, first, most).slice(1, 0, rows);
-                let dma = k.make_async_copy(from.slice(2, piece * lanes, lanes), to, self.arrived.at(slot));
-                act(count.map_or(dma.clone(), |count| dma.first(count)));
+                act(k.make_async_copy(from.slice(2, piece * lanes, lanes), to, self.arrived.at(slot)).first(count));
             }
         };
-        let place = k.int((page * size) as i64);
-        k.if_else(
-            old.greater_equal(size),
-            || copy(&source, place, None),
-            || {
-                k.when(old.greater(0), || copy(&source, place, Some(old)));
-                let count = (kv_len - begin).minimum(size) - old;
-                let most = size.min(fresh.dims()[1]).min(keys);
-                let new = fresh.at(self.core).slice(0, stop - kv_len + begin + old, most);
-                copy(&new, place + old, Some(count));
-            },
-        );
+        k.when(old.greater(0), || copy(&self.kv_pages.at(self.metadata.page(sequence, number)), start, old));
+        let count = (kv_len - begin).minimum(size) - old;
+        let most = size.min(fresh.dims()[1]).min(keys);
+        let new = fresh.at(self.core).slice(0, self.metadata.first_row(sequence) + begin + old - before, most);
+        copy(&new, start + old, count);
     }
 
     /// Turns the first `rows` rows of an entry's queries, and brings them into order by head where heads are not whole tiles
