@@ -595,7 +595,7 @@ impl<'a, 'p> Body<'a, 'p> {
         sequence: Value<'a>,
         number: Value<'a>,
         slot: Value<'a>,
-        start: impl IntoOperand<'a> + Copy,
+        start: impl IntoOperand<'a>,
         act: &dyn Fn(Dma<'a>),
     ) {
         let (problem, heads) = (self.plan.problem(), self.plan.head_block());
