@@ -14,6 +14,9 @@ fn latency() -> Histogram {
     Histogram::new(exponential_buckets(1e-4, 2.0, 20))
 }
 
+/// `kind`, and which.
+type ByKind = [(&'static str, &'static str); 1];
+
 /// The metrics of a server.
 pub(super) struct Metrics {
     registry: Registry,
@@ -28,7 +31,7 @@ pub(super) struct Metrics {
     pub(super) rejected: Counter,
     pub(super) first_token: Histogram,
     pub(super) inter_token: Histogram,
-    host_calls: Family<[(&'static str, &'static str); 1], Histogram, fn() -> Histogram>,
+    host_calls: Family<ByKind, Histogram, fn() -> Histogram>,
 }
 
 impl Metrics {
