@@ -90,7 +90,7 @@ pub fn emit<'c, 'a>(
     let zeros = b.splat(Element::F32, &logits.dims()[..1], 0.0)?;
     let is_random = b.compare(parameters.temperature, Direction::Gt, zeros)?;
     let chosen = b.if_(
-        any(b, is_random)?,
+        b.reduce_or(is_random, &[0])?,
         |b| {
             let (token, valid) = draw(b, (top_k, top_p), (logits, max, is_random), parameters, keys)?;
             Ok(vec![b.select(b.and(is_random, valid)?, token, greedy)?])
@@ -140,12 +140,6 @@ fn draw<'c, 'a>(
     Ok((chosen, b.compare(weight, Direction::Gt, b.splat(Element::F32, rows, 0.0)?)?))
 }
 
-/// Whether one of `bool[rows]` holds: `bool[]`.
-fn any<'c, 'a>(b: &Builder<'c, 'a>, rows: Tensor<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-    let count = b.reduce_max(b.convert(rows, Element::I32)?, &[0])?;
-    b.compare(count, Direction::Gt, b.scalar(Element::I32, 0.0)?)
-}
-
 /// The logarithm of the probability that the model gives each row's token, before temperature and filters: logits
 /// `f32[rows, vocab]` and `tokens i32[rows]` to `f32[rows]`. Zeros, and no work, where no row of `wanted i32[rows]` asks for it.
 ///
@@ -160,7 +154,7 @@ pub fn log_probabilities<'c, 'a>(
     let dims = logits.dims();
     let wanted = b.compare(wanted, Direction::Gt, b.splat(Element::I32, &dims[..1], 0.0)?)?;
     let found = b.if_(
-        any(b, wanted)?,
+        b.reduce_or(wanted, &[0])?,
         |b| {
             let shifted = b.subtract(logits, b.broadcast_in_dim(b.reduce_max(logits, &[1])?, &dims, &[0])?)?;
             let total = b.log(b.reduce_sum(b.exponential(shifted)?, &[1])?)?;
@@ -202,7 +196,7 @@ fn keep_largest<'c, 'a>(
     let dims = weights.dims();
     let rows = &dims[..1];
     let kept = b.if_(
-        any(b, filtered)?,
+        b.reduce_or(filtered, &[0])?,
         |b| {
             let bits = b.bitcast_convert(weights, Element::I32)?;
             // Bit patterns of [0, 1] need 30 bits: set them from the top, keeping each that is still enough.
