@@ -169,6 +169,13 @@ impl Emitted {
         found.unwrap_or_else(|| panic!("{}\nno `{pattern}` above line {line}", self.text()))
     }
 
+    /// The first line from `line` on that holds all of `patterns`.
+    pub fn below(&self, line: usize, patterns: &[&str]) -> usize {
+        let holds = |&line: &usize| patterns.iter().all(|pattern| self.lines[line].contains(pattern));
+        let found = (line..self.lines.len()).find(holds);
+        found.unwrap_or_else(|| panic!("{}\nno {patterns:?} below line {line}", self.text()))
+    }
+
     /// The text with `new` instead of line `line`.
     pub fn with(&self, line: usize, new: &str) -> String {
         let mut lines = self.lines.clone();

@@ -2,7 +2,10 @@
 
 use pagoda_ir::{Element, tile_machine::FaultKind};
 
-use super::{Kind, KvRows, Precision, Problem, Rotary, Rpa, Spec, plan::Tiles};
+use super::{
+    Kind, KvRows, Precision, Problem, Rotary, Rpa, Spec,
+    plan::{Span, Tiles},
+};
 use crate::{
     chips::Chip,
     kernel::Kernel,
@@ -25,7 +28,7 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let prompts = [(1, 60), (0, 5), (3, 0), (13, 13), (110, 120), (9, 60), (2, 17)];
     let fused_decode = fused(Kind::Decode, Chip::V6e, [7, 6], &rows, FUSED_DECODE);
     let fused = fused(Kind::Mixed, Chip::V5p, [150, 4], &prompts, FUSED);
-    let plain = [set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, decode()];
+    let plain = [set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, spans(), decode()];
     plain.into_iter().chain([fused_decode, fused, narrow(), packed()]).collect()
 }
 
@@ -136,6 +139,32 @@ fn packed() -> MutantSet<Rpa> {
         ..Spec::default()
     };
     small(spec, &[(1, 60), (0, 5), (13, 13), (9, 41)], PACKED)
+}
+
+/// Blocks of 256 rows in two parts, of which the first sees less of a KV block of 256 keys, or nothing.
+fn spans() -> MutantSet<Rpa> {
+    let spec = Spec {
+        kind: Kind::Mixed,
+        precision: Precision::uniform(Element::Bf16),
+        tokens: 630,
+        q_heads: 4,
+        kv_heads: 1,
+        head_dim: 128,
+        page_size: 128,
+        pages: 8,
+        max_seqs: 4,
+        pages_per_seq: 4,
+        scale: 0.088,
+        ..Spec::default()
+    };
+    let problem = Problem::new(spec).expect("a problem");
+    let options = Options { tiles: Some(Tiles { queries: 256, kv_pages: 2 }), vmem_limit: None };
+    let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
+    let keys = |span: &Span| span.parts.iter().map(|&(_, keys)| keys).collect::<Vec<_>>();
+    assert_eq!(plan.spans().iter().map(keys).collect::<Vec<_>>(), [[0, 128], [128, 256], [256, 256]]);
+    let lengths = [(144, 144), (112, 112), (112, 180), (256, 280)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+    let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
+    MutantSet { plan, inputs, mutants: SPANS.to_vec(), superfluous: None }
 }
 
 /// KV blocks of two pages.
@@ -516,16 +545,42 @@ const LIVE: &[&str] = &["cmpi slt", "vector<8x"];
 const LIVE_VALUES: &[&str] = &["cmpi slt", "x128xi32>"];
 
 const WIDTHS: &[Mutant] = &[
-    ("many keys taken for few", |t| t.replaced(t.find(0, WIDTH), "sle", "sge"), Caught::Mismatch),
+    ("many keys taken for few", |t| t.replaced(is_wide(t), "sgt", "sle"), Caught::Mismatch),
     (
         "half of the keys where one more is seen",
-        |t| t.replaced(t.above(t.find(0, WIDTH), "constant 128 : i32"), "constant 128", "constant 200"),
+        |t| t.replaced(t.above(is_wide(t), "constant 128 : i32"), "constant 128", "constant 200"),
         Caught::Mismatch,
     ),
 ];
 
-/// The comparison of what is seen with half of a block.
-const WIDTH: &[&str] = &["cmpi sle", " : i32"];
+/// Of a kernel whose blocks have two parts.
+const SPANS: &[Mutant] = &[
+    (
+        "part of the rows with a tile of keys too few",
+        |t| t.replaced(t.above(is_wide(t), "constant 256 : i32"), "constant 256", "constant 300"),
+        Caught::Mismatch,
+    ),
+    (
+        "no keys for rows that see some",
+        |t| t.replaced(t.above(is_narrow(t), "constant 128 : i32"), "constant 128", "constant 250"),
+        Caught::Mismatch,
+    ),
+    (
+        "part of the rows without keys not begun",
+        |t| t.without(t.find(1, &["vector_store", "%acc,", "vector<1x512x128xf32>"])),
+        Caught::Fault(FaultKind::UnwrittenRead),
+    ),
+];
+
+/// The comparison of what is seen with what the narrower forms of a step have.
+fn is_wide(t: &Emitted) -> usize {
+    t.above(t.find(0, &["tpu.matmul"]), "cmpi sgt")
+}
+
+/// The next one, with what the narrowest form has.
+fn is_narrow(t: &Emitted) -> usize {
+    t.below(is_wide(t), &["cmpi sle", " : i32"])
+}
 
 /// Of the fused decode kernel.
 const FUSED_DECODE: &[Mutant] = {

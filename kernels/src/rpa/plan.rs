@@ -79,6 +79,8 @@ pub type Plan = plan::Plan<Rpa>;
 pub(super) const CHUNK: usize = 512;
 /// Most rows of a head's products that the planner chooses.
 const MAX_ROWS: usize = 2048;
+/// Forms of a block's step: each is text of its own.
+pub(super) const MAX_SPANS: usize = 5;
 /// Query rows and keys of a block that are worth a try.
 const QUERIES: [usize; 7] = [8, 16, 32, 64, 128, 256, 512];
 const KEYS: [usize; 9] = [128, 256, 384, 512, 768, 1024, 1536, 2048, 3072];
@@ -232,6 +234,32 @@ impl Plan {
         widths(self.keys())
     }
 
+    /// What of a KV block a block of rows may be worked on with, the least first; see [`Span`].
+    pub(super) fn spans(&self) -> Vec<Span> {
+        let (parts, keys) = (self.parts(), self.keys());
+        let quantum = keys.div_ceil(4).next_multiple_of(LANES);
+        let [.., last] = &parts[..] else { unreachable!("a block has rows") };
+        let end = last.row + last.rows;
+        let span = |bound: usize| {
+            // A row that is `above` the last one sees so many keys less.
+            let of = |part: &Part| {
+                let above = end - (part.row + part.rows);
+                (*part, bound.saturating_sub(above).next_multiple_of(quantum).min(keys))
+            };
+            Span { bound, parts: parts.iter().map(of).collect() }
+        };
+        let all = Span { bound: usize::MAX, parts: parts.iter().map(|part| (*part, keys)).collect() };
+        let narrow = (quantum..).step_by(quantum).map(span).take_while(|span| span.parts != all.parts);
+        let mut spans: Vec<Span> = narrow.take(MAX_SPANS - 1).collect();
+        spans.push(all);
+        spans
+    }
+
+    /// The parts that a block's rows are worked on in.
+    pub(super) fn parts(&self) -> Vec<Part> {
+        parts(self.block_rows(), self.problem())
+    }
+
     /// Rows of one KV head's matrix products: each query row once per head of the group.
     pub fn rows(&self) -> usize {
         self.block_rows() * self.problem().group()
@@ -375,6 +403,61 @@ impl EntryCost {
     pub fn of(&self, blocks: i64, lanes: i64) -> i64 {
         self.entry + blocks * self.block + lanes * self.lanes
     }
+}
+
+/// Rows of a block's products that are worked on at a time: of some query rows, some heads of each group. Rows of all parts are
+/// in order of the parts; within one by head, then by query row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    /// The first query row, counted from the entry's start, and how many.
+    pub row: usize,
+    pub rows: usize,
+    /// The first head of the group, and how many.
+    pub member: usize,
+    pub members: usize,
+}
+
+impl Part {
+    /// Rows of its products.
+    pub fn count(&self) -> usize {
+        self.members * self.rows
+    }
+
+    /// Where they begin among those of all parts, in groups of so many heads.
+    pub fn start(&self, group: usize) -> usize {
+        self.row * group + self.member * self.rows
+    }
+}
+
+/// What of a KV block the rows of a block are worked on with: each part with as many keys as its last row may see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Span {
+    /// Of the block's keys, the most that the block's last row may see.
+    pub bound: usize,
+    pub parts: Vec<(Part, usize)>,
+}
+
+impl Span {
+    /// Keys of the part that has most.
+    pub fn keys(&self) -> usize {
+        self.parts.iter().map(|&(_, keys)| keys).max().unwrap_or(0)
+    }
+}
+
+/// See [`Plan::parts`]: equal numbers of query rows, as many as have [`CHUNK`] rows of products, in whole tiles.
+fn parts(rows: usize, problem: &Problem) -> Vec<Part> {
+    let (group, tile) = (problem.group(), packed(problem));
+    let most = (CHUNK / group / tile * tile).max(tile);
+    let each = rows.div_ceil(rows.div_ceil(most)).next_multiple_of(tile);
+    let members = (CHUNK / each).clamp(1, group);
+    (0..rows)
+        .step_by(each)
+        .flat_map(|row| {
+            let rows = each.min(rows - row);
+            let of = move |member| Part { row, rows, member, members: members.min(group - member) };
+            (0..group).step_by(members).map(of)
+        })
+        .collect()
 }
 
 /// What a plan of the attention kernel holds beside what every plan holds.
@@ -705,6 +788,42 @@ mod tests {
         assert!(plan.vmem().total() < Bytes::mib(16), "{}", plan.vmem());
         assert_eq!((plan.head_block(), plan.grid()), (4, &[2][..]));
         assert_eq!(36 % plan.tiles().kv_pages, 0);
+    }
+
+    /// Parts hold each row of each head once, and each takes the tiles of keys that its last row sees.
+    #[test]
+    fn parts_take_the_keys_that_their_rows_see() {
+        for (q_heads, kv_heads) in [(32, 8), (16, 16), (28, 4), (8, 1), (71, 1)] {
+            for (queries, kv_pages) in [(8, 1), (16, 2), (24, 4), (128, 3), (256, 4), (512, 1)] {
+                let problem = Problem::new(Spec { q_heads, kv_heads, ..(*incident()).clone() }).unwrap();
+                let options = Options { tiles: Some(Tiles { queries, kv_pages }), vmem_limit: None };
+                let plan = Plan::new(problem, Chip::V6e, options).unwrap();
+                let (parts, group) = (plan.parts(), plan.problem().group());
+                let mut end = 0;
+                for part in &parts {
+                    assert_eq!(part.start(group), end, "{parts:?}");
+                    end += part.count();
+                }
+                assert_eq!(end, plan.rows(), "{parts:?}");
+                let keys = plan.keys() as i64;
+                for seen in 1..=keys + plan.block_rows() as i64 {
+                    let spans = plan.spans();
+                    let span = spans.iter().find(|span| seen <= span.bound as i64).unwrap_or(&spans[spans.len() - 1]);
+                    for (part, taken) in &span.parts {
+                        let needed = seen - (plan.block_rows() - part.row - part.rows) as i64;
+                        assert!(*taken as i64 >= needed.min(keys), "{seen}: {span:?}");
+                    }
+                }
+            }
+        }
+        let plan = Plan::new(
+            incident(),
+            Chip::V5p,
+            Options { tiles: Some(Tiles { queries: 256, kv_pages: 4 }), ..Options::default() },
+        );
+        let keys = |span: &Span| span.parts.iter().map(|&(_, keys)| keys).collect::<Vec<_>>();
+        let spans: Vec<_> = plan.unwrap().spans().iter().map(keys).collect();
+        assert_eq!(spans, [[0, 128], [128, 256], [256, 384], [384, 512], [512, 512]]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use pagoda_ir::{Element, mosaic::tiling::LANES};
 use super::{
     kv_layout::Half,
     mosaic::few_rows::heads_at_once,
-    plan::{self, CHUNK, Plan, Split, decode},
+    plan::{self, CHUNK, MAX_SPANS, Part, Plan, Split, decode},
     problem::Kind,
 };
 use crate::{
@@ -118,8 +118,8 @@ impl Steps {
     }
 }
 
-/// More forms than a KV block is worked on in: [`Plan::widths`], masked or not, the first of its entry or not.
-const FORMS: usize = 4 * 2 * 2;
+/// More forms than a KV block is worked on in: [`Plan::spans`] or [`Plan::widths`], masked or not, the first of its entry or not.
+const FORMS: usize = MAX_SPANS * 2 * 2;
 
 /// What a core does in a launch over any batch.
 #[derive(Clone, Copy, Debug, Default)]
@@ -136,8 +136,8 @@ impl Mixed {
     const BLOCK: usize = 0;
     const BAND: usize = 1;
 
-    const fn form(width: usize, masked: bool, first: bool) -> usize {
-        width * 4 + masked as usize * 2 + first as usize
+    const fn form(extent: usize, masked: bool, first: bool) -> usize {
+        extent * 4 + masked as usize * 2 + first as usize
     }
 }
 
@@ -145,7 +145,7 @@ impl Mixed {
 fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
     let problem = plan.problem();
     let (block, band, keys) = (plan.block_rows(), plan.band(), plan.keys());
-    let (widths, costs) = (plan.widths(), plan.costs());
+    let (bounds, costs) = ([plan.spans().iter().map(|span| span.bound).collect(), plan.widths()], plan.costs());
     let first_rows: Vec<usize> = std::iter::once(0)
         .chain(batch.iter().scan(0, |row, of| {
             *row += of.q_len;
@@ -207,26 +207,31 @@ fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
                 true => ((origin + 1).max(0) as usize / keys).min(stop).saturating_sub(begin),
                 false => 0,
             };
-            let steps = &mut of.steps[form];
-            let of_tiles = plan.tiles().kv_pages;
-            let mut add = |width, masked, first, count: usize, pages: usize| {
-                let asked = if pages < count * of_tiles { pages } else { 0 };
-                steps[Mixed::form(width, masked, first)].add(count, pages, asked);
+            let (of_tiles, bounds): (_, &[usize]) = (plan.tiles().kv_pages, &bounds[form]);
+            // The keys that an entry's last row sees, were it live; from the first block on that it does not see all of.
+            let seen = origin + if is_block { block as i64 } else { behind as i64 };
+            let extent = |number: usize| {
+                let seen = seen - (number * keys) as i64;
+                bounds.iter().position(|&bound| seen <= bound as i64).unwrap_or(bounds.len() - 1)
             };
-            let narrowest = |seen: usize| widths.iter().position(|&width| seen <= width).unwrap_or(widths.len() - 1);
-            let of_last = (kv_len - (stop - 1) * keys).div_ceil(problem.page_size).min(of_tiles);
-            let last_width = narrowest(last - (stop - 1) * keys);
-            let count = stop - begin;
-            // The first, those between, the last.
-            let pages = if count == 1 { of_last } else { of_tiles };
-            let width = if count == 1 { last_width } else { widths.len() - 1 };
-            add(width, unmasked == 0, is_block, 1, pages);
-            if count > 1 {
-                let between = unmasked.saturating_sub(1).min(count - 2);
-                add(widths.len() - 1, false, false, between, between * of_tiles);
-                add(widths.len() - 1, true, false, count - 2 - between, (count - 2 - between) * of_tiles);
-                add(last_width, true, false, 1, of_last);
+            let narrow = bounds.iter().rev().nth(1).map_or(stop, |&bound| (seen - bound as i64).max(0) as usize);
+            let [first_masked, tail] = [begin + unmasked, narrow.div_ceil(keys).clamp(begin + 1, stop)];
+            let mut add = |number: usize, count: usize| {
+                let is_last = number + 1 == stop;
+                let left = (kv_len - number * keys).div_ceil(problem.page_size);
+                let pages = if is_last { left.min(of_tiles) } else { count * of_tiles };
+                let asked = if pages < count * of_tiles { pages } else { 0 };
+                let form = Mixed::form(extent(number), number >= first_masked, is_block && number == begin);
+                of.steps[usize::from(!is_block)][form].add(count, pages, asked);
+            };
+            add(begin, 1);
+            let masked = first_masked.clamp(begin + 1, tail);
+            for [from, to] in [[begin + 1, masked], [masked, tail]] {
+                if to > from {
+                    add(from, to - from);
+                }
             }
+            (tail..stop).for_each(|number| add(number, 1));
         }
         of.load += costs[form].of(blocks, lanes);
     }
@@ -314,7 +319,7 @@ fn copy_rate(chip: Chip) -> (f64, f64) {
 }
 
 fn stages_of_mixed(plan: &Plan, listed: usize, core: &Mixed) -> Vec<Stage> {
-    let (problem, sizes, widths) = (plan.problem(), Sizes::of(plan), plan.widths());
+    let (problem, sizes) = (plan.problem(), Sizes::of(plan));
     let [block, band] = [plan.block_rows(), plan.band()].map(|rows| (rows * problem.group()) as f64);
     let turned = |rows: f64| if problem.head_dim.is_multiple_of(LANES) { 0.0 } else { sizes.row_registers(rows) };
     let mut launch = [0.0; UNITS];
@@ -331,26 +336,38 @@ fn stages_of_mixed(plan: &Plan, listed: usize, core: &Mixed) -> Vec<Stage> {
     launch[15] *= sizes.heads;
     let ahead = (plan.kv_buffers() - 1) as f64;
     let mut stages = vec![Stage::of(1.0, launch)];
-    for (is_block, rows, of_form) in [(true, block, &core.steps[0]), (false, band, &core.steps[1])] {
+    let spans: Vec<_> = plan.spans().into_iter().map(|span| span.parts).collect();
+    let of_band = Part { row: 0, rows: plan.band(), member: 0, members: problem.group() };
+    let widths: Vec<_> = plan.widths().into_iter().map(|width| vec![(of_band, width)]).collect();
+    for (is_block, extents, of_form) in [(true, spans, &core.steps[0]), (false, widths, &core.steps[1])] {
         for (form, steps) in of_form.iter().enumerate().filter(|(_, steps)| steps.count > 0) {
-            let (width, is_masked, is_first) = (widths[form / 4], form & 2 > 0, form & 1 > 0);
+            let (parts, is_masked, is_first) = (&extents[form / 4], form & 2 > 0, form & 1 > 0);
             let pages = steps.pages as f64 / steps.count as f64;
-            let (matrix, logits) = (sizes.matrix_in_parts(rows, width), rows * width as f64 / REGISTER);
             let mut work: Work = [0.0; UNITS];
             work[16] = steps.asked as f64 / steps.count as f64 * sizes.pieces;
             // A block's rows keep the matrix unit busy while keys are loaded; a band's do not.
-            let [of_block, of_band] = [is_block, !is_block].map(|of| if of { 1.0 } else { 0.0 });
-            work[6..15].copy_from_slice(&[
-                of_block,
-                sizes.heads * (rows / CHUNK as f64).ceil(),
-                of_band,
-                if width > WIDE_KEYS { sizes.heads * logits } else { 0.0 },
-                sizes.heads * matrix.max(logits * OPS_PER_REGISTER),
-                if is_first { 0.0 } else { sizes.heads * sizes.row_registers(rows) },
-                of_band * sizes.heads * sizes.kv_registers(width),
-                pages * sizes.pieces,
-                if is_masked { sizes.heads * logits } else { 0.0 },
-            ]);
+            work[if is_block { 6 } else { 8 }] = 1.0;
+            for &(part, width) in parts.iter().filter(|&&(_, width)| width > 0) {
+                let rows = part.count() as f64;
+                let (matrix, logits) = (sizes.matrix_in_parts(rows, width), rows * width as f64 / REGISTER);
+                let mut add = |unit: usize, of_head: f64| work[unit] += sizes.heads * of_head;
+                add(10, matrix.max(logits * OPS_PER_REGISTER));
+                if is_block {
+                    add(7, 1.0);
+                } else {
+                    add(12, sizes.kv_registers(width));
+                }
+                if width > WIDE_KEYS {
+                    add(9, logits);
+                }
+                if !is_first {
+                    add(11, sizes.row_registers(rows));
+                }
+                if is_masked {
+                    add(14, logits);
+                }
+            }
+            work[13] = pages * sizes.pieces;
             let copies = Copies { cycles: copies(plan, pages, 1), beside: ahead, among: ahead };
             stages.push(Stage { times: steps.count as f64, work, copies });
         }

@@ -23,8 +23,13 @@
 //! Online softmax (Milakov and Gimelshein, 2018) with maximum, sum and accumulator in f32, and powers of two: logits are
 //! scaled by `log2 e`, so that the hardware's `2^x` needs nothing before it. The query heads of a group are one matrix
 //! product with their KV head; its rows are ordered by head, then by query. A block's first step writes maximum, sum and
-//! accumulator and reads none of them. Where the rows see no more than a half or a quarter of a KV block, no more is worked
-//! on ([`Plan::widths`]). How keys and values come from a block is `block`'s matter, a step of a band that of `few_rows`.
+//! accumulator and reads none of them. How keys and values come from a block is `block`'s matter, a step of a band that of
+//! `few_rows`.
+//!
+//! A block's rows are worked on in parts ([`Part`](plan::Part)), and each part takes no more keys of a KV block than its last
+//! row sees, in whole tiles: of a prompt's last KV blocks the earlier parts take fewer ([`Plan::spans`]). The products of a part's
+//! queries and keys are written before the sums of the part before, so that the matrix unit has work while those are made.
+//! A band takes a quarter or a half of a KV block where its rows see no more ([`Plan::widths`]).
 //!
 //! Fused, a core first turns the keys of the new rows and writes their tokens into the pages; queries are turned when they
 //! arrive (`projections`).
@@ -53,7 +58,7 @@ use super::{
 };
 use crate::rpa::{
     batch::Batch,
-    plan::{self, CHUNK, Plan, Split},
+    plan::{self, Part, Plan, Split},
 };
 
 /// The kernel of `plan`, on `cores`; with a batch, of that batch only.
@@ -151,16 +156,6 @@ struct Stream<'a> {
     slot: Value<'a>,
     /// The segment whose blocks are fetched next, how many of them have been, and the buffer for the next one.
     ahead: [Value<'a>; 3],
-}
-
-/// How the rows of a head's products follow from an entry's rows.
-#[derive(Clone, Copy)]
-struct Rows {
-    /// Rows of each query head of the group.
-    per_head: usize,
-    /// The part that is worked on: first, and how many.
-    start: usize,
-    count: usize,
 }
 
 /// What a step has to do beside the online softmax.
@@ -466,27 +461,36 @@ impl<'a, 'p> Body<'a, 'p> {
         });
     }
 
-    /// The copies of an entry's rows of the output: one for each power of two in the number of its bands.
+    /// The copies of an entry's rows of the output: of a whole block or one band a single one, else one for each power of two in
+    /// the number of its bands.
     fn copy_results(&self, entry: Value<'a>, act: impl Fn(Dma<'a>)) {
         let k = self.k;
         let [row, rows, start] =
             [&self.entries.row, &self.entries.rows, &self.entries.start].map(|array| array.at(entry).load());
-        let most = self.plan.block_rows() / self.plan.band();
-        for power in (0..=most.ilog2()).rev() {
-            let count = self.plan.band() << power;
-            let copy = |done: Value<'a>| {
-                let from = self.results.slice(0, (row - start + done).multiple_of(self.plan.band()), count);
-                let to = self.columns_of(&self.out).slice(0, (row + done).multiple_of(self.plan.band()), count);
-                act(k.make_async_copy(from, to, self.sent.at(0)));
-                if let Some([lse, rows]) = &self.lse {
-                    let from = rows.slice(0, (row - start + done).multiple_of(self.plan.band()), count);
-                    let to = lse.slice(0, (row + done).multiple_of(self.plan.band()), count);
-                    act(k.make_async_copy(from, to, self.sent.at(1)));
-                }
-            };
-            match most {
-                1 => copy(k.int(0)),
-                _ => k.when((rows & count as i64).differs(0), || copy(rows & -(2 * count as i64))),
+        let (block, band) = (self.plan.block_rows(), self.plan.band());
+        let copy = |done: Value<'a>, count: usize| {
+            let from = self.results.slice(0, (row - start + done).multiple_of(band), count);
+            let to = self.columns_of(&self.out).slice(0, (row + done).multiple_of(band), count);
+            act(k.make_async_copy(from, to, self.sent.at(0)));
+            if let Some([lse, rows]) = &self.lse {
+                let from = rows.slice(0, (row - start + done).multiple_of(band), count);
+                let to = lse.slice(0, (row + done).multiple_of(band), count);
+                act(k.make_async_copy(from, to, self.sent.at(1)));
+            }
+        };
+        let whole = |count: usize| copy(k.int(0), count);
+        let powers = || {
+            for power in (0..=(block / band).ilog2()).rev() {
+                let count = band << power;
+                k.when((rows & count as i64).differs(0), || copy(rows & -(2 * count as i64), count));
+            }
+        };
+        match block / band {
+            1 => whole(band),
+            2 => k.if_else(rows.equals(block), || whole(block), || whole(band)),
+            _ => {
+                let part = || k.if_else(rows.equals(band), || whole(band), powers);
+                k.if_else(rows.equals(block), || whole(block), part);
             }
         }
     }
@@ -637,32 +641,34 @@ impl<'a, 'p> Body<'a, 'p> {
         let of_segment = self.segment(entry, segment);
         self.limit(&of_segment, rows);
         let [begin, stop] = [&self.segments.begin, &self.segments.stop].map(|array| array.at(segment).load());
-        let starts = (0..self.plan.rows()).step_by(CHUNK);
-        let parts: Vec<_> =
-            starts.map(|start| Rows { per_head: rows, start, count: CHUNK.min(self.plan.rows() - start) }).collect();
         let slot_of_queries = entry & 1;
+        let spans = self.plan.spans();
+        let bounds: Vec<_> = spans.iter().map(|span| span.bound).collect();
         let step = |block: Value<'a>, stream: Stream<'a>, is_first: bool| {
             self.step(&of_segment, block, stream, segments, |kv, first_key| {
-                let heads = |keys: usize, is_masked: bool| {
-                    for head in 0..self.plan.head_block() {
-                        let [key, value] = kv.keys_and_values(head, keys);
-                        for part in &parts {
-                            let queries = self.queries_of(slot_of_queries, head, part);
-                            self.update(head, part, queries, [key, value], first_key, Form { is_first, is_masked });
-                        }
-                    }
+                let parts = |parts: &[(Part, usize)], is_masked: bool| {
+                    self.parts(slot_of_queries, kv, parts, first_key, Form { is_first, is_masked });
                 };
-                let masked = || self.narrowest(&of_segment, kv, first_key, &|keys| heads(keys, true));
+                let [live, seen] = [of_segment.kv_len, of_segment.origin + rows as i64].map(|of| of - first_key);
+                let masked = || {
+                    self.narrowest(&bounds, seen, &|which| {
+                        self.clear(kv, live, spans[which].keys());
+                        parts(&spans[which].parts, true);
+                    });
+                };
                 match self.plan.has_inner_steps() {
                     false => masked(),
-                    true => k.if_else(self.sees_all(&of_segment, first_key), || heads(self.plan.keys(), false), masked),
+                    true => {
+                        let all = || parts(&spans[spans.len() - 1].parts, false);
+                        k.if_else(self.sees_all(&of_segment, first_key), all, masked);
+                    }
                 }
             })
         };
         let stream = step(begin, stream, true);
         let stream = k.fold_range(begin + 1, stop, stream, |block, stream| step(block, Stream::of(stream), false));
         self.reclaim(entry);
-        self.finish(rows);
+        self.finish(&self.plan.parts());
         stream
     }
 
@@ -687,33 +693,38 @@ impl<'a, 'p> Body<'a, 'p> {
     ) -> [Value<'a>; 4] {
         let (k, group) = (self.k, self.plan.problem().group());
         self.arrange_queries(entry, self.plan.band());
-        let part = Rows { per_head: self.plan.band(), start: 0, count: group * self.plan.band() };
+        let part = Part { row: 0, rows: self.plan.band(), member: 0, members: group };
         for head in 0..self.plan.head_block() {
             if self.plan.has_band() {
-                self.band.at(head).slice(0, 0, part.count).store(self.queries_of(entry & 1, head, &part));
+                self.band.at(head).slice(0, 0, part.count()).store(self.queries_of(entry & 1, head, &part));
             }
-            self.max.at(head).slice(0, 0, part.count).store(NONE);
-            self.sum.at(head).slice(0, 0, part.count).store(0.0);
-            self.acc.at(head).slice(0, 0, part.count).store(0.0);
+            self.max.at(head).slice(0, 0, part.count()).store(NONE);
+            self.sum.at(head).slice(0, 0, part.count()).store(0.0);
+            self.acc.at(head).slice(0, 0, part.count()).store(0.0);
         }
+        let widths = self.plan.widths();
         let stream = k.fold_range(segment, end, stream.flat(), |segment, stream| {
             let of_segment = self.segment(entry, segment);
             self.limit(&of_segment, self.plan.band());
             let [begin, stop] = [&self.segments.begin, &self.segments.stop].map(|array| array.at(segment).load());
             k.fold_range(begin, stop, stream, |block, stream| {
                 self.step(&of_segment, block, Stream::of(stream), segments, |kv, first_key| {
-                    self.narrowest(&of_segment, kv, first_key, &|keys| self.few_rows(&part, kv, keys, first_key));
+                    let [live, seen] = [of_segment.kv_len, of_segment.origin + of_segment.end].map(|of| of - first_key);
+                    self.narrowest(&widths, seen, &|which| {
+                        self.clear(kv, live, widths[which]);
+                        self.few_rows(&part, kv, widths[which], first_key);
+                    });
                 })
             })
         });
         self.reclaim(entry);
-        self.finish(self.plan.band());
+        self.finish(&[part]);
         stream
     }
 
     /// A step of the online softmax for the rows of a band.
-    fn few_rows(&self, rows: &Rows, block: &Block<'a>, keys: usize, first_key: Value<'a>) {
-        let of = |of: &Ref<'a>, head: usize| of.at(head).slice(0, 0, rows.count);
+    fn few_rows(&self, part: &Part, block: &Block<'a>, keys: usize, first_key: Value<'a>) {
+        let of = |of: &Ref<'a>, head: usize| of.at(head).slice(0, 0, part.count());
         let step = FewRows {
             k: self.k,
             problem: self.plan.problem(),
@@ -725,15 +736,15 @@ impl<'a, 'p> Body<'a, 'p> {
             keeps_maxima: true,
             queries: &|head| of(&self.band, head).load(),
             state: &|head| [&self.max, &self.sum, &self.acc].map(|state| of(state, head)),
-            seen: &|first, dims| Some(self.seen(rows, first_key + first as i64, dims)),
+            seen: &|first, dims| Some(self.seen(part, first_key + first as i64, dims)),
         };
         step.write(self.plan.head_block());
     }
 
-    /// Which keys from `first_key` on rows see: `[rows, keys]`.
-    fn seen(&self, rows: &Rows, first_key: Value<'a>, dims: &[usize]) -> Value<'a> {
+    /// Which keys from `first_key` on the rows of a part see: `[rows, keys]`.
+    fn seen(&self, part: &Part, first_key: Value<'a>, dims: &[usize]) -> Value<'a> {
         let (k, keys) = (self.k, dims[1]);
-        let last: Vec<_> = rows.pieces().map(|(_, start, count)| self.last.slice(0, start, count).load()).collect();
+        let last = vec![self.last.slice(0, part.row, part.rows).load(); part.members];
         let last = joined(k, &last, 0) - first_key;
         let index = k.iota(dims, 1);
         let seen = index.less_equal(broadcast_lanes(k, last, keys));
@@ -743,24 +754,26 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// Goes on with the fewest keys that hold what the segment's rows see of a block. Values behind the sequence's end are
-    /// zeros from then on.
-    fn narrowest(&self, segment: &Segment<'a>, kv: &Block<'a>, first_key: Value<'a>, of: &dyn Fn(usize)) {
-        let [live, seen] = [segment.kv_len - first_key, segment.origin + segment.end - first_key];
-        self.narrowest_of(&self.plan.widths(), seen, &|keys| {
-            self.k.when(live.less(keys), || kv.clear(live, keys));
-            of(keys);
-        });
+    /// Goes on with the first of `bounds`, which rise, that is not below `seen`, else with the last: `of(which)`. The last one,
+    /// which long contexts have most of, is looked at first.
+    fn narrowest(&self, bounds: &[usize], seen: Value<'a>, of: &dyn Fn(usize)) {
+        let [narrow @ .., most, _] = bounds else { return of(0) };
+        self.k.if_else(seen.greater(*most), || of(bounds.len() - 1), || self.first_of(narrow, seen, of));
     }
 
-    fn narrowest_of(&self, widths: &[usize], seen: Value<'a>, of: &dyn Fn(usize)) {
-        match *widths {
-            [] => {}
-            [width] => of(width),
-            [width, ref wider @ ..] => {
-                self.k.if_else(seen.less_equal(width), || of(width), || self.narrowest_of(wider, seen, of));
+    fn first_of(&self, bounds: &[usize], seen: Value<'a>, of: &dyn Fn(usize)) {
+        match bounds {
+            [] => of(0),
+            [bound, wider @ ..] => {
+                let wider = || self.first_of(wider, seen, &|which| of(which + 1));
+                self.k.if_else(seen.less_equal(*bound), || of(0), wider);
             }
         }
+    }
+
+    /// Overwrites values behind a sequence's end with zeros, among the first `keys` tokens of a block.
+    fn clear(&self, kv: &Block<'a>, live: Value<'a>, keys: usize) {
+        self.k.when(live.less(keys), || kv.clear(live, keys));
     }
 
     /// Writes down the last key of each of the first `rows` rows.
@@ -811,23 +824,22 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// The queries of rows of a KV head's products: `[count, head_dim]`.
-    fn queries_of(&self, slot: Value<'a>, kv_head: usize, rows: &Rows) -> Value<'a> {
+    /// The queries of the rows of a KV head's products: `[count, head_dim]`.
+    fn queries_of(&self, slot: Value<'a>, kv_head: usize, part: &Part) -> Value<'a> {
         let (k, problem) = (self.k, self.plan.problem());
         let (dim, group) = (problem.head_dim, problem.group());
-        let pieces: Vec<_> = rows
-            .pieces()
-            .map(|(member, start, count)| {
+        let pieces: Vec<_> = (part.member..part.member + part.members)
+            .map(|member| {
                 let head = kv_head * group + member;
                 match &self.by_head {
-                    Some(by_head) => by_head.at(head).slice(0, start, count).load(),
-                    None => self.queries.at(slot).slice(0, start, count).slice(1, head * dim, dim).load(),
+                    Some(by_head) => by_head.at(head).slice(0, part.row, part.rows).load(),
+                    None => self.queries.at(slot).slice(0, part.row, part.rows).slice(1, head * dim, dim).load(),
                 }
             })
             .collect();
         // Registers of narrow types hold 16 rows and more.
         let packed = SUBLANES * 4 / problem.precision.q.bytes();
-        match pieces.len() > 1 && pieces.iter().any(|piece| !piece.dims()[0].is_multiple_of(packed)) {
+        match pieces.len() > 1 && !part.rows.is_multiple_of(packed) {
             false => joined(k, &pieces, 0),
             true => {
                 let pieces: Vec<_> = pieces.iter().map(|piece| piece.cast(Element::F32)).collect();
@@ -836,39 +848,92 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// One head's step of the online softmax, for a part of its rows, over the keys from `first_key` on.
-    fn update(
+    /// A step of the online softmax for parts of a block's rows, each over so many keys from `first_key` on.
+    fn parts(
         &self,
-        head: usize,
-        rows: &Rows,
-        queries: Value<'a>,
-        [key, value]: [Value<'a>; 2],
+        slot: Value<'a>,
+        kv: &Block<'a>,
+        parts: &[(Part, usize)],
         first_key: Value<'a>,
-        form: Form,
+        Form { is_first, is_masked }: Form,
     ) {
-        let (k, problem, keys) = (self.k, self.plan.problem(), key.dims()[0]);
-        let (operand, [columns, _]) = (problem.precision.q, block::lanes(problem));
-        let precision = match operand {
+        let most = parts.iter().map(|&(_, keys)| keys).max().unwrap_or(0);
+        // The products of the next part stand before the sums of this one: the compiler does not move them there.
+        let mut last: Option<(usize, Part, Value<'a>, Value<'a>)> = None;
+        let update = |of: Option<(usize, Part, Value<'a>, Value<'a>)>| {
+            if let Some((head, part, logits, value)) = of {
+                self.update(head, &part, logits, value, is_first);
+            }
+        };
+        for head in 0..self.plan.head_block() {
+            let [key, value] = kv.keys_and_values(head, most);
+            for &(part, keys) in parts {
+                let of = |all: Value<'a>| all.slice(&[0, 0], &[keys, all.dims()[1]]);
+                if keys > 0 {
+                    let logits = self.logits(slot, head, &part, of(key), first_key, is_masked);
+                    update(last.replace((head, part, logits, of(value))));
+                } else if is_first {
+                    let [max, sum, acc] = self.state(head, &part);
+                    max.store(NONE);
+                    sum.store(0.0);
+                    acc.store(0.0);
+                }
+            }
+        }
+        update(last);
+    }
+
+    /// Maximum, sum and accumulator of a part's rows.
+    fn state(&self, head: usize, part: &Part) -> [Ref<'a>; 3] {
+        let start = part.start(self.plan.problem().group());
+        [&self.max, &self.sum, &self.acc].map(|of| of.at(head).slice(0, start, part.count()))
+    }
+
+    /// The precision of products.
+    fn precision(&self) -> Precision {
+        match self.plan.problem().precision.q {
             Element::F32 => Precision::Fp32,
             _ => Precision::Default,
-        };
-        let [max, sum, acc] = [&self.max, &self.sum, &self.acc].map(|of| of.at(head).slice(0, rows.start, rows.count));
-        let dims = [rows.count, keys];
-        let logits = k.dot_general(queries, key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
-        let logits = self.heads.logits(logits, head, problem);
-        let logits = match form.is_masked {
-            true => self.seen(rows, first_key, &dims).select(logits, MASKED),
+        }
+    }
+
+    /// The logits of a part's rows: `[rows, keys]`.
+    fn logits(
+        &self,
+        slot: Value<'a>,
+        head: usize,
+        part: &Part,
+        key: Value<'a>,
+        first_key: Value<'a>,
+        is_masked: bool,
+    ) -> Value<'a> {
+        let (k, problem, dims) = (self.k, self.plan.problem(), [part.count(), key.dims()[0]]);
+        let queries = self.queries_of(slot, head, part);
+        let zeros = k.zeros(Element::F32, &dims);
+        let product = k.dot_general(queries, key, zeros, &DotDims::nt(), self.precision());
+        let logits = self.heads.logits(product, head, problem);
+        match is_masked {
+            true => self.seen(part, first_key, &dims).select(logits, MASKED),
             false => logits,
-        };
+        }
+    }
+
+    /// Takes logits and values into the state of a part's rows.
+    fn update(&self, head: usize, part: &Part, logits: Value<'a>, value: Value<'a>, is_first: bool) {
+        let (k, keys) = (self.k, value.dims()[0]);
+        let (operand, [columns, _]) = (self.plan.problem().precision.q, block::lanes(self.plan.problem()));
+        let [max, sum, acc] = self.state(head, part);
         let largest = logits.max(1);
         let weigh = |new: Value<'a>| (logits - broadcast_lanes(k, new, keys)).exp2();
-        if form.is_first {
+        let product = |weights: Value<'a>, onto: Value<'a>| {
+            k.dot_general(weights.cast(operand), value, onto, &DotDims::nn(), self.precision())
+        };
+        if is_first {
             let new = k.splat(Element::F32, &max.dims(), NONE).maximum(largest);
             let weights = weigh(new);
             max.store(new);
             sum.store(by_lane(weights));
-            let zeros = k.zeros(Element::F32, &acc.dims());
-            acc.store(k.dot_general(weights.cast(operand), value, zeros, &DotDims::nn(), precision));
+            acc.store(product(weights, k.zeros(Element::F32, &acc.dims())));
             return;
         }
         let old = max.load();
@@ -877,19 +942,26 @@ impl<'a, 'p> Body<'a, 'p> {
         let weights = weigh(new);
         max.store(new);
         sum.store(rescale * sum.load() + by_lane(weights));
-        let rescaled = acc.load() * broadcast_lanes(k, rescale, columns);
-        acc.store(k.dot_general(weights.cast(operand), value, rescaled, &DotDims::nn(), precision));
+        acc.store(product(weights, acc.load() * broadcast_lanes(k, rescale, columns)));
     }
 
-    /// Divides, and writes `rows` rows of results. Rows that saw no key are zeros.
-    fn finish(&self, rows: usize) {
-        let (k, problem) = (self.k, self.plan.problem());
-        let (dim, heads) = (problem.head_dim, self.plan.head_block() * problem.group());
+    /// Divides, and writes the results of all rows of the parts. Rows that saw no key are zeros.
+    fn finish(&self, parts: &[Part]) {
+        for parts in parts.chunk_by(|one, other| one.row == other.row) {
+            self.finish_rows(parts);
+        }
+    }
+
+    /// Of parts that hold all heads of some rows.
+    fn finish_rows(&self, parts: &[Part]) {
+        let (k, problem, group) = (self.k, self.plan.problem(), self.plan.problem().group());
+        let Part { row: first_row, rows, .. } = parts[0];
+        let (dim, heads) = (problem.head_dim, self.plan.head_block() * group);
         let [columns, first] = block::lanes(problem);
         let mut lse_tile = None;
         let mut result = |head: usize| {
-            let (kv_head, start) = (head / problem.group(), head % problem.group() * rows);
-            let [max, sum, acc] = [&self.max, &self.sum, &self.acc].map(|of| of.at(kv_head).slice(0, start, rows));
+            let (kv_head, member) = (head / group, head % group);
+            let [max, sum, acc] = self.state(kv_head, &Part { row: first_row, rows, member, members: 1 });
             let [sum, acc] = [sum, acc].map(|of| of.load());
             let total = self.heads.total(kv_head, &max, sum, self.heads.sink(head));
             if let (Some(of_head), Some([_, lse_rows])) = (total.log_sum_exp, &self.lse) {
@@ -900,7 +972,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 };
                 lse_tile = Some(tile);
                 if lane + 1 == LANES || head + 1 == heads {
-                    lse_rows.slice(0, 0, rows).slice(1, head / LANES * LANES, LANES).store(tile);
+                    lse_rows.slice(0, first_row, rows).slice(1, head / LANES * LANES, LANES).store(tile);
                 }
             }
             // One step of Newton's method squares the estimate's error of some 1e-3. The largest weight of a row is 1; without a
@@ -911,7 +983,7 @@ impl<'a, 'p> Body<'a, 'p> {
             let factor = total.factor.map_or(factor, |by| factor * by);
             acc * broadcast_lanes(k, factor, columns)
         };
-        let results = self.results.slice(0, 0, rows);
+        let results = self.results.slice(0, first_row, rows);
         if self.by_head.is_none() {
             for head in 0..heads {
                 results.slice(1, head * dim, dim).store(result(head).cast(problem.precision.output));
@@ -961,18 +1033,5 @@ impl<'a> Stream<'a> {
 
     fn of([slot, ahead @ ..]: [Value<'a>; 4]) -> Self {
         Self { slot, ahead }
-    }
-}
-
-impl Rows {
-    /// The member of the group, its first row and how many, for each member that has rows in the part.
-    fn pieces(self) -> impl Iterator<Item = (usize, usize, usize)> {
-        let Self { per_head, start, count } = self;
-        let end = start + count;
-        (start / per_head..end.div_ceil(per_head)).map(move |member| {
-            let from = start.max(member * per_head);
-            let to = end.min((member + 1) * per_head);
-            (member, from - member * per_head, to - from)
-        })
     }
 }
