@@ -335,6 +335,21 @@ fn stacks_of_weights_are_exact_on_every_chip() {
     assert_exact(&plans.collect::<Vec<_>>());
 }
 
+/// The scale of a group that only the step knows. (On v4 libtpu keeps more for it than is planned.)
+#[test]
+fn scales_of_groups_are_exact_where_k_takes_steps() {
+    use matmul::{Layout, Quantized, plan::Tiles};
+    let plans = [Chip::V5e, Chip::V5p, Chip::V6e, Chip::Tpu7x].into_iter().flat_map(|chip| {
+        [(Layout::WeightTransposed, 128), (Layout::RowMajor, 512), (Layout::FeatureMajor, 64)].map(|(layout, group)| {
+            let quantized = Some(Quantized { weight: Element::I8, group: Some(group), activations: false });
+            let spec = matmul::Spec { layout, quantized, ..matmul::Spec::new([128, 1024, 512], Element::Bf16) };
+            let options = Options { tiles: Some(Tiles { m: 128, n: 256, k: 256 }), vmem_limit: None };
+            Plan::<Matmul>::new(Problem::new(spec).unwrap(), chip, options).unwrap()
+        })
+    });
+    assert_exact(&plans.collect::<Vec<_>>());
+}
+
 #[test]
 fn what_goes_wrong_is_an_error_here() {
     let program = Program { module: b"module { nonsense }", replicas: 1 };

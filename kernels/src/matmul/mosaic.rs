@@ -369,7 +369,9 @@ impl<'a, 'p> Body<'a, 'p> {
                 let scales = scale.slice(0, row.0, row.1).load();
                 self.k.iota(&scales.dims(), 1).equals(index).select(scales, 0.0).sum(1)
             }
-            _ => scale.slice(0, index, 1).slice(1, column.0, column.1).load(),
+            _ if self.plan.steps() == 1 => scale.slice(0, index, 1).slice(1, column.0, column.1).load(),
+            // Of a row that is known at run time only, libtpu (0.0.52) loads all columns or none.
+            _ => scale.slice(0, index, 1).load().slice(&[0, column.0], &[1, column.1]),
         }
     }
 

@@ -22,7 +22,8 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let pages_of_128 = [(1, 700), (0, 5), (13, 128), (8, 300), (1, 90)];
     let wide = set(8, 128, pages_of_128, WIDTHS);
     assert_eq!(wide.plan.widths(), [128, 256]);
-    let with_blocks = [(1, 96), (0, 5), (33, 77), (20, 41), (1, 10)];
+    // Blocks of one KV block, of two, and of more.
+    let with_blocks = [(1, 96), (0, 5), (33, 77), (20, 41), (25, 30)];
     // Fused, with rows that have no key, and rows of more than one run.
     let rows = [(1, 20), (1, 60), (0, 5), (1, 33), (1, 64), (1, 0), (1, 1)];
     let prompts = [(1, 60), (0, 5), (3, 0), (13, 13), (110, 120), (9, 60), (2, 17)];
@@ -151,7 +152,7 @@ fn spans() -> MutantSet<Rpa> {
         kv_heads: 1,
         head_dim: 128,
         page_size: 128,
-        pages: 8,
+        pages: 10,
         max_seqs: 4,
         pages_per_seq: 4,
         scale: 0.088,
@@ -162,7 +163,7 @@ fn spans() -> MutantSet<Rpa> {
     let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
     let keys = |span: &Span| span.parts.iter().map(|&(_, keys)| keys).collect::<Vec<_>>();
     assert_eq!(plan.spans().iter().map(keys).collect::<Vec<_>>(), [[0, 128], [128, 256], [256, 256]]);
-    let lengths = [(144, 144), (112, 112), (112, 180), (256, 280)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+    let lengths = [(144, 420), (112, 112), (112, 180), (256, 280)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
     let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
     MutantSet { plan, inputs, mutants: SPANS.to_vec(), superfluous: None }
 }
@@ -351,7 +352,7 @@ const MUTANTS: &[Mutant] = {
                 let next = t.find(1, &["tpu.enqueue_dma", QUERIES]);
                 t.other_slot(t.above(next, "memref_slice\"(%queries, "))
             },
-            Fault(ReadInFlight),
+            Fault(OverwriteInFlight),
         ),
         ("results not copied", |t| t.without(t.find(0, &["tpu.enqueue_dma", RESULTS])), Fault(Deadlock)),
         ("results written over", |t| t.without(t.find(0, &["tpu.wait_dma2", RESULTS])), Fault(OverwriteInFlight)),
@@ -377,12 +378,30 @@ const MUTANTS: &[Mutant] = {
 /// Of a kernel with blocks of 16 rows.
 const BLOCKS: &[Mutant] = {
     use Caught::{Fault, Mismatch};
-    use FaultKind::{Deadlock, UnwrittenRead};
+    use FaultKind::{Deadlock, OutOfBounds, OverwriteInFlight, UnwrittenRead};
     &[
         (
-            "accumulator of a block not written by its first step",
-            |t| t.without(t.find(0, &["vector_store", "vector<1x32x128xf32>", "%acc,"])),
+            "accumulator of a block not written by its only step",
+            |t| t.without(t.find(ONLY, ACCUMULATOR)),
             Fault(UnwrittenRead),
+        ),
+        (
+            "accumulator of a block not written by its first step",
+            |t| t.without(t.find(FIRST_STEP, ACCUMULATOR)),
+            Mismatch,
+        ),
+        (
+            "accumulator of a block not written by its last step",
+            |t| t.without(t.find(LAST_STEP, ACCUMULATOR)),
+            Mismatch,
+        ),
+        (
+            "results in place of queries that are still to be multiplied",
+            |t| {
+                let second_head = t.below(t.find(LAST_STEP, ACCUMULATOR), &["constant 128 : index"]);
+                t.replaced(second_head, "constant 128", "constant 512")
+            },
+            Mismatch,
         ),
         (
             "first step of a block without its own maximum",
@@ -394,11 +413,11 @@ const BLOCKS: &[Mutant] = {
             |t| t.without(t.find(0, &["tpu.enqueue_dma", "memref<16x1024xbf16, #tpu.memory_space<hbm>>, memref<!tpu"])),
             Fault(Deadlock),
         ),
-        ("rows of a block out of place", |t| t.changed(t.find(2, &["load %entry_start["]), "arith.addi", 8), Mismatch),
+        ("rows of a block out of place", |t| t.changed(t.find(3, &["load %entry_start["]), "arith.addi", 8), Mismatch),
         (
-            "rows of a shared band not kept",
-            |t| t.without(t.find(0, &["vector_store", "%shared,"])),
-            Fault(UnwrittenRead),
+            "a shared band sent beside the block's",
+            |t| t.without(t.below(join(t), &["tpu.wait_dma2"])),
+            Fault(OverwriteInFlight),
         ),
         (
             "a shared band's rows of the entry before",
@@ -409,14 +428,20 @@ const BLOCKS: &[Mutant] = {
         (
             "a band joined that is not shared",
             |t| t.replaced(t.above(join(t), "cmpi sgt"), "sgt", "sge"),
-            Fault(UnwrittenRead),
+            Fault(OutOfBounds),
         ),
     ]
 };
 
+/// The stores of a block's accumulators, of four heads each: of an only step, of a first one, of those in between, of a last one.
+const ACCUMULATOR: &[&str] = &["vector_store", "vector<1x32x128xf32>", "%acc,"];
+const ONLY: usize = 0;
+const FIRST_STEP: usize = 4;
+const LAST_STEP: usize = 12;
+
 /// Which rows of a shared band are an entry's own.
 fn join(t: &Emitted) -> usize {
-    t.above(t.find(0, &["vector.load %shared["]), "cmpi slt")
+    t.find(1, &["cmpi slt", "vector<8x128xi32>"])
 }
 
 const FULL_BLOCK: usize = 1;
@@ -545,10 +570,10 @@ const LIVE: &[&str] = &["cmpi slt", "vector<8x"];
 const LIVE_VALUES: &[&str] = &["cmpi slt", "x128xi32>"];
 
 const WIDTHS: &[Mutant] = &[
-    ("many keys taken for few", |t| t.replaced(is_wide(t), "sgt", "sle"), Caught::Mismatch),
+    ("many keys taken for few", |t| t.replaced(is_wide(t, 0), "sgt", "sle"), Caught::Mismatch),
     (
         "half of the keys where one more is seen",
-        |t| t.replaced(t.above(is_wide(t), "constant 128 : i32"), "constant 128", "constant 200"),
+        |t| t.replaced(t.above(is_wide(t, 0), "constant 128 : i32"), "constant 128", "constant 200"),
         Caught::Mismatch,
     ),
 ];
@@ -557,7 +582,7 @@ const WIDTHS: &[Mutant] = &[
 const SPANS: &[Mutant] = &[
     (
         "part of the rows with a tile of keys too few",
-        |t| t.replaced(t.above(is_wide(t), "constant 256 : i32"), "constant 256", "constant 300"),
+        |t| t.replaced(t.above(is_wide(t, LAST_PRODUCTS), "constant 256 : i32"), "constant 256", "constant 300"),
         Caught::Mismatch,
     ),
     (
@@ -565,21 +590,19 @@ const SPANS: &[Mutant] = &[
         |t| t.replaced(t.above(is_narrow(t), "constant 128 : i32"), "constant 128", "constant 250"),
         Caught::Mismatch,
     ),
-    (
-        "part of the rows without keys not begun",
-        |t| t.without(t.find(1, &["vector_store", "%acc,", "vector<1x512x128xf32>"])),
-        Caught::Fault(FaultKind::UnwrittenRead),
-    ),
 ];
 
+/// The first products of a block's last step, behind 10 of an only one, 4 of a first one, and 4 of those in between.
+const LAST_PRODUCTS: usize = 18;
+
 /// The comparison of what is seen with what the narrower forms of a step have.
-fn is_wide(t: &Emitted) -> usize {
-    t.above(t.find(0, &["tpu.matmul"]), "cmpi sgt")
+fn is_wide(t: &Emitted, products: usize) -> usize {
+    t.above(t.find(products, &["tpu.matmul"]), "cmpi sgt")
 }
 
 /// The next one, with what the narrowest form has.
 fn is_narrow(t: &Emitted) -> usize {
-    t.below(is_wide(t), &["cmpi sle", " : i32"])
+    t.below(is_wide(t, 0), &["cmpi sle", " : i32"])
 }
 
 /// Of the fused decode kernel.

@@ -79,6 +79,8 @@ pub type Plan = plan::Plan<Rpa>;
 pub(super) const CHUNK: usize = 512;
 /// Most rows of a head's products that the planner chooses.
 const MAX_ROWS: usize = 2048;
+/// Entries whose rows have a buffer: the one at work, the next, and the one before it.
+pub(super) const ENTRIES: usize = 3;
 /// Forms of a block's step: each is text of its own.
 pub(super) const MAX_SPANS: usize = 5;
 /// Query rows and keys of a block that are worth a try.
@@ -192,7 +194,7 @@ fn laid_out(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, spli
             Split::Heads => problem.kv_heads / head_block,
             Split::Sequences => chip.info().cores,
         }],
-        vmem: report(problem, chip, tiles, head_block, split),
+        vmem: report(problem, chip, tiles, head_block),
         smem: smem(problem) + lists(problem, tiles),
         spilling: spilling(problem, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: tiles.kv_pages * problem.page_size, split },
@@ -253,6 +255,28 @@ impl Plan {
         let mut spans: Vec<Span> = narrow.take(MAX_SPANS - 1).collect();
         spans.push(all);
         spans
+    }
+
+    /// Those of [`Plan::spans`] that a block's last step may have, or another one, which sees further keys. (Of a block that has
+    /// more rows than there are before it the last ones are not there, and count as if they saw keys.)
+    pub(super) fn spans_of(&self, is_last: bool) -> Vec<Span> {
+        let spans = self.spans();
+        let further = spans.iter().position(|span| span.bound > self.keys()).unwrap_or(spans.len() - 1);
+        match (self.finishes_in_steps(), is_last) {
+            (false, _) => spans,
+            (true, false) => spans[further..].to_vec(),
+            (true, true) => {
+                let [narrow @ .., all] = &spans[..] else { unreachable!("a block has rows") };
+                narrow.iter().take(further + 1).chain([all]).cloned().collect()
+            }
+        }
+    }
+
+    /// Whether the last step of a block writes the results: where no other part has some of a tile of lanes.
+    pub(super) fn finishes_in_steps(&self) -> bool {
+        let problem = self.problem();
+        let is_whole = |heads: usize| (heads * problem.head_dim).is_multiple_of(LANES);
+        !problem.log_sum_exp && self.parts().iter().all(|part| is_whole(part.member) && is_whole(part.members))
     }
 
     /// The parts that a block's rows are worked on in.
@@ -649,24 +673,17 @@ fn kv_buffers(problem: &Problem, tiles: Tiles, head_block: usize) -> usize {
 }
 
 /// Every VMEM buffer, in the order of the kernel's operands.
-fn report(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, split: Split) -> VmemReport {
+fn report(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize) -> VmemReport {
     let (types, [dim, _], group) = (problem.precision, lanes(problem), problem.group());
     let (rows, columns) = (tiles.queries * group, columns(problem, head_block));
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
     let by_head = (!problem.head_dim.is_multiple_of(LANES))
         .then(|| scratch("by_head", types.q, &[head_block * group, tiles.queries, dim]));
     let lanes = (!dim.is_multiple_of(LANES)).then(|| scratch("lanes", Element::F32, &[tiles.queries, LANES]));
-    let lse =
-        problem.log_sum_exp.then(|| scratch("lse_rows", Element::F32, &[tiles.queries, log_sum_exp_lanes(problem)]));
-    let first = [
-        scratch("queries", types.q, &[2, tiles.queries, columns]),
-        scratch("results", types.output, &[tiles.queries, columns]),
-    ];
-    let band = band(problem, chip);
-    let shared = shares_bands(problem, chip, tiles, split).then(|| {
-        let lse = problem.log_sum_exp.then(|| scratch("shared_lse", Element::F32, &[band, log_sum_exp_lanes(problem)]));
-        [scratch("shared", types.output, &[band, columns])].into_iter().chain(lse)
-    });
+    let lse = problem
+        .log_sum_exp
+        .then(|| scratch("lse_rows", Element::F32, &[ENTRIES, tiles.queries, log_sum_exp_lanes(problem)]));
+    let queries = scratch("queries", types.q, &[ENTRIES, tiles.queries, columns]);
     let of_band =
         has_band(problem, chip, tiles).then(|| scratch("band", types.q, &[head_block, group * packed(problem), dim]));
     let rest = [
@@ -679,15 +696,7 @@ fn report(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, split:
     let fused = problem.fused.map(|_| fused::buffers(problem, head_block, tiles.queries));
     let last = lse.into_iter().chain(fused.into_iter().flatten());
     VmemReport {
-        buffers: first
-            .into_iter()
-            .chain(shared.into_iter().flatten())
-            .chain(by_head)
-            .chain(lanes)
-            .chain(of_band)
-            .chain(rest)
-            .chain(last)
-            .collect(),
+        buffers: [queries].into_iter().chain(by_head).chain(lanes).chain(of_band).chain(rest).chain(last).collect(),
     }
 }
 

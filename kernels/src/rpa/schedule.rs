@@ -129,7 +129,8 @@ struct Mixed {
     /// Entries of one form, by form: blocks, then bands.
     entries: [usize; 2],
     segments: usize,
-    steps: [[Steps; FORMS]; 2],
+    /// By entry; of steps that are not an entry's last one, and of those that are.
+    steps: [[[Steps; FORMS]; 2]; 2],
 }
 
 impl Mixed {
@@ -145,7 +146,10 @@ impl Mixed {
 fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
     let problem = plan.problem();
     let (block, band, keys) = (plan.block_rows(), plan.band(), plan.keys());
-    let (bounds, costs) = ([plan.spans().iter().map(|span| span.bound).collect(), plan.widths()], plan.costs());
+    let of_blocks = |is_last| plan.spans_of(is_last).iter().map(|span| span.bound).collect();
+    // Of a step that is not the last one of its entry, and of the last one.
+    let bounds = [[of_blocks(false), of_blocks(true)], [plan.widths(), plan.widths()]];
+    let costs = plan.costs();
     let first_rows: Vec<usize> = std::iter::once(0)
         .chain(batch.iter().scan(0, |row, of| {
             *row += of.q_len;
@@ -207,22 +211,24 @@ fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
                 true => ((origin + 1).max(0) as usize / keys).min(stop).saturating_sub(begin),
                 false => 0,
             };
-            let (of_tiles, bounds): (_, &[usize]) = (plan.tiles().kv_pages, &bounds[form]);
+            let (of_tiles, bounds): (_, &[Vec<usize>; 2]) = (plan.tiles().kv_pages, &bounds[form]);
             // The keys that an entry's last row sees, were it live; from the first block on that it does not see all of.
             let seen = origin + if is_block { block as i64 } else { behind as i64 };
             let extent = |number: usize| {
-                let seen = seen - (number * keys) as i64;
+                let (seen, bounds) = (seen - (number * keys) as i64, &bounds[usize::from(number + 1 == stop)]);
                 bounds.iter().position(|&bound| seen <= bound as i64).unwrap_or(bounds.len() - 1)
             };
-            let narrow = bounds.iter().rev().nth(1).map_or(stop, |&bound| (seen - bound as i64).max(0) as usize);
-            let [first_masked, tail] = [begin + unmasked, narrow.div_ceil(keys).clamp(begin + 1, stop)];
+            let narrow = bounds[0].iter().rev().nth(1).map_or(stop, |&bound| (seen - bound as i64).max(0) as usize);
+            let narrow = narrow.div_ceil(keys).min(stop - 1);
+            let [first_masked, tail] = [begin + unmasked, narrow.max(begin + 1)];
             let mut add = |number: usize, count: usize| {
                 let is_last = number + 1 == stop;
                 let left = (kv_len - number * keys).div_ceil(problem.page_size);
                 let pages = if is_last { left.min(of_tiles) } else { count * of_tiles };
                 let asked = if pages < count * of_tiles { pages } else { 0 };
-                let form = Mixed::form(extent(number), number >= first_masked, is_block && number == begin);
-                of.steps[usize::from(!is_block)][form].add(count, pages, asked);
+                let (is_masked, is_first) = (number >= first_masked, is_block && number == begin);
+                let of_form = Mixed::form(extent(number), is_masked, is_first);
+                of.steps[form][usize::from(is_last)][of_form].add(count, pages, asked);
             };
             add(begin, 1);
             let masked = first_masked.clamp(begin + 1, tail);
@@ -336,10 +342,17 @@ fn stages_of_mixed(plan: &Plan, listed: usize, core: &Mixed) -> Vec<Stage> {
     launch[15] *= sizes.heads;
     let ahead = (plan.kv_buffers() - 1) as f64;
     let mut stages = vec![Stage::of(1.0, launch)];
-    let spans: Vec<_> = plan.spans().into_iter().map(|span| span.parts).collect();
+    let spans = |is_last| plan.spans_of(is_last).into_iter().map(|span| span.parts).collect();
     let of_band = Part { row: 0, rows: plan.band(), member: 0, members: problem.group() };
     let widths: Vec<_> = plan.widths().into_iter().map(|width| vec![(of_band, width)]).collect();
-    for (is_block, extents, of_form) in [(true, spans, &core.steps[0]), (false, widths, &core.steps[1])] {
+    let [blocks, bands] = &core.steps;
+    let forms = [
+        (true, spans(false), &blocks[0]),
+        (true, spans(true), &blocks[1]),
+        (false, widths.clone(), &bands[0]),
+        (false, widths, &bands[1]),
+    ];
+    for (is_block, extents, of_form) in forms {
         for (form, steps) in of_form.iter().enumerate().filter(|(_, steps)| steps.count > 0) {
             let (parts, is_masked, is_first) = (&extents[form / 4], form & 2 > 0, form & 1 > 0);
             let pages = steps.pages as f64 / steps.count as f64;
@@ -509,7 +522,7 @@ mod tests {
             let steps: usize = match problem.kind {
                 Kind::Mixed => {
                     let (_, cores) = mixed(plan, batch);
-                    cores.iter().flat_map(|core| core.steps).flatten().map(|steps| steps.count).sum()
+                    cores.iter().flat_map(|core| core.steps).flatten().flatten().map(|steps| steps.count).sum()
                 }
                 Kind::Decode => {
                     let cores = decoding(plan, batch);

@@ -9,21 +9,25 @@
 //!
 //! Each core lists its entries in SMEM first, from the last row to the first, so that of a sequence's blocks the one with
 //! the most keys comes first. Where a block's sequence begins within a band, the next entry has that band too, and writes both
-//! sequences' rows of it: it keeps what the block made of it. Where no page can be sliced by heads, an entry goes to the core
+//! sequences' rows of it, behind the block's. Where no page can be sliced by heads, an entry goes to the core
 //! that has less to do so far; a band where sequences meet is then an entry of its own, since its rows are one core's.
 //! Then the core walks the KV blocks of its segments as one stream:
 //!
 //! ```text
 //! copies    kv 0 | kv 1 | kv 2 | kv 3 ...            up to `Plan::kv_buffers` blocks ahead, whatever entry comes next
 //!           queries 0 | queries 1 |    ...           an entry ahead
-//! compute        kv 0 | kv 1 | finish | kv 2 | ...
-//! copies                            out 0 |          waited for when the next entry finishes
+//! compute        kv 0 | kv 1, finish | kv 2 | kv 3, finish | ...
+//! copies                                out 0 |        out 1 |          waited for an entry later
 //! ```
+//!
+//! An entry's results take the place of its queries, which nobody needs once its last products are made. So there are three
+//! buffers of rows: of the entry at work, of the next one, and of the one before.
 //!
 //! Online softmax (Milakov and Gimelshein, 2018) with maximum, sum and accumulator in f32, and powers of two: logits are
 //! scaled by `log2 e`, so that the hardware's `2^x` needs nothing before it. The query heads of a group are one matrix
 //! product with their KV head; its rows are ordered by head, then by query. A block's first step writes maximum, sum and
-//! accumulator and reads none of them. How keys and values come from a block is `block`'s matter, a step of a band that of
+//! accumulator and reads none of them; its last step makes the results of a part's rows while the products of the next part
+//! go on ([`Plan::finishes_in_steps`]). How keys and values come from a block is `block`'s matter, a step of a band that of
 //! `few_rows`.
 //!
 //! A block's rows are worked on in parts ([`Part`](plan::Part)), and each part takes no more keys of a KV block than its last
@@ -38,6 +42,8 @@
 //! *before* it (zero times NaN is NaN). Rows that see no key are written as zeros.
 
 mod projections;
+
+use std::ops::Range;
 
 use pagoda_ir::{
     Element,
@@ -77,13 +83,9 @@ struct Body<'a, 'p> {
     q: Ref<'a>,
     kv_pages: Ref<'a>,
     out: Ref<'a>,
-    /// Queries of this entry and of the next: `[2, rows, columns]`.
+    /// Queries of an entry, then its results; of this entry, of the next and of the one before: `[3, rows, columns]`.
     queries: Ref<'a>,
-    /// The rows of the output that are being written: `[rows, columns]`.
-    results: Ref<'a>,
-    /// Where entries share bands: what the entry before made of one.
-    shared: Option<Shared<'a>>,
-    /// In HBM, and of the rows that are being written: `[rows, lanes]`, a lane for each query head.
+    /// In HBM, `[rows, lanes]`, a lane for each query head; and of the entries' rows, `[3, rows, lanes]`.
     lse: Option<[Ref<'a>; 2]>,
     /// Where heads are not whole tiles of lanes: this entry's queries by head, `[q_heads, rows, columns]`.
     by_head: Option<Ref<'a>>,
@@ -107,10 +109,11 @@ struct Body<'a, 'p> {
     fused: Option<Fused<'a>>,
 }
 
-/// The band of results, and of log-sum-exps, that an entry shares with the one before.
-struct Shared<'a> {
-    results: Ref<'a>,
-    lse: Option<Ref<'a>>,
+/// An entry of the list, and the buffer that its queries come to and its results go from.
+#[derive(Clone, Copy)]
+struct Entry<'a> {
+    number: Value<'a>,
+    slot: Value<'a>,
 }
 
 /// The core's entries, an array in SMEM for each number.
@@ -163,6 +166,8 @@ struct Stream<'a> {
 struct Form {
     /// Nothing was seen before: maximum, sum and accumulator are written, not updated.
     is_first: bool,
+    /// Nothing is seen after: the results are written.
+    is_last: bool,
     /// Some rows do not see some of the keys.
     is_masked: bool,
 }
@@ -191,12 +196,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let written = written.map(|(cos_sin, kv_pages)| Written::declare(k, plan, cos_sin, kv_pages));
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let (block, columns) = (plan.block_rows(), plan.columns());
-        let queries = scratch("queries", types.q, &[2, block, columns]);
-        let results = scratch("results", types.output, &[block, columns]);
-        let shared = plan.shares_bands().then(|| Shared {
-            results: scratch("shared", types.output, &[plan.band(), columns]),
-            lse: lse.as_ref().map(|_| scratch("shared_lse", Element::F32, &[plan.band(), lse_lanes])),
-        });
+        let queries = scratch("queries", types.q, &[plan::ENTRIES, block, columns]);
         let by_head = (!problem.head_dim.is_multiple_of(LANES))
             .then(|| scratch("by_head", types.q, &[heads * problem.group(), block, dim]));
         let lanes = (!dim.is_multiple_of(LANES)).then(|| scratch("lanes", Element::F32, &[block, LANES]));
@@ -210,7 +210,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let max = scratch("max", Element::F32, &[heads, plan.rows(), LANES]);
         let sum = scratch("sum", Element::F32, &[heads, plan.rows(), LANES]);
         let acc = scratch("acc", Element::F32, &[heads, plan.rows(), dim]);
-        let lse = lse.map(|lse| [lse, scratch("lse_rows", Element::F32, &[block, lse_lanes])]);
+        let lse = lse.map(|lse| [lse, scratch("lse_rows", Element::F32, &[plan::ENTRIES, block, lse_lanes])]);
         let fused = written.map(|written| Fused::declare(k, plan, written));
         let in_smem = |name, len| k.scratch(name, MemorySpace::Smem, Element::I32, &[len]);
         let [entries, segments] = plan.list_lengths();
@@ -230,8 +230,8 @@ impl<'a, 'p> Body<'a, 'p> {
         };
         let metadata = metadata.of_batch(k, batch);
         let arrived = k.dma_semaphores("arrived", &[plan.kv_buffers()]);
-        let queries_arrived = k.dma_semaphores("queries_arrived", &[2]);
-        let sent = k.dma_semaphores("sent", &[if lse.is_some() { 2 } else { 1 }]);
+        let queries_arrived = k.dma_semaphores("queries_arrived", &[plan::ENTRIES]);
+        let sent = k.dma_semaphores("sent", &[plan::ENTRIES, if lse.is_some() { 2 } else { 1 }]);
         let (core, is_shared) = match cores {
             Cores::All => (step, plan.shares() > 1),
             Cores::One(core) => (k.int(core as i64), plan.shares() > 1),
@@ -252,8 +252,6 @@ impl<'a, 'p> Body<'a, 'p> {
             kv_pages,
             out,
             queries,
-            results,
-            shared,
             lse,
             by_head,
             lanes,
@@ -276,7 +274,8 @@ impl<'a, 'p> Body<'a, 'p> {
         let k = self.k;
         let new = self.fused.as_ref().map(|fused| (fused, self.begin_new_tokens(fused)));
         let [entries, segments] = self.list();
-        k.when(entries.greater(0), || self.copy_queries(k.int(0), |dma| dma.start()));
+        let first = Entry { number: k.int(0), slot: k.int(0) };
+        k.when(entries.greater(0), || self.copy_queries(first, |dma| dma.start()));
         if let Some((fused, chunks)) = new {
             self.write_new_tokens(fused, chunks);
         }
@@ -287,36 +286,53 @@ impl<'a, 'p> Body<'a, 'p> {
         if let Some(lanes) = &self.lanes {
             lanes.store(0.0);
         }
-        k.fold_range(0, entries, [k.int(0), ahead[0], ahead[1], ahead[2]], |entry, [slot, ahead @ ..]| {
-            k.when((entry + 1).less(entries), || self.copy_queries(entry + 1, |dma| dma.start()));
+        let state = [first.slot, k.int(0), ahead[0], ahead[1], ahead[2]];
+        let [slot, ..] = k.fold_range(0, entries, state, |number, [slot, stream @ ..]| {
+            let entry = Entry { number, slot };
+            let (next, stream) = (self.next_entry(entry), Stream::of(stream));
+            // The next entry has the buffer of the one before the last.
+            let last = self.entry_before(self.entry_before(entry));
+            k.when(last.number.greater_equal(0), || self.await_results(last));
+            k.when(next.number.less(entries), || self.copy_queries(next, |dma| dma.start()));
             self.copy_queries(entry, |dma| dma.wait());
-            let segment = self.entries.segment.at(entry).load();
-            let end = self.entries.segment.at(entry + 1).load();
-            let stream = Stream { slot, ahead };
+            let segment = self.entries.segment.at(number).load();
+            let end = self.entries.segment.at(number + 1).load();
             let stream = k.if_else(
                 segment.less(end),
                 || match self.plan.has_blocks() {
                     false => self.band(entry, [segment, end], stream, segments),
                     true => k.if_else(
-                        self.entries.rows.at(entry).load().greater(self.plan.band()),
+                        self.entries.rows.at(number).load().greater(self.plan.band()),
                         || self.block(entry, segment, stream, segments),
                         || self.band(entry, [segment, end], stream, segments),
                     ),
                 },
                 || {
-                    self.reclaim(entry);
-                    self.results.store(0.0);
+                    self.queries.at(slot).store(0.0);
                     if let Some([_, rows]) = &self.lse {
-                        rows.store(0.0);
+                        rows.at(slot).store(0.0);
                     }
                     stream.flat()
                 },
             );
-            self.join_shared(entry);
+            self.join(entry);
             self.copy_results(entry, |dma| dma.start());
-            stream
+            let [kv, segment, done, into] = stream;
+            [next.slot, kv, segment, done, into]
         });
-        k.when(entries.greater(0), || self.copy_results(entries - 1, |dma| dma.wait()));
+        let last = self.entry_before(Entry { number: entries, slot });
+        k.when(entries.greater(1), || self.await_results(self.entry_before(last)));
+        k.when(entries.greater(0), || self.copy_results(last, |dma| dma.wait()));
+    }
+
+    fn next_entry(&self, Entry { number, slot }: Entry<'a>) -> Entry<'a> {
+        let next = slot + 1;
+        Entry { number: number + 1, slot: next.equals(plan::ENTRIES).select(self.k.int(0), next) }
+    }
+
+    fn entry_before(&self, Entry { number, slot }: Entry<'a>) -> Entry<'a> {
+        let last = self.k.int(plan::ENTRIES as i64 - 1);
+        Entry { number: number - 1, slot: slot.equals(0).select(last, slot - 1) }
     }
 
     /// Lists what the core has to do: how many entries there are, and segments.
@@ -325,7 +341,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let band = self.plan.band() as i64;
         let bands = |rows: Value<'a>| (rows + (band - 1)) & -band;
         let sequences = self.metadata.sequences();
-        let shares_bands = self.shared.is_some();
+        let shares_bands = self.plan.shares_bands();
         let [of_block, of_band] = self.plan.costs();
         let total = self.metadata.first_row(sequences);
         let live = bands(total);
@@ -418,11 +434,11 @@ impl<'a, 'p> Body<'a, 'p> {
         [stop - begin, lanes].map(|of| is_one.select(of, 0))
     }
 
-    fn segment(&self, entry: Value<'a>, segment: Value<'a>) -> Segment<'a> {
+    fn segment(&self, entry: Entry<'a>, segment: Value<'a>) -> Segment<'a> {
         let of = &self.segments;
         let [sequence, first, end] = [&of.sequence, &of.first, &of.end].map(|array| array.at(segment).load());
         let kv_len = self.metadata.kv_len(sequence);
-        let origin = kv_len - self.metadata.first_row(sequence + 1) + self.entries.start.at(entry).load();
+        let origin = kv_len - self.metadata.first_row(sequence + 1) + self.entries.start.at(entry.number).load();
         Segment { sequence, kv_len, first, end, origin }
     }
 
@@ -437,15 +453,15 @@ impl<'a, 'p> Body<'a, 'p> {
     }
 
     /// The copy of an entry's queries, if it has segments.
-    fn copy_queries(&self, entry: Value<'a>, act: impl Fn(Dma<'a>)) {
+    fn copy_queries(&self, Entry { number: entry, slot }: Entry<'a>, act: impl Fn(Dma<'a>)) {
         let k = self.k;
-        let slot = entry & 1;
         let copy = |rows: usize| {
             let start = self.entries.start.at(entry).load().multiple_of(self.plan.band());
             let from = self.columns_of(&self.q).slice(0, start, rows);
             let to = self.queries.at(slot).slice(0, 0, rows);
             act(k.make_async_copy(from, to, self.queries_arrived.at(slot)));
             if let Some(fused) = &self.fused {
+                let slot = entry & 1;
                 let [from, to] = [fused.written.cos_sin.slice(0, start, rows), fused.angles.at(slot).slice(0, 0, rows)];
                 act(k.make_async_copy(from, to, fused.angles_arrived.at(slot)));
             }
@@ -463,19 +479,19 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// The copies of an entry's rows of the output: of a whole block or one band a single one, else one for each power of two in
     /// the number of its bands.
-    fn copy_results(&self, entry: Value<'a>, act: impl Fn(Dma<'a>)) {
+    fn copy_results(&self, Entry { number: entry, slot }: Entry<'a>, act: impl Fn(Dma<'a>)) {
         let k = self.k;
         let [row, rows, start] =
             [&self.entries.row, &self.entries.rows, &self.entries.start].map(|array| array.at(entry).load());
         let (block, band) = (self.plan.block_rows(), self.plan.band());
         let copy = |done: Value<'a>, count: usize| {
-            let from = self.results.slice(0, (row - start + done).multiple_of(band), count);
+            let from = self.queries.at(slot).slice(0, (row - start + done).multiple_of(band), count);
             let to = self.columns_of(&self.out).slice(0, (row + done).multiple_of(band), count);
-            act(k.make_async_copy(from, to, self.sent.at(0)));
+            act(k.make_async_copy(from, to, self.sent.at((slot, 0))));
             if let Some([lse, rows]) = &self.lse {
-                let from = rows.slice(0, (row - start + done).multiple_of(band), count);
+                let from = rows.at(slot).slice(0, (row - start + done).multiple_of(band), count);
                 let to = lse.slice(0, (row + done).multiple_of(band), count);
-                act(k.make_async_copy(from, to, self.sent.at(1)));
+                act(k.make_async_copy(from, to, self.sent.at((slot, 1))));
             }
         };
         let whole = |count: usize| copy(k.int(0), count);
@@ -495,46 +511,50 @@ impl<'a, 'p> Body<'a, 'p> {
         }
     }
 
-    /// Waits until the results of the entry before are on their way, so that this one's may be written; keeps those of a band
-    /// that both have.
-    fn reclaim(&self, entry: Value<'a>) {
-        self.k.when(entry.greater(0), || {
-            self.copy_results(entry - 1, |dma| dma.wait());
-            let Some(shared) = &self.shared else { return };
-            let [row, start] = [&self.entries.row, &self.entries.start].map(|array| array.at(entry - 1).load());
-            self.k.when((self.entries.row.at(entry).load() + self.entries.rows.at(entry).load()).greater(row), || {
-                let band =
-                    |rows: &Ref<'a>| rows.slice(0, (row - start).multiple_of(self.plan.band()), self.plan.band());
-                shared.results.store(band(&self.results).load());
-                if let (Some(kept), Some([_, rows])) = (&shared.lse, &self.lse) {
-                    kept.store(band(rows).load());
-                }
-            });
-        });
+    /// Waits until the results of an entry, which is not the last one, have left their buffer; the next one did, if it had to.
+    fn await_results(&self, entry: Entry<'a>) {
+        let wait = || self.copy_results(entry, |dma| dma.wait());
+        match self.plan.shares_bands() {
+            false => wait(),
+            true => self.k.when(self.is_joined(entry.number + 1).equals(0), wait),
+        }
     }
 
-    /// Puts the rows of a band that are the entry's before, which has kept them, behind its own.
-    fn join_shared(&self, entry: Value<'a>) {
-        let (k, band) = (self.k, self.plan.band());
-        let Some(shared) = &self.shared else { return };
-        let of = &self.entries;
-        let [row, rows, end, start] = [&of.row, &of.rows, &of.end, &of.start].map(|array| array.at(entry).load());
+    /// Whether an entry has a band of the one before it, too.
+    fn is_joined(&self, entry: Value<'a>) -> Value<'a> {
+        let [row, rows] = [&self.entries.row, &self.entries.rows].map(|of| of.at(entry).load());
         let before = self.entries.row.at((entry - 1).maximum(0)).load();
-        k.when(entry.greater(0) & (row + rows).greater(before), || {
-            let at = (row + rows - (start + band as i64)).multiple_of(band);
-            let join = |rows: &Ref<'a>, kept: &Ref<'a>, element: Element| {
-                let rows = rows.slice(0, at, band);
-                for column in (0..kept.dims()[1]).step_by(LANES) {
-                    let [rows, kept] = [&rows, kept].map(|of| of.slice(1, column, LANES));
+        entry.greater(0) & (row + rows).greater(before)
+    }
+
+    /// Puts the rows of a band that are the entry's before behind its own, and has that one's results written first.
+    fn join(&self, entry: Entry<'a>) {
+        let (k, band) = (self.k, self.plan.band());
+        if !self.plan.shares_bands() {
+            return;
+        }
+        let before = self.entry_before(entry);
+        k.when(self.is_joined(entry.number), || {
+            let of = &self.entries;
+            let [row, rows, end, start] = [&of.row, &of.rows, &of.end, &of.start].map(|of| of.at(entry.number).load());
+            let start_before = of.start.at(before.number).load();
+            let [at, at_before] =
+                [start, start_before].map(|start| (row + rows - band as i64 - start).multiple_of(band));
+            let join = |rows: &Ref<'a>, element: Element| {
+                let [own, other] =
+                    [(entry, at), (before, at_before)].map(|(of, at)| rows.at(of.slot).slice(0, at, band));
+                for column in (0..own.dims()[1]).step_by(LANES) {
+                    let [rows, kept] = [&own, &other].map(|of| of.slice(1, column, LANES));
                     let is_own = k.iota(&[band, LANES], 0).less(end - start - at);
                     let [own, other] = [&rows, &kept].map(|of| of.load().cast(Element::F32));
                     rows.store(is_own.select(own, other).cast(element));
                 }
             };
-            join(&self.results, &shared.results, self.plan.problem().precision.output);
-            if let (Some(kept), Some([_, rows])) = (&shared.lse, &self.lse) {
-                join(rows, kept, Element::F32);
+            join(&self.queries, self.plan.problem().precision.output);
+            if let Some([_, rows]) = &self.lse {
+                join(rows, Element::F32);
             }
+            self.copy_results(before, |dma| dma.wait());
         });
     }
 
@@ -635,20 +655,19 @@ impl<'a, 'p> Body<'a, 'p> {
     }
 
     /// A block of rows of one sequence.
-    fn block(&self, entry: Value<'a>, segment: Value<'a>, stream: Stream<'a>, segments: Value<'a>) -> [Value<'a>; 4] {
+    fn block(&self, entry: Entry<'a>, segment: Value<'a>, stream: Stream<'a>, segments: Value<'a>) -> [Value<'a>; 4] {
         let (k, rows) = (self.k, self.plan.block_rows());
         self.arrange_queries(entry, rows);
         let of_segment = self.segment(entry, segment);
         self.limit(&of_segment, rows);
         let [begin, stop] = [&self.segments.begin, &self.segments.stop].map(|array| array.at(segment).load());
-        let slot_of_queries = entry & 1;
-        let spans = self.plan.spans();
-        let bounds: Vec<_> = spans.iter().map(|span| span.bound).collect();
-        let step = |block: Value<'a>, stream: Stream<'a>, is_first: bool| {
+        let step = |block: Value<'a>, stream: Stream<'a>, [is_first, is_last]: [bool; 2]| {
             self.step(&of_segment, block, stream, segments, |kv, first_key| {
                 let parts = |parts: &[(Part, usize)], is_masked: bool| {
-                    self.parts(slot_of_queries, kv, parts, first_key, Form { is_first, is_masked });
+                    self.parts(entry, kv, parts, first_key, Form { is_first, is_last, is_masked });
                 };
+                let spans = self.plan.spans_of(is_last);
+                let bounds: Vec<_> = spans.iter().map(|span| span.bound).collect();
                 let [live, seen] = [of_segment.kv_len, of_segment.origin + rows as i64].map(|of| of - first_key);
                 let masked = || {
                     self.narrowest(&bounds, seen, &|which| {
@@ -656,7 +675,8 @@ impl<'a, 'p> Body<'a, 'p> {
                         parts(&spans[which].parts, true);
                     });
                 };
-                match self.plan.has_inner_steps() {
+                // Of the last block that they see, some rows do not see all.
+                match self.plan.has_inner_steps() && !is_last {
                     false => masked(),
                     true => {
                         let all = || parts(&spans[spans.len() - 1].parts, false);
@@ -665,10 +685,23 @@ impl<'a, 'p> Body<'a, 'p> {
                 }
             })
         };
-        let stream = step(begin, stream, true);
-        let stream = k.fold_range(begin + 1, stop, stream, |block, stream| step(block, Stream::of(stream), false));
-        self.reclaim(entry);
-        self.finish(&self.plan.parts());
+        let next = begin + 1;
+        let steps = |stop: Value<'a>| {
+            let stream = step(begin, stream, [true, false]);
+            k.fold_range(next, stop, stream, |block, stream| step(block, Stream::of(stream), [false; 2]))
+        };
+        if self.plan.finishes_in_steps() {
+            let only = || step(begin, stream, [true; 2]);
+            return k.if_else(stop.less_equal(next), only, || {
+                let last = stop - 1;
+                step(last, Stream::of(steps(last)), [false, true])
+            });
+        }
+        let stream = steps(stop);
+        let heads = self.plan.head_block() * self.plan.problem().group();
+        let mut rows: Vec<_> = self.plan.parts().iter().map(|part| [part.row, part.rows]).collect();
+        rows.dedup();
+        rows.into_iter().for_each(|rows| self.finish(entry, rows, 0..heads));
         stream
     }
 
@@ -686,7 +719,7 @@ impl<'a, 'p> Body<'a, 'p> {
     /// A band of rows of any sequences.
     fn band(
         &self,
-        entry: Value<'a>,
+        entry: Entry<'a>,
         [segment, end]: [Value<'a>; 2],
         stream: Stream<'a>,
         segments: Value<'a>,
@@ -696,7 +729,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let part = Part { row: 0, rows: self.plan.band(), member: 0, members: group };
         for head in 0..self.plan.head_block() {
             if self.plan.has_band() {
-                self.band.at(head).slice(0, 0, part.count()).store(self.queries_of(entry & 1, head, &part));
+                self.band.at(head).slice(0, 0, part.count()).store(self.queries_of(entry, head, &part));
             }
             self.max.at(head).slice(0, 0, part.count()).store(NONE);
             self.sum.at(head).slice(0, 0, part.count()).store(0.0);
@@ -717,8 +750,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 })
             })
         });
-        self.reclaim(entry);
-        self.finish(&[part]);
+        self.finish(entry, [0, part.rows], 0..self.plan.head_block() * group);
         stream
     }
 
@@ -785,7 +817,7 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// Brings the first `rows` rows of an entry's queries into the order in which products take them, turned where that was
     /// not done before.
-    fn arrange_queries(&self, entry: Value<'a>, rows: usize) {
+    fn arrange_queries(&self, entry: Entry<'a>, rows: usize) {
         match &self.fused {
             None => self.split_heads(entry, rows),
             Some(fused) => self.turn_queries(fused, entry, rows),
@@ -794,12 +826,12 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// Where heads are not whole tiles of lanes: brings the first `rows` rows of an entry's queries into order by head. Lanes
     /// behind a head's elements that products take are zeros.
-    fn split_heads(&self, entry: Value<'a>, rows: usize) {
+    fn split_heads(&self, entry: Entry<'a>, rows: usize) {
         let (k, problem) = (self.k, self.plan.problem());
         let Some(by_head) = &self.by_head else { return };
         let (dim, [columns, _]) = (problem.head_dim, block::lanes(problem));
         let tile = |index: usize| {
-            let tile = self.queries.at(entry & 1).slice(0, 0, rows).slice(1, index * LANES, LANES);
+            let tile = self.queries.at(entry.slot).slice(0, 0, rows).slice(1, index * LANES, LANES);
             tile.load().cast(Element::F32)
         };
         for head in 0..self.plan.head_block() * problem.group() {
@@ -825,7 +857,7 @@ impl<'a, 'p> Body<'a, 'p> {
     }
 
     /// The queries of the rows of a KV head's products: `[count, head_dim]`.
-    fn queries_of(&self, slot: Value<'a>, kv_head: usize, part: &Part) -> Value<'a> {
+    fn queries_of(&self, entry: Entry<'a>, kv_head: usize, part: &Part) -> Value<'a> {
         let (k, problem) = (self.k, self.plan.problem());
         let (dim, group) = (problem.head_dim, problem.group());
         let pieces: Vec<_> = (part.member..part.member + part.members)
@@ -833,7 +865,7 @@ impl<'a, 'p> Body<'a, 'p> {
                 let head = kv_head * group + member;
                 match &self.by_head {
                     Some(by_head) => by_head.at(head).slice(0, part.row, part.rows).load(),
-                    None => self.queries.at(slot).slice(0, part.row, part.rows).slice(1, head * dim, dim).load(),
+                    None => self.queries.at(entry.slot).slice(0, part.row, part.rows).slice(1, head * dim, dim).load(),
                 }
             })
             .collect();
@@ -849,20 +881,19 @@ impl<'a, 'p> Body<'a, 'p> {
     }
 
     /// A step of the online softmax for parts of a block's rows, each over so many keys from `first_key` on.
-    fn parts(
-        &self,
-        slot: Value<'a>,
-        kv: &Block<'a>,
-        parts: &[(Part, usize)],
-        first_key: Value<'a>,
-        Form { is_first, is_masked }: Form,
-    ) {
+    fn parts(&self, entry: Entry<'a>, kv: &Block<'a>, parts: &[(Part, usize)], first_key: Value<'a>, form: Form) {
         let most = parts.iter().map(|&(_, keys)| keys).max().unwrap_or(0);
         // The products of the next part stand before the sums of this one: the compiler does not move them there.
         let mut last: Option<(usize, Part, Value<'a>, Value<'a>)> = None;
+        let finish = |head: usize, part: &Part| {
+            if form.is_last {
+                self.finish_part(entry, head, part);
+            }
+        };
         let update = |of: Option<(usize, Part, Value<'a>, Value<'a>)>| {
             if let Some((head, part, logits, value)) = of {
-                self.update(head, &part, logits, value, is_first);
+                self.update(head, &part, logits, value, form.is_first);
+                finish(head, &part);
             }
         };
         for head in 0..self.plan.head_block() {
@@ -870,13 +901,20 @@ impl<'a, 'p> Body<'a, 'p> {
             for &(part, keys) in parts {
                 let of = |all: Value<'a>| all.slice(&[0, 0], &[keys, all.dims()[1]]);
                 if keys > 0 {
-                    let logits = self.logits(slot, head, &part, of(key), first_key, is_masked);
+                    let logits = self.logits(entry, head, &part, of(key), first_key, form.is_masked);
                     update(last.replace((head, part, logits, of(value))));
-                } else if is_first {
-                    let [max, sum, acc] = self.state(head, &part);
-                    max.store(NONE);
-                    sum.store(0.0);
-                    acc.store(0.0);
+                    continue;
+                }
+                // Rows that see nothing of a first KV block are not the entry's, and nobody copies their results.
+                match form.is_first {
+                    true if form.is_last => {}
+                    true => {
+                        let [max, sum, acc] = self.state(head, &part);
+                        max.store(NONE);
+                        sum.store(0.0);
+                        acc.store(0.0);
+                    }
+                    false => finish(head, &part),
                 }
             }
         }
@@ -900,7 +938,7 @@ impl<'a, 'p> Body<'a, 'p> {
     /// The logits of a part's rows: `[rows, keys]`.
     fn logits(
         &self,
-        slot: Value<'a>,
+        entry: Entry<'a>,
         head: usize,
         part: &Part,
         key: Value<'a>,
@@ -908,7 +946,7 @@ impl<'a, 'p> Body<'a, 'p> {
         is_masked: bool,
     ) -> Value<'a> {
         let (k, problem, dims) = (self.k, self.plan.problem(), [part.count(), key.dims()[0]]);
-        let queries = self.queries_of(slot, head, part);
+        let queries = self.queries_of(entry, head, part);
         let zeros = k.zeros(Element::F32, &dims);
         let product = k.dot_general(queries, key, zeros, &DotDims::nt(), self.precision());
         let logits = self.heads.logits(product, head, problem);
@@ -945,21 +983,18 @@ impl<'a, 'p> Body<'a, 'p> {
         acc.store(product(weights, acc.load() * broadcast_lanes(k, rescale, columns)));
     }
 
-    /// Divides, and writes the results of all rows of the parts. Rows that saw no key are zeros.
-    fn finish(&self, parts: &[Part]) {
-        for parts in parts.chunk_by(|one, other| one.row == other.row) {
-            self.finish_rows(parts);
-        }
+    /// Divides, and writes the results of a part's rows of a KV head.
+    fn finish_part(&self, entry: Entry<'a>, kv_head: usize, part: &Part) {
+        let first = kv_head * self.plan.problem().group() + part.member;
+        self.finish(entry, [part.row, part.rows], first..first + part.members);
     }
 
-    /// Of parts that hold all heads of some rows.
-    fn finish_rows(&self, parts: &[Part]) {
+    /// Divides, and writes the results of heads of some rows, and all heads' log-sum-exps. Rows that saw no key are zeros.
+    fn finish(&self, entry: Entry<'a>, [first_row, rows]: [usize; 2], heads: Range<usize>) {
         let (k, problem, group) = (self.k, self.plan.problem(), self.plan.problem().group());
-        let Part { row: first_row, rows, .. } = parts[0];
-        let (dim, heads) = (problem.head_dim, self.plan.head_block() * group);
-        let [columns, first] = block::lanes(problem);
+        let (end, [columns, _]) = (heads.end, block::lanes(problem));
         let mut lse_tile = None;
-        let mut result = |head: usize| {
+        self.write_results(entry, [first_row, rows], heads, |head| {
             let (kv_head, member) = (head / group, head % group);
             let [max, sum, acc] = self.state(kv_head, &Part { row: first_row, rows, member, members: 1 });
             let [sum, acc] = [sum, acc].map(|of| of.load());
@@ -971,8 +1006,9 @@ impl<'a, 'p> Body<'a, 'p> {
                     _ => of_head,
                 };
                 lse_tile = Some(tile);
-                if lane + 1 == LANES || head + 1 == heads {
-                    lse_rows.slice(0, first_row, rows).slice(1, head / LANES * LANES, LANES).store(tile);
+                if lane + 1 == LANES || head + 1 == end {
+                    let lse_rows = lse_rows.at(entry.slot).slice(0, first_row, rows);
+                    lse_rows.slice(1, head / LANES * LANES, LANES).store(tile);
                 }
             }
             // One step of Newton's method squares the estimate's error of some 1e-3. The largest weight of a row is 1; without a
@@ -982,17 +1018,29 @@ impl<'a, 'p> Body<'a, 'p> {
             let factor = estimate * (2.0 - sum * estimate);
             let factor = total.factor.map_or(factor, |by| factor * by);
             acc * broadcast_lanes(k, factor, columns)
-        };
-        let results = self.results.slice(0, first_row, rows);
+        });
+    }
+
+    /// Writes `result(head)` of some rows, head by head. Of heads that share tiles of lanes with others these must be among them.
+    fn write_results(
+        &self,
+        entry: Entry<'a>,
+        [first_row, rows]: [usize; 2],
+        heads: Range<usize>,
+        mut result: impl FnMut(usize) -> Value<'a>,
+    ) {
+        let (k, problem) = (self.k, self.plan.problem());
+        let (dim, [_, first]) = (problem.head_dim, block::lanes(problem));
+        let results = self.queries.at(entry.slot).slice(0, first_row, rows);
         if self.by_head.is_none() {
-            for head in 0..heads {
+            for head in heads {
                 results.slice(1, head * dim, dim).store(result(head).cast(problem.precision.output));
             }
             return;
         }
         // A tile of columns holds the ends of some heads.
         let mut tile = k.zeros(Element::F32, &[rows, LANES]);
-        for head in 0..heads {
+        for head in heads.clone() {
             let result = result(head);
             let lanes = self.lanes.as_ref().map(|lanes| lanes.slice(0, 0, rows));
             if let Some(lanes) = &lanes {
@@ -1016,7 +1064,7 @@ impl<'a, 'p> Body<'a, 'p> {
                     _ => k.iota(&[rows, LANES], 1).less(lane).select(tile, moved),
                 };
                 done += count;
-                if lane + count == LANES || (done == dim && head + 1 == heads) {
+                if lane + count == LANES || (done == dim && head + 1 == heads.end) {
                     let columns = results.slice(1, to / LANES * LANES, LANES);
                     columns.store(tile.cast(problem.precision.output));
                 }

@@ -16,7 +16,7 @@ use pagoda_ir::{
 
 use super::{
     super::fused::{Angles, head, store_tokens},
-    Body,
+    Body, Entry,
 };
 use crate::rpa::{
     kv_layout::Half,
@@ -306,13 +306,13 @@ impl<'a> Body<'a, '_> {
 
     /// Turns the first `rows` rows of an entry's queries, and brings them into order by head where heads are not whole tiles
     /// of lanes.
-    pub(super) fn turn_queries(&self, fused: &Fused<'a>, entry: Value<'a>, rows: usize) {
-        let (k, problem, slot) = (self.k, self.plan.problem(), entry & 1);
+    pub(super) fn turn_queries(&self, fused: &Fused<'a>, entry: Entry<'a>, rows: usize) {
+        let (k, problem, slot) = (self.k, self.plan.problem(), entry.number & 1);
         let (dim, step, element) = (problem.head_dim, plan::fused::step(rows), problem.precision.q);
         let turn = |start: Value<'a>| {
             let rows_of = |array: &Ref<'a>| array.slice(0, start, step);
             let angles = Angles::load(k, &rows_of(&fused.angles.at(slot)), fused.wide.as_ref());
-            let queries = rows_of(&self.queries.at(slot));
+            let queries = rows_of(&self.queries.at(entry.slot));
             for of in 0..self.plan.head_block() * problem.group() {
                 let turned = angles.turn(k, dim, &head(k, dim, &queries, of * dim));
                 match &self.by_head {
