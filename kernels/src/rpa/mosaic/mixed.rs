@@ -30,7 +30,7 @@
 //! go on ([`Plan::finishes_in_steps`]). How keys and values come from a block is `block`'s matter, a step of a band that of
 //! `few_rows`.
 //!
-//! A block's rows are worked on in parts ([`Part`](plan::Part)), and each part takes no more keys of a KV block than its last
+//! A block's rows are worked on in parts ([`Part`]), and each part takes no more keys of a KV block than its last
 //! row sees, in whole tiles: of a prompt's last KV blocks the earlier parts take fewer ([`Plan::spans`]). The products of a part's
 //! queries and keys are written before the sums of the part before, so that the matrix unit has work while those are made.
 //! A band takes a quarter or a half of a KV block where its rows see no more ([`Plan::widths`]).
