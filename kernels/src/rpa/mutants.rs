@@ -57,13 +57,8 @@ fn fused(
         fused: Some(Rotary::HalfSplit),
         ..Spec::default()
     };
-    let problem = Problem::new(spec).expect("a problem");
     let queries = if kind == Kind::Decode { 8 } else { 16 };
-    let options = Options { tiles: Some(Tiles { queries, kv_pages: 2 }), vmem_limit: None };
-    let plan = Plan::new(problem.clone(), chip, options).expect("legal tiles");
-    let lengths: Vec<_> = lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
-    let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
-    MutantSet { plan, inputs, mutants: mutants.to_vec(), superfluous: None }
+    of_plan(spec, chip, [queries, 2], lengths, mutants)
 }
 
 /// What writes the rows of idle sequences, which only fused attention may be given.
@@ -89,14 +84,9 @@ fn decode() -> MutantSet<Rpa> {
         soft_cap: None,
         ..Spec::default()
     };
-    let problem = Problem::new(spec).expect("a problem");
-    let options = Options { tiles: Some(Tiles { queries: 8, kv_pages: 4 }), vmem_limit: None };
-    let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
     // One of whole blocks stands between others, behind as many blocks as there are buffers.
     let lengths = [(1, 640), (0, 5), (1, 256), (1, 20), (1, 129), (1, 64), (1, 300)];
-    let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
-    let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
-    MutantSet { plan, inputs, mutants: DECODE.to_vec(), superfluous: Some(IDLE) }
+    MutantSet { superfluous: Some(IDLE), ..of_plan(spec, Chip::V5p, [8, 4], &lengths, DECODE) }
 }
 
 /// Decode over a cache of floats of 8 bits, those of one head most of them subnormal; sinks, log-sum-exps.
@@ -158,21 +148,28 @@ fn spans() -> MutantSet<Rpa> {
         scale: 0.088,
         ..Spec::default()
     };
-    let problem = Problem::new(spec).expect("a problem");
-    let options = Options { tiles: Some(Tiles { queries: 256, kv_pages: 2 }), vmem_limit: None };
-    let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
+    let set = of_plan(spec, Chip::V5p, [256, 2], &[(144, 420), (112, 112), (112, 180), (256, 280)], SPANS);
     let keys = |span: &Span| span.parts.iter().map(|&(_, keys)| keys).collect::<Vec<_>>();
-    assert_eq!(plan.spans().iter().map(keys).collect::<Vec<_>>(), [[0, 128], [128, 256], [256, 256]]);
-    let lengths = [(144, 420), (112, 112), (112, 180), (256, 280)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
-    let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
-    MutantSet { plan, inputs, mutants: SPANS.to_vec(), superfluous: None }
+    assert_eq!(set.plan.spans().iter().map(keys).collect::<Vec<_>>(), [[0, 128], [128, 256], [256, 256]]);
+    set
 }
 
 /// KV blocks of two pages.
 fn small(spec: Spec, lengths: &[(usize, usize)], mutants: &[Mutant]) -> MutantSet<Rpa> {
+    of_plan(spec, Chip::V5p, [8, 2], lengths, mutants)
+}
+
+/// A problem in tiles of so many query rows and pages, and a batch of (query rows, KV tokens).
+fn of_plan(
+    spec: Spec,
+    chip: Chip,
+    [queries, kv_pages]: [usize; 2],
+    lengths: &[(usize, usize)],
+    mutants: &[Mutant],
+) -> MutantSet<Rpa> {
     let problem = Problem::new(spec).expect("a problem");
-    let options = Options { tiles: Some(Tiles { queries: 8, kv_pages: 2 }), vmem_limit: None };
-    let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
+    let options = Options { tiles: Some(Tiles { queries, kv_pages }), vmem_limit: None };
+    let plan = Plan::new(problem.clone(), chip, options).expect("legal tiles");
     let lengths: Vec<_> = lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
     let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
     MutantSet { plan, inputs, mutants: mutants.to_vec(), superfluous: None }
@@ -197,12 +194,7 @@ fn set(queries: usize, page_size: usize, lengths: [(usize, usize); 5], mutants: 
         soft_cap: None,
         ..Spec::default()
     };
-    let problem = Problem::new(spec).expect("a problem");
-    let options = Options { tiles: Some(Tiles { queries, kv_pages: 2 }), vmem_limit: None };
-    let plan = Plan::new(problem.clone(), Chip::V5p, options).expect("legal tiles");
-    let lengths = lengths.map(|(q_len, kv_len)| Lengths { q_len, kv_len });
-    let inputs = Rpa::draw(&problem, Some(&lengths), 1).expect("a batch");
-    MutantSet { plan, inputs, mutants: mutants.to_vec(), superfluous: None }
+    of_plan(spec, Chip::V5p, [queries, 2], &lengths, mutants)
 }
 
 /// The copies of whole KV blocks of two pages and of a page of short ones, in the order of the text: of the blocks that
