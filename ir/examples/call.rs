@@ -3,7 +3,8 @@
 //!
 //! - `config.json`: the call's `backend_config`;
 //! - `call.json`: the types of its operands and results, `[["bf16", [8, 128]], ...]`, the pairs that share memory, on how many
-//!   devices it runs, and how often to run it again for time, if at all (`repeat`: `times` in seconds);
+//!   devices it runs, how often to run it again for time, if at all (`repeat`: `times` in seconds), and whether it is known to
+//!   race (`races`: the fault is reported, and then ignored in the order of DMAs that comes out right);
 //! - `operands.bin`: the operands, row-major, one after another; device by device.
 //!
 //! Writes `results.bin` and prints one line of JSON: how far it got (`opened`, `decoded`, `ran`), the error, and which kinds
@@ -78,6 +79,8 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
     let (mut ignored, mut outputs) = (vec![], None::<Vec<HostTensor>>);
     let began = Instant::now();
     let mut seconds = 0.0;
+    let races = call["races"].as_bool().unwrap_or(false);
+    let mut race = None;
     for dma in [DmaOrder::Late, DmaOrder::Early, DmaOrder::Random(1)] {
         machine.dma = dma;
         let ran = loop {
@@ -90,6 +93,11 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
                 Err(fault) if IGNORABLE.contains(&fault.kind) && !ignored.contains(&fault.kind.name()) => {
                     ignored.push(fault.kind.name());
                     machine = machine.ignoring(fault.kind);
+                }
+                Err(fault) if races && race.is_none() && fault.kind == FaultKind::OverwriteInFlight => {
+                    race = Some(fault.to_string());
+                    machine = machine.ignoring(fault.kind);
+                    machine.dma = DmaOrder::Early;
                 }
                 Err(fault) => {
                     let kind = fault.kind.name();
@@ -112,6 +120,9 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
             }
             Some(_) => {}
         }
+        if race.is_some() {
+            break;
+        }
     }
     machine.dma = DmaOrder::Late;
     let again = (0..call["repeat"].as_u64().unwrap_or(0)).map(|_| {
@@ -125,7 +136,7 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
     let times = again.collect::<Result<Vec<f64>, String>>()?;
     let bytes: Vec<u8> = outputs.iter().flatten().flat_map(|output| output.bytes().iter().copied()).collect();
     fs::write(folder.join("results.bin"), bytes)?;
-    Ok(json!({ "got": "ran", "ignored": ignored, "seconds": seconds, "times": times }))
+    Ok(json!({ "got": "ran", "ignored": ignored, "race": race, "seconds": seconds, "times": times }))
 }
 
 fn types(list: &Value) -> Result<Vec<TensorType>, Box<dyn std::error::Error>> {

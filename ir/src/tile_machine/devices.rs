@@ -24,7 +24,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 
 use super::{
     DmaOrder, Machine, Program, Run,
-    dma::{Dma, Remote, Semaphore},
+    dma::{Checked, Dma, Remote, Semaphore},
     exec::{Executor, Step, side},
     fault::{Fault, FaultKind},
     memory::{Region, View},
@@ -731,7 +731,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         origin: u32,
     ) -> Step<()> {
         let to = self.device(device, core, origin)?;
-        let (from, target, bytes) = self.checked_dma([source, destination], false, origin)?;
+        let Checked { from, to: target, bytes, .. } = self.checked_dma([source, destination], false, origin)?;
         if from.is_empty() {
             return Ok(());
         }
@@ -755,6 +755,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             id,
             source: from,
             destination: target,
+            unpadded: None,
             to: Some(remote),
             lanes: destination.dims.last().copied().unwrap_or(1),
             semaphore: (own.buffer, own.offset),

@@ -19,6 +19,8 @@ pub(super) struct Dma {
     pub(super) id: usize,
     pub(super) source: Region,
     pub(super) destination: Region,
+    /// What the source's elements go to, where the rest of the destination gets what was in the padding of tiles.
+    pub(super) unpadded: Option<Region>,
     /// Where the destination is another device's.
     pub(super) to: Option<Remote>,
     /// The size of its minor dimension.
@@ -31,6 +33,15 @@ pub(super) struct Dma {
     pub(super) owner: u32,
     /// Whether its bytes are at the destination, or have left for another device.
     pub(super) landed: bool,
+}
+
+/// A DMA that may start.
+pub(super) struct Checked {
+    pub(super) from: Region,
+    pub(super) to: Region,
+    /// As [`Dma::unpadded`].
+    pub(super) unpadded: Option<Region>,
+    pub(super) bytes: usize,
 }
 
 /// Where a DMA to another device goes.
@@ -213,40 +224,50 @@ impl<O: Observer> Executor<'_, '_, O> {
     }
 
     /// Checks that a DMA may start: what it copies, where to, and its bytes. Whether something else is on its way to a
-    /// destination on another device (not `here`) is for that device to check.
-    pub(super) fn checked_dma(
-        &mut self,
-        [source, destination]: [&View; 2],
-        here: bool,
-        origin: u32,
-    ) -> Step<(Region, Region, usize)> {
+    /// destination on another device (not `here`) is for that device to check. Padding of an array's tiles may be copied, and
+    /// be copied to.
+    pub(super) fn checked_dma(&mut self, [source, destination]: [&View; 2], here: bool, origin: u32) -> Step<Checked> {
+        if here
+            && (source.unpadded.is_some() || destination.unpadded.is_some())
+            && let Some([from, unpadded]) = View::unpadded([source, destination])
+        {
+            let to = destination.unpadded.as_ref().map_or_else(|| destination.all(), |_| unpadded.clone());
+            self.check_dma(&from, &to, here, origin)?;
+            let bytes = self.buffers[from.buffer].data.element().packed_bytes(source.dims.iter().product());
+            return Ok(Checked { from, to, unpadded: Some(unpadded), bytes });
+        }
         self.check_inside(source)?;
         self.check_inside(destination)?;
         let (from, to) = (source.all(), destination.all());
-        self.check_in_flight(&from, false, Some(origin))?;
-        self.check_core(&from, self.owner, Some(origin))?;
-        if here {
-            self.check_in_flight(&to, true, Some(origin))?;
-        }
-        self.check_written(&from, origin)?;
+        self.check_dma(&from, &to, here, origin)?;
         let bytes = self.buffers[from.buffer].data.element().packed_bytes(from.len());
         if bytes != self.buffers[to.buffer].data.element().packed_bytes(to.len()) {
             let detail = format!("{:?} into {:?}", source.dims, destination.dims);
             return Err(self.fault_at(FaultKind::BadCall, origin, detail));
         }
-        Ok((from, to, bytes))
+        Ok(Checked { from, to, unpadded: None, bytes })
+    }
+
+    fn check_dma(&mut self, from: &Region, to: &Region, here: bool, origin: u32) -> Step<()> {
+        self.check_in_flight(from, false, Some(origin))?;
+        self.check_core(from, self.owner, Some(origin))?;
+        if here {
+            self.check_in_flight(to, true, Some(origin))?;
+        }
+        self.check_written(from, origin)
     }
 
     pub(super) fn start_dma(&mut self, source: &View, destination: &View, semaphore: &View, origin: u32) -> Step<()> {
-        let (from, to, bytes) = self.checked_dma([source, destination], true, origin)?;
+        let Checked { from, to, unpadded, bytes } = self.checked_dma([source, destination], true, origin)?;
         // Nothing to copy, and nothing to wait for.
-        if from.is_empty() {
+        if bytes == 0 {
             return Ok(());
         }
         let dma = Dma {
             id: self.next_dma,
             source: from,
             destination: to,
+            unpadded,
             to: None,
             lanes: destination.dims.last().copied().unwrap_or(1),
             semaphore: (semaphore.buffer, semaphore.offset),
@@ -353,7 +374,10 @@ impl<O: Observer> Executor<'_, '_, O> {
             return Err(fault);
         }
         let into = self.buffers[destination.buffer].data.element();
-        if self.buffers[source.buffer].data.element().bits() == into.bits() {
+        if let Some(unpadded) = self.dmas[index].unpadded.clone() {
+            self.buffers[destination.buffer].write_garbage(&destination);
+            Buffer::copy(&mut self.buffers, &source, &unpadded);
+        } else if self.buffers[source.buffer].data.element().bits() == into.bits() {
             Buffer::copy(&mut self.buffers, &source, &destination);
         } else {
             let data = self.carried(&source, into, lanes);

@@ -17,7 +17,13 @@ use super::{
     program::{Code, Extent, Inst, Op, Origin, Permutation, Program, Slot, Target, Use},
     tile::{self, Binary, MatmulShape, Scalar, Tile},
 };
-use crate::{element::Element, mosaic::RefElement, random::SplitMix64, shape::TensorType, tensor::HostTensor};
+use crate::{
+    element::Element,
+    mosaic::{MemorySpace, RefElement},
+    random::SplitMix64,
+    shape::TensorType,
+    tensor::HostTensor,
+};
 
 pub(super) type Step<T> = Result<T, Box<Fault>>;
 
@@ -474,7 +480,10 @@ impl<O: Observer> Executor<'_, '_, O> {
                     // A wait counts bytes, and takes a descriptor of any place: what is outside faults where it is accessed.
                     Err((dim, index)) if !negative => {
                         let why = self.out_of_bounds(&view, dim, index, &start, &extent, origin).detail;
-                        view.beyond(&extent.sizes, Outside { origin, start, why })
+                        let array = &self.buffers[view.buffer];
+                        let is_tiled = array.space == MemorySpace::Hbm && view.element.data().is_some();
+                        let padded = is_tiled.then(|| view.padded_slice(&array.dims, &start, &extent.sizes)).flatten();
+                        padded.unwrap_or_else(|| (*view).clone()).beyond(&extent.sizes, Outside { origin, start, why })
                     }
                     Err((dim, index)) => return Err(self.out_of_bounds(&view, dim, index, &start, &extent, origin)),
                 };

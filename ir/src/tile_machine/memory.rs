@@ -8,7 +8,10 @@ use smallvec::SmallVec;
 use super::tile::{self, Scalar, Tile};
 use crate::{
     element::Element,
-    mosaic::{MemorySpace, RefElement},
+    mosaic::{
+        MemorySpace, RefElement,
+        tiling::{LANES, SUBLANES},
+    },
     tensor::HostTensor,
 };
 
@@ -140,6 +143,14 @@ impl<'i> Buffer<'i> {
             self.written = vec![true; self.data.len()];
         }
         self.unwritten += usize::from(std::mem::replace(&mut self.written[at], false));
+    }
+
+    /// Writes poison into `region`: garbage that may be read.
+    pub(super) fn write_garbage(&mut self, region: &Region) {
+        region.for_each_run(|start, len, stride| {
+            (0..len).for_each(|i| self.forget(start + i * stride));
+            self.mark(start, len, stride);
+        });
     }
 
     /// The index of an element.
@@ -615,6 +626,8 @@ pub(super) struct View {
     pub(super) split: Option<usize>,
     /// Where it is not inside what it is a slice of, and has a size but nothing that could be accessed.
     pub(super) outside: Option<Arc<Outside>>,
+    /// How much of an outside view is of the array, where the rest is padding of the array's tiles: DMAs copy such views.
+    pub(super) unpadded: Option<Dims>,
 }
 
 impl View {
@@ -628,6 +641,7 @@ impl View {
             packed: None,
             split: None,
             outside: None,
+            unpadded: None,
         }
     }
 
@@ -694,6 +708,9 @@ impl View {
             view.offset += start[dim] as usize / row * self.strides[dim];
         }
         view.dims = sizes.into();
+        for (dim, unpadded) in view.unpadded.iter_mut().flatten().enumerate() {
+            *unpadded = unpadded.saturating_sub(start[dim] as usize).min(sizes[dim]);
+        }
         Ok(view)
     }
 
@@ -702,10 +719,74 @@ impl View {
         Self { dims: sizes.into(), outside: Some(Arc::new(outside)), ..self.clone() }
     }
 
+    /// The part at `start` of sizes `sizes` of a view of an array of `of` elements in HBM, if the array's padding holds what
+    /// is not of the array. HBM is tiled as VMEM is: lanes are padded to whole registers, rows to tiles of 8 or, of fewer, to a
+    /// power of two. What is there is undefined, and XLA allocates it (kernels rely on it: `test_gmm_implicit_padding` of
+    /// tpu-inference).
+    pub(super) fn padded_slice(&self, of: &[usize], start: &[i64], sizes: &[usize]) -> Option<Self> {
+        let (&lanes, rows) = of.split_last()?;
+        let tile = rows.last().map(|&rows| rows.next_power_of_two().min(SUBLANES));
+        let recast = self.packed.is_some() || self.split.is_some();
+        if recast || self.outside.is_some() || of.contains(&0) || start.iter().any(|&start| start < 0) {
+            return None;
+        }
+        let mut view = Self { dims: sizes.into(), ..self.clone() };
+        let mut unpadded = view.dims.clone();
+        for (dim, &size) in sizes.iter().enumerate() {
+            let (from, end) = (start[dim] as usize, start[dim] as usize + size);
+            view.offset += from * self.strides[dim];
+            if end <= self.dims[dim] {
+                continue;
+            }
+            // Where the view begins along this dimension of the array, which it must see the end of.
+            let (begins, all, tile) = match (dim + 1 == sizes.len(), dim + 2 == sizes.len()) {
+                (true, _) if self.strides[dim] == 1 => (self.offset % lanes, lanes, LANES),
+                (_, true) if self.strides[dim] == lanes => (self.offset / lanes % rows.last()?, *rows.last()?, tile?),
+                _ => return None,
+            };
+            if begins + self.dims[dim] != all || begins + end > all.next_multiple_of(tile) {
+                return None;
+            }
+            unpadded[dim] = self.dims[dim].saturating_sub(from);
+        }
+        view.unpadded = Some(unpadded);
+        Some(view)
+    }
+
+    /// What of two views that a DMA copies, of which one at least has padding, is of both their arrays; `None` where sizes or
+    /// elements differ.
+    pub(super) fn unpadded([one, other]: [&Self; 2]) -> Option<[Region; 2]> {
+        let recast = |view: &Self| view.packed.is_some() || view.split.is_some();
+        let long = |view: &Self| (0..view.dims.len()).filter(|&dim| view.dims[dim] != 1).collect::<Dims>();
+        let (of_one, of_other) = (long(one), long(other));
+        let sizes = |view: &Self, of: &Dims| of.iter().map(|&dim| view.dims[dim]).collect::<Dims>();
+        let same = sizes(one, &of_one) == sizes(other, &of_other) && one.element == other.element;
+        if recast(one) || recast(other) || !same {
+            return None;
+        }
+        let [mut one_sizes, mut other_sizes] =
+            [one, other].map(|view| view.unpadded.as_ref().unwrap_or(&view.dims).clone());
+        for (&dim, &same) in of_one.iter().zip(&of_other) {
+            let size = one_sizes[dim].min(other_sizes[same]);
+            (one_sizes[dim], other_sizes[same]) = (size, size);
+        }
+        if one_sizes.contains(&0) || other_sizes.contains(&0) {
+            one_sizes.fill(0);
+            other_sizes.fill(0);
+        }
+        let region = |view: &Self, sizes: &Dims| Region::new(view.buffer, view.offset, sizes, &view.strides);
+        Some([region(one, &one_sizes), region(other, &other_sizes)])
+    }
+
     /// The view without its other dimensions, which are of size 1.
     pub(super) fn keep(&self, dims: &[usize]) -> Self {
-        let of = |sizes: &[usize]| dims.iter().map(|&dim| sizes[dim]).collect();
-        Self { dims: of(&self.dims), strides: of(&self.strides), ..self.clone() }
+        let of = |sizes: &Dims| dims.iter().map(|&dim| sizes[dim]).collect();
+        // Of a row of padding, all is padding.
+        let unpadded = self.unpadded.as_ref().map(|sizes| match sizes.contains(&0) {
+            true => Dims::from_elem(0, dims.len()),
+            false => of(sizes),
+        });
+        Self { dims: of(&self.dims), strides: of(&self.strides), unpadded, ..self.clone() }
     }
 
     /// The elements in the same order with sizes `dims`, of which one may be what is left; `None` where sizes or strides forbid
@@ -727,7 +808,7 @@ impl View {
             view.dims[rows] *= ratio;
             return Some(view);
         }
-        let of = |dims: Dims, strides: Dims| Self { dims, strides, ..self.clone() };
+        let of = |dims: Dims, strides: Dims| Self { dims, strides, unpadded: None, ..self.clone() };
         if all == 0 {
             let strides = Dims::from_elem(0, dims.len());
             return Some(of(dims, strides));
@@ -767,7 +848,7 @@ impl View {
     /// The memory read as another element type; narrow ones are rows of the second-minor dimension.
     pub(super) fn bitcast(&self, to: Element) -> Option<Self> {
         let from = self.element.data()?.bits();
-        let mut view = Self { element: RefElement::Data(to), ..self.clone() };
+        let mut view = Self { element: RefElement::Data(to), unpadded: None, ..self.clone() };
         if to.bits() == from {
             return Some(view);
         }

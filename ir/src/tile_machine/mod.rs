@@ -30,6 +30,9 @@
 //! - *DMAs* land at their start, at the wait that needs them, or in a random order between, per [`DmaOrder`]. A wait takes
 //!   as many bytes from its semaphore as its destination has; DMAs are over in the order in which they landed. Between
 //!   start and that moment a DMA is *in flight*: its destination must not be touched, and its source must not be written.
+//! - *Padding*: an array in HBM is padded to tiles, lanes to 128 and rows to 8 or, of fewer, to a power of two. A DMA may
+//!   copy padding, which gives a NaN or an odd integer that may be read (a kernel masks it), and may copy to it, which is dropped.
+//!   Nothing else is there: beyond the padding is out of bounds.
 //! - *Rounding*: bf16 and narrow integers are rounded or wrapped after every op; floats that become integers saturate. The
 //!   MXU multiplies bf16 and accumulates f32; f32 operands are rounded to bf16 first unless the product asks for `fp32`
 //!   precision or one side is a vector. Arrays of unsigned integers are bits: ops have a sign, memory has none. Subnormal

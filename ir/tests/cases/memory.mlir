@@ -248,3 +248,50 @@ func.func @rows(%n: memref<1xi32, "smem">, %x: memref<8x128xf32, "any">, %a: mem
   "tpu.wait_dma2"(%sem, %from, %to) {operandSegmentSizes = array<i32: 1, 1, 1, 0, 0>} : (memref<i64, "semaphore_mem">, memref<?x128xf32, "any">, memref<?x128xf32, "vmem">) -> ()
   return
 }
+// -----
+// A DMA from the padding of an array's tiles, which is there and undefined, and one back into it. What is of the array is copied.
+// in f32[6,130] = wave 0
+// out f32[6,130]
+// run
+// result 0: f32[6, 130]: 0.8217788 1.4984071 1.9103724 1.9849094 1.7088526 1.130962 0.35331 -0.48674703 ..., sum 8.52729, by place 3009.273
+func.func @k(%x: memref<6x130xf32, "hbm">, %o: memref<6x130xf32, "hbm">, %a: memref<8x256xf32, "vmem">, %s: !dma) attributes {scratch_operands = 2 : i64} {
+  %c = arith.constant 0 : i32
+  %x0 = "tpu.memref_slice"(%x, %c, %c) : (memref<6x130xf32, "hbm">, i32, i32) -> memref<8x256xf32, "hbm">
+  %o0 = "tpu.memref_slice"(%o, %c, %c) : (memref<6x130xf32, "hbm">, i32, i32) -> memref<8x256xf32, "hbm">
+  "tpu.enqueue_dma"(%x0, %a, %s) : (memref<8x256xf32, "hbm">, memref<8x256xf32, "vmem">, !dma) -> ()
+  "tpu.wait_dma2"(%s, %x0, %a) : (!dma, memref<8x256xf32, "hbm">, memref<8x256xf32, "vmem">) -> ()
+  "tpu.enqueue_dma"(%a, %o0, %s) : (memref<8x256xf32, "vmem">, memref<8x256xf32, "hbm">, !dma) -> ()
+  "tpu.wait_dma2"(%s, %a, %o0) : (!dma, memref<8x256xf32, "vmem">, memref<8x256xf32, "hbm">) -> ()
+  return
+}
+// -----
+// What came from the padding is a NaN that may be read, also of a slice that has little else.
+// in f32[8,130] = 1 2 3
+// out f32[8,256]
+// run
+// result 0: f32[8, 256]: 3 1 NaN NaN NaN NaN NaN NaN ..., sum 31.00000, by place 12272.000, 1008 nan
+func.func @k(%x: memref<8x130xf32, "hbm">, %o: memref<8x256xf32, "vmem">, %s: !dma) attributes {scratch_operands = 1 : i64} {
+  %c = arith.constant 0 : i32
+  %lanes = arith.constant 128 : i32
+  %i = arith.constant 0 : index
+  %zero = arith.constant dense<0.0> : vector<8x256xf32>
+  vector.store %zero, %o[%i, %i] : memref<8x256xf32, "vmem">, vector<8x256xf32>
+  %x0 = "tpu.memref_slice"(%x, %c, %lanes) : (memref<8x130xf32, "hbm">, i32, i32) -> memref<8x128xf32, "hbm">
+  %o0 = "tpu.memref_slice"(%o, %c, %c) : (memref<8x256xf32, "vmem">, i32, i32) -> !vmem
+  "tpu.enqueue_dma"(%x0, %o0, %s) : (memref<8x128xf32, "hbm">, !vmem, !dma) -> ()
+  "tpu.wait_dma2"(%s, %x0, %o0) : (!dma, memref<8x128xf32, "hbm">, !vmem) -> ()
+  %v = vector.load %o[%i, %i] : memref<8x256xf32, "vmem">, !tile
+  vector.store %v, %o[%i, %i] : memref<8x256xf32, "vmem">, !tile
+  return
+}
+// -----
+// Rows of which a tile has none: beyond the padding is beyond the array.
+// in f32[6,130] = wave 0
+// run
+// fault: out-of-bounds: kernel `k`: access out of bounds: tpu.memref_slice at memory.mlir:294, buffer `x` at [0, 0], grid step []: element 8 of dimension 0 in a view of sizes [6, 130] (from [0, 0], sizes [9, 130])
+func.func @k(%x: memref<6x130xf32, "hbm">, %a: memref<9x130xf32, "vmem">, %s: !dma) attributes {scratch_operands = 2 : i64} {
+  %c = arith.constant 0 : i32
+  %x0 = "tpu.memref_slice"(%x, %c, %c) : (memref<6x130xf32, "hbm">, i32, i32) -> memref<9x130xf32, "hbm">
+  "tpu.enqueue_dma"(%x0, %a, %s) : (memref<9x130xf32, "hbm">, memref<9x130xf32, "vmem">, !dma) -> ()
+  return
+}
