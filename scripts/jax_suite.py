@@ -30,20 +30,6 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CALL = os.environ.get("PAGODA_CALL", str(ROOT / "target/debug/examples/call"))
-# Kernels of vllm-project/tpu-inference, from a checkout that SERVING_SRC names.
-SERVING = [
-    "ragged_paged_attention_kernel_v3_test.py",
-    "ragged_paged_attention_kernel_v3_hd64_test.py",
-    "ragged_paged_attention_kernel_v2_test.py",
-    "mla_v2_test.py",
-    "gmm_test.py",
-    "fused_moe_v1_test.py",
-    "quantized_matmul_kernel_test.py",
-    "ragged_kv_cache_update_v2_test.py",
-    "causal_conv1d_test.py",
-    "flash_attention_kernel_test.py",
-    "collectives/all_gather_matmul_kernel_test.py",
-]
 FILES = [
     "pallas_test.py",
     "ops_test.py",
@@ -73,7 +59,7 @@ DEVICES = 8
 # Elements by NumPy's names.
 ELEMENTS = {
     "bool": "pred", "float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64",
-    "float8_e4m3fn": "f8e4m3fn", "float8_e5m2": "f8e5m2", "float8_e4m3b11fnuz": "f8e4m3b11fnuz",
+    "float8_e4m3fn": "f8e4m3fn", "float8_e5m2": "f8e5m2", "float8_e4m3b11fnuz": "f8e4m3b11fnuz", "float8_e8m0fnu": "f8e8m0fnu",
     **{f"{sign}int{bits}": f"{'u' if sign else 'i'}{bits}" for sign in ("", "u") for bits in (2, 4, 8, 16, 32, 64)},
 }
 
@@ -137,7 +123,7 @@ def plugin():
 
     from jax._src.pallas.mosaic import core as tpu_core
     mesh_of = tpu_core.create_tensorcore_mesh
-    tpu_core.create_tensorcore_mesh = lambda axis, devices=None, num_cores=None: mesh_of(axis, num_cores=num_cores or 1)
+    tpu_core.create_tensorcore_mesh = lambda axis_name, devices=None, num_cores=None: mesh_of(axis_name, num_cores=num_cores or 1)
     pltpu.create_tensorcore_mesh = tpu_core.create_tensorcore_mesh
 
     import threading
@@ -221,7 +207,7 @@ def plugin():
     mlir.register_lowering(pallas_call.pallas_call_p, lowering, platform="cpu")
     try:
         from jax._src.pallas import mpmd
-        mlir.register_lowering(mpmd.mpmd_map_p, pallas_call_registration.mpmd_map_tpu_lowering_rule, platform="cpu")
+        mlir.register_lowering(mpmd.mpmd_map_p, mpmd._mpmd_map_tpu_lowering, platform="cpu")
     except (ImportError, AttributeError) as error:
         record(event="no mpmd", error=str(error))
 
@@ -394,8 +380,9 @@ OF_COMPILER = re.compile(r"(MosaicError|Exception) not raised|Regex didn't match
 # Results in bf16 that are to be equal, of sums in f32 whose order differs (23 of 4 million elements are the next number); one
 # element of a right operand in bf16 (so one column of results) whose `tanh` lies between two numbers; and products of products, whose
 # reference leaves it to a TPU's product of f32 to round what is between (products in f64, rounded there, give the kernel's numbers).
+# So it is with splash attention's backward pass, one of whose 131,072 elements differs: 0.20897 of 0.18227, and 0.20891 in f64.
 ROUNDED = re.compile(r"ExcessPrecisionTest::test_matmul_(f32_out_fused_downcast|out_bf16_with)|rhs_transpose_add_transpose"
-                     r"|FusibleMatmulTest::test_dot_(transpose_)?dot_fusion")
+                     r"|FusibleMatmulTest::test_dot_(transpose_)?dot_fusion|SplashAttentionTest::test_splash_attention_bwd38$")
 # Tests of kernels that are wrong on purpose; and JAX's test of the barrier semaphore, which waits for its left neighbour and signals
 # the right one, whether or not that has entered the kernel: a race, and named as one.
 INTENDED = re.compile(r"vmem_oom|test_vmem_limit|disable_bounds_check|RemoteDMATest::test_barrier_semaphore$")
@@ -505,8 +492,10 @@ def main():
         environment = {**os.environ, "PAGODA_KEEP": str(out / "modules"), "JAX_PLATFORMS": "cpu",
                        "PAGODA_VARIANTS": str(arguments.variants)}
         paths = [source / "tests/pallas" / file for file in FILES]
+        # Kernels of vllm-project/tpu-inference, all that it tests.
         if serving := os.environ.get("SERVING_SRC"):
-            paths += [pathlib.Path(serving) / "tests/kernels" / file for file in SERVING]
+            paths += sorted((pathlib.Path(serving) / "tests/kernels").glob("**/*_test.py"))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [serving, os.environ.get("PYTHONPATH")]))
         for path in paths:
             file = path.name
             if not fnmatch.fnmatch(file, arguments.only) or not path.exists():

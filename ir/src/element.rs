@@ -40,6 +40,8 @@ pub enum Element {
     F8E4M3B11Fnuz,
     /// 8-bit float with 5 exponent bits and 2 stored mantissa bits, with infinities and NaN as IEEE has them.
     F8E5M2,
+    /// Power of two in 8 bits, for scales: an exponent of bias 127, no sign, no zero, NaN where all bits are set.
+    F8E8M0Fnu,
     /// bfloat16: 8 exponent bits, 7 stored mantissa bits.
     Bf16,
     /// IEEE binary16.
@@ -52,7 +54,7 @@ pub enum Element {
 
 impl Element {
     /// All element types, in declaration order.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Pred,
         Self::I2,
         Self::I4,
@@ -69,6 +71,7 @@ impl Element {
         Self::F8E4M3Fn,
         Self::F8E4M3B11Fnuz,
         Self::F8E5M2,
+        Self::F8E8M0Fnu,
         Self::Bf16,
         Self::F16,
         Self::F32,
@@ -79,7 +82,7 @@ impl Element {
     pub const fn bytes(self) -> usize {
         match self {
             Self::Pred | Self::I2 | Self::U2 | Self::I4 | Self::U4 | Self::I8 | Self::U8 => 1,
-            Self::F8E4M3Fn | Self::F8E4M3B11Fnuz | Self::F8E5M2 => 1,
+            Self::F8E4M3Fn | Self::F8E4M3B11Fnuz | Self::F8E5M2 | Self::F8E8M0Fnu => 1,
             Self::I16 | Self::U16 | Self::Bf16 | Self::F16 => 2,
             Self::I32 | Self::U32 | Self::F32 => 4,
             Self::I64 | Self::U64 | Self::F64 => 8,
@@ -106,6 +109,7 @@ impl Element {
             Self::F8E4M3Fn => Some(Minifloat::F8E4M3FN),
             Self::F8E4M3B11Fnuz => Some(Minifloat::F8E4M3B11FNUZ),
             Self::F8E5M2 => Some(Minifloat::F8E5M2),
+            Self::F8E8M0Fnu => Some(Minifloat::F8E8M0FNU),
             _ => None,
         }
     }
@@ -129,6 +133,7 @@ impl Element {
             Self::F8E4M3Fn => "f8E4M3FN",
             Self::F8E4M3B11Fnuz => "f8E4M3B11FNUZ",
             Self::F8E5M2 => "f8E5M2",
+            Self::F8E8M0Fnu => "f8E8M0FNU",
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
             Self::F32 => "f32",
@@ -192,6 +197,7 @@ impl fmt::Display for Element {
             Self::F8E4M3Fn => "f8e4m3fn",
             Self::F8E4M3B11Fnuz => "f8e4m3b11fnuz",
             Self::F8E5M2 => "f8e5m2",
+            Self::F8E8M0Fnu => "f8e8m0fnu",
             other => other.mlir(),
         })
     }

@@ -1,11 +1,12 @@
 //! Floats of 8 bits: what their codes mean, and how numbers are rounded to them.
 //!
 //! Conversions are those of XLA and `ml_dtypes`: to nearest, ties to even; what is beyond the largest number is an infinity
-//! where the format has one, and else NaN.
+//! where the format has one, and else NaN. To powers of two, halfway goes up, and zero and negative numbers are NaN.
 //!
-//! Sources: "OCP 8-bit Floating Point Specification" (E4M3, E5M2), LLVM's `APFloat` (E4M3B11FNUZ).
+//! Sources: "OCP 8-bit Floating Point Specification" (E4M3, E5M2), "OCP Microscaling Formats"
+//! (E8M0), LLVM's `APFloat` (E4M3B11FNUZ).
 
-/// A float format of 8 bits: a sign, an exponent, a mantissa.
+/// A float format of 8 bits: a sign, an exponent, a mantissa; or an exponent alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Minifloat {
     /// Stored bits of the mantissa.
@@ -24,6 +25,8 @@ enum Special {
     Nan,
     /// One NaN in the place of -0.
     NanForNegativeZero,
+    /// Powers of two alone: neither a sign nor zero, NaN where all bits are set.
+    Exponent,
 }
 
 const SIGN: u8 = 0x80;
@@ -35,6 +38,8 @@ impl Minifloat {
     pub const F8E4M3B11FNUZ: Self = Self { mantissa: 3, least_exponent: -10, special: Special::NanForNegativeZero };
     /// `float8_e5m2`.
     pub const F8E5M2: Self = Self { mantissa: 2, least_exponent: -14, special: Special::Ieee };
+    /// `float8_e8m0fnu`.
+    pub const F8E8M0FNU: Self = Self { mantissa: 0, least_exponent: -127, special: Special::Exponent };
 
     /// Stored bits of the mantissa.
     pub const fn mantissa_bits(self) -> u32 {
@@ -52,6 +57,7 @@ impl Minifloat {
             Special::Ieee => SIGN - 1 - (1 << self.mantissa),
             Special::Nan => SIGN - 2,
             Special::NanForNegativeZero => SIGN - 1,
+            Special::Exponent => u8::MAX - 1,
         }
     }
 
@@ -66,16 +72,23 @@ impl Minifloat {
             Special::Ieee => SIGN - (1 << (self.mantissa - 1)),
             Special::Nan => SIGN - 1,
             Special::NanForNegativeZero => SIGN,
+            Special::Exponent => u8::MAX,
         }
     }
 
     /// The number that a code stands for.
     pub fn decode(self, code: u8) -> f32 {
+        if self.special == Special::Exponent {
+            return match code {
+                u8::MAX => f32::NAN,
+                code => 2_f64.powi(i32::from(code) + self.least_exponent) as f32,
+            };
+        }
         let (negative, magnitude) = (code & SIGN != 0, code & (SIGN - 1));
         let nan = match self.special {
             Special::NanForNegativeZero => negative && magnitude == 0,
             Special::Ieee => magnitude > self.largest() + 1,
-            Special::Nan => magnitude > self.largest(),
+            Special::Nan | Special::Exponent => magnitude > self.largest(),
         };
         let (exponent, fraction) =
             (i32::from(magnitude >> self.mantissa), i32::from(magnitude) & ((1 << self.mantissa) - 1));
@@ -95,6 +108,10 @@ impl Minifloat {
 
     /// The code of the number nearest to `x`.
     pub fn encode(self, x: f64) -> u8 {
+        if self.special == Special::Exponent {
+            let code = (x * 4.0 / 3.0).log2().floor() - f64::from(self.least_exponent);
+            return if x > 0.0 && code <= f64::from(self.largest()) { code.max(0.0) as u8 } else { self.nan() };
+        }
         let sign = if x.is_sign_negative() { SIGN } else { 0 };
         if x.is_nan() {
             return self.nan() | if self.special == Special::NanForNegativeZero { 0 } else { sign };
@@ -119,7 +136,7 @@ impl Minifloat {
     const fn beyond(self) -> u8 {
         match self.special {
             Special::Ieee => self.largest() + 1,
-            Special::Nan | Special::NanForNegativeZero => self.nan(),
+            Special::Nan | Special::NanForNegativeZero | Special::Exponent => self.nan(),
         }
     }
 
@@ -223,5 +240,38 @@ mod tests {
         assert_eq!(Minifloat::F8E4M3FN.encode(-f64::NAN) & 0x7f, 0x7f);
         assert_eq!(Minifloat::F8E5M2.encode(f64::MAX), 0x7c);
         assert_eq!(Minifloat::F8E5M2.encode(f64::MIN_POSITIVE / 4.0), 0);
+    }
+
+    /// As `ml_dtypes` 0.5 has them.
+    #[test]
+    fn powers_of_two_have_neither_sign_nor_zero() {
+        let format = Minifloat::F8E8M0FNU;
+        for code in 0..255 {
+            let value = f64::from(format.decode(code));
+            assert_eq!((value, format.encode(value)), (2_f64.powi(i32::from(code) - 127), code));
+        }
+        let two = 2_f64;
+        for (x, code) in [
+            (0.0, 255),
+            (-0.0, 255),
+            (-1.0, 255),
+            (f64::NAN, 255),
+            (f64::INFINITY, 255),
+            (1.4999, 127),
+            (1.5, 128),
+            (2.9, 128),
+            (3.0, 129),
+            (6.0, 130),
+            (0.75, 127),
+            (0.7499, 126),
+            (1e-40, 0),
+            (two.powi(-129), 0),
+            (1.5 * two.powi(-127), 1),
+            (1.4 * two.powi(127), 254),
+            (1.5 * two.powi(127), 255),
+        ] {
+            assert_eq!(format.encode(x), code, "{x}");
+        }
+        assert!(format.decode(255).is_nan() && format.most() == 2_f32.powi(127));
     }
 }

@@ -112,6 +112,8 @@ pub fn element_of(r#type: Type) -> Option<Element> {
         return Some(Element::F8E4M3B11Fnuz);
     } else if is(mlir_sys::mlirTypeIsAFloat8E5M2) {
         return Some(Element::F8E5M2);
+    } else if is(mlir_sys::mlirTypeIsAFloat8E8M0FNU) {
+        return Some(Element::F8E8M0Fnu);
     }
     let integer = IntegerType::try_from(r#type).ok()?;
     match (integer.is_unsigned(), integer.width()) {

@@ -91,6 +91,7 @@ impl HostTensor {
             Element::F8E4M3Fn => codes(&|v| Minifloat::F8E4M3FN.encode(v)),
             Element::F8E4M3B11Fnuz => codes(&|v| Minifloat::F8E4M3B11FNUZ.encode(v)),
             Element::F8E5M2 => codes(&|v| Minifloat::F8E5M2.encode(v)),
+            Element::F8E8M0Fnu => codes(&|v| Minifloat::F8E8M0FNU.encode(v)),
             Element::Bf16 => Self::new(dims, &values.iter().map(|&v| bf16::from_f32(to_odd(v))).collect::<Vec<_>>()),
             Element::F16 => Self::new(dims, &values.iter().map(|&v| f16::from_f32(to_odd(v))).collect::<Vec<_>>()),
             Element::F32 => cast!(f32),
@@ -120,7 +121,7 @@ impl HostTensor {
             Element::I4 => self.bytes().iter().map(|&v| f64::from((v << 4).cast_signed() >> 4)).collect(),
             Element::U2 => self.bytes().iter().map(|&v| f64::from(v & 0x3)).collect(),
             Element::U4 => self.bytes().iter().map(|&v| f64::from(v & 0xf)).collect(),
-            Element::F8E4M3Fn | Element::F8E4M3B11Fnuz | Element::F8E5M2 => {
+            Element::F8E4M3Fn | Element::F8E4M3B11Fnuz | Element::F8E5M2 | Element::F8E8M0Fnu => {
                 let format = self.element.minifloat().unwrap_or(Minifloat::F8E5M2);
                 self.bytes().iter().map(|&v| f64::from(format.decode(v))).collect()
             }

@@ -116,6 +116,15 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                     windows.push(Window::new(position, argument.role == Role::Output, array, buffers, revisits));
                     first
                 }
+                // It shares the array of an input, and the kernel writes to that: Pallas's references (`core_map`) are inputs.
+                (MemorySpace::Smem | MemorySpace::Vmem, _, Some(array))
+                    if !parallel
+                        && self.program.unnamed.contains(&position)
+                        && let Some(&(buffer, _)) = self.whole_inputs.iter().find(|(_, input)| *input == array) =>
+                {
+                    self.whole_outputs.push((buffer, array));
+                    buffer
+                }
                 (MemorySpace::Smem | MemorySpace::Vmem, _, Some(array)) => {
                     // A whole array that comes from HBM before the first step, or goes there after the last.
                     self.buffers.push(self.buffers[array].copied(name, argument.space));

@@ -83,7 +83,7 @@ impl Program {
         let work = work(&body, &|origin| decoder.origins[origin as usize].elements as u64);
         let (origins, slots) = (decoder.origins, decoder.slots.len());
         let frames = place_of_function(kernel).frames;
-        let communication = Communication::of(&body, rank);
+        let (communication, unnamed) = (Communication::of(&body, rank), body.unnamed(rank));
         Ok(Self {
             signature,
             body,
@@ -97,6 +97,7 @@ impl Program {
             frames,
             transform_frames,
             communication,
+            unnamed,
         })
     }
 }

@@ -26,6 +26,7 @@ fn poison(element: Element) -> &'static [u8] {
         Element::F16 => &[0xd5, 0x7e],
         Element::F8E4M3Fn | Element::F8E5M2 => &[0x7f],
         Element::F8E4M3B11Fnuz => &[0x80],
+        Element::F8E8M0Fnu => &[0xff],
         Element::I4 => &[POISON_INT & 0xf],
         Element::I2 => &[POISON_INT & 0x3],
         element => &[POISON_INT; 8][..element.bytes()],

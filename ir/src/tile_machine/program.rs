@@ -265,6 +265,22 @@ pub struct Program {
     pub(super) transform_frames: Vec<Vec<Frame>>,
     /// What it says to other devices.
     pub(super) communication: Communication,
+    /// Arguments that the kernel does not name.
+    pub(super) unnamed: Vec<usize>,
+}
+
+impl Code {
+    /// Parameters that no op in it reads, the first `rank` aside.
+    pub(super) fn unnamed(&self, rank: usize) -> Vec<usize> {
+        fn reads(code: &Code, slot: Slot) -> bool {
+            let of = |inst: &Inst| {
+                inst.operands.iter().any(|read| read.slot == slot) || inst.codes.iter().any(|code| reads(code, slot))
+            };
+            code.yields.iter().any(|read| read.slot == slot) || code.body.iter().any(of)
+        }
+        let parameters = self.parameters.iter().skip(rank).enumerate();
+        parameters.filter(|&(_, &slot)| !reads(self, slot)).map(|(at, _)| at).collect()
+    }
 }
 
 /// What a kernel says to other devices, and where they may write.

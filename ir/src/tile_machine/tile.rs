@@ -313,6 +313,7 @@ pub(super) fn round(element: Element, x: f32) -> f32 {
         Element::F8E4M3Fn => Minifloat::F8E4M3FN.round(x),
         Element::F8E4M3B11Fnuz => Minifloat::F8E4M3B11FNUZ.round(x),
         Element::F8E5M2 => Minifloat::F8E5M2.round(x),
+        Element::F8E8M0Fnu => Minifloat::F8E8M0FNU.round(x),
         _ => x,
     }
 }

@@ -295,3 +295,18 @@ func.func @k(%x: memref<6x130xf32, "hbm">, %a: memref<9x130xf32, "vmem">, %s: !d
   "tpu.enqueue_dma"(%x0, %a, %s) : (memref<9x130xf32, "hbm">, memref<9x130xf32, "vmem">, !dma) -> ()
   return
 }
+// -----
+// A kernel writes to its input, with which an output shares memory that it does not name: a reference of Pallas's `core_map`.
+// in i32[8] = 1 2 3
+// out i32[8]
+// alias 0:0
+// run
+// result 0: i32[8]: 1 9 3 1 2 3 1 2, sum 22.00000, by place 61.000
+func.func @k(%x: memref<8xi32, "smem">, %o: memref<8xi32, "smem">) {
+  %one = arith.constant 1 : index
+  %seven = arith.constant 7 : i32
+  %v = memref.load %x[%one] : memref<8xi32, "smem">
+  %w = arith.addi %v, %seven : i32
+  memref.store %w, %x[%one] : memref<8xi32, "smem">
+  return
+}

@@ -119,3 +119,21 @@ func.func @erf(%x: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">) {
   vector.store %y, %o[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
   return
 }
+// -----
+// Scales of microscaling formats are exponents: 2^(code - 127).
+// in ui8[32,128] = 127 128 0 255 120
+// out f32[32,128]
+// out ui8[32,128]
+// run
+// result 0: f32[32, 128]: 1 2 0.000000000000000000000000000000000000005877472 NaN 0.0078125 1 2 0.000000000000000000000000000000000000005877472 ..., sum 2464.39844, by place 1225510.055, 819 nan
+// result 1: u8[32, 128]: 127 128 0 255 120 127 128 0 ..., sum 516097.00000, by place 256503753.000
+func.func @scales(%x: memref<32x128xi8, "vmem">, %o: memref<32x128xf32, "vmem">, %b: memref<32x128xi8, "vmem">) {
+  %c = arith.constant 0 : index
+  %x0 = vector.load %x[%c, %c] : memref<32x128xi8, "vmem">, vector<32x128xi8>
+  %s = "tpu.bitcast"(%x0) : (vector<32x128xi8>) -> vector<32x128xf8E8M0FNU>
+  %y = arith.extf %s : vector<32x128xf8E8M0FNU> to vector<32x128xf32>
+  vector.store %y, %o[%c, %c] : memref<32x128xf32, "vmem">, vector<32x128xf32>
+  %z = "tpu.bitcast"(%s) : (vector<32x128xf8E8M0FNU>) -> vector<32x128xi8>
+  vector.store %z, %b[%c, %c] : memref<32x128xi8, "vmem">, vector<32x128xi8>
+  return
+}

@@ -124,7 +124,8 @@ fn numpy(element: Element) -> &'static str {
         Element::U32 => "uint32",
         Element::U64 => "uint64",
         Element::F16 => "float16",
-        Element::F8E4M3Fn | Element::F8E4M3B11Fnuz | Element::F8E5M2 | Element::Bf16 | Element::F32 => "float32",
+        Element::F8E4M3Fn | Element::F8E4M3B11Fnuz | Element::F8E5M2 | Element::F8E8M0Fnu => "float32",
+        Element::Bf16 | Element::F32 => "float32",
         Element::F64 => "float64",
     }
 }
