@@ -374,6 +374,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             return Err(fault);
         }
         let into = self.buffers[destination.buffer].data.element();
+        let before = self.buffers[destination.buffer].uncontested(&destination);
         if let Some(unpadded) = self.dmas[index].unpadded.clone() {
             self.buffers[destination.buffer].write_garbage(&destination);
             Buffer::copy(&mut self.buffers, &source, &unpadded);
@@ -383,7 +384,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             let data = self.carried(&source, into, lanes);
             self.buffers[destination.buffer].copy_in(&destination, &data);
         }
-        self.buffers[destination.buffer].contest(&destination, owner);
+        self.buffers[destination.buffer].contest(&destination, owner, &before);
         self.landed(id, &source, Some(&destination), key, bytes);
         Ok(())
     }

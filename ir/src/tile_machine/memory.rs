@@ -206,17 +206,25 @@ impl<'i> Buffer<'i> {
         })
     }
 
-    /// Where parallel positions may overlap: claims `region`, just written, for `owner`. What another position wrote too is
-    /// unwritten, for who was last is unknown.
-    pub(super) fn contest(&mut self, region: &Region, owner: u32) {
+    /// Where parallel positions may overlap: what `region` holds, for [`contest`](Self::contest) to compare.
+    pub(super) fn uncontested(&self, region: &Region) -> Vec<u8> {
+        if self.may_overlap { self.copy_out(region) } else { vec![] }
+    }
+
+    /// Where parallel positions may overlap: claims `region`, just written, for `owner`; it held `before`. What another position
+    /// wrote too, and not the same, is unwritten, for who was last is unknown.
+    pub(super) fn contest(&mut self, region: &Region, owner: u32, before: &[u8]) {
         if !self.may_overlap {
             return;
         }
+        let width = self.data.element().bytes();
+        let mut before = before.chunks_exact(width);
         region.for_each_run(|start, len, stride| {
             for at in (0..len).map(|i| start + i * stride) {
+                let before = before.next();
                 if self.owners[at] == 0 || self.owners[at] == owner + 1 {
                     self.owners[at] = owner + 1;
-                } else {
+                } else if self.owners[at] == CONTESTED || before != Some(&self.data.bytes()[at * width..][..width]) {
                     self.owners[at] = CONTESTED;
                     self.forget(at);
                 }

@@ -82,7 +82,7 @@
 //! | event | nobody's | p's | contested |
 //! |---|---|---|---|
 //! | p writes it | p's | p's | contested |
-//! | q writes it | q's | `ParallelOverlap`; where overlaps are allowed ⁵ contested, and unwritten | contested, and unwritten |
+//! | q writes it | q's | `ParallelOverlap`; where overlaps are allowed ⁵ p's if it is the same, else contested, and unwritten | contested, and unwritten |
 //! | p reads it | nobody's | p's | `ParallelOverlap` |
 //! | q reads it | nobody's | `ParallelOverlap` | `ParallelOverlap` |
 //!

@@ -335,9 +335,10 @@ impl<O: Observer> Executor<'_, '_, O> {
             );
             return Err(self.in_buffer(fault, window.array, offset));
         }
+        let before = self.buffers[window.array].uncontested(array);
         let bytes = self.carry(made, array);
         self.counters.hbm_bytes_written += bytes;
-        self.buffers[window.array].contest(array, self.owner);
+        self.buffers[window.array].contest(array, self.owner, &before);
         self.observe_block(window, &index, &block, bytes, Way::Back);
         if window.revisits {
             window.visited.insert(index);

@@ -7,16 +7,33 @@
 #parallel = #tpu.dimension_semantics<parallel>
 #arbitrary = #tpu.dimension_semantics<arbitrary>
 // -----
-// Parallel steps write the same output. With the flag what they wrote is unspecified, though both wrote ones.
+// Parallel steps write the same output. With the flag what both wrote alike is known.
 // out f32[8,128]
 // run
 // fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:21, buffer `out` at [0, 0], grid step [1], DMA from `a` to `out` started at parallel.mlir:21 in grid step [1]: it was already written at parallel position 0, now at 1
+// run allow_parallel_overlaps
+// result 0: f32[8, 128]: 1 1 1 1 1 1 1 1 ..., sum 1024.00000, by place 508641.000
+func.func @k(%i: i32, %out: !hbm, %a: !vmem, %s: !dma)
+  attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#parallel], scratch_operands = 2 : i64} {
+  %c = arith.constant 0 : index
+  %v = arith.constant dense<1.0> : vector<8x128xf32>
+  vector.store %v, %a[%c, %c] : !vmem, vector<8x128xf32>
+  "tpu.enqueue_dma"(%a, %out, %s) : (!vmem, !hbm, !dma) -> ()
+  "tpu.wait_dma2"(%s, %a, %out) : (!dma, !vmem, !hbm) -> ()
+  return
+}
+// -----
+// Where they wrote different numbers it is not: who was last is unknown.
+// out f32[8,128]
+// run
+// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:38, buffer `out` at [0, 0], grid step [1], DMA from `a` to `out` started at parallel.mlir:38 in grid step [1]: it was already written at parallel position 0, now at 1
 // run allow_parallel_overlaps
 // result 0: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
 func.func @k(%i: i32, %out: !hbm, %a: !vmem, %s: !dma)
   attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#parallel], scratch_operands = 2 : i64} {
   %c = arith.constant 0 : index
-  %v = arith.constant dense<1.0> : vector<8x128xf32>
+  %x = arith.sitofp %i : i32 to f32
+  %v = vector.broadcast %x : f32 to vector<8x128xf32>
   vector.store %v, %a[%c, %c] : !vmem, vector<8x128xf32>
   "tpu.enqueue_dma"(%a, %out, %s) : (!vmem, !hbm, !dma) -> ()
   "tpu.wait_dma2"(%s, %a, %out) : (!dma, !vmem, !hbm) -> ()
@@ -45,9 +62,9 @@ func.func @k(%i: i32, %out: !hbm, %a: !part, %s: !dma)
 // A parallel step reads what another one wrote, flag or not.
 // out f32[8,128]
 // run
-// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:63, buffer `out` at [0, 0], grid step [1]: it was written at parallel position 0 and is read at 1
+// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:80, buffer `out` at [0, 0], grid step [1]: it was written at parallel position 0 and is read at 1
 // run allow_parallel_overlaps
-// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:63, buffer `out` at [0, 0], grid step [1]: it was written at parallel position 0 and is read at 1
+// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:80, buffer `out` at [0, 0], grid step [1]: it was written at parallel position 0 and is read at 1
 func.func @k(%i: i32, %out: !hbm, %a: !part, %b: !part, %s: !dma)
   attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#parallel], scratch_operands = 3 : i64} {
   %c = arith.constant 0 : index
@@ -67,7 +84,7 @@ func.func @k(%i: i32, %out: !hbm, %a: !part, %b: !part, %s: !dma)
 // -----
 // A parallel step uses what another one left in scratch.
 // run
-// fault: unwritten-read: kernel `k`: read of unwritten memory: vector.load at parallel.mlir:80, buffer `a` at [0, 0], grid step [1]
+// fault: unwritten-read: kernel `k`: read of unwritten memory: vector.load at parallel.mlir:97, buffer `a` at [0, 0], grid step [1]
 func.func @k(%i: i32, %a: !vmem)
   attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#parallel], scratch_operands = 1 : i64} {
   %c = arith.constant 0 : index
@@ -102,7 +119,7 @@ func.func @k(%i: i32, %a: !vmem)
 // A DMA is in flight between parallel steps.
 // in f32[8,128] = wave 0
 // run
-// fault: semaphore-unbalanced: kernel `k`: semaphore left unbalanced: tpu.enqueue_dma at parallel.mlir:111, buffer `s`, grid step [1], DMA from `x` to `a` started at parallel.mlir:111 in grid step [0]: a DMA was not waited for before a parallel grid step that may run on another core
+// fault: semaphore-unbalanced: kernel `k`: semaphore left unbalanced: tpu.enqueue_dma at parallel.mlir:128, buffer `s`, grid step [1], DMA from `x` to `a` started at parallel.mlir:128 in grid step [0]: a DMA was not waited for before a parallel grid step that may run on another core
 func.func @k(%i: i32, %x: !hbm, %a: !vmem, %s: !dma)
   attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#parallel], scratch_operands = 2 : i64} {
   %zero = arith.constant 0 : i32
@@ -117,7 +134,7 @@ func.func @k(%i: i32, %x: !hbm, %a: !vmem, %s: !dma)
 // -----
 // A signal between parallel steps.
 // run
-// fault: semaphore-unbalanced: kernel `k`: semaphore left unbalanced: tpu.sem_signal at parallel.mlir:127, buffer `s`, grid step [1]: it holds 1 before a parallel grid step that may run on another core
+// fault: semaphore-unbalanced: kernel `k`: semaphore left unbalanced: tpu.sem_signal at parallel.mlir:144, buffer `s`, grid step [1]: it holds 1 before a parallel grid step that may run on another core
 func.func @k(%i: i32, %s: !count)
   attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#parallel], scratch_operands = 1 : i64} {
   %zero = arith.constant 0 : i32
