@@ -8,7 +8,7 @@
 //! - `operands.bin`: the operands, row-major, one after another; device by device.
 //!
 //! Writes `results.bin` and prints one line of JSON: how far it got (`opened`, `decoded`, `ran`), the error, and which kinds
-//! of faults had to be ignored. Each kind is ignored only after a run that it ended. Without an argument it does so for
+//! of faults had to be ignored, and because of which faults. Each kind is ignored only after a run that it ended. Without an argument it does so for
 //! every line of its input that names a folder.
 
 use std::{fs, path::Path, process::ExitCode, time::Instant};
@@ -76,7 +76,7 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
     if let Some(bytes) = call["vmem_bytes"].as_u64() {
         machine.vmem_bytes = machine.vmem_bytes.max(bytes as usize);
     }
-    let (mut ignored, mut outputs) = (vec![], None::<Vec<HostTensor>>);
+    let (mut ignored, mut because, mut outputs) = (vec![], vec![], None::<Vec<HostTensor>>);
     let began = Instant::now();
     let mut seconds = 0.0;
     let races = call["races"].as_bool().unwrap_or(false);
@@ -92,6 +92,7 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
                 Ok(runs) => break runs.into_iter().flat_map(|run| run.outputs).collect::<Vec<_>>(),
                 Err(fault) if IGNORABLE.contains(&fault.kind) && !ignored.contains(&fault.kind.name()) => {
                     ignored.push(fault.kind.name());
+                    because.push(fault.to_string());
                     machine = machine.ignoring(fault.kind);
                 }
                 Err(fault) if races && race.is_none() && fault.kind == FaultKind::OverwriteInFlight => {
@@ -102,7 +103,8 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
                 Err(fault) => {
                     let kind = fault.kind.name();
                     return Ok(
-                        json!({ "got": "decoded", "fault": kind, "error": fault.to_string(), "ignored": ignored }),
+                        json!({ "got": "decoded", "fault": kind, "error": fault.to_string(), "ignored": ignored,
+                        "because": because }),
                     );
                 }
             }
@@ -136,7 +138,9 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
     let times = again.collect::<Result<Vec<f64>, String>>()?;
     let bytes: Vec<u8> = outputs.iter().flatten().flat_map(|output| output.bytes().iter().copied()).collect();
     fs::write(folder.join("results.bin"), bytes)?;
-    Ok(json!({ "got": "ran", "ignored": ignored, "race": race, "seconds": seconds, "times": times }))
+    Ok(
+        json!({ "got": "ran", "ignored": ignored, "because": because, "race": race, "seconds": seconds, "times": times }),
+    )
 }
 
 fn types(list: &Value) -> Result<Vec<TensorType>, Box<dyn std::error::Error>> {

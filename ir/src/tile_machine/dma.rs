@@ -9,7 +9,7 @@ use super::{
     fault::FaultKind,
     memory::{Buffer, Region, View},
     observer::{DmaEvent, Observer},
-    tile,
+    tile::{self, Tile},
 };
 use crate::{element::Element, mosaic::MemorySpace};
 
@@ -312,6 +312,44 @@ impl<O: Observer> Executor<'_, '_, O> {
                     }
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Starts the DMA of each row that `numbers` names, in order, unless it is `none`: a row that is left out is waited for with
+    /// the others.
+    pub(super) fn start_row_dmas(
+        &mut self,
+        [source, destination]: [&View; 2],
+        gathers: bool,
+        numbers: &Tile,
+        none: Option<i32>,
+        semaphore: &View,
+        origin: u32,
+    ) -> Step<()> {
+        let Tile::Int(numbers) = numbers else { unreachable!("decoding gives integers") };
+        let one: Vec<usize> = std::iter::once(1).chain(source.dims[1..].iter().copied()).collect();
+        let row = |executor: &Self, of: &View, at: i64| {
+            let start: Vec<i64> = std::iter::once(at).chain(one[1..].iter().map(|_| 0)).collect();
+            of.slice(&start, &one).map_err(|(_, index)| {
+                let detail = format!("row {index} of {}", of.dims[0]);
+                let mut fault = executor.fault_at(FaultKind::OutOfBounds, origin, detail);
+                fault.buffer = Some(executor.buffers[of.buffer].name.clone());
+                fault
+            })
+        };
+        for (at, &number) in numbers.iter().enumerate() {
+            if none == Some(number) {
+                let bytes = self.buffers[source.buffer].data.element().packed_bytes(one.iter().product());
+                let semaphore = self.semaphores.entry((semaphore.buffer, semaphore.offset)).or_default();
+                semaphore.value += bytes as i64;
+                semaphore.landed.push_back((None, bytes));
+                continue;
+            }
+            let [of_source, of_destination] = if gathers { [number, at as i32] } else { [at as i32, number] };
+            let from = row(self, source, i64::from(of_source))?;
+            let to = row(self, destination, i64::from(of_destination))?;
+            self.start_dma(&from, &to, semaphore, origin)?;
         }
         Ok(())
     }

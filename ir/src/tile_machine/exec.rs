@@ -520,6 +520,21 @@ impl<O: Observer> Executor<'_, '_, O> {
                 self.start_remote_dma([&source, &own], [&destination, &semaphore], target, origin)?;
                 Reg::Empty
             }
+            Op::StartRowDmas { gathers } => {
+                let (source, destination) = (self.view(&operands[0]), self.view(&operands[1]));
+                let numbers = match self.take(&operands[2]) {
+                    Reg::View(view) => {
+                        let extent = Extent { sizes: view.dims.to_vec(), steps: vec![] };
+                        let region = self.readable_at(&view, &[0], &extent, origin)?;
+                        self.read(&region, &extent, Element::I32)
+                    }
+                    Reg::Tile(tile) => tile,
+                    _ => unreachable!("decoding gives rows as memory or as a tile"),
+                };
+                let (semaphore, none) = (self.view(&operands[3]), operands.get(4).map(|none| self.scalar(none)));
+                self.start_row_dmas([&source, &destination], *gathers, &numbers, none, &semaphore, origin)?;
+                Reg::Empty
+            }
             Op::WaitDma { destination } => {
                 let (semaphore, destination) = (self.view(&operands[0]), self.view(&operands[*destination]));
                 self.wait_dma(&semaphore, &destination, origin)?;

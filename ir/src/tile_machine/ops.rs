@@ -201,6 +201,10 @@ static ROWS: &[Row] = &[
     effect("tpu.enqueue_dma", 3..=usize::MAX, start_dma),
     effect("tpu.wait_dma2", 3..=usize::MAX, |op| wait_dma(op, 2)),
     effect("tpu.wait_dma", 2..=usize::MAX, |op| wait_dma(op, 1)),
+    effect("tpu.enqueue_indirect_dma", 4..=5, start_row_dmas),
+    effect("tpu.wait_indirect_dma", 3..=3, |op| {
+        wait_dma(op, if gathers(&[op.memref(1)?, op.memref(2)?]) { 2 } else { 1 })
+    }),
     effect("tpu.sem_signal", 2..=usize::MAX, signal),
     effect("tpu.sem_wait", 2..=2, wait_semaphore),
     pure("tpu.sem_read", 1..=1, read_semaphore),
@@ -811,6 +815,38 @@ fn start_dma(op: &Site) -> Decoded<Op> {
     }
     op.semaphore(1)?;
     Ok(Op::StartRemoteDma(target(op, 4, device, core)?))
+}
+
+/// Whether rows of a source are chosen, and not of a destination: the chosen ones are of the array that is not in VMEM, or of the
+/// larger one.
+fn gathers(sides: &[Memory; 2]) -> bool {
+    let [source, destination] = sides;
+    match sides.each_ref().map(|memory| memory.space == MemorySpace::Vmem) {
+        [true, false] => false,
+        [false, true] => true,
+        _ => source.cells() >= destination.cells(),
+    }
+}
+
+/// Operands: source, destination, numbers of rows, semaphore, the number that stands for no row.
+fn start_row_dmas(op: &Site) -> Decoded<Op> {
+    let sides = [op.memref(0)?, op.memref(1)?];
+    let [source, destination] = &sides;
+    fits(source.element == destination.element && source.element.data().is_some())?;
+    fits(source.dims.len() == destination.dims.len() && source.dims.get(1..) == destination.dims.get(1..))?;
+    let numbers = match op.memref(2) {
+        Ok(memory) => memory.dims,
+        Err(_) => op.tile(2)?.dims.into_iter().map(Some).collect(),
+    };
+    let gathers = gathers(&sides);
+    let rows = if gathers { destination } else { source };
+    fits(numbers.len() == 1 && numbers[0] == rows.dims[0])?;
+    op.semaphore(3)?;
+    op.scalars(4, op.operands.len() - 4)?;
+    if op.flag("add") {
+        return unsupported("rows are added to what is there");
+    }
+    Ok(Op::StartRowDmas { gathers })
 }
 
 /// Operands: semaphore, ..., and the destination.

@@ -222,6 +222,12 @@ pub(super) enum Op {
     /// A DMA with a semaphore on either side. Operands: source, its semaphore, destination, its semaphore, and as far as they
     /// are given the device and its core.
     StartRemoteDma(Target),
+    /// Copies of single rows, of one side those that a list of numbers says, of the other one after another. Operands: source,
+    /// destination, the list (a tile, or memory), semaphore, and as far as it is given the number that stands for no row.
+    StartRowDmas {
+        /// Whether the source is the side with the list.
+        gathers: bool,
+    },
     /// A wait for as many bytes as operand `destination` has.
     WaitDma {
         destination: usize,

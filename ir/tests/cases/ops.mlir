@@ -263,3 +263,31 @@ func.func @views(%x0: memref<2x8x128xf32, "any">, %o0: memref<8x128xf32, "vmem">
   "tpu.trace_stop"() : () -> ()
   return
 }
+// -----
+// Rows that a list names are gathered into VMEM, and scattered from there; what the list leaves out stays.
+// in f32[8,128] = wave 0
+// in f32[8,128] = 5
+// out f32[8,128]
+// alias 1:0
+// run
+// result 0: f32[8, 128]: -0.6716944 0.16167314 0.9664844 1.6005859 1.9519767 1.9585905 1.6192592 0.993919 ..., sum 3219.25233, by place 1848513.053
+func.func @rows(%x: memref<8x128xf32, "hbm">, %y: memref<8x128xf32, "hbm">, %o: memref<8x128xf32, "hbm">, %a: memref<4x128xf32, "vmem">, %s: memref<!tpu.dma_semaphore, "semaphore_mem">) attributes {scratch_operands = 2 : i64} {
+  %from = arith.constant dense<[6, 0, 6, 3]> : vector<4xi32>
+  %to = arith.constant dense<[1, -1, 7, 0]> : vector<4xi32>
+  %none = arith.constant -1 : i32
+  "tpu.enqueue_indirect_dma"(%x, %a, %from, %s) {add = false} : (memref<8x128xf32, "hbm">, memref<4x128xf32, "vmem">, vector<4xi32>, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  "tpu.wait_indirect_dma"(%s, %x, %a) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<8x128xf32, "hbm">, memref<4x128xf32, "vmem">) -> ()
+  "tpu.enqueue_indirect_dma"(%a, %o, %to, %s, %none) {add = false} : (memref<4x128xf32, "vmem">, memref<8x128xf32, "hbm">, vector<4xi32>, memref<!tpu.dma_semaphore, "semaphore_mem">, i32) -> ()
+  "tpu.wait_indirect_dma"(%s, %a, %o) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<4x128xf32, "vmem">, memref<8x128xf32, "hbm">) -> ()
+  return
+}
+// -----
+// A row that there is not.
+// in f32[8,128] = wave 0
+// run
+// fault: out-of-bounds: kernel `row`: access out of bounds: tpu.enqueue_indirect_dma at ops.mlir:291, buffer `x`, grid step []: row 8 of 8
+func.func @row(%x: memref<8x128xf32, "hbm">, %a: memref<4x128xf32, "vmem">, %s: memref<!tpu.dma_semaphore, "semaphore_mem">) attributes {scratch_operands = 2 : i64} {
+  %from = arith.constant dense<[6, 0, 8, 3]> : vector<4xi32>
+  "tpu.enqueue_indirect_dma"(%x, %a, %from, %s) {add = false} : (memref<8x128xf32, "hbm">, memref<4x128xf32, "vmem">, vector<4xi32>, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  return
+}
