@@ -15,15 +15,19 @@ const PARTS: usize = 5;
 fn main() {
     let all = std::env::args().any(|argument| argument == "--all");
     println!(
-        "kernel      chip   points candidates | error: mean | correlation: mean least | regret of the model's first: median 95% worst, \
+        "kernel               chip   points candidates | error: mean | correlation: mean least | regret of the model's first: median 95% worst, \
          within 5% | of the planner's choice: same"
     );
     let mut planned = Vec::new();
     for chip in Chip::ALL {
-        for kind in ["decode", "mixed"] {
-            planned.extend(print::<Rpa>(chip, kind, all));
+        for family in ["rpa decode", "rpa mixed"] {
+            planned.extend(print::<Rpa>(chip, family, |_| 0.0, all));
         }
-        planned.extend(print::<Matmul>(chip, "", all));
+        // The planner of products knows what their bytes take.
+        let bytes = |plan: &Plan<Matmul>| Matmul::bytes_moved(plan, None) / chip.info().hbm_bytes_per_cycle();
+        for family in ["matmul bf16", "matmul f32", "matmul 8-bit weight", "matmul 8-bit"] {
+            planned.extend(print::<Matmul>(chip, family, bytes, all));
+        }
     }
     let near = planned.iter().filter(|&&regret| regret <= 1.05).count();
     println!("{} of {} choices cost at most 5% more than the best on record", near, planned.len());
@@ -31,29 +35,32 @@ fn main() {
 
 /// A candidate of a point.
 struct Candidate {
-    stages: Option<Vec<Stage>>,
-    /// By the kernel's own model, where it has no stages.
-    own: Option<f64>,
+    stages: Vec<Stage>,
+    /// The least that the model says, whatever the steps take.
+    floor: f64,
     cycles: u64,
     /// What counts.
     cost: u64,
 }
 
-/// A line for a kernel on a chip; the regrets of the planner's choices.
-fn print<K: Kernel>(chip: Chip, kind: &str, all: bool) -> Vec<f64> {
-    let is_one = |of: &&Point| of.kernel == K::NAME && of.chip == chip && (kind.is_empty() || of.spec["kind"] == kind);
-    let points: Vec<&Point> = cost::points().iter().filter(is_one).collect();
-    if points.is_empty() {
-        return vec![];
-    }
+/// A line for a family of launches on a chip; the regrets of the planner's choices.
+fn print<K: Kernel>(chip: Chip, family: &str, floor: impl Fn(&Plan<K>) -> f64, all: bool) -> Vec<f64> {
+    let of_family = |point: &'static Point| {
+        let plans = (point.kernel == K::NAME && point.chip == chip).then(|| point.plans::<K>().expect("legal"))?;
+        let of = K::family(plans[0].0.problem()).expect("a kernel with stages");
+        (of.name == family).then_some((point, of, plans))
+    };
+    let of_family: Vec<_> = cost::points().iter().filter_map(of_family).collect();
+    let Some((_, of, _)) = of_family.first() else { return vec![] };
+    let prior = cost::weights(of, chip).copied().unwrap_or_default();
+    let points: Vec<&Point> = of_family.iter().map(|(point, ..)| *point).collect();
     let mut candidates: Vec<Vec<Candidate>> = Vec::new();
-    let (mut planned, mut family) = (Vec::new(), None);
-    for point in &points {
-        let (plans, batch) = (point.plans::<K>().expect("legal"), point.batch.as_deref());
-        family = K::family(plans[0].0.problem());
+    let mut planned = Vec::new();
+    for (point, _, plans) in &of_family {
+        let batch = point.batch.as_deref();
         let of = |(plan, cycles): &(Plan<K>, u64)| Candidate {
-            stages: K::stages(plan, batch),
-            own: K::model(plan, batch),
+            stages: K::stages(plan, batch).expect("a kernel with stages"),
+            floor: floor(plan),
             cycles: *cycles,
             cost: point.counted(plan, *cycles),
         };
@@ -76,25 +83,21 @@ fn print<K: Kernel>(chip: Chip, kind: &str, all: bool) -> Vec<f64> {
     }
     // Points of one problem are of one part.
     let part = |at: usize| points.iter().position(|of| of.spec == points[at].spec).unwrap_or(at) % PARTS;
-    let weights: Vec<Option<Weights>> = (0..PARTS)
+    let weights: Vec<Weights> = (0..PARTS)
         .map(|left_out| {
             let others = (0..points.len()).filter(|&at| part(at) != left_out).map(|at| &candidates[at]);
-            let launch = |of: &Candidate| Some((of.stages.clone()?, of.cycles as f64));
-            let launches: Vec<Vec<_>> = others.map(|of| of.iter().filter_map(launch).collect()).collect();
-            let prior = family.and_then(|family| cost::weights(family, chip)).copied().unwrap_or_default();
-            launches.iter().any(|of| !of.is_empty()).then(|| Weights::fit(&launches, &prior))
+            let launch = |of: &Candidate| (of.stages.clone(), of.cycles as f64);
+            let launches: Vec<Vec<_>> = others.map(|of| of.iter().map(launch).collect()).collect();
+            Weights::fit(&launches, &prior)
         })
         .collect();
     let (mut rankings, mut errors) = (Vec::new(), Vec::new());
     for (at, candidates) in candidates.iter().enumerate() {
-        let modelled = candidates.iter().filter_map(|of| {
-            let by_stages = weights[part(at)].zip(of.stages.as_ref()).map(|(weights, stages)| weights.cycles(stages));
-            let modelled = by_stages.or(of.own)?;
-            Some((modelled, of))
-        });
-        let modelled: Vec<_> = modelled.collect();
+        let modelled: Vec<_> = candidates.iter().map(|of| (weights[part(at)].cycles(&of.stages), of)).collect();
         errors.extend(modelled.iter().map(|(modelled, of)| (modelled / of.cycles as f64 - 1.0).abs()));
-        rankings.extend(Ranking::of(&modelled.iter().map(|(modelled, of)| (*modelled, of.cost)).collect::<Vec<_>>()));
+        // Where the bytes decide, what the steps take still ranks.
+        let rank = |(modelled, of): &(f64, &Candidate)| (modelled.max(of.floor) + modelled * 1e-3, of.cost);
+        rankings.extend(Ranking::of(&modelled.iter().map(rank).collect::<Vec<_>>()));
     }
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
     let regrets = |mut values: Vec<f64>| {
@@ -106,8 +109,7 @@ fn print<K: Kernel>(chip: Chip, kind: &str, all: bool) -> Vec<f64> {
     };
     let correlations: Vec<f64> = rankings.iter().map(|of| of.correlation).collect();
     println!(
-        "{:<11} {:<6} {:>6} {:>10} | {:.3} | {:.3} {:.2} | {} | {}",
-        format!("{} {kind}", K::NAME),
+        "{family:<20} {:<6} {:>6} {:>10} | {:.3} | {:.3} {:.2} | {} | {}",
         chip.name(),
         points.len(),
         candidates.iter().map(Vec::len).sum::<usize>(),

@@ -406,7 +406,7 @@ fn bad_files_are_one_clear_error() {
     write("word.mlir", format!("// custom_call_config\n{plain}").as_bytes());
     write("beside.mlir", wire.replacen("{\\22custom", "{\\22a\\22:{},\\22custom", 1).as_bytes());
     assert_eq!(json(&done(dir.path(), "inspect word.mlir --json")), Value::Array(vec![]));
-    assert_eq!(json(&done(dir.path(), "inspect beside.mlir --json"))[0]["name"], "matmul-m40-n200-k300");
+    assert_eq!(json(&done(dir.path(), "inspect beside.mlir --json"))[0]["name"], "matmul-m40-n128-k300");
     write("prose.mlir", b"Once upon a time");
     write("empty.mlir", b"");
     write("binary.mlir", &[0xff; 1000]);

@@ -134,7 +134,7 @@ impl Recorder {
     }
 
     /// One problem, two batches of its spread, a few candidates: the planner's, those that the model finds best for each batch,
-    /// and one of the others.
+    /// and one of the others. Of a kernel without batches, those that the model finds best, and ever fewer of the others.
     fn draw<K: Kernel>(&mut self, chip: Chip, seed: u64) {
         const MOST: usize = 4;
         const BATCHES: usize = 2;
@@ -164,8 +164,12 @@ impl Recorder {
         let any = all(&None);
         add(any[seed as usize % any.len()].tiles());
         batches.iter().for_each(|batch| add(all(batch)[0].tiles()));
-        any.iter().take(MOST).for_each(|plan| add(plan.tiles()));
-        tiles.truncate(MOST);
+        if batches == [None] {
+            [0, 1, 2, 4, 7, 12, 20, 33, 54].iter().filter_map(|&at| any.get(at)).for_each(|plan| add(plan.tiles()));
+        } else {
+            any.iter().take(MOST).for_each(|plan| add(plan.tiles()));
+            tiles.truncate(MOST);
+        }
         let asked = batches.iter().map(|batch| (batch.clone(), tiles.clone())).collect();
         self.compile::<K>(&problem, chip, chosen.limit(), asked);
     }

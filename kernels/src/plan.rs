@@ -1,6 +1,6 @@
 //! A planned kernel: every tile and every VMEM buffer named, before anything is compiled.
 //!
-//! Pure, and far below a millisecond. A plan is legal by construction: tiles that no layout allows are refused with the
+//! Pure, and a matter of milliseconds. A plan is legal by construction: tiles that no layout allows are refused with the
 //! rule they break. Whether the kernel *fits* is the separate question that [`Plan::verdict`] answers, from evidence.
 
 use pagoda_ir::{

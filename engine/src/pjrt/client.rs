@@ -366,7 +366,10 @@ pub struct CostAnalysis {
     pub bytes_accessed: Option<f64>,
 }
 
-const ELEMENTS: [(Element, sys::PJRT_Buffer_Type); 20] = [
+/// `PJRT_Buffer_Type_F8E8M0FNU`, which the bindings' header is too old for.
+const F8E8M0FNU: sys::PJRT_Buffer_Type = 28;
+
+const ELEMENTS: [(Element, sys::PJRT_Buffer_Type); Element::ALL.len()] = [
     (Element::Pred, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_PRED),
     (Element::I2, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_S2),
     (Element::I4, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_S4),
@@ -383,6 +386,7 @@ const ELEMENTS: [(Element, sys::PJRT_Buffer_Type); 20] = [
     (Element::F8E4M3Fn, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F8E4M3FN),
     (Element::F8E4M3B11Fnuz, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F8E4M3B11FNUZ),
     (Element::F8E5M2, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F8E5M2),
+    (Element::F8E8M0Fnu, F8E8M0FNU),
     (Element::Bf16, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_BF16),
     (Element::F16, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F16),
     (Element::F32, sys::PJRT_Buffer_Type_PJRT_Buffer_Type_F32),

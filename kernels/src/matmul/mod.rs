@@ -3,6 +3,7 @@
 //! One activation matrix `x` of `m` rows and `k` features, one weight `w` of `n` output features. [`Layout`] says how the
 //! three arrays lie in memory; the product is the same. The weights of several layers can be one array: a program then
 //! loops over its layers with one kernel, which reads the layer's part where it lies; a slice would copy it.
+mod estimate;
 pub mod mosaic;
 mod mutants;
 pub mod native;
@@ -19,11 +20,13 @@ use pagoda_ir::{
     stablehlo as hlo,
 };
 
+pub use self::estimate::Estimate;
 pub use self::problem::{Activation, Epilogue, Layout, Problem, Quantized, Spec};
 use crate::{
     check::Expected,
     chips::Chip,
     choices::Choices,
+    cost::{Family, Stage},
     error::Invalid,
     evidence::Records,
     kernel::{self, Kernel, Operand, Sample},
@@ -191,6 +194,14 @@ impl Kernel for Matmul {
         plan.estimate().bytes_moved as f64
     }
 
+    fn family(problem: &Problem) -> Option<&'static Family> {
+        Some(estimate::family(problem))
+    }
+
+    fn stages(plan: &plan::Plan, _: Option<&[Lengths]>) -> Option<Vec<Stage>> {
+        Some(estimate::stages(plan.problem(), plan.tiles(), plan.chip(), plan.order()))
+    }
+
     fn model(plan: &plan::Plan, _: Option<&[Lengths]>) -> Option<f64> {
         Some(plan.estimate().cycles)
     }
@@ -219,15 +230,24 @@ impl Kernel for Matmul {
     }
 
     /// The projections of decoders, of one device or a part of one: rows of decode steps and prefill chunks, hidden sizes
-    /// from 512 to 8192, either layout of the weight, gates, residuals.
+    /// from 512 to 8192, some of them odd, any layout of the weight, gates, residuals, weights in 8 bits.
     fn workload(choices: &mut Choices) -> Option<Spec> {
-        let m = choices.one_of(&[1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]);
-        let (k, n) = (128 * choices.within(4, 64), 128 * choices.within(4, 112));
-        let element = choices.one_of(&[Element::Bf16, Element::Bf16, Element::F32]);
+        let m = choices.one_of(&[1, 4, 8, 16, 32, 64, 77, 128, 256, 300, 512, 867, 1024, 2048]);
+        let (k, n) = match choices.one_of(&[false, false, false, true]) {
+            true => (choices.within(512, 6144), choices.within(512, 8192)),
+            false => (128 * choices.within(4, 64), 128 * choices.within(4, 112)),
+        };
+        let element = choices.one_of(&[Element::Bf16, Element::Bf16, Element::Bf16, Element::F32]);
+        // Six products for one, and six times the text to compile.
+        let (k, n) = if element == Element::F32 { (k / 4, n / 4) } else { (k, n) };
         let layout = choices.one_of(&[Layout::RowMajor, Layout::WeightTransposed, Layout::FeatureMajor]);
-        let activation = choices.one_of(&[Activation::Identity, Activation::SiluGate]);
+        let activation = choices.one_of(&[Activation::Identity, Activation::Identity, Activation::SiluGate]);
         let epilogue = Epilogue { bias: choices.coin(), activation, residual: choices.coin() };
-        Some(Spec { layout, epilogue, ..Spec::new([m, k, n], element) })
+        let (group, activations) = choices.one_of(&[(None, false), (Some(128), false), (None, true)]);
+        let weight = choices.one_of(&[Element::I8, Element::I8, Element::F8E4M3Fn]);
+        let is_narrow = choices.coin() && element == Element::Bf16;
+        let quantized = is_narrow.then_some(Quantized { weight, group: group.filter(|of| k % of == 0), activations });
+        Some(Spec { layout, epilogue, quantized, ..Spec::new([m, k, n], element) })
     }
 
     fn records() -> Option<&'static Records<Self>> {

@@ -1,6 +1,6 @@
 //! Planning a matmul for a TPU: tiles, grid order, VMEM, and what it should cost.
 //!
-//! Pure and fast (every candidate is a few dozen arithmetic operations, all of them well below a millisecond). A plan is
+//! Pure and fast (a candidate takes a microsecond or two, all of them some ten milliseconds at most). A plan is
 //! legal by construction: tiles that no layout allows are refused with the rule they break.
 //!
 //! All three layouts are one kernel `out [rows, columns] = lhs [rows, depth] rhs [depth, columns]`: the weight is the
@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Matmul,
+    estimate::Estimate,
     problem::{Layout, Problem, Quantized},
 };
 use crate::{
@@ -86,17 +87,6 @@ pub struct Chunk {
     pub depth: usize,
 }
 
-/// What a plan should cost, by a model of one core that overlaps copies and products.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Estimate {
-    /// Cycles of the whole kernel.
-    pub cycles: f64,
-    /// Cycles that the matrix units work, per core.
-    pub mxu_cycles: f64,
-    /// Bytes moved between HBM and VMEM, all cores together.
-    pub bytes_moved: u64,
-}
-
 /// What the user may fix; the planner chooses the rest.
 pub type Options = plan::Options<Tiles>;
 
@@ -116,7 +106,7 @@ pub struct Details {
 
 impl fmt::Display for Details {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Estimate { cycles, mxu_cycles, bytes_moved } = self.estimate;
+        let Estimate { cycles, mxu_cycles, bytes_moved, .. } = self.estimate;
         let (share, moved) = (100.0 * mxu_cycles / cycles, Bytes(bytes_moved));
         write!(f, "{:<24} {cycles:.0} cycles ({share:.0}% matrix unit), {moved} moved", "estimate")
     }
@@ -125,7 +115,8 @@ impl fmt::Display for Details {
 /// What follows from legal tiles, in the better of both orders.
 pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
     let (blocks, info) = (Blocks::new(problem, tiles), chip.info());
-    let (order, estimate) = blocks.better_order(chip);
+    let order = blocks.order(chip);
+    let estimate = blocks.estimate(chip, order);
     let Tiles { m, n, k } = tiles;
     plan::Layout {
         name: format!("matmul-m{m}-n{n}-k{k}"),
@@ -225,7 +216,7 @@ pub(super) struct Arithmetic {
     pub sum: Element,
 }
 
-fn arithmetic(problem: &Problem, chip: Chip) -> Arithmetic {
+pub(super) fn arithmetic(problem: &Problem, chip: Chip) -> Arithmetic {
     let operand = match problem.quantized {
         Some(quantized) if quantized.activations && chip.multiplies(quantized.weight) => quantized.weight,
         Some(quantized) if quantized.activations => Element::Bf16,
@@ -357,7 +348,7 @@ pub(super) fn names(problem: &Problem, one: &'static str, gate: &'static str, up
     if gated(problem) { vec![gate, up] } else { vec![one] }
 }
 
-fn shape(problem: &Problem) -> Shape {
+pub(super) fn shape(problem: &Problem) -> Shape {
     let (rows, columns) = match problem.layout {
         Layout::FeatureMajor => (problem.n, problem.m),
         Layout::RowMajor | Layout::WeightTransposed => (problem.m, problem.n),
@@ -366,11 +357,11 @@ fn shape(problem: &Problem) -> Shape {
 }
 
 /// Whether products are of f32: the matrix unit multiplies each operand's three bf16 parts.
-fn splits(problem: &Problem) -> bool {
+pub(super) fn splits(problem: &Problem) -> bool {
     problem.input == Element::F32 && !problem.quantized_x()
 }
 
-fn gated(problem: &Problem) -> bool {
+pub(super) fn gated(problem: &Problem) -> bool {
     problem.epilogue.activation.is_gated()
 }
 
@@ -490,15 +481,15 @@ pub(super) fn up_unit(problem: &Problem) -> usize {
 }
 
 /// A problem cut into blocks.
-struct Blocks<'p> {
-    problem: &'p Problem,
+pub(super) struct Blocks<'p> {
+    pub(super) problem: &'p Problem,
     /// Sizes along rows, columns, depth.
-    block: [usize; 3],
-    counts: [usize; 3],
+    pub(super) block: [usize; 3],
+    pub(super) counts: [usize; 3],
 }
 
 impl<'p> Blocks<'p> {
-    fn new(problem: &'p Problem, tiles: Tiles) -> Self {
+    pub(super) fn new(problem: &'p Problem, tiles: Tiles) -> Self {
         let Shape { rows, columns, depth } = shape(problem);
         let block = match problem.layout {
             Layout::FeatureMajor => [tiles.n, tiles.m, tiles.k],
@@ -569,7 +560,7 @@ impl<'p> Blocks<'p> {
     }
 
     /// How many products of a block of gates' size one block takes.
-    fn products(&self) -> f64 {
+    pub(super) fn products(&self) -> f64 {
         match (gated(self.problem), self.cut()) {
             (false, _) => 1.0,
             (true, None) => 2.0,
@@ -641,156 +632,6 @@ impl<'p> Blocks<'p> {
     fn multiplications(&self) -> usize {
         self.block.iter().product::<usize>() * self.counts[2].min(2) * self.products().ceil() as usize
     }
-
-    /// What the kernel costs: what its steps take, or what its bytes take, whichever is more. The model is of the
-    /// compiler's static estimate, to whose records it is fitted, and of HBM, which that leaves out.
-    ///
-    /// A step asks for the next step's blocks, waits for its own, and works. Where a copy takes longer than the work, two
-    /// are under way at a time, each at full speed: two steps then take a copy and the work of one.
-    fn estimate(&self, chip: Chip, order: Order) -> Estimate {
-        let info = &chip.info();
-        let [rows, columns, depth] = self.block.map(|size| size as f64);
-        let [row_blocks, column_blocks, steps] = self.counts.map(|count| count as f64);
-        let products = self.products();
-        let feature_major = self.problem.layout == Layout::FeatureMajor;
-        // Bytes of a block of each side, and of one of its windows.
-        let x = self.problem.x_element().bytes() as f64 * depth * if feature_major { columns } else { rows };
-        let w = self.problem.weight_element().bytes() as f64 * depth * if feature_major { rows } else { columns };
-        let (lhs, rhs) = if feature_major { ((w * products, w), (x, x)) } else { ((x, x), (w * products, w)) };
-        let out = rows * columns * self.problem.output.bytes() as f64;
-        let residual = f64::from(u8::from(self.problem.epilogue.residual));
-
-        // A side whose block stays the same from one step to the next is not fetched again.
-        let blocks = row_blocks * column_blocks;
-        let (outer_blocks, inner_blocks) = match order {
-            Order::RowsOuter => (row_blocks, column_blocks),
-            Order::ColumnsOuter => (column_blocks, row_blocks),
-        };
-        let inner_fetches = if steps > 1.0 || inner_blocks > 1.0 { blocks * steps } else { 1.0 };
-        let outer_fetches = if steps > 1.0 { blocks * steps } else { outer_blocks };
-        let (lhs_fetches, rhs_fetches) = match order {
-            Order::RowsOuter => (outer_fetches, inner_fetches),
-            Order::ColumnsOuter => (inner_fetches, outer_fetches),
-        };
-        // Of blocks at an edge only what is there.
-        let Shape { rows: all_rows, columns: all_columns, depth: all_depth } = shape(self.problem);
-        let real = |all: usize, block: f64, count: f64| all as f64 / (block * count);
-        let (real_rows, real_columns) = (real(all_rows, rows, row_blocks), real(all_columns, columns, column_blocks));
-        let real_depth = real(all_depth, depth, steps);
-        let bytes = lhs_fetches * lhs.0 * real_rows * real_depth
-            + rhs_fetches * rhs.0 * real_columns * real_depth
-            + blocks * out * (1.0 + residual) * real_rows * real_columns;
-
-        // A parallel dimension is split over the cores; the first that splits evenly, else the outer one.
-        let per_core = (blocks / info.cores as f64).ceil();
-        let matrix = products * self.mxu_cycles_per_step(chip);
-        let of_elements = |each: f64| products * rows * columns * each / (LANES * SUBLANES) as f64;
-        let accumulate = if steps > 1.0 { of_elements(ACCUMULATE) } else { 0.0 };
-        let groups = self.problem.group().map_or(0.0, |group| of_elements(SCALE) * (depth / group as f64).ceil());
-        let epilogue = of_elements(if gated(self.problem) { GATE } else { EPILOGUE }) / steps;
-        let work = (matrix + accumulate + groups).max(self.conversion()) + epilogue + STEP_OVERHEAD;
-
-        let (lhs_copy, rhs_copy) = (copy_cycles(chip, lhs.1), copy_cycles(chip, rhs.1));
-        let (inner_copy, outer_copy) = match order {
-            Order::RowsOuter => (rhs_copy, lhs_copy),
-            Order::ColumnsOuter => (lhs_copy, rhs_copy),
-        };
-        let both = lhs_copy.max(rhs_copy);
-        let step = |copy: f64| if copy <= work { work } else { (work + copy) / 2.0 };
-        let body = match (steps > 1.0, inner_blocks > 1.0) {
-            (true, _) => step(both),
-            (false, true) => step(inner_copy) + (step(both) - step(inner_copy)) / inner_blocks,
-            (false, false) => step(outer_copy),
-        };
-        let turns = per_core * steps;
-        let first = if turns > 1.0 && both > work { work } else { both };
-        let ends = first + copy_cycles(chip, out) + HEAD;
-        let steps_take = turns * body + ends;
-        // The last block's work has nothing to overlap with.
-        let bytes_take = bytes / info.hbm_bytes_per_cycle() + if turns > 1.0 { work } else { 0.0 };
-        Estimate { cycles: steps_take.max(bytes_take), mxu_cycles: turns * matrix, bytes_moved: bytes as u64 }
-    }
-
-    /// The order in which less is fetched again, unless the matrix units hide both; what the kernel costs in it.
-    fn better_order(&self, chip: Chip) -> (Order, Estimate) {
-        let info = chip.info();
-        let [rows, columns, depth] = self.block.map(|size| size as f64);
-        let [row_blocks, column_blocks, steps] = self.counts.map(|count| count as f64);
-        let weight = self.products() * self.problem.weight_element().bytes() as f64;
-        let x = self.problem.x_element().bytes() as f64;
-        let [lhs, rhs] = if self.problem.layout == Layout::FeatureMajor { [weight, x] } else { [x, weight] };
-        let residual = f64::from(u8::from(self.problem.epilogue.residual));
-        let out = rows * columns * self.problem.output.bytes() as f64 * (1.0 + residual);
-        let turns = row_blocks * column_blocks * steps;
-        let step = |order| {
-            let (lhs_fetches, rhs_fetches) = match (steps > 1.0, order) {
-                (true, _) => (turns, turns),
-                (false, Order::RowsOuter) => (row_blocks, turns),
-                (false, Order::ColumnsOuter) => (turns, column_blocks),
-            };
-            let bytes = lhs_fetches * lhs * rows * depth + rhs_fetches * rhs * depth * columns;
-            let bytes = (bytes + row_blocks * column_blocks * out) / turns;
-            let copies = 700.0 + bytes * info.cores as f64 / info.hbm_bytes_per_cycle();
-            let work = self.products()
-                * (self.mxu_cycles_per_step(chip) + if steps > 1.0 { rows * columns / 1024.0 } else { 0.0 });
-            (work + 250.0).max(copies)
-        };
-        let columns_are_better = step(Order::ColumnsOuter) < step(Order::RowsOuter);
-        let order = if columns_are_better { Order::ColumnsOuter } else { Order::RowsOuter };
-        (order, self.estimate(chip, order))
-    }
-
-    /// What the kernel costs.
-    fn cycles(&self, chip: Chip) -> f64 {
-        self.better_order(chip).1.cycles
-    }
-
-    /// Cycles of the vector units that convert stored elements to what the matrix unit takes, in one step: the weight once
-    /// for each chunk of rows.
-    fn conversion(&self) -> f64 {
-        let Some(quantized) = self.problem.quantized else { return 0.0 };
-        if quantized.activations {
-            return 0.0;
-        }
-        let [rows, columns, depth] = self.block;
-        let (features, repeats) = match self.problem.layout {
-            Layout::FeatureMajor => (rows, columns.div_ceil(LANES)),
-            Layout::RowMajor | Layout::WeightTransposed => (columns, rows.div_ceil(MOST_ROWS)),
-        };
-        self.products() * (features * depth * repeats) as f64 * CONVERT / (LANES * SUBLANES) as f64
-    }
-
-    /// Cycles of the matrix units for one step: for each weight tile they hold, the rows that stream through it, but no
-    /// less than it takes to load the next one.
-    fn mxu_cycles_per_step(&self, chip: Chip) -> f64 {
-        let info = chip.info();
-        let [rows, columns, depth] = self.block;
-        let side = info.mxu;
-        // Lanes of x that belong to other groups are multiplied as zeros.
-        let parts = self.problem.group().map_or(1, |group| (LANES / group).max(1));
-        let weight_tiles = (columns.div_ceil(side) * depth.div_ceil(side) * parts) as f64;
-        let units = info.peak_flop_per_cycle_and_core as f64 / (2 * side * side) as f64;
-        let passes = match arithmetic(self.problem, chip).operand {
-            Element::F32 => F32_PASSES,
-            narrow if narrow.bytes() == 1 => 0.5,
-            _ => 1.0,
-        };
-        let streamed = (rows.next_multiple_of(SUBLANES) as f64).max(WEIGHT_LOAD * side as f64);
-        passes * weight_tiles * streamed / units
-    }
-}
-
-/// Cycles of one copy between HBM and VMEM, by the compiler's static estimate: latency and rate, fitted to kernels that
-/// do nothing else (libtpu 0.0.52; v4, of which it has no estimate, as v5p). On v5p it leaves out the bytes of copies of parts
-/// of rows, which the model does not.
-fn copy_cycles(chip: Chip, bytes: f64) -> f64 {
-    let (latency, rate) = match chip {
-        Chip::V5e => (1143.0, 489.0),
-        Chip::V4 | Chip::V5p => (678.0, 1236.0),
-        Chip::V6e => (557.0, 772.0),
-        Chip::Tpu7x => (600.0, 1580.0),
-    };
-    latency + bytes / rate
 }
 
 /// Sizes of the sums of `features` of a [`Cut`] weight, in whole registers.
@@ -803,22 +644,6 @@ pub(super) fn sum_dims(block: [usize; 3], axis: usize, features: usize) -> [usiz
 
 /// Bytes of a narrow weight that are held at once: however deep a chunk is, the compiler loads it piece by piece.
 const HELD_OF_WEIGHT: usize = 256 << 10;
-/// Cycles of a grid step besides its work: index arithmetic, semaphores, pipeline fill.
-const STEP_OVERHEAD: f64 = 300.0;
-/// Cycles of a kernel besides its steps.
-const HEAD: f64 = 200.0;
-/// Cycles per register of 1024 f32: an accumulator read, added and written back; the sum of a group scaled and added; a
-/// result rounded and stored, or gated before that; a stored weight made bf16.
-const ACCUMULATE: f64 = 0.25;
-const SCALE: f64 = 0.75;
-const EPILOGUE: f64 = 0.5;
-const GATE: f64 = 1.0;
-const CONVERT: f64 = 1.5;
-/// Cycles to load the next weight tile, as a part of its side (measured on 8 rows: 86 of 128).
-const WEIGHT_LOAD: f64 = 0.67;
-/// bf16 passes of a true f32 product.
-const F32_PASSES: f64 = 6.0;
-
 /// Rows of a chunk of narrow elements.
 const MOST_ROWS: usize = 256;
 /// Depth of a chunk of a gated product of narrow elements: as much of x is held for gates and ups (at a depth of 8192, 4 MiB
@@ -828,7 +653,7 @@ const MOST_DEPTH: usize = 512;
 /// The chunk of a tile: few enough values for the registers, as many columns as a matrix unit has (half of them halve
 /// the speed on v6e and tpu7x). More rows than 256 gain no cycles and spill. True f32 products split each operand into
 /// three bf16 parts, all of which are live: they go through the depth in pieces.
-fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
+pub(super) fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
     let [rows, columns, depth] = blocks.block;
     let (most_rows, most_depth) = match (splits(blocks.problem), gated(blocks.problem)) {
         (true, _) => (128, 128),
@@ -838,16 +663,17 @@ fn chunk(info: &ChipInfo, blocks: &Blocks) -> Chunk {
     Chunk { rows: rows.min(most_rows), columns: columns.min(info.mxu), depth: depth.min(most_depth) }
 }
 
-/// The cheapest tiles that fit `limit` with room for spills; without it, if none do.
+/// The cheapest tiles that fit `limit` with room for spills; without it, if none do. Of tiles that cost about the same, as where
+/// their bytes decide, those whose steps take least.
 pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tiles> {
     let mut best: Option<(bool, f64)> = None;
     // What may be the best, or close to it: where it fits, and whether with room for spills.
-    let mut near: Vec<(bool, f64, Tiles)> = Vec::new();
+    let mut near: Vec<(bool, Estimate, Tiles)> = Vec::new();
     for tiles in every(problem) {
         let blocks = Blocks::new(problem, tiles);
-        let cycles = blocks.cycles(chip);
+        let cost = blocks.cost(chip);
         // The report allocates: it is made for tiles that may win.
-        if best.is_some_and(|(roomy, least)| roomy && cycles >= least * ALIKE) {
+        if best.is_some_and(|(roomy, least)| roomy && cost.cycles >= least * ALIKE) {
             continue;
         }
         let taken = blocks.report(chip).total();
@@ -855,28 +681,28 @@ pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes) -> Option<Tile
             continue;
         }
         let roomy = taken + evidence::margin(&blocks.spilling(&chip.info())) <= limit;
-        if best.is_none_or(|(most, least)| (roomy, -cycles) > (most, -least)) {
-            best = Some((roomy, cycles));
+        if best.is_none_or(|(most, least)| (roomy, -cost.cycles) > (most, -least)) {
+            best = Some((roomy, cost.cycles));
         }
-        near.push((roomy, cycles, tiles));
+        near.push((roomy, cost, tiles));
     }
     let (roomy, least) = best?;
-    let alike = near.into_iter().filter(|&(of, cycles, _)| of == roomy && cycles <= least * ALIKE);
-    let steps = |tiles: Tiles| problem.m.div_ceil(tiles.m) * problem.n.div_ceil(tiles.n) * problem.k.div_ceil(tiles.k);
-    let fewest = alike.min_by(|(_, a, of_a), (_, b, of_b)| steps(*of_a).cmp(&steps(*of_b)).then(a.total_cmp(b)));
-    fewest.map(|(_, _, tiles)| tiles)
+    let alike = near.into_iter().filter(|&(of, cost, _)| of == roomy && cost.cycles <= least * ALIKE);
+    alike.min_by(|(_, a, _), (_, b, _)| a.static_cycles.total_cmp(&b.static_cycles)).map(|(_, _, tiles)| tiles)
 }
 
-/// Tiles whose cycles are so close are alike to the model; then fewer steps, with longer copies, are better: their static cycles
-/// are fewer wherever bytes count (8 x 4096 x 14336 on v5p: 38745 of `8,512,4096`, 56330 of `8,128,4096`).
-const ALIKE: f64 = 1.03;
+/// Tiles whose cycles are so close are alike to the model.
+const ALIKE: f64 = 1.02;
 
 /// Tiles that fit `limit`, the cheapest first: as many as are worth a compilation.
 pub(super) fn fitting(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<Tiles> {
     const MOST: usize = 64;
     let fits = |&tiles: &Tiles| Blocks::new(problem, tiles).report(chip).total() <= limit;
     let mut all: Vec<Tiles> = every(problem).filter(fits).collect();
-    all.sort_by_cached_key(|&tiles| Blocks::new(problem, tiles).cycles(chip) as u64);
+    all.sort_by_cached_key(|&tiles| {
+        let Estimate { cycles, static_cycles, .. } = Blocks::new(problem, tiles).cost(chip);
+        (cycles as u64, static_cycles as u64)
+    });
     all.truncate(MOST);
     all
 }
@@ -968,7 +794,7 @@ mod tests {
         insta::assert_snapshot!(plan.vmem());
     }
 
-    /// Planning must stay far below a millisecond: a few thousand candidates of a few dozen operations.
+    /// Planning takes milliseconds: some thousand candidates, a microsecond or two each.
     #[test]
     fn candidates_are_few() {
         let many = [4096, 14336, 128_256].map(|size| candidates(size, LANES, MAX_DEPTH).len());

@@ -335,6 +335,7 @@ fn element(dtype: c_int) -> Option<Element> {
         19 => Element::F8E5M2,
         20 => Element::F8E4M3Fn,
         23 => Element::F8E4M3B11Fnuz,
+        33 => Element::F8E8M0Fnu,
         _ => return None,
     })
 }
