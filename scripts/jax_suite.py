@@ -129,6 +129,8 @@ def plugin():
     import threading
     machine = Machine()
     meeting = Meeting(threading.Condition())
+    # A program may run its calls at once; there is one machine, and one folder for each module.
+    one_call = threading.Lock()
 
     def of_type(aval):
         return [ELEMENTS[np.dtype(aval.dtype).name], list(aval.shape)]
@@ -159,12 +161,13 @@ def plugin():
 
         def run_all(operands):
             """Operands of every device to results of every device."""
-            (folder / "operands.bin").write_bytes(b"".join(np.ascontiguousarray(x).tobytes() for own in operands for x in own))
-            report = machine.run(folder)
-            record(event="run", module=digest, kernel=kernel_name, **report)
-            if report["got"] != "ran":
-                raise RuntimeError(f"pagoda: {report}")
-            data, results, at = (folder / "results.bin").read_bytes(), [], 0
+            with one_call:
+                (folder / "operands.bin").write_bytes(b"".join(np.ascontiguousarray(x).tobytes() for own in operands for x in own))
+                report = machine.run(folder)
+                record(event="run", module=digest, kernel=kernel_name, **report)
+                if report["got"] != "ran":
+                    raise RuntimeError(f"pagoda: {report}")
+                data, results, at = (folder / "results.bin").read_bytes(), [], 0
             for _ in operands:
                 own = []
                 for shape in shapes:
@@ -397,9 +400,11 @@ ROUNDED = re.compile(r"ExcessPrecisionTest::test_matmul_(f32_out_fused_downcast|
                      r"|RopeQuantTest::test_matches_reference")
 # Tests of kernels that are wrong on purpose; and JAX's test of the barrier semaphore, which waits for its left neighbour and signals
 # the right one, whether or not that has entered the kernel: a race, and named as one. And tpu-inference's GDN v3 with speculative
-# tokens, which takes the size of a DMA from behind the end of a table in SMEM.
+# tokens, which takes the size of a DMA from behind the end of a table in SMEM; and its grouped matmul of sizes that are not whole
+# tiles, which takes zeros of the weight for what lies in the padding of x, but what lies there of x as it is: here a NaN.
 INTENDED = re.compile(r"vmem_oom|test_vmem_limit|disable_bounds_check|RemoteDMATest::test_barrier_semaphore$"
-                      r"|gdn_attention_v3_test.*test_spec_mode_checkpoints")
+                      r"|gdn_attention_v3_test.*test_spec_mode_checkpoints"
+                      r"|GmmTest::test_gmm_implicit_padding")
 # Kernels of tpu-inference with a race that is named and then ignored, so that their values are compared, with DMAs early.
 # - The fused MoE: a local copy of an expert's results signals a semaphore that is waited for when all experts are done, and the
 #   second expert after it writes over them.

@@ -180,7 +180,8 @@ impl Blocks<'_> {
         let row_chunks = rows.div_ceil(of_chunk.rows) as f64;
         let column_chunks = columns.div_ceil(of_chunk.columns) as f64;
         let [of_rows, of_columns] = [registers(rows, depth), registers(columns, depth)];
-        let [matrix_rows, matrix_loads, matrix] = self.matrix(chip).map(|cycles| cycles * products);
+        let multiplied = if self.joins(&info) { 1.0 } else { products };
+        let [matrix_rows, matrix_loads, matrix] = self.matrix(chip).map(|cycles| cycles * multiplied);
         let turned =
             if self.problem.layout == Layout::WeightTransposed { of_columns * row_chunks * products } else { 0.0 };
         let is_narrow = self.problem.quantized.is_some_and(|quantized| !quantized.activations);
@@ -254,7 +255,9 @@ impl Blocks<'_> {
         Estimate {
             cycles: static_cycles.max(bytes_take),
             static_cycles,
-            mxu_cycles: self.turns(chip) * self.products() * self.matrix(chip)[2],
+            mxu_cycles: self.turns(chip)
+                * if self.joins(&chip.info()) { 1.0 } else { self.products() }
+                * self.matrix(chip)[2],
             bytes_moved: bytes as u64,
         }
     }

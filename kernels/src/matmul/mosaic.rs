@@ -312,7 +312,10 @@ impl<'a, 'p> Body<'a, 'p> {
         edge: Option<usize>,
     ) -> Vec<Value<'a>> {
         let arithmetic = self.plan.arithmetic();
-        let sides: Vec<_> = windows.clone().map(|window| Sides::new(self, window, row, column)).collect();
+        if self.plan.joins() {
+            return self.joined(row, column, start, edge);
+        }
+        let sides: Vec<_> = windows.clone().map(|window| Sides::new(self, &[window], row, column)).collect();
         let [_, _, depth] = self.plan.blocks();
         let real = edge.unwrap_or(depth);
         let pieces = |(first, size): (usize, usize)| {
@@ -345,6 +348,23 @@ impl<'a, 'p> Body<'a, 'p> {
             }
         }
         sums.into_iter().flatten().collect()
+    }
+
+    /// As [`products`](Self::products), of gates and ups as columns of one product.
+    fn joined(
+        &self,
+        row: (usize, usize),
+        column: (usize, usize),
+        start: impl Fn(usize) -> Value<'a>,
+        edge: Option<usize>,
+    ) -> Vec<Value<'a>> {
+        let [_, _, depth] = self.plan.blocks();
+        let real = edge.unwrap_or(depth);
+        let sides = Sides::new(self, &[0, 1], row, column);
+        let pieces = ranges(depth, self.plan.chunk().depth).filter(|&(from, _)| from < real);
+        let both = pieces
+            .fold(self.k.concatenate(&[start(0), start(1)], 1), |sum, piece| sides.multiply(piece, 0..real, real, sum));
+        [0, column.1].map(|from| both.slice(&[0, from], &[row.1, column.1])).to_vec()
     }
 
     /// The scales of a chunk's columns (feature-major: rows) in the group that the step's feature `at` belongs to.
@@ -418,20 +438,18 @@ fn sigmoid_argument(activation: Activation, gate: Value<'_>) -> Value<'_> {
 struct Sides<'b, 'a, 'p> {
     body: &'b Body<'a, 'p>,
     lhs: Ref<'a>,
-    rhs: Ref<'a>,
+    /// One, or gates and ups, whose columns are those of one product.
+    rhs: Vec<Ref<'a>>,
     /// The dimension of the right side that is summed over.
     rhs_depth: usize,
 }
 
 impl<'b, 'a, 'p> Sides<'b, 'a, 'p> {
-    fn new(body: &'b Body<'a, 'p>, half: usize, row: (usize, usize), column: (usize, usize)) -> Self {
-        let lhs = body.lhs[half.min(body.lhs.len() - 1)].slice(0, row.0, row.1);
-        let rhs = &body.rhs[half.min(body.rhs.len() - 1)];
-        let (rhs, rhs_depth) = match body.plan.problem().layout {
-            Layout::WeightTransposed => (rhs.slice(0, column.0, column.1), 1),
-            Layout::RowMajor | Layout::FeatureMajor => (rhs.slice(1, column.0, column.1), 0),
-        };
-        Self { body, lhs, rhs, rhs_depth }
+    fn new(body: &'b Body<'a, 'p>, halves: &[usize], row: (usize, usize), column: (usize, usize)) -> Self {
+        let lhs = body.lhs[halves[0].min(body.lhs.len() - 1)].slice(0, row.0, row.1);
+        let rhs_depth = if body.plan.problem().layout == Layout::WeightTransposed { 1 } else { 0 };
+        let of = |&half: &usize| body.rhs[half.min(body.rhs.len() - 1)].slice(1 - rhs_depth, column.0, column.1);
+        Self { body, lhs, rhs: halves.iter().map(of).collect(), rhs_depth }
     }
 
     /// `sum` plus the product over `size` features from `from` on, those of `x` outside `kept` taken as zeros. Only what is
@@ -439,16 +457,20 @@ impl<'b, 'a, 'p> Sides<'b, 'a, 'p> {
     fn multiply(&self, (from, size): (usize, usize), kept: Range<usize>, real: usize, sum: Value<'a>) -> Value<'a> {
         let (k, problem) = (self.body.k, self.body.plan.problem());
         let Arithmetic { operand, .. } = self.body.plan.arithmetic();
-        let (mut lhs, mut rhs) =
-            (self.lhs.slice(1, from, size).load(), self.rhs.slice(self.rhs_depth, from, size).load());
+        let lhs = self.lhs.slice(1, from, size).load();
+        let rhs: Vec<_> = self.rhs.iter().map(|rhs| rhs.slice(self.rhs_depth, from, size).load()).collect();
         let of_x = kept.start.saturating_sub(from)..(kept.end - from).min(size);
         // Zeros of x do where the weight is finite, as integers always are.
         let of_w = if problem.weight_element().is_float() { 0..(real - from).min(size) } else { 0..size };
         let (of_lhs, of_rhs) = if problem.layout == Layout::FeatureMajor { (of_w, of_x) } else { (of_x, of_w) };
-        (lhs, rhs) = (self.masked(lhs, 1, of_lhs), self.masked(rhs, self.rhs_depth, of_rhs));
+        let lhs = self.masked(lhs, 1, of_lhs);
+        let rhs: Vec<_> = rhs.into_iter().map(|rhs| self.masked(rhs, self.rhs_depth, of_rhs.clone())).collect();
+        let lhs = widened(lhs, operand);
+        let rhs: Vec<_> = rhs.into_iter().map(|rhs| widened(rhs, operand)).collect();
+        let rhs = if let [rhs] = rhs[..] { rhs } else { k.concatenate(&rhs, 1 - self.rhs_depth) };
         let dims = if self.rhs_depth == 1 { DotDims::nt() } else { DotDims::nn() };
         let precision = if operand == Element::F32 { Precision::Fp32 } else { Precision::Default };
-        k.dot_general(widened(lhs, operand), widened(rhs, operand), sum, &dims, precision)
+        k.dot_general(lhs, rhs, sum, &dims, precision)
     }
 
     /// Zeros outside `kept` along `dim`.

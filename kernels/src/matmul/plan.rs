@@ -191,6 +191,11 @@ impl Plan {
         self.steps_of_grid()[2]
     }
 
+    /// Whether gates and ups are columns of one product.
+    pub(super) fn joins(&self) -> bool {
+        Blocks::new(self.problem(), self.tiles()).joins(&self.chip().info())
+    }
+
     /// What the matrix units multiply and add up in.
     pub(super) fn arithmetic(&self) -> Arithmetic {
         arithmetic(self.problem(), self.chip())
@@ -557,6 +562,14 @@ impl<'p> Blocks<'p> {
             _ => block,
         };
         (size, count)
+    }
+
+    /// Whether gates and ups are columns of one product: where a block of each is no more than half of a matrix unit, whose other
+    /// half would be idle. (A block of 128 is all that n = 43 x 128 allows, and the units of v6e have 256 columns.)
+    pub(super) fn joins(&self, info: &ChipInfo) -> bool {
+        let columns = self.block[1];
+        let are_columns = gated(self.problem) && self.problem.layout != Layout::FeatureMajor && self.cut().is_none();
+        are_columns && self.problem.group().is_none() && columns.is_multiple_of(LANES) && 2 * columns <= info.mxu
     }
 
     /// How many products of a block of gates' size one block takes.
