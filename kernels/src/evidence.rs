@@ -7,7 +7,7 @@
 //!
 //! *The estimate.* Spills are the part of VMEM that arithmetic does not give. A kernel says which family a plan belongs to
 //! and how many bytes its body holds at once ([`Spilling`]); within a family, spills per live byte are taken from the
-//! records of the same chip where there are at least [`ENOUGH`], else from those of every chip. The estimate is
+//! records of the same chip where there are at least [`ENOUGH_OF_A_CHIP`], else from those of every chip. The estimate is
 //! [`MARGIN`] times the largest of them. It is tested by leaving out each record in turn and estimating it from the others
 //! (`tests/evidence.rs`): no record passes its estimate. It is still an estimate: what it lets through is
 //! [`Verdict::LikelyFits`](crate::vmem::Verdict::LikelyFits), never `Fits`.
@@ -28,6 +28,8 @@ use crate::{
 
 /// Points of a family that an estimate needs.
 pub const ENOUGH: usize = 5;
+/// Points of a family on one chip that do without those of other chips.
+pub const ENOUGH_OF_A_CHIP: usize = 8;
 /// How much larger than the largest spills per live byte of its family the estimate is.
 pub const MARGIN: f64 = 2.4;
 /// The least that is estimated: what kernels spill that hold hardly anything at once.
@@ -167,7 +169,7 @@ impl Estimator {
             let points = self.points.iter().enumerate().filter(move |(index, _)| *index != left_out);
             points.map(|(_, point)| point).filter(|point| point.spilling.family == spilling.family)
         };
-        let here = family().filter(|point| point.chip == chip).count() >= ENOUGH;
+        let here = family().filter(|point| point.chip == chip).count() >= ENOUGH_OF_A_CHIP;
         if !here && family().count() < ENOUGH {
             return None;
         }
