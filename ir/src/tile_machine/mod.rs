@@ -132,7 +132,8 @@
 //! - [`FaultKind::BadCall`]: arguments that do not fit the kernel.
 //!
 //! What it does not model: time, registers and their spills, the routes and the bandwidth between devices, cores of a device that
-//! signal each other (those of a `parallel` dimension run one after another), SparseCores, layouts inside a tile (so it runs
+//! signal each other (those of a `parallel` dimension run one after another; so do a SparseCore's subcores, and two programs at once on
+//! it are refused), layouts inside a tile (so it runs
 //! what the compiler may refuse), and what is in flight between calls: a DMA whose semaphore is the call's own lands when the
 //! kernel ends, and whoever gets that semaphore can wait for it.
 //!
