@@ -441,6 +441,7 @@ fn conversions_and_constants() -> Vec<Case> {
             Element::F8E4M3Fn => vec![0x38],
             Element::F8E4M3B11Fnuz => vec![0x58],
             Element::F8E5M2 => vec![0x3c],
+            Element::F8E8M0Fnu => vec![0x7f],
             Element::Bf16 => bf16::ONE.to_le_bytes().to_vec(),
             Element::F16 => f16::ONE.to_le_bytes().to_vec(),
             Element::F32 => 1f32.to_le_bytes().to_vec(),
