@@ -241,6 +241,19 @@ pub fn scores(cycles: &[Vec<f64>]) -> Vec<f64> {
     cycles.iter().map(score).collect()
 }
 
+/// Cycles of one copy between HBM and VMEM, by the compiler's static estimate: latency and rate, fitted to kernels that
+/// do nothing else (libtpu 0.0.52; v4, of which it has no estimate, as v5p). On v5p it leaves out the bytes of copies of parts
+/// of rows, which the model does not.
+pub(crate) fn copy_cycles(chip: Chip, bytes: f64) -> f64 {
+    let (latency, rate) = match chip {
+        Chip::V5e => (1143.0, 489.0),
+        Chip::V4 | Chip::V5p => (678.0, 1236.0),
+        Chip::V6e => (557.0, 772.0),
+        Chip::Tpu7x => (600.0, 1580.0),
+    };
+    latency + bytes / rate
+}
+
 /// A launch that was compiled.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

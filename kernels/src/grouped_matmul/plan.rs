@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     chips::Chip,
+    cost::copy_cycles,
     evidence,
     kernel::TileSizes,
     plan::{self, PlanError, Spilling},
@@ -323,17 +324,6 @@ pub(super) fn estimate(problem: &Problem, chip: Chip, tiles: Tiles, sizes: &[usi
     let bandwidth =
         info.hbm_bytes_per_cycle() * if cores < info.cores { cores as f64 / info.cores as f64 } else { 1.0 };
     Estimate { cycles: steps.max(bytes / bandwidth), steps, bytes_moved: bytes as u64 }
-}
-
-/// Cycles of one copy between HBM and VMEM, by the compiler's static estimate (as the dense matmul's plan has them).
-fn copy_cycles(chip: Chip, bytes: f64) -> f64 {
-    let (latency, rate) = match chip {
-        Chip::V5e => (1143.0, 489.0),
-        Chip::V4 | Chip::V5p => (678.0, 1236.0),
-        Chip::V6e => (557.0, 772.0),
-        Chip::Tpu7x => (600.0, 1580.0),
-    };
-    latency + bytes / rate
 }
 
 /// The tiles that are cheapest over `batches` and fit `limit` with room for spills; without it, if none do. Where no batch is

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     chips::Chip,
-    cost::{self, Copies, Family, Stage, UNITS, Work},
+    cost::{self, Copies, Family, Stage, UNITS, Work, copy_cycles},
 };
 
 /// The kinds of a step's work, as [`Blocks::work`] counts them: cycles of matrix units, and registers of 1024 words.
@@ -180,8 +180,7 @@ impl Blocks<'_> {
         let row_chunks = rows.div_ceil(of_chunk.rows) as f64;
         let column_chunks = columns.div_ceil(of_chunk.columns) as f64;
         let [of_rows, of_columns] = [registers(rows, depth), registers(columns, depth)];
-        let multiplied = if self.joins(&info) { 1.0 } else { products };
-        let [matrix_rows, matrix_loads, matrix] = self.matrix(chip).map(|cycles| cycles * multiplied);
+        let [matrix_rows, matrix_loads, matrix] = self.matrix(chip);
         let turned =
             if self.problem.layout == Layout::WeightTransposed { of_columns * row_chunks * products } else { 0.0 };
         let is_narrow = self.problem.quantized.is_some_and(|quantized| !quantized.activations);
@@ -219,11 +218,10 @@ impl Blocks<'_> {
         work
     }
 
-    /// Cycles of the matrix units for one product of a step: rows that stream through the weight tiles that they hold; loads
-    /// of the next ones; and of each chunk of rows the longer of both.
-    fn matrix(&self, chip: Chip) -> [f64; 3] {
+    /// Weight tiles of one product of a step, times passes, over the units that share them: what one streamed row takes.
+    fn cycles_per_row(&self, chip: Chip) -> f64 {
         let info = chip.info();
-        let [rows, columns, depth] = self.block;
+        let [_, columns, depth] = self.block;
         let side = info.mxu;
         // Lanes of x that belong to other groups are multiplied as zeros.
         let parts = self.problem.group().map_or(1, |group| (LANES / group).max(1));
@@ -234,7 +232,15 @@ impl Blocks<'_> {
             narrow if narrow.bytes() == 1 => 0.5,
             _ => 1.0,
         };
-        let load = WEIGHT_LOAD * side as f64;
+        passes * weight_tiles / units
+    }
+
+    /// Cycles of the matrix units for the products of a step: rows that stream through the weight tiles that they hold; loads
+    /// of the next ones; and of each chunk of rows the longer of both.
+    fn matrix(&self, chip: Chip) -> [f64; 3] {
+        let info = chip.info();
+        let rows = self.block[0];
+        let load = WEIGHT_LOAD * info.mxu as f64;
         let of_chunk = chunk(&info, self).rows;
         let (whole, rest) = (rows / of_chunk, rows % of_chunk);
         let of = |rows: usize| [rows as f64, load, (rows as f64).max(load)];
@@ -243,7 +249,9 @@ impl Blocks<'_> {
             let of = of(rows);
             std::array::from_fn(|at| sum[at] + times * of[at])
         });
-        sum.map(|streamed| passes * weight_tiles * streamed / units)
+        let products = if self.joins(&info) { 1.0 } else { self.products() };
+        let per_row = products * self.cycles_per_row(chip);
+        sum.map(|streamed| per_row * streamed)
     }
 
     /// What the kernel costs in an order.
@@ -255,9 +263,7 @@ impl Blocks<'_> {
         Estimate {
             cycles: static_cycles.max(bytes_take),
             static_cycles,
-            mxu_cycles: self.turns(chip)
-                * if self.joins(&chip.info()) { 1.0 } else { self.products() }
-                * self.matrix(chip)[2],
+            mxu_cycles: self.turns(chip) * self.matrix(chip)[2],
             bytes_moved: bytes as u64,
         }
     }
@@ -292,19 +298,8 @@ impl Blocks<'_> {
     /// Cycles of the matrix units for one step: for each weight tile they hold, the rows that stream through it, but no
     /// less than it takes to load the next one.
     fn mxu_cycles_per_step(&self, chip: Chip) -> f64 {
-        let info = chip.info();
-        let [rows, columns, depth] = self.block;
-        let side = info.mxu;
-        let parts = self.problem.group().map_or(1, |group| (LANES / group).max(1));
-        let weight_tiles = (columns.div_ceil(side) * depth.div_ceil(side) * parts) as f64;
-        let units = info.peak_flop_per_cycle_and_core as f64 / (2 * side * side) as f64;
-        let passes = match arithmetic(self.problem, chip).operand {
-            Element::F32 => F32_PASSES,
-            narrow if narrow.bytes() == 1 => 0.5,
-            _ => 1.0,
-        };
-        let streamed = (rows.next_multiple_of(SUBLANES) as f64).max(WEIGHT_LOAD * side as f64);
-        passes * weight_tiles * streamed / units
+        let rows = self.block[0].next_multiple_of(SUBLANES) as f64;
+        self.cycles_per_row(chip) * rows.max(WEIGHT_LOAD * chip.info().mxu as f64)
     }
 
     /// What the kernel costs.
@@ -316,19 +311,6 @@ impl Blocks<'_> {
 /// The steps of the busiest core in a launch of a plan.
 pub(super) fn stages(problem: &Problem, tiles: Tiles, chip: Chip, order: Order) -> Vec<Stage> {
     Blocks::new(problem, tiles).stages(chip, order)
-}
-
-/// Cycles of one copy between HBM and VMEM, by the compiler's static estimate: latency and rate, fitted to kernels that
-/// do nothing else (libtpu 0.0.52; v4, of which it has no estimate, as v5p). On v5p it leaves out the bytes of copies of parts
-/// of rows, which the model does not.
-fn copy_cycles(chip: Chip, bytes: f64) -> f64 {
-    let (latency, rate) = match chip {
-        Chip::V5e => (1143.0, 489.0),
-        Chip::V4 | Chip::V5p => (678.0, 1236.0),
-        Chip::V6e => (557.0, 772.0),
-        Chip::Tpu7x => (600.0, 1580.0),
-    };
-    latency + bytes / rate
 }
 
 #[cfg(test)]
