@@ -143,7 +143,7 @@
 //! `devices` between devices.
 //! `history` and `profile` watch: what happened to one element, and what was moved when. `halves`
 //! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`. Only `decode` and
-//! `ops` see MLIR. `ir/tests/states.rs` holds the machine to the tables by random kernels, and `ir/tests/cases` has a kernel
+//! `ops` see MLIR. `ir/tests/all/states.rs` holds the machine to the tables by random kernels, and `ir/tests/cases` has a kernel
 //! for every fault.
 
 mod allocate;

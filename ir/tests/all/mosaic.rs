@@ -100,7 +100,7 @@ fn aliases_are_written_and_found() {
 #[test]
 fn a_kernel_lowered_by_jax_opens_and_runs() {
     let context = Context::new();
-    let calls = wire::find_custom_calls(include_bytes!("data/scaled_sums.mlir")).unwrap();
+    let calls = wire::find_custom_calls(include_bytes!("../data/scaled_sums.mlir")).unwrap();
     assert_eq!(calls.len(), 1);
     let opened = wire::open(&context, &calls[0].backend_config).expect("the body is readable");
     assert_eq!(opened.vmem_limit, Some(8 << 20));
@@ -302,7 +302,7 @@ fn mistakes_name_the_op() {
             Err(Error::Op { op: named, message: printed }) => {
                 assert_eq!(&named, op, "{printed}");
                 assert!(printed.contains(message), "{op}: {printed}");
-                assert!(printed.contains("kernel `mistake`, ir/tests/mosaic.rs:"), "{printed}");
+                assert!(printed.contains("kernel `mistake`, ir/tests/all/mosaic.rs:"), "{printed}");
             }
             Err(other) => panic!("{op}: {other}"),
             Ok(_) => panic!("{op}: {message} went unnoticed"),
@@ -358,7 +358,7 @@ fn two_calls_in_one_line_are_refused() {
 #[test]
 fn what_mlir_cannot_print_is_decoded() {
     let context = Context::new();
-    let opened = wire::open(&context, include_str!("data/unprintable.json")).expect("it is read");
+    let opened = wire::open(&context, include_str!("../data/unprintable.json")).expect("it is read");
     Program::decode(&opened.module).expect("its ops are known");
 }
 

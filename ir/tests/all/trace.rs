@@ -86,7 +86,7 @@ fn a_trace_covers_the_run() {
     assert_eq!(of("op").len(), 20);
     let loads = of("op").into_iter().filter(|op| op["name"] == "vector.load");
     let lines: Vec<_> = loads.map(|op| op["args"]["location"].as_str().unwrap()).collect();
-    assert!(!lines.is_empty() && lines.iter().all(|line| line.starts_with("ir/tests/trace.rs:")), "{lines:?}");
+    assert!(!lines.is_empty() && lines.iter().all(|line| line.starts_with("ir/tests/all/trace.rs:")), "{lines:?}");
     let left_out = format!("{} ops are left out from here on", run.counters.ops - 20);
     assert!(events.iter().any(|event| event["name"] == left_out.as_str() && event["ts"] == 20), "{left_out}");
     // The DMA begins, lands and ends, in this order, in the second step.

@@ -473,7 +473,7 @@ fn faults_name_the_line_that_built_the_op() {
             assert_eq!(fault.kind, kind, "{name}: {fault}");
             assert!(op.is_empty() || fault.op == op, "{name}: {fault}");
             assert_eq!(fault.buffer.as_deref().unwrap_or_default(), buffer, "{name}: {fault}");
-            let located = fault.location.starts_with("ir/tests/tile_machine.rs:") || fault.op == "pipeline";
+            let located = fault.location.starts_with("ir/tests/all/tile_machine.rs:") || fault.op == "pipeline";
             assert!(located, "{name}: {fault}");
             let about_a_copy = matches!(kind, ReadInFlight | OverwriteInFlight);
             assert!(
@@ -498,7 +498,7 @@ fn a_fault_reads_like_this() {
     let fault = run_on(&Machine::default(), &kernel, &[x]).expect_err("a race").to_string();
     let without_lines =
         fault.split("tile_machine.rs:").map(|part| part.trim_start_matches(|c: char| c.is_ascii_digit()));
-    insta::assert_snapshot!(without_lines.collect::<Vec<_>>().join("tile_machine.rs:LINE"), @"kernel `k`: read of a buffer whose DMA is in flight: vector.load at ir/tests/tile_machine.rs:LINE, buffer `buffer` at [1, 4, 0], grid step [2], DMA from `x` to `buffer` started at ir/tests/tile_machine.rs:LINE in grid step [2]");
+    insta::assert_snapshot!(without_lines.collect::<Vec<_>>().join("tile_machine.rs:LINE"), @"kernel `k`: read of a buffer whose DMA is in flight: vector.load at ir/tests/all/tile_machine.rs:LINE, buffer `buffer` at [1, 4, 0], grid step [2], DMA from `x` to `buffer` started at ir/tests/all/tile_machine.rs:LINE in grid step [2]");
 }
 
 /// Programs are run from other threads, a PJRT custom call's for instance.

@@ -1,4 +1,4 @@
-//! Kernels as text, with what running them must give: every file of `cases/`.
+//! Kernels as text, with what running them must give: every file of `ir/tests/cases/`.
 //!
 //! A file holds kernels separated by `// -----`. In front of each stand comments and directives:
 //!
@@ -14,7 +14,7 @@
 //!
 //! What stands before the first `// -----` is in front of every kernel of the file, when it is aliases alone.
 //!
-//! `PAGODA_BLESS=1 cargo test -p pagoda-ir --test cases` writes what came of each run in place: read the difference. A
+//! `PAGODA_BLESS=1 cargo test -p pagoda-ir cases` writes what came of each run in place: read the difference. A
 //! kernel in a StableHLO module (a `tpu_custom_call`) brings its outputs, aliases and unused results along.
 
 use std::{fmt::Write as _, fs, path::Path};
