@@ -5,11 +5,11 @@ Every `pallas_call` (and `pl.kernel`) that a test makes is lowered for TPU as JA
 machine in the test's own process, through a callback. The test's own assertions are the reference: they compare with NumPy, with
 XLA or with another kernel, within the tolerances that hold for a TPU.
 
-    JAX_SRC=path/to/jax scripts/jax_suite.py [--only GLOB] [--out DIR] [--minutes M] [--failed | --again]
+    JAX_SRC=path/to/jax scripts/jax_suite.py [--only GLOB] [--out DIR] [--minutes M] [--failed | --again] [FILE...]
 
 needs a Python with jax 0.10.2, absl-py, pytest and hypothesis, and a checkout of JAX's tests of the same version, which
 stays outside this repository. Prints how many modules were lowered, opened, decoded and run, how many tests agree, and the rest by
-cause. What was tested before is not tested again, so that a run may be stopped and goes on where it was. Tests of several devices
+cause. FILEs are tests of other packages, which PYTHONPATH finds; then these alone are run. What was tested before is not tested again, so that a run may be stopped and goes on where it was. Tests of several devices
 have eight of the host's, which meet at every call. No kernel of it ever ran on a TPU here.
 """
 
@@ -56,6 +56,13 @@ FILES = [
 ]
 # Where a shard_map's devices are the host's.
 DEVICES = 8
+# The TPU that tests and lowerings ask about, by the name that Pagoda has for it.
+Chip = collections.namedtuple("Chip", "version generation variant kind")
+CHIPS = {
+    "v5p": Chip("TPU_V5P", 5, "p", "TPU v5p"),
+    "v6e": Chip("TPU_V6E", 6, "e", "TPU v6 lite"),
+    "tpu7x": Chip("TPU_7X", 7, "x", "TPU7x"),
+}
 # Elements by NumPy's names.
 ELEMENTS = {
     "bool": "pred", "float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64",
@@ -88,21 +95,22 @@ def plugin():
     records = open(os.environ["PAGODA_RECORDS"], "a", buffering=1)
     keep = pathlib.Path(os.environ["PAGODA_KEEP"])
     current = {"test": "?"}
-    info = tpu_info.get_tpu_info_for_chip(tpu_info.ChipVersion.TPU_V5P, 1)
+    chip = CHIPS[os.environ["PAGODA_CHIP"]]
+    info = tpu_info.get_tpu_info_for_chip(getattr(tpu_info.ChipVersion, chip.version), 1)
 
     def record(**what):
         records.write(json.dumps({"test": current["test"], **what}) + "\n")
 
     # What tests and lowerings ask of a device.
     jtu.device_under_test = lambda: "tpu"
-    jtu.is_device_tpu = lambda version=None, variant="": (version in (None, 5)) and variant in ("", "p")
+    jtu.is_device_tpu = lambda version=None, variant="": version in (None, chip.generation) and variant in ("", chip.variant)
     # The fused MoE asks for a TPU 7, and uses nothing that a v5p lacks.
-    jtu.is_device_tpu_at_least = lambda version: version <= (7 if "fused_moe" in current["test"] else 5)
+    jtu.is_device_tpu_at_least = lambda version: version <= (7 if "fused_moe" in current["test"] else chip.generation)
     jtu.is_cloud_tpu = lambda: True
     jtu.is_cloud_tpu_at_least = lambda *date: True
     jtu.if_cloud_tpu_at_least = lambda *date: True
     jtu.is_cloud_tpu_older_than = lambda *date: False
-    jtu.get_tpu_version = lambda: 5
+    jtu.get_tpu_version = lambda: chip.generation
     import jax._src.cloud_tpu_init as cloud_tpu_init
     for name in ("is_cloud_tpu_older_than",):
         for module in list(sys.modules.values()):
@@ -116,7 +124,7 @@ def plugin():
                 module.is_tpu_device = lambda: True
     tpu_info.get_tpu_info = lambda: info
     tpu_info.is_tpu_device = lambda: True
-    tpu_info.get_device_kind = lambda: "TPU v5p"
+    tpu_info.get_device_kind = lambda: chip.kind
     tpu_info.get_num_device_cores = lambda: 1
     import jax.experimental.pallas.tpu as pltpu
     pltpu.get_tpu_info = lambda: info
@@ -233,6 +241,16 @@ def plugin():
 
     mlir.register_lowering(lax_internal.dot_general_p, dot_general, platform="cpu")
 
+    # Which backend and device they are on, packages ask of JAX, and JAX of itself.
+    def by_jax():
+        return sys._getframe(2).f_globals.get("__name__", "").startswith("jax.")
+
+    backend, device = jax.default_backend, type(jax.devices("cpu")[0])
+    jax.default_backend = lambda: backend() if by_jax() else "tpu"
+    platform = device.platform
+    device.platform = property(lambda self: platform.__get__(self) if by_jax() else "tpu")
+    device.device_kind = property(lambda self: chip.kind)
+
     # The serving stack's kernels stand alone; their package wants a serving stack.
     if serving := os.environ.get("SERVING_SRC"):
         import importlib
@@ -258,7 +276,7 @@ def plugin():
         package.__path__ = [str(pathlib.Path(serving) / "tpu_inference")]
         package.logger = stub("tpu_inference.logger", init_logger=logging.getLogger)
         # Which TPU they are on, they ask of JAX's devices.
-        jax.devices = lambda *a, of=jax.devices, **k: [types.SimpleNamespace(device_kind="TPU v5p", platform="tpu", num_cores=1)]\
+        jax.devices = lambda *a, of=jax.devices, **k: [types.SimpleNamespace(device_kind=chip.kind, platform="tpu", num_cores=1)]\
             if sys._getframe(1).f_globals.get("__name__", "").startswith("tpu_inference") else of(*a, **k)
         package.utils = stub("tpu_inference.utils", jax=jax, jnp=jax.numpy)
         # Of its helpers, those that stand without the serving stack.
@@ -266,7 +284,7 @@ def plugin():
             if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.Assign)):
                 with contextlib.suppress(NameError, ImportError):
                     exec(compile(ast.Module([node], []), "utils.py", "exec"), package.utils.__dict__)
-        package.utils.get_device_name = lambda *a: "TPU v5p"
+        package.utils.get_device_name = lambda *a: chip.kind
         # The host's devices have no place in a torus to order them by: they are a line.
         package.utils.make_optimized_mesh = lambda shape, names, devices=None: jax.make_mesh(shape, names, devices=devices)
         type(jax.devices("cpu")[0]).coords = property(lambda device: (device.id, 0, 0))
@@ -506,9 +524,11 @@ def summary(records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE", help="tests of other packages, instead of JAX's")
     parser.add_argument("--only", default="*", help="files of tests/pallas to run, a glob")
     parser.add_argument("--tests", default="", help="pytest's -k")
     parser.add_argument("--out", default=str(ROOT / "target/jax-suite"), help="where records and modules go")
+    parser.add_argument("--chip", choices=CHIPS, default="v5p", help="the TPU that tests and lowerings ask about")
     parser.add_argument("--minutes", type=float, default=60, help="the most that one file may take")
     parser.add_argument("--variants", type=int, default=0, help="the most variants of one test; 0 for all")
     parser.add_argument("--summary", action="store_true", help="print the table of the records that are there")
@@ -519,15 +539,18 @@ def main():
     if not arguments.summary:
         source = pathlib.Path(os.environ.get("JAX_SRC") or sys.exit("set JAX_SRC to a checkout of JAX 0.10.2"))
         out.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "PAGODA_KEEP": str(out / "modules"), "JAX_PLATFORMS": "cpu",
+        environment = {**os.environ, "PAGODA_KEEP": str(out / "modules"), "JAX_PLATFORMS": "cpu", "PAGODA_CHIP": arguments.chip,
                        "PAGODA_VARIANTS": str(arguments.variants)}
         paths = [source / "tests/pallas" / file for file in FILES]
+        if arguments.files:
+            paths = [path.resolve() for path in arguments.files]
         # Kernels of vllm-project/tpu-inference, all that it tests.
-        if serving := os.environ.get("SERVING_SRC"):
+        elif serving := os.environ.get("SERVING_SRC"):
             paths += sorted((pathlib.Path(serving) / "tests/kernels").glob("**/*_test.py"))
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [serving, os.environ.get("PYTHONPATH")]))
         for path in paths:
-            file = path.name
+            # Files of several packages have the same name.
+            file = f"{path.parent.name}.{path.name}" if arguments.files else path.name
             if not fnmatch.fnmatch(file, arguments.only) or not path.exists():
                 continue
             print(f"{file} ...", file=sys.stderr, flush=True)

@@ -1,10 +1,11 @@
-//! MLIR bytecode with types that MLIR 22 knows by name only, such as fp8, which JAX's newer MLIR numbers.
+//! MLIR bytecode with types and attributes that MLIR 22 knows as text only, such as fp8 and affine maps, which JAX's newer
+//! MLIR numbers.
 //!
 //! MLIR's reader refuses such bytecode as a whole, with a number ("unknown attribute code: 24"). [`readable`] writes the
-//! names of those types in the place of their numbers, as MLIR 22 itself would.
+//! text of those types and attributes in the place of their numbers, as MLIR 22 itself would.
 //!
-//! Source of the format: "MLIR Bytecode Format" of LLVM's documentation; codes from `BuiltinDialectBytecode.td`, and from
-//! what JAX 0.10.2 writes.
+//! Source of the format: "MLIR Bytecode Format" of LLVM's documentation; codes from `BuiltinDialectBytecode.td` and, of
+//! affine maps, `BuiltinDialectBytecode.cpp`, and from what JAX 0.10.2 (types) and 0.12.0 (affine maps) write.
 
 /// The code of the first builtin type that MLIR 22 has no code for.
 const FIRST: u8 = 21;
@@ -24,6 +25,13 @@ const NAMES: [&str; 12] = [
     "f8E8M0FNU",
 ];
 
+/// The code of an affine map.
+const AFFINE_MAP: u64 = 23;
+/// How many expressions one may hold, one inside the other.
+const MOST_NESTED: usize = 64;
+/// How many dimensions or results a map may have.
+const MOST_DIMENSIONS: u64 = 64;
+
 const STRINGS: u8 = 0;
 const DIALECTS: u8 = 1;
 const ENTRIES: u8 = 2;
@@ -36,18 +44,18 @@ struct Section<'b> {
     bytes: &'b [u8],
 }
 
-/// `body` with names for the types of [`NAMES`]; `None` where there are none, or it is damaged.
+/// `body` with text for the types of [`NAMES`] and for affine maps; `None` where there are none, or it is damaged.
 pub(super) fn readable(body: &[u8]) -> Option<Vec<u8>> {
     let mut reader = Reader { bytes: body, at: b"ML\xefR".len() };
-    reader.number()?; // the version
+    let version = reader.number()?;
     while reader.byte()? != 0 {} // who wrote it
     let mut result = body[..reader.at].to_vec();
     let sections = sections(&mut reader)?;
     let section = |id: u8| sections.iter().find(|section| section.id == id).map(|section| section.bytes);
-    let (entries, offsets) = with_names(
+    let (entries, offsets) = with_text(
         Reader::new(section(ENTRIES)?),
         Reader::new(section(OFFSETS)?),
-        &builtin(section(STRINGS)?, section(DIALECTS)?)?,
+        &builtin(section(STRINGS)?, section(DIALECTS)?, version)?,
     )?;
     for Section { id, alignment, bytes } in &sections {
         let bytes = match *id {
@@ -82,30 +90,33 @@ fn sections<'b>(reader: &mut Reader<'b>) -> Option<Vec<Section<'b>>> {
     Some(sections)
 }
 
-/// Which dialects are the builtin one.
-fn builtin(strings: &[u8], dialects: &[u8]) -> Option<Vec<bool>> {
+/// Which dialects are the builtin one, in bytecode of a version.
+fn builtin(strings: &[u8], dialects: &[u8], version: u64) -> Option<Vec<bool>> {
     // Strings: their sizes, the last one first, and at the end their bytes, each with a zero behind it.
     let mut strings = Reader::new(strings);
     let sizes = (0..strings.number()?).map(|_| strings.number()).collect::<Option<Vec<_>>>()?;
     let mut texts = sizes.iter().rev().map(|&size| strings.take(size)).collect::<Option<Vec<_>>>()?;
     texts.iter_mut().for_each(|text| *text = text.strip_suffix(b"\0").unwrap_or(text));
-    // Dialects: the numbers of their names, with a bit that says whether a version follows.
+    // Dialects: the numbers of their names, since version 1 with a bit that says whether a version follows.
     let mut dialects = Reader::new(dialects);
     let mut builtin = vec![];
     for _ in 0..dialects.number()? {
-        let name = dialects.number()?;
-        if name & 1 != 0 {
-            let length = dialects.number()?;
-            dialects.take(length)?;
+        let mut name = dialects.number()?;
+        if version > 0 {
+            if name & 1 != 0 {
+                let length = dialects.number()?;
+                dialects.take(length)?;
+            }
+            name >>= 1;
         }
-        builtin.push(*texts.get(usize::try_from(name >> 1).ok()?)? == b"builtin");
+        builtin.push(*texts.get(usize::try_from(name).ok()?)? == b"builtin");
     }
     Some(builtin)
 }
 
 /// Attributes and then types, grouped by dialect: their bytes, and their sizes with a bit that says whether they are not
-/// text. Both with names for the types that are numbers of [`NAMES`]; `None` where there are none.
-fn with_names(mut entries: Reader, mut offsets: Reader, builtin: &[bool]) -> Option<(Vec<u8>, Vec<u8>)> {
+/// text. Both with text for the types that are numbers of [`NAMES`], and for affine maps; `None` where there are none.
+fn with_text(mut entries: Reader, mut offsets: Reader, builtin: &[bool]) -> Option<(Vec<u8>, Vec<u8>)> {
     let (mut new_entries, mut new_offsets) = (vec![], vec![]);
     let (attributes, types) = (offsets.number()?, offsets.number()?);
     let all = attributes.checked_add(types)?;
@@ -121,23 +132,18 @@ fn with_names(mut entries: Reader, mut offsets: Reader, builtin: &[bool]) -> Opt
         for _ in 0..count {
             let size = offsets.number()?;
             let bytes = entries.take(size >> 1)?;
-            // One byte with its lowest bit set is a number below 128.
-            let name = match *bytes {
-                [byte] if entry >= attributes && size & 1 != 0 && is_builtin && byte & 1 != 0 => {
-                    (byte >> 1).checked_sub(FIRST).and_then(|code| NAMES.get(usize::from(code)))
-                }
-                _ => None,
-            };
-            match name {
+            let is_number = is_builtin && size & 1 != 0;
+            let text = is_number.then(|| if entry < attributes { affine_map(bytes) } else { type_name(bytes) }).flatten();
+            match text {
                 None => {
                     new_entries.extend_from_slice(bytes);
                     write_number(&mut new_offsets, size);
                 }
-                Some(name) => {
+                Some(text) => {
                     replaced = true;
-                    new_entries.extend_from_slice(name.as_bytes());
+                    new_entries.extend_from_slice(text.as_bytes());
                     new_entries.push(0);
-                    write_number(&mut new_offsets, (name.len() as u64 + 1) << 1);
+                    write_number(&mut new_offsets, (text.len() as u64 + 1) << 1);
                 }
             }
             entry = entry.checked_add(1)?;
@@ -147,6 +153,64 @@ fn with_names(mut entries: Reader, mut offsets: Reader, builtin: &[bool]) -> Opt
     new_offsets.extend_from_slice(offsets.bytes.get(offsets.at..)?);
     new_entries.extend_from_slice(entries.bytes.get(entries.at..)?);
     replaced.then_some((new_entries, new_offsets))
+}
+
+/// The name of a builtin type that is one of [`NAMES`].
+fn type_name(bytes: &[u8]) -> Option<String> {
+    let mut reader = Reader::new(bytes);
+    let code = reader.number()?.checked_sub(u64::from(FIRST))?;
+    let name = NAMES.get(usize::try_from(code).ok()?)?;
+    (reader.at == bytes.len()).then(|| (*name).to_owned())
+}
+
+/// The text of a builtin attribute that is an affine map.
+fn affine_map(bytes: &[u8]) -> Option<String> {
+    let mut reader = Reader::new(bytes);
+    if reader.number()? != AFFINE_MAP {
+        return None;
+    }
+    let header = reader.number()?;
+    let (dimensions, kind) = (header >> 2, header & 3);
+    let few = |number: u64| Some(number).filter(|&number| number <= MOST_DIMENSIONS);
+    let dimension = |at: u64| format!("d{at}");
+    few(dimensions)?;
+    let mut symbols = 0;
+    let results: Vec<String> = match kind {
+        // Of the identity nothing follows; of a permutation, its dimensions; of a projection, how many, and which.
+        0 => (0..dimensions).map(dimension).collect(),
+        1 => (0..dimensions).map(|_| reader.number().map(dimension)).collect::<Option<_>>()?,
+        2 => (0..few(reader.number()?)?).map(|_| reader.number().map(dimension)).collect::<Option<_>>()?,
+        _ => {
+            symbols = few(reader.number()?)?;
+            (0..few(reader.number()?)?).map(|_| expression(&mut reader, 0)).collect::<Option<_>>()?
+        }
+    };
+    let list = |names: Vec<String>| names.join(", ");
+    let of_symbols = match symbols {
+        0 => String::new(),
+        _ => format!("[{}]", list((0..symbols).map(|at| format!("s{at}")).collect())),
+    };
+    let dimensions = list((0..dimensions).map(dimension).collect());
+    (reader.at == bytes.len()).then(|| format!("affine_map<({dimensions}){of_symbols} -> ({})>", list(results)))
+}
+
+/// An affine expression: its kind, then what it is of.
+fn expression(reader: &mut Reader, nested: usize) -> Option<String> {
+    let operator = match reader.number()? {
+        0 => return reader.number().map(|at| format!("d{at}")),
+        1 => return reader.number().map(|at| format!("s{at}")),
+        // The lowest bit of a number that may be negative is its sign.
+        2 => return reader.number().map(|bits| ((bits >> 1) as i64 ^ -((bits & 1) as i64)).to_string()),
+        3 => "+",
+        4 => "*",
+        5 => "mod",
+        6 => "floordiv",
+        7 => "ceildiv",
+        _ => return None,
+    };
+    let mut operand = || (nested < MOST_NESTED).then(|| expression(reader, nested + 1)).flatten();
+    let (left, right) = (operand()?, operand()?);
+    Some(format!("({left} {operator} {right})"))
 }
 
 /// Bytecode, read from `at` on; `None` where it ends too soon.
@@ -233,6 +297,37 @@ mod tests {
         assert_eq!(named.len(), body.len() + b"f8E4M3FN".len());
         assert!(named.windows(9).any(|window| window == b"f8E4M3FN\0"));
         assert!(readable(&named).is_none());
+    }
+
+    #[test]
+    fn an_affine_map_gets_its_text() {
+        let text = |numbers: &[u64]| {
+            let mut bytes = vec![];
+            numbers.iter().for_each(|&number| write_number(&mut bytes, number));
+            affine_map(&bytes)
+        };
+        let of_dimensions = |count: u64, kind: u64| count << 2 | kind;
+        for (numbers, expected) in [
+            (vec![23, of_dimensions(2, 0)], Some("(d0, d1) -> (d0, d1)")),
+            (vec![23, of_dimensions(0, 0)], Some("() -> ()")),
+            (vec![23, of_dimensions(2, 1), 1, 0], Some("(d0, d1) -> (d1, d0)")),
+            (vec![23, of_dimensions(3, 2), 1, 2], Some("(d0, d1, d2) -> (d2)")),
+            // d0 floordiv 8 + s0 * -3
+            (
+                vec![23, of_dimensions(1, 3), 1, 1, 3, 6, 0, 0, 2, 16, 4, 1, 0, 2, 5],
+                Some("(d0)[s0] -> (((d0 floordiv 8) + (s0 * -3)))"),
+            ),
+            (vec![23, of_dimensions(2, 1), 1], None),
+            (vec![23, of_dimensions(2, 0), 1], None),
+            (vec![8, of_dimensions(2, 0)], None),
+        ] {
+            assert_eq!(text(&numbers), expected.map(|map| format!("affine_map<{map}>")), "{numbers:?}");
+        }
+        // What MLIR prints is what it reads.
+        let context = crate::Context::new();
+        let map = text(&[23, of_dimensions(1, 3), 1, 1, 3, 6, 0, 0, 2, 16, 4, 1, 0, 2, 5]).unwrap();
+        let parsed = melior::ir::Attribute::parse(context.melior(), &map).unwrap();
+        assert_eq!(parsed.to_string(), "affine_map<(d0)[s0] -> (d0 floordiv 8 - s0 * 3)>");
     }
 
     #[test]

@@ -37,6 +37,8 @@ use crate::{
 
 /// The version of the `stable_mosaic` vocabulary that Pagoda writes.
 pub const VERSION: i64 = 15;
+/// The newest that it reads: what JAX 0.12.0 writes beside a libtpu as new (its `jax.export` writes 15).
+pub const NEWEST_VERSION: i64 = 18;
 /// The oldest that it reads: what `jax.export` of JAX 0.10.2 writes, for older compilers.
 pub const OLDEST_VERSION: i64 = 11;
 /// The custom call that libtpu compiles as a Mosaic kernel.
@@ -65,7 +67,7 @@ pub fn serialize(module: &Module) -> Vec<u8> {
 /// Damage is an error as far as MLIR's reader notices it; that reader is not hardened against hostile bytecode.
 ///
 /// # Errors
-/// When MLIR cannot read it, or its ops are of a version beyond [`OLDEST_VERSION`] to [`VERSION`].
+/// When MLIR cannot read it, or its ops are of a version beyond [`OLDEST_VERSION`] to [`NEWEST_VERSION`].
 pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> {
     let module = match body.starts_with(b"ML\xefR") {
         true => read_bytecode(context.melior(), readable(body).as_deref().unwrap_or(body))
@@ -75,8 +77,8 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
     let context = context.melior();
     let Ok(version) = module.as_operation().attribute(VERSION_ATTRIBUTE) else { return Ok(module) };
     let version = IntegerAttribute::try_from(version).map_or(0, |version| version.value());
-    if !(OLDEST_VERSION..=VERSION).contains(&version) {
-        let read = format!("only {OLDEST_VERSION} to {VERSION} are read");
+    if !(OLDEST_VERSION..=NEWEST_VERSION).contains(&version) {
+        let read = format!("only {OLDEST_VERSION} to {NEWEST_VERSION} are read");
         return Err(Error::mosaic(format!(
             "the body is of {VERSION_ATTRIBUTE} {version}, whose ops may mean something else: {read}"
         )));

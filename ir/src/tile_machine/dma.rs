@@ -164,6 +164,17 @@ impl<O: Observer> Executor<'_, '_, O> {
 
     /// Faults when an access to `region` meets a DMA in flight.
     pub(super) fn check_in_flight(&mut self, region: &Region, writes: bool, origin: Option<u32>) -> Step<()> {
+        self.check_in_flight_but(region, writes, origin, |_, _| false)
+    }
+
+    /// Faults when an access to `region` meets a DMA in flight, unless it goes to the region too and `alike` is true of it.
+    fn check_in_flight_but(
+        &mut self,
+        region: &Region,
+        writes: bool,
+        origin: Option<u32>,
+        alike: impl Fn(&Self, &Dma) -> bool,
+    ) -> Step<()> {
         if self.buffers[region.buffer].shared {
             self.touch(region, writes, origin);
         }
@@ -176,6 +187,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         }
         let own = self.dmas.iter().find_map(|dma| {
             let destination = if dma.to.is_none() { dma.destination.overlap(region) } else { None };
+            let destination = destination.filter(|_| !(dma.destination == *region && alike(self, dma)));
             let hit = destination.or_else(|| if writes { dma.source.overlap(region) } else { None });
             Some((hit?, self.describe_dma(dma)))
         });
@@ -240,8 +252,8 @@ impl<O: Observer> Executor<'_, '_, O> {
         self.check_inside(destination)?;
         let (from, to) = (source.all(), destination.all());
         self.check_dma(&from, &to, here, origin)?;
-        let bytes = self.buffers[from.buffer].data.element().packed_bytes(from.len());
-        if bytes != self.buffers[to.buffer].data.element().packed_bytes(to.len()) {
+        let bytes = self.bytes_of(&from);
+        if bytes != self.bytes_of(&to) {
             let detail = format!("{:?} into {:?}", source.dims, destination.dims);
             return Err(self.fault_at(FaultKind::BadCall, origin, detail));
         }
@@ -252,9 +264,18 @@ impl<O: Observer> Executor<'_, '_, O> {
         self.check_in_flight(from, false, Some(origin))?;
         self.check_core(from, self.owner, Some(origin))?;
         if here {
-            self.check_in_flight(to, true, Some(origin))?;
+            // Whichever of two DMAs lands last: where they bring the same bytes, these are there.
+            let into = self.buffers[to.buffer].data.element();
+            self.check_in_flight_but(to, true, Some(origin), |this, dma| {
+                let bytes = |source: &Region| this.carried(source, into, dma.lanes);
+                dma.unpadded.is_none() && dma.bytes == this.bytes_of(from) && bytes(&dma.source) == bytes(from)
+            })?;
         }
         self.check_written(from, origin)
+    }
+
+    fn bytes_of(&self, region: &Region) -> usize {
+        self.buffers[region.buffer].data.element().packed_bytes(region.len())
     }
 
     pub(super) fn start_dma(&mut self, source: &View, destination: &View, semaphore: &View, origin: u32) -> Step<()> {
@@ -457,10 +478,9 @@ impl<O: Observer> Executor<'_, '_, O> {
         self.observer.dma_land(id);
     }
 
-    pub(super) fn wait_dma(&mut self, semaphore: &View, destination: &View, origin: u32) -> Step<()> {
+    pub(super) fn wait_dma(&mut self, semaphore: &View, bytes_of: &View, origin: u32) -> Step<()> {
         let key = (semaphore.buffer, semaphore.offset);
-        let to = destination.all();
-        let bytes = self.buffers[to.buffer].data.element().packed_bytes(to.len());
+        let bytes = self.bytes_of(&bytes_of.all());
         while self.semaphores.entry(key).or_default().value < bytes as i64 {
             let flying = |dma: &Dma| !dma.landed && dma.semaphore == key;
             let candidates: Vec<usize> = (0..self.dmas.len()).filter(|&index| flying(&self.dmas[index])).collect();

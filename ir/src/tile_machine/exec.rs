@@ -535,9 +535,9 @@ impl<O: Observer> Executor<'_, '_, O> {
                 self.start_row_dmas([&source, &destination], *gathers, &numbers, none, &semaphore, origin)?;
                 Reg::Empty
             }
-            Op::WaitDma { destination } => {
-                let (semaphore, destination) = (self.view(&operands[0]), self.view(&operands[*destination]));
-                self.wait_dma(&semaphore, &destination, origin)?;
+            Op::WaitDma { semaphore, bytes_of } => {
+                let (semaphore, bytes_of) = (self.view(&operands[*semaphore]), self.view(&operands[*bytes_of]));
+                self.wait_dma(&semaphore, &bytes_of, origin)?;
                 Reg::Empty
             }
             Op::Signal(target) => {

@@ -52,7 +52,7 @@
 //! | the kernel stores to it | written | written | `OverwriteInFlight` | `OverwriteInFlight` |
 //! | a masked store leaves it out | unwritten | written | `OverwriteInFlight` | `OverwriteInFlight` |
 //! | a DMA from it starts | `UnwrittenRead` ¹ | held | held | `ReadInFlight` |
-//! | a DMA to it starts | landing | landing | `OverwriteInFlight` | `OverwriteInFlight` |
+//! | a DMA to it starts | landing | landing | `OverwriteInFlight` | `OverwriteInFlight` ⁷ |
 //! | the DMA lands | | | held; its value is read now | landing; its value is there now |
 //! | the DMA is waited for | | | written, or held by another | written |
 //! | window: a block comes in ⁴ | as in the array | as in the array | `OverwriteInFlight` | `OverwriteInFlight` |
@@ -66,7 +66,7 @@
 //! ¹ Nothing with [`Machine::allow_unwritten_reads`]: the poison is read. ² Or as in the array, where the block is
 //! revisited. ³ Nothing with [`Machine::allow_unwritten_outputs`], or for [unused outputs](Program::with_unused_outputs).
 //! ⁴ Where a block hangs over the edge of its array, the window is written beyond it: a NaN, or an odd integer, that may
-//! be read.
+//! be read. ⁷ Nothing where both DMAs bring the same bytes to the same region: kernels repeat a row instead of leaving it out.
 //!
 //! A *semaphore* holds a number, at first 0. A DMA of n bytes that lands adds n; a signal adds its amount; a wait for n takes
 //! n, after DMAs on it have landed that it needs.

@@ -199,11 +199,11 @@ static ROWS: &[Row] = &[
     effect("tpu.sem_alloc", 0..=0, allocate),
     effect("tpu.sem_barrier", 0..=0, barrier_semaphore),
     effect("tpu.enqueue_dma", 3..=usize::MAX, start_dma),
-    effect("tpu.wait_dma2", 3..=usize::MAX, |op| wait_dma(op, 2)),
-    effect("tpu.wait_dma", 2..=usize::MAX, |op| wait_dma(op, 1)),
+    effect("tpu.wait_dma2", 3..=usize::MAX, |op| wait_dma(op, 0, 2)),
+    effect("tpu.wait_dma", 2..=usize::MAX, |op| if op.has("wait_target") { wait_side(op) } else { wait_dma(op, 0, 1) }),
     effect("tpu.enqueue_indirect_dma", 4..=5, start_row_dmas),
     effect("tpu.wait_indirect_dma", 3..=3, |op| {
-        wait_dma(op, if gathers(&[op.memref(1)?, op.memref(2)?]) { 2 } else { 1 })
+        wait_dma(op, 0, if gathers(&[op.memref(1)?, op.memref(2)?]) { 2 } else { 1 })
     }),
     effect("tpu.sem_signal", 2..=usize::MAX, signal),
     effect("tpu.sem_wait", 2..=2, wait_semaphore),
@@ -849,11 +849,22 @@ fn start_row_dmas(op: &Site) -> Decoded<Op> {
     Ok(Op::StartRowDmas { gathers })
 }
 
-/// Operands: semaphore, ..., and the destination.
-fn wait_dma(op: &Site, destination: usize) -> Decoded<Op> {
-    op.semaphore(0)?;
-    fits(op.memref(destination)?.element.data().is_some())?;
-    Ok(Op::WaitDma { destination })
+/// Operands: semaphore, ..., and what has its bytes.
+fn wait_dma(op: &Site, semaphore: usize, bytes_of: usize) -> Decoded<Op> {
+    op.semaphore(semaphore)?;
+    fits(op.memref(bytes_of)?.element.data().is_some())?;
+    Ok(Op::WaitDma { semaphore, bytes_of })
+}
+
+/// Operands: those of the DMA. It has arrived, or has left, as `wait_target` says.
+fn wait_side(op: &Site) -> Decoded<Op> {
+    let &[1, own, 1, arrives, device, core] = segments(op, 6)?.as_slice() else { return Err(Refusal::Misfit) };
+    fits(op.operands.len() == 2 + own + arrives + device + core)?;
+    match op.flag("wait_target") {
+        true if arrives == 1 => wait_dma(op, 2 + own, 1 + own),
+        false if own == 1 => wait_dma(op, 1, 0),
+        _ => Err(Refusal::Misfit),
+    }
 }
 
 /// Operands: semaphore, amount, device, core.

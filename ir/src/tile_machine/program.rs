@@ -228,9 +228,10 @@ pub(super) enum Op {
         /// Whether the source is the side with the list.
         gathers: bool,
     },
-    /// A wait for as many bytes as operand `destination` has.
+    /// A wait for as many bytes as one operand has, on the semaphore that another is.
     WaitDma {
-        destination: usize,
+        semaphore: usize,
+        bytes_of: usize,
     },
     /// Operands: semaphore, amount, and as far as they are given the device and its core.
     Signal(Target),
