@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 CASES = []
 F32 = jnp.float32
 N = 4
-MESH = jax.sharding.AbstractMesh((N,), ("x",))
+MESH = jax.sharding.AbstractMesh((N,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 P = jax.sharding.PartitionSpec
 HBM = pl.BlockSpec(memory_space=pl.ANY)
 VMEM = pl.BlockSpec(memory_space=pltpu.VMEM)

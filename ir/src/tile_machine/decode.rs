@@ -40,8 +40,8 @@ impl Program {
     /// Names every op that the machine does not know, or whose form it does not support, and its source line.
     pub fn decode(module: &Module) -> Result<Self> {
         let signature = Signature::read(module)?;
-        let mut decoder = Decoder { slots: HashMap::new(), types: vec![], origins: vec![], refused: vec![] };
         let kernel = kernel_function(module)?;
+        let mut decoder = Decoder { sparse: is_sparse(kernel), ..Decoder::default() };
         let body = decoder.function(kernel)?;
         let rank = signature.grid.len();
         let of_kernel = parameters(kernel);
@@ -120,7 +120,15 @@ fn parameters<'c>(function: OperationRef<'c, '_>) -> Vec<Type<'c>> {
     (0..block.argument_count()).filter_map(|index| Some(block.argument(index).ok()?.r#type())).collect()
 }
 
+/// Whether a function is for a SparseCore.
+fn is_sparse(function: OperationRef) -> bool {
+    function.attribute("tpu.core_type").is_ok_and(|core| printed(&core).contains("<sc_"))
+}
+
+#[derive(Default)]
 struct Decoder {
+    /// Whether the kernel is for a SparseCore.
+    sparse: bool,
     slots: HashMap<*const std::ffi::c_void, Slot>,
     /// What each register holds, if it is a tile.
     types: Vec<Option<TileType>>,
@@ -191,7 +199,7 @@ impl Decoder {
         }
         let operations = std::iter::successors(block.first_operation(), |operation| operation.next_in_block());
         for operation in operations {
-            let site = Site::new(operation);
+            let site = Site::new(operation, self.sparse);
             let Some(row) = ops::row(&site.name) else {
                 self.refuse(site.error("the tile machine does not know this op"));
                 for region in operation.regions() {
@@ -299,12 +307,14 @@ pub(super) struct Site<'c, 'a> {
     pub(super) name: String,
     /// The types of its operands.
     pub(super) operands: Vec<Type<'c>>,
+    /// Whether its kernel is for a SparseCore.
+    pub(super) sparse: bool,
 }
 
 impl<'c, 'a> Site<'c, 'a> {
-    fn new(operation: OperationRef<'c, 'a>) -> Self {
+    fn new(operation: OperationRef<'c, 'a>, sparse: bool) -> Self {
         let operands = operation.operands().map(|value| value.r#type()).collect();
-        Self { operation, name: op_name(operation), operands }
+        Self { operation, name: op_name(operation), operands, sparse }
     }
 
     fn error(&self, reason: &str) -> Error {
@@ -340,6 +350,11 @@ impl<'c, 'a> Site<'c, 'a> {
     /// Operand `index`, a tile.
     pub(super) fn tile(&self, index: usize) -> Decoded<Shape> {
         tile(self.operand_type(index)?)
+    }
+
+    /// Result `index`, a tile.
+    pub(super) fn nth_result_tile(&self, index: usize) -> Decoded<Shape> {
+        tile(self.operation.results().nth(index).ok_or(Refusal::Misfit)?.r#type())
     }
 
     /// The result, a tile.

@@ -14,7 +14,8 @@ use super::{
     lanes::Arch,
     memory::{Buffer, Outside, Region, View},
     observer::{AccessEvent, MatmulEvent, Observer, OpEvent, Side},
-    program::{Code, Extent, Inst, Op, Origin, Permutation, Program, Slot, Target, Use},
+    program::{Code, Extent, Inst, Mask, Op, Origin, Permutation, Program, Slot, Target, Use},
+    sparse,
     tile::{self, Binary, MatmulShape, Scalar, Tile},
 };
 use crate::{
@@ -232,7 +233,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         if read.last { std::mem::replace(register, Reg::Empty) } else { register.clone() }
     }
 
-    fn tile(&mut self, read: &Use) -> Tile {
+    pub(super) fn tile(&mut self, read: &Use) -> Tile {
         match self.take(read) {
             Reg::Tile(tile) => tile,
             other => unreachable!("decoding gives a tile, not {other:?}"),
@@ -243,7 +244,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         int(&self.take(read))
     }
 
-    fn view(&mut self, read: &Use) -> Arc<View> {
+    pub(super) fn view(&mut self, read: &Use) -> Arc<View> {
         match self.take(read) {
             Reg::View(view) => view,
             other => unreachable!("decoding gives a memref, not {other:?}"),
@@ -429,12 +430,46 @@ impl<O: Observer> Executor<'_, '_, O> {
                 let threads = self.reads.is_none();
                 Reg::Tile(tile::matmul(shape, lhs, rhs, self.tile(&operands[2]), *round, threads))
             }
-            Op::Load { extent, to, masked: false } => {
+            Op::Load { extent, to, mask: None } => {
                 let region = self.readable(operands, extent, origin)?;
                 self.observe_access(&region, false, None);
                 Reg::Tile(self.read(&region, extent, *to))
             }
-            Op::Load { extent, to, masked: true } => Reg::Tile(self.load_masked(operands, extent, *to, origin)?),
+            Op::Load { extent, to, mask: Some(Mask::Gaps) } => {
+                Reg::Tile(self.load_masked(operands, extent, *to, origin)?)
+            }
+            Op::Load { extent, to, mask: Some(Mask::Dense) } => {
+                Reg::Tile(self.load_expanded(operands, extent, *to, origin)?)
+            }
+            Op::LoadIndexed { rank, to } => Reg::Tile(self.load_indexed(operands, *rank, *to, origin)?),
+            Op::StoreIndexed { rank, add } => {
+                self.store_indexed(operands, *rank, *add, origin)?;
+                Reg::Empty
+            }
+            Op::Scan { how, element, lanes } => {
+                let x = self.tile(&operands[0]);
+                let mask = operands.get(1).map(|mask| self.tile(mask));
+                Reg::Tile(sparse::scan(*how, *element, &x, *lanes, mask.as_ref()))
+            }
+            Op::Occurrences { lanes } => {
+                let mask = self.tile(&operands[0]);
+                let results = sparse::occurrences(&self.tile(&operands[1]), *lanes, &mask);
+                return self.finish(inst, results.map(Reg::Tile).into());
+            }
+            Op::Sort { lanes, descending } => {
+                let (keys, values) = (self.tile(&operands[0]), self.tile(&operands[1]));
+                let mask = operands.get(2).map(|mask| self.tile(mask));
+                let results = sparse::sort(&keys, &values, *lanes, mask.as_ref(), *descending);
+                return self.finish(inst, results.map(Reg::Tile).into());
+            }
+            Op::OfMask { what, lanes } => Reg::Tile(sparse::of_mask(*what, &self.tile(&operands[0]), *lanes)),
+            Op::PackLanes { positions, format, elements, len } => {
+                let sources: Vec<Tile> = operands.iter().map(|read| self.tile(read)).collect();
+                Reg::Tile(sparse::pack(&sources, positions, *format, *elements, *len))
+            }
+            Op::UnpackLanes { index, format, elements, signed } => {
+                Reg::Tile(sparse::unpack(&self.tile(&operands[0]), *index, *format, *elements, *signed))
+            }
             Op::LoadScalar { extent } => {
                 let (view, start) = self.place(operands);
                 let ignored = self.machine.ignored.contains(FaultKind::OutOfBounds);
@@ -450,8 +485,11 @@ impl<O: Observer> Executor<'_, '_, O> {
                     }
                 }
             }
-            Op::Store { extent, add } => {
-                self.store(operands, extent, *add, origin)?;
+            Op::Store { extent, add, mask } => {
+                match mask {
+                    Some(Mask::Dense) => self.store_compressed(operands, extent, *add, origin)?,
+                    _ => self.store(operands, extent, *add, origin)?,
+                }
                 Reg::Empty
             }
             Op::StoreScalar { extent } => {
@@ -634,7 +672,7 @@ impl<O: Observer> Executor<'_, '_, O> {
     // ---- loads and stores ----
 
     /// A memref and the indices that follow it.
-    fn place(&mut self, operands: &[Use]) -> (Arc<View>, Indices) {
+    pub(super) fn place(&mut self, operands: &[Use]) -> (Arc<View>, Indices) {
         let view = self.view(&operands[0]);
         (view, operands[1..].iter().map(|index| i64::from(self.scalar(index))).collect())
     }
@@ -696,12 +734,12 @@ impl<O: Observer> Executor<'_, '_, O> {
     }
 
     /// The region that a load of `operands` reads: inside its view, written, and not in flight.
-    fn readable(&mut self, operands: &[Use], extent: &Extent, origin: u32) -> Step<Region> {
+    pub(super) fn readable(&mut self, operands: &[Use], extent: &Extent, origin: u32) -> Step<Region> {
         let (view, start) = self.place(operands);
         self.readable_at(&view, &start, extent, origin)
     }
 
-    fn readable_at(&mut self, view: &View, start: &[i64], extent: &Extent, origin: u32) -> Step<Region> {
+    pub(super) fn readable_at(&mut self, view: &View, start: &[i64], extent: &Extent, origin: u32) -> Step<Region> {
         let region = self.region(view, start, extent, origin)?;
         self.check_in_flight(&region, false, Some(origin))?;
         self.check_written(&region, origin)?;
@@ -715,7 +753,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         Ok(Reg::View(Arc::new(recast)))
     }
 
-    fn read(&self, region: &Region, extent: &Extent, to: Element) -> Tile {
+    pub(super) fn read(&self, region: &Region, extent: &Extent, to: Element) -> Tile {
         let buffer = &self.buffers[region.buffer];
         let stored = buffer.data.element();
         let tile = buffer.read(region);
@@ -752,11 +790,27 @@ impl<O: Observer> Executor<'_, '_, O> {
 
     /// Operands: the tile, the memref, its indices, perhaps a mask.
     fn store(&mut self, operands: &[Use], extent: &Extent, add: bool, origin: u32) -> Step<()> {
-        let mut value = self.tile(&operands[0]);
+        let value = self.tile(&operands[0]);
         let (indices, mask) = operands[1..].split_at(1 + extent.sizes.len());
         let (view, start) = self.place(indices);
-        let mask = mask.first().map(|mask| self.tile(mask));
-        let region = self.region(&view, &start, extent, origin)?;
+        let mask = match mask.first().map(|mask| self.tile(mask)) {
+            Some(Tile::Pred(mask)) => Some(mask.as_ref().clone()),
+            _ => None,
+        };
+        self.store_at(value, (&view, &start), extent, mask, add, origin)
+    }
+
+    /// Stores to a place of a view what a mask, if there is one, does not leave out.
+    pub(super) fn store_at(
+        &mut self,
+        mut value: Tile,
+        (view, start): (&View, &[i64]),
+        extent: &Extent,
+        mut mask: Option<Vec<bool>>,
+        add: bool,
+        origin: u32,
+    ) -> Step<()> {
+        let region = self.region(view, start, extent, origin)?;
         self.check_in_flight(&region, true, Some(origin))?;
         let RefElement::Data(element) = view.element else { unreachable!("decoding gives memory of numbers") };
         let stored = self.buffers[region.buffer].data.element();
@@ -765,10 +819,6 @@ impl<O: Observer> Executor<'_, '_, O> {
             let old = self.read(&region, extent, element);
             value = tile::binary(Binary::Add, element, old, value);
         }
-        let mut mask = match mask {
-            Some(Tile::Pred(mask)) => Some(mask.as_ref().clone()),
-            _ => None,
-        };
         if element.bits() < stored.bits()
             && let Some(mask) = mask.take()
         {
@@ -786,7 +836,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         Ok(())
     }
 
-    fn observe_access(&mut self, region: &Region, write: bool, mask: Option<&[bool]>) {
+    pub(super) fn observe_access(&mut self, region: &Region, write: bool, mask: Option<&[bool]>) {
         let bytes = (region.len() * self.buffers[region.buffer].data.element().bytes()) as u64;
         self.observer.access(&AccessEvent { side: side(&self.buffers, region), bytes, write, mask });
     }

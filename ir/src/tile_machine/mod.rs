@@ -142,7 +142,7 @@
 //! `fuse` finish. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data,
 //! `devices` between devices.
 //! `history` and `profile` watch: what happened to one element, and what was moved when. `halves`
-//! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`. Only `decode` and
+//! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`; `sparse` has what a SparseCore does beyond. Only `decode` and
 //! `ops` see MLIR. `ir/tests/all/states.rs` holds the machine to the tables by random kernels, and `ir/tests/cases` has a kernel
 //! for every fault.
 
@@ -164,6 +164,7 @@ mod ops;
 mod pipeline;
 mod profile;
 mod program;
+mod sparse;
 mod tile;
 mod trace;
 

@@ -14,7 +14,8 @@ use melior::ir::{Attribute, AttributeLike};
 
 use super::{
     decode::{Decoded, Memory, Refusal, Shape, Site, fits, scalar, unsupported},
-    program::{Extent, Op, Permutation, Target},
+    program::{Extent, Mask, Op, Permutation, Target},
+    sparse::{OfMask, PackFormat},
     tile::{self, Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Strides, Tile, Unary},
 };
 use crate::{
@@ -166,6 +167,7 @@ static ROWS: &[Row] = &[
     pure("vector.shape_cast", 1..=1, |_| Ok(Op::Same)),
     pure("tpu.reshape", 1..=1, reshape),
     pure("tpu.relayout", 1..=1, |_| Ok(Op::Same)),
+    pure("vector.bitcast", 1..=1, bitcast_lanes),
     pure("vector.transpose", 1..=1, transpose),
     pure("tpu.transpose", 1..=1, transpose),
     pure("vector.extract_strided_slice", 1..=1, slice),
@@ -178,10 +180,19 @@ static ROWS: &[Row] = &[
     pure("tpu.iota", 0..=0, iota),
     pure("vector.multi_reduction", 2..=2, reduce),
     pure("tpu.matmul", 3..=3, matmul),
+    // A SparseCore's tiles.
+    pure("tpu.scan", 1..=2, scan),
+    pure("tpu.scan_count", 2..=2, occurrences),
+    pure("tpu.sort", 2..=3, sort),
+    pure("tpu.all_reduce", 1..=1, of_mask),
+    pure("tpu.pack_subelements", 1..=usize::MAX, pack_lanes),
+    pure("tpu.unpack_subelements", 1..=1, unpack_lanes),
     // Memory.
     pure("vector.load", 1..=usize::MAX, load),
     pure("tpu.vector_load", 1..=usize::MAX, load),
     pure("tpu.strided_load", 1..=usize::MAX, load),
+    pure("tpu.vector_load_idx", 2..=usize::MAX, load_indexed),
+    effect("tpu.vector_store_idx", 3..=usize::MAX, store_indexed),
     effect("vector.store", 2..=usize::MAX, store),
     effect("tpu.vector_store", 2..=usize::MAX, store),
     effect("tpu.strided_store", 2..=usize::MAX, store),
@@ -640,9 +651,12 @@ fn random_bits(op: &Site) -> Decoded<Op> {
 fn extent(op: &Site, memory: &Memory, tile: &Shape, is_load: bool) -> Decoded<Extent> {
     let steps = op.optional_sizes("strides")?;
     fits(memory.element == RefElement::Data(tile.element) && memory.space == MemorySpace::Vmem)?;
-    fits(memory.dims.len() == tile.dims.len() && !tile.dims.contains(&0))?;
-    fits(steps.is_empty() || (steps.len() == tile.dims.len() && (is_load || !steps.contains(&0))))?;
-    Ok(Extent { sizes: tile.dims.clone(), steps })
+    // A SparseCore's tile is of one element along the first dimensions that it does not have.
+    let missing = memory.dims.len().checked_sub(tile.dims.len()).ok_or(Refusal::Misfit)?;
+    fits((missing == 0 || op.sparse) && !tile.dims.contains(&0))?;
+    let sizes: Vec<usize> = std::iter::repeat_n(1, missing).chain(tile.dims.iter().copied()).collect();
+    fits(steps.is_empty() || (steps.len() == sizes.len() && (is_load || !steps.contains(&0))))?;
+    Ok(Extent { sizes, steps })
 }
 
 /// Operands: the memref, an index per dimension, perhaps a mask.
@@ -651,13 +665,18 @@ fn load(op: &Site) -> Decoded<Op> {
     let extent = extent(op, &memory, &result, true)?;
     let rank = memory.dims.len();
     op.scalars(1, rank)?;
-    let masked = match op.operands.len() - 1 - rank {
-        0 => false,
-        1 => op.tile(1 + rank)? == Shape { element: Element::Pred, dims: result.dims },
+    let mask = mask(op, 1 + rank, &result.dims)?;
+    Ok(Op::Load { extent, to: result.element, mask })
+}
+
+/// The last operand of a load or store, number `at`, if it is there.
+fn mask(op: &Site, at: usize, dims: &[usize]) -> Decoded<Option<Mask>> {
+    match op.operands.len() - at {
+        0 => return Ok(None),
+        1 => fits(op.tile(at)? == Shape { element: Element::Pred, dims: dims.to_vec() })?,
         _ => return Err(Refusal::Misfit),
-    };
-    fits(masked || op.operands.len() == 1 + rank)?;
-    Ok(Op::Load { extent, to: result.element, masked })
+    }
+    Ok(Some(if op.sparse { Mask::Dense } else { Mask::Gaps }))
 }
 
 /// Operands: the tile, the memref, an index per dimension, perhaps a mask.
@@ -666,12 +685,139 @@ fn store(op: &Site) -> Decoded<Op> {
     let extent = extent(op, &memory, &value, false)?;
     let rank = memory.dims.len();
     op.scalars(2, rank)?;
-    match op.operands.len() - 2 - rank {
-        0 => {}
-        1 => fits(op.tile(2 + rank)? == Shape { element: Element::Pred, dims: value.dims })?,
-        _ => return Err(Refusal::Misfit),
+    let mask = mask(op, 2 + rank, &value.dims)?;
+    Ok(Op::Store { extent, add: op.flag("add"), mask })
+}
+
+/// Of a memref in VMEM, operand `base`: a tile of indices of the sizes of `tile` for each dimension, and perhaps a mask.
+fn lanes_of(op: &Site, base: usize, tile: &Shape) -> Decoded<usize> {
+    let memory = op.memref(base)?;
+    let rank = memory.dims.len();
+    fits(memory.element == RefElement::Data(tile.element) && memory.space == MemorySpace::Vmem && rank > 0)?;
+    fits(matches!(op.operands.len() - base - 1, operands if operands == rank || operands == rank + 1))?;
+    for at in base + 1..op.operands.len() {
+        let element = if at <= base + rank { Element::I32 } else { Element::Pred };
+        fits(op.tile(at)? == Shape { element, dims: tile.dims.clone() })?;
     }
-    Ok(Op::Store { extent, add: op.flag("add") })
+    Ok(rank)
+}
+
+fn load_indexed(op: &Site) -> Decoded<Op> {
+    let result = op.result_tile()?;
+    Ok(Op::LoadIndexed { rank: lanes_of(op, 0, &result)?, to: result.element })
+}
+
+fn store_indexed(op: &Site) -> Decoded<Op> {
+    Ok(Op::StoreIndexed { rank: lanes_of(op, 1, &op.tile(0)?)?, add: op.flag("add") })
+}
+
+// ---- a SparseCore's tiles ----
+
+/// What stands in the brackets of an enum of the dialect, such as `#tpu.reduction_kind<sum>`.
+fn enum_case(text: &str) -> &str {
+    text.split_once('<').and_then(|(_, rest)| rest.strip_suffix('>')).unwrap_or(text)
+}
+
+fn minor(tile: &Shape) -> usize {
+    tile.dims.last().copied().unwrap_or(1)
+}
+
+/// `Misfit` unless operand `index`, if it is there, is a mask for `tile`.
+fn perhaps_mask(op: &Site, index: usize, tile: &Shape) -> Decoded<()> {
+    fits(op.operands.len() <= index || op.tile(index)? == Shape { element: Element::Pred, dims: tile.dims.clone() })
+}
+
+/// Operands: the tile, perhaps a mask. Integers have no sign where the kind does not say.
+fn scan(op: &Site) -> Decoded<Op> {
+    let (x, result) = (op.tile(0)?, op.result_tile()?);
+    perhaps_mask(op, 1, &x)?;
+    fits(x.dims == result.dims && x.element.is_float() == result.element.is_float())?;
+    fits(x.element == result.element || x.element == Element::Pred)?;
+    if op.has("dimension") {
+        fits(op.size("dimension")? + 1 == x.dims.len())?;
+    }
+    let kind = op.text("kind")?;
+    let how = match (enum_case(&kind), x.element.is_float()) {
+        ("sum", _) => Reduction::Sum,
+        ("max" | "maxf", true) | ("maxsi", false) => Reduction::Max,
+        ("min" | "minf", true) | ("minsi", false) => Reduction::Min,
+        ("max" | "maxui", false) => Reduction::MaxUnsigned,
+        ("min" | "minui", false) => Reduction::MinUnsigned,
+        _ => return unsupported(format!("kind {kind} is not supported")),
+    };
+    Ok(Op::Scan { how, element: result.element, lanes: minor(&x) })
+}
+
+/// Operands: mask, tile. Results: which lanes are the last with their value, and the counts.
+fn occurrences(op: &Site) -> Decoded<Op> {
+    let x = op.tile(1)?;
+    let [last, counts] = [op.nth_result_tile(0)?, op.nth_result_tile(1)?];
+    fits(op.tile(0)? == Shape { element: Element::Pred, dims: x.dims.clone() } && op.tile(0)? == last)?;
+    fits(counts == Shape { element: Element::I32, dims: x.dims.clone() })?;
+    Ok(Op::Occurrences { lanes: minor(&x) })
+}
+
+/// Operands: keys, values, perhaps a mask. Results: a mask, keys, values.
+fn sort(op: &Site) -> Decoded<Op> {
+    let (keys, values) = (op.tile(0)?, op.tile(1)?);
+    perhaps_mask(op, 2, &keys)?;
+    fits(keys.dims == values.dims && op.nth_result_tile(1)? == keys && op.nth_result_tile(2)? == values)?;
+    fits(op.nth_result_tile(0)? == Shape { element: Element::Pred, dims: keys.dims.clone() })?;
+    fits(keys.element != Element::Pred)?;
+    Ok(Op::Sort { lanes: minor(&keys), descending: op.flag("descending") })
+}
+
+fn of_mask(op: &Site) -> Decoded<Op> {
+    let (mask, result, kind) = (op.tile(0)?, op.result_tile()?, op.text("kind")?);
+    fits(mask.element == Element::Pred && mask.dims.len() == 1)?;
+    fits(result.element == Element::I32 && result.dims.len() == 1)?;
+    let what = match enum_case(&kind) {
+        "sum" => OfMask::Count,
+        "find_first_set" => OfMask::FirstSet,
+        _ => return unsupported(format!("kind {kind} is not supported")),
+    };
+    Ok(Op::OfMask { what, lanes: result.len() })
+}
+
+fn pack_format(op: &Site) -> Decoded<PackFormat> {
+    let format = op.text("pack_format")?;
+    match enum_case(&format) {
+        "compressed" => Ok(PackFormat::Compressed),
+        "interleaved" => Ok(PackFormat::Interleaved),
+        _ => unsupported(format!("format {format} is not supported")),
+    }
+}
+
+fn pack_lanes(op: &Site) -> Decoded<Op> {
+    let (x, result, positions) = (op.tile(0)?, op.result_tile()?, op.sizes("positions")?);
+    let (from, to) = (x.element, result.element);
+    for index in 1..op.operands.len() {
+        fits(op.tile(index)? == x)?;
+    }
+    fits(from.is_float() == to.is_float() && to.bits() < from.bits() && from.bits() <= 32)?;
+    let ratio = from.bits() / to.bits();
+    fits(positions.len() == op.operands.len() && positions.iter().all(|&position| position < ratio))?;
+    fits(result.len() == ratio * x.len())?;
+    Ok(Op::PackLanes { positions, format: pack_format(op)?, elements: [from, to], len: result.len() })
+}
+
+fn unpack_lanes(op: &Site) -> Decoded<Op> {
+    let (x, result, index) = (op.tile(0)?, op.result_tile()?, op.size("index")?);
+    let (from, to) = (x.element, result.element);
+    fits(from.is_float() == to.is_float() && from.bits() < to.bits() && to.bits() <= 32)?;
+    let ratio = to.bits() / from.bits();
+    fits(index < ratio && x.len() == ratio * result.len())?;
+    let signed = !op.flag("unsigned_integers");
+    Ok(Op::UnpackLanes { index, format: pack_format(op)?, elements: [from, to], signed })
+}
+
+/// The bits of a tile, whose minor dimension alone has another size.
+fn bitcast_lanes(op: &Site) -> Decoded<Op> {
+    let (x, result) = (op.tile(0)?, op.result_tile()?);
+    fits(x.len() * x.element.bits() == result.len() * result.element.bits() && x.dims.len() == result.dims.len())?;
+    let rows = |tile: &Shape| tile.len() / minor(tile).max(1);
+    fits(rows(&x) == rows(&result) && x.element != Element::Pred && result.element != Element::Pred)?;
+    Ok(Op::Bitcast { dims: vec![1], from: x.element, to: result.element })
 }
 
 /// The extent of one element of the memref `base`, whose indices are the last operands.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::fuse::Fused;
+use super::sparse::{OfMask, PackFormat};
 use super::tile::{Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Scalar, Tile, Unary};
 use crate::{
     element::Element,
@@ -73,6 +74,15 @@ pub(super) struct Permutation {
 pub(super) struct Target {
     pub(super) device: bool,
     pub(super) core: bool,
+}
+
+/// What a mask says of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mask {
+    /// A lane has its place, which is left out with it.
+    Gaps,
+    /// The lanes that are not left out lie one after another: so a SparseCore loads and stores.
+    Dense,
 }
 
 /// What an instruction does to its operands, which are those of the MLIR op that it was decoded from.
@@ -175,15 +185,59 @@ pub(super) enum Op {
         /// Of the sides that must be transposed first.
         arrange: [Option<Permutation>; 2],
     },
-    /// With a mask as its last operand, if `masked`.
+    /// With a mask as its last operand, if there is one.
     Load {
         extent: Extent,
         to: Element,
-        masked: bool,
+        mask: Option<Mask>,
     },
+    /// As a load.
     Store {
         extent: Extent,
         add: bool,
+        mask: Option<Mask>,
+    },
+    /// Each lane from where its indices say. Operands: the memref, a tile of indices for each dimension, perhaps a mask.
+    LoadIndexed {
+        rank: usize,
+        to: Element,
+    },
+    /// Operands: the tile, then as `LoadIndexed`.
+    StoreIndexed {
+        rank: usize,
+        add: bool,
+    },
+    /// The lanes of each row up to each one. Operands: the tile, perhaps a mask.
+    Scan {
+        how: Reduction,
+        element: Element,
+        lanes: usize,
+    },
+    /// How often a value has been there. Operands: mask, tile.
+    Occurrences {
+        lanes: usize,
+    },
+    /// Operands: keys, values, perhaps a mask.
+    Sort {
+        lanes: usize,
+        descending: bool,
+    },
+    /// The same number in all of `lanes` lanes. Operand: a mask.
+    OfMask {
+        what: OfMask,
+        lanes: usize,
+    },
+    PackLanes {
+        positions: Vec<usize>,
+        format: PackFormat,
+        elements: [Element; 2],
+        len: usize,
+    },
+    UnpackLanes {
+        index: usize,
+        format: PackFormat,
+        elements: [Element; 2],
+        signed: bool,
     },
     LoadScalar {
         extent: Extent,

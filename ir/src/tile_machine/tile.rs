@@ -664,7 +664,7 @@ pub(super) fn gather(x: &Tile, dims: &[usize], over: &[usize], indices: &Tile, i
 }
 
 /// The bits of an element of type `to` that `x`, of type `from`, is rounded or cut to.
-fn narrowed_bits(from: Element, to: Element, x: Scalar) -> u32 {
+pub(super) fn narrowed_bits(from: Element, to: Element, x: Scalar) -> u32 {
     match x {
         Scalar::Float(x) => float_bits(to, round(to, x)),
         Scalar::Int(x) => unsigned(to, x),
