@@ -391,6 +391,13 @@ impl<O: Observer> Executor<'_, '_, O> {
             Op::Unpack { from, part, index, to } => {
                 Reg::Tile(tile::unpack(&self.tile(&operands[0]), *from, *part, *index, *to))
             }
+            Op::ReducePrecision { exponent_bits, mantissa_bits } => match self.take(&operands[0]) {
+                Reg::Tile(x) => Reg::Tile(tile::reduce_precision(&x, *exponent_bits, *mantissa_bits)),
+                Reg::Scalar(x) => {
+                    Reg::Scalar(tile::reduce_precision(&tile::splat(x, 1), *exponent_bits, *mantissa_bits).get(0))
+                }
+                other => other,
+            },
             Op::RoundStochastically { to, as_bits } => {
                 let (x, random) = (self.tile(&operands[0]), self.tile(&operands[1]));
                 let rounded = tile::round_stochastically(*to, &x, &random);

@@ -147,7 +147,7 @@ pub(super) fn unary_float(arch: Arch, op: Unary, x: &[f32], out: &mut [f32]) {
             }
         };
     }
-    loops!(Neg Abs Exp Exp2 Log Tanh Sqrt Rsqrt Floor Ceil RoundEven Reciprocal);
+    loops!(Neg Abs Exp Exp2 Log Tanh Sqrt Rsqrt Floor Ceil RoundEven Reciprocal Logistic);
 }
 
 pub(super) fn unary_int(arch: Arch, op: Unary, element: Element, x: &[i32], out: &mut [i32]) {

@@ -130,6 +130,8 @@ static ROWS: &[Row] = &[
     pure("math.erf", 1..=1, |op| unary(op, Unary::Erf)),
     pure("math.ctlz", 1..=1, |op| unary(op, Unary::LeadingZeros)),
     pure("math.ctpop", 1..=1, |op| unary(op, Unary::CountOnes)),
+    pure("tpu.logistic", 1..=1, |op| unary(op, Unary::Logistic)),
+    pure("tpu.reduce_precision", 1..=1, reduce_precision),
     pure("tpu.weird", 1..=1, weird),
     pure("tpu.reciprocal", 1..=1, reciprocal),
     pure("arith.cmpi", 2..=2, |op| compare(op, &INTEGER_PREDICATES)),
@@ -191,6 +193,8 @@ static ROWS: &[Row] = &[
     pure("vector.load", 1..=usize::MAX, load),
     pure("tpu.vector_load", 1..=usize::MAX, load),
     pure("tpu.strided_load", 1..=usize::MAX, load),
+    pure("tpu.vector_expand_load", 2..=usize::MAX, load_dense),
+    effect("tpu.vector_compress_store", 3..=usize::MAX, store_dense),
     pure("tpu.vector_load_idx", 2..=usize::MAX, load_indexed),
     effect("tpu.vector_store_idx", 3..=usize::MAX, store_indexed),
     effect("vector.store", 2..=usize::MAX, store),
@@ -572,6 +576,14 @@ fn three_strides(dims: &[usize], groups: [&Vec<usize>; 3]) -> (Option<Permutatio
     (Some(Permutation { dims: dims.to_vec(), order }), [rows * columns, columns, 1])
 }
 
+fn reduce_precision(op: &Site) -> Decoded<Op> {
+    let (x, result) = (op.shape(0)?, op.result()?);
+    let bits = |name| u32::try_from(op.size(name)?).map_err(|_| Refusal::Misfit);
+    let (exponent_bits, mantissa_bits) = (bits("exponent_bits")?, bits("mantissa_bits")?);
+    fits(x == result && x.element.is_float() && (1..=8).contains(&exponent_bits) && mantissa_bits <= 23)?;
+    Ok(Op::ReducePrecision { exponent_bits, mantissa_bits })
+}
+
 fn weird(op: &Site) -> Decoded<Op> {
     let (x, result) = (op.shape(0)?, op.result()?);
     fits(x.element.is_float() && x.dims == result.dims && result.element == Element::Pred)?;
@@ -687,6 +699,37 @@ fn store(op: &Site) -> Decoded<Op> {
     op.scalars(2, rank)?;
     let mask = mask(op, 2 + rank, &value.dims)?;
     Ok(Op::Store { extent, add: op.flag("add"), mask })
+}
+
+/// `Misfit` unless `dim`, along which the lanes of a mask follow each other, is the minor one, and all others have one element.
+fn minor_alone(op: &Site, dim: &str, extent: &Extent) -> Decoded<()> {
+    let last = extent.sizes.len() - 1;
+    fits(op.size(dim)? == last)?;
+    if extent.sizes[..last].iter().any(|&size| size != 1) {
+        return unsupported("lanes of several rows that follow each other are not supported");
+    }
+    Ok(())
+}
+
+/// As a load with a mask on a SparseCore.
+fn load_dense(op: &Site) -> Decoded<Op> {
+    match load(op)? {
+        Op::Load { extent, to, mask: Some(_) } => {
+            minor_alone(op, "expand_dim", &extent)?;
+            Ok(Op::Load { extent, to, mask: Some(Mask::Dense) })
+        }
+        _ => Err(Refusal::Misfit),
+    }
+}
+
+fn store_dense(op: &Site) -> Decoded<Op> {
+    match store(op)? {
+        Op::Store { extent, add, mask: Some(_) } => {
+            minor_alone(op, "compress_dim", &extent)?;
+            Ok(Op::Store { extent, add, mask: Some(Mask::Dense) })
+        }
+        _ => Err(Refusal::Misfit),
+    }
 }
 
 /// Of a memref in VMEM, operand `base`: a tile of indices of the sizes of `tile` for each dimension, and perhaps a mask.

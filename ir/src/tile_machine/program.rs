@@ -152,6 +152,10 @@ pub(super) enum Op {
         index: usize,
         to: Element,
     },
+    ReducePrecision {
+        exponent_bits: u32,
+        mantissa_bits: u32,
+    },
     RoundStochastically {
         to: Element,
         /// As bits in the low places of a 32-bit integer.

@@ -44,6 +44,8 @@ pub(super) enum Unary {
     Erf,
     Log1p,
     Reciprocal,
+    /// 1 / (1 + e^-x).
+    Logistic,
     LeadingZeros,
     CountOnes,
 }
@@ -70,6 +72,7 @@ impl Unary {
             Self::Erf => libm::erff(x),
             Self::Log1p => x.ln_1p(),
             Self::Reciprocal => 1.0 / x,
+            Self::Logistic => 1.0 / (1.0 + math::exp(-x)),
             Self::LeadingZeros | Self::CountOnes => f32::NAN,
         }
     }
@@ -316,6 +319,28 @@ pub(super) fn round(element: Element, x: f32) -> f32 {
         Element::F8E8M0Fnu => Minifloat::F8E8M0FNU.round(x),
         _ => x,
     }
+}
+
+/// The nearest number with so many bits of exponent and mantissa, halves to the even one; too large is infinite, too small zero.
+fn reduced(x: f32, exponent_bits: u32, mantissa_bits: u32) -> f32 {
+    if !x.is_finite() || x == 0.0 {
+        return x;
+    }
+    let dropped = 23 - mantissa_bits;
+    let bits = x.to_bits();
+    let half = if dropped == 0 { 0 } else { (1 << (dropped - 1)) - 1 + (bits >> dropped & 1) };
+    let rounded = f32::from_bits((bits + half) & (u32::MAX << dropped));
+    let most = (1 << (exponent_bits - 1)) - 1;
+    match (rounded.to_bits() >> 23 & 0xff) as i32 - 127 {
+        exponent if exponent > most => f32::INFINITY.copysign(x),
+        exponent if exponent < 1 - most => 0.0_f32.copysign(x),
+        _ => rounded,
+    }
+}
+
+pub(super) fn reduce_precision(x: &Tile, exponent_bits: u32, mantissa_bits: u32) -> Tile {
+    let Tile::Float(x) = x else { unreachable!("decoding gives floats") };
+    Tile::Float(Arc::new(x.iter().map(|&x| reduced(x, exponent_bits, mantissa_bits)).collect()))
 }
 
 /// Nearest even; vectorises, unlike `half`'s.

@@ -137,3 +137,20 @@ func.func @scales(%x: memref<32x128xi8, "vmem">, %o: memref<32x128xf32, "vmem">,
   vector.store %z, %b[%c, %c] : memref<32x128xi8, "vmem">, vector<32x128xi8>
   return
 }
+// -----
+// A logistic function, and numbers with 4 bits of exponent and 3 of mantissa: halves go to the even one, 250 is too large, 0.001 too small.
+// in f32[8,128] = 0 1 -30 17 19 250 0.001 -inf nan
+// out f32[8,128]
+// out f32[8,128]
+// run
+// result 0: f32[8, 128]: 0.5 0.7310586 0.000000000000093576236 1 1 1 0.50025 0 ..., sum 539.36918, by place 267019.458, 113 nan
+// result 1: f32[8, 128]: 0 1 -30 16 20 inf 0 -inf ..., sum 798.00000, by place 399523.000, 113 nan
+func.func @k(%x: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">, %p: memref<8x128xf32, "vmem">) {
+  %c = arith.constant 0 : index
+  %v = vector.load %x[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
+  %l = "tpu.logistic"(%v) : (vector<8x128xf32>) -> vector<8x128xf32>
+  vector.store %l, %o[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
+  %r = "tpu.reduce_precision"(%v) {exponent_bits = 4 : i32, mantissa_bits = 3 : i32} : (vector<8x128xf32>) -> vector<8x128xf32>
+  vector.store %r, %p[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
+  return
+}

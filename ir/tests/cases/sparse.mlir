@@ -129,3 +129,24 @@ func.func @k(%x: !vmem, %out: !vmem, %other: !vmem) attributes {tpu.core_type = 
   vector.store %second, %other[%c8] : !vmem, !lanes
   return
 }
+// -----
+// Dense masks as JAX 0.12 writes them.
+// in i32[16] = 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16
+// out i32[16]
+// run
+// result 0: i32[16]: 9 2 10 4 11 6 12 8 ..., sum 78.00000, by place 398.000
+func.func @k(%x: !vmem, %out: !vmem) attributes {tpu.core_type = #tpu.core_type<sc_vector_subcore>} {
+  %c0 = arith.constant 0 : index
+  %c8 = arith.constant 8 : index
+  %zero = arith.constant dense<0> : !lanes
+  %one = arith.constant dense<1> : !lanes
+  vector.store %zero, %out[%c8] : !vmem, !lanes
+  %v = vector.load %x[%c0] : !vmem, !lanes
+  %odd = arith.andi %v, %one : !lanes
+  %m = arith.cmpi ne, %odd, %zero : !lanes
+  %dense = "tpu.vector_expand_load"(%x, %c8, %m) {expand_dim = 0 : i64} : (!vmem, index, !mask) -> !lanes
+  %w = arith.select %m, %dense, %v : !mask, !lanes
+  vector.store %w, %out[%c0] : !vmem, !lanes
+  "tpu.vector_compress_store"(%v, %out, %c8, %m) {compress_dim = 0 : i64, add = false} : (!lanes, !vmem, index, !mask) -> ()
+  return
+}
