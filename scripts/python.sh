@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Tests the Python package in virtual environments with JAX 0.10.2 and with the newest JAX, each made anew under target/python.
 #
+# The newest JAX wants a newer Python than other versions of it: the newest that is found takes it.
+#
 # The wheel is built first, a release build. With PAGODA_BIN=path/of/pagoda that program is tested with the sources of the module
 # instead, and nothing is built.
 set -euo pipefail
@@ -13,12 +15,18 @@ if [[ -z "${PAGODA_BIN:-}" ]]; then
   python3 -m pip wheel --quiet --no-deps --wheel-dir "$folder/wheels" .
 fi
 
+newest_python() {
+  for python in python3.14 python3.13 python3.12 python3; do
+    if "$python" -c 'import venv' 2>/dev/null; then echo "$python"; return; fi
+  done
+}
+
 tested=" "
 for jax in ${JAX_VERSIONS:-0.10.2 newest}; do
   venv="$folder/jax-$jax"
   rm -rf "$venv"
-  python3 -m venv "$venv"
-  if [[ $jax == newest ]]; then want=jax; else want="jax==$jax"; fi
+  if [[ $jax == newest ]]; then want=jax python=$(newest_python); else want="jax==$jax" python=python3; fi
+  "$python" -m venv "$venv"
   if [[ -n "${PAGODA_BIN:-}" ]]; then
     "$venv/bin/pip" install --quiet "$want" numpy pytest xla-cpu-pjrt
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
