@@ -133,7 +133,8 @@ fn with_text(mut entries: Reader, mut offsets: Reader, builtin: &[bool]) -> Opti
             let size = offsets.number()?;
             let bytes = entries.take(size >> 1)?;
             let is_number = is_builtin && size & 1 != 0;
-            let text = is_number.then(|| if entry < attributes { affine_map(bytes) } else { type_name(bytes) }).flatten();
+            let text =
+                is_number.then(|| if entry < attributes { affine_map(bytes) } else { type_name(bytes) }).flatten();
             match text {
                 None => {
                     new_entries.extend_from_slice(bytes);

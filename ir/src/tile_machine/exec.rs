@@ -13,6 +13,7 @@ use super::{
     fuse::Strips,
     lanes::Arch,
     memory::{Buffer, Outside, Region, View},
+    mxu::Mxu,
     observer::{AccessEvent, MatmulEvent, Observer, OpEvent, Side},
     program::{Code, Extent, Inst, Mask, Op, Origin, Permutation, Program, Slot, Target, Use},
     sparse,
@@ -68,6 +69,8 @@ pub(super) struct Executor<'p, 'i, O> {
     pub(super) barrier: usize,
     /// What was read of arrays that have owners, if that is wanted.
     pub(super) reads: Option<Vec<Region>>,
+    /// Matrix units that the kernel drives itself.
+    pub(super) mxus: BTreeMap<usize, Mxu>,
     /// The kernel's random bits.
     prng: SplitMix64,
     arch: Arch,
@@ -128,6 +131,7 @@ impl Program {
         executor.meet_others()?;
         executor.land_for_later()?;
         executor.check_settled("at the end of the kernel")?;
+        executor.check_mxus()?;
         executor.put_whole_outputs();
         executor.results(&call.results, outputs)
     }
@@ -161,6 +165,7 @@ impl Program {
             taken: BTreeMap::new(),
             barrier: 0,
             reads: None,
+            mxus: BTreeMap::new(),
             prng: SplitMix64::new(machine.random_seed),
             arch: Arch::new(),
             strips: Strips::default(),
@@ -437,6 +442,10 @@ impl<O: Observer> Executor<'_, '_, O> {
                 let threads = self.reads.is_none();
                 Reg::Tile(tile::matmul(shape, lhs, rhs, self.tile(&operands[2]), *round, threads))
             }
+            Op::Mxu(op) => match self.drive_mxu(*op, operands, origin)? {
+                Some(sum) => Reg::Tile(sum),
+                None => Reg::Empty,
+            },
             Op::Load { extent, to, mask: None } => {
                 let region = self.readable(operands, extent, origin)?;
                 self.observe_access(&region, false, None);

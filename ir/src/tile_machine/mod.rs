@@ -126,7 +126,8 @@
 //!   [`Program::with_unused_outputs`]).
 //! - [`FaultKind::MemoryExceeded`]: more VMEM, SMEM, HBM or semaphores than there are.
 //! - [`FaultKind::OutputNeverWritten`]: an output element that no step wrote ([`Machine::allow_unwritten_outputs`]).
-//! - [`FaultKind::BrokenAssumption`]: `tpu.assume_multiple` of something that is not a multiple; a `cf.assert` that fails.
+//! - [`FaultKind::BrokenAssumption`]: `tpu.assume_multiple` of something that is not a multiple; a `cf.assert` that fails; a
+//!   matrix unit that a kernel drives itself, and that has not what is asked of it, or is not empty at the end.
 //! - [`FaultKind::DivisionByZero`]: an integer divided by zero.
 //! - [`FaultKind::Runaway`]: more than [`Machine::max_ops`] ops or grid steps.
 //! - [`FaultKind::BadCall`]: arguments that do not fit the kernel.
@@ -142,7 +143,8 @@
 //! `fuse` finish. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data,
 //! `devices` between devices.
 //! `history` and `profile` watch: what happened to one element, and what was moved when. `halves`
-//! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`; `sparse` has what a SparseCore does beyond. Only `decode` and
+//! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`; `sparse` has what a SparseCore does beyond,
+//! `mxu` matrix units that a kernel drives itself. Only `decode` and
 //! `ops` see MLIR. `ir/tests/all/states.rs` holds the machine to the tables by random kernels, and `ir/tests/cases` has a kernel
 //! for every fault.
 
@@ -159,6 +161,7 @@ mod lanes;
 mod liveness;
 mod math;
 mod memory;
+mod mxu;
 mod observer;
 mod ops;
 mod pipeline;

@@ -14,6 +14,7 @@ use melior::ir::{Attribute, AttributeLike};
 
 use super::{
     decode::{Decoded, Memory, Refusal, Shape, Site, fits, scalar, unsupported},
+    mxu::MxuOp,
     program::{Extent, Mask, Op, Permutation, Target},
     sparse::{OfMask, PackFormat},
     tile::{self, Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Strides, Tile, Unary},
@@ -182,6 +183,9 @@ static ROWS: &[Row] = &[
     pure("tpu.iota", 0..=0, iota),
     pure("vector.multi_reduction", 2..=2, reduce),
     pure("tpu.matmul", 3..=3, matmul),
+    effect("tpu.matmul_push_rhs", 1..=1, push_rhs),
+    effect("tpu.matmul_acc_lhs", 1..=1, multiply_lhs),
+    effect("tpu.matmul_pop", 0..=0, pop_sum),
     // A SparseCore's tiles.
     pure("tpu.scan", 1..=2, scan),
     pure("tpu.scan_count", 2..=2, occurrences),
@@ -549,6 +553,33 @@ fn matmul(op: &Site) -> Decoded<Op> {
         to,
     };
     Ok(Op::Matmul { shape, round, arrange: [arrange_l, arrange_r], elements })
+}
+
+/// A tile of two dimensions of numbers: its sizes and its type.
+fn matrix(tile: &Shape) -> Decoded<([usize; 2], Element)> {
+    fits(tile.element != Element::Pred)?;
+    Ok((tile.dims.as_slice().try_into().map_err(|_| Refusal::Misfit)?, tile.element))
+}
+
+fn push_rhs(op: &Site) -> Decoded<Op> {
+    let (sizes, element) = matrix(&op.tile(0)?)?;
+    let register = if op.has("staging_register") { op.size("staging_register")? } else { 0 };
+    let unit = op.size("mxu_index")?;
+    Ok(Op::Mxu(MxuOp::Push { unit, register, sizes, element, turned: op.flag("transpose") }))
+}
+
+fn multiply_lhs(op: &Site) -> Decoded<Op> {
+    let (sizes, element) = matrix(&op.tile(0)?)?;
+    let register = op.has("load_staged_rhs").then(|| op.size("load_staged_rhs")).transpose()?;
+    let (unit, address) = (op.size("mxu_index")?, op.size("acc")?);
+    Ok(Op::Mxu(MxuOp::Multiply { unit, address, sizes, element, register }))
+}
+
+fn pop_sum(op: &Site) -> Decoded<Op> {
+    let (sizes, element) = matrix(&op.result_tile()?)?;
+    fits(matches!(element, Element::F32 | Element::I32))?;
+    let (unit, address) = (op.size("mxu_index")?, op.size("acc")?);
+    Ok(Op::Mxu(MxuOp::Pop { unit, address, sizes, element }))
 }
 
 /// Three groups of dimensions as one dimension each: their strides, and the permutation to apply before where the dimensions of

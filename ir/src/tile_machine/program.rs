@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::fuse::Fused;
+use super::mxu::MxuOp;
 use super::sparse::{OfMask, PackFormat};
 use super::tile::{Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Scalar, Tile, Unary};
 use crate::{
@@ -189,6 +190,8 @@ pub(super) enum Op {
         /// Of the sides that must be transposed first.
         arrange: [Option<Permutation>; 2],
     },
+    /// A matrix unit that the kernel drives itself.
+    Mxu(MxuOp),
     /// With a mask as its last operand, if there is one.
     Load {
         extent: Extent,

@@ -196,13 +196,7 @@ fn garbage(element: Element) -> Scalar {
 
 impl<O: Observer> Executor<'_, '_, O> {
     /// Loads as many elements as the mask has, one after another, into its lanes. Operands: the memref, its indices, the mask.
-    pub(super) fn load_expanded(
-        &mut self,
-        operands: &[Use],
-        extent: &Extent,
-        to: Element,
-        origin: u32,
-    ) -> Step<Tile> {
+    pub(super) fn load_expanded(&mut self, operands: &[Use], extent: &Extent, to: Element, origin: u32) -> Step<Tile> {
         let (indices, mask) = operands.split_at(1 + extent.sizes.len());
         let mask = self.tile(&mask[0]);
         let set: Vec<usize> = (0..len(&mask)).filter(|&at| mask_of(Some(&mask), at)).collect();
@@ -330,10 +324,9 @@ mod tests {
     fn what_is_packed_is_unpacked() {
         let types = [Element::I32, Element::I16];
         let [a, b] = [ints(&[1, -2, 3]), ints(&[40, 50, -60])];
-        for (format, packed) in [
-            (PackFormat::Interleaved, [1, 40, -2, 50, 3, -60]),
-            (PackFormat::Compressed, [1, -2, 3, 40, 50, -60]),
-        ] {
+        for (format, packed) in
+            [(PackFormat::Interleaved, [1, 40, -2, 50, 3, -60]), (PackFormat::Compressed, [1, -2, 3, 40, 50, -60])]
+        {
             let both = pack(&[a.clone(), b.clone()], &[0, 1], format, types, 6);
             assert_eq!(numbers(&both), packed);
             let back = [0, 1].map(|index| numbers(&unpack(&both, index, format, [Element::I16, Element::I32], true)));

@@ -210,7 +210,8 @@ impl Model {
     fn land_on(&self, rows: Rows, brings: &[usize]) -> Result<(), FaultKind> {
         let to: Vec<_> = rows.each().collect();
         let differs = |dma: &&Dma| dma.destination != to || dma.brings != brings;
-        let lands = |element| self.dmas.iter().filter(differs).any(|dma| !dma.over && dma.destination.contains(&element));
+        let lands =
+            |element| self.dmas.iter().filter(differs).any(|dma| !dma.over && dma.destination.contains(&element));
         let in_flight = to.iter().any(|&element| lands(element) || self.held(element));
         if in_flight { Err(FaultKind::OverwriteInFlight) } else { Ok(()) }
     }
