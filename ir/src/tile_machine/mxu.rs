@@ -1,7 +1,8 @@
 //! Matrix units that a kernel drives itself (`tpu.matmul_push_rhs`, `matmul_acc_lhs`, `matmul_pop`): a right side waits in a staging
 //! register, is loaded when the first rows are multiplied with it, and sums stay in the unit until they are taken.
 //!
-//! A sum is known by the address that it was added up at; that two of them may overlap is not modelled.
+//! A sum is known by the address that it was added up at; that two of them may overlap is not modelled. One that is not there is
+//! zero: a kernel must leave none, and taking one leaves zeros.
 //! Source: JAX's `matmul_push_rhs` and its neighbours, whose docs say what a kernel must not do.
 
 use std::collections::BTreeMap;
@@ -129,7 +130,8 @@ impl<O: Observer> Executor<'_, '_, O> {
                     Some((_, of)) => {
                         misused(self, unit, format!("{sizes:?} of {element} are taken of {of:?} at address {address}"))
                     }
-                    None => misused(self, unit, format!("there is no sum at address {address}")),
+                    // No kernel leaves one, and taking one leaves zeros.
+                    None => Ok(Some(zeros(element, sizes))),
                 }
             }
         }
