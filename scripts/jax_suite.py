@@ -255,6 +255,7 @@ def plugin():
     platform = device.platform
     device.platform = property(lambda self: platform.__get__(self) if by_jax() else "tpu")
     device.device_kind = property(lambda self: chip.kind)
+    device.num_cores = property(lambda self: 1)
 
     # The serving stack's kernels stand alone; their package wants a serving stack.
     if serving := os.environ.get("SERVING_SRC"):

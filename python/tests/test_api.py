@@ -58,6 +58,25 @@ def test_a_program_around_kernels():
     assert out["sum"].shape == () and out["rows"].dtype == np.int32
 
 
+def test_a_kernel_on_a_mesh_of_cores():
+    """A mesh asks the device how many cores it has, and here is no TPU to ask."""
+
+    def body(x_ref, o_ref):
+        def scoped(buffer, semaphore):
+            pltpu.async_copy(x_ref, buffer, semaphore).wait()
+            buffer[...] *= 2
+            pltpu.async_copy(buffer, o_ref, semaphore).wait()
+
+        pl.run_scoped(scoped, pltpu.VMEM(X.shape, jnp.float32), pltpu.SemaphoreType.DMA)
+
+    def fn(x):
+        # Since JAX 0.12 a class.
+        mesh = getattr(pltpu, "TensorCoreMesh", None) or pltpu.create_tensorcore_mesh
+        return pl.kernel(body, jax.ShapeDtypeStruct(x.shape, x.dtype), mesh=mesh(axis_name="core"))(x)
+
+    np.testing.assert_array_equal(pagoda.run(fn, X), X * 2)
+
+
 def test_arguments_that_are_not_used_are_left_out():
     np.testing.assert_array_equal(pagoda.run(lambda unused, x: double(x), X + 1, X), X * 2)
 
