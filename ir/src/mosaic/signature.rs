@@ -361,6 +361,8 @@ pub(crate) fn read_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<
     let mnemonic = space.strip_prefix("#tpu.memory_space<").and_then(|rest| rest.strip_suffix('>'));
     // The core whose memory it is may follow.
     let mnemonic = mnemonic.unwrap_or(space.trim_matches('"')).split(',').next().unwrap_or_default().trim();
+    // The VMEM that a SparseCore's subcores share is VMEM to each.
+    let mnemonic = if mnemonic == "vmem_shared" { "vmem" } else { mnemonic };
     let space = MemorySpace::ALL.into_iter().find(|known| known.mnemonic() == mnemonic);
     let space = space.ok_or_else(|| format!("unknown memory space in {}", printed(&r#type)))?;
     let element = memref.element();

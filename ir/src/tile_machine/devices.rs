@@ -764,6 +764,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             started: self.step.clone(),
             owner: self.owner,
             landed: false,
+            adds: false,
         };
         self.buffers[dma.source.buffer].in_flight += 1;
         self.count_sent(dma.semaphore, bytes as i64);

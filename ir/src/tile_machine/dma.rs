@@ -9,7 +9,8 @@ use super::{
     fault::FaultKind,
     memory::{Buffer, Region, View},
     observer::{DmaEvent, Observer},
-    tile::{self, Tile},
+    program::RowDmas,
+    tile::{self, Binary, Tile},
 };
 use crate::{element::Element, mosaic::MemorySpace};
 
@@ -33,6 +34,8 @@ pub(super) struct Dma {
     pub(super) owner: u32,
     /// Whether its bytes are at the destination, or have left for another device.
     pub(super) landed: bool,
+    /// Whether it adds its elements to the destination's.
+    pub(super) adds: bool,
 }
 
 /// A DMA that may start.
@@ -239,19 +242,23 @@ impl<O: Observer> Executor<'_, '_, O> {
     /// destination on another device (not `here`) is for that device to check. Padding of an array's tiles may be copied, and
     /// be copied to.
     pub(super) fn checked_dma(&mut self, [source, destination]: [&View; 2], here: bool, origin: u32) -> Step<Checked> {
+        self.checked([source, destination], here, false, origin)
+    }
+
+    fn checked(&mut self, [source, destination]: [&View; 2], here: bool, adds: bool, origin: u32) -> Step<Checked> {
         if here
             && (source.unpadded.is_some() || destination.unpadded.is_some())
             && let Some([from, unpadded]) = View::unpadded([source, destination])
         {
             let to = destination.unpadded.as_ref().map_or_else(|| destination.all(), |_| unpadded.clone());
-            self.check_dma(&from, &to, here, origin)?;
+            self.check_dma(&from, &to, here, adds, origin)?;
             let bytes = self.buffers[from.buffer].data.element().packed_bytes(source.dims.iter().product());
             return Ok(Checked { from, to, unpadded: Some(unpadded), bytes });
         }
         self.check_inside(source)?;
         self.check_inside(destination)?;
         let (from, to) = (source.all(), destination.all());
-        self.check_dma(&from, &to, here, origin)?;
+        self.check_dma(&from, &to, here, adds, origin)?;
         let bytes = self.bytes_of(&from);
         if bytes != self.bytes_of(&to) {
             let detail = format!("{:?} into {:?}", source.dims, destination.dims);
@@ -260,16 +267,22 @@ impl<O: Observer> Executor<'_, '_, O> {
         Ok(Checked { from, to, unpadded: None, bytes })
     }
 
-    fn check_dma(&mut self, from: &Region, to: &Region, here: bool, origin: u32) -> Step<()> {
+    fn check_dma(&mut self, from: &Region, to: &Region, here: bool, adds: bool, origin: u32) -> Step<()> {
         self.check_in_flight(from, false, Some(origin))?;
         self.check_core(from, self.owner, Some(origin))?;
         if here {
-            // Whichever of two DMAs lands last: where they bring the same bytes, these are there.
+            // Whichever of two DMAs lands last: where they bring the same bytes, these are there; where both add, both have.
             let into = self.buffers[to.buffer].data.element();
             self.check_in_flight_but(to, true, Some(origin), |this, dma| {
+                if adds || dma.adds {
+                    return adds && dma.adds;
+                }
                 let bytes = |source: &Region| this.carried(source, into, dma.lanes);
                 dma.unpadded.is_none() && dma.bytes == this.bytes_of(from) && bytes(&dma.source) == bytes(from)
             })?;
+        }
+        if adds {
+            self.check_written(to, origin)?;
         }
         self.check_written(from, origin)
     }
@@ -278,8 +291,9 @@ impl<O: Observer> Executor<'_, '_, O> {
         self.buffers[region.buffer].data.element().packed_bytes(region.len())
     }
 
-    pub(super) fn start_dma(&mut self, source: &View, destination: &View, semaphore: &View, origin: u32) -> Step<()> {
-        let Checked { from, to, unpadded, bytes } = self.checked_dma([source, destination], true, origin)?;
+    pub(super) fn start_dma(&mut self, sides: [&View; 2], semaphore: &View, adds: bool, origin: u32) -> Step<()> {
+        let Checked { from, to, unpadded, bytes } = self.checked(sides, true, adds, origin)?;
+        let [_, destination] = sides;
         // Nothing to copy, and nothing to wait for.
         if bytes == 0 {
             return Ok(());
@@ -297,6 +311,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             started: self.step.clone(),
             owner: self.owner,
             landed: false,
+            adds,
         };
         let (from, to) = (dma.source.buffer, dma.destination.buffer);
         if let Some(offset) = dma.destination.overlap(&dma.source) {
@@ -342,7 +357,7 @@ impl<O: Observer> Executor<'_, '_, O> {
     pub(super) fn start_row_dmas(
         &mut self,
         [source, destination]: [&View; 2],
-        gathers: bool,
+        RowDmas { gathers, adds }: RowDmas,
         numbers: &Tile,
         none: Option<i32>,
         semaphore: &View,
@@ -370,7 +385,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             let [of_source, of_destination] = if gathers { [number, at as i32] } else { [at as i32, number] };
             let from = row(self, source, i64::from(of_source))?;
             let to = row(self, destination, i64::from(of_destination))?;
-            self.start_dma(&from, &to, semaphore, origin)?;
+            self.start_dma([&from, &to], semaphore, adds, origin)?;
         }
         Ok(())
     }
@@ -434,7 +449,11 @@ impl<O: Observer> Executor<'_, '_, O> {
         }
         let into = self.buffers[destination.buffer].data.element();
         let before = self.buffers[destination.buffer].uncontested(&destination);
-        if let Some(unpadded) = self.dmas[index].unpadded.clone() {
+        if self.dmas[index].adds {
+            let [old, new] = [&destination, &source].map(|region| self.buffers[region.buffer].read(region));
+            let sum = tile::binary(Binary::Add, into, old, new);
+            self.buffers[destination.buffer].write(&destination, &sum, None);
+        } else if let Some(unpadded) = self.dmas[index].unpadded.clone() {
             self.buffers[destination.buffer].write_garbage(&destination);
             Buffer::copy(&mut self.buffers, &source, &unpadded);
         } else if self.buffers[source.buffer].data.element().bits() == into.bits() {

@@ -565,7 +565,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             Op::StartDma => {
                 let (source, destination) = (self.view(&operands[0]), self.view(&operands[1]));
                 let semaphore = self.view(&operands[2]);
-                self.start_dma(&source, &destination, &semaphore, origin)?;
+                self.start_dma([&source, &destination], &semaphore, false, origin)?;
                 Reg::Empty
             }
             Op::StartRemoteDma(target) => {
@@ -574,7 +574,7 @@ impl<O: Observer> Executor<'_, '_, O> {
                 self.start_remote_dma([&source, &own], [&destination, &semaphore], target, origin)?;
                 Reg::Empty
             }
-            Op::StartRowDmas { gathers } => {
+            Op::StartRowDmas(rows) => {
                 let (source, destination) = (self.view(&operands[0]), self.view(&operands[1]));
                 let numbers = match self.take(&operands[2]) {
                     Reg::View(view) => {
@@ -586,7 +586,7 @@ impl<O: Observer> Executor<'_, '_, O> {
                     _ => unreachable!("decoding gives rows as memory or as a tile"),
                 };
                 let (semaphore, none) = (self.view(&operands[3]), operands.get(4).map(|none| self.scalar(none)));
-                self.start_row_dmas([&source, &destination], *gathers, &numbers, none, &semaphore, origin)?;
+                self.start_row_dmas([&source, &destination], *rows, &numbers, none, &semaphore, origin)?;
                 Reg::Empty
             }
             Op::WaitDma { semaphore, bytes_of } => {

@@ -27,6 +27,7 @@
 //!   block begins and gone when it ends; until then it counts as taken. By then its DMAs must be over and its semaphores zero.
 //! - *Sizes that come at run time*: those of the grid are the call's first operands, those of views operands of the op. A
 //!   view of no elements is copied in no time and waited for in none.
+//! - *Memory that a SparseCore's subcores share* is, for each of them, unwritten where it has not written itself.
 //! - *DMAs* land at their start, at the wait that needs them, or in a random order between, per [`DmaOrder`]. A wait takes
 //!   as many bytes from its semaphore as its destination has; DMAs are over in the order in which they landed. Between
 //!   start and that moment a DMA is *in flight*: its destination must not be touched, and its source must not be written.
@@ -66,7 +67,8 @@
 //! ¹ Nothing with [`Machine::allow_unwritten_reads`]: the poison is read. ² Or as in the array, where the block is
 //! revisited. ³ Nothing with [`Machine::allow_unwritten_outputs`], or for [unused outputs](Program::with_unused_outputs).
 //! ⁴ Where a block hangs over the edge of its array, the window is written beyond it: a NaN, or an odd integer, that may
-//! be read. ⁷ Nothing where both DMAs bring the same bytes to the same region: kernels repeat a row instead of leaving it out.
+//! be read. ⁷ Nothing where both DMAs bring the same bytes to the same region (kernels repeat a row instead of leaving it out), or
+//! add to it. One that adds reads its destination, too, when it lands.
 //!
 //! A *semaphore* holds a number, at first 0. A DMA of n bytes that lands adds n; a signal adds its amount; a wait for n takes
 //! n, after DMAs on it have landed that it needs.

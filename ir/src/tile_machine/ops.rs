@@ -15,7 +15,7 @@ use melior::ir::{Attribute, AttributeLike};
 use super::{
     decode::{Decoded, Memory, Refusal, Shape, Site, fits, scalar, unsupported},
     mxu::MxuOp,
-    program::{Extent, Mask, Op, Permutation, Target},
+    program::{Extent, Mask, Op, Permutation, RowDmas, Target},
     sparse::{OfMask, PackFormat},
     tile::{self, Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Strides, Tile, Unary},
 };
@@ -1063,10 +1063,7 @@ fn start_row_dmas(op: &Site) -> Decoded<Op> {
     fits(numbers.len() == 1 && numbers[0] == rows.dims[0])?;
     op.semaphore(3)?;
     op.scalars(4, op.operands.len() - 4)?;
-    if op.flag("add") {
-        return unsupported("rows are added to what is there");
-    }
-    Ok(Op::StartRowDmas { gathers })
+    Ok(Op::StartRowDmas(RowDmas { gathers, adds: op.flag("add") }))
 }
 
 /// Operands: semaphore, ..., and what has its bytes.

@@ -77,6 +77,15 @@ pub(super) struct Target {
     pub(super) core: bool,
 }
 
+/// How rows are copied one by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RowDmas {
+    /// Whether the source is the side whose rows a list names.
+    pub(super) gathers: bool,
+    /// Whether rows are added to what is there.
+    pub(super) adds: bool,
+}
+
 /// What a mask says of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mask {
@@ -285,10 +294,7 @@ pub(super) enum Op {
     StartRemoteDma(Target),
     /// Copies of single rows, of one side those that a list of numbers says, of the other one after another. Operands: source,
     /// destination, the list (a tile, or memory), semaphore, and as far as it is given the number that stands for no row.
-    StartRowDmas {
-        /// Whether the source is the side with the list.
-        gathers: bool,
-    },
+    StartRowDmas(RowDmas),
     /// A wait for as many bytes as one operand has, on the semaphore that another is.
     WaitDma {
         semaphore: usize,

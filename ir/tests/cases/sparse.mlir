@@ -150,3 +150,25 @@ func.func @k(%x: !vmem, %out: !vmem) attributes {tpu.core_type = #tpu.core_type<
   "tpu.vector_compress_store"(%v, %out, %c8, %m) {compress_dim = 0 : i64, add = false} : (!lanes, !vmem, index, !mask) -> ()
   return
 }
+// -----
+// Rows are added to what is there, two of them to one place, in whatever order.
+// in f32[8,128] = wave 0
+// out f32[8,128]
+// run
+// result 0: f32[8, 128]: 0.8217788 1.4984071 1.9103724 1.9849094 1.7088526 1.130962 0.35331 -0.48674703 ..., sum 18.61333, by place 8961.795
+func.func @k(%x: memref<8x128xf32, "hbm">, %o: memref<8x128xf32, "hbm">, %a: memref<4x128xf32, "vmem_shared">, %s: memref<!tpu.dma_semaphore, "semaphore_mem">) attributes {scratch_operands = 2 : i64} {
+  %z = arith.constant 0 : i32
+  %j4 = arith.constant 4 : i32
+  %from = arith.constant dense<[0, 1, 2, 3]> : vector<4xi32>
+  %to = arith.constant dense<[5, 7, 5, 6]> : vector<4xi32>
+  %half = "tpu.memref_slice"(%x, %z, %z) : (memref<8x128xf32, "hbm">, i32, i32) -> memref<4x128xf32, "hbm">
+  "tpu.enqueue_dma"(%half, %a, %s) : (memref<4x128xf32, "hbm">, memref<4x128xf32, "vmem_shared">, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  "tpu.wait_dma2"(%s, %half, %a) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<4x128xf32, "hbm">, memref<4x128xf32, "vmem_shared">) -> ()
+  "tpu.enqueue_indirect_dma"(%x, %a, %from, %s) {add = true} : (memref<8x128xf32, "hbm">, memref<4x128xf32, "vmem_shared">, vector<4xi32>, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  "tpu.wait_indirect_dma"(%s, %x, %a) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<8x128xf32, "hbm">, memref<4x128xf32, "vmem_shared">) -> ()
+  "tpu.enqueue_dma"(%x, %o, %s) : (memref<8x128xf32, "hbm">, memref<8x128xf32, "hbm">, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  "tpu.wait_dma2"(%s, %x, %o) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<8x128xf32, "hbm">, memref<8x128xf32, "hbm">) -> ()
+  "tpu.enqueue_indirect_dma"(%a, %o, %to, %s) {add = true} : (memref<4x128xf32, "vmem_shared">, memref<8x128xf32, "hbm">, vector<4xi32>, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  "tpu.wait_indirect_dma"(%s, %a, %o) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<4x128xf32, "vmem_shared">, memref<8x128xf32, "hbm">) -> ()
+  return
+}
