@@ -10,11 +10,12 @@ use std::ops::Range;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use melior::ir::{
-    AttributeLike, Block, BlockLike, Location, Module, Region, RegionLike, RegionRef, TypeLike, Value, ValueLike,
-    attribute::IntegerAttribute,
+    Attribute, AttributeLike, Block, BlockLike, Location, Module, Region, RegionLike, RegionRef, TypeLike, Value,
+    ValueLike,
+    attribute::{ArrayAttribute, IntegerAttribute},
     block::BlockRef,
     operation::{Operation, OperationBuilder, OperationLike, OperationMutLike, OperationRef},
-    r#type::IntegerType,
+    r#type::{IntegerType, MemRefType, ShapedTypeLike},
 };
 use serde_json::{Value as Json, json};
 
@@ -27,7 +28,7 @@ use super::{
     text,
 };
 use crate::{
-    context::{Context, diagnosed},
+    context::{Context, diagnosed, printed},
     element::Element,
     error::{Error, Result},
     shape::TensorType,
@@ -56,7 +57,8 @@ pub fn serialize(module: &Module) -> Vec<u8> {
     let context = module.context();
     // SAFETY: the module keeps its context alive.
     let context = unsafe { context.to_ref() };
-    let mut mangled = renamed(context, module, &|name| format!("{PREFIX}{name}")).expect("the module is sound");
+    let mut mangled = renamed(context, module, vec![], &|op| (format!("{PREFIX}{}", op_name(op)), None))
+        .expect("the module is sound");
     let version = IntegerAttribute::new(IntegerType::new(context, 64).into(), VERSION);
     mangled.as_operation_mut().set_attribute(VERSION_ATTRIBUTE, version.into());
     mangled.as_operation().write_bytecode()
@@ -69,6 +71,12 @@ pub fn serialize(module: &Module) -> Vec<u8> {
 /// # Errors
 /// When MLIR cannot read it, or its ops are of a version beyond [`OLDEST_VERSION`] to [`NEWEST_VERSION`].
 pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> {
+    located(context, body, vec![])
+}
+
+/// As [`deserialize`], with locations that come beside the body: of each op, outermost first, and behind it those of its
+/// regions' parameters.
+fn located<'c>(context: &'c Context, body: &[u8], locations: Vec<Location<'c>>) -> Result<Module<'c>> {
     let module = match body.starts_with(b"ML\xefR") {
         true => read_bytecode(context.melior(), readable(body).as_deref().unwrap_or(body))
             .map_err(|diagnostics| Error::mosaic(format!("the body is not an MLIR module: {diagnostics}")))?,
@@ -83,9 +91,31 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
             "the body is of {VERSION_ATTRIBUTE} {version}, whose ops may mean something else: {read}"
         )));
     }
-    let module = renamed(context, &module, &|name| name.strip_prefix(PREFIX).unwrap_or(name).to_owned())?;
+    let name = |op: OperationRef| {
+        let name = op_name(op);
+        let name = name.strip_prefix(PREFIX).unwrap_or(&name);
+        upgraded(op, name, version).unwrap_or_else(|| (name.to_owned(), None))
+    };
+    let module = renamed(context, &module, locations, &name)?;
     let (valid, diagnostics) = diagnosed(context, || module.as_operation().verify());
     if valid { Ok(module) } else { Err(Error::Verify { module: "the kernel".to_owned(), diagnostics }) }
+}
+
+/// The locations in `tpu.locs` of a module that holds nothing else. Source: what JAX 0.12.0 writes.
+fn read_locations<'c>(context: &'c Context, module: &[u8]) -> Result<Vec<Location<'c>>> {
+    let module = read_bytecode(context.melior(), readable(module).as_deref().unwrap_or(module))
+        .map_err(|diagnostics| Error::mosaic(format!("the list of locations is not an MLIR module: {diagnostics}")))?;
+    let Ok(list) = module.as_operation().attribute("tpu.locs") else { return Ok(vec![]) };
+    let list = ArrayAttribute::try_from(list).map_err(|error| Error::mosaic(format!("tpu.locs: {error}")))?;
+    let elements = (0..list.len()).filter_map(|at| list.element(at).ok());
+    let location = |element: Attribute| {
+        // SAFETY: the attribute is a location, of the context that outlives the module.
+        unsafe {
+            let is_location = mlir_sys::mlirAttributeIsALocation(element.to_raw());
+            is_location.then(|| Location::from_raw(mlir_sys::mlirLocationFromAttribute(element.to_raw())))
+        }
+    };
+    Ok(elements.map_while(location).collect())
 }
 
 /// A StableHLO module that was written without StableHLO's own encoding, as Pagoda writes them, as text.
@@ -111,9 +141,17 @@ fn read_bytecode<'c>(context: &'c melior::Context, body: &[u8]) -> std::result::
 }
 
 /// A copy of a module with every op but the module itself renamed.
-fn renamed<'c>(context: &'c melior::Context, module: &Module, rename: &dyn Fn(&str) -> String) -> Result<Module<'c>> {
+fn renamed<'c>(
+    context: &'c melior::Context,
+    module: &Module,
+    locations: Vec<Location<'c>>,
+    rename: &Rename,
+) -> Result<Module<'c>> {
     let copy = Module::new(Location::unknown(context));
-    let mut renamer = Renamer { rename, values: HashMap::new(), blocks: HashMap::new() };
+    let mut locations = locations.into_iter();
+    // That of the module itself.
+    locations.next();
+    let mut renamer = Renamer { context, rename, locations, values: HashMap::new(), blocks: HashMap::new() };
     for operation in operations(module.body()) {
         copy.body().append_operation(renamer.operation(operation)?);
     }
@@ -128,14 +166,41 @@ fn blocks<'c: 'a, 'a>(region: RegionRef<'c, 'a>) -> impl Iterator<Item = BlockRe
     std::iter::successors(region.first_block(), |block| block.next_in_region())
 }
 
-struct Renamer<'r> {
-    rename: &'r dyn Fn(&str) -> String,
+/// The new name of an op, and an attribute that it gets: a number.
+type Rename<'r> = dyn Fn(OperationRef) -> (String, Option<(&'static str, i64)>) + 'r;
+
+/// What an op of an older version is called since, if it is not `name`.
+///
+/// Until version 15, a SparseCore's loads and stores with a mask left no gaps in memory.
+fn upgraded(op: OperationRef, name: &str, version: i64) -> Option<(String, Option<(&'static str, i64)>)> {
+    const DENSE: i64 = 15;
+    let (since, dim, base) = match name {
+        "tpu.vector_load" => ("tpu.vector_expand_load", "expand_dim", 0),
+        "tpu.vector_store" => ("tpu.vector_compress_store", "compress_dim", 1),
+        _ => return None,
+    };
+    let rank = MemRefType::try_from(op.operand(base).ok()?.r#type()).ok()?.rank();
+    let is_masked = op.operand_count() > base + 1 + rank;
+    (version <= DENSE && is_masked && is_of_sparse_core(op)).then(|| (since.to_owned(), Some((dim, rank as i64 - 1))))
+}
+
+/// Whether an op is in a function for a SparseCore.
+fn is_of_sparse_core(op: OperationRef) -> bool {
+    let parents = std::iter::successors(op.parent_operation(), |op| op.parent_operation());
+    parents.into_iter().any(|op| op.attribute("tpu.core_type").is_ok_and(|core| printed(&core).contains("<sc_")))
+}
+
+struct Renamer<'r, 'c> {
+    context: &'c melior::Context,
+    rename: &'r Rename<'r>,
+    /// Instead of the ops' and parameters' own, as far as there are any.
+    locations: std::vec::IntoIter<Location<'c>>,
     values: HashMap<*const std::ffi::c_void, mlir_sys::MlirValue>,
     blocks: HashMap<*mut std::ffi::c_void, mlir_sys::MlirBlock>,
 }
 
-impl Renamer<'_> {
-    fn operation<'c>(&mut self, source: OperationRef) -> Result<Operation<'c>> {
+impl<'c> Renamer<'_, 'c> {
+    fn operation(&mut self, source: OperationRef) -> Result<Operation<'c>> {
         // SAFETY: types, attributes and locations belong to the context, which both modules share and which outlives
         // the copy; blocks and values are looked up among those of the copy.
         unsafe {
@@ -146,20 +211,28 @@ impl Renamer<'_> {
                 .ok_or_else(early)?;
             let results: Vec<_> =
                 source.results().map(|result| melior::ir::Type::from_raw(result.r#type().to_raw())).collect();
-            let attributes: Vec<_> = source
+            let mut attributes: Vec<_> = source
                 .attributes()
                 .map(|(name, value)| {
                     (melior::ir::Identifier::from_raw(name.to_raw()), melior::ir::Attribute::from_raw(value.to_raw()))
                 })
                 .collect();
-            let regions = source.regions().map(|region| self.region(region)).collect::<Result<_>>()?;
+            let location = self.locations.next().unwrap_or(Location::from_raw(source.location().to_raw()));
+            // Locations of all parameters come before those of the ops inside.
+            let parameters = source.regions().flat_map(blocks).map(|block| block.argument_count()).sum();
+            let mut parameters = self.locations.by_ref().take(parameters).collect::<Vec<_>>().into_iter();
+            let regions = source.regions().map(|region| self.region(region, &mut parameters)).collect::<Result<_>>()?;
             let successors = (source.successors())
                 .map(|block| self.blocks.get(&block.to_raw().ptr).map(|&raw| BlockRef::from_raw(raw)))
                 .collect::<Option<Vec<BlockRef>>>()
                 .ok_or_else(early)?;
             let successors: Vec<&Block> = successors.iter().map(|block| &**block).collect();
-            let name = (self.rename)(&op_name(source));
-            let copy = OperationBuilder::new(&name, Location::from_raw(source.location().to_raw()))
+            let (name, added) = (self.rename)(source);
+            if let Some((key, value)) = added {
+                let value = IntegerAttribute::new(IntegerType::new(self.context, 64).into(), value);
+                attributes.push((melior::ir::Identifier::new(self.context, key), value.into()));
+            }
+            let copy = OperationBuilder::new(&name, location)
                 .add_operands(&operands)
                 .add_results(&results)
                 .add_attributes(&attributes)
@@ -174,7 +247,7 @@ impl Renamer<'_> {
         }
     }
 
-    fn region<'c>(&mut self, source: RegionRef) -> Result<Region<'c>> {
+    fn region(&mut self, source: RegionRef, parameters: &mut std::vec::IntoIter<Location<'c>>) -> Result<Region<'c>> {
         let region = Region::new();
         for from in blocks(source) {
             // SAFETY: as in `operation`.
@@ -182,7 +255,8 @@ impl Renamer<'_> {
                 .filter_map(|index| from.argument(index).ok())
                 .map(|argument| unsafe {
                     let r#type = melior::ir::Type::from_raw(argument.r#type().to_raw());
-                    (r#type, Location::from_raw(argument.location().to_raw()))
+                    let own = Location::from_raw(argument.location().to_raw());
+                    (r#type, parameters.next().unwrap_or(own))
                 })
                 .collect();
             let to = region.append_block(Block::new(&arguments));
@@ -247,11 +321,19 @@ pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>
     let body = config["custom_call_config"]["body"]
         .as_str()
         .ok_or_else(|| Error::mosaic("the backend_config has no `custom_call_config.body`"))?;
-    let body = BASE64.decode(body).map_err(|error| Error::mosaic(format!("the body is not base64: {error}")))?;
+    let decoded = |what: &str, text: &str| {
+        BASE64.decode(text).map_err(|error| Error::mosaic(format!("the {what} is not base64: {error}")))
+    };
+    let body = decoded("body", body)?;
+    // JAX 0.12 writes locations apart, where libtpu is as new.
+    let locations = match config["custom_call_config"]["debug_locations"].as_str() {
+        Some(locations) => read_locations(context, &decoded("list of locations", locations)?)?,
+        None => vec![],
+    };
     let scopes = config["scoped_memory_configs"].as_array().map(Vec::as_slice).unwrap_or_default();
     let vmem = scopes.iter().find(|scope| scope["memory_space"].as_u64() == Some(XLA_VMEM));
     let vmem_limit = vmem.and_then(|scope| scope["size"].as_u64()).map(|size| size as usize);
-    let module = deserialize(context, &body)?;
+    let module = located(context, &body, locations)?;
     kernel_function(&module)?;
     Ok(Opened { module, vmem_limit })
 }

@@ -197,8 +197,12 @@ static ROWS: &[Row] = &[
     pure("vector.load", 1..=usize::MAX, load),
     pure("tpu.vector_load", 1..=usize::MAX, load),
     pure("tpu.strided_load", 1..=usize::MAX, load),
-    pure("tpu.vector_expand_load", 2..=usize::MAX, load_dense),
-    effect("tpu.vector_compress_store", 3..=usize::MAX, store_dense),
+    pure("tpu.load", 1..=usize::MAX, |op| all_sublanes(op).and_then(|()| load(op))),
+    effect("tpu.store", 2..=usize::MAX, |op| all_sublanes(op).and_then(|()| store(op))),
+    pure("tpu.vector_expand_load", 2..=usize::MAX, |op| load_dense(op, Some("expand_dim"))),
+    effect("tpu.vector_compress_store", 3..=usize::MAX, |op| store_dense(op, Some("compress_dim"))),
+    pure("tpu.expand_load_vreg", 2..=usize::MAX, |op| load_dense(op, None)),
+    effect("tpu.compress_store_vreg", 3..=usize::MAX, |op| store_dense(op, None)),
     pure("tpu.vector_load_idx", 2..=usize::MAX, load_indexed),
     effect("tpu.vector_store_idx", 3..=usize::MAX, store_indexed),
     effect("vector.store", 2..=usize::MAX, store),
@@ -719,7 +723,7 @@ fn mask(op: &Site, at: usize, dims: &[usize]) -> Decoded<Option<Mask>> {
         1 => fits(op.tile(at)? == Shape { element: Element::Pred, dims: dims.to_vec() })?,
         _ => return Err(Refusal::Misfit),
     }
-    Ok(Some(if op.sparse { Mask::Dense } else { Mask::Gaps }))
+    Ok(Some(Mask::Gaps))
 }
 
 /// Operands: the tile, the memref, an index per dimension, perhaps a mask.
@@ -733,30 +737,30 @@ fn store(op: &Site) -> Decoded<Op> {
 }
 
 /// `Misfit` unless `dim`, along which the lanes of a mask follow each other, is the minor one, and all others have one element.
-fn minor_alone(op: &Site, dim: &str, extent: &Extent) -> Decoded<()> {
+fn minor_alone(op: &Site, dim: Option<&str>, extent: &Extent) -> Decoded<()> {
     let last = extent.sizes.len() - 1;
-    fits(op.size(dim)? == last)?;
+    fits(dim.map(|dim| op.size(dim)).transpose()?.is_none_or(|dim| dim == last))?;
     if extent.sizes[..last].iter().any(|&size| size != 1) {
         return unsupported("lanes of several rows that follow each other are not supported");
     }
     Ok(())
 }
 
-/// As a load with a mask on a SparseCore.
-fn load_dense(op: &Site) -> Decoded<Op> {
+/// The lanes of the mask lie one after another along `dim`, if the op does not always mean the minor one.
+fn load_dense(op: &Site, dim: Option<&str>) -> Decoded<Op> {
     match load(op)? {
         Op::Load { extent, to, mask: Some(_) } => {
-            minor_alone(op, "expand_dim", &extent)?;
+            minor_alone(op, dim, &extent)?;
             Ok(Op::Load { extent, to, mask: Some(Mask::Dense) })
         }
         _ => Err(Refusal::Misfit),
     }
 }
 
-fn store_dense(op: &Site) -> Decoded<Op> {
+fn store_dense(op: &Site, dim: Option<&str>) -> Decoded<Op> {
     match store(op)? {
         Op::Store { extent, add, mask: Some(_) } => {
-            minor_alone(op, "compress_dim", &extent)?;
+            minor_alone(op, dim, &extent)?;
             Ok(Op::Store { extent, add, mask: Some(Mask::Dense) })
         }
         _ => Err(Refusal::Misfit),
@@ -892,6 +896,15 @@ fn bitcast_lanes(op: &Site) -> Decoded<Op> {
     let rows = |tile: &Shape| tile.len() / minor(tile).max(1);
     fits(rows(&x) == rows(&result) && x.element != Element::Pred && result.element != Element::Pred)?;
     Ok(Op::Bitcast { dims: vec![1], from: x.element, to: result.element })
+}
+
+/// Registers are loaded and stored whole.
+fn all_sublanes(op: &Site) -> Decoded<()> {
+    let stride = if op.has("sublane_stride") { op.size("sublane_stride")? } else { 1 };
+    match stride != 1 || op.text("sublane_mask")?.contains("false") {
+        true => unsupported("sublanes that are left out are not supported"),
+        false => Ok(()),
+    }
 }
 
 /// The extent of one element of the memref `base`, whose indices are the last operands.

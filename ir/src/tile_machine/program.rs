@@ -91,7 +91,7 @@ pub(super) struct RowDmas {
 pub(super) enum Mask {
     /// A lane has its place, which is left out with it.
     Gaps,
-    /// The lanes that are not left out lie one after another: so a SparseCore loads and stores.
+    /// The lanes that are not left out lie one after another.
     Dense,
 }
 

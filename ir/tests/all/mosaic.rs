@@ -96,11 +96,16 @@ fn aliases_are_written_and_found() {
     assert_eq!((calls[0].aliases.as_slice(), kernel.aliases()), ([(1, 0)].as_slice(), [(1, 0)].as_slice()));
 }
 
-/// `scaled_sums.mlir` is what JAX 0.10.2 made of the Pallas kernel in `scaled_sums.py`.
+/// `scaled_sums.mlir` and `scaled_sums_0_12.mlir` are what JAX 0.10.2 and 0.12.0 made of the Pallas kernel in `scaled_sums.py`.
 #[test]
 fn a_kernel_lowered_by_jax_opens_and_runs() {
+    opens_and_runs(include_bytes!("../data/scaled_sums.mlir"));
+    opens_and_runs(include_bytes!("../data/scaled_sums_0_12.mlir"));
+}
+
+fn opens_and_runs(lowered: &[u8]) {
     let context = Context::new();
-    let calls = wire::find_custom_calls(include_bytes!("../data/scaled_sums.mlir")).unwrap();
+    let calls = wire::find_custom_calls(lowered).unwrap();
     assert_eq!(calls.len(), 1);
     let opened = wire::open(&context, &calls[0].backend_config).expect("the body is readable");
     assert_eq!(opened.vmem_limit, Some(8 << 20));
@@ -118,6 +123,10 @@ fn a_kernel_lowered_by_jax_opens_and_runs() {
     let expected: Vec<f64> =
         (0..8 * 128).map(|at| 3.0 * (0..5).map(|tile| leaky(x[tile * 8 * 128 + at])).sum::<f64>()).collect();
     let program = Program::decode(&opened.module).expect("every op is known");
+    // Locations stand in the body, or apart from it: here of a copy from behind the array.
+    let outside = [HostTensor::new(&[2], &[9i32, 3]), inputs[1].clone()];
+    let fault = program.run(&Machine::default(), &outside, &outputs).expect_err("there are eight tiles");
+    assert!(fault.location.contains("scaled_sums.py:24 in"), "{}", fault.location);
     for dma in [DmaOrder::Early, DmaOrder::Late, DmaOrder::Random(1)] {
         let machine = Machine { dma, ..Machine::default() };
         let run = program.run(&machine, &inputs, &outputs);

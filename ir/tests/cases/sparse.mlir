@@ -63,10 +63,10 @@ func.func @k(%x: !vmem, %out: !vmem) attributes {tpu.core_type = #tpu.core_type<
   %v = vector.load %x[%c0] : !vmem, !lanes
   %odd = arith.andi %v, %one : !lanes
   %m = arith.cmpi ne, %odd, %zero : !lanes
-  %dense = "tpu.vector_load"(%x, %c8, %m) {operandSegmentSizes = array<i32: 1, 1, 1>, strides = array<i32>} : (!vmem, index, !mask) -> !lanes
+  %dense = "tpu.vector_expand_load"(%x, %c8, %m) {expand_dim = 0 : i64} : (!vmem, index, !mask) -> !lanes
   %w = arith.select %m, %dense, %v : !mask, !lanes
   vector.store %w, %out[%c0] : !vmem, !lanes
-  "tpu.vector_store"(%v, %out, %c8, %m) {operandSegmentSizes = array<i32: 1, 1, 1, 1>, strides = array<i32>, add = true} : (!lanes, !vmem, index, !mask) -> ()
+  "tpu.vector_compress_store"(%v, %out, %c8, %m) {compress_dim = 0 : i64, add = true} : (!lanes, !vmem, index, !mask) -> ()
   return
 }
 // -----
@@ -130,7 +130,7 @@ func.func @k(%x: !vmem, %out: !vmem, %other: !vmem) attributes {tpu.core_type = 
   return
 }
 // -----
-// Dense masks as JAX 0.12 writes them.
+// The same by registers, whole ones too.
 // in i32[16] = 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16
 // out i32[16]
 // run
@@ -141,13 +141,13 @@ func.func @k(%x: !vmem, %out: !vmem) attributes {tpu.core_type = #tpu.core_type<
   %zero = arith.constant dense<0> : !lanes
   %one = arith.constant dense<1> : !lanes
   vector.store %zero, %out[%c8] : !vmem, !lanes
-  %v = vector.load %x[%c0] : !vmem, !lanes
+  %v = "tpu.load"(%x, %c0) {sublane_mask = array<i1: true>, sublane_stride = 1 : i32} : (!vmem, index) -> !lanes
   %odd = arith.andi %v, %one : !lanes
   %m = arith.cmpi ne, %odd, %zero : !lanes
-  %dense = "tpu.vector_expand_load"(%x, %c8, %m) {expand_dim = 0 : i64} : (!vmem, index, !mask) -> !lanes
+  %dense = "tpu.expand_load_vreg"(%x, %c8, %m) : (!vmem, index, !mask) -> !lanes
   %w = arith.select %m, %dense, %v : !mask, !lanes
-  vector.store %w, %out[%c0] : !vmem, !lanes
-  "tpu.vector_compress_store"(%v, %out, %c8, %m) {compress_dim = 0 : i64, add = false} : (!lanes, !vmem, index, !mask) -> ()
+  "tpu.store"(%w, %out, %c0) {add = false, operandSegmentSizes = array<i32: 1, 1, 1, 0>, sublane_mask = array<i1: true>, sublane_stride = 1 : i32} : (!lanes, !vmem, index) -> ()
+  "tpu.compress_store_vreg"(%v, %out, %c8, %m) {add = false} : (!lanes, !vmem, index, !mask) -> ()
   return
 }
 // -----

@@ -1,6 +1,6 @@
 """Writes scaled_sums.mlir: a Pallas kernel with double-buffered copies of its own, lowered for TPU by JAX 0.10.2.
 
-Run in this folder: `python scaled_sums.py`. No TPU is needed.
+Run in this folder: `python scaled_sums.py`; JAX 0.12 writes scaled_sums_0_12.mlir, whose locations are apart. No TPU is needed.
 """
 
 import jax
@@ -50,5 +50,5 @@ def scaled_sums(counts, x):
 if __name__ == "__main__":
     shapes = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((64, 128), jnp.float32)
     lowered = jax.jit(scaled_sums).trace(*shapes).lower(lowering_platforms=("tpu",))
-    with open("scaled_sums.mlir", "w") as file:
+    with open("scaled_sums_0_12.mlir" if jax.__version__.startswith("0.12.") else "scaled_sums.mlir", "w") as file:
         file.write(lowered.as_text())
