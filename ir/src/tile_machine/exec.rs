@@ -447,9 +447,18 @@ impl<O: Observer> Executor<'_, '_, O> {
                 None => Reg::Empty,
             },
             Op::Load { extent, to, mask: None } => {
-                let region = self.readable(operands, extent, origin)?;
-                self.observe_access(&region, false, None);
-                Reg::Tile(self.read(&region, extent, *to))
+                let (view, start) = self.place(operands);
+                let ignored = self.machine.ignored.contains(FaultKind::OutOfBounds);
+                match self.readable_at(&view, &start, extent, origin) {
+                    Err(fault) if ignored && fault.kind == FaultKind::OutOfBounds => {
+                        Reg::Tile(self.load_beyond(&view, &start, extent, *to, origin)?)
+                    }
+                    found => {
+                        let region = found?;
+                        self.observe_access(&region, false, None);
+                        Reg::Tile(self.read(&region, extent, *to))
+                    }
+                }
             }
             Op::Load { extent, to, mask: Some(Mask::Gaps) } => {
                 Reg::Tile(self.load_masked(operands, extent, *to, origin)?)
@@ -780,6 +789,34 @@ impl<O: Observer> Executor<'_, '_, O> {
         tile::bitcast(&tile, &extent.sizes, stored, to)
     }
 
+    /// A load that reaches outside its view: garbage there.
+    fn load_beyond(&mut self, view: &View, start: &[i64], extent: &Extent, to: Element, origin: u32) -> Step<Tile> {
+        let rank = extent.sizes.len();
+        let step = |dim: usize| extent.steps.get(dim).copied().unwrap_or(1);
+        // Along each dimension, the first of the load's elements that are inside, and how many are.
+        let inside = (0..rank).map(|dim| {
+            let is_inside = |&at: &usize| (0..view.dims[dim] as i64).contains(&(start[dim] + (at * step(dim)) as i64));
+            let first = (0..extent.sizes[dim]).find(is_inside).unwrap_or(0);
+            (first, (first..extent.sizes[dim]).take_while(is_inside).count())
+        });
+        let (first, sizes): (Vec<usize>, Vec<usize>) = inside.unzip();
+        let all: usize = extent.sizes.iter().product();
+        let mut scalars = vec![sparse::garbage(to); all];
+        if view.outside.is_none() && !sizes.contains(&0) {
+            let start: Vec<i64> = (0..rank).map(|dim| start[dim] + (first[dim] * step(dim)) as i64).collect();
+            let part = Extent { sizes: sizes.clone(), steps: extent.steps.clone() };
+            let region = self.readable_at(view, &start, &part, origin)?;
+            self.observe_access(&region, false, None);
+            let loaded = self.read(&region, &part, to);
+            let (of_part, of_all) = (tile::strides(&sizes), tile::strides(&extent.sizes));
+            for from in 0..part.sizes.iter().product() {
+                let at = (0..rank).map(|dim| (first[dim] + from / of_part[dim] % sizes[dim]) * of_all[dim]);
+                scalars[at.sum::<usize>()] = loaded.get(from);
+            }
+        }
+        Ok(sparse::of_scalars(to, &scalars))
+    }
+
     /// Operands: the memref, its indices, the mask. What the mask leaves out need not be written, and is garbage.
     fn load_masked(&mut self, operands: &[Use], extent: &Extent, to: Element, origin: u32) -> Step<Tile> {
         let (indices, mask) = operands.split_at(1 + extent.sizes.len());
@@ -799,8 +836,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         }
         self.observe_access(&region, false, None);
         let tile = self.read(&region, extent, to);
-        let garbage = if to.is_float() { Scalar::Float(f32::NAN) } else { Scalar::Int(tile::wrap(to, 0x5a5a_5a5a)) };
-        let garbage = tile::splat(garbage, mask.len());
+        let garbage = tile::splat(sparse::garbage(to), mask.len());
         Ok(tile::select(&Tile::Pred(mask), tile, garbage))
     }
 

@@ -43,7 +43,7 @@ fn mask_of(mask: Option<&Tile>, at: usize) -> bool {
     }
 }
 
-fn of_scalars(element: Element, scalars: &[Scalar]) -> Tile {
+pub(super) fn of_scalars(element: Element, scalars: &[Scalar]) -> Tile {
     match scalars.first() {
         Some(Scalar::Float(_)) => Tile::Float(Arc::new(scalars.iter().map(|x| as_float(*x)).collect())),
         Some(Scalar::Pred(_)) => Tile::Pred(Arc::new(scalars.iter().map(|x| *x == Scalar::Pred(true)).collect())),
@@ -185,8 +185,8 @@ pub(super) fn unpack(x: &Tile, index: usize, format: PackFormat, [from, to]: [El
     tile::convert(tile::Conversion { from, to, signed, nearest: false }, part)
 }
 
-/// What a lane holds that nothing was loaded into.
-fn garbage(element: Element) -> Scalar {
+/// What an element holds that nothing was loaded into.
+pub(super) fn garbage(element: Element) -> Scalar {
     match element {
         Element::Pred => Scalar::Pred(true),
         element if element.is_float() => Scalar::Float(f32::NAN),
