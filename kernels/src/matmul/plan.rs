@@ -619,12 +619,32 @@ impl<'p> Blocks<'p> {
             // Elements of 8 bits are unpacked through a register's worth of scratch (measured for every layout).
             buffers.push(Buffer::new("unpacking", BufferKind::InternalScratch, Element::I32, &[SUBLANES, LANES], 1));
         }
+        let rows_of_scales = if chip == Chip::V4 { self.scales_spread(&chip.info()) } else { 0 };
+        if rows_of_scales > 0 {
+            let dims = [rows_of_scales * SUBLANES, LANES];
+            buffers.push(Buffer::new("scales spread", BufferKind::InternalScratch, Element::I32, &dims, 1));
+        }
         if chip == Chip::V4 && self.problem.input == Element::Bf16 && rows <= 4 && depth > LANES {
             // Rows packed into less than a tile are spread over one before the product: on v4 through 36 KiB of scratch
             // (measured for 1 to 4 rows and any depth beyond one tile).
             buffers.push(Buffer::new("row spread", BufferKind::InternalScratch, Element::I32, &[72, LANES], 1));
         }
         VmemReport { buffers }
+    }
+
+    /// How many rows of scales v4 spreads over a register, each through one of scratch: those of groups whose number is known at run
+    /// time only, as there are several steps along `k`, and that are wider than a register (measured for both layouts that have
+    /// them, gated and not, of 5 to 512 rows).
+    fn scales_spread(&self, info: &ChipInfo) -> usize {
+        let [rows, _, depth] = self.block;
+        let Some(group) = self.problem.group().filter(|_| self.counts[2] > 1) else { return 0 };
+        if self.problem.layout == Layout::FeatureMajor {
+            return 0;
+        }
+        let windows = windows(self.problem).into_iter().filter(|window| window.side == Side::Scale);
+        let columns = windows.map(|window| self.of_window(&window, Axis::Columns).0).filter(|&columns| columns > LANES);
+        let registers: usize = columns.map(|columns| columns.div_ceil(LANES)).sum();
+        registers * rows.div_ceil(chunk(info, self).rows) * depth.div_ceil(group)
     }
 
     fn buffer(&self, window: &ArrayWindow, chip: Chip) -> Buffer {
