@@ -25,6 +25,9 @@ use serde_json::{Value, json};
 const IGNORABLE: [FaultKind; 4] =
     [FaultKind::UnwrittenRead, FaultKind::OutputNeverWritten, FaultKind::ParallelOverlap, FaultKind::OutOfBounds];
 
+/// What a kernel with a race that is known is let off with, once it was named.
+const RACES: [FaultKind; 2] = [FaultKind::OverwriteInFlight, FaultKind::ReadInFlight];
+
 fn main() -> ExitCode {
     let folders: Box<dyn Iterator<Item = String>> = match std::env::args().nth(1) {
         Some(folder) => Box::new(std::iter::once(folder)),
@@ -95,8 +98,8 @@ fn run(folder: &Path) -> Result<Value, Box<dyn std::error::Error>> {
                     because.push(fault.to_string());
                     machine = machine.ignoring(fault.kind);
                 }
-                Err(fault) if races && race.is_none() && fault.kind == FaultKind::OverwriteInFlight => {
-                    race = Some(fault.to_string());
+                Err(fault) if races && RACES.contains(&fault.kind) && !machine.ignored.contains(fault.kind) => {
+                    race.get_or_insert(fault.to_string());
                     machine = machine.ignoring(fault.kind);
                     machine.dma = DmaOrder::Early;
                 }

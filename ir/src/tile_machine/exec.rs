@@ -396,6 +396,16 @@ impl<O: Observer> Executor<'_, '_, O> {
             Op::Unpack { from, part, index, to } => {
                 Reg::Tile(tile::unpack(&self.tile(&operands[0]), *from, *part, *index, *to))
             }
+            Op::MultiplyInFull { element, signed } => {
+                let results = match (self.take(&operands[0]), self.take(&operands[1])) {
+                    (Reg::Tile(x), Reg::Tile(y)) => tile::multiply_in_full(*element, *signed, &x, &y).map(Reg::Tile),
+                    (x, y) => {
+                        let [x, y] = [x, y].map(|side| tile::splat(Scalar::Int(int(&side)), 1));
+                        tile::multiply_in_full(*element, *signed, &x, &y).map(|half| Reg::Scalar(half.get(0)))
+                    }
+                };
+                return self.finish(inst, results.into());
+            }
             Op::ReducePrecision { exponent_bits, mantissa_bits } => match self.take(&operands[0]) {
                 Reg::Tile(x) => Reg::Tile(tile::reduce_precision(&x, *exponent_bits, *mantissa_bits)),
                 Reg::Scalar(x) => {

@@ -89,6 +89,8 @@ static ROWS: &[Row] = &[
     pure("arith.subi", 2..=2, |op| binary(op, Binary::Sub)),
     pure("arith.mulf", 2..=2, |op| binary(op, Binary::Mul)),
     pure("arith.muli", 2..=2, |op| binary(op, Binary::Mul)),
+    pure("arith.mulsi_extended", 2..=2, |op| multiply_in_full(op, true)),
+    pure("arith.mului_extended", 2..=2, |op| multiply_in_full(op, false)),
     pure("arith.divf", 2..=2, |op| binary(op, Binary::Div)),
     pure("arith.divsi", 2..=2, |op| binary(op, Binary::Div)),
     pure("arith.divui", 2..=2, |op| binary(op, Binary::DivUnsigned)),
@@ -117,6 +119,7 @@ static ROWS: &[Row] = &[
     pure("math.exp", 1..=1, |op| unary(op, Unary::Exp)),
     pure("math.exp2", 1..=1, |op| unary(op, Unary::Exp2)),
     pure("math.log", 1..=1, |op| unary(op, Unary::Log)),
+    pure("math.log2", 1..=1, |op| unary(op, Unary::Log2)),
     pure("math.log1p", 1..=1, |op| unary(op, Unary::Log1p)),
     pure("math.tanh", 1..=1, |op| unary(op, Unary::Tanh)),
     pure("math.sin", 1..=1, |op| unary(op, Unary::Sin)),
@@ -215,6 +218,11 @@ static ROWS: &[Row] = &[
     pure("tpu.erase_memref_layout", 1..=1, same_memref),
     pure("tpu.assume_layout", 1..=1, same_memref),
     pure("memref.cast", 1..=1, same_memref),
+    pure("memref.memory_space_cast", 1..=1, |op| {
+        let (memory, result) = (op.memref(0)?, op.result_memref()?);
+        fits(memory.element == result.element && memory.may_have_dims_of(&result))?;
+        Ok(Op::Same)
+    }),
     pure("tpu.memref_reshape", 1..=1, reshape_memref),
     pure("tpu.memref_bitcast", 1..=1, bitcast_memref),
     effect("memref.alloca", 0..=0, allocate),
@@ -301,6 +309,12 @@ fn unary(op: &Site, how: Unary) -> Decoded<Op> {
 
 fn binary(op: &Site, how: Binary) -> Decoded<Op> {
     Ok(Op::Binary { op: how, element: op.result()?.element })
+}
+
+fn multiply_in_full(op: &Site, signed: bool) -> Decoded<Op> {
+    let Shape { element, .. } = op.result()?;
+    fits(element.is_integer() && element.bits() <= 32)?;
+    Ok(Op::MultiplyInFull { element, signed })
 }
 
 fn reciprocal(op: &Site) -> Decoded<Op> {

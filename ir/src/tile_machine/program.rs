@@ -162,6 +162,11 @@ pub(super) enum Op {
         index: usize,
         to: Element,
     },
+    /// Results: the low and the high half of a product.
+    MultiplyInFull {
+        element: Element,
+        signed: bool,
+    },
     ReducePrecision {
         exponent_bits: u32,
         mantissa_bits: u32,

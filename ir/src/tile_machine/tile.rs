@@ -29,6 +29,7 @@ pub(super) enum Unary {
     Exp,
     Exp2,
     Log,
+    Log2,
     Tanh,
     Sin,
     Cos,
@@ -59,6 +60,7 @@ impl Unary {
             Self::Exp => math::exp(x),
             Self::Exp2 => math::exp2(x),
             Self::Log => math::ln(x),
+            Self::Log2 => x.log2(),
             Self::Tanh => math::tanh(x),
             Self::Sin => x.sin(),
             Self::Cos => x.cos(),
@@ -405,6 +407,16 @@ pub(super) fn binary(op: Binary, element: Element, x: Tile, y: Tile) -> Tile {
 }
 
 /// Whether each number is infinite or NaN.
+/// The low and the high half of products.
+pub(super) fn multiply_in_full(element: Element, signed: bool, x: &Tile, y: &Tile) -> [Tile; 2] {
+    let (Tile::Int(x), Tile::Int(y)) = (x, y) else { unreachable!("decoding gives integers") };
+    let wide = |x: i32| if signed { i64::from(x) } else { i64::from(unsigned(element, x)) };
+    let products: Vec<i64> = x.iter().zip(y.iter()).map(|(&x, &y)| wide(x).wrapping_mul(wide(y))).collect();
+    [0, element.bits()].map(|shift| {
+        Tile::Int(Arc::new(products.iter().map(|product| wrap(element, (product >> shift) as i32)).collect()))
+    })
+}
+
 pub(super) fn weird(x: &Tile) -> Tile {
     let weird = match x {
         Tile::Float(x) => x.iter().map(|x| !x.is_finite()).collect(),

@@ -154,3 +154,27 @@ func.func @k(%x: memref<8x128xf32, "vmem">, %o: memref<8x128xf32, "vmem">, %p: m
   vector.store %r, %p[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
   return
 }
+// -----
+// Logarithms to base 2, and the high halves of products, with a sign and without.
+// in f32[8,128] = 8 1 0.5 10 0 -1 inf
+// in i32[8,128] = 1000000 -1000000 -1 2147483647 3
+// out f32[8,128]
+// out i32[8,128]
+// out i32[8,128]
+// run
+// result 0: f32[8, 128]: 3 0 -1 3.321928 -inf NaN inf 3 ..., sum 780.00149, by place 387817.611, 146 nan
+// result 1: i32[8, 128]: 232 232 0 1073741800 0 232 232 0 ..., sum 220117168835.00000, by place 109669889471806.000
+// result 2: i32[8, 128]: 232 -1999768 -2 1073741800 0 232 -1999768 -2 ..., sum 219707168425.00000, by place 109466433267940.000
+func.func @k(%x: memref<8x128xf32, "vmem">, %y: memref<8x128xi32, "vmem">, %o: memref<8x128xf32, "vmem">, %p: memref<8x128xi32, "vmem">, %q: memref<8x128xi32, "vmem">) {
+  %c = arith.constant 0 : index
+  %v = vector.load %x[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
+  %l = math.log2 %v : vector<8x128xf32>
+  %again = memref.memory_space_cast %o : memref<8x128xf32, "vmem"> to memref<8x128xf32, "vmem">
+  vector.store %l, %again[%c, %c] : memref<8x128xf32, "vmem">, vector<8x128xf32>
+  %i = vector.load %y[%c, %c] : memref<8x128xi32, "vmem">, vector<8x128xi32>
+  %low, %high = arith.mulsi_extended %i, %i : vector<8x128xi32>
+  %ulow, %uhigh = arith.mului_extended %i, %i : vector<8x128xi32>
+  vector.store %high, %p[%c, %c] : memref<8x128xi32, "vmem">, vector<8x128xi32>
+  vector.store %uhigh, %q[%c, %c] : memref<8x128xi32, "vmem">, vector<8x128xi32>
+  return
+}
