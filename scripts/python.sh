@@ -17,8 +17,10 @@ fi
 
 newest_python() {
   for python in python3.14 python3.13 python3.12 python3; do
-    if "$python" -c 'import venv' 2>/dev/null; then echo "$python"; return; fi
+    if "$python" -c 'import venv, ensurepip' 2>/dev/null; then echo "$python"; return; fi
   done
+  echo "no Python here makes virtual environments (Debian: apt-get install python3-venv)" >&2
+  exit 1
 }
 
 tested=" "

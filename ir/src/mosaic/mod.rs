@@ -58,7 +58,7 @@ pub(crate) use memref::describe as describe_memref;
 pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, Signature, WindowParams};
 pub(crate) use signature::{
-    countable, first_block, functions, i64_array, kernel_function, op_name, read_memref, symbol,
+    countable, first_block, functions, i64_array, is_for_sparse_core, kernel_function, op_name, read_memref, symbol,
 };
 pub use tiling::tile_padded_bytes;
 pub use value::{DotDims, IntoOperand, Literal, Precision, Value};

@@ -214,6 +214,11 @@ pub(crate) fn kernel_function<'c, 'a>(module: &'a Module<'c>) -> Result<Operatio
     }
 }
 
+/// Whether a function is for a SparseCore.
+pub(crate) fn is_for_sparse_core(function: OperationRef) -> bool {
+    function.attribute("tpu.core_type").is_ok_and(|core| printed(&core).contains("<sc_"))
+}
+
 pub(crate) fn functions<'c, 'a>(module: &'a Module<'c>) -> Vec<OperationRef<'c, 'a>> {
     let first = module.body().first_operation();
     let all = std::iter::successors(first, |operation| operation.next_in_block());

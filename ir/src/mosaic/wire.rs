@@ -24,11 +24,11 @@ use super::{
     bytecode::readable,
     debug::Locations,
     location::Frame,
-    signature::{Signature, kernel_function, op_name},
+    signature::{Signature, is_for_sparse_core, kernel_function, op_name},
     text,
 };
 use crate::{
-    context::{Context, diagnosed, printed},
+    context::{Context, diagnosed},
     element::Element,
     error::{Error, Result},
     shape::TensorType,
@@ -186,8 +186,7 @@ fn upgraded(op: OperationRef, name: &str, version: i64) -> Option<(String, Optio
 
 /// Whether an op is in a function for a SparseCore.
 fn is_of_sparse_core(op: OperationRef) -> bool {
-    let parents = std::iter::successors(op.parent_operation(), |op| op.parent_operation());
-    parents.into_iter().any(|op| op.attribute("tpu.core_type").is_ok_and(|core| printed(&core).contains("<sc_")))
+    std::iter::successors(op.parent_operation(), |op| op.parent_operation()).any(is_for_sparse_core)
 }
 
 struct Renamer<'r, 'c> {

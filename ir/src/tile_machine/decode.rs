@@ -28,8 +28,8 @@ use crate::{
     error::{Error, Result},
     mosaic::{
         MemorySpace, Place, RefElement, Role, Signature, countable, describe, describe_function, first_block,
-        functions, i64_array, kernel_function, op_name, place_of_function, read_memref, scalar_element, symbol,
-        vector_dims,
+        functions, i64_array, is_for_sparse_core, kernel_function, op_name, place_of_function, read_memref,
+        scalar_element, symbol, vector_dims,
     },
 };
 
@@ -41,7 +41,7 @@ impl Program {
     pub fn decode(module: &Module) -> Result<Self> {
         let signature = Signature::read(module)?;
         let kernel = kernel_function(module)?;
-        let mut decoder = Decoder { sparse: is_sparse(kernel), ..Decoder::default() };
+        let mut decoder = Decoder { sparse: is_for_sparse_core(kernel), ..Decoder::default() };
         let body = decoder.function(kernel)?;
         let rank = signature.grid.len();
         let of_kernel = parameters(kernel);
@@ -118,11 +118,6 @@ fn is_i32(r#type: &Type) -> bool {
 fn parameters<'c>(function: OperationRef<'c, '_>) -> Vec<Type<'c>> {
     let Some(block) = first_block(function) else { return vec![] };
     (0..block.argument_count()).filter_map(|index| Some(block.argument(index).ok()?.r#type())).collect()
-}
-
-/// Whether a function is for a SparseCore.
-fn is_sparse(function: OperationRef) -> bool {
-    function.attribute("tpu.core_type").is_ok_and(|core| printed(&core).contains("<sc_"))
 }
 
 #[derive(Default)]
@@ -365,6 +360,11 @@ impl<'c, 'a> Site<'c, 'a> {
     /// Operand `index`, a memref.
     pub(super) fn memref(&self, index: usize) -> Decoded<Memory> {
         memref(self.operand_type(index)?)
+    }
+
+    /// Whether operand `index` is memory that a SparseCore's subcores share.
+    pub(super) fn is_shared(&self, index: usize) -> bool {
+        self.operands.get(index).is_some_and(|r#type| printed(r#type).contains("vmem_shared"))
     }
 
     /// The result, a memref.

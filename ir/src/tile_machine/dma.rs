@@ -12,7 +12,10 @@ use super::{
     program::RowDmas,
     tile::{self, Binary, Tile},
 };
-use crate::{element::Element, mosaic::MemorySpace};
+use crate::{
+    element::Element,
+    mosaic::{MemorySpace, RefElement},
+};
 
 /// A DMA that was started and not waited for.
 #[derive(Debug)]
@@ -364,6 +367,11 @@ impl<O: Observer> Executor<'_, '_, O> {
         origin: u32,
     ) -> Step<()> {
         let Tile::Int(numbers) = numbers else { unreachable!("decoding gives integers") };
+        let stored = |view: &View| RefElement::Data(self.buffers[view.buffer].data.element()) == view.element;
+        if adds && !(stored(source) && stored(destination)) {
+            let detail = format!("rows of {} are added in memory of another type", source.element);
+            return Err(self.fault_at(FaultKind::BadCall, origin, detail));
+        }
         let one: Vec<usize> = std::iter::once(1).chain(source.dims[1..].iter().copied()).collect();
         let row = |executor: &Self, of: &View, at: i64| {
             let start: Vec<i64> = std::iter::once(at).chain(one[1..].iter().map(|_| 0)).collect();
@@ -449,11 +457,14 @@ impl<O: Observer> Executor<'_, '_, O> {
         }
         let into = self.buffers[destination.buffer].data.element();
         let before = self.buffers[destination.buffer].uncontested(&destination);
+        let unpadded = self.dmas[index].unpadded.clone();
         if self.dmas[index].adds {
+            // Of padding there is nothing to add.
+            let destination = unpadded.unwrap_or_else(|| destination.clone());
             let [old, new] = [&destination, &source].map(|region| self.buffers[region.buffer].read(region));
             let sum = tile::binary(Binary::Add, into, old, new);
             self.buffers[destination.buffer].write(&destination, &sum, None);
-        } else if let Some(unpadded) = self.dmas[index].unpadded.clone() {
+        } else if let Some(unpadded) = unpadded {
             self.buffers[destination.buffer].write_garbage(&destination);
             Buffer::copy(&mut self.buffers, &source, &unpadded);
         } else if self.buffers[source.buffer].data.element().bits() == into.bits() {

@@ -63,7 +63,7 @@ impl Program {
         let &(size, how) = grid.iter().find(|(size, _)| *size > 1)?;
         let steps = grid.iter().try_fold(1_usize, |steps, &(size, _)| steps.checked_mul(size))?;
         let enough = self.work.saturating_mul(steps as u64) / 2 >= machine.least_work_of_a_thread;
-        let split = apart && how == Semantics::Parallel && enough && !draws_random_bits(&self.body);
+        let split = apart && how == Semantics::Parallel && enough && !hangs_together(&self.body);
         split.then(|| (steps, steps / size * size.div_ceil(2)))
     }
 
@@ -101,10 +101,10 @@ pub(super) fn work(code: &Code, elements: &impl Fn(u32) -> u64) -> u64 {
     ops.fold(0, u64::saturating_add)
 }
 
-/// Whether a step depends on how many random bits those before it drew.
-fn draws_random_bits(code: &Code) -> bool {
-    let draws = |op: &Op| matches!(op, Op::Seed | Op::RandomBits { .. });
-    code.body.iter().any(|inst| draws(&inst.op) || inst.codes.iter().any(draws_random_bits))
+/// Whether a step depends on those before it: on how many random bits they drew, or on what they left in a matrix unit.
+fn hangs_together(code: &Code) -> bool {
+    let depends = |op: &Op| matches!(op, Op::Seed | Op::RandomBits { .. } | Op::Mxu(_));
+    code.body.iter().any(|inst| depends(&inst.op) || inst.codes.iter().any(hangs_together))
 }
 
 impl Buffer<'_> {

@@ -113,8 +113,8 @@
 //! Each names the op, its source line, the buffer, the index, the grid step and, where there is one, the DMA. Kinds that a
 //! run can go on after may be ignored by name ([`Machine::ignored`], [`FaultKind::can_be_ignored`]).
 //! - [`FaultKind::OutOfBounds`]: an index outside a view, a view outside a buffer, a block that starts outside its array. Where
-//!   it is ignored, what is loaded from there is as unwritten memory (kernels load it and select something else); all other
-//!   accesses are faults still.
+//!   it is ignored, a scalar or a tile without a mask that is loaded from there is as unwritten memory (kernels load it and select
+//!   something else); all other accesses are faults still.
 //! - [`FaultKind::UnwrittenRead`]: a load, or the source of a DMA, that nobody wrote
 //!   ([`Machine::allow_unwritten_reads`]).
 //! - [`FaultKind::ReadInFlight`], [`FaultKind::OverwriteInFlight`]: a race with a DMA in flight; of the kernel's own

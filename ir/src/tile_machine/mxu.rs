@@ -46,13 +46,17 @@ pub(super) enum MxuOp {
     Pop { unit: usize, address: usize, sizes: [usize; 2], element: Element },
 }
 
+fn is_float(sum: &Tile) -> bool {
+    matches!(sum, Tile::Float(_))
+}
+
 fn zeros(element: Element, [rows, columns]: [usize; 2]) -> Tile {
     let zero = if element.is_float() { Scalar::Float(0.0) } else { Scalar::Int(0) };
     tile::splat(zero, rows * columns)
 }
 
 impl<O: Observer> Executor<'_, '_, O> {
-    /// Runs an op of a matrix unit; what it gives, if it gives anything.
+    /// Runs an op of a matrix unit; what it gives, if it gives anything. What cannot be done is a fault whatever is ignored.
     pub(super) fn drive_mxu(&mut self, op: MxuOp, operands: &[Use], origin: u32) -> Step<Option<Tile>> {
         let misused = |this: &Self, unit: usize, what: String| {
             Err(this.fault_at(FaultKind::BrokenAssumption, origin, format!("matrix unit {unit}: {what}")))
@@ -89,9 +93,9 @@ impl<O: Observer> Executor<'_, '_, O> {
                     return misused(self, unit, what);
                 }
                 let sum = match mxu.sums.remove(&address) {
-                    Some((sum, sizes)) if sizes == [rows, columns] => sum,
+                    Some((sum, sizes)) if sizes == [rows, columns] && is_float(&sum) == element.is_float() => sum,
                     Some((_, sizes)) => {
-                        let what = format!("[{rows}, {columns}] are added to {sizes:?} at address {address}");
+                        let what = format!("[{rows}, {columns}] {of_sum} are added to {sizes:?} at address {address}");
                         return misused(self, unit, what);
                     }
                     None => zeros(of_sum, [rows, columns]),
@@ -124,9 +128,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             }
             MxuOp::Pop { unit, address, sizes, element } => {
                 match self.mxus.entry(unit).or_default().sums.remove(&address) {
-                    Some((sum, of)) if of == sizes && matches!(sum, Tile::Float(_)) == element.is_float() => {
-                        Ok(Some(sum))
-                    }
+                    Some((sum, of)) if of == sizes && is_float(&sum) == element.is_float() => Ok(Some(sum)),
                     Some((_, of)) => {
                         misused(self, unit, format!("{sizes:?} of {element} are taken of {of:?} at address {address}"))
                     }

@@ -233,9 +233,7 @@ static ROWS: &[Row] = &[
     effect("tpu.wait_dma2", 3..=usize::MAX, |op| wait_dma(op, 0, 2)),
     effect("tpu.wait_dma", 2..=usize::MAX, |op| if op.has("wait_target") { wait_side(op) } else { wait_dma(op, 0, 1) }),
     effect("tpu.enqueue_indirect_dma", 4..=5, start_row_dmas),
-    effect("tpu.wait_indirect_dma", 3..=3, |op| {
-        wait_dma(op, 0, if gathers(&[op.memref(1)?, op.memref(2)?]) { 2 } else { 1 })
-    }),
+    effect("tpu.wait_indirect_dma", 3..=3, |op| wait_dma(op, 0, if gathers(op, [1, 2])? { 2 } else { 1 })),
     effect("tpu.sem_signal", 2..=usize::MAX, signal),
     effect("tpu.sem_wait", 2..=2, wait_semaphore),
     pure("tpu.sem_read", 1..=1, read_semaphore),
@@ -630,7 +628,13 @@ fn reduce_precision(op: &Site) -> Decoded<Op> {
     let bits = |name| u32::try_from(op.size(name)?).map_err(|_| Refusal::Misfit);
     let (exponent_bits, mantissa_bits) = (bits("exponent_bits")?, bits("mantissa_bits")?);
     fits(x == result && x.element.is_float() && (1..=8).contains(&exponent_bits) && mantissa_bits <= 23)?;
-    Ok(Op::ReducePrecision { exponent_bits, mantissa_bits })
+    // A range that is as wide keeps its smallest numbers.
+    let own = match x.element {
+        Element::F16 | Element::F8E5M2 => 5,
+        Element::F8E4M3Fn | Element::F8E4M3B11Fnuz => 4,
+        _ => 8,
+    };
+    Ok(Op::ReducePrecision { exponent_bits: (exponent_bits < own).then_some(exponent_bits), mantissa_bits })
 }
 
 fn weird(op: &Site) -> Decoded<Op> {
@@ -754,6 +758,7 @@ fn store(op: &Site) -> Decoded<Op> {
 fn minor_alone(op: &Site, dim: Option<&str>, extent: &Extent) -> Decoded<()> {
     let last = extent.sizes.len() - 1;
     fits(dim.map(|dim| op.size(dim)).transpose()?.is_none_or(|dim| dim == last))?;
+    fits(extent.steps.iter().all(|&step| step == 1))?;
     if extent.sizes[..last].iter().any(|&size| size != 1) {
         return unsupported("lanes of several rows that follow each other are not supported");
     }
@@ -825,6 +830,7 @@ fn scan(op: &Site) -> Decoded<Op> {
     perhaps_mask(op, 1, &x)?;
     fits(x.dims == result.dims && x.element.is_float() == result.element.is_float())?;
     fits(x.element == result.element || x.element == Element::Pred)?;
+    fits(result.element != Element::Pred)?;
     if op.has("dimension") {
         fits(op.size("dimension")? + 1 == x.dims.len())?;
     }
@@ -1064,28 +1070,27 @@ fn start_dma(op: &Site) -> Decoded<Op> {
     Ok(Op::StartRemoteDma(target(op, 4, device, core)?))
 }
 
-/// Whether rows of a source are chosen, and not of a destination: the chosen ones are of the array that is not in VMEM, or of the
-/// larger one.
-fn gathers(sides: &[Memory; 2]) -> bool {
-    let [source, destination] = sides;
-    match sides.each_ref().map(|memory| memory.space == MemorySpace::Vmem) {
+/// Whether rows of a source are chosen, and not of a destination; both are operands. The chosen ones are of the array that is not in
+/// VMEM (what a SparseCore's subcores share is not theirs), or of the larger one.
+fn gathers(op: &Site, [source, destination]: [usize; 2]) -> Decoded<bool> {
+    let own = |at: usize| Ok(op.memref(at)?.space == MemorySpace::Vmem && !op.is_shared(at));
+    Ok(match [own(source)?, own(destination)?] {
         [true, false] => false,
         [false, true] => true,
-        _ => source.cells() >= destination.cells(),
-    }
+        _ => op.memref(source)?.cells() >= op.memref(destination)?.cells(),
+    })
 }
 
 /// Operands: source, destination, numbers of rows, semaphore, the number that stands for no row.
 fn start_row_dmas(op: &Site) -> Decoded<Op> {
-    let sides = [op.memref(0)?, op.memref(1)?];
-    let [source, destination] = &sides;
+    let [source, destination] = &[op.memref(0)?, op.memref(1)?];
     fits(source.element == destination.element && source.element.data().is_some())?;
     fits(source.dims.len() == destination.dims.len() && source.dims.get(1..) == destination.dims.get(1..))?;
     let numbers = match op.memref(2) {
         Ok(memory) => memory.dims,
         Err(_) => op.tile(2)?.dims.into_iter().map(Some).collect(),
     };
-    let gathers = gathers(&sides);
+    let gathers = gathers(op, [0, 1])?;
     let rows = if gathers { destination } else { source };
     fits(numbers.len() == 1 && numbers[0] == rows.dims[0])?;
     op.semaphore(3)?;

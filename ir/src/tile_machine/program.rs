@@ -167,8 +167,9 @@ pub(super) enum Op {
         element: Element,
         signed: bool,
     },
+    /// `exponent_bits` where they are fewer than the type has.
     ReducePrecision {
-        exponent_bits: u32,
+        exponent_bits: Option<u32>,
         mantissa_bits: u32,
     },
     RoundStochastically {

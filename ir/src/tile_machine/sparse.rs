@@ -103,7 +103,8 @@ pub(super) fn occurrences(x: &Tile, lanes: usize, mask: &Tile) -> [Tile; 2] {
     let (mut last, mut counts) = (vec![false; len(x)], vec![1; len(x)]);
     for row in rows(len(x), lanes) {
         for at in row.clone().filter(|&at| mask_of(Some(mask), at)) {
-            let same = |other: &usize| mask_of(Some(mask), *other) && x.get(*other) == x.get(at);
+            // A NaN is there once.
+            let same = |other: &usize| *other == at || mask_of(Some(mask), *other) && x.get(*other) == x.get(at);
             counts[at] = row.clone().take_while(|&other| other <= at).filter(same).count() as i32;
             last[at] = !(at + 1..row.end).any(|other| same(&other));
         }
@@ -316,6 +317,8 @@ mod tests {
     fn occurrences_are_counted_and_the_last_marked() {
         let x = ints(&[7, 8, 7, 7, 8]);
         assert_eq!(occurrences(&x, 5, &mask(&[1; 5])).map(|x| numbers(&x)), [vec![0, 0, 0, 1, 1], vec![1, 1, 2, 3, 2]]);
+        let floats = Tile::Float(Arc::new(vec![1.5, f32::NAN, 1.5, f32::NAN]));
+        assert_eq!(occurrences(&floats, 4, &mask(&[1; 4])).map(|x| numbers(&x)), [vec![0, 1, 1, 1], vec![1, 1, 2, 1]]);
         let some = mask(&[1, 1, 0, 1, 1]);
         assert_eq!(occurrences(&x, 5, &some).map(|x| numbers(&x)), [vec![0, 0, 0, 1, 1], vec![1, 1, 1, 2, 2]]);
     }

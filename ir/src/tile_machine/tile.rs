@@ -323,8 +323,9 @@ pub(super) fn round(element: Element, x: f32) -> f32 {
     }
 }
 
-/// The nearest number with so many bits of exponent and mantissa, halves to the even one; too large is infinite, too small zero.
-fn reduced(x: f32, exponent_bits: u32, mantissa_bits: u32) -> f32 {
+/// The nearest number with so many bits of mantissa and, if they are fewer, of exponent, halves to the even one; too large is
+/// infinite, too small zero.
+fn reduced(x: f32, exponent_bits: Option<u32>, mantissa_bits: u32) -> f32 {
     if !x.is_finite() || x == 0.0 {
         return x;
     }
@@ -332,6 +333,7 @@ fn reduced(x: f32, exponent_bits: u32, mantissa_bits: u32) -> f32 {
     let bits = x.to_bits();
     let half = if dropped == 0 { 0 } else { (1 << (dropped - 1)) - 1 + (bits >> dropped & 1) };
     let rounded = f32::from_bits((bits + half) & (u32::MAX << dropped));
+    let Some(exponent_bits) = exponent_bits else { return rounded };
     let most = (1 << (exponent_bits - 1)) - 1;
     match (rounded.to_bits() >> 23 & 0xff) as i32 - 127 {
         exponent if exponent > most => f32::INFINITY.copysign(x),
@@ -340,7 +342,7 @@ fn reduced(x: f32, exponent_bits: u32, mantissa_bits: u32) -> f32 {
     }
 }
 
-pub(super) fn reduce_precision(x: &Tile, exponent_bits: u32, mantissa_bits: u32) -> Tile {
+pub(super) fn reduce_precision(x: &Tile, exponent_bits: Option<u32>, mantissa_bits: u32) -> Tile {
     let Tile::Float(x) = x else { unreachable!("decoding gives floats") };
     Tile::Float(Arc::new(x.iter().map(|&x| reduced(x, exponent_bits, mantissa_bits)).collect()))
 }
@@ -406,7 +408,6 @@ pub(super) fn binary(op: Binary, element: Element, x: Tile, y: Tile) -> Tile {
     }
 }
 
-/// Whether each number is infinite or NaN.
 /// The low and the high half of products.
 pub(super) fn multiply_in_full(element: Element, signed: bool, x: &Tile, y: &Tile) -> [Tile; 2] {
     let (Tile::Int(x), Tile::Int(y)) = (x, y) else { unreachable!("decoding gives integers") };
@@ -417,6 +418,7 @@ pub(super) fn multiply_in_full(element: Element, signed: bool, x: &Tile, y: &Til
     })
 }
 
+/// Whether each number is infinite or NaN.
 pub(super) fn weird(x: &Tile) -> Tile {
     let weird = match x {
         Tile::Float(x) => x.iter().map(|x| !x.is_finite()).collect(),

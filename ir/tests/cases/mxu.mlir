@@ -84,3 +84,48 @@ func.func @k(%o: !a) {
   vector.store %s, %o[%c, %c] : !a, !ta
   return
 }
+// -----
+// Integers are not added to a sum of floats.
+// in f32[8,128] = wave 0
+// in f32[128,128] = wave 1
+// run
+// fault: broken-assumption: kernel `k`: broken promise to the compiler: tpu.matmul_acc_lhs at mxu.mlir:102, grid step []: matrix unit 0: [8, 128] i32 are added to [8, 128] at address 0
+func.func @k(%x: !a, %y: !b) {
+  %c = arith.constant 0 : index
+  %l = vector.load %x[%c, %c] : !a, !ta
+  %r = vector.load %y[%c, %c] : !b, !tb
+  %i = arith.constant dense<1> : vector<8x128xi8>
+  %j = arith.constant dense<1> : vector<128x128xi8>
+  "tpu.matmul_push_rhs"(%r) {mxu_index = 0 : i32, staging_register = 0 : i32} : (!tb) -> ()
+  "tpu.matmul_acc_lhs"(%l) {acc = 0 : i32, mxu_index = 0 : i32, load_staged_rhs = 0 : i32} : (!ta) -> ()
+  "tpu.matmul_push_rhs"(%j) {mxu_index = 0 : i32, staging_register = 0 : i32} : (vector<128x128xi8>) -> ()
+  "tpu.matmul_acc_lhs"(%i) {acc = 0 : i32, mxu_index = 0 : i32, load_staged_rhs = 0 : i32} : (vector<8x128xi8>) -> ()
+  return
+}
+// -----
+// The steps of a parallel grid each take what the one before left: one thread runs them all.
+// in f32[8,128] = wave 0
+// in f32[128,128] = wave 1
+// out f32[8,128]
+// run
+// result 0: f32[8, 128]: 16.056509 14.681686 -11.701355 -18.09322 6.5034103 19.905807 -0.5438595 -20.107449 ..., sum 0.01274, by place -32336.239
+func.func @k(%g: i32, %x: !a, %y: !b, %o: memref<8x128xf32, "hbm">, %t: !a, %s: memref<!tpu.dma_semaphore, "semaphore_mem">) attributes {dimension_semantics = [#tpu.dimension_semantics<parallel>], iteration_bounds = array<i64: 2>, scratch_operands = 2 : i64, window_params = [{transform_indices = @w, window_bounds = array<i64: 8, 128>}, {transform_indices = @w, window_bounds = array<i64: 128, 128>}, {}]} {
+  %c = arith.constant 0 : index
+  %zero = arith.constant 0 : i32
+  %l = vector.load %x[%c, %c] : !a, !ta
+  %r = vector.load %y[%c, %c] : !b, !tb
+  "tpu.matmul_push_rhs"(%r) {mxu_index = 0 : i32, staging_register = 0 : i32} : (!tb) -> ()
+  "tpu.matmul_acc_lhs"(%l) {acc = 0 : i32, mxu_index = 0 : i32, load_staged_rhs = 0 : i32} : (!ta) -> ()
+  %second = arith.cmpi ne, %g, %zero : i32
+  scf.if %second {
+    %sum = "tpu.matmul_pop"() {acc = 0 : i32, mxu_index = 0 : i32} : () -> !ta
+    vector.store %sum, %t[%c, %c] : !a, !ta
+    "tpu.enqueue_dma"(%t, %o, %s) : (!a, memref<8x128xf32, "hbm">, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+    "tpu.wait_dma2"(%s, %t, %o) : (memref<!tpu.dma_semaphore, "semaphore_mem">, !a, memref<8x128xf32, "hbm">) -> ()
+  }
+  return
+}
+func.func @w(%g: i32) -> (i32, i32) {
+  %c = arith.constant 0 : i32
+  return %c, %c : i32, i32
+}

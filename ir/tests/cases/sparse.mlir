@@ -172,3 +172,26 @@ func.func @k(%x: memref<8x128xf32, "hbm">, %o: memref<8x128xf32, "hbm">, %a: mem
   "tpu.wait_indirect_dma"(%s, %a, %o) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<4x128xf32, "vmem_shared">, memref<8x128xf32, "hbm">) -> ()
   return
 }
+// -----
+// Rows from VMEM into memory that subcores share are scattered, and gathered from there, of whichever there are more.
+// in f32[8,128] = wave 0
+// out f32[8,128]
+// run
+// result 0: f32[8, 128]: -1.8575271 -1.9995803 -1.7884488 -1.2614241 -0.51159465 0.32859755 1.1107498 1.6967105 ..., sum 8.14593, by place 5220.373
+func.func @k(%x: memref<8x128xf32, "hbm">, %o: memref<8x128xf32, "hbm">, %a: memref<8x128xf32, "vmem">, %b: memref<4x128xf32, "vmem_shared">, %s: memref<!tpu.dma_semaphore, "semaphore_mem">) attributes {scratch_operands = 3 : i64} {
+  %z = arith.constant 0 : i32
+  %to = arith.constant dense<[3, 1, 0, 2, 3, 1, 0, 2]> : vector<8xi32>
+  %from = arith.constant dense<[1, 1, 2, 3, 0, 0, 1, 2]> : vector<8xi32>
+  %half = "tpu.memref_slice"(%x, %z, %z) : (memref<8x128xf32, "hbm">, i32, i32) -> memref<4x128xf32, "hbm">
+  "tpu.enqueue_dma"(%half, %b, %s) : (memref<4x128xf32, "hbm">, memref<4x128xf32, "vmem_shared">, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  "tpu.wait_dma2"(%s, %half, %b) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<4x128xf32, "hbm">, memref<4x128xf32, "vmem_shared">) -> ()
+  "tpu.enqueue_dma"(%x, %a, %s) : (memref<8x128xf32, "hbm">, memref<8x128xf32, "vmem">, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  "tpu.wait_dma2"(%s, %x, %a) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<8x128xf32, "hbm">, memref<8x128xf32, "vmem">) -> ()
+  "tpu.enqueue_indirect_dma"(%a, %b, %to, %s) {add = true} : (memref<8x128xf32, "vmem">, memref<4x128xf32, "vmem_shared">, vector<8xi32>, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  "tpu.wait_indirect_dma"(%s, %a, %b) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<8x128xf32, "vmem">, memref<4x128xf32, "vmem_shared">) -> ()
+  "tpu.enqueue_indirect_dma"(%b, %a, %from, %s) {add = false} : (memref<4x128xf32, "vmem_shared">, memref<8x128xf32, "vmem">, vector<8xi32>, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  "tpu.wait_indirect_dma"(%s, %b, %a) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<4x128xf32, "vmem_shared">, memref<8x128xf32, "vmem">) -> ()
+  "tpu.enqueue_dma"(%a, %o, %s) : (memref<8x128xf32, "vmem">, memref<8x128xf32, "hbm">, memref<!tpu.dma_semaphore, "semaphore_mem">) -> ()
+  "tpu.wait_dma2"(%s, %a, %o) : (memref<!tpu.dma_semaphore, "semaphore_mem">, memref<8x128xf32, "vmem">, memref<8x128xf32, "hbm">) -> ()
+  return
+}
