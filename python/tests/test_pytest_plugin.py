@@ -1,5 +1,7 @@
 """`pytest --pagoda`, in a pytest of its own."""
 
+import importlib.metadata
+
 pytest_plugins = ["pytester"]
 
 TESTS = """
@@ -34,7 +36,10 @@ def test_marked():
 
 def run(pytester, mark, *flags):
     pytester.makepyfile(test_kernels=TESTS.replace("MARK", mark))
-    return pytester.runpytest_subprocess("-p", "pagoda.pytest_plugin", "-p", "no:cacheprovider", *flags)
+    # An installed package brings the plugin, and pytest takes none twice.
+    installed = any(point.value == "pagoda.pytest_plugin" for point in importlib.metadata.entry_points(group="pytest11"))
+    plugin = [] if installed else ["-p", "pagoda.pytest_plugin"]
+    return pytester.runpytest_subprocess(*plugin, "-p", "no:cacheprovider", *flags)
 
 
 def test_faults_fail_tests_at_the_kernels_line(pytester):
