@@ -22,6 +22,16 @@ pub(super) enum PackFormat {
     Interleaved,
 }
 
+impl PackFormat {
+    /// Where element `at` of tile `part` lies, of `ratio` tiles of `each` elements.
+    fn place(self, part: usize, at: usize, [each, ratio]: [usize; 2]) -> usize {
+        match self {
+            Self::Compressed => part * each + at,
+            Self::Interleaved => at * ratio + part,
+        }
+    }
+}
+
 /// What all lanes of a mask give together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum OfMask {
@@ -62,6 +72,11 @@ fn as_int(x: Scalar) -> i32 {
         Scalar::Pred(x) => i32::from(x),
         Scalar::Float(_) => unreachable!("a tile has one type"),
     }
+}
+
+/// The lanes that a mask has.
+fn set_lanes(mask: &Tile) -> Vec<usize> {
+    (0..len(mask)).filter(|&at| mask_of(Some(mask), at)).collect()
 }
 
 /// The lanes of each row up to each one, taken together: those that the mask has. Before the first of these a lane is as it is.
@@ -142,11 +157,10 @@ fn picked(x: &Tile, at: &[usize]) -> Tile {
 
 /// What a mask gives, in each of `lanes` lanes.
 pub(super) fn of_mask(what: OfMask, mask: &Tile, lanes: usize) -> Tile {
-    let set = |at: &usize| mask_of(Some(mask), *at);
-    let all = 0..len(mask);
+    let set = set_lanes(mask);
     let number = match what {
-        OfMask::Count => all.filter(set).count(),
-        OfMask::FirstSet => all.clone().find(set).unwrap_or(all.end),
+        OfMask::Count => set.len(),
+        OfMask::FirstSet => set.first().copied().unwrap_or(len(mask)),
     };
     Tile::Int(Arc::new(vec![number as i32; lanes]))
 }
@@ -160,15 +174,11 @@ pub(super) fn pack(
     len: usize,
 ) -> Tile {
     let ratio = from.bits() / to.bits();
+    let each = len / ratio;
     let mut bits = vec![0; len];
     for (source, &position) in sources.iter().zip(positions) {
-        let each = len / ratio;
         for at in 0..each {
-            let to_place = match format {
-                PackFormat::Compressed => position * each + at,
-                PackFormat::Interleaved => at * ratio + position,
-            };
-            bits[to_place] = tile::narrowed_bits(from, to, source.get(at));
+            bits[format.place(position, at, [each, ratio])] = tile::narrowed_bits(from, to, source.get(at));
         }
     }
     tile::from_bits(to, bits)
@@ -178,11 +188,8 @@ pub(super) fn pack(
 pub(super) fn unpack(x: &Tile, index: usize, format: PackFormat, [from, to]: [Element; 2], signed: bool) -> Tile {
     let ratio = to.bits() / from.bits();
     let each = len(x) / ratio;
-    let place = |at: usize| match format {
-        PackFormat::Compressed => index * each + at,
-        PackFormat::Interleaved => at * ratio + index,
-    };
-    let part = picked(x, &(0..each).map(place).collect::<Vec<_>>());
+    let places: Vec<usize> = (0..each).map(|at| format.place(index, at, [each, ratio])).collect();
+    let part = picked(x, &places);
     tile::convert(tile::Conversion { from, to, signed, nearest: false }, part)
 }
 
@@ -200,7 +207,7 @@ impl<O: Observer> Executor<'_, '_, O> {
     pub(super) fn load_expanded(&mut self, operands: &[Use], extent: &Extent, to: Element, origin: u32) -> Step<Tile> {
         let (indices, mask) = operands.split_at(1 + extent.sizes.len());
         let mask = self.tile(&mask[0]);
-        let set: Vec<usize> = (0..len(&mask)).filter(|&at| mask_of(Some(&mask), at)).collect();
+        let set = set_lanes(&mask);
         let mut result = vec![garbage(to); len(&mask)];
         if !set.is_empty() {
             let extent = Extent { sizes: dense(extent, set.len()), steps: vec![] };
@@ -217,7 +224,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         let value = self.tile(&operands[0]);
         let (indices, mask) = operands[1..].split_at(1 + extent.sizes.len());
         let mask = self.tile(&mask[0]);
-        let set: Vec<usize> = (0..len(&mask)).filter(|&at| mask_of(Some(&mask), at)).collect();
+        let set = set_lanes(&mask);
         if set.is_empty() {
             return Ok(());
         }
