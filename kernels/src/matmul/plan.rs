@@ -624,9 +624,10 @@ impl<'p> Blocks<'p> {
             let dims = [rows_of_scales * SUBLANES, LANES];
             buffers.push(Buffer::new("scales spread", BufferKind::InternalScratch, Element::I32, &dims, 1));
         }
-        if chip == Chip::V4 && self.problem.input == Element::Bf16 && rows <= 4 && depth > LANES {
+        let of_product = self.problem.group().map_or(depth, |group| group.min(depth));
+        if chip == Chip::V4 && self.problem.input == Element::Bf16 && rows <= 4 && of_product > LANES {
             // Rows packed into less than a tile are spread over one before the product: on v4 through 36 KiB of scratch
-            // (measured for 1 to 4 rows and any depth beyond one tile).
+            // (measured for 1 to 4 rows and any depth beyond one tile, which in groups is a group's).
             buffers.push(Buffer::new("row spread", BufferKind::InternalScratch, Element::I32, &[72, LANES], 1));
         }
         VmemReport { buffers }
