@@ -93,6 +93,11 @@ impl Chip {
         })
     }
 
+    /// Whether vector units compute in bf16, two numbers of a word at a time.
+    pub const fn has_bf16_arithmetic(self) -> bool {
+        matches!(self, Self::V6e | Self::Tpu7x)
+    }
+
     /// The name on the command line.
     pub const fn name(self) -> &'static str {
         match self {

@@ -9,7 +9,7 @@ use melior::ir::{
     Attribute, Location, Type, TypeLike, Value as MlirValue, ValueLike,
     attribute::{
         ArrayAttribute, BoolAttribute, DenseElementsAttribute, DenseI32ArrayAttribute, DenseI64ArrayAttribute,
-        FloatAttribute, IntegerAttribute,
+        FloatAttribute, IntegerAttribute, TypeAttribute,
     },
     r#type::IntegerType,
 };
@@ -740,6 +740,27 @@ impl<'a> Builder<'a> {
             vector_type(self.context, Element::I32, dims),
             self.here(),
         )
+    }
+
+    /// One integer for the numbers at each place of `tiles`, rounded to `to`, the first tile's in the lowest bits
+    /// (Pallas: `pltpu.pack_elementwise`). As many tiles as numbers of `to` fill an element of theirs.
+    #[track_caller]
+    pub fn pack(&'a self, tiles: &[Value<'a>], to: Element) -> Value<'a> {
+        let op = "tpu.pack_elementwise";
+        let Some(ty) = tiles.first().map(|tile| tile.ty()) else {
+            self.fail(op, "no tiles".into());
+            return self.placeholder_of(Element::I32, &[]);
+        };
+        let is_full = ty.element.bits() == 32 && tiles.len() * to.bits() == 32;
+        if !is_full || ty.element.is_float() != to.is_float() || tiles.iter().any(|tile| tile.ty() != ty) {
+            let all: Vec<_> = tiles.iter().map(|tile| tile.ty().to_string()).collect();
+            self.fail(op, format!("{} to {to}", all.join(", ")));
+            return self.placeholder_of(Element::I32, &ty.dims);
+        }
+        let operands: Vec<_> = tiles.iter().map(|tile| tile.raw).collect();
+        let target = TypeAttribute::new(element_type(self.context, to)).into();
+        let result = vector_type(self.context, Element::I32, &ty.dims);
+        self.emit_one(op, &operands, &[("target_type", target)], result, self.here())
     }
 
     /// `accumulator + lhs x rhs`, `[m, k] x [k, n]`.

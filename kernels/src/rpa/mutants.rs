@@ -30,7 +30,7 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let fused_decode = fused(Kind::Decode, Chip::V6e, [7, 6], &rows, FUSED_DECODE);
     let fused = fused(Kind::Mixed, Chip::V5p, [150, 4], &prompts, FUSED);
     let plain = [set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, spans(), decode()];
-    plain.into_iter().chain([fused_decode, fused, narrow(), packed()]).collect()
+    plain.into_iter().chain([fused_decode, fused, narrow(), narrow_pairs(), packed()]).collect()
 }
 
 /// Two KV heads, two layers, two pages to a KV block, padding rows.
@@ -91,7 +91,16 @@ fn decode() -> MutantSet<Rpa> {
 
 /// Decode over a cache of floats of 8 bits, those of one head most of them subnormal; sinks, log-sum-exps.
 fn narrow() -> MutantSet<Rpa> {
-    let spec = Spec {
+    small(of_narrow(), &[(1, 20), (1, 64), (0, 5), (1, 97), (1, 41)], NARROW)
+}
+
+/// The same where vector units have arithmetic in bf16.
+fn narrow_pairs() -> MutantSet<Rpa> {
+    of_plan(of_narrow(), Chip::V6e, [8, 2], &[(1, 20), (1, 64), (0, 5), (1, 97), (1, 41)], NARROW_PAIRS)
+}
+
+fn of_narrow() -> Spec {
+    Spec {
         kind: Kind::Decode,
         precision: Precision { kv: Element::F8E4M3Fn, ..Precision::uniform(Element::Bf16) },
         tokens: 5,
@@ -106,8 +115,7 @@ fn narrow() -> MutantSet<Rpa> {
         sinks: true,
         log_sum_exp: true,
         ..Spec::default()
-    };
-    small(spec, &[(1, 20), (1, 64), (0, 5), (1, 97), (1, 41)], NARROW)
+    }
 }
 
 /// Packed heads of 64; sinks, log-sum-exps, a row of padding.
@@ -496,6 +504,28 @@ const DECODE: &[Mutant] = {
     ]
 };
 
+const NARROW_PAIRS: &[Mutant] = &[
+    ("numbers without a sign", |t| t.first_operand_only(t.find(0, &["arith.ori"]), "arith.andi"), Caught::Mismatch),
+    (
+        "subnormal numbers with a leading bit",
+        |t| t.first_operand_only(t.find(1, &["arith.minimumf", "xbf16"]) + 1, "arith.maximumf"),
+        Caught::Mismatch,
+    ),
+    (
+        "the even token of a pair twice",
+        |t| {
+            let pair = t.find(0, &["tpu.pack_elementwise", "target_type = i16"]);
+            t.replaced(t.above(pair, "constant 1 : index"), "constant 1", "constant 0")
+        },
+        Caught::Mismatch,
+    ),
+    (
+        "the other half's numbers",
+        |t| t.replaced(t.below(t.find(0, &["target_type = i16"]), &["constant dense<16>"]), "dense<16>", "dense<0>"),
+        Caught::Mismatch,
+    ),
+];
+
 const NARROW: &[Mutant] = {
     use Caught::{Fault, Mismatch};
     use FaultKind::{Deadlock, UnwrittenRead};
@@ -660,7 +690,7 @@ const FUSED: &[Mutant] = {
         ("tokens read before they are there", |t| t.without(t.find(4, TOKENS_SENT)), Fault(ReadInFlight)),
         (
             "keys with sines of the wrong half",
-            |t| t.replaced(t.find(1, &["cmpi slt", "vector<32x128xi32>"]), "slt", "sge"),
+            |t| t.replaced(t.find(1, &["cmpi slt", "vector<128x128xi32>"]), "slt", "sge"),
             Mismatch,
         ),
         (

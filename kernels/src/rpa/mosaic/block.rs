@@ -7,7 +7,7 @@
 //! What products take is of the type of the queries. Every number of a narrower type is one of it, so nothing is rounded here,
 //! and no scale is applied: those of an 8-bit cache multiply the logits and the finished sums ([`super::Heads`]). Floats of 8
 //! bits are converted by integer arithmetic, which every generation has, without a step through subnormal numbers, which a
-//! TPU takes for zero.
+//! TPU takes for zero; where vector units have arithmetic in bf16, two tokens' numbers at a time.
 //!
 //! Of packed rows keys and values are loaded together with what shares their tiles of lanes: [`lanes`] says where the head's own
 //! elements are. A query has zeros in the other lanes, and of the sums over values the other lanes are not looked at.
@@ -15,12 +15,16 @@
 use pagoda_ir::{
     Element,
     minifloat::Minifloat,
-    mosaic::{Builder, Ref, Value, tiling::LANES},
+    mosaic::{
+        Builder, Ref, Value,
+        tiling::{LANES, SUBLANES},
+    },
 };
 
 use super::{Strided, joined};
 use crate::rpa::{
     kv_layout::{Half, KvLayout, KvRows},
+    plan::Plan,
     problem::Problem,
 };
 
@@ -48,11 +52,14 @@ pub(super) struct Block<'a> {
     layout: KvLayout,
     /// What products take.
     operand: Element,
+    /// Of the chip's vector units.
+    has_bf16_arithmetic: bool,
 }
 
 impl<'a> Block<'a> {
     /// The block in `kv`.
-    pub fn new(k: &'a Builder<'a>, kv: &Ref<'a>, problem: &Problem) -> Self {
+    pub fn new(k: &'a Builder<'a>, kv: &Ref<'a>, plan: &Plan) -> Self {
+        let problem = plan.problem();
         let &[pieces, tokens, rows, lanes] = &kv.dims()[..] else { unreachable!("a block has four dimensions") };
         let element = problem.precision.kv;
         let words = (0..pieces).map(|piece| {
@@ -60,7 +67,8 @@ impl<'a> Block<'a> {
             if element == Element::F32 { piece } else { piece.bitcast(Element::I32) }
         });
         let (layout, operand) = (problem.kv_layout(), problem.precision.q);
-        Self { k, words: words.collect(), per_token: rows / packing(element), layout, operand }
+        let has_bf16_arithmetic = plan.chip().has_bf16_arithmetic();
+        Self { k, words: words.collect(), per_token: rows / packing(element), layout, operand, has_bf16_arithmetic }
     }
 
     /// Overwrites, among the first `tokens` tokens, what lies behind the first `live` ones with zeros.
@@ -81,6 +89,9 @@ impl<'a> Block<'a> {
         }
         // One load for both.
         match self.layout.kv_rows {
+            KvRows::Interleaved if self.widens_pairs(count) => {
+                [key, value].map(|row| self.widened_pairs(&self.words, row, [0, count]))
+            }
             KvRows::Interleaved => {
                 let words = self.load(&self.words, words, [0, count]);
                 [key, value].map(|row| self.numbers(words, row % self.packing()))
@@ -101,6 +112,9 @@ impl<'a> Block<'a> {
     pub fn half(&self, half: Half, head: usize, [first, count]: [usize; 2], live: Option<Value<'a>>) -> Value<'a> {
         let [row, _] = self.layout.place(head, half);
         let pieces = &self.words[self.pieces_of(half)];
+        if self.widens_pairs(count) {
+            return self.widened_pairs(pieces, row, [first, count]);
+        }
         let words = self.load(pieces, row / self.packing(), [first, count]);
         let words = match live.filter(|_| half == Half::Value || self.layout.kv_rows == KvRows::Packed) {
             Some(live) if !self.is_finite() => self.k.iota(&words.dims(), 0).less(live - first as i64).select(words, 0),
@@ -127,6 +141,27 @@ impl<'a> Block<'a> {
 
     fn packing(&self) -> usize {
         packing(self.layout.element)
+    }
+
+    /// Whether floats of 8 bits of `count` tokens become bf16 two tokens at a time.
+    fn widens_pairs(&self, count: usize) -> bool {
+        let is_narrow_float = self.layout.element.minifloat().is_some();
+        let is_in_bf16 = self.operand == Element::Bf16 && self.has_bf16_arithmetic;
+        is_narrow_float && is_in_bf16 && count.is_multiple_of(2 * SUBLANES)
+    }
+
+    /// The floats of 8 bits of row `row` of each token, as bf16. A word of a register of bf16 has two tokens: the even one in its
+    /// lower half.
+    fn widened_pairs(&self, pieces: &[Ref<'a>], row: usize, [first, count]: [usize; 2]) -> Value<'a> {
+        let (word, index) = (row / self.packing(), row % self.packing());
+        let of = |token: usize| {
+            let (start, stride) = (word + (first + token) * self.per_token, 2 * self.per_token);
+            let words = Strided { pieces: pieces.to_vec(), start, count: count / 2, stride }.load(self.k);
+            // The half of the word that has the number.
+            if index < 2 { words } else { words.shift_right_logical(16) }
+        };
+        let pairs = self.k.pack(&[of(0), of(1)], Element::I16);
+        widened_pairs(pairs, index % 2, self.layout.element.minifloat().expect("a float of a cache"))
     }
 
     /// Every token's row `row` of words.
@@ -173,6 +208,23 @@ fn widened(top: Value<'_>, format: Minifloat) -> Value<'_> {
     (magnitude.bitcast(Element::I32) | (top & i64::from(i32::MIN))).bitcast(Element::F32)
 }
 
+/// As [`widened`], of two floats in each word, at byte `index` of its halves, to bf16, by arithmetic in bf16.
+fn widened_pairs(words: Value<'_>, index: usize, format: Minifloat) -> Value<'_> {
+    const MANTISSA: u32 = 7;
+    const BIAS: i32 = f32::MAX_EXP - 1;
+    let (mantissa, least) = (format.mantissa_bits(), format.least_exponent());
+    let both = |half: u32| i64::from((half << 16 | half).cast_signed());
+    let raised = MANTISSA - mantissa;
+    let [magnitude, sign] = match index {
+        0 => [words << i64::from(raised), words << 8],
+        _ => [words.shift_right_logical(i64::from(8 - raised)), words],
+    };
+    let magnitude = (magnitude & both(0x7f << raised)) + both((BIAS + least - 1).cast_unsigned() << MANTISSA);
+    let magnitude = magnitude.bitcast(Element::Bf16);
+    let magnitude = magnitude + (magnitude - f64::from(least).exp2()).minimum(0.0);
+    (magnitude.bitcast(Element::I32) | (sign & both(0x8000))).bitcast(Element::Bf16)
+}
+
 #[cfg(test)]
 mod tests {
     use pagoda_ir::{HostTensor, TensorType};
@@ -193,10 +245,22 @@ mod tests {
                 }
             });
             let widened = widened.as_slice::<f32>();
-            for (at, &code) in codes.iter().enumerate() {
-                let (expected, actual) = (format.decode(code), widened[at % 4 * 1024 + at / 4]);
+            let check = |code: u8, actual: f32| {
+                let expected = format.decode(code);
                 let is_same = actual.to_bits() == expected.to_bits() || (!expected.is_finite() && actual.is_finite());
                 assert!(is_same, "{element} {code:#x}: {actual} is not {expected}");
+            };
+            codes.iter().enumerate().for_each(|(at, &code)| check(code, widened[at % 4 * 1024 + at / 4]));
+            // Bytes 0 and 2 of a word, then 1 and 3, are pairs.
+            let pairs = computed(&words, TensorType::new(Element::F32, &[2, 16, 128]), |words, out| {
+                for index in 0..2 {
+                    out.at(index).store(widened_pairs(words.load(), index, format).cast(Element::F32));
+                }
+            });
+            let pairs = pairs.as_slice::<f32>();
+            for (at, &code) in codes.iter().enumerate() {
+                let ([row, lane], [half, index]) = ([at / 4 / 128, at / 4 % 128], [at % 4 / 2, at % 4 % 2]);
+                check(code, pairs[index * 2048 + (2 * row + half) * 128 + lane]);
             }
         }
     }

@@ -533,7 +533,7 @@ impl<'a, 'p> Body<'a, 'p> {
         if let Some(fused) = &self.fused {
             k.when(live.less_equal(keys), || self.append(fused, [sequence, token], slot, [live, kv_len]));
         }
-        let block = Block::new(k, &self.kv.at(slot), problem);
+        let block = Block::new(k, &self.kv.at(slot), self.plan);
         let masked = |width: usize| self.heads(&block, width, Some(live));
         let widths = self.plan.widths();
         match problem.sliding_window {

@@ -650,7 +650,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let ahead = self.fetch(ahead, segments);
         let &Segment { sequence, kv_len, .. } = of_segment;
         self.pages(sequence, kv_len, block, slot, |dma| dma.wait());
-        of(&Block::new(self.k, &self.kv.at(slot), self.plan.problem()), block * self.plan.keys());
+        of(&Block::new(self.k, &self.kv.at(slot), self.plan), block * self.plan.keys());
         Stream { slot: self.next(slot), ahead }.flat()
     }
 

@@ -17,6 +17,10 @@ const ROWS: usize = 128;
 pub(in crate::rpa) const BUFFERS: usize = 3;
 /// Rows of the projections that a decode kernel takes at a time.
 const DECODE_ROWS: usize = 64;
+/// Tiles of f32 that a kernel of any batch works on at a time, at most.
+const TILES: usize = 256;
+/// Whole tiles of narrow types have a multiple of so many rows.
+const PACKED: usize = 16;
 
 /// The projections in the kernel's memory: `[rows, columns]`, whole tiles of columns. Copies of some of the rows are of whole
 /// tiles, those of all rows are not.
@@ -42,7 +46,21 @@ pub(in crate::rpa) fn rows(problem: &Problem) -> usize {
 /// are such.
 pub(in crate::rpa) fn step(rows: usize) -> usize {
     let few = if rows <= DECODE_ROWS { rows } else { SUBLANES };
-    [32, 16].into_iter().find(|&step| rows.is_multiple_of(step)).unwrap_or(few)
+    [2 * PACKED, PACKED].into_iter().find(|&step| rows.is_multiple_of(step)).unwrap_or(few)
+}
+
+/// Rows of `rows` of a kernel of any batch that are worked on at a time, a divisor: the more, the less often the latency of moving lanes
+/// is waited for, until what is held at once spills too much. `columns` are those of the rows.
+pub(in crate::rpa) fn long_step(rows: usize, columns: usize) -> usize {
+    let most = (TILES / columns.div_ceil(LANES) * SUBLANES).min(rows);
+    let steps = (PACKED..=most).rev();
+    steps.into_iter().find(|step| step.is_multiple_of(PACKED) && rows.is_multiple_of(*step)).unwrap_or(step(rows))
+}
+
+/// [`long_step`] of the queries of `block` rows, and of the keys and values of new tokens.
+pub(in crate::rpa) fn steps(problem: &Problem, head_block: usize, block: usize) -> [usize; 2] {
+    let dim = problem.head_dim;
+    [long_step(block, head_block * problem.group() * dim), long_step(rows(problem), 2 * head_block * dim)]
 }
 
 /// Columns of the projections that a core copies, one part behind the other.
@@ -115,7 +133,8 @@ pub(super) fn buffers(problem: &Problem, head_block: usize, block: usize) -> Vec
     let (dim, rows) = (problem.head_dim, rows(problem));
     let columns = Columns::new_tokens(problem, head_block).count();
     let [pieces, tokens, token_rows, lanes] = token_dims(problem, head_block, rows);
-    let wide = scratch("wide", Element::F32, &[step(block).max(step(rows)), LANES]);
+    let [of_queries, of_tokens] = steps(problem, head_block, block);
+    let wide = scratch("wide", Element::F32, &[of_queries.max(of_tokens), LANES]);
     let all = [
         scratch("angles", Element::F32, &[2, block, dim]),
         scratch("projected", problem.precision.q, &[BUFFERS, rows, columns]),

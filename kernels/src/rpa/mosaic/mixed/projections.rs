@@ -75,7 +75,7 @@ impl<'a> Fused<'a> {
         let new_angles = scratch("new_angles", Element::F32, &[BUFFERS, rows, dim]);
         let dims = [BUFFERS, pieces, tokens, token_rows, lanes];
         let new_tokens = scratch("new_tokens", problem.precision.kv, &dims);
-        let most = plan::fused::step(block).max(plan::fused::step(rows));
+        let most = plan::fused::steps(problem, heads, block).into_iter().max().unwrap_or(0);
         let wide = plan::fused::has_narrow_heads(problem).then(|| scratch("wide", Element::F32, &[most, LANES]));
         let angles_arrived = k.dma_semaphores("angles_arrived", &[2]);
         let arrived = k.dma_semaphores("projected_arrived", &[BUFFERS, columns.parts.len() + 1]);
@@ -167,7 +167,8 @@ impl<'a> Body<'a, '_> {
     fn make_tokens(&self, fused: &Fused<'a>, slot: Value<'a>) {
         let (k, problem, heads) = (self.k, self.plan.problem(), self.plan.head_block());
         let (dim, rows) = (problem.head_dim, plan::fused::rows(problem));
-        let (step, first) = (plan::fused::step(rows), Columns::new_tokens(problem, heads).first);
+        let [_, step] = plan::fused::steps(problem, heads, self.plan.block_rows());
+        let first = Columns::new_tokens(problem, heads).first;
         let pieces = fused.new_tokens.dims()[1];
         k.for_range(0, rows / step, |index| {
             let start = (index * step).multiple_of(step);
@@ -308,12 +309,13 @@ impl<'a> Body<'a, '_> {
     /// of lanes.
     pub(super) fn turn_queries(&self, fused: &Fused<'a>, entry: Entry<'a>, rows: usize) {
         let (k, problem, slot) = (self.k, self.plan.problem(), entry.number & 1);
-        let (dim, step, element) = (problem.head_dim, plan::fused::step(rows), problem.precision.q);
+        let (dim, heads, element) = (problem.head_dim, self.plan.head_block(), problem.precision.q);
+        let [step, _] = plan::fused::steps(problem, heads, rows);
         let turn = |start: Value<'a>| {
             let rows_of = |array: &Ref<'a>| array.slice(0, start, step);
             let angles = Angles::load(k, &rows_of(&fused.angles.at(slot)), fused.wide.as_ref());
             let queries = rows_of(&self.queries.at(entry.slot));
-            for of in 0..self.plan.head_block() * problem.group() {
+            for of in 0..heads * problem.group() {
                 let turned = angles.turn(k, dim, &head(k, dim, &queries, of * dim));
                 match &self.by_head {
                     Some(by_head) => {
