@@ -508,7 +508,7 @@ const NARROW_PAIRS: &[Mutant] = &[
     ("numbers without a sign", |t| t.first_operand_only(t.find(0, &["arith.ori"]), "arith.andi"), Caught::Mismatch),
     (
         "subnormal numbers with a leading bit",
-        |t| t.first_operand_only(t.find(1, &["arith.minimumf", "xbf16"]) + 1, "arith.maximumf"),
+        |t| t.first_operand_only(t.find(2, &["arith.minimumf", "xbf16"]) + 1, "arith.maximumf"),
         Caught::Mismatch,
     ),
     (

@@ -82,6 +82,9 @@ impl<'a> Block<'a> {
 
     /// Keys and values of `count` tokens of `head`: `[count, columns]` each, of [`lanes`] columns.
     pub fn keys_and_values(&self, head: usize, count: usize) -> [Value<'a>; 2] {
+        if let Some(both) = self.both(head, [0, count], &mut None) {
+            return both;
+        }
         let [key, value] = Half::ALL.map(|half| self.layout.place(head, half)[0]);
         let (words, of_value) = (key / self.packing(), value / self.packing());
         if words != of_value {
@@ -89,9 +92,6 @@ impl<'a> Block<'a> {
         }
         // One load for both.
         match self.layout.kv_rows {
-            KvRows::Interleaved if self.widens_pairs(count) => {
-                [key, value].map(|row| self.widened_pairs(&self.words, row, [0, count]))
-            }
             KvRows::Interleaved => {
                 let words = self.load(&self.words, words, [0, count]);
                 [key, value].map(|row| self.numbers(words, row % self.packing()))
@@ -113,7 +113,8 @@ impl<'a> Block<'a> {
         let [row, _] = self.layout.place(head, half);
         let pieces = &self.words[self.pieces_of(half)];
         if self.widens_pairs(count) {
-            return self.widened_pairs(pieces, row, [first, count]);
+            let words = self.load_pairs(pieces, [row / self.packing(), first, count]);
+            return self.widened_pairs(self.pairs(words, row % self.packing()), row % self.packing());
         }
         let words = self.load(pieces, row / self.packing(), [first, count]);
         let words = match live.filter(|_| half == Half::Value || self.layout.kv_rows == KvRows::Packed) {
@@ -150,17 +151,45 @@ impl<'a> Block<'a> {
         is_narrow_float && is_in_bf16 && count.is_multiple_of(2 * SUBLANES)
     }
 
-    /// The floats of 8 bits of row `row` of each token, as bf16. A word of a register of bf16 has two tokens: the even one in its
-    /// lower half.
-    fn widened_pairs(&self, pieces: &[Ref<'a>], row: usize, [first, count]: [usize; 2]) -> Value<'a> {
-        let (word, index) = (row / self.packing(), row % self.packing());
-        let of = |token: usize| {
-            let (start, stride) = (word + (first + token) * self.per_token, 2 * self.per_token);
-            let words = Strided { pieces: pieces.to_vec(), start, count: count / 2, stride }.load(self.k);
-            // The half of the word that has the number.
-            if index < 2 { words } else { words.shift_right_logical(16) }
+    /// Key and value of `head`, of `count` tokens from the `first` of the block on, where they are made together: floats of 8 bits
+    /// in the same half of a word, made bf16. A word of a register of bf16 has two tokens: the even one in its lower half.
+    /// `recent` are the words of both that were loaded last.
+    pub fn both(
+        &self,
+        head: usize,
+        [first, count]: [usize; 2],
+        recent: &mut Option<([usize; 3], [Value<'a>; 2])>,
+    ) -> Option<[Value<'a>; 2]> {
+        if !self.widens_pairs(count) || self.layout.kv_rows != KvRows::Interleaved {
+            return None;
+        }
+        let rows = Half::ALL.map(|half| self.layout.place(head, half)[0]);
+        let word = rows[0] / self.packing();
+        let which = [word, first, count];
+        let words = match *recent {
+            Some((of, words)) if of == which => words,
+            _ => self.load_pairs(&self.words, which),
         };
-        let pairs = self.k.pack(&[of(0), of(1)], Element::I16);
+        *recent = Some((which, words));
+        let pairs = self.pairs(words, rows[0] % self.packing());
+        Some(rows.map(|row| self.widened_pairs(pairs, row % self.packing())))
+    }
+
+    /// The even and the odd ones of `count` tokens from the `first` on: words `word`.
+    fn load_pairs(&self, pieces: &[Ref<'a>], [word, first, count]: [usize; 3]) -> [Value<'a>; 2] {
+        [0, 1].map(|token| {
+            let (start, stride) = (word + (first + token) * self.per_token, 2 * self.per_token);
+            Strided { pieces: pieces.to_vec(), start, count: count / 2, stride }.load(self.k)
+        })
+    }
+
+    /// The halves of the words that have byte `index`, an even and an odd token's in one.
+    fn pairs(&self, words: [Value<'a>; 2], index: usize) -> Value<'a> {
+        let half = |words: Value<'a>| if index < 2 { words } else { words.shift_right_logical(16) };
+        self.k.pack(&words.map(half), Element::I16)
+    }
+
+    fn widened_pairs(&self, pairs: Value<'a>, index: usize) -> Value<'a> {
         widened_pairs(pairs, index % 2, self.layout.element.minifloat().expect("a float of a cache"))
     }
 

@@ -70,10 +70,15 @@ impl<'a> FewRows<'_, 'a> {
         let each = |of: &mut dyn FnMut(usize, usize)| {
             (0..parts.len()).for_each(|part| (0..heads.len()).for_each(|head| of(head, part)));
         };
+        // Of each head's parts, where key and value are made together.
+        let mut values: Vec<Vec<Option<Value<'a>>>> = vec![vec![]; heads.len()];
+        let mut recent = None;
         each(&mut |head, part| {
             let [first, count] = parts[part];
             let dims = [rows, count];
-            let key = block.half(Half::Key, heads[head], parts[part], live);
+            let both = block.both(heads[head], parts[part], &mut recent);
+            let key = both.map_or_else(|| block.half(Half::Key, heads[head], parts[part], live), |[key, _]| key);
+            values[head].push(both.map(|[_, value]| value));
             let product = k.dot_general(queries[head], key, k.zeros(Element::F32, &dims), &DotDims::nt(), precision);
             let scaled = self.heads.logits(product, heads[head], problem);
             logits[head].push(match (self.seen)(first, &dims) {
@@ -126,7 +131,7 @@ impl<'a> FewRows<'_, 'a> {
         let [columns, _] = block::lanes(problem);
         let mut products = vec![k.zeros(Element::F32, &[rows, columns]); heads.len()];
         each(&mut |head, part| {
-            let value = block.half(Half::Value, heads[head], parts[part], live);
+            let value = values[head][part].unwrap_or_else(|| block.half(Half::Value, heads[head], parts[part], live));
             let weights = weights[head][part].cast(operand);
             products[head] = k.dot_general(weights, value, products[head], &DotDims::nn(), precision);
         });
