@@ -292,7 +292,9 @@ def plugin():
                     exec(compile(ast.Module([node], []), "utils.py", "exec"), package.utils.__dict__)
         package.utils.get_device_name = lambda *a: chip.kind
         # The host's devices have no place in a torus to order them by: they are a line.
-        package.utils.make_optimized_mesh = lambda shape, names, devices=None: jax.make_mesh(shape, names, devices=devices)
+        auto = jax.sharding.AxisType.Auto
+        package.utils.make_optimized_mesh = lambda shape, names, devices=None: jax.make_mesh(
+            shape, names, (auto,) * len(names), devices=devices)
         type(jax.devices("cpu")[0]).coords = property(lambda device: (device.id, 0, 0))
         try:
             package.envs = importlib.import_module("tpu_inference.envs")
@@ -396,6 +398,8 @@ def inside(arguments):
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_allow_excess_precision=false"]
     if any("distributed" in argument or "all_gather" in argument for argument in arguments):
         flags.append(f"--xla_force_host_platform_device_count={DEVICES}")
+        # A device's callback waits for all others, on one of XLA's threads; copies of large operands want more of them.
+        os.environ.setdefault("NPROC", str(8 * DEVICES))
     os.environ["XLA_FLAGS"] = " ".join(flags)
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--noconftest", "--import-mode=importlib", "--tb=short", *arguments], plugins=[plugin()]))
 
