@@ -151,9 +151,9 @@ impl<'a> Block<'a> {
         is_narrow_float && is_in_bf16 && count.is_multiple_of(2 * SUBLANES)
     }
 
-    /// Key and value of `head`, of `count` tokens from the `first` of the block on, where they are made together: floats of 8 bits
-    /// in the same half of a word, made bf16. A word of a register of bf16 has two tokens: the even one in its lower half.
-    /// `recent` are the words of both that were loaded last.
+    /// Key and value of `head`, of `count` tokens from the `first` of the block on, where they are made together: interleaved
+    /// floats of 8 bits, which lie in the same half of a word, made bf16. A word of a register of bf16 has two tokens: the even
+    /// one in its lower half. `recent` are the words that were loaded last, and which: other heads have numbers in them, too.
     pub fn both(
         &self,
         head: usize,

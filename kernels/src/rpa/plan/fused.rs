@@ -49,15 +49,15 @@ pub(in crate::rpa) fn step(rows: usize) -> usize {
     [2 * PACKED, PACKED].into_iter().find(|&step| rows.is_multiple_of(step)).unwrap_or(few)
 }
 
-/// Rows of `rows` of a kernel of any batch that are worked on at a time, a divisor: the more, the less often the latency of moving lanes
-/// is waited for, until what is held at once spills too much. `columns` are those of the rows.
-pub(in crate::rpa) fn long_step(rows: usize, columns: usize) -> usize {
+/// Rows of `rows` of a kernel of any batch that are worked on at a time, a divisor: the more, the less often the latency of
+/// moving lanes is waited for, until what is held at once spills too much. `columns` are those of the rows.
+fn long_step(rows: usize, columns: usize) -> usize {
     let most = (TILES / columns.div_ceil(LANES) * SUBLANES).min(rows);
-    let steps = (PACKED..=most).rev();
-    steps.into_iter().find(|step| step.is_multiple_of(PACKED) && rows.is_multiple_of(*step)).unwrap_or(step(rows))
+    let fits = |step: &usize| step.is_multiple_of(PACKED) && rows.is_multiple_of(*step);
+    (PACKED..=most).rev().find(fits).unwrap_or(step(rows))
 }
 
-/// [`long_step`] of the queries of `block` rows, and of the keys and values of new tokens.
+/// Rows that are worked on at a time: of the queries of `block` rows, and of the keys and values of new tokens.
 pub(in crate::rpa) fn steps(problem: &Problem, head_block: usize, block: usize) -> [usize; 2] {
     let dim = problem.head_dim;
     [long_step(block, head_block * problem.group() * dim), long_step(rows(problem), 2 * head_block * dim)]
