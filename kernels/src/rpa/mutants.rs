@@ -30,7 +30,8 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let fused_decode = fused(Kind::Decode, Chip::V6e, [7, 6], &rows, FUSED_DECODE);
     let fused = fused(Kind::Mixed, Chip::V5p, [150, 4], &prompts, FUSED);
     let plain = [set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, spans(), decode()];
-    plain.into_iter().chain([fused_decode, fused, narrow(), narrow_pairs(), packed()]).collect()
+    let narrow = [narrow(Chip::V5p, NARROW), narrow(Chip::V6e, NARROW_PAIRS)];
+    plain.into_iter().chain([fused_decode, fused]).chain(narrow).chain([packed()]).collect()
 }
 
 /// Two KV heads, two layers, two pages to a KV block, padding rows.
@@ -90,17 +91,8 @@ fn decode() -> MutantSet<Rpa> {
 }
 
 /// Decode over a cache of floats of 8 bits, those of one head most of them subnormal; sinks, log-sum-exps.
-fn narrow() -> MutantSet<Rpa> {
-    small(of_narrow(), &[(1, 20), (1, 64), (0, 5), (1, 97), (1, 41)], NARROW)
-}
-
-/// The same where vector units have arithmetic in bf16.
-fn narrow_pairs() -> MutantSet<Rpa> {
-    of_plan(of_narrow(), Chip::V6e, [8, 2], &[(1, 20), (1, 64), (0, 5), (1, 97), (1, 41)], NARROW_PAIRS)
-}
-
-fn of_narrow() -> Spec {
-    Spec {
+fn narrow(chip: Chip, mutants: &[Mutant]) -> MutantSet<Rpa> {
+    let spec = Spec {
         kind: Kind::Decode,
         precision: Precision { kv: Element::F8E4M3Fn, ..Precision::uniform(Element::Bf16) },
         tokens: 5,
@@ -115,7 +107,8 @@ fn of_narrow() -> Spec {
         sinks: true,
         log_sum_exp: true,
         ..Spec::default()
-    }
+    };
+    of_plan(spec, chip, [8, 2], &[(1, 20), (1, 64), (0, 5), (1, 97), (1, 41)], mutants)
 }
 
 /// Packed heads of 64; sinks, log-sum-exps, a row of padding.
@@ -504,6 +497,7 @@ const DECODE: &[Mutant] = {
     ]
 };
 
+/// Where vector units have arithmetic in bf16.
 const NARROW_PAIRS: &[Mutant] = &[
     ("numbers without a sign", |t| t.first_operand_only(t.find(0, &["arith.ori"]), "arith.andi"), Caught::Mismatch),
     (

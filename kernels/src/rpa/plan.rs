@@ -38,7 +38,7 @@ use super::{
 use crate::{
     chips::Chip,
     cost, evidence,
-    kernel::{Kernel, TileSizes},
+    kernel::TileSizes,
     plan::{self, PlanError, Spilling},
     random::Lengths,
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
@@ -130,10 +130,11 @@ pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> 
     }
     if !emitted(problem) {
         return Err(PlanError {
-            key: "options",
-            value: Rpa::describe(problem),
-            limit: "have no kernel for TPUs".into(),
-            fix: "leave them out, or use the StableHLO form".into(),
+            key: "head_dim",
+            value: problem.head_dim.to_string(),
+            limit: "has no kernel that is fused with rotary and KV write: heads lie in one tile of 128 lanes, or fill whole ones"
+                .into(),
+            fix: "rotate and write keys and values outside of it, or use the StableHLO form".into(),
         });
     }
     let [_, row] = problem.kv_layout().token_dims();
@@ -766,6 +767,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        kernel::Kernel,
         rpa::{Kind, Precision},
         vmem::{Spills, Suggestion, Verdict},
     };

@@ -268,7 +268,7 @@ mod tests {
             let words: Vec<i32> =
                 codes.chunks_exact(4).map(|word| i32::from_le_bytes(word.try_into().unwrap())).collect();
             let words = HostTensor::new(&[8, 128], &words);
-            let widened = computed(&words, TensorType::new(Element::F32, &[4, 8, 128]), |words, out| {
+            let widened = computed(&words, TensorType::new(Element::F32, &[4, 8, 128]), |_, words, out| {
                 for index in 0..4 {
                     out.at(index).store(numbers(words.load(), element, index));
                 }
@@ -281,7 +281,7 @@ mod tests {
             };
             codes.iter().enumerate().for_each(|(at, &code)| check(code, widened[at % 4 * 1024 + at / 4]));
             // Bytes 0 and 2 of a word, then 1 and 3, are pairs.
-            let pairs = computed(&words, TensorType::new(Element::F32, &[2, 16, 128]), |words, out| {
+            let pairs = computed(&words, TensorType::new(Element::F32, &[2, 16, 128]), |_, words, out| {
                 for index in 0..2 {
                     out.at(index).store(widened_pairs(words.load(), index, format).cast(Element::F32));
                 }

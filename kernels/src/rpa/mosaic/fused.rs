@@ -237,10 +237,15 @@ mod tests {
             (if at < 1024 { 1.0 } else { -1.0 }) * f64::from(exponent).exp2() * (1.0 + mantissa as f64 / 32.0)
         };
         let numbers: Vec<f32> = (0..2048).map(|at| some(at) as f32).collect();
-        for element in [Element::F8E4M3Fn, Element::F8E5M2, Element::I8] {
+        for element in [Element::Bf16, Element::F8E4M3Fn, Element::F8E5M2, Element::I8] {
             let x = HostTensor::new(&[16, 128], &numbers);
             let result = TensorType::new(Element::I32, &[16, 128]);
-            let narrowed = computed(&x, result, |x, out| out.store(bits(x.load(), element)));
+            let narrowed = computed(&x, result, |k, x, out| {
+                out.store(match element {
+                    Element::Bf16 => k.pack(&[x.load(), k.zeros(Element::F32, &[16, 128])], element),
+                    _ => bits(x.load(), element),
+                });
+            });
             let rounded = |&x: &f32| match element {
                 Element::I8 => f64::from(x).clamp(-128.0, 127.0).round_ties_even(),
                 Element::F8E4M3Fn => f64::from(x).clamp(-448.0, 448.0),

@@ -232,7 +232,7 @@ fn by_lane(tile: Value<'_>) -> Value<'_> {
 fn computed(
     x: &pagoda_ir::HostTensor,
     result: pagoda_ir::TensorType,
-    body: impl for<'a> Fn(Ref<'a>, Ref<'a>),
+    body: impl for<'a> Fn(&'a Builder<'a>, Ref<'a>, Ref<'a>),
 ) -> pagoda_ir::HostTensor {
     use pagoda_ir::{
         mosaic::{self, Semantics, Window},
@@ -243,7 +243,7 @@ fn computed(
         k.grid([(1, Semantics::Arbitrary)]);
         let input = k.input("x", x.element(), x.dims(), Window::whole(x.dims()));
         let output = k.output("result", result.element, &result.dims, Window::whole(&result.dims));
-        body(input, output);
+        body(k, input, output);
     });
     let program = Program::decode(kernel.expect("a kernel").module()).expect("a program");
     let run =
