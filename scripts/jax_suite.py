@@ -448,7 +448,7 @@ INTENDED = re.compile(r"vmem_oom|test_vmem_limit|disable_bounds_check|RemoteDMAT
 # And of sglang-jax (besides its fused MoE, whose gathers for two buffers share a semaphore):
 # - The fused GDN, which is tpu-inference's.
 # - The gated linear attention: the state of a dummy sequence is fetched while the store of the dummy before it flies to the same slot.
-RACES = re.compile(r"fused_moe_v[12]_test|fused_gdn_kernel_test|mla_swa_test|compress_store_test"
+RACES = re.compile(r"test_mpmd_reduce_scatter|fused_moe_v[12]_test|fused_gdn_kernel_test|mla_swa_test|compress_store_test"
                    r"|ragged_paged_attention_kernel_cp_test|mla_v2_test"
                    r"|gdn_fused_chunk_parallel_prefill|simple_gla_fused_test.*mixed_init_and_dummy")
 

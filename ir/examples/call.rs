@@ -26,7 +26,7 @@ const IGNORABLE: [FaultKind; 4] =
     [FaultKind::UnwrittenRead, FaultKind::OutputNeverWritten, FaultKind::ParallelOverlap, FaultKind::OutOfBounds];
 
 /// What a kernel with a race that is known is let off with, once it was named.
-const RACES: [FaultKind; 2] = [FaultKind::OverwriteInFlight, FaultKind::ReadInFlight];
+const RACES: [FaultKind; 3] = [FaultKind::OverwriteInFlight, FaultKind::ReadInFlight, FaultKind::DeviceRace];
 
 fn main() -> ExitCode {
     let folders: Box<dyn Iterator<Item = String>> = match std::env::args().nth(1) {

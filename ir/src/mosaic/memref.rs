@@ -31,6 +31,8 @@ pub enum MemorySpace {
     Hbm,
     /// Vector memory: tiles are loaded from and stored to it.
     Vmem,
+    /// Vector memory that a SparseCore's subcores share; reached by DMAs only.
+    VmemShared,
     /// Scalar memory: 32-bit scalars, one at a time.
     Smem,
     /// Semaphores.
@@ -41,7 +43,8 @@ pub enum MemorySpace {
 
 impl MemorySpace {
     /// All memories.
-    pub const ALL: [Self; 6] = [Self::Any, Self::Hbm, Self::Vmem, Self::Smem, Self::Semaphore, Self::Host];
+    pub const ALL: [Self; 7] =
+        [Self::Any, Self::Hbm, Self::Vmem, Self::VmemShared, Self::Smem, Self::Semaphore, Self::Host];
 
     /// The mnemonic in `#tpu.memory_space<...>`.
     pub const fn mnemonic(self) -> &'static str {
@@ -49,6 +52,7 @@ impl MemorySpace {
             Self::Any => "any",
             Self::Hbm => "hbm",
             Self::Vmem => "vmem",
+            Self::VmemShared => "vmem_shared",
             Self::Smem => "smem",
             Self::Semaphore => "semaphore_mem",
             Self::Host => "host",

@@ -56,9 +56,9 @@ pub use location::Frame;
 pub(crate) use location::{Place, describe, describe_function, place_of_function};
 pub(crate) use memref::describe as describe_memref;
 pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
-pub use signature::{Argument, Signature, WindowParams};
+pub use signature::{Argument, CoreType, Signature, WindowParams};
 pub(crate) use signature::{
-    countable, first_block, functions, i64_array, is_for_sparse_core, kernel_function, op_name, read_memref, symbol,
+    countable, first_block, functions, i64_array, kernel_functions, op_name, read_memref, symbol,
 };
 pub use tiling::tile_padded_bytes;
 pub use value::{DotDims, IntoOperand, Literal, Precision, Value};

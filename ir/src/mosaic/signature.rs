@@ -29,10 +29,46 @@ use crate::{
 pub struct Signature {
     /// The function's symbol.
     pub name: String,
+    /// What runs it.
+    pub core: CoreType,
     /// Size and semantics of each grid dimension; no size where the call gives it, as one of its first operands.
     pub grid: Vec<(Option<usize>, Semantics)>,
     /// The memrefs that follow the grid indices, in order.
     pub arguments: Vec<Argument>,
+}
+
+/// A kind of core.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum CoreType {
+    /// A TensorCore.
+    #[default]
+    TensorCore,
+    /// The scalar subcore of a SparseCore.
+    ScalarSubcore,
+    /// A vector subcore of a SparseCore.
+    VectorSubcore,
+}
+
+impl CoreType {
+    /// The kind that a module's text names: in `#tpu.core_type<sc_vector_subcore>` for instance, or in the type of memory that is
+    /// another core's.
+    pub(crate) fn in_text(text: &str) -> Option<Self> {
+        [
+            ("sc_scalar_subcore", Self::ScalarSubcore),
+            ("sc_vector_subcore", Self::VectorSubcore),
+            ("tc", Self::TensorCore),
+        ]
+        .into_iter()
+        .find_map(|(name, core)| {
+            let mut words = text.split(|c: char| !c.is_alphanumeric() && c != '_');
+            words.any(|word| word == name).then_some(core)
+        })
+    }
+
+    fn of(function: OperationRef) -> Self {
+        let named = function.attribute("tpu.core_type").ok();
+        named.and_then(|core| Self::in_text(&printed(&core))).unwrap_or_default()
+    }
 }
 
 /// One memref argument of a kernel.
@@ -88,7 +124,7 @@ impl Argument {
         let buffers = 1 + usize::from(self.window.as_ref().is_some_and(|window| window.double_buffered));
         match (self.space, self.element) {
             (MemorySpace::Any | MemorySpace::Hbm | MemorySpace::Host, _) => 0,
-            (MemorySpace::Vmem | MemorySpace::Smem, RefElement::Data(element)) => {
+            (MemorySpace::Vmem | MemorySpace::VmemShared | MemorySpace::Smem, RefElement::Data(element)) => {
                 buffers * tile_padded_bytes(element, &self.dims)
             }
             _ => 4 * cells,
@@ -97,13 +133,16 @@ impl Argument {
 }
 
 impl Signature {
-    /// Reads the kernel of `module` (readable form).
+    /// Reads the kernel of `module` (readable form); where it has a function for each of several kinds of cores, the first.
     ///
     /// # Errors
     /// When the module has no kernel function, or one whose attributes do not fit its arguments.
     pub fn read(module: &Module) -> Result<Self> {
-        let function = kernel_function(module)?;
-        let functions = functions(module);
+        Self::of(kernel_functions(module)?[0], &functions(module))
+    }
+
+    /// That of a kernel function, one of a module's `functions`.
+    pub(crate) fn of(function: OperationRef, functions: &[OperationRef]) -> Result<Self> {
         let name = symbol(function)?;
         let bounds = integers(function, "iteration_bounds").unwrap_or_default();
         let semantics: Vec<_> = array(function, "dimension_semantics").iter().map(printed).collect();
@@ -161,7 +200,7 @@ impl Signature {
                 _ => Role::Input,
             };
             let window = match windows.get(index.wrapping_sub(prefetch)) {
-                Some(&params) if role == Role::Input => window_params(params, &functions, &grid)?,
+                Some(&params) if role == Role::Input => window_params(params, functions, &grid)?,
                 _ => None,
             };
             if window.as_ref().is_some_and(|window| window.block != dims) {
@@ -174,7 +213,7 @@ impl Signature {
             };
             arguments.push(Argument { name, role, element, dims, space, window });
         }
-        Ok(Self { name, grid, arguments })
+        Ok(Self { name, core: CoreType::of(function), grid, arguments })
     }
 
     /// How many sizes of the grid the call gives: as many scalars are its first operands.
@@ -201,22 +240,28 @@ impl Signature {
     }
 }
 
-/// The function with a grid, or the only one.
-pub(crate) fn kernel_function<'c, 'a>(module: &'a Module<'c>) -> Result<OperationRef<'c, 'a>> {
+/// The functions with a grid, one for each kind of core, or the only function.
+pub(crate) fn kernel_functions<'c, 'a>(module: &'a Module<'c>) -> Result<Vec<OperationRef<'c, 'a>>> {
     let functions = functions(module);
     let of_kernel = |function: &&OperationRef| function.has_attribute("iteration_bounds");
-    let mut kernels = functions.iter().filter(of_kernel);
-    match (kernels.next(), kernels.next(), functions.as_slice()) {
-        (Some(kernel), None, _) => Ok(*kernel),
-        (Some(_), Some(_), _) => Err(Error::mosaic("the module has two kernel functions")),
-        (None, _, [only]) => Ok(*only),
-        _ => Err(Error::mosaic(format!("the module has {} functions and none with iteration_bounds", functions.len()))),
+    let kernels: Vec<OperationRef> = functions.iter().filter(of_kernel).copied().collect();
+    let mut cores = HashSet::new();
+    match (kernels.as_slice(), functions.as_slice()) {
+        ([], [only]) => Ok(vec![*only]),
+        ([], _) => {
+            let message = format!("the module has {} functions and none with iteration_bounds", functions.len());
+            Err(Error::mosaic(message))
+        }
+        (several, _) if !several.iter().all(|kernel| cores.insert(CoreType::of(*kernel))) => {
+            Err(Error::mosaic("the module has two kernel functions for one kind of core"))
+        }
+        _ => Ok(kernels),
     }
 }
 
 /// Whether a function is for a SparseCore.
 pub(crate) fn is_for_sparse_core(function: OperationRef) -> bool {
-    function.attribute("tpu.core_type").is_ok_and(|core| printed(&core).contains("<sc_"))
+    CoreType::of(function) != CoreType::TensorCore
 }
 
 pub(crate) fn functions<'c, 'a>(module: &'a Module<'c>) -> Vec<OperationRef<'c, 'a>> {
@@ -366,8 +411,6 @@ pub(crate) fn read_memref(r#type: Type) -> std::result::Result<(RefElement, Vec<
     let mnemonic = space.strip_prefix("#tpu.memory_space<").and_then(|rest| rest.strip_suffix('>'));
     // The core whose memory it is may follow.
     let mnemonic = mnemonic.unwrap_or(space.trim_matches('"')).split(',').next().unwrap_or_default().trim();
-    // The VMEM that a SparseCore's subcores share is VMEM to each.
-    let mnemonic = if mnemonic == "vmem_shared" { "vmem" } else { mnemonic };
     let space = MemorySpace::ALL.into_iter().find(|known| known.mnemonic() == mnemonic);
     let space = space.ok_or_else(|| format!("unknown memory space in {}", printed(&r#type)))?;
     let element = memref.element();

@@ -24,7 +24,7 @@ use super::{
     bytecode::readable,
     debug::Locations,
     location::Frame,
-    signature::{Signature, is_for_sparse_core, kernel_function, op_name},
+    signature::{Signature, is_for_sparse_core, kernel_functions, op_name},
     text,
 };
 use crate::{
@@ -333,7 +333,7 @@ pub fn open<'c>(context: &'c Context, backend_config: &str) -> Result<Opened<'c>
     let vmem = scopes.iter().find(|scope| scope["memory_space"].as_u64() == Some(XLA_VMEM));
     let vmem_limit = vmem.and_then(|scope| scope["size"].as_u64()).map(|size| size as usize);
     let module = located(context, &body, locations)?;
-    kernel_function(&module)?;
+    kernel_functions(&module)?;
     Ok(Opened { module, vmem_limit })
 }
 

@@ -93,7 +93,8 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                     if results.contains(&array) {
                         return Err(bad(self, format!("output `{name}` shares an input's memory with another output")));
                     }
-                    if parallel {
+                    // Cores that run at the same time have clocks.
+                    if parallel && self.link.as_ref().is_none_or(|link| !link.has_common_memory()) {
                         let unused = self.program.unused_outputs.contains(&next_output);
                         self.buffers[array].track_owners(unused || self.machine.overlaps());
                     }
@@ -217,7 +218,9 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
     ) -> Step<usize> {
         let name = format!("{} allocated at {}", describe_memref(element, dims), self.location(origin));
         let bytes = match element {
-            RefElement::Data(element) if matches!(space, MemorySpace::Vmem | MemorySpace::Smem) => {
+            RefElement::Data(element)
+                if matches!(space, MemorySpace::Vmem | MemorySpace::VmemShared | MemorySpace::Smem) =>
+            {
                 tile_padded_bytes(element, dims)
             }
             RefElement::Data(element) => element.packed_bytes(dims.iter().product()),
@@ -245,30 +248,14 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
         buffer.shared = self.link.is_some() && (shared.anywhere || shared.allocations.contains(&origin));
         self.buffers.push(buffer);
         let buffer = self.buffers.len() - 1;
-        self.enter_scope(origin, buffer);
+        self.enter_scope(origin, buffer)?;
         Ok(buffer)
-    }
-
-    /// Marks the memory of arguments that other devices may write to.
-    pub(super) fn share(&mut self, call: &Allocation) {
-        let shared = &self.program.communication;
-        if self.link.is_none() {
-            return;
-        }
-        for (at, view) in call.views.iter().enumerate() {
-            let Reg::View(view) = view else { continue };
-            if shared.anywhere || shared.arguments.contains(&at) {
-                self.buffers[view.buffer].shared = true;
-                let windows = call.windows.iter().filter(|window| window.argument == at);
-                windows.flat_map(|window| &window.buffers).for_each(|&buffer| self.buffers[buffer].shared = true);
-            }
-        }
     }
 
     /// The name and the size of a memory.
     fn limit(&self, space: MemorySpace) -> (&'static str, usize) {
         match space {
-            MemorySpace::Vmem => ("VMEM", self.machine.vmem_bytes),
+            MemorySpace::Vmem | MemorySpace::VmemShared => ("VMEM", self.machine.vmem_bytes),
             MemorySpace::Smem => ("SMEM", self.machine.smem_bytes),
             MemorySpace::Semaphore => ("semaphore memory", self.machine.semaphore_bytes),
             MemorySpace::Any | MemorySpace::Hbm => ("HBM", self.machine.hbm_bytes),
@@ -325,7 +312,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
             declared.push(("HBM", array, &argument.name));
             declared.push(match (argument.space, argument.role, argument.element) {
                 (MemorySpace::Host, ..) => ("the host's memory", 0, &argument.name),
-                (MemorySpace::Vmem, ..) => ("VMEM", argument.bytes(), &argument.name),
+                (MemorySpace::Vmem | MemorySpace::VmemShared, ..) => ("VMEM", argument.bytes(), &argument.name),
                 (MemorySpace::Smem, ..) => ("SMEM", argument.bytes(), &argument.name),
                 (MemorySpace::Semaphore, ..) => ("semaphore memory", argument.bytes(), &argument.name),
                 (MemorySpace::Any | MemorySpace::Hbm, Role::Scratch, RefElement::Data(element)) => {

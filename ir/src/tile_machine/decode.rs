@@ -27,9 +27,9 @@ use crate::{
     element::Element,
     error::{Error, Result},
     mosaic::{
-        MemorySpace, Place, RefElement, Role, Signature, countable, describe, describe_function, first_block,
-        functions, i64_array, is_for_sparse_core, kernel_function, op_name, place_of_function, read_memref,
-        scalar_element, symbol, vector_dims,
+        Argument, CoreType, MemorySpace, Place, RefElement, Role, Signature, countable, describe, describe_function,
+        first_block, functions, i64_array, kernel_functions, op_name, place_of_function, read_memref, scalar_element,
+        symbol, vector_dims,
     },
 };
 
@@ -39,9 +39,29 @@ impl Program {
     /// # Errors
     /// Names every op that the machine does not know, or whose form it does not support, and its source line.
     pub fn decode(module: &Module) -> Result<Self> {
-        let signature = Signature::read(module)?;
-        let kernel = kernel_function(module)?;
-        let mut decoder = Decoder { sparse: is_for_sparse_core(kernel), ..Decoder::default() };
+        let functions = functions(module);
+        let kernels = kernel_functions(module)?;
+        let mut programs =
+            kernels.into_iter().map(|kernel| Self::of(kernel, &functions)).collect::<Result<Vec<_>>>()?;
+        let mut program = programs.remove(0);
+        for partner in &programs {
+            let differs = |(a, b): (&Argument, &Argument)| (a.role, a.element, &a.dims) != (b.role, b.element, &b.dims);
+            let [own, other] = [&program, partner].map(|program| &program.signature.arguments);
+            if own.len() != other.len() || own.iter().zip(other).any(differs) {
+                let names = format!("@{} and @{}", program.signature.name, partner.signature.name);
+                return Err(Error::mosaic(format!("{names} run at the same time and do not have the same arguments")));
+            }
+        }
+        program.communication.meets |= !programs.is_empty();
+        program.partners = programs;
+        program.cores_fit()?;
+        Ok(program)
+    }
+
+    /// A kernel function, one of its module's `functions`.
+    fn of(kernel: OperationRef, functions: &[OperationRef]) -> Result<Self> {
+        let signature = Signature::of(kernel, functions)?;
+        let mut decoder = Decoder { sparse: signature.core != CoreType::TensorCore, ..Decoder::default() };
         let body = decoder.function(kernel)?;
         let rank = signature.grid.len();
         let of_kernel = parameters(kernel);
@@ -53,7 +73,6 @@ impl Program {
             let message = format!("@{}: its grid indices are not all i32", signature.name);
             return Err(Error::op("func.func", format!("{message} (at {})", describe_function(kernel))));
         }
-        let functions = functions(module);
         let (mut transforms, mut transform_frames) = (Vec::new(), Vec::new());
         for argument in &signature.arguments {
             let element = argument.element.data();
@@ -97,6 +116,7 @@ impl Program {
             frames,
             transform_frames,
             communication,
+            partners: vec![],
             unnamed,
         })
     }
@@ -362,9 +382,9 @@ impl<'c, 'a> Site<'c, 'a> {
         memref(self.operand_type(index)?)
     }
 
-    /// Whether operand `index` is memory that a SparseCore's subcores share.
-    pub(super) fn is_shared(&self, index: usize) -> bool {
-        self.operands.get(index).is_some_and(|r#type| printed(r#type).contains("vmem_shared"))
+    /// The kind of core that operand `index` is memory of, where its type says so.
+    pub(super) fn core_of(&self, index: usize) -> Option<CoreType> {
+        CoreType::in_text(&printed(self.operands.get(index)?))
     }
 
     /// The result, a memref.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use super::{
     DmaOrder,
-    devices::{Incoming, Sending},
+    devices::{Access, Flying, Incoming, Sending},
     exec::{Executor, Step, side},
     fault::FaultKind,
     memory::{Buffer, Region, View},
@@ -25,17 +25,17 @@ pub(super) struct Dma {
     pub(super) destination: Region,
     /// What the source's elements go to, where the rest of the destination gets what was in the padding of tiles.
     pub(super) unpadded: Option<Region>,
-    /// Where the destination is another device's.
+    /// Where the destination is another core's.
     pub(super) to: Option<Remote>,
     /// The size of its minor dimension.
     pub(super) lanes: usize,
-    /// The semaphore of this device: that of the source, for a DMA to another.
+    /// The semaphore of this core: that of the source, for a DMA to another.
     pub(super) semaphore: (usize, usize),
     pub(super) bytes: usize,
     pub(super) origin: u32,
     pub(super) started: Vec<usize>,
     pub(super) owner: u32,
-    /// Whether its bytes are at the destination, or have left for another device.
+    /// Whether its bytes are at the destination, or have left for another core.
     pub(super) landed: bool,
     /// Whether it adds its elements to the destination's.
     pub(super) adds: bool,
@@ -50,10 +50,10 @@ pub(super) struct Checked {
     pub(super) bytes: usize,
 }
 
-/// Where a DMA to another device goes.
+/// Where a DMA to another core goes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Remote {
-    pub(super) device: usize,
+    pub(super) core: usize,
     pub(super) sending: Sending,
 }
 
@@ -72,12 +72,9 @@ pub(super) struct Semaphore {
 impl<O: Observer> Executor<'_, '_, O> {
     pub(super) fn describe_dma(&self, dma: &Dma) -> String {
         let (from, to) = (&self.buffers[dma.source.buffer].name, &self.buffers[dma.destination.buffer].name);
-        let device = dma.to.map_or(String::new(), |to| format!(" of device {}", to.device));
-        format!(
-            "from `{from}` to `{to}`{device} started at {} in grid step {:?}",
-            self.location(dma.origin),
-            dma.started
-        )
+        let name = dma.to.zip(self.link.as_ref()).map(|(to, link)| format!(" of {}", link.name(to.core)));
+        let of = name.unwrap_or_default();
+        format!("from `{from}` to `{to}`{of} started at {} in grid step {:?}", self.location(dma.origin), dma.started)
     }
 
     /// At the end of the kernel: DMAs whose semaphore is the call's own go on, and whoever gets that waits for them. They land
@@ -88,6 +85,7 @@ impl<O: Observer> Executor<'_, '_, O> {
                 self.land(index)?;
             }
             let dma = self.dmas.remove(index);
+            self.close(Flying::Own(dma.id));
             self.land_on_nothing(&dma);
         }
         Ok(())
@@ -170,20 +168,19 @@ impl<O: Observer> Executor<'_, '_, O> {
 
     /// Faults when an access to `region` meets a DMA in flight.
     pub(super) fn check_in_flight(&mut self, region: &Region, writes: bool, origin: Option<u32>) -> Step<()> {
-        self.check_in_flight_but(region, writes, origin, |_, _| false)
+        self.check_in_flight_but(region, Access::of(writes), origin, |_, _| false)
     }
 
     /// Faults when an access to `region` meets a DMA in flight, unless it goes to the region too and `alike` is true of it.
     fn check_in_flight_but(
         &mut self,
         region: &Region,
-        writes: bool,
+        access: Access,
         origin: Option<u32>,
         alike: impl Fn(&Self, &Dma) -> bool,
     ) -> Step<()> {
-        if self.buffers[region.buffer].shared {
-            self.touch(region, writes, origin);
-        }
+        self.access(region, access, origin)?;
+        let writes = access != Access::Reads;
         if self.buffers[region.buffer].in_flight == 0 {
             return Ok(());
         }
@@ -276,7 +273,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         if here {
             // Whichever of two DMAs lands last: where they bring the same bytes, these are there; where both add, both have.
             let into = self.buffers[to.buffer].data.element();
-            self.check_in_flight_but(to, true, Some(origin), |this, dma| {
+            self.check_in_flight_but(to, Access::to_destination(adds), Some(origin), |this, dma| {
                 if adds || dma.adds {
                     return adds && dma.adds;
                 }
@@ -326,6 +323,8 @@ impl<O: Observer> Executor<'_, '_, O> {
         }
         self.buffers[from].in_flight += 1;
         self.buffers[to].in_flight += 1;
+        self.open(Flying::Own(dma.id), &dma.source, Access::Reads, origin);
+        self.open(Flying::Own(dma.id), &dma.destination, Access::to_destination(adds), origin);
         self.semaphores.entry(dma.semaphore).or_default().origin = origin;
         self.count_sent(dma.semaphore, bytes as i64);
         self.observer.dma_start(&DmaEvent {
@@ -511,6 +510,7 @@ impl<O: Observer> Executor<'_, '_, O> {
     pub(super) fn wait_dma(&mut self, semaphore: &View, bytes_of: &View, origin: u32) -> Step<()> {
         let key = (semaphore.buffer, semaphore.offset);
         let bytes = self.bytes_of(&bytes_of.all());
+        self.keep_step()?;
         while self.semaphores.entry(key).or_default().value < bytes as i64 {
             let flying = |dma: &Dma| !dma.landed && dma.semaphore == key;
             let candidates: Vec<usize> = (0..self.dmas.len()).filter(|&index| flying(&self.dmas[index])).collect();
@@ -546,9 +546,10 @@ impl<O: Observer> Executor<'_, '_, O> {
             let dma = self.dmas.remove(index);
             self.land_on_nothing(&dma);
             // Until now it read and wrote.
-            self.touch(&dma.source, false, Some(origin));
+            self.close(Flying::Own(id));
+            self.touch(&dma.source, Access::Reads, Some(origin));
             if dma.to.is_none() {
-                self.touch(&dma.destination, true, Some(origin));
+                self.touch(&dma.destination, Access::to_destination(dma.adds), Some(origin));
             }
             self.observer.dma_wait(id);
         }

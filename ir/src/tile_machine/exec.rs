@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use super::{
     Counters, DmaOrder, Machine, Run,
-    devices::Link,
+    devices::{Addressee, Link},
     dma::{Dma, Semaphore},
     fault::{Fault, FaultKind},
     fuse::Strips,
@@ -77,8 +77,8 @@ pub(super) struct Executor<'p, 'i, O> {
     strips: Strips,
     /// Where faults of the pipeline come from.
     pub(super) pipeline: Origin,
-    /// To other devices, if there may be any.
-    pub(super) link: Option<Box<Link<'p>>>,
+    /// To other cores, if there may be any.
+    pub(super) link: Option<Box<Link<'p, 'i>>>,
 }
 
 impl Program {
@@ -98,41 +98,46 @@ impl Program {
     ///
     /// # Errors
     /// The first fault.
-    pub fn run_observed<O: Observer>(
+    pub fn run_observed<O: Observer + Send>(
         &self,
         machine: &Machine,
         inputs: &[HostTensor],
         outputs: &[TensorType],
         observer: &mut O,
     ) -> Result<Run, Box<Fault>> {
-        match self.communicates() {
+        match (self.cores(), self.communicates()) {
+            (2.., _) => self.run_cores(machine, inputs, outputs, observer),
             // A device alone among others.
-            true => self.run_alone(machine, inputs, outputs, observer),
-            false => self.run_linked(machine, inputs, outputs, observer, None),
+            (_, true) => self.run_alone(machine, inputs, outputs, observer),
+            (_, false) => self.run_linked(machine, inputs, outputs, observer, None),
         }
     }
 
-    /// A run, of one of several devices if `link` says so.
-    pub(super) fn run_linked<O: Observer>(
+    /// A run, of one of several cores if `link` says so; the results are those of a device's first.
+    pub(super) fn run_linked<'i, O: Observer>(
         &self,
         machine: &Machine,
-        inputs: &[HostTensor],
+        inputs: &'i [HostTensor],
         outputs: &[TensorType],
         observer: &mut O,
-        link: Option<Box<Link>>,
+        link: Option<Box<Link<'_, 'i>>>,
     ) -> Result<Run, Box<Fault>> {
         let mut executor = self.executor(machine, observer, link);
         let signature = self.signature.clone().with_outputs(outputs.len());
         let mut call = executor.allocate(&signature.arguments, inputs, outputs)?;
         executor.observer.begin(&call.results);
         executor.share(&call);
-        let steps = executor.bounds.iter().product();
-        executor.grid(&call.views, &mut call.windows, 0..steps)?;
+        let own = executor.link.as_ref().and_then(|link| link.steps());
+        let steps = own.unwrap_or_else(|| 0..executor.bounds.iter().product());
+        executor.grid(&call.views, &mut call.windows, steps)?;
         executor.meet_others()?;
         executor.land_for_later()?;
         executor.check_settled("at the end of the kernel")?;
         executor.check_mxus()?;
         executor.put_whole_outputs();
+        if executor.link.as_ref().is_some_and(|link| link.core() > 0) {
+            return Ok(Run { outputs: vec![], counters: executor.counters });
+        }
         executor.results(&call.results, outputs)
     }
 
@@ -141,8 +146,10 @@ impl Program {
         &'p self,
         machine: &'p Machine,
         observer: &'p mut O,
-        link: Option<Box<Link<'p>>>,
+        link: Option<Box<Link<'p, 'i>>>,
     ) -> Executor<'p, 'i, O> {
+        // Who watches several cores knows their DMAs by their numbers.
+        let core = link.as_ref().map_or(0, |link| link.core());
         Executor {
             program: self,
             machine,
@@ -152,7 +159,7 @@ impl Program {
             whole_inputs: vec![],
             registers: vec![Reg::Empty; self.slots],
             dmas: vec![],
-            next_dma: 0,
+            next_dma: core << 40,
             semaphores: BTreeMap::new(),
             random: SplitMix64::new(match machine.dma {
                 DmaOrder::Random(seed) => seed,
@@ -187,7 +194,8 @@ impl<O: Observer> Executor<'_, '_, O> {
         Box::new(Fault {
             kind,
             kernel: self.program.signature.name.clone(),
-            device: self.link.as_ref().filter(|link| link.count > 1).map(|link| link.me),
+            device: self.link.as_ref().and_then(|link| link.device_of_several()),
+            core: self.link.as_ref().map_or(0, |link| link.core()),
             op: origin.op.clone(),
             location: origin.location.clone(),
             frames: origin.frames.clone(),
@@ -576,7 +584,7 @@ impl<O: Observer> Executor<'_, '_, O> {
                 Reg::View(Arc::new(View::whole(buffer, *element, dims)))
             }
             Op::BarrierSemaphore => Reg::View(Arc::new(View::whole(self.barrier, RefElement::Semaphore, &[]))),
-            Op::DeviceId => Reg::Scalar(Scalar::Int(self.link.as_ref().map_or(0, |link| link.me as i32))),
+            Op::DeviceId => Reg::Scalar(Scalar::Int(self.link.as_ref().map_or(0, |link| link.device() as i32))),
             Op::GridSize(dim) => {
                 let size = self.bounds.get(*dim).copied().unwrap_or(1);
                 Reg::Scalar(Scalar::Int(size as i32))
@@ -590,7 +598,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             Op::StartRemoteDma(target) => {
                 let [source, own, destination, semaphore] = [0, 1, 2, 3].map(|at| self.view(&operands[at]));
                 let target = self.target(*target, &operands[4..]);
-                self.start_remote_dma([&source, &own], [&destination, &semaphore], target, origin)?;
+                self.start_remote_dma([&source, &own], [&destination, &semaphore], &target, origin)?;
                 Reg::Empty
             }
             Op::StartRowDmas(rows) => {
@@ -616,13 +624,26 @@ impl<O: Observer> Executor<'_, '_, O> {
             Op::Signal(target) => {
                 let (semaphore, amount) = (self.view(&operands[0]), self.scalar(&operands[1]));
                 let target = self.target(*target, &operands[2..]);
-                self.signal_device(&semaphore, amount, target, origin)?;
+                self.signal_core(&semaphore, amount, &target, origin)?;
                 Reg::Empty
             }
             Op::WaitSemaphore => {
                 let (semaphore, amount) = (self.view(&operands[0]), self.scalar(&operands[1]));
                 self.wait_semaphore(&semaphore, amount, origin)?;
                 Reg::Empty
+            }
+            Op::Barrier => {
+                let barrier = self.scalar(&operands[0]);
+                self.meet(barrier, origin)?;
+                Reg::Empty
+            }
+            Op::FetchAndAdd => {
+                let (place, given) = operands.split_at(operands.len() - 2);
+                let (view, start) = self.place(place);
+                let [amount, subcore] = [0, 1].map(|at| self.scalar(&given[at]));
+                let extent = Extent { sizes: vec![1; start.len()], steps: vec![] };
+                let region = self.region(&view, &start, &extent, origin)?;
+                Reg::Scalar(Scalar::Int(self.fetch_and_add(&region, amount, subcore, origin)?))
             }
             Op::ReadSemaphore => {
                 let semaphore = self.view(&operands[0]);
@@ -712,10 +733,13 @@ impl<O: Observer> Executor<'_, '_, O> {
         (view, operands[1..].iter().map(|index| i64::from(self.scalar(index))).collect())
     }
 
-    /// The device and the core that an op goes to, if it says so.
-    fn target(&mut self, target: Target, operands: &[Use]) -> [Option<i32>; 2] {
+    /// Whom an op goes to, as far as it says so.
+    fn target(&mut self, target: Target, operands: &[Use]) -> Addressee {
         let mut given = operands.iter();
-        [target.device, target.core].map(|is| if is { given.next().map(|read| self.scalar(read)) } else { None })
+        let named = [target.device, target.core, target.subcore];
+        let [device, core, subcore] =
+            named.map(|is| if is { given.next().map(|read| self.scalar(read)) } else { None });
+        Addressee { device, core, subcore, of: target.of }
     }
 
     fn out_of_bounds(

@@ -131,6 +131,9 @@ pub struct Fault {
     /// The device, of several.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<usize>,
+    /// Which of the device's [cores](super::Program::cores).
+    #[serde(skip)]
+    pub core: usize,
     /// The op, by its full name; `pipeline` where blocks are copied.
     pub op: String,
     /// The op's source line, `file:line`.

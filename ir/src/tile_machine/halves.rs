@@ -57,6 +57,7 @@ impl Program {
             && !machine.overlaps()
             && self.unused_outputs.is_empty()
             && !self.communicates()
+            && self.cores() == 1
             && !self.has_semaphores_of_the_call()
             && !machine.ignored.contains(FaultKind::SemaphoreUnbalanced);
         let grid = self.signature.grid.iter().map(|&(size, how)| Some((size?, how))).collect::<Option<Vec<_>>>()?;

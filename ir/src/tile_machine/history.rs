@@ -61,27 +61,31 @@ impl Program {
     /// What happened to `cell` in a run of the same call, the last first; of an element that was copied, what happened before
     /// to the one that it was copied from.
     pub fn history(&self, machine: &Machine, inputs: &[HostTensor], outputs: &[TensorType], cell: Cell) -> Vec<Past> {
-        history(cell, |watch| {
-            // The run ends as the first one did.
-            let _ = self.run_observed(machine, inputs, outputs, watch);
-        })
+        match self.cores() {
+            1 => history(cell, |watch| {
+                // The run ends as the first one did.
+                let _ = self.run_observed(machine, inputs, outputs, watch);
+            }),
+            _ => self.history_of_device(machine, &[inputs.to_vec()], outputs, [0, 0], cell),
+        }
     }
 
-    /// [`history`](Self::history) of an element of one of several devices; what came from others is not followed to them.
+    /// [`history`](Self::history) of an element of one of several devices or cores; what came from others is not followed to them.
     pub fn history_of_device(
         &self,
         machine: &Machine,
         inputs: &[Vec<HostTensor>],
         outputs: &[TensorType],
-        device: usize,
+        [device, core]: [usize; 2],
         cell: Cell,
     ) -> Vec<Past> {
         let nothing = Cell::Buffer { buffer: usize::MAX, offset: 0 };
+        let (cores, watched) = (self.cores(), device * self.cores() + core);
         history(cell, |watch| {
-            let mut watches: Vec<Watch> = inputs.iter().map(|_| Watch::new(nothing, u64::MAX)).collect();
-            std::mem::swap(&mut watches[device], watch);
+            let mut watches: Vec<Watch> = (0..cores * inputs.len()).map(|_| Watch::new(nothing, u64::MAX)).collect();
+            std::mem::swap(&mut watches[watched], watch);
             let _ = self.run_devices_observed(machine, inputs, outputs, &mut watches);
-            std::mem::swap(&mut watches[device], watch);
+            std::mem::swap(&mut watches[watched], watch);
         })
     }
 }

@@ -27,7 +27,8 @@
 //!   block begins and gone when it ends; until then it counts as taken. By then its DMAs must be over and its semaphores zero.
 //! - *Sizes that come at run time*: those of the grid are the call's first operands, those of views operands of the op. A
 //!   view of no elements is copied in no time and waited for in none.
-//! - *Memory that a SparseCore's subcores share* is, for each of them, unwritten where it has not written itself.
+//! - *Memory that a SparseCore's subcores share* is one where they wait for each other; else they run one after another, and it is,
+//!   for each of them, unwritten where it has not written itself.
 //! - *DMAs* land at their start, at the wait that needs them, or in a random order between, per [`DmaOrder`]. A wait takes
 //!   as many bytes from its semaphore as its destination has; DMAs are over in the order in which they landed. Between
 //!   start and that moment a DMA is *in flight*: its destination must not be touched, and its source must not be written.
@@ -109,6 +110,22 @@
 //! A DMA has left, and has arrived, on its two sides: the sender's semaphore says nothing of the receiver's memory.
 //! ⁶ Where the kernel names the barrier semaphore: others enter together, by a barrier that the compiler adds.
 //!
+//! # Several cores of a device
+//! Where the steps of a `parallel` dimension wait for each other (signals to a core or a subcore, `tpu.barrier`), or a module has a
+//! function for each of several kinds of cores, every position is a core, with VMEM, SMEM and semaphores of its own, and all run at
+//! the same time ([`Program::cores`]). Arrays in HBM, and the VMEM that subcores of a core share, they have in common. Owners do not
+//! matter then; what orders accesses does, as it does between devices. Memory of a core's own that others reach by DMAs is as
+//! another device's.
+//!
+//! | event | fault |
+//! |---|---|
+//! | two cores access the same element, one of them writes, and nothing orders the two ⁸ | `ParallelOverlap` |
+//! | a core accesses it while another's DMA, which writes it or is written over, may be in flight | `ParallelOverlap` |
+//! | a core that does not run the kernel | `OutOfBounds` |
+//! | some of a core's subcores are at a barrier, the others at the end of the kernel | `Deadlock` |
+//!
+//! ⁸ Additions by DMAs, and by `tpu.fetch_and_add_sync`, need no order among each other.
+//!
 //! # Faults
 //! Each names the op, its source line, the buffer, the index, the grid step and, where there is one, the DMA. Kinds that a
 //! run can go on after may be ignored by name ([`Machine::ignored`], [`FaultKind::can_be_ignored`]).
@@ -124,7 +141,7 @@
 //! - [`FaultKind::Deadlock`]: a wait for more bytes or signals than were ever started.
 //! - [`FaultKind::DeviceRace`]: what one device does to another's memory or semaphores, with nothing that orders it.
 //! - [`FaultKind::ParallelOverlap`]: two steps that differ in a `parallel` dimension write the same output element, or
-//!   one reads what the other, earlier in the grid, wrote ([`Machine::allow_parallel_overlaps`],
+//!   one reads what the other, earlier in the grid, wrote; two cores' accesses that nothing orders ([`Machine::allow_parallel_overlaps`],
 //!   [`Program::with_unused_outputs`]).
 //! - [`FaultKind::MemoryExceeded`]: more VMEM, SMEM, HBM or semaphores than there are.
 //! - [`FaultKind::OutputNeverWritten`]: an output element that no step wrote ([`Machine::allow_unwritten_outputs`]).
@@ -134,16 +151,14 @@
 //! - [`FaultKind::Runaway`]: more than [`Machine::max_ops`] ops or grid steps.
 //! - [`FaultKind::BadCall`]: arguments that do not fit the kernel.
 //!
-//! What it does not model: time, registers and their spills, the routes and the bandwidth between devices, cores of a device that
-//! signal each other (those of a `parallel` dimension run one after another; so do a SparseCore's subcores, and two programs at once on
-//! it are refused), layouts inside a tile (so it runs
-//! what the compiler may refuse), and what is in flight between calls: a DMA whose semaphore is the call's own lands when the
-//! kernel ends, and whoever gets that semaphore can wait for it.
+//! What it does not model: time, registers and their spills, the routes and the bandwidth between devices, layouts inside a tile (so
+//! it runs what the compiler may refuse), and what is in flight between calls: a DMA whose semaphore is the call's own lands when the
+//! kernel ends, and whoever gets that semaphore can wait for it. Cores that do not wait for each other run one after another.
 //!
 //! # Where things are
 //! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness` and
 //! `fuse` finish. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data,
-//! `devices` between devices.
+//! `devices` between devices and cores.
 //! `history` and `profile` watch: what happened to one element, and what was moved when. `halves`
 //! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`; `sparse` has what a SparseCore does beyond,
 //! `mxu` matrix units that a kernel drives itself. Only `decode` and

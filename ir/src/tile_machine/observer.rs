@@ -1,6 +1,9 @@
 //! Watching a run, event by event, at no cost where nobody does.
 
-use std::fmt;
+use std::{
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use super::memory::Region;
 use crate::{
@@ -47,6 +50,75 @@ pub trait Observer {
 /// Nobody watches.
 impl Observer for () {
     const WATCHES: bool = false;
+}
+
+/// One observer of several cores, of which one runs at a time.
+pub(super) struct Shared<'o, O>(&'o Mutex<&'o mut O>);
+
+impl<'o, O> Shared<'o, O> {
+    pub(super) fn new(observer: &'o Mutex<&'o mut O>) -> Self {
+        Self(observer)
+    }
+
+    fn lock(&self) -> MutexGuard<'o, &'o mut O> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<O: Observer> Observer for Shared<'_, O> {
+    const WATCHES: bool = O::WATCHES;
+
+    fn begin(&mut self, outputs: &[usize]) {
+        self.lock().begin(outputs);
+    }
+
+    fn step(&mut self, at: &[usize]) {
+        self.lock().step(at);
+    }
+
+    fn op(&mut self, op: &OpEvent) {
+        self.lock().op(op);
+    }
+
+    fn access(&mut self, access: &AccessEvent) {
+        self.lock().access(access);
+    }
+
+    fn matmul(&mut self, matmul: &MatmulEvent) {
+        self.lock().matmul(matmul);
+    }
+
+    fn region_start(&mut self, name: &str) {
+        self.lock().region_start(name);
+    }
+
+    fn region_stop(&mut self) {
+        self.lock().region_stop();
+    }
+
+    fn forget(&mut self, buffer: usize, why: &str) {
+        self.lock().forget(buffer, why);
+    }
+
+    fn block(&mut self, block: &BlockEvent) {
+        self.lock().block(block);
+    }
+
+    fn dma_start(&mut self, dma: &DmaEvent) {
+        self.lock().dma_start(dma);
+    }
+
+    fn dma_land(&mut self, id: usize) {
+        self.lock().dma_land(id);
+    }
+
+    fn dma_wait(&mut self, id: usize) {
+        self.lock().dma_wait(id);
+    }
+
+    fn dma_arrive(&mut self, from: usize, to: Side, bytes: usize) {
+        self.lock().dma_arrive(from, to, bytes);
+    }
 }
 
 /// An op that is about to run.

@@ -237,6 +237,11 @@ static ROWS: &[Row] = &[
     effect("tpu.sem_signal", 2..=usize::MAX, signal),
     effect("tpu.sem_wait", 2..=2, wait_semaphore),
     pure("tpu.sem_read", 1..=1, read_semaphore),
+    effect("tpu.barrier", 1..=1, |op| {
+        op.scalars(0, 1)?;
+        Ok(Op::Barrier)
+    }),
+    effect("tpu.fetch_and_add_sync", 3..=usize::MAX, fetch_and_add),
     effect("tpu.assume_multiple", 1..=1, assume_multiple),
     effect("cf.assert", 1..=1, |op| Ok(Op::Assert(op.text("msg")?))),
     // The grid and the devices.
@@ -1031,49 +1036,48 @@ fn barrier_semaphore(op: &Site) -> Decoded<Op> {
 
 // ---- DMAs and semaphores ----
 
-/// How many operands each of `count` parts of an op has: those that may be left out are there or not.
+/// How many operands each of `count` parts of an op has: those that may be left out are there or not. The last is the subcore's,
+/// which ops of a TensorCore lack.
 fn segments(op: &Site, count: usize) -> Decoded<Vec<usize>> {
     let mut segments = op.sizes("operandSegmentSizes")?;
-    // Parts that later versions of the op have.
-    fits(segments.len() >= count && segments.iter().all(|&size| size <= 1))?;
+    fits(segments.len() <= count && segments.len() + 1 >= count && segments.iter().all(|&size| size <= 1))?;
     fits(segments.iter().sum::<usize>() == op.operands.len())?;
-    if segments.split_off(count).iter().any(|&size| size > 0) {
-        return unsupported("a SparseCore's subcore is not supported");
-    }
+    segments.resize(count, 0);
     Ok(segments)
 }
 
-/// The device and the core that an op goes to: its operands from `at` on.
-fn target(op: &Site, at: usize, device: usize, core: usize) -> Decoded<Target> {
-    op.scalars(at, device + core)?;
-    Ok(Target { device: device > 0, core: core > 0 })
+/// The device, the core and the subcore that an op goes to: its operands from `at` on, as far as they are there. `memory` is an operand
+/// that is theirs.
+fn target(op: &Site, at: usize, [device, core, subcore]: [usize; 3], memory: usize) -> Decoded<Target> {
+    op.scalars(at, device + core + subcore)?;
+    Ok(Target { device: device > 0, core: core > 0, subcore: subcore > 0, of: op.core_of(memory) })
 }
 
 /// Operands: source, its semaphore, destination, its semaphore, device, core; of the semaphores the second, and source and
 /// destination, are always there.
 fn start_dma(op: &Site) -> Decoded<Op> {
     let parts = match op.has("operandSegmentSizes") {
-        true => segments(op, 6)?,
-        false => vec![1, 0, 1, 1, 0, 0],
+        true => segments(op, 7)?,
+        false => vec![1, 0, 1, 1, 0, 0, 0],
     };
-    let &[1, own, 1, 1, device, core] = parts.as_slice() else { return Err(Refusal::Misfit) };
-    fits(op.operands.len() == 3 + own + device + core)?;
+    let &[1, own, 1, 1, device, core, subcore] = parts.as_slice() else { return Err(Refusal::Misfit) };
+    fits(op.operands.len() == 3 + own + device + core + subcore)?;
     let (source, destination) = (op.memref(0)?, op.memref(1 + own)?);
     fits(source.element == destination.element && source.element.data().is_some())?;
     fits(source.may_have_dims_of(&destination))?;
     op.semaphore(2 + own)?;
     if own == 0 {
         // A DMA within the device has one semaphore.
-        return if device + core == 0 { Ok(Op::StartDma) } else { Err(Refusal::Misfit) };
+        return if device + core + subcore == 0 { Ok(Op::StartDma) } else { Err(Refusal::Misfit) };
     }
     op.semaphore(1)?;
-    Ok(Op::StartRemoteDma(target(op, 4, device, core)?))
+    Ok(Op::StartRemoteDma(target(op, 4, [device, core, subcore], 3)?))
 }
 
 /// Whether rows of a source are chosen, and not of a destination; both are operands. The chosen ones are of the array that is not in
-/// VMEM (what a SparseCore's subcores share is not theirs), or of the larger one.
+/// a subcore's own VMEM, or of the larger one.
 fn gathers(op: &Site, [source, destination]: [usize; 2]) -> Decoded<bool> {
-    let own = |at: usize| Ok(op.memref(at)?.space == MemorySpace::Vmem && !op.is_shared(at));
+    let own = |at: usize| Ok(op.memref(at)?.space == MemorySpace::Vmem);
     Ok(match [own(source)?, own(destination)?] {
         [true, false] => false,
         [false, true] => true,
@@ -1107,8 +1111,10 @@ fn wait_dma(op: &Site, semaphore: usize, bytes_of: usize) -> Decoded<Op> {
 
 /// Operands: those of the DMA. It has arrived, or has left, as `wait_target` says.
 fn wait_side(op: &Site) -> Decoded<Op> {
-    let &[1, own, 1, arrives, device, core] = segments(op, 6)?.as_slice() else { return Err(Refusal::Misfit) };
-    fits(op.operands.len() == 2 + own + arrives + device + core)?;
+    let &[1, own, 1, arrives, device, core, subcore] = segments(op, 7)?.as_slice() else {
+        return Err(Refusal::Misfit);
+    };
+    fits(op.operands.len() == 2 + own + arrives + device + core + subcore)?;
     match op.flag("wait_target") {
         true if arrives == 1 => wait_dma(op, 2 + own, 1 + own),
         false if own == 1 => wait_dma(op, 1, 0),
@@ -1116,17 +1122,17 @@ fn wait_side(op: &Site) -> Decoded<Op> {
     }
 }
 
-/// Operands: semaphore, amount, device, core.
+/// Operands: semaphore, amount, device, core, subcore.
 fn signal(op: &Site) -> Decoded<Op> {
     let parts = match op.has("operandSegmentSizes") {
-        true => segments(op, 4)?,
-        false => vec![1, 1, 0, 0],
+        true => segments(op, 5)?,
+        false => vec![1, 1, 0, 0, 0],
     };
-    let &[1, 1, device, core] = parts.as_slice() else { return Err(Refusal::Misfit) };
-    fits(op.operands.len() == 2 + device + core)?;
+    let &[1, 1, device, core, subcore] = parts.as_slice() else { return Err(Refusal::Misfit) };
+    fits(op.operands.len() == 2 + device + core + subcore)?;
     op.semaphore(0)?;
     op.scalars(1, 1)?;
-    Ok(Op::Signal(target(op, 2, device, core)?))
+    Ok(Op::Signal(target(op, 2, [device, core, subcore], 0)?))
 }
 
 /// Operands: semaphore, amount.
@@ -1139,6 +1145,19 @@ fn wait_semaphore(op: &Site) -> Decoded<Op> {
 fn read_semaphore(op: &Site) -> Decoded<Op> {
     op.semaphore(0)?;
     Ok(Op::ReadSemaphore)
+}
+
+/// Operands: memref, indices, amount, subcore. The result: what was there.
+fn fetch_and_add(op: &Site) -> Decoded<Op> {
+    let memory = op.memref(0)?;
+    fits(memory.element == RefElement::Data(Element::I32) && memory.space == MemorySpace::Smem)?;
+    let rank = memory.dims.len();
+    if op.operands.len() != 3 + rank {
+        return unsupported("without a subcore");
+    }
+    op.scalars(1, rank + 2)?;
+    fits(op.result()?.element == Element::I32)?;
+    Ok(Op::FetchAndAdd)
 }
 
 fn assume_multiple(op: &Site) -> Decoded<Op> {

@@ -8,7 +8,7 @@ use super::sparse::{OfMask, PackFormat};
 use super::tile::{Binary, Compare, Conversion, MatmulShape, Reduction, RotationStride, Scalar, Tile, Unary};
 use crate::{
     element::Element,
-    mosaic::{Frame, MemorySpace, RefElement, Role, Signature},
+    mosaic::{CoreType, Frame, MemorySpace, RefElement, Role, Signature},
 };
 
 /// A register.
@@ -70,11 +70,21 @@ pub(super) struct Permutation {
     pub(super) order: Vec<usize>,
 }
 
-/// Which of device and core are operands of an op that goes to another.
+/// Which of device, core and subcore are operands of an op that goes to another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Target {
     pub(super) device: bool,
     pub(super) core: bool,
+    pub(super) subcore: bool,
+    /// The kind of core that the memory is of, if it is not that of the kernel's own.
+    pub(super) of: Option<CoreType>,
+}
+
+impl Target {
+    /// Whether it may be another core.
+    pub(super) fn is_a_core(self) -> bool {
+        self.core || self.subcore || self.of.is_some()
+    }
 }
 
 /// How rows are copied one by one.
@@ -310,6 +320,11 @@ pub(super) enum Op {
     Signal(Target),
     WaitSemaphore,
     ReadSemaphore,
+    /// All subcores of a SparseCore meet. Operand: which barrier.
+    Barrier,
+    /// Adds to a number in another subcore's memory, and gives what was there. Operands: the memref, its indices, the amount, the
+    /// subcore.
+    FetchAndAdd,
     AssumeMultiple(i32),
     /// A named region begins. Profilers' marks count as no ops.
     RegionStart(String),
@@ -343,8 +358,10 @@ pub struct Program {
     pub(super) frames: Vec<Frame>,
     /// Where the transform of each argument's window is.
     pub(super) transform_frames: Vec<Vec<Frame>>,
-    /// What it says to other devices.
+    /// What it says to other devices, and cores.
     pub(super) communication: Communication,
+    /// What the other kinds of cores run at the same time.
+    pub(super) partners: Vec<Program>,
     /// Arguments that the kernel does not name.
     pub(super) unnamed: Vec<usize>,
 }
@@ -376,6 +393,10 @@ pub(super) struct Communication {
     pub(super) allocations: Vec<u32>,
     /// Whether they may write anywhere: it is not known where.
     pub(super) anywhere: bool,
+    /// Whether cores of one device wait for each other.
+    pub(super) meets: bool,
+    /// Whether it allocates memory that subcores share.
+    pub(super) allocates_shared: bool,
 }
 
 impl Communication {
@@ -400,9 +421,22 @@ impl Communication {
             roots.extend(root.zip(inst.results.first()).map(|(root, &slot)| (slot, root)));
             match inst.op {
                 Op::BarrierSemaphore => self.own_barrier = true,
-                Op::Signal(Target { device: true, .. }) => self.any = true,
-                Op::StartRemoteDma(_) => {
+                Op::Signal(target) => {
+                    self.any |= target.device;
+                    self.meets |= target.is_a_core();
+                }
+                Op::Barrier => self.meets = true,
+                Op::Allocate { space: MemorySpace::VmemShared, .. } => self.allocates_shared = true,
+                Op::FetchAndAdd => {
+                    self.meets = true;
+                    match first {
+                        Some(Root::Argument(at)) => self.arguments.push(at),
+                        _ => self.anywhere = true,
+                    }
+                }
+                Op::StartRemoteDma(target) => {
                     self.any = true;
+                    self.meets |= target.is_a_core();
                     match roots.get(&inst.operands[2].slot) {
                         Some(&Root::Argument(at)) => self.arguments.push(at),
                         Some(&Root::Allocation(origin)) => self.allocations.push(origin),
@@ -427,6 +461,7 @@ impl Program {
     /// Lets output `output` live in the memory of input `input`, as the custom call says (both counted from 0).
     pub fn with_aliases(mut self, aliases: &[(usize, usize)]) -> Self {
         self.aliases = aliases.to_vec();
+        self.partners = self.partners.into_iter().map(|partner| partner.with_aliases(aliases)).collect();
         self
     }
 
@@ -434,6 +469,7 @@ impl Program {
     /// they hold at the end is not a fault, be it unwritten or written by several `parallel` steps.
     pub fn with_unused_outputs(mut self, outputs: &[usize]) -> Self {
         self.unused_outputs = outputs.to_vec();
+        self.partners = self.partners.into_iter().map(|partner| partner.with_unused_outputs(outputs)).collect();
         self
     }
 
@@ -442,6 +478,7 @@ impl Program {
         for (argument, name) in self.signature.arguments.iter_mut().zip(names) {
             argument.name.clone_from(name);
         }
+        self.partners = self.partners.into_iter().map(|partner| partner.with_names(names)).collect();
         self
     }
 

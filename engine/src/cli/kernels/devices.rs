@@ -142,7 +142,8 @@ pub(super) fn run(
                     let known = Known { signature: &signature, frames: program.frames(), call: &call.frames };
                     let cell = fault.cell.map(|(buffer, offset)| Cell::Buffer { buffer, offset });
                     let history = cell.map_or_else(Vec::new, |cell| {
-                        program.history_of_device(&machine, &operands, results, fault.device.unwrap_or(0), cell)
+                        let of = [fault.device.unwrap_or(0), fault.core];
+                        program.history_of_device(&machine, &operands, results, of, cell)
                     });
                     report.explanation = Some(Explanation::of_fault(&fault, &known, history, again(dma)));
                     (report.dma, report.fault) = (done.pop(), Some(fault));

@@ -550,7 +550,12 @@ pub(super) fn execute(
         match run {
             Err(fault) => {
                 let cell = fault.cell.map(|(buffer, offset)| Cell::Buffer { buffer, offset });
-                let past = |cell| program.history(&machine, call.operands, call.results, cell);
+                let past = |cell| match fault.core {
+                    0 => program.history(&machine, call.operands, call.results, cell),
+                    core => {
+                        program.history_of_device(&machine, &[call.operands.to_vec()], call.results, [0, core], cell)
+                    }
+                };
                 let history = cell.map_or_else(Vec::new, past);
                 report.explanation = Some(Explanation::of_fault(&fault, &known, history, again(dma)));
                 // Which order found it.
