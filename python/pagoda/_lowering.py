@@ -51,6 +51,11 @@ def jax_modules():
 
         v5p = functools.partial(tpu_info.get_tpu_info_for_chip, tpu_info.ChipVersion.TPU_V5P, 1)
         tpu_info.registry.setdefault("cpu", v5p)
+        # SparseCore kernels ask whether there is one at all.
+        if not getattr(tpu_info, "_pagoda_has_a_tpu", False):
+            has_a_tpu = tpu_info.is_tpu_device
+            tpu_info.is_tpu_device = lambda: getattr(_state, "compiled", False) or has_a_tpu()
+            tpu_info._pagoda_has_a_tpu = True
     # And what a mesh of its cores asks of a device: it has one.
     with contextlib.suppress(RuntimeError):  # where JAX_PLATFORMS leaves the CPU out, there is a TPU to ask
         device = jax.devices("cpu")[0]

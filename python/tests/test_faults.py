@@ -4,11 +4,12 @@ import inspect
 
 import pytest
 
+import cores
 import faults
 import pagoda
 import rings
 
-CASES = faults.CASES + rings.CASES
+CASES = faults.CASES + rings.CASES + cores.CASES
 
 
 def expected(function):

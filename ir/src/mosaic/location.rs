@@ -7,7 +7,7 @@ use melior::ir::{
     operation::{OperationLike, OperationRef},
 };
 
-use super::signature::{first_block, identifier};
+use super::signature::{first_block, identifier, op_name};
 
 /// A source line of a call stack.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize)]
@@ -62,6 +62,18 @@ impl Place {
         stack(location, &mut frames);
         let labels = primitive.map_or_else(|| labels.clone(), |primitive| vec![primitive.to_owned()]);
         Self { frames, labels }
+    }
+
+    /// That of an op. One that has no source line (JAX's `sync_copy` loses its DMA's) has that of the op around it.
+    pub(crate) fn of_op(op: OperationRef) -> Self {
+        let own = Self::of(op.location());
+        if !own.frames.is_empty() {
+            return own;
+        }
+        let around = std::iter::successors(op.parent_operation(), |op| op.parent_operation());
+        let mut around = around.take_while(|op| op_name(*op) != "func.func").map(|op| Self::of(op.location()).frames);
+        let frames = around.find(|frames| !frames.is_empty()).unwrap_or_default();
+        Self { frames, ..own }
     }
 
     /// `file:line in function (primitive)`; `None` where nothing is known.

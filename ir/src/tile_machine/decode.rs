@@ -254,7 +254,7 @@ impl Decoder {
             let operands = operation.operands().map(|value| self.read(value)).collect();
             let results = operation.results().map(|result| self.slot(result)).collect();
             let origin = self.origins.len() as u32;
-            let place = Place::of(operation.location());
+            let place = Place::of_op(operation);
             let location = place.describe().unwrap_or_else(|| "unknown".into());
             let elements = site.result().map_or(0, |result| result.len());
             self.origins.push(Origin { op: site.name.clone(), location, frames: place.frames, elements });
@@ -333,7 +333,8 @@ impl<'c, 'a> Site<'c, 'a> {
     }
 
     fn error(&self, reason: &str) -> Error {
-        Error::op(self.name.as_str(), format!("{reason} (at {})", describe(self.operation.location())))
+        let place = Place::of_op(self.operation).describe().unwrap_or_else(|| "unknown".into());
+        Error::op(self.name.as_str(), format!("{reason} (at {place})"))
     }
 
     fn misfit(&self) -> Error {
