@@ -111,11 +111,6 @@ fn stack(location: Location, frames: &mut Vec<Frame>) {
     }
 }
 
-/// [`Place::describe`], or `unknown`.
-pub(crate) fn describe(location: Location) -> String {
-    Place::of(location).describe().unwrap_or_else(|| "unknown".into())
-}
-
 /// The place of a function; of its first op that has one where the function itself has none, as in JAX's modules.
 pub(crate) fn place_of_function(function: OperationRef) -> Place {
     let inside = || {
@@ -127,7 +122,7 @@ pub(crate) fn place_of_function(function: OperationRef) -> Place {
     if own.describe().is_some() { own } else { inside().unwrap_or_default() }
 }
 
-/// [`describe`] of [`place_of_function`].
+/// [`Place::describe`] of [`place_of_function`], or `unknown`.
 pub(crate) fn describe_function(function: OperationRef) -> String {
     place_of_function(function).describe().unwrap_or_else(|| "unknown".into())
 }

@@ -53,7 +53,7 @@ pub mod wire;
 
 pub use builder::{Builder, Carry, Cost, Kernel, Operand, Role, Semantics, Transform, Window, kernel};
 pub use location::Frame;
-pub(crate) use location::{Place, describe, describe_function, place_of_function};
+pub(crate) use location::{Place, describe_function, place_of_function};
 pub(crate) use memref::describe as describe_memref;
 pub use memref::{Dma, IntoIndices, MemorySpace, Ref, RefElement};
 pub use signature::{Argument, CoreType, Signature, WindowParams};

@@ -27,9 +27,9 @@ use crate::{
     element::Element,
     error::{Error, Result},
     mosaic::{
-        Argument, CoreType, MemorySpace, Place, RefElement, Role, Signature, countable, describe, describe_function,
-        first_block, functions, i64_array, kernel_functions, op_name, place_of_function, read_memref, scalar_element,
-        symbol, vector_dims,
+        Argument, CoreType, MemorySpace, Place, RefElement, Role, Signature, countable, describe_function, first_block,
+        functions, i64_array, kernel_functions, op_name, place_of_function, read_memref, scalar_element, symbol,
+        vector_dims,
     },
 };
 
