@@ -189,8 +189,12 @@ fn attend<T: Float, C: Cached>(frame: Frame<'_>) -> Outcome {
         usize::try_from(value).map_err(|_| format!("operand {index} is {value}"))
     };
     let heads: usize = number(options, kv_heads)?.filter(|&heads| heads > 0).ok_or("KV heads are missing")?;
-    let kv_rows = if rows as usize == heads { KvRows::Packed } else { KvRows::Interleaved };
-    let head_dim = (rows * width) as usize / KvLayout::rows_of(heads);
+    let (rows, width) = (rows as usize, width as usize);
+    let (kv_rows, head_dim) = match rows == KvLayout::rows_of(heads) {
+        true => (KvRows::Interleaved, width),
+        false if rows == heads => (KvRows::Packed, width / KvLayout::rows_of(1)),
+        false => (KvRows::Padded, width),
+    };
     let floats = |index: usize| operands.get(index)?.values::<f32>();
     let has_sinks = options.string(sinks).is_some();
     let sinks = has_sinks.then(|| floats(9)).transpose()?;

@@ -4,7 +4,8 @@
 //! each head, interleaved (key of head `h` in row `2h`, value in row `2h + 1`), as JAX's and tpu-inference's ragged paged
 //! attention have them. Heads of 64 or 192 may be packed ([`KvRows::Packed`]): `[layers * pages, page_size, heads, 2 *
 //! head_dim]`, key and value of a head in one row, so that rows fill tiles of a TPU's 128 lanes, where its memory would be half
-//! or a quarter padding. In row-major memory both are the same bytes. Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer,
+//! or a quarter padding. In row-major memory both are the same bytes. Rows of 8 bits that do not fill tiles may be padded
+//! ([`KvRows::Padded`]) with rows of zeros, since copies take whole tiles. Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer,
 //! `page * page_size + offset`; [`NO_SLOT`] is nowhere.
 
 use std::ops::Range;
@@ -45,6 +46,8 @@ pub enum KvRows {
     Interleaved,
     /// A row for each head: its key in the first half of the elements, its value in the second.
     Packed,
+    /// Interleaved ones, and behind them as many of zeros as fill a TPU's tiles: 4 for one head in 8 bits, 8 for three.
+    Padded,
 }
 
 impl KvRows {
@@ -58,7 +61,25 @@ impl KvRows {
     pub fn for_lanes(element: Element, heads: usize, head_dim: usize) -> Self {
         match Self::packs(head_dim) && fills_tiles(element, heads) {
             true => Self::Packed,
-            false => Self::Interleaved,
+            false => Self::unpacked(element, heads),
+        }
+    }
+
+    /// Key and value in rows of their own, padded where a TPU's copies could not take them.
+    pub fn unpacked(element: Element, heads: usize) -> Self {
+        match element.bytes() > 1 || fills_tiles(element, KvLayout::rows_of(heads)) {
+            true => Self::Interleaved,
+            false => Self::Padded,
+        }
+    }
+
+    /// Rows of a token of `heads` heads.
+    pub fn of_token(self, element: Element, heads: usize) -> usize {
+        let rows = KvLayout::rows_of(heads);
+        match self {
+            Self::Interleaved => rows,
+            Self::Packed => heads,
+            Self::Padded => rows.next_multiple_of(tile_rows(element, rows)),
         }
     }
 }
@@ -112,7 +133,7 @@ impl KvLayout {
     /// Where among a token's rows of elements one half of `head` is: the row, and its first element there.
     pub const fn place(&self, head: usize, half: Half) -> [usize; 2] {
         match self.kv_rows {
-            KvRows::Interleaved => [Self::row(head, half), 0],
+            KvRows::Interleaved | KvRows::Padded => [Self::row(head, half), 0],
             KvRows::Packed => [head, half as usize * self.head_dim],
         }
     }
@@ -127,20 +148,19 @@ impl KvLayout {
         HALVES * head + half as usize
     }
 
-    /// A token's rows and their elements: `[2 * heads, head_dim]`, packed `[heads, 2 * head_dim]`.
-    pub const fn token_dims(&self) -> [usize; 2] {
-        match self.kv_rows {
-            KvRows::Interleaved => [HALVES * self.heads, self.head_dim],
-            KvRows::Packed => [self.heads, HALVES * self.head_dim],
-        }
+    /// A token's rows and their elements: `[2 * heads, head_dim]`, or some more rows, packed `[heads, 2 * head_dim]`.
+    pub fn token_dims(&self) -> [usize; 2] {
+        let width = if self.kv_rows == KvRows::Packed { HALVES * self.head_dim } else { self.head_dim };
+        [self.kv_rows.of_token(self.element, self.heads), width]
     }
 
     /// Elements of a token.
-    pub const fn token_elements(&self) -> usize {
-        self.rows() * self.head_dim
+    pub fn token_elements(&self) -> usize {
+        self.token_dims().iter().product()
     }
 
-    /// `[layers * pages, page_size, 2 * heads, head_dim]`, packed `[layers * pages, page_size, heads, 2 * head_dim]`.
+    /// `[layers * pages, page_size, 2 * heads, head_dim]`, or some more rows, packed `[layers * pages, page_size, heads, 2 *
+    /// head_dim]`.
     pub fn buffer_type(&self) -> TensorType {
         let [rows, width] = self.token_dims();
         TensorType::new(self.element, &[self.layers * self.pages, self.page_size, rows, width])
@@ -186,7 +206,14 @@ impl KvLayout {
         let half = [tokens, self.heads, 1, self.head_dim];
         let both = b.concatenate(&[b.reshape(k, &half)?, b.reshape(v, &half)?], 2)?;
         let [rows, width] = self.token_dims();
-        b.reshape(both, &[tokens, rows, width])
+        match self.kv_rows {
+            KvRows::Padded => {
+                let both = b.reshape(both, &[tokens, self.rows(), width])?;
+                let padding = b.splat(self.element, &[tokens, rows - self.rows(), width], 0.0)?;
+                b.concatenate(&[both, padding], 1)
+            }
+            _ => b.reshape(both, &[tokens, rows, width]),
+        }
     }
 
     /// One half of every head of some pages, `i32[seqs, pages]` of the buffer: `[seqs, heads, pages * page_size, head_dim]`.
@@ -207,7 +234,7 @@ impl KvLayout {
         let (page, head) = (b.broadcast_in_dim(pages, &grid, &[0, 2])?, b.iota(Element::I32, &grid, 1)?);
         // [seqs, heads, pages, place in the dimensions named]
         let (indices, start_index_map): (_, &[usize]) = match self.kv_rows {
-            KvRows::Interleaved => {
+            KvRows::Interleaved | KvRows::Padded => {
                 let row = b.add(b.multiply(head, ints(HALVES)?)?, ints(half as usize)?)?;
                 (b.concatenate(&[page, row], 3)?, &[0, 2])
             }
@@ -268,6 +295,11 @@ mod tests {
         assert_eq!(packed.buffer_type().dims, [10, 4, 3, 16]);
         assert_eq!(packed.token(5, 6), kv.token(5, 6));
         assert_eq!(packed.offset(1, Half::Value), 16 + 8);
+        // Padded: those of 8 bits fill words, and tiles of 8 rows where there are as many.
+        let padded = |heads| KvLayout { element: Element::I8, heads, kv_rows: KvRows::Padded, ..kv };
+        assert_eq!([1, 3, 5].map(|heads| padded(heads).token_dims()), [[4, 8], [8, 8], [16, 8]]);
+        let rows = |heads| KvRows::unpacked(Element::I8, heads);
+        assert_eq!([1, 2, 3, 4, 6].map(|heads| rows(heads) == KvRows::Padded), [true, false, true, false, true]);
         // Position 6 of a sequence on pages 3 and 1: offset 2 of page 1. Layer 1 begins at page 5.
         let slot = kv.slot(&[3, 1], 6);
         assert_eq!(slot, 4 + 2);

@@ -92,6 +92,7 @@ impl Kernel for Rpa {
         }
         let words = [
             (problem.kv_rows == KvRows::Packed, "packed"),
+            (problem.kv_rows == KvRows::Padded, "padded"),
             (problem.sinks, "sinks"),
             (problem.log_sum_exp, "log-sum-exp"),
             (problem.fused.is_some(), "fused with rotary and KV write"),
@@ -460,7 +461,14 @@ fn with_options(choices: &mut Choices, spec: Spec) -> Spec {
         &|spec| Spec { kv_rows: KvRows::for_lanes(spec.precision.kv, spec.kv_heads, spec.head_dim), ..spec },
         &|spec| Spec { sinks: true, ..spec },
         &|spec| Spec { log_sum_exp: true, ..spec },
-        &|spec| Spec { precision: Precision { kv: narrow, ..spec.precision }, ..spec },
+        &|spec| Spec {
+            precision: Precision { kv: narrow, ..spec.precision },
+            kv_rows: match spec.kv_rows {
+                KvRows::Packed => KvRows::Packed,
+                KvRows::Interleaved | KvRows::Padded => KvRows::unpacked(narrow, spec.kv_heads),
+            },
+            ..spec
+        },
     ];
     options.into_iter().fold(spec, |spec, option| match choices.coin().then(|| option(spec.clone())) {
         Some(with) if plan::emitted(&with) => with,

@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 pub use self::decode::Split;
 use super::{
     Rpa, estimate,
-    kv_layout::{KvRows, fills_tiles, tile_rows},
+    kv_layout::{KvLayout, KvRows, fills_tiles, tile_rows},
     mosaic::block::lanes,
     problem::{Kind, Problem, Spec},
 };
@@ -125,7 +125,7 @@ pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> 
                 "make {rows} rows of {kv} a token, which do not fill tiles of {}, as copies take them",
                 tile_rows(kv, rows)
             ),
-            fix: "give interleaved rows of bf16, which take as much memory where tiles are padded".into(),
+            fix: "give rows of zeros behind them (kv_rows = padded), or rows of bf16".into(),
         });
     }
     if !emitted(problem) {
@@ -644,7 +644,11 @@ fn projections_sliceable(problem: &Problem, share: usize) -> bool {
 
 /// Whether copies can take `heads` KV heads of a page, and all results of theirs.
 fn can_slice(problem: &Problem, heads: usize) -> bool {
-    let [rows, _] = problem.kv_layout().of_heads(heads).token_dims();
+    // Padding comes behind all heads.
+    let rows = match problem.kv_rows {
+        KvRows::Packed => heads,
+        KvRows::Interleaved | KvRows::Padded => KvLayout::rows_of(heads),
+    };
     rows.is_multiple_of(SUBLANES) && !problem.log_sum_exp
 }
 

@@ -119,11 +119,8 @@ pub struct Spec {
 
 impl Spec {
     /// Rows of a token in the cache.
-    pub const fn token_rows(&self) -> usize {
-        match self.kv_rows {
-            KvRows::Interleaved => KvLayout::rows_of(self.kv_heads),
-            KvRows::Packed => self.kv_heads,
-        }
+    pub fn token_rows(&self) -> usize {
+        self.kv_rows.of_token(self.precision.kv, self.kv_heads)
     }
 }
 
@@ -204,7 +201,7 @@ impl Specification for Spec {
         let fix = "give an even one, or leave rotary out";
         let pairs = spec.fused.is_none() || spec.head_dim.is_multiple_of(2);
         ensure(pairs, SUBJECT, "head_dim", spec.head_dim, || "has no two halves to rotate".into(), fix)?;
-        let fits = spec.kv_rows == KvRows::Interleaved || KvRows::packs(spec.head_dim);
+        let fits = spec.kv_rows != KvRows::Packed || KvRows::packs(spec.head_dim);
         let limit = || "is not 64 or 192, or 64 more than another multiple of 128, as packed rows have it".into();
         ensure(fits, SUBJECT, "head_dim", spec.head_dim, limit, "give kv_rows = interleaved")?;
         let rows = 2 * spec.kv_heads.min(MAX_ELEMENTS);

@@ -32,7 +32,7 @@ use crate::rpa::{
 /// and value share, values begin in the middle.
 pub(in crate::rpa) fn lanes(problem: &Problem) -> [usize; 2] {
     match problem.kv_rows {
-        KvRows::Interleaved => [problem.head_dim, 0],
+        KvRows::Interleaved | KvRows::Padded => [problem.head_dim, 0],
         KvRows::Packed => [problem.head_dim.next_multiple_of(LANES), problem.head_dim % LANES],
     }
 }
@@ -92,7 +92,7 @@ impl<'a> Block<'a> {
         }
         // One load for both.
         match self.layout.kv_rows {
-            KvRows::Interleaved => {
+            KvRows::Interleaved | KvRows::Padded => {
                 let words = self.load(&self.words, words, [0, count]);
                 [key, value].map(|row| self.numbers(words, row % self.packing()))
             }
@@ -132,7 +132,7 @@ impl<'a> Block<'a> {
     /// The pieces that hold a half of a head.
     fn pieces_of(&self, half: Half) -> std::ops::Range<usize> {
         match self.layout.kv_rows {
-            KvRows::Interleaved => 0..self.words.len(),
+            KvRows::Interleaved | KvRows::Padded => 0..self.words.len(),
             KvRows::Packed => {
                 let [_, first] = self.layout.place(0, half);
                 first / LANES..(first + self.layout.head_dim).div_ceil(LANES)
@@ -160,7 +160,7 @@ impl<'a> Block<'a> {
         [first, count]: [usize; 2],
         recent: &mut Option<([usize; 3], [Value<'a>; 2])>,
     ) -> Option<[Value<'a>; 2]> {
-        if !self.widens_pairs(count) || self.layout.kv_rows != KvRows::Interleaved {
+        if !self.widens_pairs(count) || self.layout.kv_rows == KvRows::Packed {
             return None;
         }
         let rows = Half::ALL.map(|half| self.layout.place(head, half)[0]);

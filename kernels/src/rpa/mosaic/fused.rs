@@ -152,7 +152,7 @@ pub(super) fn store_tokens<'a>(
     let rows_of_head = |head: usize| {
         let [key, value] = Half::ALL.map(|half| of(half, head));
         match problem.kv_rows {
-            KvRows::Interleaved => vec![key, value],
+            KvRows::Interleaved | KvRows::Padded => vec![key, value],
             KvRows::Packed => {
                 let value = value[0].rotate(problem.head_dim, 1);
                 vec![vec![k.iota(&value.dims(), 1).less(problem.head_dim).select(key[0], value)]]
@@ -160,6 +160,7 @@ pub(super) fn store_tokens<'a>(
         }
     };
     let all: Vec<_> = (0..heads).flat_map(rows_of_head).collect();
+    let words = all.len().div_ceil(packing);
     for (word, rows_of_word) in all.chunks(packing).enumerate() {
         for (piece, tokens) in tokens.iter().enumerate() {
             let of_row = |row: &Vec<Value<'a>>| match lanes {
@@ -183,6 +184,12 @@ pub(super) fn store_tokens<'a>(
                 }
             };
             tokens.strided(0, word, count, rows / packing).store(value);
+        }
+    }
+    for word in words..rows / packing {
+        for tokens in tokens {
+            let tokens = tokens.reshape(&[count * rows, lanes]).bitcast(Element::I32);
+            tokens.strided(0, word, count, rows / packing).store(k.zeros(Element::I32, &[count, lanes]));
         }
     }
 }
