@@ -31,6 +31,8 @@ pub struct Signature {
     pub name: String,
     /// What runs it.
     pub core: CoreType,
+    /// Which grid dimensions are the cores of a SparseCore kernel, and their subcores, as far as the module names them.
+    pub core_dims: [Option<usize>; 2],
     /// Size and semantics of each grid dimension; no size where the call gives it, as one of its first operands.
     pub grid: Vec<(Option<usize>, Semantics)>,
     /// The memrefs that follow the grid indices, in order.
@@ -213,7 +215,13 @@ impl Signature {
             };
             arguments.push(Argument { name, role, element, dims, space, window });
         }
-        Ok(Self { name, core: CoreType::of(function), grid, arguments })
+        // `#tpu.dimension_semantics<core_parallel>`
+        let named = |name: &str| {
+            let mut words = semantics.iter().map(|text| text.trim_end_matches('>').rsplit('<').next());
+            words.position(|word| word == Some(name))
+        };
+        let core_dims = ["core_parallel", "subcore_parallel"].map(named);
+        Ok(Self { name, core: CoreType::of(function), core_dims, grid, arguments })
     }
 
     /// How many sizes of the grid the call gives: as many scalars are its first operands.
@@ -235,7 +243,8 @@ impl Signature {
 
     /// Bytes of VMEM that the kernel declares, tile padding and double buffers included.
     pub fn vmem_bytes(&self) -> usize {
-        let vmem = self.arguments.iter().filter(|argument| argument.space == MemorySpace::Vmem);
+        let is_vmem = |argument: &&Argument| matches!(argument.space, MemorySpace::Vmem | MemorySpace::VmemShared);
+        let vmem = self.arguments.iter().filter(is_vmem);
         vmem.map(Argument::bytes).sum()
     }
 }

@@ -93,10 +93,12 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                     if results.contains(&array) {
                         return Err(bad(self, format!("output `{name}` shares an input's memory with another output")));
                     }
-                    // Cores that run at the same time have clocks.
-                    if parallel && self.link.as_ref().is_none_or(|link| !link.has_common_memory()) {
-                        let unused = self.program.unused_outputs.contains(&next_output);
-                        self.buffers[array].track_owners(unused || self.machine.overlaps());
+                    let unused = self.program.unused_outputs.contains(&next_output);
+                    match &mut self.link {
+                        // Cores that run at the same time have clocks, and no owners.
+                        Some(link) if link.has_common_memory() => link.unused.extend(unused.then_some(array)),
+                        _ if parallel => self.buffers[array].track_owners(unused || self.machine.overlaps()),
+                        _ => {}
                     }
                     next_output += 1;
                     results.push(array);
@@ -144,6 +146,13 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
                     }
                     buffer
                 }
+                (_, RefElement::DmaSemaphore | RefElement::Semaphore, Some(_))
+                    if self.link.as_ref().is_some_and(|link| link.has_common_memory()) =>
+                {
+                    let detail =
+                        format!("`{name}` is a semaphore of the call, and this kernel's cores wait for each other");
+                    return Err(bad(self, detail));
+                }
                 (_, RefElement::DmaSemaphore | RefElement::Semaphore, Some(array)) => {
                     self.of_call(array, argument.role == Role::Output && !input_arrays.contains(&array));
                     array
@@ -180,6 +189,9 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
         {
             self.semaphores.entry((array, cell)).or_default().value = i64::from(value);
         }
+        let given: Vec<(usize, i64)> =
+            self.semaphores.range((array, 0)..=(array, usize::MAX)).map(|(&(_, cell), s)| (cell, s.value)).collect();
+        given.into_iter().for_each(|(cell, value)| self.count_sent((array, cell), value));
     }
 
     /// Sets the sizes of the grid; `given` are those that the call gives.

@@ -41,15 +41,31 @@ impl Program {
     pub fn decode(module: &Module) -> Result<Self> {
         let functions = functions(module);
         let kernels = kernel_functions(module)?;
-        let mut programs =
-            kernels.into_iter().map(|kernel| Self::of(kernel, &functions)).collect::<Result<Vec<_>>>()?;
+        // Ops are numbered through all functions, so that a number means the same to each of them.
+        let (mut programs, mut origins) = (vec![], vec![]);
+        for kernel in kernels {
+            let program = Self::of(kernel, &functions, std::mem::take(&mut origins))?;
+            origins.clone_from(&program.origins);
+            programs.push(program);
+        }
+        programs.iter_mut().for_each(|program| program.origins.clone_from(&origins));
         let mut program = programs.remove(0);
         for partner in &programs {
-            let differs = |(a, b): (&Argument, &Argument)| (a.role, a.element, &a.dims) != (b.role, b.element, &b.dims);
+            let differs = |(a, b): (&Argument, &Argument)| {
+                (a.role, a.element, &a.dims, a.space) != (b.role, b.element, &b.dims, b.space)
+            };
+            let moved = |argument: &Argument| {
+                let in_hbm = matches!(argument.space, MemorySpace::Any | MemorySpace::Hbm | MemorySpace::Host);
+                argument.window.is_some() || (argument.role != Role::Scratch && !in_hbm)
+            };
             let [own, other] = [&program, partner].map(|program| &program.signature.arguments);
+            let names = || format!("@{} and @{} run at the same time", program.signature.name, partner.signature.name);
             if own.len() != other.len() || own.iter().zip(other).any(differs) {
-                let names = format!("@{} and @{}", program.signature.name, partner.signature.name);
-                return Err(Error::mosaic(format!("{names} run at the same time and do not have the same arguments")));
+                return Err(Error::mosaic(format!("{} and do not have the same arguments", names())));
+            }
+            if let Some(argument) = own.iter().chain(other).find(|argument| moved(argument)) {
+                let what = format!("operand `{}` is not in HBM, or comes in blocks", argument.name);
+                return Err(Error::mosaic(format!("{}: {what}", names())));
             }
         }
         program.communication.meets |= !programs.is_empty();
@@ -59,9 +75,9 @@ impl Program {
     }
 
     /// A kernel function, one of its module's `functions`.
-    fn of(kernel: OperationRef, functions: &[OperationRef]) -> Result<Self> {
+    fn of(kernel: OperationRef, functions: &[OperationRef], origins: Vec<Origin>) -> Result<Self> {
         let signature = Signature::of(kernel, functions)?;
-        let mut decoder = Decoder { sparse: signature.core != CoreType::TensorCore, ..Decoder::default() };
+        let mut decoder = Decoder { core: signature.core, origins, ..Decoder::default() };
         let body = decoder.function(kernel)?;
         let rank = signature.grid.len();
         let of_kernel = parameters(kernel);
@@ -142,8 +158,8 @@ fn parameters<'c>(function: OperationRef<'c, '_>) -> Vec<Type<'c>> {
 
 #[derive(Default)]
 struct Decoder {
-    /// Whether the kernel is for a SparseCore.
-    sparse: bool,
+    /// What runs the kernel.
+    core: CoreType,
     slots: HashMap<*const std::ffi::c_void, Slot>,
     /// What each register holds, if it is a tile.
     types: Vec<Option<TileType>>,
@@ -214,7 +230,7 @@ impl Decoder {
         }
         let operations = std::iter::successors(block.first_operation(), |operation| operation.next_in_block());
         for operation in operations {
-            let site = Site::new(operation, self.sparse);
+            let site = Site::new(operation, self.core);
             let Some(row) = ops::row(&site.name) else {
                 self.refuse(site.error("the tile machine does not know this op"));
                 for region in operation.regions() {
@@ -322,14 +338,14 @@ pub(super) struct Site<'c, 'a> {
     pub(super) name: String,
     /// The types of its operands.
     pub(super) operands: Vec<Type<'c>>,
-    /// Whether its kernel is for a SparseCore.
-    pub(super) sparse: bool,
+    /// What runs its kernel.
+    pub(super) core: CoreType,
 }
 
 impl<'c, 'a> Site<'c, 'a> {
-    fn new(operation: OperationRef<'c, 'a>, sparse: bool) -> Self {
+    fn new(operation: OperationRef<'c, 'a>, core: CoreType) -> Self {
         let operands = operation.operands().map(|value| value.r#type()).collect();
-        Self { operation, name: op_name(operation), operands, sparse }
+        Self { operation, name: op_name(operation), operands, core }
     }
 
     fn error(&self, reason: &str) -> Error {
@@ -383,9 +399,9 @@ impl<'c, 'a> Site<'c, 'a> {
         memref(self.operand_type(index)?)
     }
 
-    /// The kind of core that operand `index` is memory of, where its type says so.
+    /// The kind of core that operand `index` is memory of, where its type says so and it is not that of the kernel's own.
     pub(super) fn core_of(&self, index: usize) -> Option<CoreType> {
-        CoreType::in_text(&printed(self.operands.get(index)?))
+        CoreType::in_text(&printed(self.operands.get(index)?)).filter(|&core| core != self.core)
     }
 
     /// The result, a memref.

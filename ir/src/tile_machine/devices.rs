@@ -71,8 +71,8 @@ pub(super) struct Station<'p> {
     program: &'p Program,
     core: usize,
     subcore: usize,
-    /// Its steps of the grid, if not all.
-    steps: Option<Range<usize>>,
+    /// Its position of the parallel dimensions, if not all are its own.
+    position: Option<usize>,
 }
 
 impl Station<'_> {
@@ -309,6 +309,8 @@ struct Meeting {
 #[derive(Debug, PartialEq, Eq)]
 enum Status {
     Ready,
+    /// It looks again and again for something that is not there.
+    Polling,
     /// It waits: for what, in words.
     Waiting(String),
     /// It is at the end of the kernel.
@@ -350,6 +352,8 @@ struct State<'i> {
     /// for which does not matter any more.
     touched: HashMap<(usize, usize), (usize, Vec<Touch>)>,
     open: Vec<Open>,
+    /// DMAs that their receivers have not looked at, and what their senders knew.
+    posted: Vec<(Sending, Clock)>,
     /// By the first of those who meet, and the barrier's number.
     meetings: HashMap<(usize, i32), Meeting>,
     running: usize,
@@ -392,6 +396,7 @@ impl<'i> Fabric<'i> {
             common: HashMap::new(),
             touched: HashMap::new(),
             open: vec![],
+            posted: vec![],
             meetings: HashMap::new(),
             running: if order == DmaOrder::Late { count - 1 } else { 0 },
             started: 0,
@@ -469,7 +474,8 @@ impl State<'_> {
     /// The epoch of a core that every other one which may still do something knows to be over.
     fn known(&self, core: usize) -> u32 {
         let others = self.cores.iter().enumerate().filter(|(at, other)| *at != core && other.status != Status::Done);
-        others.map(|(_, other)| other.clock[core]).min().unwrap_or(u32::MAX)
+        let others = others.map(|(_, other)| other.clock[core]);
+        others.chain(self.posted.iter().map(|(_, clock)| clock[core])).min().unwrap_or(u32::MAX)
     }
 
     /// Notes what a core does to memory that is `home`'s.
@@ -507,6 +513,7 @@ impl State<'_> {
             self.running = able[at];
             return;
         }
+        let mut polling: Vec<usize> = (0..count).filter(|&at| self.cores[at].status == Status::Polling).collect();
         let mut departures: Vec<(u64, usize, usize)> = (self.cores.iter().enumerate())
             .flat_map(|(at, core)| core.departures.iter().map(move |&(number, dma)| (number, at, dma)))
             .collect();
@@ -516,6 +523,11 @@ impl State<'_> {
             let (_, core, dma) = departures[at];
             self.running = core;
             self.cores[core].turn = Some(Turn::Depart(dma));
+            return;
+        }
+        polling.sort_by_key(|&at| (at + 2 * count - me - 1) % count);
+        if let Some(&first) = polling.first() {
+            self.running = first;
             return;
         }
         let waiting = |core: &Core| match &core.status {
@@ -549,6 +561,8 @@ pub(super) struct Link<'f, 'i> {
     early: VecDeque<Message>,
     /// Buffers that it has in common with other cores, and whose they are.
     common: Vec<(usize, usize)>,
+    /// Arrays that nobody reads after the call.
+    pub(super) unused: Vec<usize>,
     ledgers: HashMap<(usize, usize), Ledger>,
     /// Semaphores of ops that allocate them, while they are not allocated: another core may be ahead.
     parked: BTreeMap<(u32, usize), (Semaphore, Ledger)>,
@@ -577,6 +591,7 @@ impl<'f, 'i> Link<'f, 'i> {
             incoming: vec![],
             early: VecDeque::new(),
             common: vec![],
+            unused: vec![],
             ledgers: HashMap::new(),
             parked: BTreeMap::new(),
             scoped: vec![],
@@ -607,9 +622,18 @@ impl<'f, 'i> Link<'f, 'i> {
         self.clock.len() == 1
     }
 
-    /// The grid steps that are this core's, if not all.
-    pub(super) fn steps(&self) -> Option<Range<usize>> {
-        self.fabric.station(self.me).steps.clone()
+    /// The steps of a grid of sizes `bounds` that are this core's.
+    pub(super) fn steps(&self, bounds: &[usize]) -> Range<usize> {
+        let Station { program, position, .. } = self.fabric.station(self.me);
+        let all: usize = bounds.iter().product();
+        match position {
+            Some(_) if all == 0 => 0..0,
+            Some(at) => {
+                let of_one: usize = bounds[program.parallel_dims()..].iter().product();
+                at * of_one..(at + 1) * of_one
+            }
+            None => 0..all,
+        }
     }
 
     /// Where an op of a core is.
@@ -667,7 +691,7 @@ impl<'f, 'i> Link<'f, 'i> {
 impl Program {
     /// Whether it sends anything to other devices.
     pub fn communicates(&self) -> bool {
-        self.communication.any || self.partners.iter().any(Self::communicates)
+        self.functions().any(|program| program.communication.any)
     }
 
     /// How many cores of a device run it, each at a position of its own of the parallel dimensions, and all at the same time: 1
@@ -678,60 +702,71 @@ impl Program {
 
     /// What each of a device's cores runs.
     fn stations(&self) -> Vec<Station<'_>> {
-        let all = || std::iter::once(self).chain(&self.partners);
-        if !all().any(|program| program.communication.meets) {
-            return vec![Station { program: self, core: 0, subcore: 0, steps: None }];
+        if !self.cores_meet() {
+            return vec![Station { program: self, core: 0, subcore: 0, position: None }];
         }
         let mut stations = vec![];
-        for program in all() {
-            let grid: Vec<(usize, Semantics)> =
-                program.signature.grid.iter().map(|&(size, how)| (size.unwrap_or(1), how)).collect();
-            let count = grid.iter().take_while(|(_, how)| *how == Semantics::Parallel).count();
-            let (parallel, rest) = grid.split_at(count);
-            let [positions, steps] = [parallel, rest].map(|dims| dims.iter().map(|(size, _)| size).product::<usize>());
-            // The cores of a vector subcore's grid come before its subcores.
-            let subcores = match program.signature.core {
-                CoreType::VectorSubcore => parallel.iter().skip(1).map(|(size, _)| size).product(),
-                _ => 1,
-            };
-            stations.extend((0..positions).map(|at| Station {
-                program,
-                core: at / subcores,
-                subcore: at % subcores,
-                steps: Some(at * steps..(at + 1) * steps),
+        for program in self.functions() {
+            let Signature { core: kind, core_dims, grid, .. } = &program.signature;
+            let sizes: Vec<usize> = grid[..program.parallel_dims()].iter().map(|(size, _)| size.unwrap_or(1)).collect();
+            let strides = tile::strides(&sizes);
+            let along = |dim: Option<usize>, at: usize| dim.map_or(0, |dim| at / strides[dim] % sizes[dim].max(1));
+            // An empty grid is run by a core that has nothing to do.
+            stations.extend((0..sizes.iter().product::<usize>().max(1)).map(|at| match kind {
+                CoreType::TensorCore => Station { program, core: at, subcore: 0, position: Some(at) },
+                _ => {
+                    let [core, subcore] = core_dims.map(|dim| along(dim, at));
+                    Station { program, core, subcore, position: Some(at) }
+                }
             }));
         }
         stations
     }
 
-    /// Refuses grids that do not say which cores there are.
+    /// The functions of its module that run at the same time, its own first.
+    fn functions(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(&self.partners)
+    }
+
+    /// Whether cores of a device wait for each other.
+    fn cores_meet(&self) -> bool {
+        self.functions().any(|program| program.communication.meets)
+    }
+
+    /// How many of the grid's first dimensions are parallel.
+    fn parallel_dims(&self) -> usize {
+        self.signature.grid.iter().take_while(|(_, how)| *how == Semantics::Parallel).count()
+    }
+
+    /// Refuses grids that do not say which cores there are, and what cores that wait for each other do not have.
     pub(super) fn cores_fit(&self) -> crate::Result<()> {
-        if !self.communication.meets {
+        if !self.cores_meet() {
             return Ok(());
         }
-        for program in std::iter::once(self).chain(&self.partners) {
-            let Signature { name, grid, .. } = &program.signature;
-            if program.communication.allocates_shared {
-                let message =
-                    "its subcores wait for each other: what they share is an argument, not allocated while they run";
-                return Err(Error::mosaic(format!("@{name}: {message}")));
+        let mut cores = 0_usize;
+        for program in self.functions() {
+            let Signature { name, core, core_dims, grid, .. } = &program.signature;
+            let refuse = |what: &str| Err(Error::mosaic(format!("@{name}: its cores wait for each other: {what}")));
+            let (parallel, rest) = grid.split_at(program.parallel_dims());
+            if parallel.iter().any(|(size, _)| size.is_none())
+                || rest.iter().any(|(_, how)| *how == Semantics::Parallel)
+            {
+                return refuse("its parallel dimensions come first, with sizes that are known");
             }
-            let parallel = |how: Semantics| how == Semantics::Parallel;
-            let first = grid.iter().take_while(|(_, how)| parallel(*how)).count();
-            let known = grid.iter().take(first).all(|(size, _)| size.is_some());
-            if !known || grid.iter().skip(first).any(|&(_, how)| parallel(how)) {
-                let message =
-                    "its cores wait for each other: its parallel dimensions come first, with sizes that are known";
-                return Err(Error::mosaic(format!("@{name}: {message}")));
+            let are_named = (0..parallel.len()).all(|dim| core_dims.contains(&Some(dim)));
+            if *core != CoreType::TensorCore && !are_named {
+                return refuse("a parallel dimension is neither that of cores nor that of subcores");
+            }
+            let positions = parallel.iter().try_fold(1_usize, |all, (size, _)| all.checked_mul((*size)?));
+            cores = cores.saturating_add(positions.unwrap_or(usize::MAX));
+            if program.communication.allocates_common && cores > 1 {
+                return refuse("what they share, or add to, is an argument, and not allocated while they run");
+            }
+            if cores > MOST_CORES {
+                return refuse(&format!("there are {cores}, and may be {MOST_CORES}"));
             }
         }
-        match self.cores() {
-            0..=MOST_CORES => Ok(()),
-            cores => Err(Error::mosaic(format!(
-                "@{}: {cores} cores that wait for each other; there may be {MOST_CORES}",
-                self.signature.name
-            ))),
-        }
+        Ok(())
     }
 
     /// Runs the kernel on several devices, with `inputs` of each of them. Every device has memories of its own; what it sends to
@@ -855,7 +890,12 @@ impl Program {
                 let one = &one;
                 let core = |(me, observer)| {
                     let thread = std::thread::Builder::new().name(format!("core {me}")).stack_size(STACK);
-                    thread.spawn_scoped(scope, move || one(me, observer)).expect("a thread")
+                    thread.spawn_scoped(scope, move || one(me, observer)).unwrap_or_else(|error| {
+                        // The others wait for it.
+                        fabric.lock().broken = true;
+                        fabric.changed.notify_all();
+                        panic!("a core's thread: {error}")
+                    })
                 };
                 let threads: Vec<_> = observers.iter_mut().enumerate().map(core).collect();
                 threads
@@ -1038,6 +1078,14 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
         }
     }
 
+    /// Before this core looks at a number that others change: it may wait for that, in a loop.
+    pub(super) fn poll(&mut self) -> Step<()> {
+        match &self.link {
+            Some(link) if !link.is_alone() => self.pass(Status::Polling).map(drop),
+            _ => Ok(()),
+        }
+    }
+
     /// Before `region` is found to be unwritten: a DMA to it that another core is yet to start says more of why.
     pub(super) fn check_on_its_way(&mut self, region: &Region, origin: u32) -> Step<()> {
         for _ in 1..self.link.as_ref().map_or(1, |link| link.clock.len()) {
@@ -1198,6 +1246,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
             state.started += 1;
             let number = state.started;
             state.cores[link.me].departures.push((number, id));
+            state.posted.push((flight.sending.id, flight.sending.clock.clone()));
             state.cores[to].mail.push_back(Message::Flight(flight));
         }
         let dma = Dma {
@@ -1334,6 +1383,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
         let Flight { place, mut destination, semaphore, sending, origin, step } = flight;
         let checked = !self.machine.ignored.contains(FaultKind::DeviceRace);
         let link = self.link.as_ref().expect("one of several cores");
+        link.fabric.lock().posted.retain(|(posted, _)| *posted != sending.id);
         let (from, me) = (link.name(sending.id.0), link.name(link.me));
         let (Some(buffer), Some(of_semaphore)) = (link.buffer(place), link.buffer(semaphore.0)) else {
             let detail = format!("{from} copies to {me} what that has not allocated, or not any more");
@@ -1462,12 +1512,16 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
         let state = link.fabric.lock();
         let touched = state.touched.get(&(home, region.buffer)).into_iter().flat_map(|(_, touched)| touched);
         let touched = touched.filter(|touch| touch.core != link.me && touch.epoch > link.clock[touch.core]);
-        let mut touched = touched.filter(|touch| access.conflicts(touch.access)).filter_map(|touch| {
+        // Several may write what nobody reads.
+        let both_write = |other: Access| access != Access::Reads && other != Access::Reads;
+        let may_overlap = link.unused.contains(&region.buffer);
+        let races = |other: Access| access.conflicts(other) && !(may_overlap && both_write(other));
+        let mut touched = touched.filter(|touch| races(touch.access)).filter_map(|touch| {
             let (name, does, at) = (link.name(touch.core), touch.access.in_words(), link.location(touch));
             Some((touch.region.overlap(region)?, format!("{name} {does} there at {at}")))
         });
         let open = state.open.iter().filter(|open| open.core != link.me && open.home == home);
-        let mut open = open.filter(|open| access.conflicts(open.access)).filter_map(|open| {
+        let mut open = open.filter(|open| races(open.access)).filter_map(|open| {
             let (name, at) = (link.name(open.core), &open.location);
             Some((open.region.overlap(region)?, format!("{name} has a DMA in flight there, started at {at}")))
         });
@@ -1554,8 +1608,13 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
             buffer.write(region, &tile::splat(Scalar::Int(before[0].wrapping_add(amount)), 1), None);
             (before[0], written)
         };
-        self.check_others(to, region, Access::Adds, Some(origin))?;
-        self.touch_at(to, region, Access::Adds, Some(origin));
+        self.poll()?;
+        if self.link.as_ref().is_none_or(|link| link.me == to) {
+            self.check_in_flight_by(region, Access::Adds, Some(origin))?;
+        } else {
+            self.check_others(to, region, Access::Adds, Some(origin))?;
+            self.touch_at(to, region, Access::Adds, Some(origin));
+        }
         let (before, written) = match self.link.as_ref().map(|link| (link.me, link.fabric)) {
             Some((me, fabric)) if me != to => loop {
                 let before = fabric.lock().common.get_mut(&(to, region.buffer)).map(add);
@@ -1576,7 +1635,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
             return Ok(before);
         }
         let fault = self.fault_at(FaultKind::UnwrittenRead, origin, String::new());
-        Err(self.in_buffer(fault, region.buffer, 0))
+        Err(self.in_buffer(fault, region.buffer, region.start()))
     }
 
     // ---- scoped memory ----

@@ -148,7 +148,11 @@ impl<O: Observer> Executor<'_, '_, O> {
         }
         let ended: Vec<usize> = (0..self.dmas.len()).filter(|&index| uses(&&self.dmas[index])).rev().collect();
         for index in ended {
+            if !self.dmas[index].landed && self.dmas[index].to.is_some() {
+                self.land(index)?;
+            }
             let dma = self.dmas.remove(index);
+            self.close(Flying::Own(dma.id));
             self.land_on_nothing(&dma);
             self.semaphores.values_mut().for_each(|semaphore| semaphore.landed.retain(|&(id, _)| id != Some(dma.id)));
         }
@@ -168,7 +172,11 @@ impl<O: Observer> Executor<'_, '_, O> {
 
     /// Faults when an access to `region` meets a DMA in flight.
     pub(super) fn check_in_flight(&mut self, region: &Region, writes: bool, origin: Option<u32>) -> Step<()> {
-        self.check_in_flight_but(region, Access::of(writes), origin, |_, _| false)
+        self.check_in_flight_by(region, Access::of(writes), origin)
+    }
+
+    pub(super) fn check_in_flight_by(&mut self, region: &Region, access: Access, origin: Option<u32>) -> Step<()> {
+        self.check_in_flight_but(region, access, origin, |_, _| false)
     }
 
     /// Faults when an access to `region` meets a DMA in flight, unless it goes to the region too and `alike` is true of it.
@@ -384,6 +392,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         for (at, &number) in numbers.iter().enumerate() {
             if none == Some(number) {
                 let bytes = self.buffers[source.buffer].data.element().packed_bytes(one.iter().product());
+                self.count_sent((semaphore.buffer, semaphore.offset), bytes as i64);
                 let semaphore = self.semaphores.entry((semaphore.buffer, semaphore.offset)).or_default();
                 semaphore.value += bytes as i64;
                 semaphore.landed.push_back((None, bytes));

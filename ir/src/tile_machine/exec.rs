@@ -127,8 +127,10 @@ impl Program {
         let mut call = executor.allocate(&signature.arguments, inputs, outputs)?;
         executor.observer.begin(&call.results);
         executor.share(&call);
-        let own = executor.link.as_ref().and_then(|link| link.steps());
-        let steps = own.unwrap_or_else(|| 0..executor.bounds.iter().product());
+        let steps = match &executor.link {
+            Some(link) => link.steps(&executor.bounds),
+            None => 0..executor.bounds.iter().product(),
+        };
         executor.grid(&call.views, &mut call.windows, steps)?;
         executor.meet_others()?;
         executor.land_for_later()?;
@@ -647,8 +649,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             }
             Op::ReadSemaphore => {
                 let semaphore = self.view(&operands[0]);
-                // A loop may wait for a number.
-                self.let_others_run()?;
+                self.poll()?;
                 Reg::Scalar(Scalar::Int(self.semaphore_value(&semaphore) as i32))
             }
             Op::AssumeMultiple(multiple) => {

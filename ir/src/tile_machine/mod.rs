@@ -124,7 +124,9 @@
 //! | a core that does not run the kernel | `OutOfBounds` |
 //! | some of a core's subcores are at a barrier, the others at the end of the kernel | `Deadlock` |
 //!
-//! ⁸ Additions by DMAs, and by `tpu.fetch_and_add_sync`, need no order among each other.
+//! ⁸ Additions by DMAs, and by `tpu.fetch_and_add_sync`, need no order among each other; writes to an
+//! [unused output](Program::with_unused_outputs) neither. Where overlaps are allowed, what is there is what this order made it: it
+//! does not become unwritten.
 //!
 //! # Faults
 //! Each names the op, its source line, the buffer, the index, the grid step and, where there is one, the DMA. Kinds that a
@@ -153,7 +155,8 @@
 //!
 //! What it does not model: time, registers and their spills, the routes and the bandwidth between devices, layouts inside a tile (so
 //! it runs what the compiler may refuse), and what is in flight between calls: a DMA whose semaphore is the call's own lands when the
-//! kernel ends, and whoever gets that semaphore can wait for it. Cores that do not wait for each other run one after another.
+//! kernel ends, and whoever gets that semaphore can wait for it. A block of an output is written back at once, where it takes as long
+//! as the step that follows: a core that tells another of it in that step is too early, and no fault. Cores that do not wait for each other run one after another.
 //!
 //! # Where things are
 //! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness` and
@@ -162,7 +165,7 @@
 //! `history` and `profile` watch: what happened to one element, and what was moved when. `halves`
 //! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`; `sparse` has what a SparseCore does beyond,
 //! `mxu` matrix units that a kernel drives itself. Only `decode` and
-//! `ops` see MLIR. `ir/tests/all/states.rs` holds the machine to the tables by random kernels, and `ir/tests/cases` has a kernel
+//! `ops` see MLIR. `ir/tests/all/states.rs` holds the machine to the tables by random kernels, `orders.rs` to what orders cores, and `ir/tests/cases` has a kernel
 //! for every fault.
 
 mod allocate;

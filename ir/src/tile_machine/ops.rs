@@ -22,7 +22,7 @@ use super::{
 use crate::{
     context::printed,
     element::Element,
-    mosaic::{MemorySpace, RefElement},
+    mosaic::{CoreType, MemorySpace, RefElement},
 };
 
 /// What is known of an op.
@@ -723,7 +723,7 @@ fn extent(op: &Site, memory: &Memory, tile: &Shape, is_load: bool) -> Decoded<Ex
     fits(memory.element == RefElement::Data(tile.element) && memory.space == MemorySpace::Vmem)?;
     // A SparseCore's tile is of one element along the first dimensions that it does not have.
     let missing = memory.dims.len().checked_sub(tile.dims.len()).ok_or(Refusal::Misfit)?;
-    fits((missing == 0 || op.sparse) && !tile.dims.contains(&0))?;
+    fits((missing == 0 || op.core != CoreType::TensorCore) && !tile.dims.contains(&0))?;
     let sizes: Vec<usize> = std::iter::repeat_n(1, missing).chain(tile.dims.iter().copied()).collect();
     fits(steps.is_empty() || (steps.len() == sizes.len() && (is_load || !steps.contains(&0))))?;
     Ok(Extent { sizes, steps })

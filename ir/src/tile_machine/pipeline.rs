@@ -93,7 +93,8 @@ impl<O: Observer> Executor<'_, '_, O> {
         let mut next: Vec<Vec<i64>> = vec![];
         // The blocks of the step before, which were there.
         let mut held = vec![];
-        if range.start > 0 {
+        // (Those of another core are not this one's.)
+        if range.start > 0 && self.link.is_none() {
             let counters = self.counters;
             held = self.block_indices(&coordinates(range.start - 1), views, windows)?;
             self.counters = counters;

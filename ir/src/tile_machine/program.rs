@@ -395,8 +395,8 @@ pub(super) struct Communication {
     pub(super) anywhere: bool,
     /// Whether cores of one device wait for each other.
     pub(super) meets: bool,
-    /// Whether it allocates memory that subcores share.
-    pub(super) allocates_shared: bool,
+    /// Whether it allocates memory that others reach in other ways than by DMAs: what subcores share, and what they add to.
+    pub(super) allocates_common: bool,
 }
 
 impl Communication {
@@ -426,12 +426,12 @@ impl Communication {
                     self.meets |= target.is_a_core();
                 }
                 Op::Barrier => self.meets = true,
-                Op::Allocate { space: MemorySpace::VmemShared, .. } => self.allocates_shared = true,
+                Op::Allocate { space: MemorySpace::VmemShared, .. } => self.allocates_common = true,
                 Op::FetchAndAdd => {
                     self.meets = true;
                     match first {
                         Some(Root::Argument(at)) => self.arguments.push(at),
-                        _ => self.anywhere = true,
+                        _ => self.allocates_common = true,
                     }
                 }
                 Op::StartRemoteDma(target) => {

@@ -3,6 +3,7 @@
 mod cases;
 mod fused;
 mod mosaic;
+mod orders;
 mod states;
 mod tile_machine;
 mod trace;

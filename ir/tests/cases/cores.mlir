@@ -180,8 +180,8 @@ func.func @k(%core: i32, %me: i32, %x: !rows, %numbers: memref<4xi32, "hbm">, %o
 // out i32[4,8]
 // run allow_unwritten_outputs
 // fault (early, random 0): parallel-overlap: kernel `k`: overlap of parallel grid steps: memref.load at cores.mlir:195, buffer `s` at [0], grid step [0, 0]: vector subcore 3 of core 0 adds there at cores.mlir:194, and nothing orders that before or after this
-// fault (late): parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.fetch_and_add_sync at cores.mlir:194, buffer `s` at [0], grid step [0, 3]: vector subcore 0 of core 0 writes there at cores.mlir:196, and nothing orders that before or after this
-// fault (random 1): parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.fetch_and_add_sync at cores.mlir:194, buffer `s` at [0], grid step [0, 2]: vector subcore 3 of core 0 writes there at cores.mlir:196, and nothing orders that before or after this
+// fault (late): parallel-overlap: kernel `k`: overlap of parallel grid steps: memref.load at cores.mlir:195, buffer `s` at [0], grid step [0, 3]: vector subcore 2 of core 0 adds there at cores.mlir:194, and nothing orders that before or after this
+// fault (random 1): parallel-overlap: kernel `k`: overlap of parallel grid steps: memref.load at cores.mlir:195, buffer `s` at [0], grid step [0, 2]: vector subcore 1 of core 0 adds there at cores.mlir:194, and nothing orders that before or after this
 func.func @k(%core: i32, %me: i32, %o: !rows, %s: !smem) attributes {iteration_bounds = array<i64: 1, 4>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>], scratch_operands = 1 : i64, tpu.core_type = #tpu.core_type<sc_vector_subcore>} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -325,5 +325,222 @@ func.func @scalar(%core: i32, %x: !rows, %o: !rows, %s: !of_vectors, %done: !sem
   "tpu.sem_signal"(%s, %c1, %core, %c0) {operandSegmentSizes = array<i32: 1, 1, 0, 1, 1>} : (!of_vectors, i32, i32, i32) -> ()
   "tpu.sem_signal"(%s, %c1, %core, %c1) {operandSegmentSizes = array<i32: 1, 1, 0, 1, 1>} : (!of_vectors, i32, i32, i32) -> ()
   "tpu.sem_wait"(%done, %c2) : (!sem, i32) -> ()
+  return
+}
+// -----
+// What another function sent is that function's.
+// out i32[4,8]
+// run allow_unwritten_outputs
+// fault: semaphore-unbalanced: kernel `vectors`: semaphore left unbalanced: tpu.sem_signal at cores.mlir:341, buffer `s`, grid step [0, 0]: it holds 1 at the end of the kernel
+func.func @vectors(%core: i32, %me: i32, %o: !rows, %s: !sem) attributes {iteration_bounds = array<i64: 1, 1>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>], tpu.core_type = #tpu.core_type<sc_vector_subcore>, scratch_operands = 1 : i64} {
+  return
+}
+func.func @scalar(%core: i32, %o: !rows, %s: !of_vectors) attributes {iteration_bounds = array<i64: 1>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>], tpu.core_type = #tpu.core_type<sc_scalar_subcore>, scratch_operands = 1 : i64} {
+  %c0 = arith.constant 0 : i32
+  %c1 = arith.constant 1 : i32
+  "tpu.sem_signal"(%s, %c1, %c0, %c0) {operandSegmentSizes = array<i32: 1, 1, 0, 1, 1>} : (!of_vectors, i32, i32, i32) -> ()
+  return
+}
+// -----
+// Functions that have an operand in different memories.
+// out i32[4,8]
+// run
+// error: Mosaic kernel: @vectors and @scalar run at the same time and do not have the same arguments
+func.func @vectors(%core: i32, %me: i32, %o: !rows, %s: !sem) attributes {iteration_bounds = array<i64: 1, 1>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>], tpu.core_type = #tpu.core_type<sc_vector_subcore>, scratch_operands = 1 : i64} {
+  return
+}
+func.func @scalar(%core: i32, %o: memref<4x8xi32, "smem">, %s: !of_vectors) attributes {iteration_bounds = array<i64: 1>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>], tpu.core_type = #tpu.core_type<sc_scalar_subcore>, scratch_operands = 1 : i64} {
+  return
+}
+// -----
+// Steps that the call counts, on each of two cores.
+// in i32[] = 2
+// out i32[4,8]
+// run allow_unwritten_outputs
+// result 0: i32[4, 8]: 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 ..., sum 48507865920.00000, by place 751871921760.000
+func.func @k(%me: i32, %step: i32, %o: !rows, %s: !sem) attributes {iteration_bounds = array<i64: 2, -9223372036854775808>, dimension_semantics = [#tpu.dimension_semantics<parallel>, #tpu.dimension_semantics<arbitrary>], scratch_operands = 1 : i64} {
+  %c1 = arith.constant 1 : i32
+  %other = arith.subi %c1, %me : i32
+  "tpu.sem_signal"(%s, %c1, %other) {operandSegmentSizes = array<i32: 1, 1, 0, 1, 0>} : (!sem, i32, i32) -> ()
+  "tpu.sem_wait"(%s, %c1) : (!sem, i32) -> ()
+  return
+}
+// -----
+// More cores than there can be; none; and subcores that do not say which they are.
+// out i32[4,8]
+// run
+// error: Mosaic kernel: @k: its cores wait for each other: there are 1073741824, and may be 256
+func.func @k(%me: i32, %o: !rows, %s: !sem) attributes {iteration_bounds = array<i64: 1073741824>, dimension_semantics = [#tpu.dimension_semantics<parallel>], scratch_operands = 1 : i64} {
+  %c0 = arith.constant 0 : i32
+  "tpu.sem_signal"(%s, %c0, %c0) {operandSegmentSizes = array<i32: 1, 1, 0, 1, 0>} : (!sem, i32, i32) -> ()
+  return
+}
+// -----
+// out i32[4,8]
+// run allow_unwritten_outputs
+// result 0: i32[4, 8]: 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 ..., sum 48507865920.00000, by place 751871921760.000
+func.func @k(%me: i32, %o: !rows, %s: !sem) attributes {iteration_bounds = array<i64: 0>, dimension_semantics = [#tpu.dimension_semantics<parallel>], scratch_operands = 1 : i64} {
+  %c0 = arith.constant 0 : i32
+  "tpu.sem_signal"(%s, %c0, %c0) {operandSegmentSizes = array<i32: 1, 1, 0, 1, 0>} : (!sem, i32, i32) -> ()
+  return
+}
+// -----
+// out i32[4,8]
+// run
+// error: Mosaic kernel: @k: its cores wait for each other: a parallel dimension is neither that of cores nor that of subcores
+func.func @k(%core: i32, %me: i32, %more: i32, %o: !rows) attributes {iteration_bounds = array<i64: 1, 2, 2>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>, #tpu.dimension_semantics<parallel>], tpu.core_type = #tpu.core_type<sc_vector_subcore>} {
+  %b = arith.constant 0 : index
+  "tpu.barrier"(%b) : (index) -> ()
+  return
+}
+// -----
+// One adds to a number of one's own that a DMA is on its way to.
+// in i32[1] = 5
+// out i32[4,8]
+// run allow_unwritten_outputs
+// fault (early, random 0, random 1): overwrite-in-flight: kernel `k`: overwrite of a buffer whose DMA is in flight: tpu.fetch_and_add_sync at cores.mlir:407, buffer `s` at [0], grid step [0, 0], DMA from `x` to `s` started at cores.mlir:406 in grid step [0, 0]
+// fault (late): overwrite-in-flight: kernel `k`: overwrite of a buffer whose DMA is in flight: tpu.fetch_and_add_sync at cores.mlir:407, buffer `s` at [0], grid step [0, 1], DMA from `x` to `s` started at cores.mlir:406 in grid step [0, 1]
+func.func @k(%core: i32, %me: i32, %x: memref<1xi32, "hbm">, %o: !rows, %s: !smem, %copy: !dma) attributes {iteration_bounds = array<i64: 1, 2>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>], tpu.core_type = #tpu.core_type<sc_vector_subcore>, scratch_operands = 2 : i64} {
+  %c0 = arith.constant 0 : i32
+  %c1 = arith.constant 1 : i32
+  "tpu.enqueue_dma"(%x, %s, %copy) : (memref<1xi32, "hbm">, !smem, !dma) -> ()
+  %was = "tpu.fetch_and_add_sync"(%s, %c0, %c1, %me) : (!smem, i32, i32, i32) -> i32
+  "tpu.wait_dma2"(%copy, %x, %s) : (!dma, memref<1xi32, "hbm">, !smem) -> ()
+  return
+}
+// -----
+// What is added to is allocated while the kernel runs.
+// out i32[4,8]
+// run
+// error: Mosaic kernel: @k: its cores wait for each other: what they share, or add to, is an argument, and not allocated while they run
+func.func @k(%core: i32, %me: i32, %o: !rows) attributes {iteration_bounds = array<i64: 1, 2>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>], tpu.core_type = #tpu.core_type<sc_vector_subcore>} {
+  %c0 = arith.constant 0 : i32
+  %s = memref.alloca() : !smem
+  %was = "tpu.fetch_and_add_sync"(%s, %c0, %c0, %c0) : (!smem, i32, i32, i32) -> i32
+  return
+}
+// -----
+// Both write an output that nobody uses; or read it, too.
+// in i32[4,8] = 1 2 3
+// out i32[4,8]
+// unused 0
+// run
+// result 0: i32[4, 8]: 1 2 3 1 2 3 1 2 ..., sum 63.00000, by place 982.000
+func.func @k(%core: i32, %me: i32, %x: !rows, %o: !rows, %copy: !dma) attributes {iteration_bounds = array<i64: 1, 2>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>], tpu.core_type = #tpu.core_type<sc_vector_subcore>, scratch_operands = 1 : i64} {
+  %b = arith.constant 0 : index
+  "tpu.barrier"(%b) : (index) -> ()
+  "tpu.enqueue_dma"(%x, %o, %copy) : (!rows, !rows, !dma) -> ()
+  "tpu.wait_dma2"(%copy, %x, %o) : (!dma, !rows, !rows) -> ()
+  return
+}
+// -----
+// in i32[4,8] = 1 2 3
+// out i32[4,8]
+// out i32[4,8]
+// unused 0
+// run
+// fault (early, random 1): parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at cores.mlir:452, buffer `o` at [0, 0], grid step [0, 0]: vector subcore 1 of core 0 writes there at cores.mlir:449, and nothing orders that before or after this
+// fault (late, random 0): parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at cores.mlir:452, buffer `o` at [0, 0], grid step [0, 0]: vector subcore 1 of core 0 writes there at cores.mlir:448, and nothing orders that before or after this
+func.func @k(%core: i32, %me: i32, %x: !rows, %o: !rows, %p: !rows, %copy: !dma) attributes {iteration_bounds = array<i64: 1, 2>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>], tpu.core_type = #tpu.core_type<sc_vector_subcore>, scratch_operands = 1 : i64} {
+  %c0 = arith.constant 0 : i32
+  %b = arith.constant 0 : index
+  "tpu.barrier"(%b) : (index) -> ()
+  "tpu.enqueue_dma"(%x, %o, %copy) : (!rows, !rows, !dma) -> ()
+  "tpu.wait_dma2"(%copy, %x, %o) : (!dma, !rows, !rows) -> ()
+  %first = arith.cmpi eq, %me, %c0 : i32
+  scf.if %first {
+    "tpu.enqueue_dma"(%o, %p, %copy) : (!rows, !rows, !dma) -> ()
+    "tpu.wait_dma2"(%copy, %o, %p) : (!dma, !rows, !rows) -> ()
+  }
+  return
+}
+// -----
+// A core waits by looking at a number again and again: at one that others add to, at a semaphore.
+// out i32[4,8]
+// run allow_unwritten_outputs
+// result 0: i32[4, 8]: 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 ..., sum 48507865920.00000, by place 751871921760.000
+func.func @k(%core: i32, %me: i32, %o: !rows, %s: !smem) attributes {iteration_bounds = array<i64: 1, 2>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>], tpu.core_type = #tpu.core_type<sc_vector_subcore>, scratch_operands = 1 : i64} {
+  %c0 = arith.constant 0 : i32
+  %c1 = arith.constant 1 : i32
+  %i0 = arith.constant 0 : index
+  memref.store %c0, %s[%i0] : !smem
+  "tpu.barrier"(%i0) : (index) -> ()
+  %first = arith.cmpi eq, %me, %c0 : i32
+  scf.if %first {
+    scf.while : () -> () {
+      %was = "tpu.fetch_and_add_sync"(%s, %c0, %c0, %c1) : (!smem, i32, i32, i32) -> i32
+      %more = arith.cmpi eq, %was, %c0 : i32
+      scf.condition(%more)
+    } do {
+      scf.yield
+    }
+  } else {
+    %was = "tpu.fetch_and_add_sync"(%s, %c0, %c1, %c1) : (!smem, i32, i32, i32) -> i32
+  }
+  return
+}
+// -----
+// in i32[4,8] = 1 2 3
+// out i32[4,8]
+// run allow_unwritten_outputs
+// result 0: i32[4, 8]: 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 ..., sum 48507865920.00000, by place 751871921760.000
+func.func @k(%me: i32, %x: !rows, %o: !rows, %v: !mine, %s: !sem, %send: !dma, %recv: !dma) attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#tpu.dimension_semantics<parallel>], scratch_operands = 4 : i64} {
+  %c0 = arith.constant 0 : i32
+  %c1 = arith.constant 1 : i32
+  %first = arith.cmpi eq, %me, %c0 : i32
+  scf.if %first {
+    "tpu.enqueue_dma"(%x, %send, %v, %recv, %c1) {operandSegmentSizes = array<i32: 1, 1, 1, 1, 0, 1, 0>} : (!rows, !dma, !mine, !dma, i32) -> ()
+    scf.while : () -> () {
+      %has = "tpu.sem_read"(%s) : (!sem) -> i32
+      %more = arith.cmpi eq, %has, %c0 : i32
+      scf.condition(%more)
+    } do {
+      scf.yield
+    }
+    "tpu.sem_wait"(%s, %c1) : (!sem, i32) -> ()
+    "tpu.wait_dma2"(%send, %x, %v) : (!dma, !rows, !mine) -> ()
+  } else {
+    "tpu.wait_dma2"(%recv, %x, %v) : (!dma, !rows, !mine) -> ()
+    "tpu.sem_signal"(%s, %c1, %c0) {operandSegmentSizes = array<i32: 1, 1, 0, 1, 0>} : (!sem, i32, i32) -> ()
+  }
+  return
+}
+// -----
+// A DMA that has not left when its semaphore is gone.
+// in i32[4,8] = 1 2 3
+// out i32[4,8]
+// run allow_unwritten_outputs ignore=semaphore-unbalanced
+// result 0: i32[4, 8]: 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 ..., sum 48507865920.00000, by place 751871921760.000
+func.func @k(%me: i32, %x: !rows, %o: !rows, %v: !mine, %recv: !dma) attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#tpu.dimension_semantics<parallel>], scratch_operands = 2 : i64} {
+  %c1 = arith.constant 1 : i32
+  %other = arith.subi %c1, %me : i32
+  "tpu.region"() ({
+    %send = "tpu.sem_alloc"() : () -> !dma
+    "tpu.enqueue_dma"(%x, %send, %v, %recv, %other) {operandSegmentSizes = array<i32: 1, 1, 1, 1, 0, 1, 0>} : (!rows, !dma, !mine, !dma, i32) -> ()
+    "tpu.yield"() : () -> ()
+  }) : () -> ()
+  "tpu.wait_dma2"(%recv, %x, %v) : (!dma, !rows, !mine) -> ()
+  return
+}
+// -----
+// A row that is left out counts with the others: the DMA that follows on the semaphore is waited for for certain.
+// in i32[4,8] = 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15
+// in i32[4] = 3 1 0 -1
+// out i32[4,8]
+// run allow_unwritten_outputs
+// result 0: i32[4, 8]: 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 1515870800 ..., sum 48507865920.00000, by place 751871921760.000
+func.func @k(%core: i32, %me: i32, %x: !rows, %numbers: memref<4xi32, "hbm">, %o: !rows, %own: !mine, %v: !mine, %list: !list, %copy: !dma, %send: !dma, %recv: !dma) attributes {iteration_bounds = array<i64: 1, 2>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>], tpu.core_type = #tpu.core_type<sc_vector_subcore>, scratch_operands = 6 : i64} {
+  %c1 = arith.constant 1 : i32
+  %none = arith.constant -1 : i32
+  %b = arith.constant 0 : index
+  "tpu.enqueue_dma"(%numbers, %list, %copy) : (memref<4xi32, "hbm">, !list, !dma) -> ()
+  "tpu.wait_dma2"(%copy, %numbers, %list) : (!dma, memref<4xi32, "hbm">, !list) -> ()
+  "tpu.enqueue_indirect_dma"(%x, %own, %list, %recv, %none) : (!rows, !mine, !list, !dma, i32) -> ()
+  "tpu.wait_indirect_dma"(%recv, %x, %own) : (!dma, !rows, !mine) -> ()
+  "tpu.barrier"(%b) : (index) -> ()
+  %other = arith.subi %c1, %me : i32
+  "tpu.enqueue_dma"(%x, %send, %v, %recv, %other) {operandSegmentSizes = array<i32: 1, 1, 1, 1, 0, 0, 1>} : (!rows, !dma, !mine, !dma, i32) -> ()
+  "tpu.wait_dma2"(%send, %x, %v) : (!dma, !rows, !mine) -> ()
+  "tpu.wait_dma2"(%recv, %x, %v) : (!dma, !rows, !mine) -> ()
   return
 }

@@ -143,8 +143,8 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault (early, random 0, random 1): out-of-bounds: kernel `k` on device 0: access out of bounds: tpu.enqueue_dma at devices.mlir:158, grid step []: core 1 of device 1 of a device with one
-// fault (late): out-of-bounds: kernel `k` on device 3: access out of bounds: tpu.enqueue_dma at devices.mlir:158, grid step []: core 1 of device 0 of a device with one
+// fault (early, random 0, random 1): out-of-bounds: kernel `k` on device 0: access out of bounds: tpu.enqueue_dma at devices.mlir:158, grid step []: core 1 of a device with one
+// fault (late): out-of-bounds: kernel `k` on device 3: access out of bounds: tpu.enqueue_dma at devices.mlir:158, grid step []: core 1 of a device with one
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
