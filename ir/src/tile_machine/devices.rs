@@ -972,6 +972,9 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
     fn pass(&mut self, status: Status) -> Step<Turn> {
         self.lend();
         let link = self.link.as_ref().expect("one of several cores");
+        if link.has_common_memory() {
+            self.observer.pause();
+        }
         let turn = link.fabric.pass(link.me, status, &link.clock);
         if !matches!(turn, Turn::Finished | Turn::Over) {
             self.take_back(false);
@@ -985,8 +988,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
         }
         self.read_mail()?;
         if self.link.as_ref().is_some_and(|link| link.has_common_memory()) {
-            // Who watches all cores sees whose step goes on.
-            self.observer.step(&self.step);
+            self.observer.resume(&self.step);
         }
         Ok(turn)
     }

@@ -23,6 +23,10 @@ pub trait Observer {
     fn begin(&mut self, _outputs: &[usize]) {}
     /// A grid step begins.
     fn step(&mut self, _at: &[usize]) {}
+    /// Another core goes on, of several that one observer watches; and this one at step `at`, when its turn comes again.
+    fn pause(&mut self) {}
+    /// See [`pause`](Self::pause).
+    fn resume(&mut self, _at: &[usize]) {}
     /// An op of the kernel, or of a window's transform, begins. The machine runs one after another.
     fn op(&mut self, _op: &OpEvent) {}
     /// The op that began last loads from memory, or stores to it.
@@ -74,6 +78,14 @@ impl<O: Observer> Observer for Shared<'_, O> {
 
     fn step(&mut self, at: &[usize]) {
         self.lock().step(at);
+    }
+
+    fn pause(&mut self) {
+        self.lock().pause();
+    }
+
+    fn resume(&mut self, at: &[usize]) {
+        self.lock().resume(at);
     }
 
     fn op(&mut self, op: &OpEvent) {

@@ -196,6 +196,8 @@ pub struct Profile {
     step: Option<Vec<usize>>,
     total: Sum,
     current: Sum,
+    /// Steps of cores that wait for their turn, and since when.
+    paused: Vec<(Vec<usize>, Sum, f64)>,
     steps: Vec<Step>,
     grid_steps: u64,
     dma_sizes: BTreeMap<u64, u64>,
@@ -240,6 +242,7 @@ impl Profile {
             step: None,
             total: Sum::default(),
             current: Sum::default(),
+            paused: vec![],
             steps: vec![],
             grid_steps: 0,
             dma_sizes: BTreeMap::new(),
@@ -255,6 +258,10 @@ impl Profile {
     /// Ends the last step. To be called once, after the run, be it that it faulted.
     pub fn finish(&mut self) {
         self.end_step();
+        for (at, sum, since) in std::mem::take(&mut self.paused) {
+            self.keep(at, &sum, since);
+            self.total.add(&sum);
+        }
         let name = "the last blocks to be written back";
         self.wait_until(self.written_back, name);
         self.total.add(&std::mem::take(&mut self.current));
@@ -342,11 +349,16 @@ impl Profile {
         let Some(at) = self.step.take() else { return };
         let (began, now) = (self.step_began[0], self.now);
         self.draw(STEPS, || format!("step {at:?}"), began, now);
-        if self.steps.len() < MOST_STEPS {
-            self.steps.push(Step { at, tally: self.current.tally(now) });
-        }
-        self.total.add(&std::mem::take(&mut self.current));
+        let current = std::mem::take(&mut self.current);
+        self.keep(at, &current, now);
+        self.total.add(&current);
         self.current.began = now;
+    }
+
+    fn keep(&mut self, at: Vec<usize>, sum: &Sum, now: f64) {
+        if self.steps.len() < MOST_STEPS {
+            self.steps.push(Step { at, tally: sum.tally(now) });
+        }
     }
 
     fn wait_until(&mut self, ready: f64, name: &str) {
@@ -384,6 +396,26 @@ impl Observer for Profile {
         self.step = Some(at.to_vec());
         let ahead = std::mem::take(&mut self.ahead);
         self.wait_until(ahead, "windows of this step");
+    }
+
+    fn pause(&mut self) {
+        self.end_vector();
+        if let Some(at) = self.step.take() {
+            let (began, now) = (self.step_began[0], self.now);
+            self.draw(STEPS, || format!("step {at:?}"), began, now);
+            self.paused.push((at, std::mem::take(&mut self.current), now));
+        }
+    }
+
+    fn resume(&mut self, at: &[usize]) {
+        let now = self.now;
+        if let Some(known) = self.paused.iter().position(|(paused, ..)| paused == at) {
+            let (at, sum, since) = self.paused.remove(known);
+            // What it waited for its turn is not its time.
+            self.current = Sum { began: sum.began + now - since, ..sum };
+            self.step = Some(at);
+            self.step_began[0] = now;
+        }
     }
 
     fn op(&mut self, op: &OpEvent) {

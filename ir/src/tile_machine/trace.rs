@@ -107,6 +107,10 @@ impl Observer for Trace {
         self.steps.push((self.now, at.to_vec()));
     }
 
+    fn resume(&mut self, at: &[usize]) {
+        self.step(at);
+    }
+
     fn op(&mut self, op: &OpEvent) {
         if self.ops.len() < self.op_limit {
             self.names.entry(op.number).or_insert_with(|| (op.op.to_owned(), op.location.to_owned()));
