@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 
 use super::{
     DmaOrder,
-    devices::{Access, Flying, Incoming, Sending},
     exec::{Executor, Step, side},
+    fabric::{Access, Flying, Incoming},
     fault::FaultKind,
+    ledger::Sending,
     memory::{Buffer, Region, View},
     observer::{DmaEvent, Observer},
     program::RowDmas,

@@ -7,8 +7,9 @@ use smallvec::SmallVec;
 
 use super::{
     Counters, DmaOrder, Machine, Run,
-    devices::{Addressee, Link},
+    devices::Addressee,
     dma::{Dma, Semaphore},
+    fabric::Link,
     fault::{Fault, FaultKind},
     fuse::Strips,
     lanes::Arch,

@@ -161,7 +161,7 @@
 //! # Where things are
 //! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness` and
 //! `fuse` finish. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data,
-//! `devices` between devices and cores.
+//! `devices` and `cores` between those, which `fabric` connects; `ledger` has what a wait is sure of.
 //! `history` and `profile` watch: what happened to one element, and what was moved when. `halves`
 //! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`; `sparse` has what a SparseCore does beyond,
 //! `mxu` matrix units that a kernel drives itself. Only `decode` and
@@ -169,15 +169,18 @@
 //! for every fault.
 
 mod allocate;
+mod cores;
 mod decode;
 mod devices;
 mod dma;
 mod exec;
+mod fabric;
 mod fault;
 mod fuse;
 mod halves;
 mod history;
 mod lanes;
+mod ledger;
 mod liveness;
 mod math;
 mod memory;
