@@ -10,9 +10,16 @@ All of it is done by the program `pagoda`, which this package brings along; JAX 
 else.
 """
 
+from importlib import metadata as _metadata
+
 from pagoda._command import PagodaError, find_pagoda
 from pagoda._errors import PagodaFault, PagodaMismatch
 from pagoda._api import Certificate, Kernel, certify, check, lower, run
+
+try:
+    __version__ = _metadata.version("pagoda")
+except _metadata.PackageNotFoundError:  # the module of a checkout
+    __version__ = "0+checkout"
 
 # Tracebacks name them as people import them.
 for _error in (PagodaError, PagodaFault, PagodaMismatch):

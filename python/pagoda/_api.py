@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,26 @@ def check(fn, *args, expect, dma: str = "all", rtol: float | None = None, atol: 
       rtol, atol: tolerances, as in numpy.testing.assert_allclose [default: 1e-2 each, which is what f32 operands of the MXU
         need; 0 when no result is a float].
 
+    Products of f32 are of operands rounded to bf16, as the MXU multiplies them unless the kernel asks for
+    `precision=jax.lax.Precision.HIGHEST`: deep ones are off by more than 1e-2 of a reference in f32.
+
     Returns and raises:
       as `run`, and PagodaMismatch where a result is not as expected.
     """
     expected = expect(*args, **kwargs) if callable(expect) else expect
+    if expected is None:
+        raise PagodaError("expect gives None: give the arrays that are expected, or a function that returns them")
     lowered = _lowering.lower(fn, args, kwargs)
     return run_lowered(lowered, dma=dma, options=options, expected=expected, rtol=rtol, atol=atol)
 
 
 def run_lowered(lowered: "_lowering.Lowered", *, dma="late", options=(), expected=None, rtol=None, atol=None):
+    if not isinstance(dma, str):
+        raise PagodaError(f"dma is {dma!r}: give 'late', 'early', 'random:SEED' or 'all'")
+    if isinstance(options, str):
+        raise PagodaError(f"options is the string {options!r}: give a list of words, such as {options.split()}")
+    if "tpu_custom_call" not in lowered.text:
+        raise PagodaError("the function calls no Pallas TPU kernel")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pagoda-")))
         module = folder / "module.mlir"
@@ -71,6 +83,8 @@ def run_lowered(lowered: "_lowering.Lowered", *, dma="late", options=(), expecte
         if expected is not None:
             words += _expecting(lowered, expected, folder, rtol, atol)
         code, reports, said = _command.call(*words)
+        # The folder is gone when somebody reads this.
+        said = said.replace(f"{folder}/", "")
         if reports is None or code > 1:
             raise PagodaError(said.strip().removeprefix("error: ") or f"pagoda ended with code {code}")
         _raise_first(reports, said)
@@ -90,6 +104,9 @@ def _expecting(lowered, expected, folder, rtol, atol):
     words += ["--atol", str((ATOL if floats else 0) if atol is None else atol)]
     for at, (leaf, aval) in enumerate(zip(leaves, lowered.outputs)):
         array = np.asarray(leaf)
+        if array.shape != aval.shape or np.iscomplexobj(array):
+            wanted, given = (f"{of.dtype}{list(of.shape)}" for of in (aval, array))
+            raise PagodaError(f"result {at} is {wanted}, and {given} is expected: give an array of the result's sizes, of real numbers")
         # A reference may work in another precision; integers have to be the result's.
         if array.dtype != aval.dtype and not np.issubdtype(_wide(array).dtype, np.floating):
             array = array.astype(aval.dtype)
@@ -101,6 +118,10 @@ def _raise_first(reports, said):
     """Raises the first thing that is wrong."""
     message = next((line for line in said.splitlines() if line.startswith("error: ")), "").removeprefix("error: ")
     for report in reports:
+        for of in [report, *report.get("expectations", [])]:
+            if (of.get("explanation") or {}).get("again"):
+                # Files of a folder that is gone: `module.mlir` is what `lower` gives.
+                of["explanation"]["again"] = re.sub(r"/\S*/pagoda-[^/\s]+/", "", of["explanation"]["again"])
         if report.get("fault"):
             PagodaFault(report, message).raise_at_kernel()
         for wrong in report.get("expectations", []):
@@ -178,6 +199,8 @@ def certify(fn, *args, chip: str = "v5p", options=(), **kwargs) -> Certificate:
         module = Path(folder, "module.mlir")
         module.write_text(lowered.text)
         code, report, said = _command.call("certify-module", str(module), "--chip", chip, *options)
+    if "plugin `tpu` was not found" in said:
+        raise PagodaError("libtpu is not installed: pip install 'pagoda[certify]', or set PAGODA_PLUGIN_TPU to its libtpu.so")
     if report is None or code > 1:
         raise PagodaError(said.strip().removeprefix("error: ") or f"pagoda ended with code {code}")
     cycles = {op["op"]: op["cycles"] for op in report["cycles"]}

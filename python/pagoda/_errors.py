@@ -14,7 +14,7 @@ class _AtKernel(PagodaError):
       kernel: the kernel's name.
       file, line, function: the innermost line of the user's sources; None where the module does not say.
       explanation: everything that `pagoda run --json` says beside: `lines`, `call`, `buffer`, `history`, `again`.
-      command: the command that shows it again.
+      command: the command that shows it again, where `module.mlir` holds what `pagoda.lower` gives.
     """
 
     def __init__(self, message: str, kernel: str, explanation: dict[str, Any] | None):
@@ -30,11 +30,13 @@ class _AtKernel(PagodaError):
         super().__init__("\n".join([f"{self.file}:{self.line}: {message}" if first else message, *self._more()]))
 
     def _more(self):
+        if dma := getattr(self, "dma", None):
+            yield f"  order   DMAs {dma}"
         if buffer := self.explanation.get("buffer"):
             yield f"  buffer  {buffer}"
         for at, past in enumerate(self.explanation.get("history", [])[:6]):
             where = f" at {past['location']}" if past.get("location") else ""
-            yield f"  {'' if at else 'before':6}  {past['what']}{where}, grid step {past['grid_step']}"
+            yield f"  {'' if at else 'before':6}  {past['what']}{where}, grid step {past['grid_step']}{'' if at else ' (the last first)'}"
 
     def raise_at_kernel(self) -> NoReturn:
         """Raises this error from within the kernel's source lines, so that tracebacks and debuggers show them."""

@@ -50,7 +50,7 @@ def subcores_neighbour_not_waited_for(broken):
         pltpu.sync_copy(x_ref.at[me()], rows.at[me()])
         if not broken:
             plsc.subcore_barrier()
-        pltpu.sync_copy(rows.at[(me() + 1) % N], row)  # fault: unwritten-read
+        pltpu.sync_copy(rows.at[(me() + 1) % N], row)  # fault: parallel-overlap
         pltpu.sync_copy(row, o_ref.at[me()])
 
     return on_subcores(kernel, shared())

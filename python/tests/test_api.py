@@ -148,3 +148,25 @@ def test_libtpu_certifies():
     (kernel,) = certificate.kernels
     assert sum(size for _, size in kernel.buffers) >= 4 * 8 * 128 * 4 and kernel.spills == 0 and kernel.cycles > 0
     assert "static cycles" in str(certificate)
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(expect=None), "expect gives None"),
+        (dict(expect=lambda x: None), "expect gives None"),
+        (dict(expect=np.zeros((4, 128), np.float32)), "float32[8, 128], and float32[4, 128] is expected"),
+        (dict(expect=np.zeros((8, 128), np.complex64)), "of real numbers"),
+        (dict(expect=lambda x: x, dma=None), "dma is None"),
+        (dict(expect=lambda x: x, options="--counts"), "give a list of words, such as ['--counts']"),
+    ],
+)
+def test_mistakes_are_named(wrong, said):
+    with pytest.raises(pagoda.PagodaError) as caught:
+        pagoda.check(double, np.ones((8, 128), np.float32), **wrong)
+    assert said in str(caught.value), caught.value
+
+
+def test_a_function_without_kernels_is_refused():
+    with pytest.raises(pagoda.PagodaError, match="calls no Pallas TPU kernel"):
+        pagoda.run(lambda x: x + 1, np.ones(8, np.float32))

@@ -56,3 +56,40 @@ def test_without_the_flag_nothing_changes(pytester):
 def test_a_test_alone_is_marked(pytester):
     result = run(pytester, "@pytest.mark.pagoda(dma='early')")
     result.assert_outcomes(passed=2, failed=1)
+
+
+SPARSE_CORE = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import tpu_sc as plsc
+
+def shifted(x):
+    mesh = plsc.VectorSubcoreMesh(core_axis_name="core", subcore_axis_name="subcore", num_cores=1, num_subcores=4)
+
+    def kernel(x_ref, o_ref, rows):
+        me = jax.lax.axis_index("subcore")
+        pltpu.sync_copy(x_ref.at[me], rows.at[me])
+        plsc.subcore_barrier()
+        pltpu.sync_copy(rows.at[(me + 1) % 4], o_ref.at[me])
+
+    scratch = [pltpu.VMEM_SHARED((4, 8), jnp.int32)]
+    return pl.kernel(kernel, out_type=jax.ShapeDtypeStruct((4, 8), jnp.int32), mesh=mesh, scratch_types=scratch)(x)
+
+def test_shifted():
+    x = jnp.arange(32, dtype=jnp.int32).reshape(4, 8)
+    np.testing.assert_array_equal(shifted(x), jnp.roll(x, -1, 0))
+"""
+
+
+def test_kernels_of_a_sparse_core_run(pytester):
+    pytester.makepyfile(test_kernels=SPARSE_CORE)
+    installed = any(point.value == "pagoda.pytest_plugin" for point in importlib.metadata.entry_points(group="pytest11"))
+    plugin = [] if installed else ["-p", "pagoda.pytest_plugin"]
+    pytester.runpytest_subprocess(*plugin, "-p", "no:cacheprovider", "--pagoda").assert_outcomes(passed=1)
+
+
+def test_mistakes_of_marks_and_flags_are_named(pytester):
+    run(pytester, "@pytest.mark.pagoda(dmas='all')").stdout.fnmatch_lines(["*takes dma=ORDER*not*dmas*"])
+    run(pytester, "@pytest.mark.pagoda(dma='never')").stdout.fnmatch_lines(["*dma='never': give late, early*"])
+    run(pytester, "", "--pagoda-dma", "foo").stderr.fnmatch_lines(["*--pagoda-dma foo: give late*"])

@@ -268,7 +268,7 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
             }
             let what = format!("barrier {barrier} at {}", self.location(origin));
             if let Turn::Deadlock(others) = self.pass(Status::Waiting(what))? {
-                let detail = format!("all {} subcores of this core{others}", subcores.len());
+                let detail = format!("all {} subcores of this core are waited for{others}", subcores.len());
                 return Err(self.fault_at(FaultKind::Deadlock, origin, detail));
             }
         }

@@ -68,7 +68,9 @@ impl Program {
                 return Err(Error::mosaic(format!("{}: {what}", names())));
             }
         }
-        program.communication.meets |= !programs.is_empty();
+        // What subcores share is written and read at the same time.
+        let shares = program.signature.arguments.iter().any(|argument| argument.space == MemorySpace::VmemShared);
+        program.communication.meets |= !programs.is_empty() || shares;
         program.partners = programs;
         program.cores_fit()?;
         Ok(program)

@@ -239,8 +239,11 @@ impl<O: Observer> Executor<'_, '_, O> {
             return Ok(());
         };
         let detail = match other {
-            Some(other) => format!("it was written at parallel position {other} and is read at {owner}"),
-            None => format!("it was written at several parallel positions and is read at {owner}"),
+            Some(other) => {
+                let [other, owner] = [other, owner].map(|of| self.position(of));
+                format!("it was written at parallel position {other} and is read at {owner}")
+            }
+            None => format!("it was written at several parallel positions and is read at {}", self.position(owner)),
         };
         let origin = origin.map_or(&self.pipeline, |origin| &self.program.origins[origin as usize]);
         let fault = self.fault(FaultKind::ParallelOverlap, origin, detail);
@@ -458,6 +461,7 @@ impl<O: Observer> Executor<'_, '_, O> {
             return Ok(());
         }
         if let Some((offset, other)) = self.buffers[destination.buffer].claim(&destination, owner) {
+            let [other, owner] = [other, owner].map(|of| self.position(of));
             let detail = format!("it was already written at parallel position {other}, now at {owner}");
             let mut fault = self.fault_at(FaultKind::ParallelOverlap, origin, detail);
             fault = self.in_buffer(fault, destination.buffer, offset);

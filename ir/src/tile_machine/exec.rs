@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     element::Element,
-    mosaic::{MemorySpace, RefElement},
+    mosaic::{MemorySpace, RefElement, Semantics},
     random::SplitMix64,
     shape::TensorType,
     tensor::HostTensor,
@@ -32,6 +32,9 @@ pub(super) type Step<T> = Result<T, Box<Fault>>;
 
 /// The indices of an access.
 type Indices = SmallVec<[i64; 6]>;
+
+/// DMAs of a device's core are numbered from its own number, shifted by so much, on.
+pub(super) const FIRST_OF_CORE: u32 = 40;
 
 /// What a register holds.
 #[derive(Clone, Debug)]
@@ -162,7 +165,7 @@ impl Program {
             whole_inputs: vec![],
             registers: vec![Reg::Empty; self.slots],
             dmas: vec![],
-            next_dma: core << 40,
+            next_dma: core << FIRST_OF_CORE,
             semaphores: BTreeMap::new(),
             random: SplitMix64::new(match machine.dma {
                 DmaOrder::Random(seed) => seed,
@@ -225,6 +228,24 @@ impl<O: Observer> Executor<'_, '_, O> {
     /// The source line of an instruction.
     pub(super) fn location(&self, origin: u32) -> &str {
         &self.program.origins[origin as usize].location
+    }
+
+    /// The position of the parallel grid dimensions that steps of `owner` have.
+    pub(super) fn position(&self, mut owner: u32) -> String {
+        let grid = self.program.signature.grid.iter().zip(&self.bounds);
+        let parallel: Vec<usize> =
+            grid.filter(|((_, how), _)| *how == Semantics::Parallel).map(|(_, &size)| size.max(1)).collect();
+        let mut at: Vec<u32> = parallel
+            .iter()
+            .rev()
+            .map(|&size| {
+                let index = owner % size as u32;
+                owner /= size as u32;
+                index
+            })
+            .collect();
+        at.reverse();
+        format!("{at:?}")
     }
 
     // ---- registers ----

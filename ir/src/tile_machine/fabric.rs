@@ -401,9 +401,22 @@ impl State<'_> {
         match (0..count).find(|&at| waiting(&self.cores[at]).is_some()) {
             None => self.finished = true,
             Some(first) => {
-                let others = (0..count).filter(|&at| at != first).map(|at| match waiting(&self.cores[at]) {
-                    Some(what) => format!("; {} waits for {what}", name(at)),
-                    None => format!("; {} is at the end of the kernel", name(at)),
+                // Those that wait for the same are one, behind those at the end.
+                let mut groups: BTreeMap<Option<String>, Vec<usize>> = BTreeMap::new();
+                for at in (0..count).filter(|&at| at != first) {
+                    groups.entry(waiting(&self.cores[at])).or_default().push(at);
+                }
+                let others = groups.into_iter().map(|(what, of)| {
+                    let names: Vec<String> = of.iter().take(3).map(|&core| name(core)).collect();
+                    let who = match of.len() - names.len() {
+                        0 => names.join(", "),
+                        more => format!("{} and {more} more", names.join(", ")),
+                    };
+                    let verb = if of.len() == 1 { ["waits", "is"] } else { ["wait", "are"] };
+                    match what {
+                        Some(what) => format!("; {who} {} for {what}", verb[0]),
+                        None => format!("; {who} {} at the end of the kernel", verb[1]),
+                    }
                 });
                 self.running = first;
                 self.cores[first].turn = Some(Turn::Deadlock(others.collect()));

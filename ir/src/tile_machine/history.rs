@@ -7,6 +7,7 @@ use std::collections::HashMap;
 
 use super::{
     Machine, Program,
+    exec::FIRST_OF_CORE,
     observer::{AccessEvent, BlockEvent, DmaEvent, Observer, OpEvent, Side},
 };
 use crate::{mosaic::Frame, shape::TensorType, tensor::HostTensor};
@@ -56,6 +57,8 @@ impl std::fmt::Display for Past {
 /// How many copies a value is followed back through, and how many events of one element are kept.
 const HOPS: usize = 4;
 const KEPT: usize = 4;
+/// The part of a DMA's number that counts those of its core.
+const OF_ITS_CORE: usize = (1 << FIRST_OF_CORE) - 1;
 
 impl Program {
     /// What happened to `cell` in a run of the same call, the last first; of an element that was copied, what happened before
@@ -99,7 +102,12 @@ fn history(cell: Cell, run: impl Fn(&mut Watch)) -> Vec<Past> {
         run(&mut watch);
         let last_copy = watch.seen.iter().rev().find(|event| event.writes);
         let source = last_copy.and_then(|event| Some((event.from?, event.at)));
-        pasts.extend(watch.seen.into_iter().rev().take(KEPT).map(|event| event.past));
+        for Event { past, .. } in watch.seen.into_iter().rev().take(KEPT) {
+            // A DMA is seen on both of its sides.
+            if !pasts.contains(&past) {
+                pasts.push(past);
+            }
+        }
         let Some(((buffer, offset), at)) = source else { break };
         (cell, before) = (Cell::Buffer { buffer, offset }, at);
     }
@@ -216,12 +224,13 @@ impl Observer for Watch {
             return;
         }
         let (name, cell) = dma.semaphore;
-        let DmaEvent { id, from, to: into, .. } = dma;
+        let DmaEvent { from, to: into, .. } = dma;
+        let id = dma.id & OF_ITS_CORE;
         let device = dma.device.map_or(String::new(), |device| format!(" of device {device}"));
         let text = format!("DMA {id} from `{from}` to `{into}`{device} (semaphore `{name}`[{cell}])");
         let source = to.and_then(|rank| Some((dma.from.buffer, dma.from.offset_of(rank)?)));
         self.see(format!("{text} started"), true, false, None);
-        self.dmas.insert(*id, (text, source));
+        self.dmas.insert(dma.id, (text, source));
     }
 
     fn dma_land(&mut self, id: usize) {

@@ -27,8 +27,6 @@
 //!   block begins and gone when it ends; until then it counts as taken. By then its DMAs must be over and its semaphores zero.
 //! - *Sizes that come at run time*: those of the grid are the call's first operands, those of views operands of the op. A
 //!   view of no elements is copied in no time and waited for in none.
-//! - *Memory that a SparseCore's subcores share* is one where they wait for each other; else they run one after another, and it is,
-//!   for each of them, unwritten where it has not written itself.
 //! - *DMAs* land at their start, at the wait that needs them, or in a random order between, per [`DmaOrder`]. A wait takes
 //!   as many bytes from its semaphore as its destination has; DMAs are over in the order in which they landed. Between
 //!   start and that moment a DMA is *in flight*: its destination must not be touched, and its source must not be written.
@@ -111,8 +109,8 @@
 //! ⁶ Where the kernel names the barrier semaphore: others enter together, by a barrier that the compiler adds.
 //!
 //! # Several cores of a device
-//! Where the steps of a `parallel` dimension wait for each other (signals to a core or a subcore, `tpu.barrier`), or a module has a
-//! function for each of several kinds of cores, every position is a core, with VMEM, SMEM and semaphores of its own, and all run at
+//! Where the steps of a `parallel` dimension wait for each other (signals to a core or a subcore, `tpu.barrier`) or share VMEM (an
+//! argument that a SparseCore's subcores have in common), or a module has a function for each of several kinds of cores, every position is a core, with VMEM, SMEM and semaphores of its own, and all run at
 //! the same time ([`Program::cores`]). Arrays in HBM, and the VMEM that subcores of a core share, they have in common. Owners do not
 //! matter then; what orders accesses does, as it does between devices. Memory of a core's own that others reach by DMAs is as
 //! another device's.

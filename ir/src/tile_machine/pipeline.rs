@@ -198,7 +198,12 @@ impl<O: Observer> Executor<'_, '_, O> {
             let fault = self.window_fault(
                 window,
                 FaultKind::ParallelOverlap,
-                format!("block {index:?} belongs to this step and to the one before it, at another parallel position"),
+                format!(
+                    "block {index:?} belongs to this step and to the one before it, at parallel position {}, now at {}: a \
+                     dimension that is declared parallel has steps that share a block",
+                    self.position(window.owner),
+                    self.position(self.owner)
+                ),
             );
             return Err(self.in_buffer(fault, window.array, self.block_offset(window, index)));
         }
@@ -332,7 +337,11 @@ impl<O: Observer> Executor<'_, '_, O> {
             let fault = self.window_fault(
                 window,
                 FaultKind::ParallelOverlap,
-                format!("block {index:?} was already written at parallel position {other}, now at {}", self.owner),
+                format!(
+                    "block {index:?} was already written at parallel position {}, now at {}",
+                    self.position(other),
+                    self.position(self.owner)
+                ),
             );
             return Err(self.in_buffer(fault, window.array, offset));
         }

@@ -95,7 +95,7 @@ func.func @k(%core: i32, %me: i32, %x: !rows, %o: !rows, %all: !shared, %copy: !
 // One subcore leaves the barrier out.
 // out i32[4,8]
 // run allow_unwritten_outputs
-// fault: deadlock: kernel `k`: wait that is never satisfied: tpu.barrier at cores.mlir:104, grid step [0, 0]: all 4 subcores of this core; vector subcore 1 of core 0 waits for barrier 0 at cores.mlir:104; vector subcore 2 of core 0 is at the end of the kernel; vector subcore 3 of core 0 waits for barrier 0 at cores.mlir:104
+// fault: deadlock: kernel `k`: wait that is never satisfied: tpu.barrier at cores.mlir:104, grid step [0, 0]: all 4 subcores of this core are waited for; vector subcore 2 of core 0 is at the end of the kernel; vector subcore 1 of core 0, vector subcore 3 of core 0 wait for barrier 0 at cores.mlir:104
 func.func @k(%core: i32, %me: i32, %o: !rows) attributes {iteration_bounds = array<i64: 1, 4>, dimension_semantics = [#tpu.dimension_semantics<core_parallel>, #tpu.dimension_semantics<subcore_parallel>], tpu.core_type = #tpu.core_type<sc_vector_subcore>} {
   %c2 = arith.constant 2 : i32
   %b = arith.constant 0 : index

@@ -99,7 +99,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault: deadlock: kernel `k` on device 0: wait that is never satisfied: tpu.wait_dma2 at devices.mlir:115, buffer `send`, grid step []: 4096 bytes; device 1 waits for 4096 bytes on `send` at devices.mlir:115; device 2 waits for 4096 bytes on `send` at devices.mlir:115; device 3 waits for 4096 bytes on `send` at devices.mlir:115
+// fault: deadlock: kernel `k` on device 0: wait that is never satisfied: tpu.wait_dma2 at devices.mlir:115, buffer `send`, grid step []: 4096 bytes; device 1, device 2, device 3 wait for 4096 bytes on `send` at devices.mlir:115
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -166,7 +166,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_o
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault: deadlock: kernel `k` on device 1: wait that is never satisfied: tpu.wait_dma2 at devices.mlir:185, buffer `recv`, grid step []: 4096 bytes; device 0 is at the end of the kernel; device 2 is at the end of the kernel; device 3 is at the end of the kernel
+// fault: deadlock: kernel `k` on device 1: wait that is never satisfied: tpu.wait_dma2 at devices.mlir:185, buffer `recv`, grid step []: 4096 bytes; device 0, device 2, device 3 are at the end of the kernel
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma) attributes {scratch_operands = 2 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32
@@ -409,7 +409,7 @@ func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %s: !sem) attributes 
 // in f32[8,128] = wave 0
 // out f32[8,128]
 // run
-// fault: deadlock: kernel `k` on device 0: wait that is never satisfied: tpu.sem_wait at devices.mlir:424, buffer `s`, grid step []: 2; device 1 waits for 2 on `s` at devices.mlir:424; device 2 waits for 2 on `s` at devices.mlir:424; device 3 waits for 2 on `s` at devices.mlir:424
+// fault: deadlock: kernel `k` on device 0: wait that is never satisfied: tpu.sem_wait at devices.mlir:424, buffer `s`, grid step []: 2; device 1, device 2, device 3 wait for 2 on `s` at devices.mlir:424
 func.func @k(%x: !hbm, %o: !hbm, %send: !dma, %recv: !dma, %s: !sem) attributes {scratch_operands = 3 : i64} {
   %c0 = arith.constant 0 : i32
   %c1 = arith.constant 1 : i32

@@ -10,7 +10,7 @@
 // Parallel steps write the same output. With the flag what both wrote alike is known.
 // out f32[8,128]
 // run
-// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:21, buffer `out` at [0, 0], grid step [1], DMA from `a` to `out` started at parallel.mlir:21 in grid step [1]: it was already written at parallel position 0, now at 1
+// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:21, buffer `out` at [0, 0], grid step [1], DMA from `a` to `out` started at parallel.mlir:21 in grid step [1]: it was already written at parallel position [0], now at [1]
 // run allow_parallel_overlaps
 // result 0: f32[8, 128]: 1 1 1 1 1 1 1 1 ..., sum 1024.00000, by place 508641.000
 func.func @k(%i: i32, %out: !hbm, %a: !vmem, %s: !dma)
@@ -26,7 +26,7 @@ func.func @k(%i: i32, %out: !hbm, %a: !vmem, %s: !dma)
 // Where they wrote different numbers it is not: who was last is unknown.
 // out f32[8,128]
 // run
-// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:38, buffer `out` at [0, 0], grid step [1], DMA from `a` to `out` started at parallel.mlir:38 in grid step [1]: it was already written at parallel position 0, now at 1
+// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:38, buffer `out` at [0, 0], grid step [1], DMA from `a` to `out` started at parallel.mlir:38 in grid step [1]: it was already written at parallel position [0], now at [1]
 // run allow_parallel_overlaps
 // result 0: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
 func.func @k(%i: i32, %out: !hbm, %a: !vmem, %s: !dma)
@@ -62,9 +62,9 @@ func.func @k(%i: i32, %out: !hbm, %a: !part, %s: !dma)
 // A parallel step reads what another one wrote, flag or not.
 // out f32[8,128]
 // run
-// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:80, buffer `out` at [0, 0], grid step [1]: it was written at parallel position 0 and is read at 1
+// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:80, buffer `out` at [0, 0], grid step [1]: it was written at parallel position [0] and is read at [1]
 // run allow_parallel_overlaps
-// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:80, buffer `out` at [0, 0], grid step [1]: it was written at parallel position 0 and is read at 1
+// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: tpu.enqueue_dma at parallel.mlir:80, buffer `out` at [0, 0], grid step [1]: it was written at parallel position [0] and is read at [1]
 func.func @k(%i: i32, %out: !hbm, %a: !part, %b: !part, %s: !dma)
   attributes {iteration_bounds = array<i64: 2>, dimension_semantics = [#parallel], scratch_operands = 3 : i64} {
   %c = arith.constant 0 : index
@@ -159,7 +159,7 @@ func.func @k(%i: i32, %out: !vmem) attributes {iteration_bounds = array<i64: 2>,
 // Windows of parallel steps: consecutive steps with the same block.
 // out f32[16,128]
 // run
-// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `out` at [0, 0], grid step [0, 1]: block [0, 0] belongs to this step and to the one before it, at another parallel position
+// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `out` at [0, 0], grid step [0, 1]: block [0, 0] belongs to this step and to the one before it, at parallel position [0, 0], now at [0, 1]: a dimension that is declared parallel has steps that share a block
 func.func @k(%i: i32, %j: i32, %out: !vmem) attributes {iteration_bounds = array<i64: 2, 2>,
     dimension_semantics = [#parallel, #parallel], window_params = [{transform_indices = @t, window_bounds = array<i64: 8, 128>}]} {
   %c = arith.constant 0 : index
@@ -172,7 +172,7 @@ func.func @t(%i: i32, %j: i32) -> (i32, i32) { %c = arith.constant 0 : i32 retur
 // Steps that are apart.
 // out f32[16,128]
 // run
-// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `out` at [0, 0], grid step [1, 0]: block [0, 0] was already written at parallel position 0, now at 2
+// fault: parallel-overlap: kernel `k`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `out` at [0, 0], grid step [1, 0]: block [0, 0] was already written at parallel position [0, 0], now at [1, 0]
 func.func @k(%i: i32, %j: i32, %out: !vmem) attributes {iteration_bounds = array<i64: 2, 2>,
     dimension_semantics = [#parallel, #parallel], window_params = [{transform_indices = @t, window_bounds = array<i64: 8, 128>}]} {
   %c = arith.constant 0 : index
@@ -203,8 +203,8 @@ func.func @t(%i: i32, %j: i32) -> (i32, i32) { %c = arith.constant 0 : i32 retur
 // out f32[16,128]
 // alias 0:0
 // run
-// fault (early): parallel-overlap: kernel `others`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `x` at [0, 0], grid step [1, 0]: it was written at parallel position 0 and is read at 1
-// fault (late, random 0, random 1): parallel-overlap: kernel `others`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `x` at [0, 0], grid step [0, 1]: it was written at parallel position 0 and is read at 1
+// fault (early): parallel-overlap: kernel `others`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `x` at [0, 0], grid step [1, 0]: it was written at parallel position [0] and is read at [1]
+// fault (late, random 0, random 1): parallel-overlap: kernel `others`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `x` at [0, 0], grid step [0, 1]: it was written at parallel position [0] and is read at [1]
 func.func @others(%i: i32, %j: i32, %x: !vmem, %out: !vmem) attributes {iteration_bounds = array<i64: 2, 2>,
     dimension_semantics = [#arbitrary, #parallel], window_params = [
       {transform_indices = @t, window_bounds = array<i64: 8, 128>}, {transform_indices = @u, window_bounds = array<i64: 8, 128>}]} {

@@ -3,7 +3,7 @@
 // out f32[8,128]
 // out f32[16,128]
 // run
-// fault: parallel-overlap: kernel `ks`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `sum` at [0, 0], grid step [1, 0]: block [0, 0] belongs to this step and to the one before it, at another parallel position
+// fault: parallel-overlap: kernel `ks`: overlap of parallel grid steps: pipeline at the kernel's grid, buffer `sum` at [0, 0], grid step [1, 0]: block [0, 0] belongs to this step and to the one before it, at parallel position [0], now at [1]: a dimension that is declared parallel has steps that share a block
 // run allow_parallel_overlaps
 // result 0: f32[8, 128]: NaN NaN NaN NaN NaN NaN NaN NaN ..., sum 0.00000, by place 0.000, 1024 nan
 // result 1: f32[16, 128]: -1.0531799 -0.49697757 0.14700544 0.7650231 1.2479149 1.5103881 1.5060822 1.2357574 ..., sum 0.30604, by place -9750.084

@@ -653,7 +653,12 @@ pub(super) fn compiled(client: &Client, file: &File, module: &[u8]) -> Result<Ex
                 return Error::file(&file.path, "it is a program for several devices, and a run has one", fix);
             }
             let problem = format!("the plugin for {} does not take it: {said}", client.platform());
-            Error::file(&file.path, problem, "write the module again")
+            // Bytecode has the ops of its own version, text those that every version reads.
+            let fix = match said.contains("vhlo") {
+                true => "it is bytecode of a newer version: give the module as text (`exported.mlir_module()`)",
+                false => "write the module again",
+            };
+            Error::file(&file.path, problem, fix)
         }
         error => error.into(),
     })
