@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import pagoda
+from pagoda import _command, _lowering
 
 
 def double_kernel(x_ref, o_ref):
@@ -170,3 +171,18 @@ def test_mistakes_are_named(wrong, said):
 def test_a_function_without_kernels_is_refused():
     with pytest.raises(pagoda.PagodaError, match="calls no Pallas TPU kernel"):
         pagoda.run(lambda x: x + 1, np.ones(8, np.float32))
+
+
+def test_bytecode_runs_as_text_does(tmp_path):
+    with _lowering.compiled_for_tpu():
+        exported = jax.export.export(jax.jit(functools.partial(around, scale=2.0)), platforms=["tpu"])(X, X)
+    expected = pagoda.run(around, X, X, scale=2.0)
+    module = tmp_path / "around.bc"
+    module.write_bytes(exported.mlir_module_serialized)
+    np.save(tmp_path / "x.npy", X)
+    words = ["--input", f"0={tmp_path}/x.npy", "--input", f"1={tmp_path}/x.npy", "--output", str(tmp_path / "out")]
+    code, reports, said = _command.call("run", str(module), *words)
+    assert code == 0, said
+    arrays = [np.load(output["file"]) for output in reports[-1]["outputs"]]
+    for array, leaf in zip(arrays, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(array, leaf)

@@ -230,6 +230,12 @@ mod vhlo {
     }
 }
 
+/// What a custom call is called since version 1.18 of StableHLO, with one property more, and before.
+const CALL_SINCE: &[u8] = b"custom_call_v2";
+const CALL: &[u8] = b"custom_call_v1";
+/// Properties of the older one.
+const CALL_PROPERTIES: usize = 8;
+
 /// Numbers of sections.
 const STRINGS: u8 = 0;
 const DIALECTS: u8 = 1;
@@ -389,6 +395,17 @@ impl<'b> Bytecode<'b> {
         Some((types, results.into_iter().map(name).collect()))
     }
 
+    /// Properties of a call as they were before [`CALL_SINCE`], which plugins may not know yet: without the last, if that is an
+    /// empty list, which says nothing.
+    fn of_older_call(&self, properties: &[u8]) -> Option<Vec<u8>> {
+        let refs = Reader::new(properties).rest(Reader::index)?;
+        let &[.., last] = refs.as_slice() else { return None };
+        let of_call = refs.len() == CALL_PROPERTIES + 1 && self.strings.contains(&CALL_SINCE);
+        let is_empty = self.attribute(last, vhlo::ARRAY)?.list(Reader::index)?.is_empty();
+        let older = refs[..CALL_PROPERTIES].iter().map(|&index| index as u64);
+        (of_call && is_empty).then(|| numbers(older))
+    }
+
     /// The pairs of an `output_operand_aliases`.
     fn aliases(&self, index: usize) -> Option<Vec<(usize, usize)>> {
         let one = |index: usize| {
@@ -441,12 +458,12 @@ fn in_bytecode(
         // A call's: api_version, backend_config, call_target_name, called_computations, has_side_effect, operand_layouts,
         // output_operand_aliases, result_layouts, and in later versions more.
         let refs = Reader::new(bytes).rest(Reader::index).filter(|refs| {
-            refs.len() >= 8
+            refs.len() >= CALL_PROPERTIES
                 && code.string(refs[2]) == Some(TARGET.as_bytes())
                 && code.attribute(refs[0], vhlo::API_VERSION).is_some()
         });
         let Some(refs) = refs else {
-            properties.push(bytes.to_vec());
+            properties.push(code.of_older_call(bytes).unwrap_or_else(|| bytes.to_vec()));
             continue;
         };
         let config = json(code.string(refs[1])?)?;
@@ -457,7 +474,8 @@ fn in_bytecode(
         let options = added.attribute(numbers([vhlo::DICTIONARY, pairs.len() as u64].into_iter().chain(list)));
         let mut new: Vec<u64> = refs.iter().map(|&index| index as u64).collect();
         (new[0], new[1], new[2], new[6]) = (version, options, name, none);
-        properties.push(numbers(new));
+        let new = numbers(new);
+        properties.push(code.of_older_call(&new).unwrap_or(new));
         calls.push(HostedCall { kernel, aliases: code.aliases(refs[6])?, unused: vec![] });
     }
     if calls.is_empty() && !sites.is_empty() {
@@ -469,7 +487,8 @@ fn in_bytecode(
 
 /// The module with what is added, and its ops' properties.
 fn write(code: &Bytecode, added: &Added, properties: &[Vec<u8>]) -> Vec<u8> {
-    let strings: Vec<&[u8]> = code.strings.iter().copied().chain(added.strings.iter().map(String::as_bytes)).collect();
+    let known = code.strings.iter().map(|&text| if text == CALL_SINCE { CALL } else { text });
+    let strings: Vec<&[u8]> = known.chain(added.strings.iter().map(String::as_bytes)).collect();
     let own: Vec<Entry> = (added.attributes.iter())
         .map(|bytes| Entry { dialect: code.vhlo, size: (bytes.len() as u64) << 1 | 1, bytes })
         .collect();
