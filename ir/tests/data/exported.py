@@ -1,4 +1,5 @@
 """Writes exported.mlir and exported.bc: a program around a Pallas kernel, exported for TPU by JAX 0.10.2, as text and bytecode.
+exported_0_12.bc is what JAX 0.12.0.1 writes as exported.bc.
 
 Run in this folder; no TPU is needed. So that the modules name no path of a machine:
 
