@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,9 @@ def run_lowered(lowered: "_lowering.Lowered", *, dma="late", options=(), expecte
         code, reports, said = _command.call(*words)
         # The folder is gone when somebody reads this.
         said = said.replace(f"{folder}/", "")
+        for line in said.splitlines():
+            if line.startswith("print: "):
+                print(line.removeprefix("print: "), file=sys.stderr)
         if reports is None or code > 1:
             raise PagodaError(said.strip().removeprefix("error: ") or f"pagoda ended with code {code}")
         _raise_first(reports, said)

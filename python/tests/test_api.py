@@ -186,3 +186,16 @@ def test_bytecode_runs_as_text_does(tmp_path):
     arrays = [np.load(output["file"]) for output in reports[-1]["outputs"]]
     for array, leaf in zip(arrays, jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(array, leaf)
+
+
+def test_what_a_kernel_prints_is_printed(capsys):
+    def kernel(n_ref, x_ref, o_ref):
+        pl.debug_print("n is {}", n_ref[0])
+        o_ref[...] = x_ref[...] + 1.0
+
+    def add(n, x):
+        smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), in_specs=[smem, pl.BlockSpec()])(n, x)
+
+    pagoda.run(add, np.array([5], np.int32), X)
+    assert "n is 5" in capsys.readouterr().err

@@ -116,6 +116,7 @@ impl Program {
             1 => return Err(refused.remove(0)),
             _ => return Err(Error::Unsupported { errors: refused }),
         }
+        let prints = body.prints();
         let fused = fuse(&body, &decoder.types);
         let work = work(&body, &|origin| decoder.origins[origin as usize].elements as u64);
         let (origins, slots) = (decoder.origins, decoder.slots.len());
@@ -127,6 +128,7 @@ impl Program {
             fused,
             transforms,
             origins,
+            prints,
             work,
             slots,
             aliases: vec![],

@@ -99,7 +99,7 @@ impl Program {
     ) -> Result<Run, Box<Fault>> {
         let inputs = [inputs];
         let (runs, uncertain) = self.run_until_certain(machine, &inputs, outputs);
-        let mut runs = match O::WATCHES {
+        let mut runs = match O::WATCHES || O::LISTENS {
             false => runs?,
             true => {
                 let all = Mutex::new(observer);

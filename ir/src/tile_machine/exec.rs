@@ -682,6 +682,14 @@ impl<O: Observer> Executor<'_, '_, O> {
                 }
                 Reg::Scalar(Scalar::Int(x))
             }
+            Op::Print { text, formatted } => {
+                let values: Vec<Reg> = operands.iter().map(|read| self.take(read)).collect();
+                if O::LISTENS {
+                    let line = self.printed(text, *formatted, &values);
+                    self.observer.print(&line);
+                }
+                Reg::Empty
+            }
             Op::RegionStart(_) | Op::RegionStop | Op::Fused(_) => unreachable!("they have run"),
             Op::Assert(message) => {
                 if self.scalar(&operands[0]) == 0 && !self.machine.ignored.contains(FaultKind::BrokenAssumption) {
@@ -736,6 +744,51 @@ impl<O: Observer> Executor<'_, '_, O> {
             self.set(slot, Reg::Empty);
         }
         Ok(())
+    }
+
+    /// What a kernel prints: a text with its values in it, or behind it.
+    fn printed(&self, text: &str, formatted: bool, values: &[Reg]) -> String {
+        if !formatted {
+            let values: Vec<String> = values.iter().map(|value| self.in_words(value)).collect();
+            return format!("{text}{}{}", if text.ends_with([' ', '\n']) { "" } else { " " }, values.join(" "));
+        }
+        // `$0`, by later versions `$s0`, or `$x0` in hexadecimal.
+        values.iter().enumerate().rev().fold(text.to_owned(), |line, (at, value)| {
+            let hexadecimal = if let Reg::Scalar(Scalar::Int(x)) = value { format!("{x:x}") } else { String::new() };
+            line.replace(&format!("$x{at}"), &hexadecimal)
+                .replace(&format!("$s{at}"), &self.in_words(value))
+                .replace(&format!("${at}"), &self.in_words(value))
+        })
+    }
+
+    fn in_words(&self, value: &Reg) -> String {
+        const MOST: usize = 64;
+        let scalar = |value: Scalar| match value {
+            Scalar::Float(x) => x.to_string(),
+            Scalar::Int(x) => x.to_string(),
+            Scalar::Pred(x) => x.to_string(),
+        };
+        let all = |tile: &Tile, dims: &[usize]| {
+            let len = dims.iter().product::<usize>();
+            let mut some: Vec<String> = (0..len.min(MOST)).map(|at| scalar(tile.get(at))).collect();
+            some.extend((len > MOST).then(|| "...".to_owned()));
+            format!("{dims:?} [{}]", some.join(" "))
+        };
+        match value {
+            Reg::Scalar(value) => scalar(*value),
+            Reg::Tile(tile) => {
+                let len = match tile {
+                    Tile::Float(x) => x.len(),
+                    Tile::Int(x) => x.len(),
+                    Tile::Pred(x) => x.len(),
+                };
+                all(tile, &[len])
+            }
+            Reg::View(view) if view.outside.is_none() && matches!(view.element, RefElement::Data(_)) => {
+                all(&self.buffers[view.buffer].read(&view.all()), &view.dims)
+            }
+            Reg::View(_) | Reg::Empty => "nothing".to_owned(),
+        }
     }
 
     fn finish(&mut self, inst: &Inst, results: Vec<Reg>) -> Step<()> {

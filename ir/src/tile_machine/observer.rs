@@ -18,6 +18,8 @@ use crate::{
 pub trait Observer {
     /// Whether it wants to see ops one by one. Where nobody does, they run in groups.
     const WATCHES: bool = true;
+    /// Whether it wants what the kernel prints.
+    const LISTENS: bool = false;
 
     /// The run begins; these buffers are the arrays of its outputs.
     fn begin(&mut self, _outputs: &[usize]) {}
@@ -33,6 +35,8 @@ pub trait Observer {
     fn access(&mut self, _access: &AccessEvent) {}
     /// The op that began last multiplies matrices.
     fn matmul(&mut self, _matmul: &MatmulEvent) {}
+    /// The kernel prints a line (`tpu.log`, Pallas's `debug_print`).
+    fn print(&mut self, _line: &str) {}
     /// A region that the kernel named begins (`tpu.trace_start`, JAX's `named_scope`).
     fn region_start(&mut self, _name: &str) {}
     /// The region that began last ends.
@@ -71,6 +75,7 @@ impl<'o, O> Shared<'o, O> {
 
 impl<O: Observer> Observer for Shared<'_, O> {
     const WATCHES: bool = O::WATCHES;
+    const LISTENS: bool = O::LISTENS;
 
     fn begin(&mut self, outputs: &[usize]) {
         self.lock().begin(outputs);
@@ -98,6 +103,10 @@ impl<O: Observer> Observer for Shared<'_, O> {
 
     fn matmul(&mut self, matmul: &MatmulEvent) {
         self.lock().matmul(matmul);
+    }
+
+    fn print(&mut self, line: &str) {
+        self.lock().print(line);
     }
 
     fn region_start(&mut self, name: &str) {

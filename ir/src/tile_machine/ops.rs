@@ -260,8 +260,11 @@ static ROWS: &[Row] = &[
     effect("tpu.trace_start", 0..=0, |op| Ok(Op::RegionStart(op.string("message").unwrap_or_default()))),
     effect("tpu.trace_stop", 0..=0, |_| Ok(Op::RegionStop)),
     ignored("tpu.trace_value"),
-    ignored("tpu.log"),
-    ignored("tpu.log_buffer"),
+    effect("tpu.log", ANY, print),
+    effect("tpu.log_buffer", 1..=1, |op| {
+        op.memref(0)?;
+        print(op)
+    }),
     ignored("tpu.delay"),
 ];
 
@@ -1133,6 +1136,12 @@ fn signal(op: &Site) -> Decoded<Op> {
     op.semaphore(0)?;
     op.scalars(1, 1)?;
     Ok(Op::Signal(target(op, 2, [device, core, subcore], 0)?))
+}
+
+/// Operands: what is printed.
+fn print(op: &Site) -> Decoded<Op> {
+    let formatted = op.has("formatted") && op.text("formatted")? != "false";
+    Ok(Op::Print { text: op.string("tag").unwrap_or_default(), formatted })
 }
 
 /// Operands: semaphore, amount.

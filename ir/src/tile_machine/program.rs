@@ -326,6 +326,11 @@ pub(super) enum Op {
     /// subcore.
     FetchAndAdd,
     AssumeMultiple(i32),
+    /// Prints a text and the operands, which stand in the text where it is `formatted` for them: `$0`, `$1`.
+    Print {
+        text: String,
+        formatted: bool,
+    },
     /// A named region begins. Profilers' marks count as no ops.
     RegionStart(String),
     RegionStop,
@@ -349,6 +354,8 @@ pub struct Program {
     /// The transform of each argument's window.
     pub(super) transforms: Vec<Option<Code>>,
     pub(super) origins: Vec<Origin>,
+    /// Whether it prints anything.
+    pub(super) prints: bool,
     /// Elements that the ops of a grid step make, each run once.
     pub(super) work: u64,
     pub(super) slots: usize,
@@ -367,6 +374,12 @@ pub struct Program {
 }
 
 impl Code {
+    /// Whether an op in it prints.
+    pub(super) fn prints(&self) -> bool {
+        let of = |inst: &Inst| matches!(inst.op, Op::Print { .. }) || inst.codes.iter().any(Self::prints);
+        self.body.iter().any(of)
+    }
+
     /// Parameters that no op in it reads, the first `rank` aside.
     pub(super) fn unnamed(&self, rank: usize) -> Vec<usize> {
         fn reads(code: &Code, slot: Slot) -> bool {
@@ -480,6 +493,11 @@ impl Program {
         }
         self.partners = self.partners.into_iter().map(|partner| partner.with_names(names)).collect();
         self
+    }
+
+    /// Whether the kernel prints anything: an [observer](super::Observer) hears it.
+    pub fn prints(&self) -> bool {
+        self.prints || self.partners.iter().any(Self::prints)
     }
 
     /// The source line of the kernel function, or of its first op that has one, and those that called it.

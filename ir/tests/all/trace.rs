@@ -1,7 +1,7 @@
 //! What an observer sees of a run, and the trace that it makes of it.
 
 use pagoda_ir::{
-    Context, Element, HostTensor,
+    Context, Element, HostTensor, TensorType,
     mosaic::{self, MemorySpace, Semantics, Window},
     tile_machine::{Cell, DmaOrder, Machine, Observer, Program, Trace},
 };
@@ -125,4 +125,42 @@ fn an_element_has_a_past() {
         assert!(seen.starts_with(what), "{seen}");
         assert_eq!((*has_line, &step[..]), (*with_line, at.as_slice()), "{seen}");
     }
+}
+
+/// What a kernel prints: values behind a text, in it, and what memory holds.
+#[test]
+fn who_listens_hears_what_a_kernel_prints() {
+    #[derive(Default)]
+    struct Listens(Vec<String>);
+    impl Observer for Listens {
+        const WATCHES: bool = false;
+        const LISTENS: bool = true;
+
+        fn print(&mut self, line: &str) {
+            self.0.push(line.to_owned());
+        }
+    }
+    let text = r#"
+        func.func @k(%i: i32, %o: memref<1x8xi32, "vmem">) attributes {iteration_bounds = array<i64: 2>} {
+          %c = arith.constant 0 : index
+          %v = vector.broadcast %i : i32 to vector<1x8xi32>
+          "tpu.vector_store"(%v, %o, %c, %c) {strides = array<i32>} : (vector<1x8xi32>, memref<1x8xi32, "vmem">, index, index) -> ()
+          %seven = arith.constant 17 : i32
+          "tpu.log"(%i) {tag = "step:"} : (i32) -> ()
+          "tpu.log"(%i, %seven) {tag = "$0 of $1, $x1", formatted = true} : (i32, i32) -> ()
+          "tpu.log_buffer"(%o) {shape = array<i64: 1, 8>, tag = "o ="} : (memref<1x8xi32, "vmem">) -> ()
+          return
+        }"#;
+    let context = Context::new();
+    let module = mosaic::text::parse(&context, text, "k.mlir").unwrap();
+    let program = Program::decode(&module).unwrap();
+    assert!(program.prints());
+    let outputs = [TensorType::new(Element::I32, &[1, 8])];
+    let mut heard = Listens::default();
+    program.run_observed(&Machine::default(), &[], &outputs, &mut heard).unwrap();
+    let of_step = |i: usize| {
+        let all = vec![i.to_string(); 8].join(" ");
+        [format!("step: {i}"), format!("{i} of 17, 11"), format!("o = [1, 8] [{all}]")]
+    };
+    assert_eq!(heard.0, [of_step(0), of_step(1)].concat());
 }

@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use clap::Args;
 use pagoda_ir::mosaic::{Argument, Frame, Role, hosted};
-use pagoda_ir::tile_machine::{Cell, DmaOrder, FaultKind, FaultKinds, Machine, Profile, Program, Rates, Trace};
+use pagoda_ir::tile_machine::{
+    Cell, DmaOrder, FaultKind, FaultKinds, Machine, Observer, Profile, Program, Rates, Trace,
+};
 use pagoda_ir::{Context, HostTensor, TensorType, mosaic};
 use pagoda_kernels::chips::Chip;
 
@@ -510,6 +512,29 @@ pub(super) struct Executed {
     pub(super) results: Option<Vec<HostTensor>>,
 }
 
+/// Prints to standard error what a kernel prints.
+struct Prints<'k> {
+    kernel: &'k str,
+    step: Vec<usize>,
+}
+
+impl Observer for Prints<'_> {
+    const WATCHES: bool = false;
+    const LISTENS: bool = true;
+
+    fn step(&mut self, at: &[usize]) {
+        self.step = at.to_vec();
+    }
+
+    fn resume(&mut self, at: &[usize]) {
+        self.step(at);
+    }
+
+    fn print(&mut self, line: &str) {
+        eprintln!("print: {} {:?}: {line}", self.kernel, self.step);
+    }
+}
+
 /// Runs the call once under each order of DMAs, until one faults or gives another result than the first.
 pub(super) fn execute(
     running: &Running,
@@ -530,6 +555,11 @@ pub(super) fn execute(
         done.push(order_name(dma));
         let machine = with(dma);
         let run = match (&running.trace, &running.profile) {
+            // What a kernel prints it prints once.
+            (None, None) if program.prints() && done.len() == 1 => {
+                let mut prints = Prints { kernel: &signature.name, step: vec![] };
+                program.run_observed(&machine, call.operands, call.results, &mut prints)
+            }
             (None, None) => program.run(&machine, call.operands, call.results),
             (Some(path), _) => {
                 let mut trace = Trace::new(&signature.name);
