@@ -96,6 +96,8 @@ def plugin():
     hypothesis.settings.register_profile("suite", max_examples=5, deadline=None, database=None, derandomize=True,
                                          suppress_health_check=list(hypothesis.HealthCheck))
     hypothesis_test_util.setup = lambda *a, **k: hypothesis.settings.load_profile("suite")
+    # Tests that do not ask for it, too.
+    hypothesis_test_util.setup()
 
     records = open(os.environ["PAGODA_RECORDS"], "a", buffering=1)
     keep = pathlib.Path(os.environ["PAGODA_KEEP"])
