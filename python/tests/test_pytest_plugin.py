@@ -34,8 +34,8 @@ def test_marked():
 """
 
 
-def run(pytester, mark, *flags):
-    pytester.makepyfile(test_kernels=TESTS.replace("MARK", mark))
+def run(pytester, mark, *flags, tests=TESTS):
+    pytester.makepyfile(test_kernels=tests.replace("MARK", mark))
     # An installed package brings the plugin, and pytest takes none twice.
     installed = any(point.value == "pagoda.pytest_plugin" for point in importlib.metadata.entry_points(group="pytest11"))
     plugin = [] if installed else ["-p", "pagoda.pytest_plugin"]
@@ -83,10 +83,7 @@ def test_shifted():
 
 
 def test_kernels_of_a_sparse_core_run(pytester):
-    pytester.makepyfile(test_kernels=SPARSE_CORE)
-    installed = any(point.value == "pagoda.pytest_plugin" for point in importlib.metadata.entry_points(group="pytest11"))
-    plugin = [] if installed else ["-p", "pagoda.pytest_plugin"]
-    pytester.runpytest_subprocess(*plugin, "-p", "no:cacheprovider", "--pagoda").assert_outcomes(passed=1)
+    run(pytester, "", "--pagoda", tests=SPARSE_CORE).assert_outcomes(passed=1)
 
 
 def test_mistakes_of_marks_and_flags_are_named(pytester):

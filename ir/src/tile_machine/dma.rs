@@ -133,7 +133,7 @@ impl<O: Observer> Executor<'_, '_, O> {
         if let Some(incoming) = self.incoming().iter().find(into).filter(|_| checked) {
             let detail =
                 "this device has not waited for all of a DMA when the scope of its destination ended".to_owned();
-            let mut fault = self.fault_at(FaultKind::SemaphoreUnbalanced, incoming.origin(), detail);
+            let mut fault = self.fault_at(FaultKind::SemaphoreUnbalanced, incoming.origin, detail);
             fault.buffer = Some(self.buffers[incoming.region.buffer].name.clone());
             fault.dma = Some(self.describe_incoming(incoming));
             return Err(fault);

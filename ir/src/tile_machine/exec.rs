@@ -231,21 +231,12 @@ impl<O: Observer> Executor<'_, '_, O> {
     }
 
     /// The position of the parallel grid dimensions that steps of `owner` have.
-    pub(super) fn position(&self, mut owner: u32) -> String {
+    pub(super) fn position(&self, owner: u32) -> String {
         let grid = self.program.signature.grid.iter().zip(&self.bounds);
-        let parallel: Vec<usize> =
-            grid.filter(|((_, how), _)| *how == Semantics::Parallel).map(|(_, &size)| size.max(1)).collect();
-        let mut at: Vec<u32> = parallel
-            .iter()
-            .rev()
-            .map(|&size| {
-                let index = owner % size as u32;
-                owner /= size as u32;
-                index
-            })
-            .collect();
-        at.reverse();
-        format!("{at:?}")
+        let parallel = grid.filter(|((_, how), _)| *how == Semantics::Parallel);
+        let sizes: Vec<usize> = parallel.map(|(_, &size)| size.max(1)).collect();
+        let at = sizes.iter().zip(tile::strides(&sizes)).map(|(size, stride)| owner as usize / stride % size);
+        format!("{:?}", at.collect::<Vec<_>>())
     }
 
     // ---- registers ----

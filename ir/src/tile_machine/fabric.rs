@@ -88,13 +88,6 @@ pub(super) struct Incoming {
     pub(super) step: Vec<usize>,
 }
 
-impl Incoming {
-    /// The op that started it.
-    pub(super) fn origin(&self) -> u32 {
-        self.origin
-    }
-}
-
 /// What is done to memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Access {
@@ -377,7 +370,6 @@ impl State<'_> {
             self.running = able[at];
             return;
         }
-        let mut polling: Vec<usize> = (0..count).filter(|&at| self.cores[at].status == Status::Polling).collect();
         let mut departures: Vec<(u64, usize, usize)> = (self.cores.iter().enumerate())
             .flat_map(|(at, core)| core.departures.iter().map(move |&(number, dma)| (number, at, dma)))
             .collect();
@@ -389,9 +381,9 @@ impl State<'_> {
             self.cores[core].turn = Some(Turn::Depart(dma));
             return;
         }
-        polling.sort_by_key(|&at| (at + 2 * count - me - 1) % count);
-        if let Some(&first) = polling.first() {
-            self.running = first;
+        let mut polling = (0..count).map(|at| (me + 1 + at) % count);
+        if let Some(next) = polling.find(|&at| self.cores[at].status == Status::Polling) {
+            self.running = next;
             return;
         }
         let waiting = |core: &Core| match &core.status {

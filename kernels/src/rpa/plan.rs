@@ -125,7 +125,7 @@ pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> 
                 "make {rows} rows of {kv} a token, which do not fill tiles of {}, as copies take them",
                 tile_rows(kv, rows)
             ),
-            fix: "give rows of zeros behind them (kv_rows = padded), or rows of bf16".into(),
+            fix: "leave --packed out (kv_rows = padded has rows of zeros behind them), or give rows of bf16".into(),
         });
     }
     if !emitted(problem) {
