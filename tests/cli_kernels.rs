@@ -559,6 +559,11 @@ fn a_program_runs_whole_with_its_kernels_in_their_places() {
     fs::write(dir.path().join("program.bin"), [&[8, 0, 0, 0][..], &length, &module, &[0; 11]].concat()).unwrap();
     let serialised = json(&done(dir.path(), "run program.bin --input 0=x.npy --input 1=y.npy --json"));
     assert_eq!(checksums(&serialised), checksums(&text));
+    for cut in [module.len() / 2, module.len() + 4] {
+        let whole = fs::read(dir.path().join("program.bin")).unwrap();
+        fs::write(dir.path().join("cut.bin"), &whole[..cut]).unwrap();
+        refused(dir.path(), "inspect cut.bin", 2, &["cut.bin: ", "the bytecode is damaged"]);
+    }
     // The kernel alone.
     let alone = json(&done(dir.path(), &format!("run {} --kernel 0 --input 0=x.npy --json", exported("mlir"))));
     assert_eq!(
@@ -572,6 +577,13 @@ fn a_program_runs_whole_with_its_kernels_in_their_places() {
         2,
         &["names no result", "result['a']"],
     );
+    for (option, words) in [
+        ("--names 5=a,b", &["names = 5=a,b is of none of the 1 kernels", "count the kernels from 0"][..]),
+        ("--names a", &["are 1 names for the 2 arguments of `kernel`"]),
+        ("--rtol 0.1", &["--expect <NAME=FILE.npy>"]),
+    ] {
+        refused(dir.path(), &format!("run {} {option}", exported("mlir")), 2, words);
+    }
     // A fault of a kernel within a program, with its source line; the file is not here to be read.
     let text = fs::read_to_string(exported("mlir")).unwrap();
     let jax = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/ir/tests/cases/jax.mlir")).unwrap();

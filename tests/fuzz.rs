@@ -120,7 +120,7 @@ impl Target {
         let body = inside.then(|| body_of(input)).flatten();
         let mut damaged = body.clone().unwrap_or_else(|| input.clone());
         for _ in 0..1 + draw.below(if self == Self::Decode { 2 } else { 4 }) {
-            let is_text = !inside && !damaged.starts_with(b"ML\xefR");
+            let is_text = !inside && !wire::is_bytecode(&damaged);
             match self == Self::Decode || is_text && draw.one_in(2) {
                 true => draw.damage_text(&mut damaged),
                 false => draw.damage_bytes(&mut damaged, seeds),

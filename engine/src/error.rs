@@ -64,7 +64,7 @@ pub enum Error {
     #[error(transparent)]
     Pjrt(#[from] pjrt::Error),
     /// The operating system refused to read or write.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {}", path.display(), without_number(source))]
     Io {
         /// The verb: `read`, `write`, `create`.
         action: &'static str,
@@ -132,6 +132,12 @@ impl Error {
             Self::Io { .. } | Self::Runtime { .. } | Self::Pjrt(_) => 1,
         }
     }
+}
+
+/// What the system answered, without the number that it has there.
+fn without_number(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error ").next().unwrap_or(&text).to_owned()
 }
 
 #[cfg(test)]

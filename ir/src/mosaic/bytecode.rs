@@ -32,73 +32,110 @@ const MOST_NESTED: usize = 64;
 /// How many dimensions or results a map may have.
 const MOST_DIMENSIONS: u64 = 64;
 
-const STRINGS: u8 = 0;
-const DIALECTS: u8 = 1;
-const ENTRIES: u8 = 2;
-const OFFSETS: u8 = 3;
+pub(super) const STRINGS: u8 = 0;
+pub(super) const DIALECTS: u8 = 1;
+/// Attributes and types.
+pub(super) const ENTRIES: u8 = 2;
+/// Their dialects and sizes.
+pub(super) const OFFSETS: u8 = 3;
+const IR: u8 = 4;
+/// The ops' properties.
+pub(super) const PROPERTIES: u8 = 8;
+/// The version of the format that has them.
+const PROPERTIES_SINCE: u64 = 5;
+
+/// How a module in bytecode begins.
+const MAGIC: &[u8] = b"ML\xefR";
+
+/// Whether a module is bytecode, not text.
+pub fn is_bytecode(module: &[u8]) -> bool {
+    module.starts_with(MAGIC)
+}
 
 /// A part of a bytecode: its number, its alignment, its bytes.
-struct Section<'b> {
-    id: u8,
-    alignment: Option<u64>,
-    bytes: &'b [u8],
+pub(super) struct Section<'b> {
+    pub(super) id: u8,
+    pub(super) alignment: Option<u64>,
+    pub(super) bytes: &'b [u8],
+}
+
+/// A module in bytecode, cut into its sections.
+pub(super) struct Sections<'b> {
+    /// The version of the format.
+    version: u64,
+    /// What stands before the first section: magic, version, producer.
+    pub(super) header: &'b [u8],
+    pub(super) all: Vec<Section<'b>>,
+}
+
+impl<'b> Sections<'b> {
+    /// `None` where the last section does not end where the bytes do, or one that every module has is missing.
+    pub(super) fn read(bytes: &'b [u8]) -> Option<Self> {
+        let mut reader = Reader { bytes, at: is_bytecode(bytes).then_some(MAGIC.len())? };
+        let version = reader.number()?;
+        while reader.byte()? != 0 {} // who wrote it
+        let header = &bytes[..reader.at];
+        let mut all = vec![];
+        while reader.at < bytes.len() {
+            let id = reader.byte()?;
+            let length = reader.number()?;
+            let alignment = if id & 0x80 != 0 { Some(reader.number()?) } else { None };
+            if let Some(alignment) = alignment {
+                reader.at = reader.at.checked_next_multiple_of(usize::try_from(alignment).ok().filter(|&a| a > 0)?)?;
+            }
+            all.push(Section { id: id & 0x7f, alignment, bytes: reader.take(length)? });
+        }
+        let sections = Self { version, header, all };
+        // Every module has these; properties since they are apart from other attributes.
+        let needed = [STRINGS, DIALECTS, ENTRIES, OFFSETS, IR, PROPERTIES];
+        let needed = &needed[..if version < PROPERTIES_SINCE { 5 } else { 6 }];
+        needed.iter().all(|&id| sections.of(id).is_some()).then_some(sections)
+    }
+
+    /// The content of the section of a number.
+    pub(super) fn of(&self, id: u8) -> Option<Reader<'b>> {
+        self.all.iter().find(|section| section.id == id).map(|section| Reader::new(section.bytes))
+    }
 }
 
 /// `body` with text for the types of [`NAMES`] and for affine maps; `None` where there are none, or it is damaged.
 pub(super) fn readable(body: &[u8]) -> Option<Vec<u8>> {
-    let mut reader = Reader { bytes: body, at: b"ML\xefR".len() };
-    let version = reader.number()?;
-    while reader.byte()? != 0 {} // who wrote it
-    let mut result = body[..reader.at].to_vec();
-    let sections = sections(&mut reader)?;
-    let section = |id: u8| sections.iter().find(|section| section.id == id).map(|section| section.bytes);
-    let (entries, offsets) = with_text(
-        Reader::new(section(ENTRIES)?),
-        Reader::new(section(OFFSETS)?),
-        &builtin(section(STRINGS)?, section(DIALECTS)?, version)?,
-    )?;
-    for Section { id, alignment, bytes } in &sections {
+    let sections = Sections::read(body)?;
+    let mut result = sections.header.to_vec();
+    let builtin = builtin(sections.of(STRINGS)?, sections.of(DIALECTS)?, sections.version)?;
+    let (entries, offsets) = with_text(sections.of(ENTRIES)?, sections.of(OFFSETS)?, &builtin)?;
+    for Section { id, alignment, bytes } in &sections.all {
         let bytes = match *id {
             ENTRIES => &entries,
             OFFSETS => &offsets,
             _ => *bytes,
         };
-        result.push(id | if alignment.is_some() { 0x80 } else { 0 });
-        write_number(&mut result, bytes.len() as u64);
-        if let Some(alignment) = *alignment {
-            write_number(&mut result, alignment);
-            let padded = result.len().checked_next_multiple_of(usize::try_from(alignment).ok()?)?;
-            // No alignment is more than a page; a damaged one may be anything.
-            result.resize(Some(padded).filter(|&padded| padded - result.len() <= 1 << 12)?, 0xcb);
-        }
-        result.extend_from_slice(bytes);
+        write_section(&mut result, *id, *alignment, bytes)?;
     }
     Some(result)
 }
 
-fn sections<'b>(reader: &mut Reader<'b>) -> Option<Vec<Section<'b>>> {
-    let mut sections = vec![];
-    while reader.at < reader.bytes.len() {
-        let id = reader.byte()?;
-        let length = reader.number()?;
-        let alignment = if id & 0x80 != 0 { Some(reader.number()?) } else { None };
-        if let Some(alignment) = alignment {
-            reader.at = reader.at.checked_next_multiple_of(usize::try_from(alignment).ok().filter(|&a| a > 0)?)?;
-        }
-        sections.push(Section { id: id & 0x7f, alignment, bytes: reader.take(length)? });
+/// Adds a section; `None` where its alignment is of no module.
+pub(super) fn write_section(to: &mut Vec<u8>, id: u8, alignment: Option<u64>, bytes: &[u8]) -> Option<()> {
+    to.push(id | if alignment.is_some() { 0x80 } else { 0 });
+    write_number(to, bytes.len() as u64);
+    if let Some(alignment) = alignment {
+        write_number(to, alignment);
+        let padded = to.len().checked_next_multiple_of(usize::try_from(alignment).ok()?)?;
+        // No alignment is more than a page; a damaged one may be anything.
+        to.resize(Some(padded).filter(|&padded| padded - to.len() <= 1 << 12)?, 0xcb);
     }
-    Some(sections)
+    to.extend_from_slice(bytes);
+    Some(())
 }
 
 /// Which dialects are the builtin one, in bytecode of a version.
-fn builtin(strings: &[u8], dialects: &[u8], version: u64) -> Option<Vec<bool>> {
+fn builtin(mut strings: Reader, mut dialects: Reader, version: u64) -> Option<Vec<bool>> {
     // Strings: their sizes, the last one first, and at the end their bytes, each with a zero behind it.
-    let mut strings = Reader::new(strings);
     let sizes = (0..strings.number()?).map(|_| strings.number()).collect::<Option<Vec<_>>>()?;
     let mut texts = sizes.iter().rev().map(|&size| strings.take(size)).collect::<Option<Vec<_>>>()?;
     texts.iter_mut().for_each(|text| *text = text.strip_suffix(b"\0").unwrap_or(text));
     // Dialects: the numbers of their names, since version 1 with a bit that says whether a version follows.
-    let mut dialects = Reader::new(dialects);
     let mut builtin = vec![];
     for _ in 0..dialects.number()? {
         let mut name = dialects.number()?;

@@ -9,7 +9,10 @@
 
 use std::collections::HashMap;
 
-use super::bytecode::{Reader, write_number};
+use super::bytecode::{
+    DIALECTS, ENTRIES, OFFSETS, PROPERTIES, Reader, STRINGS, Section, Sections, is_bytecode, write_number,
+    write_section,
+};
 use super::wire::{CallSite, TARGET};
 use crate::{
     element::Element,
@@ -52,12 +55,12 @@ pub fn host(
     target: &str,
     options: &dyn Fn(usize) -> Vec<(&'static str, String)>,
 ) -> Result<Hosted> {
-    let hosted = match module.starts_with(b"ML\xefR") {
+    let hosted = match is_bytecode(module) {
         true => in_bytecode(module, calls, target, options),
         false => in_text(module, calls, target, options),
     };
     hosted.ok_or_else(|| {
-        let form = if module.starts_with(b"ML\xefR") { "bytecode" } else { "text" };
+        let form = if is_bytecode(module) { "bytecode" } else { "text" };
         Error::mosaic(format!("the module is not {form} as jax.export writes it: @main or its calls cannot be read"))
     })
 }
@@ -237,11 +240,6 @@ const CALL: &[u8] = b"custom_call_v1";
 const CALL_PROPERTIES: usize = 8;
 
 /// Numbers of sections.
-const STRINGS: u8 = 0;
-const DIALECTS: u8 = 1;
-const ATTRIBUTES: u8 = 2;
-const OFFSETS: u8 = 3;
-const PROPERTIES: u8 = 8;
 
 impl<'b> Reader<'b> {
     fn index(&mut self) -> Option<usize> {
@@ -284,11 +282,7 @@ struct Entry<'b> {
 }
 
 struct Bytecode<'b> {
-    bytes: &'b [u8],
-    /// Where the first section begins.
-    start: usize,
-    /// Number, alignment (0 for none) and content.
-    sections: Vec<(u8, u64, &'b [u8])>,
+    sections: Sections<'b>,
     strings: Vec<&'b [u8]>,
     /// Which dialect is VHLO.
     vhlo: usize,
@@ -300,28 +294,14 @@ struct Bytecode<'b> {
 
 impl<'b> Bytecode<'b> {
     fn read(bytes: &'b [u8]) -> Option<Self> {
-        let mut reader = Reader { bytes, at: b"ML\xefR".len() };
-        reader.number()?; // the version
-        while reader.byte()? != 0 {} // who wrote it
-        let start = reader.at;
-        let mut sections = vec![];
-        while reader.at < bytes.len() {
-            let id = reader.byte()?;
-            let length = reader.number()?;
-            let alignment = if id & 0x80 != 0 { reader.number()? } else { 0 };
-            if alignment != 0 {
-                reader.at = reader.at.checked_next_multiple_of(usize::try_from(alignment).ok()?)?;
-            }
-            sections.push((id & 0x7f, alignment, reader.take(length)?));
-        }
-        let section = |number: u8| Some(Reader::new(sections.iter().find(|(id, ..)| *id == number)?.2));
+        let sections = Sections::read(bytes)?;
         // Strings: their sizes, the last one first, and then their bytes, each with a zero behind it.
-        let mut reader = section(STRINGS)?;
+        let mut reader = sections.of(STRINGS)?;
         let sizes = reader.list(Reader::number)?;
         let strings = sizes.iter().rev().map(|&size| reader.take(size)?.strip_suffix(b"\0"));
         let strings = strings.collect::<Option<Vec<_>>>()?;
         // Dialects: the numbers of their names, with a bit that says whether a version follows.
-        let mut reader = section(DIALECTS)?;
+        let mut reader = sections.of(DIALECTS)?;
         let dialects = reader.list(|reader| {
             let name = reader.number()?;
             if name & 1 != 0 {
@@ -332,7 +312,7 @@ impl<'b> Bytecode<'b> {
         })?;
         let vhlo = dialects.iter().position(|name| *name == b"vhlo")?;
         // Attributes and then types, in groups of one dialect.
-        let (mut offsets, mut content) = (section(OFFSETS)?, section(ATTRIBUTES)?);
+        let (mut offsets, mut content) = (sections.of(OFFSETS)?, sections.of(ENTRIES)?);
         let counts = [offsets.index()?, offsets.index()?];
         let mut tables = counts.map(|count| {
             let mut entries: Vec<Entry> = vec![];
@@ -346,11 +326,11 @@ impl<'b> Bytecode<'b> {
             Some(entries)
         });
         let [attributes, types] = [tables[0].take()?, tables[1].take()?];
-        let properties = section(PROPERTIES)?.list(|reader| {
+        let properties = sections.of(PROPERTIES)?.list(|reader| {
             let size = reader.number()?;
             reader.take(size)
         })?;
-        Some(Self { bytes, start, sections, strings, vhlo, attributes, types, properties })
+        Some(Self { sections, strings, vhlo, attributes, types, properties })
     }
 
     /// What follows the code, if the entry is one of VHLO's with that code.
@@ -481,11 +461,11 @@ fn in_bytecode(
         return None;
     }
     let arguments = types.into_iter().enumerate().map(|(at, ty)| (format!("arg{at}"), None, ty)).collect();
-    Some(Hosted { module: write(&code, &added, &properties), arguments, results, calls })
+    Some(Hosted { module: write(&code, &added, &properties)?, arguments, results, calls })
 }
 
 /// The module with what is added, and its ops' properties.
-fn write(code: &Bytecode, added: &Added, properties: &[Vec<u8>]) -> Vec<u8> {
+fn write(code: &Bytecode, added: &Added, properties: &[Vec<u8>]) -> Option<Vec<u8>> {
     let known = code.strings.iter().map(|&text| if text == CALL_SINCE { CALL } else { text });
     let strings: Vec<&[u8]> = known.chain(added.strings.iter().map(String::as_bytes)).collect();
     let own: Vec<Entry> = (added.attributes.iter())
@@ -493,16 +473,16 @@ fn write(code: &Bytecode, added: &Added, properties: &[Vec<u8>]) -> Vec<u8> {
         .collect();
     let attributes: Vec<&Entry> = code.attributes.iter().chain(&own).collect();
     let entries = || attributes.iter().copied().chain(&code.types);
-    let mut bytes = code.bytes[..code.start].to_vec();
-    for &(id, alignment, content) in &code.sections {
-        let content = match id {
+    let mut bytes = code.sections.header.to_vec();
+    for Section { id, alignment, bytes: content } in &code.sections.all {
+        let content = match *id {
             STRINGS => {
                 let sizes = strings.iter().rev().map(|text| text.len() as u64 + 1);
                 let mut section = numbers([strings.len() as u64].into_iter().chain(sizes));
                 strings.iter().for_each(|text| section.extend(text.iter().chain(b"\0")));
                 section
             }
-            ATTRIBUTES => entries().flat_map(|entry| entry.bytes).copied().collect(),
+            ENTRIES => entries().flat_map(|entry| entry.bytes).copied().collect(),
             OFFSETS => {
                 let types: Vec<&Entry> = code.types.iter().collect();
                 let mut section = numbers([attributes.len() as u64, types.len() as u64]);
@@ -524,22 +504,15 @@ fn write(code: &Bytecode, added: &Added, properties: &[Vec<u8>]) -> Vec<u8> {
             }
             _ => content.to_vec(),
         };
-        bytes.push(id | if alignment == 0 { 0 } else { 0x80 });
-        write_number(&mut bytes, content.len() as u64);
-        if alignment != 0 {
-            write_number(&mut bytes, alignment);
-            let end = bytes.len().next_multiple_of(alignment as usize);
-            bytes.resize(end, 0xcb);
-        }
-        bytes.extend(content);
+        write_section(&mut bytes, *id, *alignment, &content)?;
     }
-    bytes
+    Some(bytes)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::SplitMix64;
+    use crate::{mosaic::wire::find_custom_calls, random::SplitMix64};
 
     #[test]
     fn numbers_are_read_as_they_are_written() {
@@ -559,7 +532,7 @@ mod tests {
     #[test]
     fn a_program_that_jax_exported_is_hosted() {
         for module in EXPORTED {
-            let sites = super::super::wire::find_custom_calls(module).unwrap();
+            let sites = find_custom_calls(module).unwrap();
             let hosted = host(module, &sites, "host_call", &|call| vec![("call", call.to_string())]).unwrap();
             let types: Vec<String> = hosted.arguments.iter().map(|(_, _, ty)| ty.to_string()).collect();
             assert_eq!(types, ["f32[8,128]", "f32[8,128]"]);
@@ -578,10 +551,19 @@ mod tests {
     }
 
     #[test]
+    fn bytecode_that_is_cut_off_is_damaged() {
+        let module = EXPORTED.into_iter().find(|module| is_bytecode(module)).unwrap();
+        for length in 4..module.len() {
+            let error = find_custom_calls(&module[..length]).unwrap_err().to_string();
+            assert!(error.contains("the bytecode is damaged"), "{length}: {error}");
+        }
+    }
+
+    #[test]
     fn damage_is_not_a_panic() {
         let mut random = SplitMix64::new(1);
         for module in EXPORTED {
-            let sites = super::super::wire::find_custom_calls(module).unwrap();
+            let sites = find_custom_calls(module).unwrap();
             for _ in 0..5_000 {
                 let mut damaged = module.to_vec();
                 for _ in 0..1 + random.below(4) {
@@ -590,12 +572,7 @@ mod tests {
                 }
                 drop(host(&damaged, &sites, "x", &|_| vec![]));
                 damaged.truncate(random.below(damaged.len()));
-                drop(host(
-                    &damaged,
-                    &super::super::wire::find_custom_calls(&damaged).unwrap_or_default(),
-                    "x",
-                    &|_| vec![],
-                ));
+                drop(host(&damaged, &find_custom_calls(&damaged).unwrap_or_default(), "x", &|_| vec![]));
             }
         }
     }

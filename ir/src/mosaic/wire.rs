@@ -19,9 +19,10 @@ use melior::ir::{
 };
 use serde_json::{Value as Json, json};
 
+pub use super::bytecode::is_bytecode;
 use super::{
     builder::{Kernel, Role, Semantics},
-    bytecode::readable,
+    bytecode::{Sections, readable},
     debug::Locations,
     location::Frame,
     signature::{Signature, is_for_sparse_core, kernel_functions, op_name},
@@ -77,7 +78,7 @@ pub fn deserialize<'c>(context: &'c Context, body: &[u8]) -> Result<Module<'c>> 
 /// As [`deserialize`], with locations that come beside the body: of each op, outermost first, and behind it those of its
 /// regions' parameters.
 fn located<'c>(context: &'c Context, body: &[u8], locations: Vec<Location<'c>>) -> Result<Module<'c>> {
-    let module = match body.starts_with(b"ML\xefR") {
+    let module = match is_bytecode(body) {
         true => read_bytecode(context.melior(), readable(body).as_deref().unwrap_or(body))
             .map_err(|diagnostics| Error::mosaic(format!("the body is not an MLIR module: {diagnostics}")))?,
         false => text::parse(context, &String::from_utf8_lossy(body), "the body")?,
@@ -363,8 +364,14 @@ pub struct CallSite {
 /// memory are proportional to the module, whatever it holds.
 ///
 /// # Errors
-/// When a configuration is damaged: none is left out. When one line of text holds two.
+/// When a configuration is damaged: none is left out. When one line of text holds two. When bytecode is cut off.
 pub fn find_custom_calls(module: &[u8]) -> Result<Vec<CallSite>> {
+    if is_bytecode(module) && Sections::read(module).is_none() {
+        let bytes = module.len();
+        return Err(Error::mosaic(format!(
+            "the bytecode is damaged: its sections do not end where it does, after {bytes} bytes"
+        )));
+    }
     const KEY: &[u8] = b"custom_call_config";
     /// Braces before the key, one of which begins its object: values of other keys may be objects too.
     const MOST_BRACES: usize = 8;

@@ -80,7 +80,7 @@ impl File {
             return Err(Error::file(path, problem, EMIT_AGAIN));
         } else if has("iteration_bounds") || has("#tpu.") || has("\"tpu.") || has("stable_mosaic.") {
             Content::Kernel
-        } else if bytes.starts_with(BYTECODE) || has("stablehlo.") || has("mhlo.") || has("func.func") {
+        } else if wire::is_bytecode(&bytes) || has("stablehlo.") || has("mhlo.") || has("func.func") {
             Content::Module(vec![])
         } else {
             let fix = "give a StableHLO module as text or bytecode, or a kernel that `pagoda emit` wrote";
@@ -122,7 +122,7 @@ impl File {
 
     /// Whether it is bytecode.
     pub(super) fn is_bytecode(&self) -> bool {
-        self.bytes.starts_with(BYTECODE)
+        wire::is_bytecode(&self.bytes)
     }
 
     /// Whether a kernel of it sends to other devices, as its call says.
@@ -172,13 +172,14 @@ impl File {
     }
 }
 
-/// The module in what `jax.export` serialises: a FlatBuffer, which has the module's length in front of it.
+/// The module in what `jax.export` serialises: a FlatBuffer, which has the module's length in front of it. Of a file that is cut
+/// off, what there is of it: that is found to be damaged.
 fn exported(file: &[u8]) -> Option<&[u8]> {
     let at = file.windows(BYTECODE.len()).position(|window| window == BYTECODE).filter(|&at| at >= 4)?;
     // The version of the bytecode, and who wrote it.
     file.get(at + BYTECODE.len() + 1..)?.strip_prefix(b"StableHLO_v")?;
     let length = u32::from_le_bytes(file[at - 4..at].try_into().ok()?);
-    file.get(at..at.checked_add(length as usize)?)
+    Some(&file[at..at.saturating_add(length as usize).min(file.len())])
 }
 
 /// Opens a file and ends, if the arguments of this process say so.

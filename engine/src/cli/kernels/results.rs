@@ -24,10 +24,24 @@ pub(super) struct ResultArgs {
     #[arg(long, global = true, value_name = "NAME=FILE.npy")]
     expect: Vec<String>,
     /// The relative tolerance of --expect.
-    #[arg(long, global = true, value_name = "R", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "R",
+        default_value_t = 0.0,
+        allow_negative_numbers = true,
+        requires = "expect"
+    )]
     rtol: f64,
     /// The absolute tolerance of --expect.
-    #[arg(long, global = true, value_name = "A", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "A",
+        default_value_t = 0.0,
+        allow_negative_numbers = true,
+        requires = "expect"
+    )]
     atol: f64,
 }
 

@@ -157,6 +157,7 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
             ));
         }
         (None, Some(kernel)) => {
+            no_choice(args)?;
             let launch = launch(args, &*kernel.plan()?, &given)?;
             vec![match on_machine {
                 true => on_tile_machine(args, &running, &given, &*launch)?,
@@ -170,9 +171,8 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
                 let problem = "it has no Mosaic kernel for the tile machine";
                 return Err(Error::file(path, problem, "run it with --plugin cpu"));
             }
-            if let Some(only) = args.only.filter(|_| known.is_some() || !on_machine) {
-                let limit = "chooses among kernels of unknown origin on the tile machine";
-                return Err(Error::setting("kernel", only, limit, "leave it out"));
+            if known.is_some() || !on_machine {
+                no_choice(args)?;
             }
             if let (None, Some(lengths)) = (&known, &args.lengths) {
                 let limit = format!("is of no use: line 1 of {} names no kernel", path.display());
@@ -187,13 +187,13 @@ pub(in crate::cli) fn run(args: &RunArgs) -> Result<ExitCode> {
                 (devices, _) => devices,
             };
             if let (Some(devices), true) = (devices, on_machine) {
-                no_check(args, &file)?;
+                of_unknown_origin(args, &file)?;
                 return print_reports(&devices::run(args, &running, &given, &file, devices)?, args.json);
             }
             match (on_machine, known) {
                 (true, Some(kernel)) => vec![emitted_on_tile_machine(args, &running, &given, &file, &kernel)?],
                 (true, None) if args.only.is_none() && file.is_program() => {
-                    no_check(args, &file)?;
+                    of_unknown_origin(args, &file)?;
                     program::run(args, &running, &given, &file)?
                 }
                 (true, None) => all_on_tile_machine(args, &running, &given, &file)?,
@@ -408,8 +408,25 @@ pub(super) fn inputs_line(args: &RunArgs, given: &Given, batch: Option<String>) 
     line
 }
 
-/// Refuses to check a module of unknown origin.
-fn no_check(args: &RunArgs, file: &File) -> Result<()> {
+/// Refuses what is of kernels of unknown origin.
+fn no_choice(args: &RunArgs) -> Result<()> {
+    let given = args.only.map(|only| ("kernel", only.to_string()));
+    match given.or_else(|| args.names.first().map(|names| ("names", names.clone()))) {
+        Some((key, value)) => {
+            Err(Error::setting(key, value, "is for kernels of unknown origin on the tile machine", "leave it out"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Refuses to check a module of unknown origin, and names for a kernel that it has not.
+fn of_unknown_origin(args: &RunArgs, file: &File) -> Result<()> {
+    let count = file.calls().len();
+    let is_known = |at: &str| at.parse().is_ok_and(|at: usize| at < count);
+    if let Some(names) = args.names.iter().find(|names| names.split_once('=').is_some_and(|(at, _)| !is_known(at))) {
+        let limit = format!("is of none of the {count} kernels in {}", file.path.display());
+        return Err(Error::setting("names", names, limit, "count the kernels from 0"));
+    }
     if args.check_against.is_none() {
         return Ok(());
     }
@@ -419,7 +436,7 @@ fn no_check(args: &RunArgs, file: &File) -> Result<()> {
 
 /// Mosaic kernels of a module of unknown origin, each on operands of its own.
 fn all_on_tile_machine(args: &RunArgs, running: &Running, given: &Given, file: &File) -> Result<Vec<Report>> {
-    no_check(args, file)?;
+    of_unknown_origin(args, file)?;
     let context = Context::new();
     let count = file.calls().len();
     let mut reports = Vec::new();
