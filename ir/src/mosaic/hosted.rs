@@ -239,8 +239,6 @@ const CALL: &[u8] = b"custom_call_v1";
 /// Properties of the older one.
 const CALL_PROPERTIES: usize = 8;
 
-/// Numbers of sections.
-
 impl<'b> Reader<'b> {
     fn index(&mut self) -> Option<usize> {
         usize::try_from(self.number()?).ok()
