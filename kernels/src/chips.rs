@@ -98,6 +98,17 @@ impl Chip {
         matches!(self, Self::V6e | Self::Tpu7x)
     }
 
+    /// The type of 8 bits with the bits of `narrow`, a float of 8 bits, that vector units make f32 of in one operation, if there is
+    /// one. (As libtpu 0.0.52 lowers `arith.extf`.)
+    pub const fn unpacked_as(self, narrow: Element) -> Option<Element> {
+        match (self, narrow) {
+            (Self::V4, _) => None,
+            (_, Element::F8E5M2) | (Self::Tpu7x, Element::F8E4M3Fn) => Some(narrow),
+            (_, Element::F8E4M3Fn) => Some(Element::F8E4M3B11Fnuz),
+            _ => None,
+        }
+    }
+
     /// The name on the command line.
     pub const fn name(self) -> &'static str {
         match self {

@@ -30,7 +30,8 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let fused_decode = fused(Kind::Decode, Chip::V6e, [7, 6], &rows, FUSED_DECODE);
     let fused = fused(Kind::Mixed, Chip::V5p, [150, 4], &prompts, FUSED);
     let plain = [set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, spans(), decode()];
-    let narrow = [narrow(Chip::V5p, NARROW), narrow(Chip::V6e, NARROW_PAIRS)];
+    let narrow =
+        [narrow(Chip::V4, 32, NARROW), narrow(Chip::V6e, 8, NARROW_PAIRS), narrow(Chip::V5p, 32, NARROW_IN_TWOS)];
     plain.into_iter().chain([fused_decode, fused]).chain(narrow).chain([packed()]).collect()
 }
 
@@ -91,7 +92,7 @@ fn decode() -> MutantSet<Rpa> {
 }
 
 /// Decode over a cache of floats of 8 bits, those of one head most of them subnormal; sinks, log-sum-exps.
-fn narrow(chip: Chip, mutants: &[Mutant]) -> MutantSet<Rpa> {
+fn narrow(chip: Chip, page_size: usize, mutants: &[Mutant]) -> MutantSet<Rpa> {
     let spec = Spec {
         kind: Kind::Decode,
         precision: Precision { kv: Element::F8E4M3Fn, ..Precision::uniform(Element::Bf16) },
@@ -99,16 +100,16 @@ fn narrow(chip: Chip, mutants: &[Mutant]) -> MutantSet<Rpa> {
         q_heads: 6,
         kv_heads: 2,
         head_dim: 128,
-        page_size: 32,
-        pages: 16,
+        page_size,
+        pages: 512 / page_size,
         max_seqs: 5,
-        pages_per_seq: 4,
+        pages_per_seq: 128 / page_size,
         scale: 0.088,
         sinks: true,
         log_sum_exp: true,
         ..Spec::default()
     };
-    of_plan(spec, chip, [8, 2], &[(1, 20), (1, 64), (0, 5), (1, 97), (1, 41)], mutants)
+    of_plan(spec, chip, [8, 64 / page_size], &[(1, 20), (1, 64), (0, 5), (1, 97), (1, 41)], mutants)
 }
 
 /// Packed heads of 64; sinks, log-sum-exps, a row of padding.
@@ -496,6 +497,41 @@ const DECODE: &[Mutant] = {
         ),
     ]
 };
+
+/// Where vector units unpack floats of 8 bits: two heads to a product.
+const NARROW_IN_TWOS: &[Mutant] = &[
+    (
+        "zeros with a sign",
+        |t| t.first_operand_only(t.above(t.find(0, &["tpu.bitcast", "B11"]), "arith.andi"), "arith.andi"),
+        Caught::Mismatch,
+    ),
+    (
+        "numbers of another bias",
+        |t| t.replaced(t.find(0, &["constant 1.600000e+01"]), "1.600000e+01", "1.000000e+00"),
+        Caught::Mismatch,
+    ),
+    (
+        "the keys of both heads",
+        |t| t.replaced(t.find(0, &["cmpi eq", "vector<8x128xi32>"]), "eq", "sge"),
+        Caught::Mismatch,
+    ),
+    (
+        "the even token twice",
+        |t| t.replaced(t.find(0, &["constant dense<8>"]), "dense<8>", "dense<0>"),
+        Caught::Mismatch,
+    ),
+    ("keys for values", |t| t.replaced(t.find(1, &["constant dense<8>"]), "dense<8>", "dense<0>"), Caught::Mismatch),
+    (
+        "the second head's scale for both",
+        |t| t.replaced(t.find(0, &["cmpi slt", "vector<8x128xi32>"]), "slt", "sgt"),
+        Caught::Mismatch,
+    ),
+    (
+        "every second token of a pair for the first",
+        |t| t.first_operand_only(t.below(t.find(0, &["constant dense<-4>"]), &["arith.addi"]), "arith.maxsi"),
+        Caught::Mismatch,
+    ),
+];
 
 /// Where vector units have arithmetic in bf16.
 const NARROW_PAIRS: &[Mutant] = &[

@@ -214,7 +214,7 @@ pub(super) fn alone(plan: &Plan) -> Option<Plan> {
     let part = Plan::new(Problem::new(spec).ok()?, plan.chip(), options).ok()?;
     let (problem, chip, tiles) = (part.problem(), part.chip(), part.tiles());
     let layout = match problem.kind {
-        Kind::Decode => decode::laid_out(problem, tiles, heads, Split::Nothing, 1),
+        Kind::Decode => decode::laid_out(problem, chip, tiles, heads, Split::Nothing),
         Kind::Mixed => laid_out(problem, chip, tiles, heads, Split::Nothing),
     };
     Some(part.laid_out(layout))

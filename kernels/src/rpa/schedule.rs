@@ -8,7 +8,7 @@ use pagoda_ir::{Element, mosaic::tiling::LANES};
 
 use super::{
     kv_layout::Half,
-    mosaic::few_rows::heads_at_once,
+    mosaic::few_rows::products_at_once,
     plan::{self, CHUNK, MAX_SPANS, Part, Plan, Split, decode},
     problem::Kind,
 };
@@ -451,7 +451,8 @@ fn decoding_of<'b>(plan: &Plan, sequences: impl Iterator<Item = &'b Lengths>) ->
 
 fn stages_of_decode(plan: &Plan, listed: usize, core: &Decoding) -> Vec<Stage> {
     let (problem, sizes, widths) = (plan.problem(), Sizes::of(plan), plan.widths());
-    let rows = decode::rows(problem) as f64;
+    let products = decode::Products::of(problem, plan.chip());
+    let rows = products.rows as f64;
     let mut of_sequence = [0.0; UNITS];
     of_sequence[2..5].copy_from_slice(&[
         1.0,
@@ -471,7 +472,7 @@ fn stages_of_decode(plan: &Plan, listed: usize, core: &Decoding) -> Vec<Stage> {
             work[16] = steps.asked as f64 / steps.count as f64 * sizes.pieces;
             work[5..15].copy_from_slice(&[
                 1.0,
-                plan.head_block().div_ceil(heads_at_once(width)) as f64,
+                products.count(plan.head_block()).div_ceil(products_at_once(width * products.kv_heads)) as f64,
                 sizes.heads,
                 sizes.heads * matrix,
                 if width > WIDE_KEYS { sizes.heads * logits } else { 0.0 },

@@ -22,10 +22,13 @@ use pagoda_ir::{
 };
 
 use super::{Strided, joined};
-use crate::rpa::{
-    kv_layout::{Half, KvLayout, KvRows},
-    plan::Plan,
-    problem::Problem,
+use crate::{
+    chips::Chip,
+    rpa::{
+        kv_layout::{Half, KvLayout, KvRows},
+        plan::{Plan, decode::Products},
+        problem::Problem,
+    },
 };
 
 /// Columns of a head's products, and the one where the result's first element is: in tiles of lanes that a packed row's key
@@ -35,6 +38,15 @@ pub(in crate::rpa) fn lanes(problem: &Problem) -> [usize; 2] {
         KvRows::Interleaved | KvRows::Padded => [problem.head_dim, 0],
         KvRows::Packed => [problem.head_dim.next_multiple_of(LANES), problem.head_dim % LANES],
     }
+}
+
+/// What keys and values of [`Block::two_heads`] are to be multiplied by, a power of two: the chip takes them for numbers of a type
+/// with another bias.
+pub(super) fn scale(problem: &Problem, chip: Chip) -> f64 {
+    let least = |element: Element| element.minifloat().map_or(0, |format| format.least_exponent());
+    let cached = problem.precision.kv;
+    let unpacked = chip.unpacked_as(cached).filter(|_| Products::of(problem, chip).kv_heads > 1);
+    f64::from(least(cached) - unpacked.map_or(least(cached), least)).exp2()
 }
 
 /// Numbers of a type in a 32-bit word.
@@ -54,6 +66,7 @@ pub(super) struct Block<'a> {
     operand: Element,
     /// Of the chip's vector units.
     has_bf16_arithmetic: bool,
+    unpacked: Option<Element>,
 }
 
 impl<'a> Block<'a> {
@@ -67,8 +80,9 @@ impl<'a> Block<'a> {
             if element == Element::F32 { piece } else { piece.bitcast(Element::I32) }
         });
         let (layout, operand) = (problem.kv_layout(), problem.precision.q);
-        let has_bf16_arithmetic = plan.chip().has_bf16_arithmetic();
-        Self { k, words: words.collect(), per_token: rows / packing(element), layout, operand, has_bf16_arithmetic }
+        let (chip, words, per_token) = (plan.chip(), words.collect(), rows / packing(element));
+        let (has_bf16_arithmetic, unpacked) = (chip.has_bf16_arithmetic(), chip.unpacked_as(element));
+        Self { k, words, per_token, layout, operand, has_bf16_arithmetic, unpacked }
     }
 
     /// Overwrites, among the first `tokens` tokens, what lies behind the first `live` ones with zeros.
@@ -175,6 +189,15 @@ impl<'a> Block<'a> {
         Some(rows.map(|row| self.widened_pairs(pairs, row % self.packing())))
     }
 
+    /// Keys and values of the two heads whose rows word `word` of a token holds, of `count` tokens from the `first` on: of each two
+    /// tokens those of the first head, then those of the second, `[2 * count, columns]` each. They are finite, and to be multiplied
+    /// by [`scale`].
+    pub fn two_heads(&self, word: usize, [first, count]: [usize; 2]) -> [Value<'a>; 2] {
+        let to = self.unpacked.expect("a type that the chip unpacks");
+        let words = self.load_pairs(&self.words, [word, first, count]);
+        Half::ALL.map(|half| unpacked(of_two_tokens(words, half), to).cast(self.operand))
+    }
+
     /// The even and the odd ones of `count` tokens from the `first` on: words `word`.
     fn load_pairs(&self, pieces: &[Ref<'a>], [word, first, count]: [usize; 3]) -> [Value<'a>; 2] {
         [0, 1].map(|token| {
@@ -237,6 +260,32 @@ fn widened(top: Value<'_>, format: Minifloat) -> Value<'_> {
     (magnitude.bitcast(Element::I32) | (top & i64::from(i32::MIN))).bitcast(Element::F32)
 }
 
+const EVEN_BYTES: i32 = 0x00ff_00ff;
+
+/// Words with the keys or the values of an even and an odd token, byte by byte, of the words of both: they have a key in each even
+/// byte, a value in each odd one.
+fn of_two_tokens<'a>([even, odd]: [Value<'a>; 2], half: Half) -> Value<'a> {
+    match half {
+        Half::Key => (even & EVEN_BYTES) | ((odd << 8) & !EVEN_BYTES),
+        Half::Value => (even.shift_right_logical(8) & EVEN_BYTES) | (odd & !EVEN_BYTES),
+    }
+}
+
+/// Words of four floats of 8 bits as floats of `to`, a row each; their bits are as the cache has them. NaN and infinity become large
+/// numbers: one head's must not reach another's sums, where they have a weight of zero.
+fn unpacked(words: Value<'_>, to: Element) -> Value<'_> {
+    let bytes = |byte: u32| i64::from((byte * 0x0101_0101).cast_signed());
+    // Sums carry into a byte's highest bit.
+    let words = match to {
+        // A zero with a sign is NaN: no bit but the sign.
+        Element::F8E4M3B11Fnuz => words & (((words & bytes(0x7f)) + bytes(0x7f)) | bytes(0x7f)),
+        // An exponent of all ones, and here a mantissa, too. One less in the place of its lowest bit.
+        Element::F8E5M2 => words - ((((words & bytes(0x7c)) + bytes(0x04)) & bytes(0x80)).shift_right_logical(5)),
+        _ => words - ((((words & bytes(0x7f)) + bytes(0x01)) & bytes(0x80)).shift_right_logical(7)),
+    };
+    words.bitcast(to)
+}
+
 /// As [`widened`], of two floats in each word, at byte `index` of its halves, to bf16, by arithmetic in bf16.
 fn widened_pairs(words: Value<'_>, index: usize, format: Minifloat) -> Value<'_> {
     const MANTISSA: u32 = 7;
@@ -290,6 +339,40 @@ mod tests {
             for (at, &code) in codes.iter().enumerate() {
                 let ([row, lane], [half, index]) = ([at / 4 / 128, at / 4 % 128], [at % 4 / 2, at % 4 % 2]);
                 check(code, pairs[index * 2048 + (2 * row + half) * 128 + lane]);
+            }
+        }
+    }
+
+    /// Every code at every place of the words of two tokens, as every chip has it.
+    #[test]
+    fn floats_of_8_bits_are_unpacked_exactly() {
+        for (chip, element) in
+            Chip::ALL.into_iter().flat_map(|chip| [(chip, Element::F8E4M3Fn), (chip, Element::F8E5M2)])
+        {
+            let Some(to) = chip.unpacked_as(element) else { continue };
+            let format = element.minifloat().unwrap();
+            let scale = (format.least_exponent() - to.minifloat().unwrap().least_exponent()) as f64;
+            // Row by row the words of an even token, then those of an odd one.
+            let code = |token: usize, lane: usize, byte: usize| (token * 29 + lane * 2 + byte * 67) as u8;
+            let words: Vec<i32> = (0..2048)
+                .map(|at| {
+                    let (token, lane) = (2 * (at / 128 % 8) + at / 1024, at % 128);
+                    i32::from_le_bytes(std::array::from_fn(|byte| code(token, lane, byte)))
+                })
+                .collect();
+            let words = HostTensor::new(&[2, 8, 128], &words);
+            let both = computed(&words, TensorType::new(Element::F32, &[2, 32, 128]), |_, words, out| {
+                for half in Half::ALL {
+                    let words = of_two_tokens([0, 1].map(|of| words.at(of).load()), half);
+                    out.at(half as usize).store(unpacked(words, to).cast(Element::F32) * scale.exp2());
+                }
+            });
+            for (at, &actual) in both.as_slice::<f32>().iter().enumerate() {
+                let (half, row, lane) = (at / 4096, at / 128 % 32, at % 128);
+                let (token, head) = (2 * (row / 4) + row % 2, row / 2 % 2);
+                let expected = format.decode(code(token, lane, 2 * head + half));
+                let is_same = actual == expected || (!expected.is_finite() && actual.is_finite());
+                assert!(is_same, "{element} on {chip}: {actual} is not {expected}");
             }
         }
     }

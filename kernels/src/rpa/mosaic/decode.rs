@@ -36,7 +36,7 @@ use crate::rpa::{
     batch::Batch,
     plan::{
         self, Plan, Split,
-        decode::{self, BUFFERS},
+        decode::{self, BUFFERS, Products},
         fused,
     },
 };
@@ -68,11 +68,11 @@ struct Body<'a, 'p> {
     staging: Ref<'a>,
     /// Heads whose elements do not fill their last tile of lanes, zeros behind them: `[heads, lanes]`.
     lanes: Option<Ref<'a>>,
-    /// By KV head, the sinks of its rows, in equal lanes: `[heads, rows, lanes]`.
+    /// By product, the sinks of its rows, in equal lanes: `[products, rows, lanes]`.
     sinks: Option<Ref<'a>>,
     /// In HBM and in VMEM, the log-sum-exps: `[tokens, 1, lanes]`, a lane for each head.
     lse: Option<[Ref<'a>; 2]>,
-    /// Of the row at work, by KV head: `[heads, rows, lanes]` each.
+    /// Of the row at work, by product: `[products, rows, lanes]` each.
     max: Ref<'a>,
     sum: Ref<'a>,
     acc: Ref<'a>,
@@ -83,6 +83,7 @@ struct Body<'a, 'p> {
     moved: Ref<'a>,
     /// Query heads of the core.
     q_heads: usize,
+    products: Products,
     fused: Option<Fused<'a>>,
 }
 
@@ -104,7 +105,8 @@ impl<'a, 'p> Body<'a, 'p> {
         let split = plan.details().split;
         let [core] = k.grid([(cores, Semantics::Parallel)]);
         let metadata = Metadata::declare(k, problem);
-        let of_heads = Heads::declare(k, problem);
+        let products = Products::of(problem, plan.chip());
+        let of_heads = Heads::declare(k, problem).in_products(products.kv_heads, block::scale(problem, plan.chip()));
         let q = match problem.fused {
             None => k.hbm_input("q", types.q, &problem.q_type().dims),
             Some(_) => k.hbm_input("qkv", types.q, &fused::projected(problem)),
@@ -121,7 +123,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let lse_dims = [problem.tokens, 1, plan::log_sum_exp_lanes(problem)];
         let lse = problem.log_sum_exp.then(|| k.hbm_output("lse", Element::F32, &lse_dims));
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
-        let (heads, rows) = (head_block * problem.group(), decode::rows(problem));
+        let (heads, rows) = (head_block * problem.group(), products.rows);
         let rows_of = |name, element| scratch(name, element, &[problem.tokens, heads, dim]);
         let (q_rows, out_rows, fused) = match cos_sin {
             None => (rows_of("q_rows", types.q), rows_of("out_rows", types.output), None),
@@ -131,12 +133,13 @@ impl<'a, 'p> Body<'a, 'p> {
             }
         };
         let kv = scratch("kv", types.kv, &decode::kv_dims(problem, plan.tiles(), head_block));
-        let staging = scratch("staging", Element::F32, &decode::staging_dims(problem, head_block));
-        let max = scratch("max", Element::F32, &[head_block, rows, LANES]);
-        let sum = scratch("sum", Element::F32, &[head_block, rows, LANES]);
-        let acc = scratch("acc", Element::F32, &[head_block, rows, block::lanes(problem)[0]]);
+        let staging = scratch("staging", Element::F32, &decode::staging_dims(problem, plan.chip(), head_block));
+        let count = products.count(head_block);
+        let max = scratch("max", Element::F32, &[count, rows, LANES]);
+        let sum = scratch("sum", Element::F32, &[count, rows, LANES]);
+        let acc = scratch("acc", Element::F32, &[count, rows, block::lanes(problem)[0]]);
         let lanes = decode::is_widened(problem).then(|| scratch("lanes", Element::F32, &[heads, LANES]));
-        let sinks = problem.sinks.then(|| scratch("sink_rows", Element::F32, &[head_block, rows, LANES]));
+        let sinks = problem.sinks.then(|| scratch("sink_rows", Element::F32, &[count, rows, LANES]));
         let lse = lse.map(|lse| [lse, scratch("lse_rows", Element::F32, &lse_dims)]);
         let in_smem = |name, len| k.scratch(name, MemorySpace::Smem, Element::I32, &[len]);
         let sequences = in_smem("sequences", problem.max_seqs);
@@ -147,7 +150,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let core = of_core.map_or(core, |core| k.int(core as i64));
         let num_seqs = metadata.sequences();
         let of_heads = match split {
-            Split::Heads => of_heads.from(core * head_block),
+            Split::Heads => of_heads.from(core * head_block, head_block),
             Split::Nothing | Split::Sequences => of_heads,
         };
         Self {
@@ -175,6 +178,7 @@ impl<'a, 'p> Body<'a, 'p> {
             arrived,
             moved,
             q_heads: heads,
+            products,
             fused,
         }
     }
@@ -447,24 +451,24 @@ impl<'a, 'p> Body<'a, 'p> {
         (0..pieces).map(move |piece| (piece * lanes, self.staging.at(piece).reshape(&[heads * sublanes, lanes])))
     }
 
-    /// `count` query heads of a KV head in [`Body::staging`].
-    fn staged(&self, head: usize, count: usize) -> Strided<'a> {
+    /// `count` query heads of a product in [`Body::staging`].
+    fn staged(&self, product: usize, count: usize) -> Strided<'a> {
         let pieces = self.staging_pieces().map(|(_, piece)| piece).collect();
-        Strided { pieces, start: head * self.plan.problem().group() * SUBLANES, count, stride: SUBLANES }
+        Strided { pieces, start: product * self.products.q_heads * SUBLANES, count, stride: SUBLANES }
     }
 
     /// Divides, and sends the row on its way.
     fn finish(&self, token: Value<'a>) {
         let (problem, heads) = (self.plan.problem(), self.q_heads);
-        let (group, [columns, first]) = (problem.group(), block::lanes(problem));
-        let totals: Vec<_> = (0..self.plan.head_block())
-            .map(|head| {
-                let sink = self.sinks.as_ref().map(|sinks| sinks.at(head).load());
-                self.heads.total(head, &self.max.at(head), self.sum.at(head).load(), sink)
+        let (group, [columns, first]) = (self.products.q_heads, block::lanes(problem));
+        let totals: Vec<_> = (0..self.products.count(self.plan.head_block()))
+            .map(|product| {
+                let sink = self.sinks.as_ref().map(|sinks| sinks.at(product).load());
+                self.heads.total(product, &self.max.at(product), self.sum.at(product).load(), sink)
             })
             .collect();
-        for (head, total) in totals.iter().enumerate() {
-            let acc = self.acc.at(head).load();
+        for (product, total) in totals.iter().enumerate() {
+            let acc = self.acc.at(product).load();
             let acc = match total.factor {
                 None => acc,
                 Some(factor) if factor.dims().is_empty() => acc * factor,
@@ -472,11 +476,12 @@ impl<'a, 'p> Body<'a, 'p> {
             };
             let sum = if total.sum.dims()[1] == 1 { total.sum } else { broadcast_lanes(self.k, total.sum, columns) };
             let result = to_the_front(self.k, acc / sum, first);
-            self.staged(head, group).store(result.slice(&[0, 0], &[group, columns]));
+            let count = group.min(heads - product * group);
+            self.staged(product, count).store(result.slice(&[0, 0], &[count, columns]));
         }
         if let Some([_, rows]) = &self.lse {
-            let of_heads: Vec<_> = totals.iter().filter_map(|total| total.log_sum_exp).collect();
-            self.store_log_sum_exps(&rows.at(token), &of_heads);
+            let of_products: Vec<_> = totals.iter().filter_map(|total| total.log_sum_exp).collect();
+            self.store_log_sum_exps(&rows.at(token), &of_products);
         }
         if let Some(fused) = self.fused.as_ref().filter(|fused| fused.is_flat) {
             for (lane, piece) in self.staging_pieces() {
@@ -494,33 +499,31 @@ impl<'a, 'p> Body<'a, 'p> {
         self.send(token);
     }
 
-    /// Writes the log-sum-exps of a row's heads, given by KV head as `[rows, lanes]` of equal lanes, into a lane each.
-    fn store_log_sum_exps(&self, row: &Ref<'a>, of_heads: &[Value<'a>]) {
-        let (k, group) = (self.k, self.plan.problem().group());
+    /// Writes the log-sum-exps of a row's heads, given by product as `[rows, lanes]` of equal lanes, into a lane each.
+    fn store_log_sum_exps(&self, row: &Ref<'a>, of_products: &[Value<'a>]) {
+        let (k, group) = (self.k, self.products.q_heads);
         for first in (0..row.dims()[1]).step_by(LANES) {
-            let of_tile = |head: &usize| head * group < first + LANES && (head + 1) * group > first;
-            let tile = (0..of_heads.len()).filter(of_tile).map(|head| {
-                let dims = of_heads[head].dims();
+            let of_tile = |product: &usize| product * group < first + LANES && (product + 1) * group > first;
+            let tile = (0..of_products.len()).filter(of_tile).map(|product| {
+                let dims = of_products[product].dims();
                 // The lane of a member of the group.
-                let lane = k.iota(&dims, 0) + (head * group) as i64 - first as i64;
+                let lane = k.iota(&dims, 0) + (product * group) as i64 - first as i64;
                 let is_member = k.iota(&dims, 0).less(group) & k.iota(&dims, 1).equals(lane);
-                is_member.select(of_heads[head], 0.0)
+                is_member.select(of_products[product], 0.0)
             });
             let tile = tile.reduce(|sum, of| sum + of).expect("a head in every tile of lanes");
             row.slice(1, first, LANES).store(tile.sum(0));
         }
     }
 
-    /// Writes the sinks of each KV head's rows.
+    /// Writes the sinks of each product's rows.
     fn list_sinks(&self) {
         let Some(sinks) = &self.sinks else { return };
-        let group = self.plan.problem().group();
+        let group = self.products.q_heads;
         sinks.store(0.0);
-        for head in 0..self.plan.head_block() {
-            for member in 0..group {
-                if let Some(sink) = self.heads.sink(head * group + member) {
-                    sinks.at(head).slice(0, member, 1).store(sink);
-                }
+        for head in 0..self.q_heads {
+            if let Some(sink) = self.heads.sink(head) {
+                sinks.at(head / group).slice(0, head % group, 1).store(sink);
             }
         }
     }
@@ -557,29 +560,42 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// A step of the online softmax for every head, over the first `keys` keys of a block, of which `live` count.
     fn heads(&self, block: &Block<'a>, keys: usize, live: Option<Value<'a>>) {
-        let (k, problem) = (self.k, self.plan.problem());
-        let rows = decode::rows(problem);
+        let (k, problem, Products { kv_heads, rows, .. }) = (self.k, self.plan.problem(), self.products);
+        let seen = |first: usize, dims: &[usize]| {
+            let live = live.map(|live| live - (first / kv_heads) as i64);
+            if live.is_none() && kv_heads == 1 {
+                return None;
+            }
+            let index = k.iota(dims, 1);
+            // In twos, two tokens of one head and then of the other.
+            let (token, is_own) = match kv_heads {
+                1 => (index, None),
+                _ => {
+                    let is_second = k.iota(dims, 0).greater_equal(problem.group()).select(2, 0);
+                    (((index & !3) >> 1) + (index & 1), Some((index & 2).equals(is_second)))
+                }
+            };
+            let seen = live.map(|live| match problem.sliding_window {
+                None => token.less(live),
+                Some(window) => token.less(live) & token.greater_equal(live - window as i64),
+            });
+            [is_own, seen].into_iter().flatten().reduce(|own, seen| own & seen)
+        };
         let step = FewRows {
             k,
             problem,
             heads: &self.heads,
             block,
+            kv_heads,
             keys,
             live,
             // Fewer keys than a block has are the last ones: then only what comes behind all keys asks for their maximum.
             keeps_maxima: keys == self.plan.keys() || problem.sinks || problem.log_sum_exp,
-            queries: &|head| self.staged(head, rows).load(k).cast(problem.precision.q),
-            state: &|head| [&self.max, &self.sum, &self.acc].map(|of| of.at(head)),
-            seen: &|first, dims| {
-                let (live, index) = (live? - first as i64, k.iota(dims, 1));
-                let seen = index.less(live);
-                Some(match problem.sliding_window {
-                    None => seen,
-                    Some(window) => seen & index.greater_equal(live - window as i64),
-                })
-            },
+            queries: &|product| self.staged(product, rows).load(k).cast(problem.precision.q),
+            state: &|product| [&self.max, &self.sum, &self.acc].map(|of| of.at(product)),
+            seen: &seen,
         };
-        step.write(self.plan.head_block());
+        step.write(self.products.count(self.plan.head_block()));
     }
 }
 

@@ -7,9 +7,10 @@ use std::f64::consts::{LN_2, LOG2_E};
 
 use pagoda_ir::{
     Element,
-    mosaic::{Builder, Ref, Value},
+    mosaic::{Builder, Ref, Value, tiling::LANES},
 };
 
+use super::broadcast_lanes;
 use crate::{
     kernel::Operand,
     rpa::{kv_layout::Half, problem::Problem},
@@ -28,12 +29,19 @@ pub(in crate::rpa) fn operands(problem: &Problem) -> impl Iterator<Item = Operan
     names(problem).map(Operand::of)
 }
 
-/// The numbers of the heads, in SMEM.
+/// The numbers of the heads, in SMEM. Where a product has the rows of several KV heads, it is counted as one.
 pub(super) struct Heads<'a> {
+    k: &'a Builder<'a>,
     sinks: Option<Ref<'a>>,
     scales: Option<[Ref<'a>; 2]>,
     /// What the core's KV heads are counted from.
     first: Option<Value<'a>>,
+    /// KV heads of the core.
+    count: usize,
+    /// KV heads whose rows stand in one product, one head's behind the other's.
+    per_product: usize,
+    /// What logits and finished sums are to be multiplied by beside: [`super::block::scale`].
+    of_block: f64,
     group: usize,
     /// Whether the log-sum-exp is a result.
     log_sum_exp: bool,
@@ -57,13 +65,29 @@ impl<'a> Heads<'a> {
         let sinks = problem.sinks.then(|| floats("sinks", q_heads));
         let scales = ["k_scale", "v_scale"];
         let scales = problem.precision.is_scaled().then(|| scales.map(|name| floats(name, kv_heads)));
-        Self { sinks, scales, first: None, group: problem.group(), log_sum_exp: problem.log_sum_exp }
+        Self {
+            k,
+            sinks,
+            scales,
+            first: None,
+            count: kv_heads,
+            per_product: 1,
+            of_block: 1.0,
+            group: problem.group(),
+            log_sum_exp: problem.log_sum_exp,
+        }
     }
 
-    /// Of a core whose heads begin at KV head `first`.
+    /// Of a core whose `count` heads begin at KV head `first`.
     #[must_use]
-    pub fn from(self, first: Value<'a>) -> Self {
-        Self { first: Some(first), ..self }
+    pub fn from(self, first: Value<'a>, count: usize) -> Self {
+        Self { first: Some(first), count, ..self }
+    }
+
+    /// With products of `count` KV heads each, of keys and values that are to be multiplied by `scale`, where the cache has scales.
+    #[must_use]
+    pub fn in_products(self, count: usize, scale: f64) -> Self {
+        Self { per_product: count, of_block: scale, ..self }
     }
 
     fn scale(&self, half: usize, head: usize) -> Option<Value<'a>> {
@@ -72,6 +96,18 @@ impl<'a> Heads<'a> {
             None => scales.at(head).load(),
             Some(first) => scales.at(first + head).load(),
         })
+    }
+
+    /// Of a product of so many rows: a scalar, or of each row in equal lanes, `[rows, LANES]`.
+    fn scale_of_rows(&self, half: usize, product: usize, rows: usize) -> Option<Value<'a>> {
+        let heads = product * self.per_product..((product + 1) * self.per_product).min(self.count);
+        let whole = |scale: Value<'a>| if self.of_block == 1.0 { scale } else { scale * self.of_block };
+        let scales = heads.map(|head| self.scale(half, head).map(whole)).collect::<Option<Vec<_>>>()?;
+        let (last, others) = scales.split_last()?;
+        let scales = others.iter().enumerate().rev();
+        Some(scales.fold(*last, |behind, (at, &scale)| {
+            self.k.iota(&[rows, LANES], 0).less((at + 1) * self.group).select(scale, behind)
+        }))
     }
 
     /// A KV head's numbers, tiles of f32 of `half`, as the cache holds them: divided by its scale.
@@ -92,11 +128,13 @@ impl<'a> Heads<'a> {
         Some(sink * LOG2_E)
     }
 
-    /// A KV head's products of queries and keys as logits: powers of two, scaled and capped.
-    pub fn logits(&self, product: Value<'a>, head: usize, problem: &Problem) -> Value<'a> {
-        let by = |number: f64| match self.scale(0, head) {
+    /// A product of queries and keys as logits: powers of two, scaled and capped.
+    pub fn logits(&self, product: Value<'a>, of: usize, problem: &Problem) -> Value<'a> {
+        let &[rows, keys] = &product.dims()[..] else { unreachable!("a row for each query") };
+        let by = |number: f64| match self.scale_of_rows(0, of, rows) {
             None => product * number,
-            Some(scale) => product * (scale * number),
+            Some(scale) if scale.dims().is_empty() => product * (scale * number),
+            Some(scale) => product * broadcast_lanes(self.k, scale * number, keys),
         };
         match problem.soft_cap {
             None => by(problem.scale * LOG2_E),
@@ -104,10 +142,10 @@ impl<'a> Heads<'a> {
         }
     }
 
-    /// What `max` (`[rows, LANES]`, equal lanes) and `sum` (one per row and lane) of a KV head's rows come to, with a sink per
+    /// What `max` (`[rows, LANES]`, equal lanes) and `sum` (one per row and lane) of a product's rows come to, with a sink per
     /// row (a scalar, or as `max`).
-    pub fn total(&self, head: usize, max: &Ref<'a>, sum: Value<'a>, sink: Option<Value<'a>>) -> Total<'a> {
-        let (of_keys, scale) = (sum.sum(1), self.scale(1, head));
+    pub fn total(&self, product: usize, max: &Ref<'a>, sum: Value<'a>, sink: Option<Value<'a>>) -> Total<'a> {
+        let (of_keys, scale) = (sum.sum(1), self.scale_of_rows(1, product, max.dims()[0]));
         let (top, sum, factor) = match sink {
             None => (None, of_keys, scale),
             Some(sink) => {

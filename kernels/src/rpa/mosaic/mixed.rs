@@ -237,7 +237,7 @@ impl<'a, 'p> Body<'a, 'p> {
             Cores::One(core) => (k.int(core as i64), plan.shares() > 1),
         };
         let of_heads = match plan.details().split {
-            Split::Heads => of_heads.from(core * heads),
+            Split::Heads => of_heads.from(core * heads, heads),
             Split::Nothing | Split::Sequences => of_heads,
         };
         let kv_pages = fused.as_ref().map_or(kv_pages, |fused| fused.written.kv_pages.clone());
@@ -762,6 +762,7 @@ impl<'a, 'p> Body<'a, 'p> {
             problem: self.plan.problem(),
             heads: &self.heads,
             block,
+            kv_heads: 1,
             keys,
             // Values behind them are zeros.
             live: None,

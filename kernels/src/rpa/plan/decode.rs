@@ -20,7 +20,7 @@ use super::{
 use crate::{
     chips::Chip,
     plan::{self, PlanError, Spilling},
-    rpa::problem::Problem,
+    rpa::{kv_layout::KvRows, problem::Problem},
     vmem::{Buffer, BufferKind, Bytes, VmemReport},
 };
 
@@ -79,9 +79,31 @@ pub(in crate::rpa) fn semaphores(tiles: Tiles) -> usize {
     (1 << tiles.kv_pages.ilog2()).min(4)
 }
 
-/// Rows of a KV head's products: its query heads, padded to a tile.
-pub(in crate::rpa) fn rows(problem: &Problem) -> usize {
-    problem.group().next_multiple_of(SUBLANES)
+/// The products of a decode row's queries with keys, and of its weights with values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::rpa) struct Products {
+    /// KV heads of a product: two where the numbers of two heads are converted together. A row then sees the keys of its own.
+    pub kv_heads: usize,
+    /// Query heads of a product.
+    pub q_heads: usize,
+    /// Its rows: the query heads, padded to a tile.
+    pub rows: usize,
+}
+
+impl Products {
+    pub fn of(problem: &Problem, chip: Chip) -> Self {
+        let (types, is_packed) = (problem.precision, problem.kv_rows == KvRows::Packed);
+        let is_unpacked = types.q == Element::Bf16 && chip.unpacked_as(types.kv).is_some();
+        let in_twos = is_unpacked && !is_packed && problem.page_size.is_multiple_of(2 * SUBLANES);
+        let kv_heads = if in_twos { 2 } else { 1 };
+        let q_heads = kv_heads * problem.group();
+        Self { kv_heads, q_heads, rows: q_heads.next_multiple_of(SUBLANES) }
+    }
+
+    /// How many `kv_heads` KV heads take.
+    pub fn count(self, kv_heads: usize) -> usize {
+        kv_heads.div_ceil(self.kv_heads)
+    }
 }
 
 /// Every KV block in VMEM: `[buffers, pieces, keys, rows of a key, lanes]`.
@@ -92,16 +114,18 @@ pub(in crate::rpa) fn kv_dims(problem: &Problem, tiles: Tiles, head_block: usize
 
 /// A row of q or of the output as f32, a head to each tile: `[pieces, heads, sublanes, lanes]`. Behind the heads are as
 /// many as products may read beyond them.
-pub(in crate::rpa) fn staging_dims(problem: &Problem, head_block: usize) -> [usize; 4] {
+pub(in crate::rpa) fn staging_dims(problem: &Problem, chip: Chip, head_block: usize) -> [usize; 4] {
     let [pieces, lanes] = pieces(lanes(problem)[0]);
-    let heads = head_block * problem.group() + rows(problem) - problem.group();
+    let products = Products::of(problem, chip);
+    let heads = (products.count(head_block) - 1) * products.q_heads + products.rows;
     [pieces, heads, SUBLANES, lanes]
 }
 
 /// Every VMEM buffer, in the order of the kernel's operands.
-fn report(problem: &Problem, tiles: Tiles, head_block: usize, split: Split) -> VmemReport {
-    let (types, dim, rows) = (problem.precision, problem.head_dim, rows(problem));
-    let heads = head_block * problem.group();
+fn report(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, split: Split) -> VmemReport {
+    let (types, dim, heads) = (problem.precision, problem.head_dim, head_block * problem.group());
+    let Products { rows, .. } = Products::of(problem, chip);
+    let products = Products::of(problem, chip).count(head_block);
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
     let first = match problem.fused {
         Some(_) => fused_buffers(problem, head_block, split),
@@ -109,14 +133,14 @@ fn report(problem: &Problem, tiles: Tiles, head_block: usize, split: Split) -> V
     };
     let every = [
         scratch("kv", types.kv, &kv_dims(problem, tiles, head_block)),
-        scratch("staging", Element::F32, &staging_dims(problem, head_block)),
-        scratch("max", Element::F32, &[head_block, rows, LANES]),
-        scratch("sum", Element::F32, &[head_block, rows, LANES]),
-        scratch("acc", Element::F32, &[head_block, rows, lanes(problem)[0]]),
+        scratch("staging", Element::F32, &staging_dims(problem, chip, head_block)),
+        scratch("max", Element::F32, &[products, rows, LANES]),
+        scratch("sum", Element::F32, &[products, rows, LANES]),
+        scratch("acc", Element::F32, &[products, rows, lanes(problem)[0]]),
     ];
     let some = [
         (is_widened(problem), scratch("lanes", Element::F32, &[heads, LANES])),
-        (problem.sinks, scratch("sink_rows", Element::F32, &[head_block, rows, LANES])),
+        (problem.sinks, scratch("sink_rows", Element::F32, &[products, rows, LANES])),
         (problem.log_sum_exp, scratch("lse_rows", Element::F32, &[problem.tokens, 1, log_sum_exp_lanes(problem)])),
     ];
     let some = some.into_iter().filter_map(|(there, buffer)| there.then_some(buffer));
@@ -173,22 +197,22 @@ fn fused_buffers(problem: &Problem, head_block: usize, split: Split) -> Vec<Buff
 
 /// What follows from legal tiles.
 pub(super) fn layout(problem: &Problem, chip: Chip, tiles: Tiles) -> plan::Layout<Details> {
-    laid_out(problem, tiles, head_block(problem, chip), split(problem, chip), chip.info().cores)
+    laid_out(problem, chip, tiles, head_block(problem, chip), split(problem, chip))
 }
 
 pub(super) fn laid_out(
     problem: &Problem,
+    chip: Chip,
     tiles: Tiles,
     head_block: usize,
     split: Split,
-    cores: usize,
 ) -> plan::Layout<Details> {
     plan::Layout {
         name: format!("rpa-decode-p{}-kv{}", problem.page_size, tiles.kv_pages),
-        grid: vec![if split == Split::Nothing { 1 } else { cores }],
-        vmem: report(problem, tiles, head_block, split),
+        grid: vec![if split == Split::Nothing { 1 } else { chip.info().cores }],
+        vmem: report(problem, chip, tiles, head_block, split),
         smem: super::smem(problem),
-        spilling: spilling(problem, tiles, head_block),
+        spilling: spilling(problem, chip, tiles, head_block),
         details: Details { head_block, kv_heads: problem.kv_heads, keys: tiles.kv_pages * problem.page_size, split },
     }
 }
@@ -217,10 +241,10 @@ pub(super) fn legal(problem: &Problem, tiles: Tiles) -> Result<(), PlanError> {
 }
 
 /// The keys, values and logits that a block holds at once.
-fn spilling(problem: &Problem, tiles: Tiles, head_block: usize) -> Spilling {
+fn spilling(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize) -> Spilling {
     let keys = tiles.kv_pages * problem.page_size * head_block;
     let copies = if problem.precision.q == Element::F32 { 4 } else { 1 };
-    let live = 4 * keys * (copies * rows(problem) + problem.head_dim.next_multiple_of(LANES));
+    let live = 4 * keys * (copies * Products::of(problem, chip).rows + problem.head_dim.next_multiple_of(LANES));
     Spilling { family: format!("{} decode", super::types(problem)), live: Bytes(live as u64) }
 }
 
