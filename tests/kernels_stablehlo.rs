@@ -112,6 +112,8 @@ fn options() -> Vec<rpa::Problem> {
         kv(I8, rpa::Spec { fused, page_size: 7, ..spec(Decode, Bf16, 16, 2, 128) }),
         kv(F8E4M3Fn, rpa::Spec { kv_rows: KvRows::Padded, layers: 2, ..spec(Mixed, Bf16, 4, 1, 128) }),
         kv(I8, rpa::Spec { fused, kv_rows: KvRows::Padded, ..spec(Decode, Bf16, 15, 5, 64) }),
+        rpa::Spec { fused, kv_rows: KvRows::Padded, ..spec(Decode, Bf16, 4, 1, 192) },
+        kv(F8E5M2, rpa::Spec { kv_rows: KvRows::Padded, layers: 2, ..spec(Mixed, Bf16, 2, 2, 192) }),
     ];
     specs.map(|spec| rpa::Problem::new(spec).unwrap()).to_vec()
 }

@@ -143,7 +143,8 @@ fn check_ragged_batches(cases: u32, rng_seed: RngSeed) {
             specs.extend([80, 128].map(|head_dim| Spec { head_dim, ..base.clone() }));
             specs.push(Spec { sinks: true, sliding_window: Some(9), q_heads: 6, ..base.clone() });
             specs.push(Spec { kind: Kind::Decode, tokens: 5, kv_rows: KvRows::Packed, q_heads: 2, ..base.clone() });
-            specs.push(Spec { kv_rows: KvRows::Padded, q_heads: 4, ..base.clone() });
+            specs.push(Spec { kv_rows: KvRows::Padded, q_heads: 3, kv_heads: 3, ..base.clone() });
+            specs.push(Spec { kv_rows: KvRows::Padded, q_heads: 2, kv_heads: 1, head_dim: 192, ..base.clone() });
             specs.push(Spec { fused: None, log_sum_exp: true, sinks: true, ..base });
         }
     }

@@ -189,11 +189,13 @@ fn attend<T: Float, C: Cached>(frame: Frame<'_>) -> Outcome {
         usize::try_from(value).map_err(|_| format!("operand {index} is {value}"))
     };
     let heads: usize = number(options, kv_heads)?.filter(|&heads| heads > 0).ok_or("KV heads are missing")?;
-    let (rows, width) = (rows as usize, width as usize);
-    let (kv_rows, head_dim) = match rows == KvLayout::rows_of(heads) {
-        true => (KvRows::Interleaved, width),
-        false if rows == heads => (KvRows::Packed, width / KvLayout::rows_of(1)),
-        false => (KvRows::Padded, width),
+    let (slots, rotary) = (operands.get(7)?, operands.get(8)?);
+    let &[_, head_dim] = rotary.dims else { return Err(format!("angles of rank {}", rotary.dims.len())) };
+    let (rows, width, head_dim) = (rows as usize, width as usize, head_dim as usize);
+    let kv_rows = match rows == KvLayout::rows_of(heads) && width == head_dim {
+        true => KvRows::Interleaved,
+        false if rows == heads && width == KvRows::Packed.width(head_dim) => KvRows::Packed,
+        false => KvRows::Padded,
     };
     let floats = |index: usize| operands.get(index)?.values::<f32>();
     let has_sinks = options.string(sinks).is_some();
@@ -225,7 +227,6 @@ fn attend<T: Float, C: Cached>(frame: Frame<'_>) -> Outcome {
         cu_q_lens: operands.get(4)?.values()?,
         num_seqs: scalar(5)?,
     };
-    let (slots, rotary) = (operands.get(7)?, operands.get(8)?);
     if kv.aliased() != Some(1) {
         return Err("the KV buffer was not passed in place".into());
     }

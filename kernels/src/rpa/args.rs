@@ -109,7 +109,9 @@ impl KernelArgs for Rpa {
             log_sum_exp: args.log_sum_exp,
             // No TPU's copies take rows of a tile and a half of lanes.
             kv_rows: match args.packed {
-                false if head_dim < LANES => KvRows::unpacked(args.kv_dtype.unwrap_or(args.dtype), args.kv_heads),
+                false if head_dim < LANES => {
+                    KvRows::unpacked(args.kv_dtype.unwrap_or(args.dtype), args.kv_heads, head_dim)
+                }
                 false => KvRows::for_lanes(args.kv_dtype.unwrap_or(args.dtype), args.kv_heads, head_dim),
                 true => KvRows::Packed,
             },

@@ -4,8 +4,8 @@
 //! each head, interleaved (key of head `h` in row `2h`, value in row `2h + 1`), as JAX's and tpu-inference's ragged paged
 //! attention have them. Heads of 64 or 192 may be packed ([`KvRows::Packed`]): `[layers * pages, page_size, heads, 2 *
 //! head_dim]`, key and value of a head in one row, so that rows fill tiles of a TPU's 128 lanes, where its memory would be half
-//! or a quarter padding. In row-major memory both are the same bytes. Rows of 8 bits that do not fill tiles may be padded
-//! ([`KvRows::Padded`]) with rows of zeros, since copies take whole tiles. Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer,
+//! or a quarter padding. In row-major memory both are the same bytes. Since copies take whole tiles, what does not fill them may
+//! be padded ([`KvRows::Padded`]) as a TPU's memory has it anyway: rows of 8 bits with rows of zeros, wide heads with zeros. Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer,
 //! `page * page_size + offset`; [`NO_SLOT`] is nowhere.
 
 use std::ops::Range;
@@ -46,7 +46,8 @@ pub enum KvRows {
     Interleaved,
     /// A row for each head: its key in the first half of the elements, its value in the second.
     Packed,
-    /// Interleaved ones, and behind them as many of zeros as fill a TPU's tiles: 4 for one head in 8 bits, 8 for three.
+    /// Interleaved ones, and zeros that fill a TPU's tiles: behind them as many rows (4 in all for one head in 8 bits, 8 for three),
+    /// behind heads of more than a tile's lanes the rest of the last one (256 for 192).
     Padded,
 }
 
@@ -61,15 +62,25 @@ impl KvRows {
     pub fn for_lanes(element: Element, heads: usize, head_dim: usize) -> Self {
         match Self::packs(head_dim) && fills_tiles(element, heads) {
             true => Self::Packed,
-            false => Self::unpacked(element, heads),
+            false => Self::unpacked(element, heads, head_dim),
         }
     }
 
     /// Key and value in rows of their own, padded where a TPU's copies could not take them.
-    pub fn unpacked(element: Element, heads: usize) -> Self {
-        match element.bytes() > 1 || fills_tiles(element, KvLayout::rows_of(heads)) {
+    pub fn unpacked(element: Element, heads: usize, head_dim: usize) -> Self {
+        let is_whole = element.bytes() > 1 || fills_tiles(element, KvLayout::rows_of(heads));
+        match is_whole && Self::Padded.width(head_dim) == head_dim {
             true => Self::Interleaved,
             false => Self::Padded,
+        }
+    }
+
+    /// Elements of a row, for heads of `head_dim` elements.
+    pub const fn width(self, head_dim: usize) -> usize {
+        match self {
+            Self::Packed => HALVES * head_dim,
+            Self::Padded if head_dim > LANES => head_dim.next_multiple_of(LANES),
+            Self::Interleaved | Self::Padded => head_dim,
         }
     }
 
@@ -148,10 +159,9 @@ impl KvLayout {
         HALVES * head + half as usize
     }
 
-    /// A token's rows and their elements: `[2 * heads, head_dim]`, or some more rows, packed `[heads, 2 * head_dim]`.
+    /// A token's rows and their elements: `[2 * heads, head_dim]`, or some more of both, packed `[heads, 2 * head_dim]`.
     pub fn token_dims(&self) -> [usize; 2] {
-        let width = if self.kv_rows == KvRows::Packed { HALVES * self.head_dim } else { self.head_dim };
-        [self.kv_rows.of_token(self.element, self.heads), width]
+        [self.kv_rows.of_token(self.element, self.heads), self.kv_rows.width(self.head_dim)]
     }
 
     /// Elements of a token.
@@ -159,7 +169,7 @@ impl KvLayout {
         self.token_dims().iter().product()
     }
 
-    /// `[layers * pages, page_size, 2 * heads, head_dim]`, or some more rows, packed `[layers * pages, page_size, heads, 2 *
+    /// `[layers * pages, page_size, 2 * heads, head_dim]`, or some more of the last two, packed `[layers * pages, page_size, heads, 2 *
     /// head_dim]`.
     pub fn buffer_type(&self) -> TensorType {
         let [rows, width] = self.token_dims();
@@ -187,9 +197,18 @@ impl KvLayout {
         start..start + self.token_elements()
     }
 
-    /// Where, among a token's elements, those of one half of `head` begin: the same for packed rows.
+    /// Where, among a token's elements, those of one half of `head` begin.
     pub const fn offset(&self, head: usize, half: Half) -> usize {
-        Self::row(head, half) * self.head_dim
+        let [row, first] = self.place(head, half);
+        row * self.kv_rows.width(self.head_dim) + first
+    }
+
+    /// A token's elements that are no head's, and zeros.
+    pub fn padding(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let ([_, width], dim, elements) = (self.token_dims(), self.head_dim, self.token_elements());
+        let (rows, is_padded) = (self.rows(), self.kv_rows == KvRows::Padded);
+        let behind_heads = (0..rows).map(move |row| row * width + dim..(row + 1) * width);
+        behind_heads.chain([rows * width..elements]).filter(move |_| is_padded)
     }
 
     /// New keys and values, `[tokens, heads, head_dim]` each, as tokens of the cache: `[tokens, rows, elements of a row]`.
@@ -208,9 +227,11 @@ impl KvLayout {
         let [rows, width] = self.token_dims();
         match self.kv_rows {
             KvRows::Padded => {
-                let both = b.reshape(both, &[tokens, self.rows(), width])?;
+                let all = b.reshape(both, &[tokens, self.rows(), self.head_dim])?;
+                let lanes = b.splat(self.element, &[tokens, self.rows(), width - self.head_dim], 0.0)?;
+                let all = if width > self.head_dim { b.concatenate(&[all, lanes], 2)? } else { all };
                 let padding = b.splat(self.element, &[tokens, rows - self.rows(), width], 0.0)?;
-                b.concatenate(&[both, padding], 1)
+                if rows > self.rows() { b.concatenate(&[all, padding], 1) } else { Ok(all) }
             }
             _ => b.reshape(both, &[tokens, rows, width]),
         }
@@ -298,8 +319,15 @@ mod tests {
         // Padded: those of 8 bits fill words, and tiles of 8 rows where there are as many.
         let padded = |heads| KvLayout { element: Element::I8, heads, kv_rows: KvRows::Padded, ..kv };
         assert_eq!([1, 3, 5].map(|heads| padded(heads).token_dims()), [[4, 8], [8, 8], [16, 8]]);
-        let rows = |heads| KvRows::unpacked(Element::I8, heads);
+        let rows = |heads| KvRows::unpacked(Element::I8, heads, 8);
         assert_eq!([1, 2, 3, 4, 6].map(|heads| rows(heads) == KvRows::Padded), [true, false, true, false, true]);
+        // A tile and a half of lanes.
+        let wide = KvLayout { element: Element::Bf16, heads: 1, head_dim: 192, kv_rows: KvRows::Padded, ..kv };
+        assert_eq!((wide.token_dims(), wide.offset(0, Half::Value)), ([2, 256], 256));
+        assert_eq!(wide.padding().collect::<Vec<_>>(), [192..256, 448..512, 512..512]);
+        let [narrow, whole] =
+            [KvRows::Interleaved, KvRows::Padded].map(|rows| KvRows::unpacked(Element::Bf16, 2, 128) == rows);
+        assert!(narrow && !whole && KvRows::for_lanes(Element::Bf16, 2, 192) == KvRows::Packed);
         // Position 6 of a sequence on pages 3 and 1: offset 2 of page 1. Layer 1 begins at page 5.
         let slot = kv.slot(&[3, 1], 6);
         assert_eq!(slot, 4 + 2);

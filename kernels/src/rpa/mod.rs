@@ -117,9 +117,6 @@ impl Kernel for Rpa {
         let kind = choices.one_of(&[Kind::Mixed, Kind::Decode]);
         let (tokens, kv_heads) = (choices.within(1, 40), choices.one_of(&[1, 2, 3, 4, 8]));
         let (group, head_dim) = (choices.within(1, 8), choices.one_of(&[64, 80, 128, 256, 96, 112, 192]));
-        // Heads of a tile and a half of lanes are packed where copies can take them, and else not planned.
-        let is_planned = head_dim != 192 || KvRows::for_lanes(element, kv_heads, head_dim) == KvRows::Packed;
-        let head_dim = if is_planned { head_dim } else { 128 };
         // Wide heads of many are slow and show nothing that fewer do not.
         let group = if kv_heads * group * head_dim > 4096 { 1 } else { group };
         let (page_size, pages_per_seq) = (choices.one_of(&[1, 7, 8, 16, 32, 64, 128]), choices.within(1, 4));
@@ -146,7 +143,7 @@ impl Kernel for Rpa {
             scale: (head_dim as f64).powf(-0.5),
             sliding_window,
             soft_cap,
-            kv_rows: if head_dim == 192 { KvRows::Packed } else { KvRows::Interleaved },
+            kv_rows: KvRows::unpacked(element, kv_heads, head_dim),
             ..Spec::default()
         };
         let spec = with_options(choices, spec);
@@ -465,7 +462,7 @@ fn with_options(choices: &mut Choices, spec: Spec) -> Spec {
             precision: Precision { kv: narrow, ..spec.precision },
             kv_rows: match spec.kv_rows {
                 KvRows::Packed => KvRows::Packed,
-                KvRows::Interleaved | KvRows::Padded => KvRows::unpacked(narrow, spec.kv_heads),
+                KvRows::Interleaved | KvRows::Padded => KvRows::unpacked(narrow, spec.kv_heads, spec.head_dim),
             },
             ..spec
         },

@@ -272,6 +272,7 @@ pub fn write<C: Cached>(call: &Call<'_>, kv_pages: &mut [C::Code], k: &[f32], v:
             stored.iter_mut().zip(new).for_each(|(stored, new)| *stored = C::stored(new / factor));
         }
     }
+    kv.padding().for_each(|range| token[range].fill(C::stored(0.0)));
 }
 
 /// The call on the metadata among a problem's inputs.

@@ -139,13 +139,11 @@ pub(super) fn plannable(problem: &Problem, chip: Chip) -> Result<(), PlanError> 
     }
     let [_, row] = problem.kv_layout().token_dims();
     if row > LANES && !row.is_multiple_of(LANES) {
-        let packed =
-            if KvRows::packs(problem.head_dim) { "pack key and value into one row (--packed), or " } else { "" };
         return Err(PlanError {
             key: "head_dim",
             value: problem.head_dim.to_string(),
             limit: format!("is neither at most {LANES} nor a multiple of it, as rows are copied in pieces of {LANES}"),
-            fix: format!("{packed}pad it to {}", problem.head_dim.next_multiple_of(LANES)),
+            fix: format!("give kv_rows = padded, rows of {}", problem.head_dim.next_multiple_of(LANES)),
         });
     }
     let (scalars, free) = (smem(problem), Bytes(info.smem_per_core.0 - info.smem_reserved.0));

@@ -120,7 +120,7 @@ fn written_by_rows(problem: &Problem, inputs: &Arrays, batch: &Batch, rotary: Ro
         for (sequence, row, position) in rows(batch) {
             let whole = layout.token(first_page, layout.slot(sequence.pages, position));
             let token = whole.start;
-            cache.stored[token + layout.rows() * problem.head_dim..whole.end].fill(0.0);
+            layout.padding().for_each(|range| cache.stored[whole.clone()][range].fill(0.0));
             for (kv_head, scale) in scales.iter().enumerate() {
                 let first = problem.q_heads + half as usize * problem.kv_heads;
                 let new = head(problem, &qkv, row, first + kv_head);
@@ -267,7 +267,7 @@ pub fn written(problem: &Problem, inputs: &Arrays, k: &HostTensor, v: &HostTenso
                 let new = head(problem, &new, row, kv_head);
                 token[layout.offset(kv_head, half)..][..new.len()].copy_from_slice(new);
             }
-            token[layout.rows() * problem.head_dim..].fill(0.0);
+            layout.padding().for_each(|range| token[range].fill(0.0));
         }
     }
     let magnitude = vec![0.0; kv.len()];

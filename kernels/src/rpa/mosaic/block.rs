@@ -31,11 +31,11 @@ use crate::{
     },
 };
 
-/// Columns of a head's products, and the one where the result's first element is: in tiles of lanes that a packed row's key
-/// and value share, values begin in the middle.
+/// Columns of a head's products, and the one where the result's first element is: whole tiles of a wide head's lanes; in tiles
+/// that a packed row's key and value share, values begin in the middle.
 pub(in crate::rpa) fn lanes(problem: &Problem) -> [usize; 2] {
     match problem.kv_rows {
-        KvRows::Interleaved | KvRows::Padded => [problem.head_dim, 0],
+        KvRows::Interleaved | KvRows::Padded => [problem.kv_rows.width(problem.head_dim), 0],
         KvRows::Packed => [problem.head_dim.next_multiple_of(LANES), problem.head_dim % LANES],
     }
 }
