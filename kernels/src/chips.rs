@@ -93,11 +93,6 @@ impl Chip {
         })
     }
 
-    /// Whether vector units compute in bf16, two numbers of a word at a time.
-    pub const fn has_bf16_arithmetic(self) -> bool {
-        matches!(self, Self::V6e | Self::Tpu7x)
-    }
-
     /// The type of 8 bits with the bits of `narrow`, a float of 8 bits, that vector units make f32 of in one operation, if there is
     /// one. (As libtpu 0.0.52 lowers `arith.extf`.)
     pub const fn unpacked_as(self, narrow: Element) -> Option<Element> {

@@ -31,7 +31,7 @@ pub(super) fn sets() -> Vec<MutantSet<Rpa>> {
     let fused = fused(Kind::Mixed, Chip::V5p, [150, 4], &prompts, FUSED);
     let plain = [set(8, 16, pages_of_16, MUTANTS), set(16, 16, with_blocks, BLOCKS), wide, spans(), decode()];
     let narrow =
-        [narrow(Chip::V4, 32, NARROW), narrow(Chip::V6e, 8, NARROW_PAIRS), narrow(Chip::V5p, 32, NARROW_IN_TWOS)];
+        [narrow(Chip::V4, 32, NARROW), narrow(Chip::V6e, 8, NARROW_IN_FOURS), narrow(Chip::V5p, 32, NARROW_IN_TWOS)];
     plain.into_iter().chain([fused_decode, fused]).chain(narrow).chain([packed()]).collect()
 }
 
@@ -533,25 +533,32 @@ const NARROW_IN_TWOS: &[Mutant] = &[
     ),
 ];
 
-/// Where vector units have arithmetic in bf16.
-const NARROW_PAIRS: &[Mutant] = &[
-    ("numbers without a sign", |t| t.first_operand_only(t.find(0, &["arith.ori"]), "arith.andi"), Caught::Mismatch),
+/// A word has one head's numbers of four tokens.
+const NARROW_IN_FOURS: &[Mutant] = &[
     (
-        "subnormal numbers with a leading bit",
-        |t| t.first_operand_only(t.find(2, &["arith.minimumf", "xbf16"]) + 1, "arith.maximumf"),
+        "the first two tokens twice",
+        |t| t.replaced(t.find(0, &["constant dense<16>"]), "dense<16>", "dense<0>"),
         Caught::Mismatch,
     ),
     (
-        "the even token of a pair twice",
-        |t| {
-            let pair = t.find(0, &["tpu.pack_elementwise", "target_type = i16"]);
-            t.replaced(t.above(pair, "constant 1 : index"), "constant 1", "constant 0")
-        },
+        "the even tokens twice",
+        |t| t.replaced(t.find(0, &["constant dense<8>"]), "dense<8>", "dense<0>"),
         Caught::Mismatch,
     ),
     (
-        "the other half's numbers",
-        |t| t.replaced(t.below(t.find(0, &["target_type = i16"]), &["constant dense<16>"]), "dense<16>", "dense<0>"),
+        "the other head's numbers",
+        |t| t.replaced(t.find(0, &["constant dense<65535>"]), "dense<65535>", "dense<0>"),
+        Caught::Mismatch,
+    ),
+    // Of the second head, whose numbers are small.
+    (
+        "zeros with a sign",
+        |t| t.first_operand_only(t.above(t.find(2, &["tpu.bitcast", "B11"]), "arith.andi"), "arith.andi"),
+        Caught::Mismatch,
+    ),
+    (
+        "numbers of another bias",
+        |t| t.replaced(t.find(0, &["constant 1.600000e+01"]), "1.600000e+01", "8.000000e+00"),
         Caught::Mismatch,
     ),
 ];

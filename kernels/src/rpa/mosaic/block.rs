@@ -6,8 +6,9 @@
 //!
 //! What products take is of the type of the queries. Every number of a narrower type is one of it, so nothing is rounded here,
 //! and no scale is applied: those of an 8-bit cache multiply the logits and the finished sums ([`super::Heads`]). Floats of 8
-//! bits are converted by integer arithmetic, which every generation has, without a step through subnormal numbers, which a
-//! TPU takes for zero; where vector units have arithmetic in bf16, two tokens' numbers at a time.
+//! bits are unpacked by the vector units where they know the type, or one with its bits ([`scale`]): those of four tokens, or of two
+//! tokens of two heads, are brought into one word for that. Elsewhere they are converted by integer arithmetic, without a step
+//! through subnormal numbers, which a TPU takes for zero.
 //!
 //! Of packed rows keys and values are loaded together with what shares their tiles of lanes: [`lanes`] says where the head's own
 //! elements are. A query has zeros in the other lanes, and of the sums over values the other lanes are not looked at.
@@ -22,13 +23,10 @@ use pagoda_ir::{
 };
 
 use super::{Strided, joined};
-use crate::{
-    chips::Chip,
-    rpa::{
-        kv_layout::{Half, KvLayout, KvRows},
-        plan::{Plan, decode::Products},
-        problem::Problem,
-    },
+use crate::rpa::{
+    kv_layout::{Half, KvLayout, KvRows},
+    plan::{Plan, decode::Products},
+    problem::{Kind, Problem},
 };
 
 /// Columns of a head's products, and the one where the result's first element is: whole tiles of a wide head's lanes; in tiles
@@ -40,13 +38,24 @@ pub(in crate::rpa) fn lanes(problem: &Problem) -> [usize; 2] {
     }
 }
 
-/// What keys and values of [`Block::two_heads`] are to be multiplied by, a power of two: the chip takes them for numbers of a type
-/// with another bias.
-pub(super) fn scale(problem: &Problem, chip: Chip) -> f64 {
+/// The type that vector units unpack floats of 8 bits of a block as, if they do, wherever they are loaded: a tile has
+/// 32 rows of it, tokens or two heads' tokens.
+fn unpacked_as(plan: &Plan) -> Option<Element> {
+    let problem = plan.problem();
+    let heads = match problem.kind {
+        Kind::Decode => Products::of(problem, plan.chip()).kv_heads,
+        Kind::Mixed => 1,
+    };
+    let is_whole = (heads * plan.keys()).is_multiple_of(4 * SUBLANES);
+    plan.chip().unpacked_as(problem.precision.kv).filter(|_| is_whole)
+}
+
+/// What keys and values are to be multiplied by, a power of two: where the chip takes them for numbers of a type with another
+/// bias.
+pub(super) fn scale(plan: &Plan) -> f64 {
     let least = |element: Element| element.minifloat().map_or(0, |format| format.least_exponent());
-    let cached = problem.precision.kv;
-    let unpacked = chip.unpacked_as(cached).filter(|_| Products::of(problem, chip).kv_heads > 1);
-    f64::from(least(cached) - unpacked.map_or(least(cached), least)).exp2()
+    let cached = plan.problem().precision.kv;
+    f64::from(least(cached) - unpacked_as(plan).map_or(least(cached), least)).exp2()
 }
 
 /// Numbers of a type in a 32-bit word.
@@ -64,10 +73,12 @@ pub(super) struct Block<'a> {
     layout: KvLayout,
     /// What products take.
     operand: Element,
-    /// Of the chip's vector units.
-    has_bf16_arithmetic: bool,
+    /// See [`unpacked_as`].
     unpacked: Option<Element>,
 }
+
+/// The words of four tokens, one behind the other, and which they are: word, first token and how many tokens.
+pub(super) type Recent<'a> = Option<([usize; 3], [Value<'a>; 4])>;
 
 impl<'a> Block<'a> {
     /// The block in `kv`.
@@ -80,9 +91,8 @@ impl<'a> Block<'a> {
             if element == Element::F32 { piece } else { piece.bitcast(Element::I32) }
         });
         let (layout, operand) = (problem.kv_layout(), problem.precision.q);
-        let (chip, words, per_token) = (plan.chip(), words.collect(), rows / packing(element));
-        let (has_bf16_arithmetic, unpacked) = (chip.has_bf16_arithmetic(), chip.unpacked_as(element));
-        Self { k, words, per_token, layout, operand, has_bf16_arithmetic, unpacked }
+        let (words, per_token) = (words.collect(), rows / packing(element));
+        Self { k, words, per_token, layout, operand, unpacked: unpacked_as(plan) }
     }
 
     /// Overwrites, among the first `tokens` tokens, what lies behind the first `live` ones with zeros.
@@ -100,23 +110,30 @@ impl<'a> Block<'a> {
             return both;
         }
         let [key, value] = Half::ALL.map(|half| self.layout.place(head, half)[0]);
-        let (words, of_value) = (key / self.packing(), value / self.packing());
-        if words != of_value {
-            return Half::ALL.map(|half| self.half(half, head, [0, count], None));
-        }
-        // One load for both.
+        let (word, of_value) = (key / self.packing(), value / self.packing());
         match self.layout.kv_rows {
-            KvRows::Interleaved | KvRows::Padded => {
-                let words = self.load(&self.words, words, [0, count]);
+            // Both are in one row.
+            KvRows::Packed => {
+                let all: Vec<_> = self.words.chunks(1).map(|piece| self.row(piece, key, [0, count])).collect();
+                Half::ALL.map(|half| joined(self.k, &all[self.pieces_of(half)], 1))
+            }
+            // One load for both.
+            KvRows::Interleaved | KvRows::Padded if word == of_value => {
+                let words = self.load(&self.words, word, [0, count]);
                 [key, value].map(|row| self.numbers(words, row % self.packing()))
             }
-            KvRows::Packed => {
-                let all: Vec<_> = self
-                    .words
-                    .chunks(1)
-                    .map(|piece| self.numbers(self.load(piece, words, [0, count]), key % self.packing()))
-                    .collect();
-                Half::ALL.map(|half| joined(self.k, &all[self.pieces_of(half)], 1))
+            KvRows::Interleaved | KvRows::Padded => Half::ALL.map(|half| self.half(half, head, [0, count], None)),
+        }
+    }
+
+    /// The numbers of every token's row `row` of elements.
+    fn row(&self, pieces: &[Ref<'a>], row: usize, [first, count]: [usize; 2]) -> Value<'a> {
+        let (word, index) = (row / self.packing(), row % self.packing());
+        match self.unpacked {
+            None => self.numbers(self.load(pieces, word, [first, count]), index),
+            Some(to) => {
+                let words = self.load_each(pieces, [word, first, count]);
+                unpacked(of_four_tokens(words, index), to).cast(self.operand)
             }
         }
     }
@@ -126,9 +143,8 @@ impl<'a> Block<'a> {
     pub fn half(&self, half: Half, head: usize, [first, count]: [usize; 2], live: Option<Value<'a>>) -> Value<'a> {
         let [row, _] = self.layout.place(head, half);
         let pieces = &self.words[self.pieces_of(half)];
-        if self.widens_pairs(count) {
-            let words = self.load_pairs(pieces, [row / self.packing(), first, count]);
-            return self.widened_pairs(self.pairs(words, row % self.packing()), row % self.packing());
+        if self.unpacked.is_some() {
+            return self.row(pieces, row, [first, count]);
         }
         let words = self.load(pieces, row / self.packing(), [first, count]);
         let words = match live.filter(|_| half == Half::Value || self.layout.kv_rows == KvRows::Packed) {
@@ -158,35 +174,18 @@ impl<'a> Block<'a> {
         packing(self.layout.element)
     }
 
-    /// Whether floats of 8 bits of `count` tokens become bf16 two tokens at a time.
-    fn widens_pairs(&self, count: usize) -> bool {
-        let is_narrow_float = self.layout.element.minifloat().is_some();
-        let is_in_bf16 = self.operand == Element::Bf16 && self.has_bf16_arithmetic;
-        is_narrow_float && is_in_bf16 && count.is_multiple_of(2 * SUBLANES)
-    }
-
     /// Key and value of `head`, of `count` tokens from the `first` of the block on, where they are made together: interleaved
-    /// floats of 8 bits, which lie in the same half of a word, made bf16. A word of a register of bf16 has two tokens: the even
-    /// one in its lower half. `recent` are the words that were loaded last, and which: other heads have numbers in them, too.
-    pub fn both(
-        &self,
-        head: usize,
-        [first, count]: [usize; 2],
-        recent: &mut Option<([usize; 3], [Value<'a>; 2])>,
-    ) -> Option<[Value<'a>; 2]> {
-        if !self.widens_pairs(count) || self.layout.kv_rows == KvRows::Packed {
-            return None;
-        }
+    /// floats of 8 bits that are unpacked. `recent` are the words that were loaded last: the next head may have numbers in them.
+    pub fn both(&self, head: usize, [first, count]: [usize; 2], recent: &mut Recent<'a>) -> Option<[Value<'a>; 2]> {
+        let to = self.unpacked.filter(|_| self.layout.kv_rows != KvRows::Packed)?;
         let rows = Half::ALL.map(|half| self.layout.place(head, half)[0]);
-        let word = rows[0] / self.packing();
-        let which = [word, first, count];
+        let which = [rows[0] / self.packing(), first, count];
         let words = match *recent {
             Some((of, words)) if of == which => words,
-            _ => self.load_pairs(&self.words, which),
+            _ => self.load_each(&self.words, which),
         };
         *recent = Some((which, words));
-        let pairs = self.pairs(words, rows[0] % self.packing());
-        Some(rows.map(|row| self.widened_pairs(pairs, row % self.packing())))
+        Some(rows.map(|row| unpacked(of_four_tokens(words, row % self.packing()), to).cast(self.operand)))
     }
 
     /// Keys and values of the two heads whose rows word `word` of a token holds, of `count` tokens from the `first` on: of each two
@@ -194,26 +193,16 @@ impl<'a> Block<'a> {
     /// by [`scale`].
     pub fn two_heads(&self, word: usize, [first, count]: [usize; 2]) -> [Value<'a>; 2] {
         let to = self.unpacked.expect("a type that the chip unpacks");
-        let words = self.load_pairs(&self.words, [word, first, count]);
-        Half::ALL.map(|half| unpacked(of_two_tokens(words, half), to).cast(self.operand))
+        let words = self.load_each(&self.words, [word, first, count]);
+        Half::ALL.map(|half| unpacked(of_two_tokens(words, half as usize), to).cast(self.operand))
     }
 
-    /// The even and the odd ones of `count` tokens from the `first` on: words `word`.
-    fn load_pairs(&self, pieces: &[Ref<'a>], [word, first, count]: [usize; 3]) -> [Value<'a>; 2] {
-        [0, 1].map(|token| {
-            let (start, stride) = (word + (first + token) * self.per_token, 2 * self.per_token);
-            Strided { pieces: pieces.to_vec(), start, count: count / 2, stride }.load(self.k)
+    /// Words `word` of `count` tokens from the `first` on, of every `N`th token each.
+    fn load_each<const N: usize>(&self, pieces: &[Ref<'a>], [word, first, count]: [usize; 3]) -> [Value<'a>; N] {
+        std::array::from_fn(|token| {
+            let (start, stride) = (word + (first + token) * self.per_token, N * self.per_token);
+            Strided { pieces: pieces.to_vec(), start, count: count / N, stride }.load(self.k)
         })
-    }
-
-    /// The halves of the words that have byte `index`, an even and an odd token's in one.
-    fn pairs(&self, words: [Value<'a>; 2], index: usize) -> Value<'a> {
-        let half = |words: Value<'a>| if index < 2 { words } else { words.shift_right_logical(16) };
-        self.k.pack(&words.map(half), Element::I16)
-    }
-
-    fn widened_pairs(&self, pairs: Value<'a>, index: usize) -> Value<'a> {
-        widened_pairs(pairs, index % 2, self.layout.element.minifloat().expect("a float of a cache"))
     }
 
     /// Every token's row `row` of words.
@@ -261,13 +250,22 @@ fn widened(top: Value<'_>, format: Minifloat) -> Value<'_> {
 }
 
 const EVEN_BYTES: i32 = 0x00ff_00ff;
+const LOW_HALF: i32 = 0xffff;
 
-/// Words with the keys or the values of an even and an odd token, byte by byte, of the words of both: they have a key in each even
-/// byte, a value in each odd one.
-fn of_two_tokens<'a>([even, odd]: [Value<'a>; 2], half: Half) -> Value<'a> {
-    match half {
-        Half::Key => (even & EVEN_BYTES) | ((odd << 8) & !EVEN_BYTES),
-        Half::Value => (even.shift_right_logical(8) & EVEN_BYTES) | (odd & !EVEN_BYTES),
+/// Words with the even bytes (`place` 0) or the odd ones (1) of the words of two tokens, byte by byte.
+fn of_two_tokens<'a>([even, odd]: [Value<'a>; 2], place: usize) -> Value<'a> {
+    match place {
+        0 => (even & EVEN_BYTES) | ((odd << 8) & !EVEN_BYTES),
+        _ => (even.shift_right_logical(8) & EVEN_BYTES) | (odd & !EVEN_BYTES),
+    }
+}
+
+/// Words with byte `index` of the words of four tokens.
+fn of_four_tokens<'a>([a, b, c, d]: [Value<'a>; 4], index: usize) -> Value<'a> {
+    let [low, high] = [[a, b], [c, d]].map(|two| of_two_tokens(two, index % 2));
+    match index / 2 {
+        0 => (low & LOW_HALF) | (high << 16),
+        _ => low.shift_right_logical(16) | (high & !LOW_HALF),
     }
 }
 
@@ -286,28 +284,12 @@ fn unpacked(words: Value<'_>, to: Element) -> Value<'_> {
     words.bitcast(to)
 }
 
-/// As [`widened`], of two floats in each word, at byte `index` of its halves, to bf16, by arithmetic in bf16.
-fn widened_pairs(words: Value<'_>, index: usize, format: Minifloat) -> Value<'_> {
-    const MANTISSA: u32 = 7;
-    const BIAS: i32 = f32::MAX_EXP - 1;
-    let (mantissa, least) = (format.mantissa_bits(), format.least_exponent());
-    let both = |half: u32| i64::from((half << 16 | half).cast_signed());
-    let raised = MANTISSA - mantissa;
-    let [magnitude, sign] = match index {
-        0 => [words << i64::from(raised), words << 8],
-        _ => [words.shift_right_logical(i64::from(8 - raised)), words],
-    };
-    let magnitude = (magnitude & both(0x7f << raised)) + both((BIAS + least - 1).cast_unsigned() << MANTISSA);
-    let magnitude = magnitude.bitcast(Element::Bf16);
-    let magnitude = magnitude + (magnitude - f64::from(least).exp2()).minimum(0.0);
-    (magnitude.bitcast(Element::I32) | (sign & both(0x8000))).bitcast(Element::Bf16)
-}
-
 #[cfg(test)]
 mod tests {
     use pagoda_ir::{HostTensor, TensorType};
 
     use super::{super::computed, *};
+    use crate::chips::Chip;
 
     /// Every code at every place of a word.
     #[test]
@@ -329,50 +311,47 @@ mod tests {
                 assert!(is_same, "{element} {code:#x}: {actual} is not {expected}");
             };
             codes.iter().enumerate().for_each(|(at, &code)| check(code, widened[at % 4 * 1024 + at / 4]));
-            // Bytes 0 and 2 of a word, then 1 and 3, are pairs.
-            let pairs = computed(&words, TensorType::new(Element::F32, &[2, 16, 128]), |_, words, out| {
-                for index in 0..2 {
-                    out.at(index).store(widened_pairs(words.load(), index, format).cast(Element::F32));
-                }
-            });
-            let pairs = pairs.as_slice::<f32>();
-            for (at, &code) in codes.iter().enumerate() {
-                let ([row, lane], [half, index]) = ([at / 4 / 128, at / 4 % 128], [at % 4 / 2, at % 4 % 2]);
-                check(code, pairs[index * 2048 + (2 * row + half) * 128 + lane]);
-            }
         }
     }
 
-    /// Every code at every place of the words of two tokens, as every chip has it.
+    /// Every code at every place of the words of four tokens, as every chip has it.
     #[test]
     fn floats_of_8_bits_are_unpacked_exactly() {
-        for (chip, element) in
-            Chip::ALL.into_iter().flat_map(|chip| [(chip, Element::F8E4M3Fn), (chip, Element::F8E5M2)])
-        {
+        // Row by row the words of each fourth token, from the first on, then from the second on.
+        let code = |token: usize, lane: usize, byte: usize| (token * 29 + lane * 2 + byte * 67) as u8;
+        let words: Vec<i32> = (0..4096)
+            .map(|at| {
+                let (token, lane) = (4 * (at / 128 % 8) + at / 1024, at % 128);
+                i32::from_le_bytes(std::array::from_fn(|byte| code(token, lane, byte)))
+            })
+            .collect();
+        let words = HostTensor::new(&[4, 8, 128], &words);
+        let types = [Element::F8E4M3Fn, Element::F8E5M2];
+        for (chip, element) in Chip::ALL.into_iter().flat_map(|chip| types.map(|element| (chip, element))) {
             let Some(to) = chip.unpacked_as(element) else { continue };
             let format = element.minifloat().unwrap();
-            let scale = (format.least_exponent() - to.minifloat().unwrap().least_exponent()) as f64;
-            // Row by row the words of an even token, then those of an odd one.
-            let code = |token: usize, lane: usize, byte: usize| (token * 29 + lane * 2 + byte * 67) as u8;
-            let words: Vec<i32> = (0..2048)
-                .map(|at| {
-                    let (token, lane) = (2 * (at / 128 % 8) + at / 1024, at % 128);
-                    i32::from_le_bytes(std::array::from_fn(|byte| code(token, lane, byte)))
-                })
-                .collect();
-            let words = HostTensor::new(&[2, 8, 128], &words);
-            let both = computed(&words, TensorType::new(Element::F32, &[2, 32, 128]), |_, words, out| {
-                for half in Half::ALL {
-                    let words = of_two_tokens([0, 1].map(|of| words.at(of).load()), half);
-                    out.at(half as usize).store(unpacked(words, to).cast(Element::F32) * scale.exp2());
-                }
-            });
-            for (at, &actual) in both.as_slice::<f32>().iter().enumerate() {
-                let (half, row, lane) = (at / 4096, at / 128 % 32, at % 128);
-                let (token, head) = (2 * (row / 4) + row % 2, row / 2 % 2);
-                let expected = format.decode(code(token, lane, 2 * head + half));
+            let scale = f64::from(format.least_exponent() - to.minifloat().unwrap().least_exponent());
+            let check = |actual: f32, [token, lane, byte]: [usize; 3]| {
+                let expected = format.decode(code(token, lane, byte));
                 let is_same = actual == expected || (!expected.is_finite() && actual.is_finite());
                 assert!(is_same, "{element} on {chip}: {actual} is not {expected}");
+            };
+            let rows_of = |of: &dyn for<'a> Fn([Value<'a>; 4], usize) -> Value<'a>| {
+                computed(&words, TensorType::new(Element::F32, &[4, 32, 128]), |_, words, out| {
+                    for place in 0..4 {
+                        let words = of(std::array::from_fn(|token| words.at(token).load()), place);
+                        out.at(place).store(unpacked(words, to).cast(Element::F32) * scale.exp2());
+                    }
+                })
+            };
+            let of_four = rows_of(&of_four_tokens);
+            // The even tokens of all four stand for tokens, the odd ones behind them.
+            let of_two = rows_of(&|[a, b, ..], place| of_two_tokens([a, b], place % 2));
+            for at in 0..4 * 4096 {
+                let (place, row, lane) = (at / 4096, at / 128 % 32, at % 128);
+                check(of_four.as_slice::<f32>()[at], [row, lane, place]);
+                let token = 4 * (row / 4) + row % 2;
+                check(of_two.as_slice::<f32>()[at], [token, lane, 2 * (row / 2 % 2) + place % 2]);
             }
         }
     }

@@ -106,7 +106,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let [core] = k.grid([(cores, Semantics::Parallel)]);
         let metadata = Metadata::declare(k, problem);
         let products = Products::of(problem, plan.chip());
-        let of_heads = Heads::declare(k, problem).in_products(products.kv_heads, block::scale(problem, plan.chip()));
+        let of_heads = Heads::declare(k, problem).in_products(products.kv_heads, block::scale(plan));
         let q = match problem.fused {
             None => k.hbm_input("q", types.q, &problem.q_type().dims),
             Some(_) => k.hbm_input("qkv", types.q, &fused::projected(problem)),

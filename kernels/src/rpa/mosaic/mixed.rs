@@ -179,7 +179,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let steps = if cores == Cores::All { plan.grid()[0] } else { 1 };
         let [step] = k.grid([(steps, Semantics::Parallel)]);
         let metadata = Metadata::declare(k, problem);
-        let of_heads = Heads::declare(k, problem);
+        let of_heads = Heads::declare(k, problem).in_products(1, block::scale(plan));
         let [rows, columns] = plan::padded_rows(problem);
         let q = match problem.fused {
             None => k.hbm_input("q", types.q, &[rows, columns]),
