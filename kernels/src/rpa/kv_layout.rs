@@ -8,6 +8,7 @@
 //! be padded ([`KvRows::Padded`]) as a TPU's memory has it anyway: rows of 8 bits with rows of zeros, wide heads with zeros. Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer,
 //! `page * page_size + offset`; [`NO_SLOT`] is nowhere.
 
+use std::iter;
 use std::ops::Range;
 
 use pagoda_ir::{
@@ -208,7 +209,7 @@ impl KvLayout {
         let ([_, width], dim, elements) = (self.token_dims(), self.head_dim, self.token_elements());
         let (rows, is_padded) = (self.rows(), self.kv_rows == KvRows::Padded);
         let behind_heads = (0..rows).map(move |row| row * width + dim..(row + 1) * width);
-        behind_heads.chain([rows * width..elements]).filter(move |_| is_padded)
+        behind_heads.chain(iter::once(rows * width..elements)).filter(move |_| is_padded)
     }
 
     /// New keys and values, `[tokens, heads, head_dim]` each, as tokens of the cache: `[tokens, rows, elements of a row]`.
