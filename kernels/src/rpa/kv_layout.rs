@@ -76,11 +76,11 @@ impl KvRows {
         }
     }
 
-    /// Elements of a row, for heads of `head_dim` elements.
+    /// Elements of a row, for heads of `head_dim` elements; as many as can be counted, of dimensions that no problem may have.
     pub const fn width(self, head_dim: usize) -> usize {
         match self {
-            Self::Packed => HALVES * head_dim,
-            Self::Padded if head_dim > LANES => head_dim.next_multiple_of(LANES),
+            Self::Packed => HALVES.saturating_mul(head_dim),
+            Self::Padded if head_dim > LANES => head_dim.div_ceil(LANES).saturating_mul(LANES),
             Self::Interleaved | Self::Padded => head_dim,
         }
     }
