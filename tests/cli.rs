@@ -1,5 +1,6 @@
 //! The command line as users meet it: several hosts, JSON, interruption, and bad input.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -45,9 +46,9 @@ fn config(dir: &Path, prompts: usize, max_new_tokens: usize, temperature: f64) -
 
 #[test]
 fn one_two_and_four_hosts_write_the_same_bytes() {
-    for temperature in [0.0, 0.8] {
+    for (temperature, prompts, tokens) in [(0.0, 24, 64), (0.8, 100, 128)] {
         let dir = TempDir::new().unwrap();
-        let config = config(dir.path(), 100, 256, temperature);
+        let config = config(dir.path(), prompts, tokens, temperature);
         let mut merged = Vec::new();
         for hosts in [1, 2, 4] {
             let out = dir.path().join(format!("out{hosts}"));
@@ -62,9 +63,9 @@ fn one_two_and_four_hosts_write_the_same_bytes() {
             let path = String::from_utf8(output.stdout).unwrap();
             merged.push(fs::read_to_string(path.trim()).unwrap());
         }
-        assert_eq!(merged[0].lines().count(), 100);
+        assert_eq!(merged[0].lines().count(), prompts);
         let texts = merged[0].lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["text"].to_string());
-        assert!(texts.collect::<std::collections::BTreeSet<_>>().len() > 30, "samples differ from each other");
+        assert!(texts.collect::<BTreeSet<_>>().len() > prompts / 4, "samples differ from each other");
         assert!(merged.iter().all(|text| text == &merged[0]), "temperature {temperature}: hosts change the text");
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
@@ -29,7 +30,16 @@ pub fn client() -> Client {
     client_of(1)
 }
 
+/// Nearly all of a test's time is XLA's compiler, at the default level of optimization, which `make nightly` has.
+static OPTIMIZE_LESS: LazyLock<()> = LazyLock::new(|| {
+    if !std::env::args().any(|arg| arg == "--ignored") {
+        // SAFETY: what reads the environment without the lock of Rust's library is the plugin, which is loaded afterwards.
+        unsafe { std::env::set_var("XLA_FLAGS", "--xla_backend_optimization_level=0") };
+    }
+});
+
 pub fn client_of(devices: usize) -> Client {
+    LazyLock::force(&OPTIMIZE_LESS);
     let plugin = Plugin::load(&PluginChoice::parse("cpu").unwrap()).expect("the CPU plugin: run `make setup`");
     plugin.client(devices).unwrap()
 }

@@ -45,7 +45,7 @@ pub(super) const PROPERTIES: u8 = 8;
 const PROPERTIES_SINCE: u64 = 5;
 
 /// How a module in bytecode begins.
-const MAGIC: &[u8] = b"ML\xefR";
+pub const MAGIC: &[u8] = b"ML\xefR";
 
 /// Whether a module is bytecode, not text.
 pub fn is_bytecode(module: &[u8]) -> bool {

@@ -19,7 +19,7 @@ use melior::ir::{
 };
 use serde_json::{Value as Json, json};
 
-pub use super::bytecode::is_bytecode;
+pub use super::bytecode::{MAGIC, is_bytecode};
 use super::{
     builder::{Kernel, Role, Semantics},
     bytecode::{Sections, readable},

@@ -5,8 +5,9 @@
 //! attention have them. Heads of 64 or 192 may be packed ([`KvRows::Packed`]): `[layers * pages, page_size, heads, 2 *
 //! head_dim]`, key and value of a head in one row, so that rows fill tiles of a TPU's 128 lanes, where its memory would be half
 //! or a quarter padding. In row-major memory both are the same bytes. Since copies take whole tiles, what does not fill them may
-//! be padded ([`KvRows::Padded`]) as a TPU's memory has it anyway: rows of 8 bits with rows of zeros, wide heads with zeros. Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer,
-//! `page * page_size + offset`; [`NO_SLOT`] is nowhere.
+//! be padded ([`KvRows::Padded`]) as a TPU's memory has it anyway: rows of 8 bits with rows of zeros, wide heads with zeros.
+//! Layer `l` owns the pages from `l * pages` on. A *slot* is a token's place within a layer, `page * page_size + offset`;
+//! [`NO_SLOT`] is nowhere.
 
 use std::iter;
 use std::ops::Range;
@@ -206,10 +207,10 @@ impl KvLayout {
 
     /// A token's elements that are no head's, and zeros.
     pub fn padding(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let ([_, width], dim, elements) = (self.token_dims(), self.head_dim, self.token_elements());
-        let (rows, is_padded) = (self.rows(), self.kv_rows == KvRows::Padded);
+        let ([_, width], dim, rows) = (self.token_dims(), self.head_dim, self.rows());
         let behind_heads = (0..rows).map(move |row| row * width + dim..(row + 1) * width);
-        behind_heads.chain(iter::once(rows * width..elements)).filter(move |_| is_padded)
+        let padding = behind_heads.chain(iter::once(rows * width..self.token_elements()));
+        (self.kv_rows == KvRows::Padded).then_some(padding).into_iter().flatten()
     }
 
     /// New keys and values, `[tokens, heads, head_dim]` each, as tokens of the cache: `[tokens, rows, elements of a row]`.

@@ -19,7 +19,6 @@ use crate::error::{Error, Result};
 const WORKER_ARGUMENT: &str = "--open-worker";
 /// Kernels open within milliseconds and take some MiB; some damage makes the reader loop, or allocate.
 const LIMITS: Limits = Limits { time: Duration::from_secs(20), memory: 4 << 30 };
-const BYTECODE: &[u8] = b"ML\xefR";
 const EMIT_AGAIN: &str = "write the module again";
 
 /// A file and what it holds.
@@ -175,9 +174,9 @@ impl File {
 /// The module in what `jax.export` serialises: a FlatBuffer, which has the module's length in front of it. Of a file that is cut
 /// off, what there is of it: that is found to be damaged.
 fn exported(file: &[u8]) -> Option<&[u8]> {
-    let at = file.windows(BYTECODE.len()).position(|window| window == BYTECODE).filter(|&at| at >= 4)?;
+    let at = file.windows(wire::MAGIC.len()).position(wire::is_bytecode).filter(|&at| at >= 4)?;
     // The version of the bytecode, and who wrote it.
-    file.get(at + BYTECODE.len() + 1..)?.strip_prefix(b"StableHLO_v")?;
+    file.get(at + wire::MAGIC.len() + 1..)?.strip_prefix(b"StableHLO_v")?;
     let length = u32::from_le_bytes(file[at - 4..at].try_into().ok()?);
     Some(&file[at..at.saturating_add(length as usize).min(file.len())])
 }

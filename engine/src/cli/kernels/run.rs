@@ -410,13 +410,10 @@ pub(super) fn inputs_line(args: &RunArgs, given: &Given, batch: Option<String>) 
 
 /// Refuses what is of kernels of unknown origin.
 fn no_choice(args: &RunArgs) -> Result<()> {
-    let given = args.only.map(|only| ("kernel", only.to_string()));
-    match given.or_else(|| args.names.first().map(|names| ("names", names.clone()))) {
-        Some((key, value)) => {
-            Err(Error::setting(key, value, "is for kernels of unknown origin on the tile machine", "leave it out"))
-        }
-        None => Ok(()),
-    }
+    let only = args.only.map(|only| ("kernel", only.to_string()));
+    let names = args.names.first().map(|names| ("names", names.clone()));
+    let limit = "is for kernels of unknown origin on the tile machine";
+    only.or(names).map_or(Ok(()), |(key, value)| Err(Error::setting(key, value, limit, "leave it out")))
 }
 
 /// Refuses to check a module of unknown origin, and names for a kernel that it has not.

@@ -133,7 +133,7 @@ impl<'a> Block<'a> {
             None => self.numbers(self.load(pieces, word, [first, count]), index),
             Some(to) => {
                 let words = self.load_each(pieces, [word, first, count]);
-                unpacked(of_four_tokens(words, index), to).cast(self.operand)
+                self.unpack(of_four_tokens(words, index), to)
             }
         }
     }
@@ -185,7 +185,7 @@ impl<'a> Block<'a> {
             _ => self.load_each(&self.words, which),
         };
         *recent = Some((which, words));
-        Some(rows.map(|row| unpacked(of_four_tokens(words, row % self.packing()), to).cast(self.operand)))
+        Some(rows.map(|row| self.unpack(of_four_tokens(words, row % self.packing()), to)))
     }
 
     /// Keys and values of the two heads whose rows word `word` of a token holds, of `count` tokens from the `first` on: of each two
@@ -194,7 +194,7 @@ impl<'a> Block<'a> {
     pub fn two_heads(&self, word: usize, [first, count]: [usize; 2]) -> [Value<'a>; 2] {
         let to = self.unpacked.expect("a type that the chip unpacks");
         let words = self.load_each(&self.words, [word, first, count]);
-        Half::ALL.map(|half| unpacked(of_two_tokens(words, half as usize), to).cast(self.operand))
+        Half::ALL.map(|half| self.unpack(of_two_tokens(words, half as usize), to))
     }
 
     /// Words `word` of `count` tokens from the `first` on, of every `N`th token each.
@@ -214,6 +214,11 @@ impl<'a> Block<'a> {
     /// The numbers at place `index` of words.
     fn numbers(&self, words: Value<'a>, index: usize) -> Value<'a> {
         numbers(words, self.layout.element, index).cast(self.operand)
+    }
+
+    /// The numbers of words of four floats of 8 bits, a row each.
+    fn unpack(&self, words: Value<'a>, to: Element) -> Value<'a> {
+        unpacked(words, to).cast(self.operand)
     }
 }
 
