@@ -13,7 +13,7 @@ help:
 	@echo "make python       the Python package in virtual environments with JAX 0.10.2 and the newest (PAGODA_BIN=... builds no wheel)"
 	@echo "make serve-load   OpenAI's client at pagoda serve: 10,000 requests, 200 streams (ARGS=\"--requests 1000\")"
 	@echo "make bench        criterion benches (CPU)"
-	@echo "make bench-peers  tokens/s against plain JAX on this machine (ARGS=\"--models tiny,135m,1b --busy\")"
+	@echo "make bench-peers  tokens/s against plain JAX on this machine (ARGS=\"--models tiny,135m,1b --busy --peers jax,candle,llama.cpp\")"
 	@echo "make tpu-tools    libtpu, the TPU compiler, for certification without a TPU"
 	@echo "make certify-all  every certification by the TPU compiler (a quarter of an hour; PAGODA_RECORD=1 renews the tables)"
 	@echo "make certify-sample N=200  problems that no table has, by the TPU compiler: how right the verdicts are"
