@@ -15,7 +15,7 @@ use pagoda_kernels::{
     matmul::{self, Activation, Epilogue, Layout, Matmul},
     plan::Options,
     random::{Lengths, batch_text},
-    rpa::{self, Kind, Precision, Rpa},
+    rpa::{self, Kind, Precision, Rotary, Rpa},
     strategies::{self, RngSeed, drawn},
 };
 use proptest::{
@@ -130,11 +130,11 @@ mod each {
 /// Sizes that random cases do not reach, in the tiles that the planner chooses: several chunks to a tile, long contexts.
 #[test]
 fn planned_tiles_agree_with_the_reference() {
-    fn agrees<K: Kernel>(spec: K::Spec, batch: Option<&[Lengths]>) {
+    fn agrees<K: Kernel>(spec: K::Spec, batch: Option<&[Lengths]>, options: Options<K::Tiles>) {
         let problem = Problem::new(spec).unwrap();
         let inputs = K::draw(&problem, batch, 1).unwrap();
         for chip in [Chip::V4, Chip::V6e] {
-            let plan = Plan::<K>::new(problem.clone(), chip, Options::default()).unwrap();
+            let plan = Plan::<K>::new(problem.clone(), chip, options).unwrap();
             check_mosaic(Case::new(&plan, &inputs), 1, None).unwrap_or_else(|error| panic!("{chip}: {error}"));
         }
     }
@@ -147,7 +147,8 @@ fn planned_tiles_agree_with_the_reference() {
         ([16, 1024, 768], Bf16, Bf16, Layout::FeatureMajor, gated),
     ] {
         let [m, k, n] = sizes;
-        agrees::<Matmul>(matmul::Spec { m, k, n, input, output, layout, epilogue, layers: 1, quantized: None }, None);
+        let spec = matmul::Spec { m, k, n, input, output, layout, epilogue, layers: 1, quantized: None };
+        agrees::<Matmul>(spec, None, Options::default());
     }
     let lengths = [(1, 1280), (150, 700), (30, 30), (1, 129)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
     for (element, head_dim) in [(Bf16, 128), (F32, 64)] {
@@ -168,7 +169,13 @@ fn planned_tiles_agree_with_the_reference() {
             soft_cap: None,
             ..rpa::Spec::default()
         };
-        agrees::<Rpa>(spec, Some(&lengths));
+        agrees::<Rpa>(spec.clone(), Some(&lengths), Options::default());
+        // New tokens wait in a buffer of KV blocks each, or all in the first one.
+        for (kv_heads, kv_pages) in [(2, 1), (8, 10)] {
+            let tiles = Some(rpa::plan::Tiles { queries: 64, kv_pages });
+            let spec = rpa::Spec { kv_heads, fused: Some(Rotary::HalfSplit), ..spec.clone() };
+            agrees::<Rpa>(spec, Some(&lengths), Options { tiles, vmem_limit: None });
+        }
     }
 }
 

@@ -696,7 +696,7 @@ fn report(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize) -> Vme
         scratch("sum", Element::F32, &[head_block, rows, LANES]),
         scratch("acc", Element::F32, &[head_block, rows, dim]),
     ];
-    let fused = problem.fused.map(|_| fused::buffers(problem, head_block, tiles.queries));
+    let fused = problem.fused.map(|_| fused::buffers(problem, tiles, head_block));
     let last = lse.into_iter().chain(fused.into_iter().flatten());
     VmemReport {
         buffers: [queries].into_iter().chain(by_head).chain(lanes).chain(of_band).chain(rest).chain(last).collect(),
@@ -724,11 +724,12 @@ pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes, batches: &[Vec
     best.map(|(_, plan)| plan.tiles())
 }
 
-/// What is kept free for spills. Large tiles spill up to 1.24 bytes for each that the body holds at once, on tpu7x up to 1.9, as
-/// records go; the choice does not depend on them.
+/// What is kept free for spills. Large tiles spill up to 1.24 bytes for each that the body holds at once, on v4 and v5e up to 1.4
+/// and on tpu7x up to 1.9, as records go; the choice does not depend on them.
 fn room(plan: &Plan) -> Bytes {
     match (plan.problem().kind, plan.chip()) {
         (Kind::Mixed, Chip::Tpu7x) => evidence::margin(plan.spilling()),
+        (Kind::Mixed, Chip::V4 | Chip::V5e) => Bytes(plan.spilling().live.0 * 3 / 2).max(evidence::LEAST),
         (Kind::Mixed, _) => Bytes(plan.spilling().live.0 * 5 / 4).max(evidence::LEAST),
         (Kind::Decode, _) => decode::SPILLS,
     }

@@ -35,8 +35,8 @@
 //! queries and keys are written before the sums of the part before, so that the matrix unit has work while those are made.
 //! A band takes a quarter or a half of a KV block where its rows see no more ([`Plan::widths`]).
 //!
-//! Fused, a core first turns the keys of the new rows and writes their tokens into the pages; queries are turned when they
-//! arrive (`projections`).
+//! Fused, a core first turns the keys of the new rows and writes their tokens into the pages, from the memory that KV blocks come
+//! to afterwards; queries are turned when they arrive (`projections`).
 //!
 //! Poison: logits are selected by position *after* the product; values behind a sequence's end are overwritten with zeros
 //! *before* it (zero times NaN is NaN). Rows that see no key are written as zeros.
@@ -211,7 +211,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let sum = scratch("sum", Element::F32, &[heads, plan.rows(), LANES]);
         let acc = scratch("acc", Element::F32, &[heads, plan.rows(), dim]);
         let lse = lse.map(|lse| [lse, scratch("lse_rows", Element::F32, &[plan::ENTRIES, block, lse_lanes])]);
-        let fused = written.map(|written| Fused::declare(k, plan, written));
+        let fused = written.map(|written| Fused::declare(k, plan, written, &kv));
         let in_smem = |name, len| k.scratch(name, MemorySpace::Smem, Element::I32, &[len]);
         let [entries, segments] = plan.list_lengths();
         let entries = Entries {

@@ -122,24 +122,46 @@ pub(in crate::rpa) fn token_dims(problem: &Problem, head_block: usize, tokens: u
     [pieces, tokens, rows, lanes]
 }
 
+/// Where the tokens that are made of new rows wait for their copies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::rpa) enum TokenBuffers {
+    /// In buffers of KV blocks, which nobody needs before the last token is written.
+    KvBlocks,
+    /// One behind the other in the first of them.
+    FirstKvBlock,
+    Own,
+}
+
+impl TokenBuffers {
+    /// In a kernel of any batch whose KV blocks are `[buffers, pieces, keys, ..]`.
+    pub fn of(problem: &Problem, [buffers, _, keys, ..]: [usize; 5]) -> Self {
+        match rows(problem) {
+            rows if buffers >= BUFFERS && keys >= rows => Self::KvBlocks,
+            rows if keys >= BUFFERS * rows => Self::FirstKvBlock,
+            _ => Self::Own,
+        }
+    }
+}
+
 /// Whether some angles must be spread over whole tiles of lanes.
 pub(in crate::rpa) fn has_narrow_heads(problem: &Problem) -> bool {
     !problem.head_dim.is_multiple_of(LANES)
 }
 
-/// What a kernel of any batch has in VMEM beside the rest, in the order of its operands; `block` query rows.
-pub(super) fn buffers(problem: &Problem, head_block: usize, block: usize) -> Vec<Buffer> {
+/// What a kernel of any batch has in VMEM beside the rest, in the order of its operands.
+pub(super) fn buffers(problem: &Problem, tiles: Tiles, head_block: usize) -> Vec<Buffer> {
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
     let (dim, rows) = (problem.head_dim, rows(problem));
     let columns = Columns::new_tokens(problem, head_block).count();
     let [pieces, tokens, token_rows, lanes] = token_dims(problem, head_block, rows);
-    let [of_queries, of_tokens] = steps(problem, head_block, block);
+    let [of_queries, of_tokens] = steps(problem, head_block, tiles.queries);
+    let has_own = TokenBuffers::of(problem, super::kv_dims(problem, tiles, head_block)) == TokenBuffers::Own;
+    let new_tokens = scratch("new_tokens", problem.precision.kv, &[BUFFERS, pieces, tokens, token_rows, lanes]);
     let wide = scratch("wide", Element::F32, &[of_queries.max(of_tokens), LANES]);
     let all = [
-        scratch("angles", Element::F32, &[2, block, dim]),
+        scratch("angles", Element::F32, &[2, tiles.queries, dim]),
         scratch("projected", problem.precision.q, &[BUFFERS, rows, columns]),
         scratch("new_angles", Element::F32, &[BUFFERS, rows, dim]),
-        scratch("new_tokens", problem.precision.kv, &[BUFFERS, pieces, tokens, token_rows, lanes]),
     ];
-    all.into_iter().chain(has_narrow_heads(problem).then_some(wide)).collect()
+    all.into_iter().chain(has_own.then_some(new_tokens)).chain(has_narrow_heads(problem).then_some(wide)).collect()
 }

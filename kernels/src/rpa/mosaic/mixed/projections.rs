@@ -22,7 +22,7 @@ use crate::rpa::{
     kv_layout::Half,
     plan::{
         self, Plan,
-        fused::{BUFFERS, Columns},
+        fused::{BUFFERS, Columns, TokenBuffers},
     },
 };
 
@@ -54,8 +54,9 @@ pub(super) struct Fused<'a> {
     projected: Ref<'a>,
     /// Their angles: `[buffers, rows, head_dim]`.
     new_angles: Ref<'a>,
-    /// The tokens made of them: `[buffers, pieces of a row, tokens, rows of a token, lanes]`.
+    /// The tokens made of them, or the KV blocks whose memory they take: `[buffers, pieces of a row, tokens, rows of a token, lanes]`.
     new_tokens: Ref<'a>,
+    token_buffers: TokenBuffers,
     /// For the angles of heads that are not whole tiles of lanes.
     wide: Option<Ref<'a>>,
     arrived: Ref<'a>,
@@ -64,7 +65,7 @@ pub(super) struct Fused<'a> {
 
 impl<'a> Fused<'a> {
     /// Declares the buffers of [`plan::fused::buffers`], and semaphores.
-    pub fn declare(k: &'a Builder<'a>, plan: &Plan, written: Written<'a>) -> Self {
+    pub fn declare(k: &'a Builder<'a>, plan: &Plan, written: Written<'a>, kv: &Ref<'a>) -> Self {
         let (problem, heads) = (plan.problem(), plan.head_block());
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
         let (dim, block, rows) = (problem.head_dim, plan.block_rows(), plan::fused::rows(problem));
@@ -74,13 +75,26 @@ impl<'a> Fused<'a> {
         let projected = scratch("projected", problem.precision.q, &[BUFFERS, rows, columns.count()]);
         let new_angles = scratch("new_angles", Element::F32, &[BUFFERS, rows, dim]);
         let dims = [BUFFERS, pieces, tokens, token_rows, lanes];
-        let new_tokens = scratch("new_tokens", problem.precision.kv, &dims);
+        let token_buffers = TokenBuffers::of(problem, plan.kv_dims());
+        let new_tokens = match token_buffers {
+            TokenBuffers::Own => scratch("new_tokens", problem.precision.kv, &dims),
+            _ => kv.clone(),
+        };
         let most = plan::fused::steps(problem, heads, block).into_iter().max().unwrap_or(0);
         let wide = plan::fused::has_narrow_heads(problem).then(|| scratch("wide", Element::F32, &[most, LANES]));
         let angles_arrived = k.dma_semaphores("angles_arrived", &[2]);
         let arrived = k.dma_semaphores("projected_arrived", &[BUFFERS, columns.parts.len() + 1]);
         let sent = k.dma_semaphores("tokens_sent", &[BUFFERS]);
-        Self { written, angles, angles_arrived, projected, new_angles, new_tokens, wide, arrived, sent }
+        Self { written, angles, angles_arrived, projected, new_angles, new_tokens, token_buffers, wide, arrived, sent }
+    }
+
+    /// Of the tokens in a buffer those from `first` on, `count` at most, a piece of their rows: `[tokens, rows of a token, lanes]`.
+    fn tokens(&self, [slot, first]: [Value<'a>; 2], count: usize, piece: usize) -> Ref<'a> {
+        let rows = self.new_angles.dims()[1];
+        match self.token_buffers {
+            TokenBuffers::FirstKvBlock => self.new_tokens.at((0, piece)).slice(0, slot * rows + first, count),
+            _ => self.new_tokens.at((slot, piece)).slice(0, first, count),
+        }
     }
 }
 
@@ -174,8 +188,7 @@ impl<'a> Body<'a, '_> {
             let start = (index * step).multiple_of(step);
             let angles = Angles::load(k, &fused.new_angles.at(slot).slice(0, start, step), fused.wide.as_ref());
             let columns = fused.projected.at(slot).slice(0, start, step);
-            let tokens: Vec<_> =
-                (0..pieces).map(|piece| fused.new_tokens.at((slot, piece)).slice(0, start, step)).collect();
+            let tokens: Vec<_> = (0..pieces).map(|piece| fused.tokens([slot, start], step, piece)).collect();
             store_tokens(k, problem, heads, &tokens, |half, of| {
                 let numbers = head(k, dim, &columns, first + (half as usize * heads + of) * dim);
                 let numbers = if half == Half::Key { angles.turn(k, dim, &numbers) } else { numbers };
@@ -247,7 +260,7 @@ impl<'a> Body<'a, '_> {
         let &[_, pieces, _, _, lanes] = &fused.new_tokens.dims()[..] else { unreachable!("five dimensions") };
         let &[most, rows, _] = &to.dims()[..] else { unreachable!("tokens have rows of lanes") };
         for piece in 0..pieces {
-            let from = fused.new_tokens.at((slot, piece)).slice(0, first, most).slice(1, 0, rows);
+            let from = fused.tokens([slot, first], most, piece).slice(1, 0, rows);
             let to = to.slice(2, piece * lanes, lanes);
             self.k.make_async_copy(from, to, fused.sent.at(slot)).first(count).start();
         }
@@ -259,11 +272,11 @@ impl<'a> Body<'a, '_> {
         let pieces = fused.new_tokens.dims()[1];
         let rows = self.plan.token_rows();
         // Two copies of each, where the core has memory of its own.
+        let most = plan::fused::rows(self.plan.problem());
         let tokens = |piece: usize, count: Value<'a>| {
-            let tokens = fused.new_tokens.at((slot, piece)).slice(1, 0, rows);
+            let tokens = fused.tokens([slot, k.int(0)], most, piece).slice(1, 0, rows);
             k.make_async_copy(tokens.clone(), tokens, fused.sent.at(slot)).first(count).wait();
         };
-        let most = plan::fused::rows(self.plan.problem());
         for piece in 0..pieces {
             match &fused.written.fresh {
                 None => k.when(count.greater(0), || tokens(piece, count)),
