@@ -65,7 +65,7 @@ fn one_two_and_four_hosts_write_the_same_bytes() {
         }
         assert_eq!(merged[0].lines().count(), prompts);
         let texts = merged[0].lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["text"].to_string());
-        assert!(texts.collect::<BTreeSet<_>>().len() > prompts / 4, "samples differ from each other");
+        assert!(texts.collect::<BTreeSet<_>>().len() > prompts * 3 / 10, "samples differ from each other");
         assert!(merged.iter().all(|text| text == &merged[0]), "temperature {temperature}: hosts change the text");
     }
 }

@@ -4,7 +4,7 @@ The checkpoint becomes a GGUF file without a vocabulary beside it, in the type t
 batch, at the same position, as in jax_decode.py. Tokens are chosen on the host.
 
   python -m venv V && V/bin/pip install llama-cpp-python==0.3.36 gguf==0.19.0 numpy
-  V/bin/python llama_cpp.py MODEL_DIR --slots 1 8 --new 256 [--dtype f32|bf16] [--runs 3] [--prefill 512] [--threads N]
+  V/bin/python llamacpp_decode.py MODEL_DIR --slots 1 8 --new 256 [--dtype f32|bf16] [--runs 3] [--prefill 512] [--threads N]
 Prints one JSON line per slot count: {"slots", "dtype", "new_tokens", "tok_s", "first"} (median of the runs, and the first slot's
 first tokens), and with --prefill N one of {"prompt": N, "prefill": {"tok_s"}}.
 """
@@ -70,8 +70,8 @@ def convert(folder, dtype):
             name = f"blk.{parts[2]}.{NAMES[kind]}.weight"
         else:
             name = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[parts[-1]] + ".weight"
-        kind = KINDS["f32" if weight.ndim == 1 else dtype]
-        writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(weight), kind), raw_dtype=kind)
+        stored = KINDS["f32" if weight.ndim == 1 else dtype]
+        writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(weight), stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -727,12 +727,13 @@ pub(super) fn choose(problem: &Problem, chip: Chip, limit: Bytes, batches: &[Vec
 /// What is kept free for spills. Large tiles spill up to 1.24 bytes for each that the body holds at once, on v4 and v5e up to 1.4
 /// and on tpu7x up to 1.9, as records go; the choice does not depend on them.
 fn room(plan: &Plan) -> Bytes {
-    match (plan.problem().kind, plan.chip()) {
-        (Kind::Mixed, Chip::Tpu7x) => evidence::margin(plan.spilling()),
-        (Kind::Mixed, Chip::V4 | Chip::V5e) => Bytes(plan.spilling().live.0 * 3 / 2).max(evidence::LEAST),
-        (Kind::Mixed, _) => Bytes(plan.spilling().live.0 * 5 / 4).max(evidence::LEAST),
-        (Kind::Decode, _) => decode::SPILLS,
-    }
+    let quarters = match (plan.problem().kind, plan.chip()) {
+        (Kind::Decode, _) => return decode::SPILLS,
+        (Kind::Mixed, Chip::Tpu7x) => 8,
+        (Kind::Mixed, Chip::V4 | Chip::V5e) => 6,
+        (Kind::Mixed, Chip::V5p | Chip::V6e) => 5,
+    };
+    Bytes(plan.spilling().live.0 * quarters / 4).max(evidence::LEAST)
 }
 
 /// Legal tiles that the compiler gets through: powers of two of query rows; KV blocks of 128 keys and more, powers of two and

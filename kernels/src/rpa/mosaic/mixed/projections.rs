@@ -271,8 +271,8 @@ impl<'a> Body<'a, '_> {
         let k = self.k;
         let pieces = fused.new_tokens.dims()[1];
         let rows = self.plan.token_rows();
-        // Two copies of each, where the core has memory of its own.
         let most = plan::fused::rows(self.plan.problem());
+        // Two copies of each, where the core has memory of its own.
         let tokens = |piece: usize, count: Value<'a>| {
             let tokens = fused.tokens([slot, k.int(0)], most, piece).slice(1, 0, rows);
             k.make_async_copy(tokens.clone(), tokens, fused.sent.at(slot)).first(count).wait();
