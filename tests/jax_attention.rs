@@ -6,6 +6,7 @@ use pagoda_ir::tile_machine::{DmaOrder, FaultKind, Machine, Program};
 use pagoda_ir::{Context, Element, HostTensor};
 use pagoda_kernels::Kernel;
 use pagoda_kernels::check::{Expected, compare};
+use pagoda_kernels::chips::Chip;
 use pagoda_kernels::kernel::host_operands;
 use pagoda_kernels::random::Lengths;
 use pagoda_kernels::rpa::{Kind, Precision, Problem, Rpa, Spec};
@@ -44,7 +45,7 @@ fn jax_attention_agrees_with_the_reference_under_every_order_of_copies() {
     for lengths in [&[(9, 48), (1, 55), (3, 20)][..], &[(24, 24)], &[(1, 64), (1, 1), (1, 17), (1, 33)]] {
         let lengths: Vec<_> = lengths.iter().map(|&(q_len, kv_len)| Lengths { q_len, kv_len }).collect();
         let inputs = Rpa::draw(&problem, Some(&lengths), 3).unwrap();
-        let mut operands = host_operands::<Rpa>(&problem, &inputs);
+        let mut operands = host_operands::<Rpa>(&problem, Chip::V5p, &inputs);
         // Ours takes queries in two dimensions.
         operands[4] = inputs["q"].clone();
         // Its own state: the buffer in use and the sequence that it is at.

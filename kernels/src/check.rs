@@ -264,7 +264,7 @@ impl<'p, K: Kernel> Case<'p, K> {
 
     /// The kernel's operands.
     pub fn operands(self) -> Vec<HostTensor> {
-        kernel::host_operands::<K>(self.plan.problem(), self.inputs)
+        kernel::host_operands::<K>(self.plan.problem(), self.plan.chip(), self.inputs)
     }
 
     /// The types of what the kernel returns.

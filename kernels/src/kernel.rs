@@ -166,8 +166,9 @@ pub trait Kernel: Sized + Send + Sync + 'static {
     /// Declares and writes the Mosaic kernel of `plan`. Its operands are those of [`Kernel::operands`], in that order.
     fn mosaic<'a>(k: &'a mosaic::Builder<'a>, plan: &Plan<Self>);
 
-    /// What the Mosaic kernel takes, in order: the prefetched arguments, then the others, scalars as arrays of one.
-    fn operands(problem: &ProblemOf<Self>) -> Vec<Operand> {
+    /// What the Mosaic kernel takes on a chip, in order: the prefetched arguments, then the others, scalars as arrays of one.
+    fn operands(problem: &ProblemOf<Self>, chip: Chip) -> Vec<Operand> {
+        let _ = chip;
         let arguments = Self::arguments(problem);
         let of = |prefetched: bool| {
             let wanted = move |argument: &&Argument| (argument.role == Role::Prefetch) == prefetched;
@@ -505,8 +506,8 @@ fn rows_and_columns(dims: &[usize]) -> [usize; 2] {
 }
 
 /// Pairs (operand, result) of the problem's Mosaic kernel that share memory: what is donated.
-pub fn aliases<K: Kernel>(problem: &ProblemOf<K>) -> Vec<(usize, usize)> {
-    let operands = K::operands(problem);
+pub fn aliases<K: Kernel>(problem: &ProblemOf<K>, chip: Chip) -> Vec<(usize, usize)> {
+    let operands = K::operands(problem, chip);
     let of = |argument: &Argument| match argument.role {
         Role::Donated { result } => {
             let operand = operands.iter().position(|operand| operand.argument == argument.name);
@@ -518,23 +519,23 @@ pub fn aliases<K: Kernel>(problem: &ProblemOf<K>) -> Vec<(usize, usize)> {
 }
 
 /// The arrays that a Mosaic kernel takes, made on the host.
-pub fn host_operands<K: Kernel>(problem: &ProblemOf<K>, inputs: &Arrays) -> Vec<HostTensor> {
-    K::operands(problem).iter().map(|operand| operand.on_host(inputs)).collect()
+pub fn host_operands<K: Kernel>(problem: &ProblemOf<K>, chip: Chip, inputs: &Arrays) -> Vec<HostTensor> {
+    K::operands(problem, chip).iter().map(|operand| operand.on_host(inputs)).collect()
 }
 
-/// Calls a Mosaic kernel of the problem from a StableHLO program, on the problem's arguments.
+/// Calls a Mosaic kernel of the problem on a chip from a StableHLO program, on the problem's arguments.
 ///
 /// # Errors
 /// When the arguments are not those of the problem.
 pub fn call<'c, 'a, K: Kernel>(
     b: &stablehlo::Builder<'c, 'a>,
     kernel: &mosaic::Kernel,
-    problem: &ProblemOf<K>,
+    (problem, chip): (&ProblemOf<K>, Chip),
     args: &Named<Tensor<'c, 'a>>,
 ) -> Result<Vec<Tensor<'c, 'a>>> {
     check_types::<K>(problem, args)?;
     let operands: Vec<_> =
-        K::operands(problem).iter().map(|operand| operand.in_program(b, args)).collect::<Result<_>>()?;
+        K::operands(problem, chip).iter().map(|operand| operand.in_program(b, args)).collect::<Result<_>>()?;
     let results = K::results(problem);
     let result = |(tensor, ty): (Tensor<'c, 'a>, &TensorType)| {
         if tensor.dims() == ty.dims {
@@ -575,23 +576,32 @@ pub fn stablehlo_module<'c, K: Kernel>(context: &'c Context, problem: &ProblemOf
     module::<K>(context, problem, |b, args| K::stablehlo(b, problem, args))
 }
 
-/// A StableHLO module whose `main` runs `kernel`, a Mosaic kernel of the problem, on the problem's arguments. Arrays are
-/// row-major in the device's memory, as kernels take them: of a size that is no multiple of 128 lanes, a TPU's compiler
-/// would choose the order that pads less, and copy the whole array on every launch.
+/// A StableHLO module whose `main` runs `kernel`, the Mosaic kernel of a plan, on the problem's arguments,
+/// whose arrays are [`row_major`].
 ///
 /// # Errors
-/// When the kernel is not one of the problem.
+/// When the kernel is not the plan's.
 pub fn mosaic_module<'c, K: Kernel>(
     context: &'c Context,
-    problem: &ProblemOf<K>,
+    plan: &Plan<K>,
     kernel: &mosaic::Kernel,
 ) -> Result<Module<'c>> {
-    let module = module::<K>(context, problem, |b, args| call::<K>(b, kernel, problem, args))?;
+    let problem = plan.problem();
+    let module = module::<K>(context, problem, |b, args| call::<K>(b, kernel, (problem, plan.chip()), args))?;
+    row_major(&module)?;
+    Ok(module)
+}
+
+/// Has the arrays of `main` lie row-major in the device's memory, as kernels take them: of a size that is no multiple of 128
+/// lanes, a TPU's compiler would choose the order that pads less, and copy the whole array on every launch.
+///
+/// # Errors
+/// When the module has no `main`.
+pub fn row_major(module: &Module) -> Result<()> {
     let (arguments, results) = module.function_types("main")?;
     let matrices = |types: Vec<TensorType>| (0..types.len()).filter(move |&index| types[index].rank() > 1);
     matrices(arguments).try_for_each(|index| module.row_major_argument("main", index))?;
-    matrices(results).try_for_each(|index| module.row_major_result("main", index))?;
-    Ok(module)
+    matrices(results).try_for_each(|index| module.row_major_result("main", index))
 }
 
 /// A StableHLO module whose `main` is `kernel` alone: it takes the operands as the kernel does, and no op around it makes them.
@@ -603,6 +613,7 @@ pub fn bare_module<'c>(context: &'c Context, kernel: &mosaic::Kernel) -> Result<
     let module = Module::new(context, kernel.name());
     module.function("main", &kernel.inputs(), |b, args| kernel.call(b, args))?;
     kernel.aliases().iter().try_for_each(|&(operand, result)| module.donate("main", operand, result))?;
+    row_major(&module)?;
     Ok(module)
 }
 
@@ -619,7 +630,7 @@ pub fn certified_module<'c, K: Kernel>(
     let has_own_shapes = kernel.outputs() != K::results(plan.problem()).values().cloned().collect::<Vec<_>>();
     match has_own_shapes && !K::around(context, plan)?.is_empty() {
         true => bare_module(context, kernel),
-        false => mosaic_module::<K>(context, plan.problem(), kernel),
+        false => mosaic_module(context, plan, kernel),
     }
 }
 

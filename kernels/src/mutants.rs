@@ -113,7 +113,7 @@ fn caught<K: Kernel>(case: Case<K>, mutant: &str) -> Result<Option<Caught>, Stri
     let context = Context::new();
     let module = wire::deserialize(&context, mutant.as_bytes()).map_err(|error| error.to_string())?;
     let program = Program::decode(&module).map_err(|error| error.to_string())?;
-    let program = program.with_aliases(&kernel::aliases::<K>(case.plan.problem()));
+    let program = program.with_aliases(&kernel::aliases::<K>(case.plan.problem(), case.plan.chip()));
     match check_program(case, &program, 1) {
         Ok(_) => Ok(None),
         Err(CheckError::Fault { fault, .. }) => Ok(Some(Caught::Fault(fault.kind))),

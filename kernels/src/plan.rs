@@ -253,7 +253,9 @@ impl<K: Kernel> Plan<K> {
             body(k);
             k.vmem_limit(self.limit.0 as usize);
             k.cost(K::cost(&self.problem));
-            kernel::aliases::<K>(&self.problem).into_iter().for_each(|(operand, result)| k.alias(operand, result));
+            kernel::aliases::<K>(&self.problem, self.chip)
+                .into_iter()
+                .for_each(|(operand, result)| k.alias(operand, result));
         })
     }
 
@@ -262,7 +264,7 @@ impl<K: Kernel> Plan<K> {
     /// # Errors
     /// As [`Plan::kernel`].
     pub fn module<'c>(&self, context: &'c Context) -> pagoda_ir::Result<Module<'c>> {
-        kernel::mosaic_module::<K>(context, &self.problem, &self.kernel(context)?)
+        kernel::mosaic_module(context, self, &self.kernel(context)?)
     }
 
     /// A tile machine with the chip's memories, VMEM limited as the plan says.

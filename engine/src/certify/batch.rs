@@ -10,7 +10,7 @@ use std::fmt;
 use pagoda_ir::Context;
 use pagoda_ir::stablehlo::Module;
 use pagoda_kernels::Kernel;
-use pagoda_kernels::kernel::certified_module;
+use pagoda_kernels::kernel::{certified_module, row_major};
 use pagoda_kernels::plan::Plan;
 use pagoda_kernels::random::{Lengths, batch_text};
 use pagoda_kernels::vmem::Bytes;
@@ -161,7 +161,6 @@ fn launched<K: Kernel>(plan: &Plan<K>, batch: Option<&[Lengths]>, compiler: &dyn
 /// When the batch is not one of the problem.
 pub fn launch_module<K: Kernel>(context: &Context, plan: &Plan<K>, batch: Option<&[Lengths]>) -> Result<Vec<u8>> {
     let module = certified_module::<K>(context, plan, &K::kernel_of_batch(context, plan, batch)?)?;
-    row_major(&module)?;
     Ok(module.bytecode())
 }
 
@@ -216,17 +215,6 @@ fn module_of_launches<K: Kernel>(
     })?;
     row_major(&module)?;
     Ok((module.bytecode(), times))
-}
-
-/// Has arrays lie as they do in a step.
-fn row_major(module: &Module) -> Result<()> {
-    let (arguments, results) = module.function_types("main")?;
-    let wide = |types: &[pagoda_ir::TensorType]| -> Vec<usize> {
-        types.iter().enumerate().filter(|(_, ty)| ty.dims.len() > 1).map(|(at, _)| at).collect()
-    };
-    wide(&arguments).into_iter().try_for_each(|at| module.row_major_argument("main", at))?;
-    wide(&results).into_iter().try_for_each(|at| module.row_major_result("main", at))?;
-    Ok(())
 }
 
 /// Cycles of the programs around the kernel, and how many of them no estimate stands behind.

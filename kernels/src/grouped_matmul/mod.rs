@@ -244,7 +244,7 @@ impl Kernel for GroupedMatmul {
         plan.kernel_by(context, |k| mosaic::write(k, plan, sizes.as_deref()))
     }
 
-    fn operands(problem: &Problem) -> Vec<Operand> {
+    fn operands(problem: &Problem, _: Chip) -> Vec<Operand> {
         mosaic::operands(problem)
     }
 

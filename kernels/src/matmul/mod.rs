@@ -170,7 +170,7 @@ impl Kernel for Matmul {
         mosaic::write(k, plan);
     }
 
-    fn operands(problem: &Problem) -> Vec<Operand> {
+    fn operands(problem: &Problem, _: Chip) -> Vec<Operand> {
         mosaic::operands(problem)
     }
 

@@ -99,7 +99,7 @@ impl Kernel for RmsNorm {
         mosaic::write(k, plan);
     }
 
-    fn operands(problem: &Problem) -> Vec<Operand> {
+    fn operands(problem: &Problem, _: Chip) -> Vec<Operand> {
         mosaic::operands(problem)
     }
 

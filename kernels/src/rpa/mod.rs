@@ -259,8 +259,8 @@ impl Kernel for Rpa {
         stablehlo::emit(b, problem, args)
     }
 
-    fn operands(problem: &Problem) -> Vec<Operand> {
-        mosaic::operands(problem)
+    fn operands(problem: &Problem, chip: Chip) -> Vec<Operand> {
+        mosaic::operands(problem, chip)
     }
 
     fn returned(plan: &plan::Plan) -> Vec<TensorType> {

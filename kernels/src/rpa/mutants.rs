@@ -182,7 +182,8 @@ fn set(queries: usize, page_size: usize, lengths: [(usize, usize); 5], mutants: 
     let spec = Spec {
         kind: Kind::Mixed,
         precision: Precision::uniform(Element::Bf16),
-        tokens: lengths.iter().map(|(q_len, _)| q_len).sum::<usize>() + 12,
+        // Behind the batch, rows that no sequence has.
+        tokens: (lengths.iter().map(|(q_len, _)| q_len).sum::<usize>() + 12).next_multiple_of(16),
         q_heads: 16,
         kv_heads: 8,
         head_dim: 128,

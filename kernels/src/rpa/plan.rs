@@ -308,9 +308,12 @@ impl Plan {
     pub(super) fn output_dims(&self) -> Vec<usize> {
         let problem = self.problem();
         match (problem.kind, problem.fused) {
-            (Kind::Mixed, _) => padded_rows(problem).to_vec(),
+            (Kind::Mixed, _) => padded_rows(problem, self.chip()).to_vec(),
             (Kind::Decode, Some(_)) if decode::is_flat(self.details().split) => {
-                vec![fused::projected(problem)[0], (problem.q_heads * problem.head_dim).next_multiple_of(LANES)]
+                vec![
+                    fused::projected(problem, self.chip())[0],
+                    (problem.q_heads * problem.head_dim).next_multiple_of(LANES),
+                ]
             }
             (Kind::Decode, _) => vec![problem.tokens, problem.q_heads, problem.head_dim],
         }
@@ -323,7 +326,7 @@ impl Plan {
         let is_shared =
             problem.fused.is_some() && problem.kind == Kind::Mixed && self.details().split == Split::Sequences;
         let [token_rows, width] = problem.kv_layout().token_dims();
-        let dims = [self.chip().info().cores, padded_rows(problem)[0], token_rows, width];
+        let dims = [self.chip().info().cores, padded_rows(problem, self.chip())[0], token_rows, width];
         is_shared.then(|| TensorType::new(problem.precision.kv, &dims))
     }
 
@@ -529,9 +532,9 @@ pub(super) fn options(problem: &Problem) -> String {
 }
 
 /// Rows and columns of q and of the output as the kernel has them: whole bands of rows, whole tiles of lanes.
-pub(super) fn padded_rows(problem: &Problem) -> [usize; 2] {
+pub(super) fn padded_rows(problem: &Problem, chip: Chip) -> [usize; 2] {
     let columns = problem.q_heads * problem.head_dim;
-    [problem.tokens.next_multiple_of(packed(problem)), columns.next_multiple_of(LANES)]
+    [problem.tokens.next_multiple_of(band(problem, chip)), columns.next_multiple_of(LANES)]
 }
 
 /// Lanes of a row of log-sum-exps.
@@ -696,7 +699,7 @@ fn report(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize) -> Vme
         scratch("sum", Element::F32, &[head_block, rows, LANES]),
         scratch("acc", Element::F32, &[head_block, rows, dim]),
     ];
-    let fused = problem.fused.map(|_| fused::buffers(problem, tiles, head_block));
+    let fused = problem.fused.map(|_| fused::buffers(problem, chip, tiles, head_block));
     let last = lse.into_iter().chain(fused.into_iter().flatten());
     VmemReport {
         buffers: [queries].into_iter().chain(by_head).chain(lanes).chain(of_band).chain(rest).chain(last).collect(),

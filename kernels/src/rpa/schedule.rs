@@ -158,7 +158,7 @@ fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
         .collect();
     let mut cores = vec![Mixed::default(); plan.shares()];
     let mut listed = 0;
-    let [mut end, _] = plan::padded_rows(problem);
+    let [mut end, _] = plan::padded_rows(problem, plan.chip());
     let total = first_rows[batch.len()];
     let live = total.next_multiple_of(band);
     let mut sequence = batch.len().saturating_sub(1);

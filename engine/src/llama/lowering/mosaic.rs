@@ -118,7 +118,7 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
         let x = linear.norm.map_or(Ok(x), |norm| self.norm(b, x, &norm))?;
         let (problem, arguments) = matmul(b, self.orientation(), x, linear)?;
         let kernel = self.maker.kernel(&self.matmuls, &problem)?;
-        Ok(kernel::call::<Matmul>(b, &kernel, &problem, &arguments)?[0])
+        Ok(kernel::call::<Matmul>(b, &kernel, (&problem, self.maker.chip), &arguments)?[0])
     }
 
     fn grouped<'a>(
@@ -130,7 +130,7 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
     ) -> Result<Tensor<'c, 'a>> {
         let (problem, arguments) = grouped_problem(b, x, sizes, grouped)?;
         let kernel = self.maker.kernel(&self.grouped, &problem)?;
-        Ok(kernel::call::<GroupedMatmul>(b, &kernel, &problem, &arguments)?[0])
+        Ok(kernel::call::<GroupedMatmul>(b, &kernel, (&problem, self.maker.chip), &arguments)?[0])
     }
 
     fn attend<'a>(
@@ -146,12 +146,12 @@ impl<'c> Lowering<'c> for Mosaic<'c> {
             let b = if is_window_attention(problem, self.kernels) { &b.named(WINDOW_ATTENTION) } else { b };
             let args = self.plain.arguments(b, qkv, batch, (&layer, kind), kv)?;
             if problem.fused.is_some() {
-                return kernel::call::<Rpa>(b, kernel, problem, &args);
+                return kernel::call::<Rpa>(b, kernel, (problem, self.maker.chip), &args);
             }
             // Rotated and written by StableHLO.
             let whole = &self.plain.attention()[kind];
             let args = rpa::stablehlo::written(b, whole, &args)?;
-            let attended = kernel::call::<Rpa>(b, kernel, problem, &args)?[0];
+            let attended = kernel::call::<Rpa>(b, kernel, (problem, self.maker.chip), &args)?[0];
             Ok(vec![b.reshape(attended, &whole.output_type().dims)?, args["kv_pages"]])
         })?;
         Ok((results[0], results[1]))

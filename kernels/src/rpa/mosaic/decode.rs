@@ -109,10 +109,10 @@ impl<'a, 'p> Body<'a, 'p> {
         let of_heads = Heads::declare(k, problem).in_products(products.kv_heads, block::scale(plan));
         let q = match problem.fused {
             None => k.hbm_input("q", types.q, &problem.q_type().dims),
-            Some(_) => k.hbm_input("qkv", types.q, &fused::projected(problem)),
+            Some(_) => k.hbm_input("qkv", types.q, &fused::projected(problem, plan.chip())),
         };
         let cos_sin = problem.fused.map(|_| {
-            let [rows, _] = fused::projected(problem);
+            let [rows, _] = fused::projected(problem, plan.chip());
             k.hbm_input("cos_sin", Element::F32, &[rows, dim])
         });
         let mut kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);

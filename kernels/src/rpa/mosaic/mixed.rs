@@ -180,10 +180,10 @@ impl<'a, 'p> Body<'a, 'p> {
         let [step] = k.grid([(steps, Semantics::Parallel)]);
         let metadata = Metadata::declare(k, problem);
         let of_heads = Heads::declare(k, problem).in_products(1, block::scale(plan));
-        let [rows, columns] = plan::padded_rows(problem);
+        let [rows, columns] = plan::padded_rows(problem, plan.chip());
         let q = match problem.fused {
             None => k.hbm_input("q", types.q, &[rows, columns]),
-            Some(_) => k.hbm_input("qkv", types.q, &plan::fused::projected(problem)),
+            Some(_) => k.hbm_input("qkv", types.q, &plan::fused::projected(problem, plan.chip())),
         };
         let cos_sin = problem.fused.map(|_| k.hbm_input("cos_sin", Element::F32, &[rows, problem.head_dim]));
         let kv_pages = k.hbm_input("kv_pages", types.kv, &problem.kv_pages_type().dims);
@@ -346,7 +346,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let total = self.metadata.first_row(sequences);
         let live = bands(total);
         let state = (
-            k.int(plan::padded_rows(problem)[0] as i64),
+            k.int(plan::padded_rows(problem, self.plan.chip())[0] as i64),
             (sequences - 1).maximum(0),
             [k.int(0), k.int(0)],
             [k.int(0), k.int(0)],

@@ -22,7 +22,7 @@ use super::{
     problem::{Kind, Problem},
     schedule,
 };
-use crate::kernel::Operand;
+use crate::{chips::Chip, kernel::Operand};
 
 /// The maximum of no logits: stands for minus infinity where two of them may be subtracted.
 const NONE: f64 = -1e30;
@@ -82,19 +82,19 @@ pub fn kernel_of_core<'c>(context: &'c Context, plan: &Plan, batch: &Batch, core
 
 /// What the kernels take: the metadata and the numbers of heads, then q and the pages. Of any batch, q is in two dimensions,
 /// whole bands of rows and tiles of lanes. A fused kernel has the projections and the rows' angles in the place of q.
-pub(super) fn operands(problem: &Problem) -> Vec<Operand> {
+pub(super) fn operands(problem: &Problem, chip: Chip) -> Vec<Operand> {
     let metadata = ["kv_lens", "page_indices", "cu_q_lens", "num_seqs"].map(Operand::of);
     let first_page = (problem.layers > 1).then(|| Operand::of("first_page").reshape(&[1]));
     let q = match (problem.fused, problem.kind) {
         (Some(_), _) => {
-            let projected = plan::fused::projected(problem);
+            let projected = plan::fused::projected(problem, chip);
             let cos_sin = Operand::of("cos_sin").padded(&[projected[0], problem.head_dim]);
             vec![Operand::of("qkv").padded(&projected), cos_sin]
         }
         (None, Kind::Decode) => vec![Operand::of("q")],
         (None, Kind::Mixed) => {
             let dims = [problem.tokens, problem.q_heads * problem.head_dim];
-            vec![Operand::of("q").reshape(&dims).padded(&plan::padded_rows(problem))]
+            vec![Operand::of("q").reshape(&dims).padded(&plan::padded_rows(problem, chip))]
         }
     };
     let prefetched = metadata.into_iter().chain(first_page).chain(heads::operands(problem));
@@ -110,7 +110,7 @@ pub(super) fn returned(plan: &Plan) -> Vec<TensorType> {
     let lanes = plan::log_sum_exp_lanes(problem);
     let lse = problem.log_sum_exp.then(|| match problem.kind {
         Kind::Decode => TensorType::new(Element::F32, &[problem.tokens, 1, lanes]),
-        Kind::Mixed => TensorType::new(Element::F32, &[plan::padded_rows(problem)[0], lanes]),
+        Kind::Mixed => TensorType::new(Element::F32, &[plan::padded_rows(problem, plan.chip())[0], lanes]),
     });
     [Some(out), kv_pages, lse, plan.fresh_tokens()].into_iter().flatten().collect()
 }

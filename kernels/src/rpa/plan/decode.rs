@@ -128,7 +128,7 @@ fn report(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize, split:
     let products = Products::of(problem, chip).count(head_block);
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
     let first = match problem.fused {
-        Some(_) => fused_buffers(problem, head_block, split),
+        Some(_) => fused_buffers(problem, chip, head_block, split),
         None => vec![scratch("q_rows", types.q, &[problem.tokens, heads, dim]), out_rows(problem, head_block)],
     };
     let every = [
@@ -158,9 +158,9 @@ fn out_rows(problem: &Problem, head_block: usize) -> Buffer {
 }
 
 /// Of a fused kernel: queries of each row, then its results, as f32 by head: `[pieces, rows, heads, lanes]`.
-pub(in crate::rpa) fn row_dims(problem: &Problem, head_block: usize) -> [usize; 4] {
+pub(in crate::rpa) fn row_dims(problem: &Problem, chip: Chip, head_block: usize) -> [usize; 4] {
     let heads = (head_block * problem.group()).next_multiple_of(SUBLANES);
-    [pieces(lanes(problem)[0])[0], fused::projected(problem)[0], heads, LANES]
+    [pieces(lanes(problem)[0])[0], fused::projected(problem, chip)[0], heads, LANES]
 }
 
 /// Whether a fused kernel gives its output in two dimensions. Where cores share the sequences, rows of one tile are of both, so
@@ -175,14 +175,14 @@ pub(in crate::rpa) fn out_columns(problem: &Problem, head_block: usize) -> usize
 }
 
 /// What a fused kernel has in place of rows of q and of the output, in the order of its operands.
-fn fused_buffers(problem: &Problem, head_block: usize, split: Split) -> Vec<Buffer> {
+fn fused_buffers(problem: &Problem, chip: Chip, head_block: usize, split: Split) -> Vec<Buffer> {
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
-    let (types, rows) = (problem.precision, fused::rows(problem));
+    let (types, rows) = (problem.precision, fused::rows(problem, chip));
     let columns = Columns::all(problem, head_block).count();
-    let tokens = fused::token_dims(problem, head_block, fused::projected(problem)[0]);
+    let tokens = fused::token_dims(problem, head_block, fused::projected(problem, chip)[0]);
     let wide = scratch("wide", Element::F32, &[fused::step(rows), LANES]);
     let all = [
-        scratch("rows", Element::F32, &row_dims(problem, head_block)),
+        scratch("rows", Element::F32, &row_dims(problem, chip, head_block)),
         scratch("new_tokens", types.kv, &tokens),
         scratch("projected", types.q, &[rows, columns]),
         scratch("angles", Element::F32, &[rows, problem.head_dim]),

@@ -5,8 +5,9 @@ use pagoda_ir::{
     mosaic::tiling::{LANES, SUBLANES},
 };
 
-use super::{Tiles, packed, padded_rows};
+use super::{Tiles, band, padded_rows};
 use crate::{
+    chips::Chip,
     rpa::problem::{Kind, Problem},
     vmem::{Buffer, BufferKind},
 };
@@ -24,22 +25,26 @@ const PACKED: usize = 16;
 
 /// The projections in the kernel's memory: `[rows, columns]`, whole tiles of columns. Copies of some of the rows are of whole
 /// tiles, those of all rows are not.
-pub(in crate::rpa) fn projected(problem: &Problem) -> [usize; 2] {
+pub(in crate::rpa) fn projected(problem: &Problem, chip: Chip) -> [usize; 2] {
     let rows = match problem.kind {
-        Kind::Mixed => padded_rows(problem)[0],
+        Kind::Mixed => padded_rows(problem, chip)[0],
         Kind::Decode if problem.tokens <= DECODE_ROWS => problem.tokens,
-        Kind::Decode => problem.tokens.next_multiple_of(packed(problem)),
+        Kind::Decode => problem.tokens.next_multiple_of(band(problem, chip)),
     };
-    [rows, (problem.projected_heads() * problem.head_dim).next_multiple_of(LANES)]
+    [rows, projected_columns(problem)]
+}
+
+fn projected_columns(problem: &Problem) -> usize {
+    (problem.projected_heads() * problem.head_dim).next_multiple_of(LANES)
 }
 
 /// Rows that are copied at a time.
-pub(in crate::rpa) fn rows(problem: &Problem) -> usize {
+pub(in crate::rpa) fn rows(problem: &Problem, chip: Chip) -> usize {
     let most = match problem.kind {
         Kind::Mixed => ROWS,
         Kind::Decode => DECODE_ROWS,
     };
-    projected(problem)[0].min(most)
+    projected(problem, chip)[0].min(most)
 }
 
 /// Rows of `rows` that are worked on at a time, a divisor: as many as registers hold, in whole tiles of narrow types if there
@@ -53,14 +58,15 @@ pub(in crate::rpa) fn step(rows: usize) -> usize {
 /// moving lanes is waited for, until what is held at once spills too much. `columns` are those of the rows.
 fn long_step(rows: usize, columns: usize) -> usize {
     let most = (TILES / columns.div_ceil(LANES) * SUBLANES).min(rows);
-    let fits = |step: &usize| step.is_multiple_of(PACKED) && rows.is_multiple_of(*step);
-    (PACKED..=most).rev().find(fits).unwrap_or(step(rows))
+    let whole = if rows.is_multiple_of(PACKED) { PACKED } else { SUBLANES };
+    let fits = |step: &usize| step.is_multiple_of(whole) && rows.is_multiple_of(*step);
+    (whole..=most).rev().find(fits).unwrap_or(step(rows))
 }
 
 /// Rows that are worked on at a time: of the queries of `block` rows, and of the keys and values of new tokens.
-pub(in crate::rpa) fn steps(problem: &Problem, head_block: usize, block: usize) -> [usize; 2] {
+pub(in crate::rpa) fn steps(problem: &Problem, chip: Chip, head_block: usize, block: usize) -> [usize; 2] {
     let dim = problem.head_dim;
-    [long_step(block, head_block * problem.group() * dim), long_step(rows(problem), 2 * head_block * dim)]
+    [long_step(block, head_block * problem.group() * dim), long_step(rows(problem, chip), 2 * head_block * dim)]
 }
 
 /// Columns of the projections that a core copies, one part behind the other.
@@ -106,7 +112,7 @@ impl Columns {
         }
         let first = heads[0].0 * dim;
         let from = first / LANES * LANES;
-        let columns = projected(problem)[1] - from;
+        let columns = projected_columns(problem) - from;
         Self { parts: vec![Part { from, per_core: 0, columns }], first: first - from }
     }
 
@@ -134,8 +140,8 @@ pub(in crate::rpa) enum TokenBuffers {
 
 impl TokenBuffers {
     /// In a kernel of any batch whose KV blocks are `[buffers, pieces, keys, ..]`.
-    pub fn of(problem: &Problem, [buffers, _, keys, ..]: [usize; 5]) -> Self {
-        match rows(problem) {
+    pub fn of(problem: &Problem, chip: Chip, [buffers, _, keys, ..]: [usize; 5]) -> Self {
+        match rows(problem, chip) {
             rows if buffers >= BUFFERS && keys >= rows => Self::KvBlocks,
             rows if keys >= BUFFERS * rows => Self::FirstKvBlock,
             _ => Self::Own,
@@ -149,13 +155,13 @@ pub(in crate::rpa) fn has_narrow_heads(problem: &Problem) -> bool {
 }
 
 /// What a kernel of any batch has in VMEM beside the rest, in the order of its operands.
-pub(super) fn buffers(problem: &Problem, tiles: Tiles, head_block: usize) -> Vec<Buffer> {
+pub(super) fn buffers(problem: &Problem, chip: Chip, tiles: Tiles, head_block: usize) -> Vec<Buffer> {
     let scratch = |name, element, dims: &[usize]| Buffer::new(name, BufferKind::Scratch, element, dims, 1);
-    let (dim, rows) = (problem.head_dim, rows(problem));
+    let (dim, rows) = (problem.head_dim, rows(problem, chip));
     let columns = Columns::new_tokens(problem, head_block).count();
     let [pieces, tokens, token_rows, lanes] = token_dims(problem, head_block, rows);
-    let [of_queries, of_tokens] = steps(problem, head_block, tiles.queries);
-    let has_own = TokenBuffers::of(problem, super::kv_dims(problem, tiles, head_block)) == TokenBuffers::Own;
+    let [of_queries, of_tokens] = steps(problem, chip, head_block, tiles.queries);
+    let has_own = TokenBuffers::of(problem, chip, super::kv_dims(problem, tiles, head_block)) == TokenBuffers::Own;
     let new_tokens = scratch("new_tokens", problem.precision.kv, &[BUFFERS, pieces, tokens, token_rows, lanes]);
     let wide = scratch("wide", Element::F32, &[of_queries.max(of_tokens), LANES]);
     let all = [

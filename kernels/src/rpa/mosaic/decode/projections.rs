@@ -49,11 +49,11 @@ impl<'a> Fused<'a> {
     pub fn declare(k: &'a Builder<'a>, plan: &Plan, cos_sin: Ref<'a>) -> (Self, Ref<'a>) {
         let (problem, heads) = (plan.problem(), plan.head_block());
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
-        let (types, rows) = (problem.precision, fused::rows(problem));
+        let (types, rows) = (problem.precision, fused::rows(problem, plan.chip()));
         let columns = Columns::all(problem, heads);
         let is_flat = decode::is_flat(plan.details().split);
-        let of_rows = scratch("rows", Element::F32, &decode::row_dims(problem, heads));
-        let tokens = fused::token_dims(problem, heads, fused::projected(problem)[0]);
+        let of_rows = scratch("rows", Element::F32, &decode::row_dims(problem, plan.chip(), heads));
+        let tokens = fused::token_dims(problem, heads, fused::projected(problem, plan.chip())[0]);
         let new_tokens = scratch("new_tokens", types.kv, &tokens);
         let projected = scratch("projected", types.q, &[rows, columns.count()]);
         let angles = scratch("angles", Element::F32, &[rows, problem.head_dim]);
@@ -120,7 +120,8 @@ impl<'a> Body<'a, '_> {
             return;
         }
         let blank = |row: Value<'a>| {
-            let [pieces, _, heads, lanes] = decode::row_dims(self.plan.problem(), self.plan.head_block());
+            let [pieces, _, heads, lanes] =
+                decode::row_dims(self.plan.problem(), self.plan.chip(), self.plan.head_block());
             (0..pieces).for_each(|piece| fused.row(piece, row, [heads, lanes]).store(0.0));
         };
         k.for_range(0, self.num_seqs, |sequence| {

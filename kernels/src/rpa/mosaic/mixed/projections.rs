@@ -68,19 +68,19 @@ impl<'a> Fused<'a> {
     pub fn declare(k: &'a Builder<'a>, plan: &Plan, written: Written<'a>, kv: &Ref<'a>) -> Self {
         let (problem, heads) = (plan.problem(), plan.head_block());
         let scratch = |name, element, dims: &[usize]| k.scratch(name, MemorySpace::Vmem, element, dims);
-        let (dim, block, rows) = (problem.head_dim, plan.block_rows(), plan::fused::rows(problem));
+        let (dim, block, rows) = (problem.head_dim, plan.block_rows(), plan::fused::rows(problem, plan.chip()));
         let columns = Columns::new_tokens(problem, heads);
         let [pieces, tokens, token_rows, lanes] = plan::fused::token_dims(problem, heads, rows);
         let angles = scratch("angles", Element::F32, &[2, block, dim]);
         let projected = scratch("projected", problem.precision.q, &[BUFFERS, rows, columns.count()]);
         let new_angles = scratch("new_angles", Element::F32, &[BUFFERS, rows, dim]);
         let dims = [BUFFERS, pieces, tokens, token_rows, lanes];
-        let token_buffers = TokenBuffers::of(problem, plan.kv_dims());
+        let token_buffers = TokenBuffers::of(problem, plan.chip(), plan.kv_dims());
         let new_tokens = match token_buffers {
             TokenBuffers::Own => scratch("new_tokens", problem.precision.kv, &dims),
             _ => kv.clone(),
         };
-        let most = plan::fused::steps(problem, heads, block).into_iter().max().unwrap_or(0);
+        let most = plan::fused::steps(problem, plan.chip(), heads, block).into_iter().max().unwrap_or(0);
         let wide = plan::fused::has_narrow_heads(problem).then(|| scratch("wide", Element::F32, &[most, LANES]));
         let angles_arrived = k.dma_semaphores("angles_arrived", &[2]);
         let arrived = k.dma_semaphores("projected_arrived", &[BUFFERS, columns.parts.len() + 1]);
@@ -102,10 +102,10 @@ impl<'a> Body<'a, '_> {
     /// How many times rows are taken, and the copies of the first ones started.
     pub(super) fn begin_new_tokens(&self, fused: &Fused<'a>) -> Value<'a> {
         let (k, problem) = (self.k, self.plan.problem());
-        let rows = plan::fused::rows(problem);
+        let rows = plan::fused::rows(problem, self.plan.chip());
         let chunks = match fused.written.fresh {
             None => self.live_rows().div_ceil(rows),
-            Some(_) => k.int(plan::padded_rows(problem)[0].div_ceil(rows) as i64),
+            Some(_) => k.int(plan::padded_rows(problem, self.plan.chip())[0].div_ceil(rows) as i64),
         };
         if let Some(wide) = &fused.wide {
             wide.store(0.0);
@@ -150,7 +150,8 @@ impl<'a> Body<'a, '_> {
     /// The first row that is copied with others: whole tiles, all of them rows of the array.
     fn first_copied(&self, chunk: Value<'a>) -> Value<'a> {
         let problem = self.plan.problem();
-        let (rows, all) = (plan::fused::rows(problem), plan::padded_rows(problem)[0]);
+        let (rows, all) =
+            (plan::fused::rows(problem, self.plan.chip()), plan::padded_rows(problem, self.plan.chip())[0]);
         match rows == all {
             true => self.k.int(0),
             false => (chunk * rows).minimum((all - rows) as i64).multiple_of(self.plan.band()),
@@ -160,7 +161,7 @@ impl<'a> Body<'a, '_> {
     /// The copies of the projections of some rows, and of their angles, into a buffer.
     fn copy_projected(&self, fused: &Fused<'a>, chunk: Value<'a>, slot: Value<'a>, act: impl Fn(Dma<'a>)) {
         let (k, problem) = (self.k, self.plan.problem());
-        let (start, rows) = (self.first_copied(chunk), plan::fused::rows(problem));
+        let (start, rows) = (self.first_copied(chunk), plan::fused::rows(problem, self.plan.chip()));
         let mut done = 0;
         let Columns { parts, .. } = Columns::new_tokens(problem, self.plan.head_block());
         for (index, part) in parts.iter().enumerate() {
@@ -180,8 +181,8 @@ impl<'a> Body<'a, '_> {
     /// Tokens of the rows in a buffer.
     fn make_tokens(&self, fused: &Fused<'a>, slot: Value<'a>) {
         let (k, problem, heads) = (self.k, self.plan.problem(), self.plan.head_block());
-        let (dim, rows) = (problem.head_dim, plan::fused::rows(problem));
-        let [_, step] = plan::fused::steps(problem, heads, self.plan.block_rows());
+        let (dim, rows) = (problem.head_dim, plan::fused::rows(problem, self.plan.chip()));
+        let [_, step] = plan::fused::steps(problem, self.plan.chip(), heads, self.plan.block_rows());
         let first = Columns::new_tokens(problem, heads).first;
         let pieces = fused.new_tokens.dims()[1];
         k.for_range(0, rows / step, |index| {
@@ -207,13 +208,13 @@ impl<'a> Body<'a, '_> {
         sequence: Value<'a>,
     ) -> (Value<'a>, Value<'a>) {
         let (k, problem) = (self.k, self.plan.problem());
-        let (rows, page_size) = (plan::fused::rows(problem), problem.page_size);
+        let (rows, page_size) = (plan::fused::rows(problem, self.plan.chip()), problem.page_size);
         let (first, start) = (chunk * rows, self.first_copied(chunk));
         let end = (first + rows).minimum(self.live_rows());
         let (end, own) = match &fused.written.fresh {
             None => (end, k.int(0)),
             Some(fresh) => {
-                let count = (plan::padded_rows(problem)[0] as i64 - first).minimum(rows);
+                let count = (plan::padded_rows(problem, self.plan.chip())[0] as i64 - first).minimum(rows);
                 let fresh = fresh.at(self.core).slice(0, first, rows);
                 self.copy_tokens(fused, slot, first - start, fresh, count);
                 // Every other run of rows is written by this core.
@@ -271,7 +272,7 @@ impl<'a> Body<'a, '_> {
         let k = self.k;
         let pieces = fused.new_tokens.dims()[1];
         let rows = self.plan.token_rows();
-        let most = plan::fused::rows(self.plan.problem());
+        let most = plan::fused::rows(self.plan.problem(), self.plan.chip());
         // Two copies of each, where the core has memory of its own.
         let tokens = |piece: usize, count: Value<'a>| {
             let tokens = fused.tokens([slot, k.int(0)], most, piece).slice(1, 0, rows);
@@ -323,7 +324,7 @@ impl<'a> Body<'a, '_> {
     pub(super) fn turn_queries(&self, fused: &Fused<'a>, entry: Entry<'a>, rows: usize) {
         let (k, problem, slot) = (self.k, self.plan.problem(), entry.number & 1);
         let (dim, heads, element) = (problem.head_dim, self.plan.head_block(), problem.precision.q);
-        let [step, _] = plan::fused::steps(problem, heads, rows);
+        let [step, _] = plan::fused::steps(problem, self.plan.chip(), heads, rows);
         let turn = |start: Value<'a>| {
             let rows_of = |array: &Ref<'a>| array.slice(0, start, step);
             let angles = Angles::load(k, &rows_of(&fused.angles.at(slot)), fused.wide.as_ref());
