@@ -59,6 +59,33 @@ pub trait Isa: Copy {
     /// # Safety
     /// 32 elements can be read.
     unsafe fn widen(self, from: *const bf16) -> [Self::Lanes; 2];
+    /// Adds the products of sixteen floats of `R` rows with those of `C` columns, `stride` registers apart, to their sums.
+    ///
+    /// # Safety
+    /// As many floats of every row and column can be read.
+    #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
+    unsafe fn multiply<const R: usize, const C: usize>(
+        self,
+        rows: [*const f32; R],
+        columns: *const Register,
+        stride: usize,
+        sums: &mut [[Self::Lanes; C]; R],
+    ) {
+        // SAFETY: by contract.
+        unsafe {
+            let mut left = [self.load(&*rows[0].cast()); R];
+            for row in 1..R {
+                left[row] = self.load(&*rows[row].cast());
+            }
+            for column in 0..C {
+                let right = self.load(&(*columns.add(column * stride)).0);
+                for row in 0..R {
+                    sums[row][column] = self.fma(left[row], right, sums[row][column]);
+                }
+            }
+        }
+    }
     /// The sum of each register's lanes: `(0 + 2) + (1 + 3)` within each four, then the fours in the same way.
     fn sums(self, of: [Self::Lanes; 4]) -> [f32; 4];
 }
@@ -92,6 +119,32 @@ pub trait Product: Copy {
     unsafe fn right(self, from: *const Register) -> Self::Right;
     /// Adds a step's products to a sum.
     fn dot(self, left: Self::Left, right: Self::Right, sum: Lanes<Self>) -> Lanes<Self>;
+    /// Adds the products of a step of `R` rows with one of `C` packed columns to their sums.
+    ///
+    /// # Safety
+    /// A step of every row and column can be read.
+    #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
+    unsafe fn step<const R: usize, const C: usize>(
+        self,
+        rows: [*const Self::Element; R],
+        columns: *const Register,
+        sums: &mut [[Lanes<Self>; C]; R],
+    ) {
+        // SAFETY: by contract.
+        unsafe {
+            let mut left = [self.left(rows[0]); R];
+            for row in 1..R {
+                left[row] = self.left(rows[row]);
+            }
+            for column in 0..C {
+                let right = self.right(columns.add(column * Self::REGISTERS));
+                for row in 0..R {
+                    sums[row][column] = self.dot(left[row], right, sums[row][column]);
+                }
+            }
+        }
+    }
     /// Packs a step of a column, whose values are elements exactly.
     fn pack(self, step: &[f32], to: &mut [Register]);
     /// Elements as floats, register by register: where lane `i` of register `r` belongs is [`Self::place`].
@@ -101,6 +154,8 @@ pub trait Product: Copy {
     unsafe fn floats(self, from: *const Self::Element, to: &mut [Lanes<Self>; 2]);
     /// Registers of floats of a step.
     const FLOATS: usize = Self::ELEMENTS / LANES;
+    /// Whether columns are packed as such registers.
+    const PACKS_FLOATS: bool = Self::REGISTERS == Self::FLOATS;
     /// The element, within its step, of a lane.
     fn place(register: usize, lane: usize) -> usize;
 }
@@ -148,6 +203,17 @@ impl<I: Isa> Product for Wide<I> {
     #[inline(always)]
     fn dot(self, left: I::Lanes, right: I::Lanes, sum: I::Lanes) -> I::Lanes {
         self.0.fma(left, right, sum)
+    }
+
+    #[inline(always)]
+    unsafe fn step<const R: usize, const C: usize>(
+        self,
+        rows: [*const f32; R],
+        columns: *const Register,
+        sums: &mut [[I::Lanes; C]; R],
+    ) {
+        // SAFETY: by contract.
+        unsafe { self.0.multiply(rows, columns, 1, sums) }
     }
 
     #[inline(always)]
@@ -350,15 +416,38 @@ pub unsafe fn multiply<P: Product, const R: usize, const C: usize, const AHEAD: 
         }
         // SAFETY: by contract.
         unsafe {
-            let mut left = [p.left(rows[0].add(step * P::ELEMENTS)); R];
-            for row in 1..R {
-                left[row] = p.left(rows[row].add(step * P::ELEMENTS));
+            let mut at = rows;
+            for row in 0..R {
+                at[row] = rows[row].add(step * P::ELEMENTS);
             }
-            for column in 0..C {
-                let right = p.right(columns.add((step * C + column) * P::REGISTERS));
+            p.step(at, columns.add(step * C * P::REGISTERS), &mut sums);
+        }
+    }
+    sums
+}
+
+/// As [`multiply`], of rows whose steps are registers of floats, in the order of [`Product::place`], as the columns' are.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
+pub unsafe fn multiply_floats<P: Product, const R: usize, const C: usize>(
+    p: P,
+    rows: [*const Register; R],
+    columns: *const Register,
+    steps: usize,
+    mut sums: [[Lanes<P>; C]; R],
+) -> [[Lanes<P>; C]; R] {
+    for step in 0..steps {
+        for register in 0..P::FLOATS {
+            // SAFETY: by contract.
+            unsafe {
+                let mut at = [rows[0].cast(); R];
                 for row in 0..R {
-                    sums[row][column] = p.dot(left[row], right, sums[row][column]);
+                    at[row] = rows[row].add(step * P::FLOATS + register).cast();
                 }
+                p.isa().multiply(at, columns.add(step * C * P::FLOATS + register), P::FLOATS, &mut sums);
             }
         }
     }

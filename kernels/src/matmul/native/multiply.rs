@@ -15,11 +15,17 @@ const BYTES: usize = 60;
 /// Nanoseconds that are worth a second thread, and of a piece of work.
 const THREADED: usize = 12_000;
 const PIECE: usize = 5_000;
+/// Elements of columns that are worth a thread that packs them.
+const PACKED: usize = 1 << 16;
 /// Bytes of packed columns, and rows of the result, of a block that stays in a core's own cache.
 const BLOCK_BYTES: usize = 1 << 18;
-const BLOCK_ROWS: usize = 64;
-/// Bytes of rows that stay in the nearest cache while columns pass.
-const STRIP_BYTES: usize = 1 << 14;
+const BLOCK_ROWS: usize = 32;
+/// Bytes of rows that stay in the nearest cache while columns pass, and how many rows these are.
+const STRIP_BYTES: usize = 5 << 12;
+const STRIP_ROWS: usize = 8;
+/// Groups of columns from which on a strip is copied first, and from which on it is if that widens its elements.
+const COPIED: usize = 8;
+const WIDENED: usize = 3;
 
 /// The operands of one call.
 #[derive(Clone, Debug)]
@@ -55,7 +61,7 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
     if k == 0 {
         return y.fill(O::narrow(0.0));
     }
-    let packed: Arc<[Group]> = T::pack(Pack { x, m, norm: around.norm }).into();
+    let packed: Arc<[Group]> = pack(x, m, around.norm, threads).into();
     let weights = halves * n * k;
     let nanoseconds = (weights * m / MULTIPLY_ADDS).max(weights * size_of::<T>() / BYTES);
     let pieces = match threads.count() {
@@ -94,6 +100,16 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
             });
         }
     }
+}
+
+/// All groups of columns; many are packed by all threads.
+fn pack<T: Float>(x: &[T], m: usize, norm: Option<Norm<&[T]>>, threads: &dyn Threads) -> Vec<Group> {
+    let parts = (x.len() / PACKED).clamp(1, threads.count());
+    let mut packed: Vec<Vec<Group>> = (0..parts).map(|_| vec![]).collect();
+    threads::for_each(threads, packed.iter_mut().enumerate().collect(), |(part, packed)| {
+        *packed = T::pack(Pack { x, m, norm, part: [part, parts] });
+    });
+    packed.into_iter().flatten().collect()
 }
 
 /// A weight that stays where it is for as long as its guard lives.
@@ -146,12 +162,14 @@ pub struct Group {
     registers: Vec<Register>,
 }
 
-/// Packs `norm(x)`.
+/// Packs columns of `norm(x)`.
 pub struct Pack<'p, T> {
     /// `[k, m]`
     x: &'p [T],
     m: usize,
     norm: Option<Norm<&'p [T]>>,
+    /// Of how many parts of the groups this is which.
+    part: [usize; 2],
 }
 
 impl<T: Float> Task<T> for Pack<'_, T> {
@@ -159,34 +177,34 @@ impl<T: Float> Task<T> for Pack<'_, T> {
 
     #[inline(always)]
     fn run<P: Product<Element = T>>(self, p: P) -> Vec<Group> {
-        let Self { x, m, norm } = self;
+        let Self { x, m, norm, part: [part, parts] } = self;
         let (k, count) = (x.len() / m, m.div_ceil(P::Isa::COLUMNS));
         let steps = k.div_ceil(P::ELEMENTS);
-        let mut groups = Vec::with_capacity(count);
-        let mut wide = Vec::new();
-        let mut first = 0;
-        for group in 0..count {
-            // As even as can be.
-            let columns = (m - first).div_ceil(count - group);
-            // [steps, columns, elements of a step]
-            wide.clear();
-            wide.resize(steps * columns * P::ELEMENTS, 0.0);
-            if m == 1 {
-                for (wide, x) in wide.iter_mut().zip(x) {
-                    *wide = x.widen();
-                }
-            } else {
-                for step in 0..steps {
-                    let wide = &mut wide[step * columns * P::ELEMENTS..][..columns * P::ELEMENTS];
-                    let live = P::ELEMENTS.min(k - step * P::ELEMENTS);
-                    for at in 0..live {
-                        let row = &x[(step * P::ELEMENTS + at) * m + first..][..columns];
-                        for (column, x) in row.iter().enumerate() {
-                            wide[column * P::ELEMENTS + at] = x.widen();
-                        }
-                    }
+        // As even as can be.
+        let first = |group: usize| group * m / count;
+        let mut groups: Vec<_> = (part * count / parts..(part + 1) * count / parts)
+            .map(|group| {
+                let columns = first(group + 1) - first(group);
+                // [steps, columns, elements of a step]
+                (first(group), columns, vec![0.0; steps * columns * P::ELEMENTS])
+            })
+            .collect();
+        // Rows of `x` once for all groups.
+        for step in 0..steps {
+            let rows = &x[step * P::ELEMENTS * m..x.len().min((step + 1) * P::ELEMENTS * m)];
+            for (first, columns, wide) in &mut groups {
+                let wide = &mut wide[step * *columns * P::ELEMENTS..][..*columns * P::ELEMENTS];
+                match *columns {
+                    1 => transpose::<T, 1>(rows, m, *first, wide, P::ELEMENTS),
+                    2 => transpose::<T, 2>(rows, m, *first, wide, P::ELEMENTS),
+                    3 => transpose::<T, 3>(rows, m, *first, wide, P::ELEMENTS),
+                    4 => transpose::<T, 4>(rows, m, *first, wide, P::ELEMENTS),
+                    5 => transpose::<T, 5>(rows, m, *first, wide, P::ELEMENTS),
+                    _ => transpose::<T, 6>(rows, m, *first, wide, P::ELEMENTS),
                 }
             }
+        }
+        let pack = |(first, columns, mut wide): (usize, usize, Vec<f32>)| {
             if let Some(norm) = norm {
                 normalize::<P>(p, &mut wide, columns, norm);
             }
@@ -194,10 +212,20 @@ impl<T: Float> Task<T> for Pack<'_, T> {
             for (step, registers) in wide.chunks_exact(P::ELEMENTS).zip(registers.chunks_exact_mut(P::REGISTERS)) {
                 p.pack(step, registers);
             }
-            groups.push(Group { first, columns, registers });
-            first += columns;
+            Group { first, columns, registers }
+        };
+        groups.into_iter().map(pack).collect()
+    }
+}
+
+/// `C` columns of rows of `m` elements, one behind the other, `of_column` elements each.
+#[inline(always)]
+fn transpose<T: Float, const C: usize>(rows: &[T], m: usize, first: usize, columns: &mut [f32], of_column: usize) {
+    for (at, row) in rows.chunks_exact(m).enumerate() {
+        let row: &[T; C] = row[first..].first_chunk().expect("as many columns");
+        for column in 0..C {
+            columns[column * of_column + at] = row[column].widen();
         }
-        groups
     }
 }
 
@@ -259,51 +287,69 @@ impl<T: Float> Task<T> for Part<'_, T> {
 const MOST: [usize; 2] = [8, 6];
 
 impl<T: Float> Part<'_, T> {
-    /// Goes through the result by strips of as many rows as make `R` rows of the weight. Where there are several groups of
-    /// columns, all loops are over blocks that stay in a cache: a strip's elements of some steps, in the nearest one, meet
-    /// every group of a block before the next strip comes, and the sums wait in memory for the next steps.
+    /// Goes through the result by tiles of as many rows as make `R` rows of the weight. Where there are several groups of
+    /// columns, all loops are over blocks that stay in a cache: the elements of some steps of a strip's tiles, in the nearest
+    /// one, meet every group of a block before the next strip comes, so that a group comes from the cache behind it once for all
+    /// of these tiles. The sums wait in memory for the next steps.
     #[inline(always)]
     fn strips<P: Product<Element = T>, const R: usize>(&mut self, p: P) {
         let (k, m) = (self.k, self.m);
         let whole = k / P::ELEMENTS;
-        let steps = match self.packed.len() {
-            1 => whole.max(1),
-            _ => STRIP_BYTES / (R * P::ELEMENTS * size_of::<T>()),
+        // For many groups a strip is copied first: rows that lie a power of two apart would share few places of the cache, and narrow
+        // elements become floats once.
+        let many = if P::FLOATS > 1 { WIDENED } else { COPIED };
+        let widens = P::PACKS_FLOATS && self.packed.len() >= many;
+        let bytes = if widens { size_of::<f32>() } else { size_of::<T>() };
+        let most_steps = STRIP_BYTES / (STRIP_ROWS * P::ELEMENTS * bytes);
+        let (steps, tiles) = match self.packed.len() {
+            1 => (whole.max(1), 1),
+            _ => (whole.div_ceil(whole.div_ceil(most_steps).max(1)).max(1), STRIP_ROWS / R),
         };
         let column_bytes = steps.min(whole + 1) * P::REGISTERS * size_of::<Register>();
         let in_block = (BLOCK_BYTES / (column_bytes * self.packed[0].columns)).max(2);
         let rows = if self.up.is_some() { R / 2 } else { R };
         let count = self.y.len() / m;
-        // [strips, groups, R * most columns]
+        // [tiles, groups, R * most columns]
         let waiting = if whole > steps { BLOCK_ROWS.div_ceil(rows) * in_block.min(self.packed.len()) } else { 0 };
-        let mut partial = vec![Register::ZERO; waiting * R * MOST[1]];
+        let sums = R * P::Isa::COLUMNS.max(if R > 4 { P::Isa::FEW } else { 0 });
+        let mut partial = vec![Register::ZERO; waiting * sums];
+        // [tiles, R, steps, registers of a step]
+        let of_row = if widens { steps * P::FLOATS } else { 0 };
+        let mut wide = vec![Register::ZERO; tiles * R * of_row];
         for begin in (0..count).step_by(BLOCK_ROWS) {
             let end = count.min(begin + BLOCK_ROWS);
             for block in self.packed.chunks(in_block) {
                 let mut from = 0;
                 loop {
                     let to = whole.min(from + steps);
-                    for (index, first) in (begin..end).step_by(rows).enumerate() {
-                        let live = rows.min(count - first);
-                        let mut pointers = [self.gate.as_ptr(); R];
-                        for (row, pointer) in pointers.iter_mut().enumerate() {
-                            let half = if row < rows { self.gate } else { self.up.map_or(self.gate, |(up, _)| up) };
-                            // Beyond the last row: the last row again, whose sums are not kept.
-                            *pointer = half[(first + (row % rows).min(live - 1)) * k..][..k].as_ptr();
+                    for (number, strip) in (begin..end).step_by(rows * tiles).enumerate() {
+                        let mut pointers = [[self.gate.as_ptr(); R]; STRIP_ROWS];
+                        let tiles_of_strip = (strip..end.min(strip + rows * tiles)).step_by(rows);
+                        for ((first, pointers), index) in tiles_of_strip.clone().zip(&mut pointers).zip(0..) {
+                            *pointers = self.tile_rows::<R>(first, rows, count);
+                            if widens {
+                                let wide = &mut wide[index * R * of_row..][..R * of_row];
+                                self.widen(p, *pointers, [from, to], wide, rows * tiles * k);
+                            }
                         }
-                        let strip = Strip { first, rows: live, from, to, half: rows };
                         for (at, group) in block.iter().enumerate() {
-                            let place = (index * block.len() + at) * R * MOST[1];
-                            let partial = if waiting == 0 { &mut [][..] } else { &mut partial[place..][..R * MOST[1]] };
-                            // What comes next is on its way while this is worked on.
-                            let ahead = if at == 0 { rows * k } else { 0 };
-                            match group.columns {
-                                1 => self.tile::<P, R, 1>(p, pointers, group, &strip, partial, ahead),
-                                2 => self.tile::<P, R, 2>(p, pointers, group, &strip, partial, ahead),
-                                3 => self.tile::<P, R, 3>(p, pointers, group, &strip, partial, ahead),
-                                4 => self.tile::<P, R, 4>(p, pointers, group, &strip, partial, ahead),
-                                5 => self.tile::<P, R, 5>(p, pointers, group, &strip, partial, ahead),
-                                _ => self.tile::<P, R, 6>(p, pointers, group, &strip, partial, ahead),
+                            for ((first, rows_of_tile), index) in tiles_of_strip.clone().zip(&pointers).zip(0..) {
+                                let tile = Tile { first, rows: rows.min(count - first), from, to, half: rows };
+                                let wide = if widens { &wide[index * R * of_row..][..R * of_row] } else { &[] };
+                                let place = ((number * tiles + index) * block.len() + at) * sums;
+                                let partial = if waiting == 0 { &mut [][..] } else { &mut partial[place..][..sums] };
+                                // The next strip is on its way while this one is worked on, a tile of it with each group.
+                                let is_next_asked_for = index.min(block.len() - 1) == at;
+                                let ahead = if is_next_asked_for { rows * tiles * k } else { 0 };
+                                let left = Left { rows: *rows_of_tile, wide, ahead };
+                                match group.columns {
+                                    1 => self.tile::<P, R, 1>(p, &left, group, &tile, partial),
+                                    2 => self.tile::<P, R, 2>(p, &left, group, &tile, partial),
+                                    3 => self.tile::<P, R, 3>(p, &left, group, &tile, partial),
+                                    4 => self.tile::<P, R, 4>(p, &left, group, &tile, partial),
+                                    5 => self.tile::<P, R, 5>(p, &left, group, &tile, partial),
+                                    _ => self.tile::<P, R, 6>(p, &left, group, &tile, partial),
+                                }
                             }
                         }
                     }
@@ -316,23 +362,61 @@ impl<T: Float> Part<'_, T> {
         }
     }
 
-    /// Rows by the columns of a group, over the steps of a strip.
+    /// The weight's rows of the results from `first` on, `rows` at most of `count`: beyond the last one that one again, whose
+    /// sums are not kept.
+    #[inline(always)]
+    fn tile_rows<const R: usize>(&self, first: usize, rows: usize, count: usize) -> [*const T; R] {
+        let live = rows.min(count - first);
+        let mut pointers = [self.gate.as_ptr(); R];
+        for (row, pointer) in pointers.iter_mut().enumerate() {
+            let (half, row) = match row < rows {
+                true => (self.gate, row),
+                false => (self.up.map_or(self.gate, |(up, _)| up), row - rows),
+            };
+            *pointer = half[(first + row.min(live - 1)) * self.k..][..self.k].as_ptr();
+        }
+        pointers
+    }
+
+    /// Some steps of rows as floats; what lies `ahead` of them is asked for.
+    #[inline(always)]
+    fn widen<P: Product<Element = T>, const R: usize>(
+        &self,
+        p: P,
+        rows: [*const T; R],
+        [from, to]: [usize; 2],
+        wide: &mut [Register],
+        ahead: usize,
+    ) {
+        let of_row = wide.len() / R;
+        assert!((to - from) * P::FLOATS <= of_row && to * P::ELEMENTS <= self.k);
+        for (row, wide) in rows.into_iter().zip(wide.chunks_exact_mut(of_row)) {
+            for (step, wide) in (from..to).zip(wide.chunks_exact_mut(P::FLOATS)) {
+                let mut floats = [p.isa().splat(0.0); 2];
+                p.isa().fetch(row.wrapping_add(step * P::ELEMENTS + ahead).cast());
+                // SAFETY: the row has `k` elements.
+                unsafe { p.floats(row.add(step * P::ELEMENTS), &mut floats) };
+                wide.iter_mut().zip(floats).for_each(|(wide, floats)| p.isa().store(floats, &mut wide.0));
+            }
+        }
+    }
+
+    /// Rows by the columns of a group, over the steps of a tile.
     #[inline(always)]
     fn tile<P: Product<Element = T>, const R: usize, const C: usize>(
         &mut self,
         p: P,
-        rows: [*const T; R],
+        &Left { rows, wide, ahead }: &Left<'_, T, R>,
         group: &Group,
-        strip: &Strip,
+        tile: &Tile,
         partial: &mut [Register],
-        ahead: usize,
     ) {
         if C > P::Isa::COLUMNS || R > 4 && C > P::Isa::FEW {
             unreachable!("groups are of fewer columns");
         }
         let (isa, k) = (p.isa(), self.k);
         let mut sums = [[isa.splat(0.0); C]; R];
-        if strip.from > 0 {
+        if tile.from > 0 {
             for row in 0..R {
                 for column in 0..C {
                     sums[row][column] = isa.load(&partial[row * C + column].0);
@@ -341,19 +425,27 @@ impl<T: Float> Part<'_, T> {
         }
         let mut at = rows;
         for row in 0..R {
-            at[row] = rows[row].wrapping_add(strip.from * P::ELEMENTS);
+            at[row] = rows[row].wrapping_add(tile.from * P::ELEMENTS);
         }
-        assert!(group.registers.len() == k.div_ceil(P::ELEMENTS) * C * P::REGISTERS && strip.to * P::ELEMENTS <= k);
-        let columns = group.registers[strip.from * C * P::REGISTERS..].as_ptr();
-        let steps = strip.to - strip.from;
-        // SAFETY: rows are of `k` elements, and the columns of as many, filled up to a step.
+        assert!(group.registers.len() == k.div_ceil(P::ELEMENTS) * C * P::REGISTERS && tile.to * P::ELEMENTS <= k);
+        let columns = group.registers[tile.from * C * P::REGISTERS..].as_ptr();
+        let steps = tile.to - tile.from;
+        assert!(wide.is_empty() || wide.len() >= R * steps * P::FLOATS);
+        // SAFETY: rows are of `k` elements, and the columns of as many, filled up to a step; floats are of as many steps.
         sums = unsafe {
             match ahead {
+                _ if !wide.is_empty() => {
+                    let mut floats = [wide.as_ptr(); R];
+                    for row in 1..R {
+                        floats[row] = wide[row * (wide.len() / R)..].as_ptr();
+                    }
+                    simd::multiply_floats::<P, R, C>(p, floats, columns, steps, sums)
+                }
                 0 => simd::multiply::<P, R, C, false>(p, at, columns, steps, sums, 0),
                 _ => simd::multiply::<P, R, C, true>(p, at, columns, steps, sums, ahead),
             }
         };
-        if strip.to < k / P::ELEMENTS {
+        if tile.to < k / P::ELEMENTS {
             for row in 0..R {
                 for column in 0..C {
                     isa.store(sums[row][column], &mut partial[row * C + column].0);
@@ -363,12 +455,12 @@ impl<T: Float> Part<'_, T> {
         }
         // SAFETY: as above.
         sums = unsafe { simd::multiply_rest(p, rows, group.registers.as_ptr(), k, sums) };
-        self.finish(simd::sums(p, &sums), group.first, strip);
+        self.finish(simd::sums(p, &sums), group.first, tile);
     }
 
     /// What is done behind the product.
     #[inline(always)]
-    fn finish<const R: usize, const C: usize>(&mut self, sums: [[f32; C]; R], first_column: usize, strip: &Strip) {
+    fn finish<const R: usize, const C: usize>(&mut self, sums: [[f32; C]; R], first_column: usize, tile: &Tile) {
         let m = self.m;
         // [rows, columns] in one array of whole registers.
         let mut flat = [0.0; MOST[0] * MOST[1]];
@@ -378,7 +470,7 @@ impl<T: Float> Part<'_, T> {
             }
         }
         if let Some((_, activation)) = self.up {
-            let half = strip.half * C;
+            let half = tile.half * C;
             let mut up = [0.0; MOST[0] * MOST[1] / 2];
             up[..half].copy_from_slice(&flat[half..2 * half]);
             let gates = 0..(R / 2 * C).next_multiple_of(8);
@@ -389,8 +481,8 @@ impl<T: Float> Part<'_, T> {
                 }
             }
         }
-        for row in 0..strip.rows {
-            let y = &mut self.y[(strip.first + row) * m + first_column..][..C];
+        for row in 0..tile.rows {
+            let y = &mut self.y[(tile.first + row) * m + first_column..][..C];
             for column in 0..C {
                 y[column] = flat[row * C + column];
             }
@@ -398,8 +490,17 @@ impl<T: Float> Part<'_, T> {
     }
 }
 
+/// Rows of the weight.
+struct Left<'a, T, const R: usize> {
+    rows: [*const T; R],
+    /// The steps of a tile as floats, if they were made: `[R, steps, registers of a step]`.
+    wide: &'a [Register],
+    /// How far behind elements lie those that are asked for meanwhile; 0 for none.
+    ahead: usize,
+}
+
 /// Rows of the result, and steps along them.
-struct Strip {
+struct Tile {
     first: usize,
     /// How many are live.
     rows: usize,
@@ -570,7 +671,7 @@ mod tests {
             let mut best = vec![0f32; n * m];
             multiply(&Call { w: &w, x: &x, columns: m, around: Around::NOTHING, resident: None }, &mut best, &Caller);
             let mut plain = vec![0f32; n * m];
-            let packed = Pack { x: &x, m, norm: None }.run(Split(Portable));
+            let packed = Pack { x: &x, m, norm: None, part: [0, 1] }.run(Split(Portable));
             Part { gate: &w, up: None, packed: &packed, y: &mut plain, k, m }.run(Split(Portable));
             // Values of few bits: every sum is exact, in any order.
             assert_eq!(best, plain, "{m} columns");
