@@ -1,5 +1,5 @@
-//! The kernels in Rust on this machine's cores, whichever kernel has such a form, beside what the machine can do at most: how many
-//! times longer than its bytes and operations need goes to stderr at the end.
+//! The kernels in Rust on this machine's cores, whichever kernel has such a form, beside what the machine can do at most: how
+//! many times longer than its bytes and operations need goes to stderr at the end.
 
 mod common;
 

@@ -1,5 +1,6 @@
-//! Static cycles of our TPU kernels by the real compiler, beside the peers': `cargo bench --bench tpu_static [-- [matmul] [grouped_matmul] [rpa] [--json]]`;
-//! and over the seeded grid: `cargo bench --bench tpu_static -- grid N [--seed S] [--chip v5p|v6e] [--json]`.
+//! Static cycles of our TPU kernels by the real compiler, beside the peers': `cargo bench --bench tpu_static [-- [matmul]
+//! [grouped_matmul] [rpa] [--json]]`; and over the seeded grid: `cargo bench --bench tpu_static -- grid N [--seed S] [--chip
+//! v5p|v6e] [--json]`.
 //!
 //! Nothing runs on a TPU and nothing is timed: libtpu compiles each kernel for v5p and estimates it, and the estimate is
 //! the same every time. It knows matrix units, loads, stores and copies of one core; it does not know that two cores and

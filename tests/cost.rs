@@ -20,9 +20,9 @@ fn number(name: &str, default: u64) -> u64 {
 }
 
 /// Records points for `PAGODA_COST_SECONDS` (default 600): first what the planner would choose today for points on record, then
-/// drawn problems, from the seed `PAGODA_COST_SEED` (default 1) on, of the kernel `PAGODA_COST_KERNEL` if it is given, and of those whose
-/// specification has all parts of `PAGODA_COST_ONLY` (`"kv_heads":1;"q":"bf16"`). The table is written after every problem; a run that was
-/// stopped goes on where it was.
+/// drawn problems, from the seed `PAGODA_COST_SEED` (default 1) on, of the kernel `PAGODA_COST_KERNEL` if it is given, and of
+/// those whose specification has all parts of `PAGODA_COST_ONLY` (`"kv_heads":1;"q":"bf16"`). The table is written after every
+/// problem; a run that was stopped goes on where it was.
 #[test]
 #[ignore = "an hour of compilations by libtpu"]
 fn record() {

@@ -85,8 +85,8 @@ fn product<'c, 'a>(
     Ok(vec![b.convert(y, problem.output)?])
 }
 
-/// The least cycles that a chip's matrix units take for a product in bf16: each tile of the weight streams its rows, or is loaded at
-/// a quarter of a cycle a row at best (v6e's bundles push 256 rows in 64).
+/// The least cycles that a chip's matrix units take for a product in bf16: each tile of the weight streams its rows, or is
+/// loaded at a quarter of a cycle a row at best (v6e's bundles push 256 rows in 64).
 fn matrix_cycles(problem: &Problem, chip: Chip) -> f64 {
     let info = chip.info();
     let tiles = (problem.k.div_ceil(info.mxu) * problem.weight_columns().div_ceil(info.mxu)) as f64;

@@ -1,14 +1,14 @@
 //! Which pages prompts that begin alike share, and how far they are written.
 //!
 //! The full pages at the beginning of a prompt, but for the page of its last token, are a chain: a page is known by the page
-//! before it and by its own tokens, so by all tokens up to its end. A sequence holds the known pages of its chain instead of pages
-//! of its own; whichever of the sequences comes first in a step writes on from where the last one got. Pages that are written stay
-//! known when nobody runs with them any more, until their room is needed: those that were let go of first go first.
+//! before it and by its own tokens, so by all tokens up to its end. A sequence holds the known pages of its chain instead of
+//! pages of its own; whichever of the sequences comes first in a step writes on from where the last one got. Pages that are
+//! written stay known when nobody runs with them any more, until their room is needed: those that were let go of first go first.
 //!
 //! The chain itself is a holder of its pages in the [`PageAllocator`]; *idle* is a page that has no other.
 //!
-//! Invariants: a page that is not idle has no idle page before it, and of idle pages a page goes before the one that it follows, so
-//! that no page loses its beginning; an idle page is written to its end; what is `written` grows.
+//! Invariants: a page that is not idle has no idle page before it, and of idle pages a page goes before the one that it
+//! follows, so that no page loses its beginning; an idle page is written to its end; what is `written` grows.
 
 use std::collections::{BTreeMap, HashMap};
 

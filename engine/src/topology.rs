@@ -4,8 +4,8 @@
 //! (`tpu7x-4x4x4`), and libtpu's (`v5p:2x4x4`). The number in the product's name counts *TensorCores* on v4, v5p and
 //! tpu7x (two to a chip), and chips on v5e and v6e (one to a chip).
 //!
-//! By number, shapes are those that the products are sold in (Cloud TPU's pages of each generation): on v5e and v6e eight boxes of
-//! two dimensions, on the others four small boxes, and boxes of whole cubes of 4x4x4 chips. Of the boxes with one number
+//! By number, shapes are those that the products are sold in (Cloud TPU's pages of each generation): on v5e and v6e eight
+//! boxes of two dimensions, on the others four small boxes, and boxes of whole cubes of 4x4x4 chips. Of the boxes with one number
 //! of cubes, the number names the one of the smallest surface: `v5p-2048` is 8x8x16, not 4x16x16.
 //!
 //! A box that is written out may be any that libtpu takes. Pure: libtpu itself is asked by who compiles.

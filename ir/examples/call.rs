@@ -8,8 +8,8 @@
 //! - `operands.bin`: the operands, row-major, one after another; device by device.
 //!
 //! Writes `results.bin` and prints one line of JSON: how far it got (`opened`, `decoded`, `ran`), the error, and which kinds
-//! of faults had to be ignored, and because of which faults. Each kind is ignored only after a run that it ended. Without an argument it does so for
-//! every line of its input that names a folder.
+//! of faults had to be ignored, and because of which faults. Each kind is ignored only after a run that it ended. Without an
+//! argument it does so for every line of its input that names a folder.
 
 use std::{fs, path::Path, process::ExitCode, time::Instant};
 
@@ -20,8 +20,8 @@ use pagoda_ir::{
 };
 use serde_json::{Value, json};
 
-/// What a kernel may do on purpose: read and leave what nobody wrote, use an output as scratch memory, and load a scalar from beyond
-/// an array to select another.
+/// What a kernel may do on purpose: read and leave what nobody wrote, use an output as scratch memory, and load a scalar from
+/// beyond an array to select another.
 const IGNORABLE: [FaultKind; 4] =
     [FaultKind::UnwrittenRead, FaultKind::OutputNeverWritten, FaultKind::ParallelOverlap, FaultKind::OutOfBounds];
 

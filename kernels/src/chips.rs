@@ -93,8 +93,8 @@ impl Chip {
         })
     }
 
-    /// The type of 8 bits with the bits of `narrow`, a float of 8 bits, that vector units make f32 of in one operation, if there is
-    /// one. (As libtpu 0.0.52 lowers `arith.extf`.)
+    /// The type of 8 bits with the bits of `narrow`, a float of 8 bits, that vector units make f32 of in one operation, if
+    /// there is one. (As libtpu 0.0.52 lowers `arith.extf`.)
     pub const fn unpacked_as(self, narrow: Element) -> Option<Element> {
         match (self, narrow) {
             (Self::V4, _) => None,

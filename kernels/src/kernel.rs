@@ -245,8 +245,8 @@ pub trait Kernel: Sized + Send + Sync + 'static {
         None
     }
 
-    /// Programs that a step runs beside the kernel of `plan`, from the projections' outputs to the next projection's input: rotary
-    /// embedding, writes of K and V, changes of layout. By default none.
+    /// Programs that a step runs beside the kernel of `plan`, from the projections' outputs to the next projection's input:
+    /// rotary embedding, writes of K and V, changes of layout. By default none.
     ///
     /// # Errors
     /// None for a valid problem, unless MLIR fails.
@@ -401,8 +401,8 @@ impl Operand {
         }
     }
 
-    /// Padded to sizes `dims` at the end of each dimension (of more than two, of the last one), with what no kernel may look at. Costs nothing where the sizes are
-    /// these.
+    /// Padded to sizes `dims` at the end of each dimension (of more than two, of the last one), with what no kernel may look
+    /// at. Costs nothing where the sizes are these.
     #[must_use]
     pub fn padded(self, dims: &[usize]) -> Self {
         Self { padded: Some(dims.to_vec()), ..self }

@@ -157,9 +157,10 @@ fn every_family_yields_the_tokens_of_transformers_in_fresh_forms() {
     }
 }
 
-/// The largest error of one position's logits. In bf16 a rounding may decide between two experts, and the token, and those that see
-/// it, then have other logits (where an expert leads the next one by 0.001 to 0.005 of its router's largest logit, say; transformers'
-/// own logits have such positions, of errors up to 0.86): of models with experts the median position counts. In f32 all do.
+/// The largest error of one position's logits. In bf16 a rounding may decide between two experts, and the token, and those
+/// that see it, then have other logits (where an expert leads the next one by 0.001 to 0.005 of its router's largest logit,
+/// say; transformers' own logits have such positions, of errors up to 0.86): of models with experts the median position
+/// counts. In f32 all do.
 fn relative_error(model: &Model, compute: Element, logits: &[Vec<f32>], exact: &[Vec<f64>]) -> f64 {
     let of = |(logits, exact)| largest_relative_error(std::slice::from_ref(logits), std::slice::from_ref(exact));
     let mut errors: Vec<f64> = logits.iter().zip(exact).map(of).collect();
@@ -171,9 +172,10 @@ fn relative_error(model: &Model, compute: Element, logits: &[Vec<f32>], exact: &
     }
 }
 
-/// At the positions where transformers' are known, in both compute types. How far a rounding in an early layer carries differs from
-/// model to model: transformers' own errors show it, and ours are at most twice as large, or what [`bf16_error`] allows models
-/// that amplify nothing. In f32 roundings are 2^16 times finer, and those of the sums count too: they are less than 8 times as many.
+/// At the positions where transformers' are known, in both compute types. How far a rounding in an early layer carries differs
+/// from model to model: transformers' own errors show it, and ours are at most twice as large, or what [`bf16_error`] allows
+/// models that amplify nothing. In f32 roundings are 2^16 times finer, and those of the sums count too: they are less than 8
+/// times as many.
 fn check_logits(pairs: impl Fn(usize) -> Vec<(Target, Element)>) {
     let client = client();
     pagoda_engine::native::register_all(client.plugin()).unwrap();
@@ -197,8 +199,8 @@ fn check_logits(pairs: impl Fn(usize) -> Vec<(Target, Element)>) {
     }
 }
 
-/// Of a family's two checkpoints one in the StableHLO form and the other in Rust, one in f32 and the other in bf16, and one of them
-/// on the tile machine too; nightly all.
+/// Of a family's two checkpoints one in the StableHLO form and the other in Rust, one in f32 and the other in bf16, and one of
+/// them on the tile machine too; nightly all.
 #[test]
 fn logits_of_every_family_stay_within_the_error_of_their_roundings() {
     check_logits(|at| {

@@ -156,8 +156,8 @@ fn hundred_prompts() -> Vec<Vec<u32>> {
     (0..100).map(|i| [&[0], &text[(i * 7) % (text.len() - 20)..][..i % 20]].concat()).collect()
 }
 
-/// Runs a hundred prompts over eight slots, then each alone: every `whole`th to its end, of the others how they begin, since alone
-/// each token is a step of its own.
+/// Runs a hundred prompts over eight slots, then each alone: every `whole`th to its end, of the others how they begin, since
+/// alone each token is a step of its own.
 fn check_hundred_prompts(whole: usize) {
     let prompts = hundred_prompts();
     let longest = prompts.iter().map(Vec::len).max().unwrap() + 256;

@@ -221,7 +221,8 @@ pub fn bundles(name: &str, text: &str) -> Option<Bundles> {
 const FREE: [&str; 6] = ["parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all"];
 
 /// The ops of a program (a `*-TLP-hlo.txt`: the entry computation as it is scheduled) that `estimates` do not speak of, with
-/// the bytes that each takes and gives, padded as they lie (of an array that is updated in place, nothing). An estimate speaks for its equals, which are of its type.
+/// the bytes that each takes and gives, padded as they lie (of an array that is updated in place, nothing). An estimate speaks
+/// for its equals, which are of its type.
 pub fn unestimated(program: &str, estimates: &[OpCycles]) -> Vec<OpBytes> {
     let entry = program.split_once("\nENTRY ").map_or("", |(_, entry)| entry);
     let ops: Vec<Op> = entry.split("\n}").next().unwrap_or_default().lines().filter_map(Op::parse).collect();

@@ -199,10 +199,10 @@ impl<'c, 'a> Weights<Tensor<'c, 'a>> {
 }
 
 /// The types of the weight arguments, which come first in both programs: embedding; per layer, as far as the model has them,
-/// the norm before attention, the stacked query, key and value projection, the norms of queries and of keys, the sinks, the output
-/// projection, the norm behind it, the norm before the MLP, the stacked gate and up projection, the down projection, the norm behind
-/// it (each projection followed by its scales and its biases, where the model has them); final norm; (untied only) head; a rotary
-/// table per rope; (split models only) the number of the shard. Each weight is the shard's part of it.
+/// the norm before attention, the stacked query, key and value projection, the norms of queries and of keys, the sinks, the
+/// output projection, the norm behind it, the norm before the MLP, the stacked gate and up projection, the down projection,
+/// the norm behind it (each projection followed by its scales and its biases, where the model has them); final norm; (untied
+/// only) head; a rotary table per rope; (split models only) the number of the shard. Each weight is the shard's part of it.
 /// Where the program [loops](StepShape::stacks_layers), there is one of each of a layer's for all layers, a stack
 /// `[layers, ...]`.
 pub fn weight_types(config: &ModelSpec, shape: &StepShape) -> Vec<TensorType> {

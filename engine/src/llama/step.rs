@@ -357,8 +357,8 @@ impl<'c> Graph<'_, 'c> {
         b.multiply(made, b.broadcast_in_dim(b.logistic(logits)?, &dims, &[0])?)
     }
 
-    /// The weighted sum `f32[rows, hidden]` of what the chosen experts make of `x [rows, hidden]`, and what the `shared` one made.
-    /// Their inner width is split: each shard's products are a part of the sum.
+    /// The weighted sum `f32[rows, hidden]` of what the chosen experts make of `x [rows, hidden]`, and what the `shared` one
+    /// made. Their inner width is split: each shard's products are a part of the sum.
     fn experts<'a>(
         &self,
         b: &Builder<'c, 'a>,
@@ -508,8 +508,8 @@ impl<'c> Graph<'_, 'c> {
         b.multiply(b.tanh(b.divide(logits, cap)?)?, cap)
     }
 
-    /// `i32[rows]`: a token per row of activations before the final norm; where they are asked for, `f32[rows]`: the logarithms of
-    /// their probabilities.
+    /// `i32[rows]`: a token per row of activations before the final norm; where they are asked for, `f32[rows]`: the
+    /// logarithms of their probabilities.
     fn choose<'a>(
         &self,
         b: &Builder<'c, 'a>,

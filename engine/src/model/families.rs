@@ -347,8 +347,8 @@ fn qwen2_moe(object: &Object<'_>) -> Result<ModelSpec> {
     Ok(ModelSpec { layers, attention_bias: bias, mlp, ..spec })
 }
 
-/// Qwen's experts; the defaults are how many there are, how many work on a token, and their inner width. Every layer has some: none is
-/// a plain MLP of intermediate_size.
+/// Qwen's experts; the defaults are how many there are, how many work on a token, and their inner width. Every layer has some:
+/// none is a plain MLP of intermediate_size.
 fn qwen_experts(object: &Object<'_>, spec: &ModelSpec, count_key: &str, defaults: [usize; 3]) -> Result<Experts> {
     object.fixed("decoder_sparse_step", &[json!(1)])?;
     object.fixed("mlp_only_layers", &[json!([])])?;

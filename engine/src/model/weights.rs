@@ -42,8 +42,8 @@ pub struct TensorSpec {
     of_expert: Option<OfExpert>,
 }
 
-/// Features of one expert of a tensor `[experts, in, features]`, of `[experts, features]`, or in 4 bits of `[experts, features, in]`:
-/// each `step`th from `first` on. They are loaded as rows.
+/// Features of one expert of a tensor `[experts, in, features]`, of `[experts, features]`, or in 4 bits of `[experts,
+/// features, in]`: each `step`th from `first` on. They are loaded as rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct OfExpert {
     expert: usize,

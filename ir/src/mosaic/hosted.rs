@@ -1,5 +1,5 @@
-//! Programs around kernels, for a host that runs the kernels itself: every `tpu_custom_call` of a StableHLO module becomes a custom
-//! call by XLA's typed FFI (`api_version` 4), whose options say which call it is.
+//! Programs around kernels, for a host that runs the kernels itself: every `tpu_custom_call` of a StableHLO module becomes a
+//! custom call by XLA's typed FFI (`api_version` 4), whose options say which call it is.
 //!
 //! StableHLO's dialect is not needed for it. In text a call is one op on one line, which is replaced. In bytecode as
 //! `jax.export` writes it (VHLO, StableHLO's stable form), attributes are added to the table of attributes, and the calls'
@@ -44,8 +44,8 @@ pub struct HostedCall {
     pub unused: Vec<usize>,
 }
 
-/// Replaces every call of a kernel in `module` by a call of `target` with the options that `options` gives the call of that number.
-/// `calls` are those that were found in it.
+/// Replaces every call of a kernel in `module` by a call of `target` with the options that `options` gives the call of that
+/// number. `calls` are those that were found in it.
 ///
 /// # Errors
 /// When the module is not as JAX or Pagoda writes modules.

@@ -38,7 +38,8 @@ impl Place {
         }
         // Around the call stack JAX puts `get:` and then `scopes/get`.
         let primitive = labels.first().and_then(|label| label.strip_suffix(':'));
-        // JAX lowers equal ops once, and inlines what it made: `scopes/get/get` around the first one's stack, called by this one's.
+        // JAX lowers equal ops once, and inlines what it made: `scopes/get/get` around the first one's stack, called by this
+        // one's.
         let twice = primitive.map(|primitive| format!("{primitive}/{primitive}"));
         if location.is_call_site()
             && twice.is_some_and(|twice| labels.get(1).is_some_and(|label| label.ends_with(&twice)))

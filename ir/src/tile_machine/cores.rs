@@ -164,8 +164,8 @@ impl<'i, O: Observer> Executor<'_, 'i, O> {
         self.take_back(false);
     }
 
-    /// Faults when another core accesses memory that this one accesses, too, one of them writes, and nothing orders the two; notes
-    /// that this one does.
+    /// Faults when another core accesses memory that this one accesses, too, one of them writes, and nothing orders the two;
+    /// notes that this one does.
     pub(super) fn access(&mut self, region: &Region, access: Access, origin: Option<u32>) -> Step<()> {
         if let Some(link) = self.link.as_ref().filter(|_| self.buffers[region.buffer].shared) {
             let home = link.home(region.buffer);

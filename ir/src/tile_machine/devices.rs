@@ -1,4 +1,5 @@
-//! Several devices, and several cores of each, in one run: who runs when, what they send each other, and what orders their accesses.
+//! Several devices, and several cores of each, in one run: who runs when, what they send each other, and what orders their
+//! accesses.
 //!
 //! Each core is an executor on a thread of its own, with memories of its own. One of them runs at a time, until it waits for
 //! something that is not there; then the [`Fabric`] says who is next. So a run does the same again, whatever the host's threads
@@ -12,11 +13,12 @@
 //! Whether two accesses race does not depend on who happened to run first. Every core counts its *epochs*, which end when it
 //! sends something or comes to a barrier, and has a *clock*: the last epoch of every core that it knows to be over. A signal or a
 //! DMA carries its sender's clock; a wait takes over the clocks of those sendings *that it cannot have been satisfied without*
-//! (`ledger` counts): of two signals to a semaphore of which a wait takes one, it may have seen either. After a barrier all who met
-//! there have the clocks of all. An access of epoch e is ordered before a sending whose clock has e for that core. A DMA from
-//! elsewhere writes from when it starts until a wait of the receiver is sure of it; it must be ordered after every earlier access
-//! to that memory, and no access may come before that wait. Of two accesses of different cores to memory that they have in common,
-//! one of them a write, one must be ordered before the other; a DMA accesses its two sides until it is waited for.
+//! (`ledger` counts): of two signals to a semaphore of which a wait takes one, it may have seen either. After a barrier all
+//! who met there have the clocks of all. An access of epoch e is ordered before a sending whose clock has e for that core. A
+//! DMA from elsewhere writes from when it starts until a wait of the receiver is sure of it; it must be ordered after every
+//! earlier access to that memory, and no access may come before that wait. Of two accesses of different cores to memory that
+//! they have in common, one of them a write, one must be ordered before the other; a DMA accesses its two sides until it is
+//! waited for.
 //!
 //! A sending that comes later in the run, but that nothing orders after a wait, may have satisfied that wait in its stead. If
 //! the wait was sure of something for want of it, the run starts again with that certainty taken away ([`Uncertain`]).
@@ -68,8 +70,8 @@ impl Program {
         self.run_until_certain(machine, &slices(inputs), outputs).0
     }
 
-    /// [`run_devices`](Self::run_devices), each [core](Self::cores) of each device watched by one of `observers`: those of a device
-    /// one after another.
+    /// [`run_devices`](Self::run_devices), each [core](Self::cores) of each device watched by one of `observers`: those of a
+    /// device one after another.
     ///
     /// # Errors
     /// The first fault of any device.

@@ -74,8 +74,8 @@ impl FaultKind {
         Self::BadCall,
     ];
 
-    /// Whether a run can go on after it, so that [`Machine::ignored`](super::Machine::ignored) may name it. After an access out of
-    /// bounds it can where a scalar, or a tile without a mask, was loaded: it is what unwritten memory holds.
+    /// Whether a run can go on after it, so that [`Machine::ignored`](super::Machine::ignored) may name it. After an access
+    /// out of bounds it can where a scalar, or a tile without a mask, was loaded: it is what unwritten memory holds.
     pub const fn can_be_ignored(self) -> bool {
         !matches!(self, Self::Deadlock | Self::Runaway | Self::BadCall)
     }

@@ -1,9 +1,9 @@
 //! The two halves of a grid on two threads, where its outermost dimension is `parallel`.
 //!
-//! Steps that differ in a `parallel` dimension see nothing of each other but the arrays in HBM. So each half runs on memories of its
-//! own, and what both wrote is put together at the end. Where that could be told from one run after the other (a fault, an element
-//! that both wrote, one that the second half read after the first had written it), all of it is dropped, and the kernel runs again
-//! as one: results, counters and faults are always those of a run on one thread.
+//! Steps that differ in a `parallel` dimension see nothing of each other but the arrays in HBM. So each half runs on memories
+//! of its own, and what both wrote is put together at the end. Where that could be told from one run after the other (a fault,
+//! an element that both wrote, one that the second half read after the first had written it), all of it is dropped, and the
+//! kernel runs again as one: results, counters and faults are always those of a run on one thread.
 
 use std::{ops::Range, thread};
 

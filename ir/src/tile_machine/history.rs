@@ -73,7 +73,8 @@ impl Program {
         }
     }
 
-    /// [`history`](Self::history) of an element of one of several devices or cores; what came from others is not followed to them.
+    /// [`history`](Self::history) of an element of one of several devices or cores; what came from others is not followed to
+    /// them.
     pub fn history_of_device(
         &self,
         machine: &Machine,

@@ -1,7 +1,7 @@
 //! Elementwise ops on slices: loops that are compiled once for each instruction set, the best one chosen at run time.
 //!
-//! What an op does to one element stands in [`tile`](super::tile); here is only how it gets over many. Results are the same bits on
-//! every instruction set. All slices of a call have one length.
+//! What an op does to one element stands in [`tile`](super::tile); here is only how it gets over many. Results are the same
+//! bits on every instruction set. All slices of a call have one length.
 
 pub(super) use pulp::Arch;
 use pulp::NullaryFnOnce;

@@ -2,9 +2,9 @@
 //!
 //! [`Program::decode`] turns a Mosaic module (built by [`mosaic`](crate::mosaic) or opened from the wire format, lowered
 //! by JAX Pallas for instance) into instructions; ops that the machine does not know are an error that names them all, before
-//! anything runs. Which it knows, what they do and where that is written stands in `ops.md`. [`Program::run`] executes them: elementwise loops over whole tiles, matrix products through `gemm`
-//! with the TPU's rounding, loops and branches as written. A run yields the outputs and [`Counters`], or the first
-//! [`Fault`]; an [`Observer`] may watch it, [`Trace`] for instance.
+//! anything runs. Which it knows, what they do and where that is written stands in `ops.md`. [`Program::run`] executes them:
+//! elementwise loops over whole tiles, matrix products through `gemm` with the TPU's rounding, loops and branches as written.
+//! A run yields the outputs and [`Counters`], or the first [`Fault`]; an [`Observer`] may watch it, [`Trace`] for instance.
 //!
 //! # The memory model
 //! - **HBM** holds the arrays of the call. Outputs start unwritten. An output that shares an input's memory
@@ -31,8 +31,8 @@
 //!   as many bytes from its semaphore as its destination has; DMAs are over in the order in which they landed. Between
 //!   start and that moment a DMA is *in flight*: its destination must not be touched, and its source must not be written.
 //! - *Padding*: an array in HBM is padded to tiles, lanes to 128 and rows to 8 or, of fewer, to a power of two. A DMA may
-//!   copy padding, which gives a NaN or an odd integer that may be read (a kernel masks it), and may copy to it, which is dropped.
-//!   Nothing else is there: beyond the padding is out of bounds.
+//!   copy padding, which gives a NaN or an odd integer that may be read (a kernel masks it), and may copy to it, which is
+//!   dropped. Nothing else is there: beyond the padding is out of bounds.
 //! - *Rounding*: bf16 and narrow integers are rounded or wrapped after every op; floats that become integers saturate. The
 //!   MXU multiplies bf16 and accumulates f32; f32 operands are rounded to bf16 first unless the product asks for `fp32`
 //!   precision or one side is a vector. Arrays of unsigned integers are bits: ops have a sign, memory has none. Subnormal
@@ -66,8 +66,8 @@
 //! ¹ Nothing with [`Machine::allow_unwritten_reads`]: the poison is read. ² Or as in the array, where the block is
 //! revisited. ³ Nothing with [`Machine::allow_unwritten_outputs`], or for [unused outputs](Program::with_unused_outputs).
 //! ⁴ Where a block hangs over the edge of its array, the window is written beyond it: a NaN, or an odd integer, that may
-//! be read. ⁷ Nothing where both DMAs bring the same bytes to the same region (kernels repeat a row instead of leaving it out), or
-//! add to it. One that adds reads its destination, too, when it lands.
+//! be read. ⁷ Nothing where both DMAs bring the same bytes to the same region (kernels repeat a row instead of leaving it
+//! out), or add to it. One that adds reads its destination, too, when it lands.
 //!
 //! A *semaphore* holds a number, at first 0. A DMA of n bytes that lands adds n; a signal adds its amount; a wait for n takes
 //! n, after DMAs on it have landed that it needs.
@@ -109,11 +109,11 @@
 //! ⁶ Where the kernel names the barrier semaphore: others enter together, by a barrier that the compiler adds.
 //!
 //! # Several cores of a device
-//! Where the steps of a `parallel` dimension wait for each other (signals to a core or a subcore, `tpu.barrier`) or share VMEM (an
-//! argument that a SparseCore's subcores have in common), or a module has a function for each of several kinds of cores, every position is a core, with VMEM, SMEM and semaphores of its own, and all run at
-//! the same time ([`Program::cores`]). Arrays in HBM, and the VMEM that subcores of a core share, they have in common. Owners do not
-//! matter then; what orders accesses does, as it does between devices. Memory of a core's own that others reach by DMAs is as
-//! another device's.
+//! Where the steps of a `parallel` dimension wait for each other (signals to a core or a subcore, `tpu.barrier`) or share VMEM
+//! (an argument that a SparseCore's subcores have in common), or a module has a function for each of several kinds of cores,
+//! every position is a core, with VMEM, SMEM and semaphores of its own, and all run at the same time ([`Program::cores`]).
+//! Arrays in HBM, and the VMEM that subcores of a core share, they have in common. Owners do not matter then; what orders
+//! accesses does, as it does between devices. Memory of a core's own that others reach by DMAs is as another device's.
 //!
 //! | event | fault |
 //! |---|---|
@@ -123,15 +123,15 @@
 //! | some of a core's subcores are at a barrier, the others at the end of the kernel | `Deadlock` |
 //!
 //! ⁸ Additions by DMAs, and by `tpu.fetch_and_add_sync`, need no order among each other; writes to an
-//! [unused output](Program::with_unused_outputs) neither. Where overlaps are allowed, what is there is what this order made it: it
-//! does not become unwritten.
+//! [unused output](Program::with_unused_outputs) neither. Where overlaps are allowed, what is there is what this order made
+//! it: it does not become unwritten.
 //!
 //! # Faults
 //! Each names the op, its source line, the buffer, the index, the grid step and, where there is one, the DMA. Kinds that a
 //! run can go on after may be ignored by name ([`Machine::ignored`], [`FaultKind::can_be_ignored`]).
 //! - [`FaultKind::OutOfBounds`]: an index outside a view, a view outside a buffer, a block that starts outside its array. Where
-//!   it is ignored, a scalar or a tile without a mask that is loaded from there is as unwritten memory (kernels load it and select
-//!   something else); all other accesses are faults still.
+//!   it is ignored, a scalar or a tile without a mask that is loaded from there is as unwritten memory (kernels load it and
+//!   select something else); all other accesses are faults still.
 //! - [`FaultKind::UnwrittenRead`]: a load, or the source of a DMA, that nobody wrote
 //!   ([`Machine::allow_unwritten_reads`]).
 //! - [`FaultKind::ReadInFlight`], [`FaultKind::OverwriteInFlight`]: a race with a DMA in flight; of the kernel's own
@@ -141,8 +141,8 @@
 //! - [`FaultKind::Deadlock`]: a wait for more bytes or signals than were ever started.
 //! - [`FaultKind::DeviceRace`]: what one device does to another's memory or semaphores, with nothing that orders it.
 //! - [`FaultKind::ParallelOverlap`]: two steps that differ in a `parallel` dimension write the same output element, or
-//!   one reads what the other, earlier in the grid, wrote; two cores' accesses that nothing orders ([`Machine::allow_parallel_overlaps`],
-//!   [`Program::with_unused_outputs`]).
+//!   one reads what the other, earlier in the grid, wrote; two cores' accesses that nothing orders
+//!   ([`Machine::allow_parallel_overlaps`], [`Program::with_unused_outputs`]).
 //! - [`FaultKind::MemoryExceeded`]: more VMEM, SMEM, HBM or semaphores than there are.
 //! - [`FaultKind::OutputNeverWritten`]: an output element that no step wrote ([`Machine::allow_unwritten_outputs`]).
 //! - [`FaultKind::BrokenAssumption`]: `tpu.assume_multiple` of something that is not a multiple; a `cf.assert` that fails; a
@@ -151,20 +151,21 @@
 //! - [`FaultKind::Runaway`]: more than [`Machine::max_ops`] ops or grid steps.
 //! - [`FaultKind::BadCall`]: arguments that do not fit the kernel.
 //!
-//! What it does not model: time, registers and their spills, the routes and the bandwidth between devices, layouts inside a tile (so
-//! it runs what the compiler may refuse), and what is in flight between calls: a DMA whose semaphore is the call's own lands when the
-//! kernel ends, and whoever gets that semaphore can wait for it. A block of an output is written back at once, where it takes as long
-//! as the step that follows: a core that tells another of it in that step is too early, and no fault. Cores that do not wait for each other run one after another.
+//! What it does not model: time, registers and their spills, the routes and the bandwidth between devices, layouts inside a
+//! tile (so it runs what the compiler may refuse), and what is in flight between calls: a DMA whose semaphore is the call's
+//! own lands when the kernel ends, and whoever gets that semaphore can wait for it. A block of an output is written back at
+//! once, where it takes as long as the step that follows: a core that tells another of it in that step is too early, and no
+//! fault. Cores that do not wait for each other run one after another.
 //!
 //! # Where things are
 //! `decode` walks a module and `ops` is the table of the ops that it knows; both make a `program`, which `liveness` and
 //! `fuse` finish. `exec` interprets it, over the buffers of `memory`, which `allocate` lays out; `dma` and `pipeline` move data,
 //! `devices` and `cores` between those, which `fabric` connects; `ledger` has what a wait is sure of.
 //! `history` and `profile` watch: what happened to one element, and what was moved when. `halves`
-//! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`; `sparse` has what a SparseCore does beyond,
-//! `mxu` matrix units that a kernel drives itself. Only `decode` and
-//! `ops` see MLIR. `ir/tests/all/states.rs` holds the machine to the tables by random kernels, `orders.rs` to what orders cores, and `ir/tests/cases` has a kernel
-//! for every fault.
+//! runs a grid on two threads. `tile` computes, over the loops of `lanes` and with the functions of `math`; `sparse` has what
+//! a SparseCore does beyond, `mxu` matrix units that a kernel drives itself. Only `decode` and
+//! `ops` see MLIR. `ir/tests/all/states.rs` holds the machine to the tables by random kernels, `orders.rs` to what orders
+//! cores, and `ir/tests/cases` has a kernel for every fault.
 
 mod allocate;
 mod cores;

@@ -1,5 +1,5 @@
-//! Matrix units that a kernel drives itself (`tpu.matmul_push_rhs`, `matmul_acc_lhs`, `matmul_pop`): a right side waits in a staging
-//! register, is loaded when the first rows are multiplied with it, and sums stay in the unit until they are taken.
+//! Matrix units that a kernel drives itself (`tpu.matmul_push_rhs`, `matmul_acc_lhs`, `matmul_pop`): a right side waits in a
+//! staging register, is loaded when the first rows are multiplied with it, and sums stay in the unit until they are taken.
 //!
 //! A sum is known by the address that it was added up at; that two of them may overlap is not modelled. One that is not there is
 //! zero: a kernel must leave none, and taking one leaves zeros.

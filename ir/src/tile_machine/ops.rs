@@ -1049,8 +1049,8 @@ fn segments(op: &Site, count: usize) -> Decoded<Vec<usize>> {
     Ok(segments)
 }
 
-/// The device, the core and the subcore that an op goes to: its operands from `at` on, as far as they are there. `memory` is an operand
-/// that is theirs.
+/// The device, the core and the subcore that an op goes to: its operands from `at` on, as far as they are there. `memory` is
+/// an operand that is theirs.
 fn target(op: &Site, at: usize, [device, core, subcore]: [usize; 3], memory: usize) -> Decoded<Target> {
     op.scalars(at, device + core + subcore)?;
     Ok(Target { device: device > 0, core: core > 0, subcore: subcore > 0, of: op.core_of(memory) })
@@ -1077,8 +1077,8 @@ fn start_dma(op: &Site) -> Decoded<Op> {
     Ok(Op::StartRemoteDma(target(op, 4, [device, core, subcore], 3)?))
 }
 
-/// Whether rows of a source are chosen, and not of a destination; both are operands. The chosen ones are of the array that is not in
-/// a subcore's own VMEM, or of the larger one.
+/// Whether rows of a source are chosen, and not of a destination; both are operands. The chosen ones are of the array that is
+/// not in a subcore's own VMEM, or of the larger one.
 fn gathers(op: &Site, [source, destination]: [usize; 2]) -> Decoded<bool> {
     let own = |at: usize| Ok(op.memref(at)?.space == MemorySpace::Vmem);
     Ok(match [own(source)?, own(destination)?] {

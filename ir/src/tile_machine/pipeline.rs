@@ -181,8 +181,8 @@ impl<O: Observer> Executor<'_, '_, O> {
         Ok(indices)
     }
 
-    /// `next`: the block of the step that follows, and the parallel position of that step. `is_held`: whether the block was in the
-    /// window before the first step, so that it would not be copied.
+    /// `next`: the block of the step that follows, and the parallel position of that step. `is_held`: whether the block was in
+    /// the window before the first step, so that it would not be copied.
     fn begin_step(
         &mut self,
         window: &mut Window,

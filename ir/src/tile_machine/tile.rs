@@ -886,7 +886,8 @@ impl MatmulShape {
     }
 }
 
-/// `accumulator + lhs x rhs`, on `threads` if it is large. The sides that `round` names are rounded to bf16 first, as the MXU does with f32.
+/// `accumulator + lhs x rhs`, on `threads` if it is large. The sides that `round` names are rounded to bf16 first, as the MXU
+/// does with f32.
 pub(super) fn matmul(
     shape: &MatmulShape,
     lhs: Tile,
@@ -925,8 +926,8 @@ pub(super) fn matmul(
     }
 }
 
-/// Adds products of integers to `sum`. Those of up to 8 bits are multiplied as floats, which is exact for as many terms as 24 bits
-/// hold.
+/// Adds products of integers to `sum`. Those of up to 8 bits are multiplied as floats, which is exact for as many terms as 24
+/// bits hold.
 fn int_products(shape: &MatmulShape, lhs: &[i32], rhs: &[i32], sum: &mut [i32], threads: bool) {
     let MatmulShape { batch, m, n, k, lhs: l, rhs: r, .. } = *shape;
     let narrow = |x: &[i32]| x.iter().all(|x| (-128..128).contains(x));

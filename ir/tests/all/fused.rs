@@ -1,5 +1,5 @@
-//! Elementwise ops in groups give what they give one by one: random kernels run unobserved, which groups them, and observed, which
-//! does not. Results and counters must be the same.
+//! Elementwise ops in groups give what they give one by one: random kernels run unobserved, which groups them, and observed,
+//! which does not. Results and counters must be the same.
 
 use std::fmt::Write as _;
 

@@ -1,8 +1,8 @@
 //! What orders the accesses of cores, written down a second time: random kernels of several subcores that race exactly where two
 //! accesses to a row that they share are ordered neither way.
 //!
-//! A kernel is drawn as one sequence of events of all its cores, which is how it could run: so nothing waits in vain. Every pair of
-//! cores has a semaphore of its own for each direction; the nth wait on it is after the nth signal, whatever the rest.
+//! A kernel is drawn as one sequence of events of all its cores, which is how it could run: so nothing waits in vain. Every
+//! pair of cores has a semaphore of its own for each direction; the nth wait on it is after the nth signal, whatever the rest.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 

@@ -273,7 +273,8 @@ impl Kernel for GroupedMatmul {
     }
 
     /// Both products of the experts of Mixtral 8x7B, Qwen3 30B-A3B and gpt-oss 20B, for decode steps and chunks of prompts, as
-    /// step programs have them: stacks of layers (of four, which every chip's memory holds), in Hugging Face's layout. And row-major ones of one layer.
+    /// step programs have them: stacks of layers (of four, which every chip's memory holds), in Hugging Face's layout. And
+    /// row-major ones of one layer.
     fn common() -> Vec<Spec> {
         let silu = Activation::SiluGate;
         let models = [(8, 2, 4096, 14336, silu), (128, 8, 2048, 768, silu)];

@@ -282,8 +282,8 @@ impl<'a, 'p> Body<'a, 'p> {
         ]
     }
 
-    /// Starts the copies of the weights of a step, which comes behind `before`: where an expert's weights stay for all its chunks,
-    /// with its first.
+    /// Starts the copies of the weights of a step, which comes behind `before`: where an expert's weights stay for all its
+    /// chunks, with its first.
     fn start_w(&self, step: Value<'a>, before: At<'a>, at: At<'a>) {
         let copy = || self.copy_w(at, self.slot_of_w(step, at), |dma| dma.start());
         match self.plan.shape().keeps_weights() {

@@ -2,9 +2,9 @@
 //!
 //! A grid kernel: the pipeline brings one tile of each side into VMEM per step, the body adds their product to the f32
 //! accumulator, and the last step along `k` applies the epilogue and stores. The body works through its tile in
-//! [`Chunk`](super::plan::Chunk)s, each of which reads its part of the accumulator, multiplies over the whole depth of the tile and writes it
-//! back, so that no more than a chunk is live in registers: whole tiles in registers spill (1.4 MB at 512 x 512) and take
-//! the compiler a minute.
+//! [`Chunk`](super::plan::Chunk)s, each of which reads its part of the accumulator, multiplies over the whole depth of the
+//! tile and writes it back, so that no more than a chunk is live in registers: whole tiles in registers spill (1.4 MB at 512 x
+//! 512) and take the compiler a minute.
 //!
 //! Quantized elements come into VMEM as they are stored and are converted there, without loss: the matrix unit multiplies
 //! what the chip has units for, else bf16. Their scales are applied to f32 sums, of all of `k` or of each group, so that no

@@ -6,8 +6,8 @@
 //! and makes loops of their own of what stands around the product, whose dispatch costs more than their work: norm, gate
 //! and residual are part of this call.
 //!
-//! Each result is one sum over `k` in the order of [`simd`](crate::simd): a column's bits depend neither on what other columns there are
-//! nor on how many threads.
+//! Each result is one sum over `k` in the order of [`simd`](crate::simd): a column's bits depend neither on what other columns
+//! there are nor on how many threads.
 
 use super::problem::{Activation, Layout, Problem};
 use crate::{float::Float, kernel::Kernel, named::Arrays, threads::Threads};

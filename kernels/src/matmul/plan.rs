@@ -542,8 +542,8 @@ impl<'p> Blocks<'p> {
         Spilling { family, live: Bytes(live as u64) }
     }
 
-    /// What is kept free for spills. On v4 a weight of 8 bits is held as bf16 for all of a chunk's depth (8 x 14336 x 4096 in tiles of
-    /// 1024 x 7168 spills 3.6 MiB there, and nothing on v5p).
+    /// What is kept free for spills. On v4 a weight of 8 bits is held as bf16 for all of a chunk's depth (8 x 14336 x 4096 in
+    /// tiles of 1024 x 7168 spills 3.6 MiB there, and nothing on v5p).
     fn margin(&self, chip: Chip) -> Bytes {
         let info = chip.info();
         let held = match self.problem.quantized {
@@ -633,9 +633,9 @@ impl<'p> Blocks<'p> {
         VmemReport { buffers }
     }
 
-    /// How many rows of scales v4 spreads over a register, each through one of scratch: those of groups whose number is known at run
-    /// time only, as there are several steps along `k`, and that are wider than a register (measured for both layouts that have
-    /// them, gated and not, of 5 to 512 rows).
+    /// How many rows of scales v4 spreads over a register, each through one of scratch: those of groups whose number is known
+    /// at run time only, as there are several steps along `k`, and that are wider than a register (measured for both layouts
+    /// that have them, gated and not, of 5 to 512 rows).
     fn scales_spread(&self, info: &ChipInfo) -> usize {
         let [rows, _, depth] = self.block;
         let Some(group) = self.problem.group().filter(|_| self.counts[2] > 1) else { return 0 };

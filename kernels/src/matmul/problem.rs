@@ -308,8 +308,8 @@ impl Problem {
 
     /// `x`, `w`, and as the epilogue says the bias `[weight columns]` and the residual. A quantized `w` has scales f32
     /// `[groups, weight columns]`, feature-major `[weight columns, groups]`, with one group for all of `k` unless the
-    /// problem has smaller ones; a quantized `x` has `x_scale f32 [m, 1]`, feature-major `[1, m]`. With several layers `w`, its scales and the bias are
-    /// stacks, `[layers, ...]`, and the scalar `layer` comes last.
+    /// problem has smaller ones; a quantized `x` has `x_scale f32 [m, 1]`, feature-major `[1, m]`. With several layers `w`,
+    /// its scales and the bias are stacks, `[layers, ...]`, and the scalar `layer` comes last.
     pub fn arguments(&self) -> Arguments {
         let (m, k, columns) = (self.m, self.k, self.weight_columns());
         let (x, w) = match self.layout {

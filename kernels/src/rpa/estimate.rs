@@ -52,8 +52,8 @@ pub(super) fn model(plan: &Plan, batch: &[Lengths]) -> Option<f64> {
     cost::cycles::<Rpa>(plan, Some(batch))
 }
 
-/// Decode rows over ragged contexts; of a decode problem also over short ones; of a mixed problem also one prompt, several short ones, a chunk behind a long context, and
-/// half of the rows beside decode rows.
+/// Decode rows over ragged contexts; of a decode problem also over short ones; of a mixed problem also one prompt, several
+/// short ones, a chunk behind a long context, and half of the rows beside decode rows.
 pub(super) fn spread(problem: &Problem) -> Vec<(&'static str, Vec<Lengths>)> {
     let (most, rows) = (problem.max_kv_len().min(problem.pages * problem.page_size), problem.tokens);
     let pages = problem.pages / problem.max_seqs.min(problem.pages); // of a sequence, if all are as long
@@ -88,8 +88,9 @@ pub(super) fn candidates(problem: &Problem, chip: Chip, limit: Bytes) -> Vec<Til
 }
 
 /// Of a fused kernel no more than the output's change of layout, where rows are copied one by one. Before another, queries and
-/// keys are rotated, keys and values are written. Behind it nothing is computed. A kernel of any batch takes q and gives its output as the projections around it have them, in two dimensions,
-/// rows of padding aside; that of decode has heads, in another layout.
+/// keys are rotated, keys and values are written. Behind it nothing is computed. A kernel of any batch takes q and gives its
+/// output as the projections around it have them, in two dimensions, rows of padding aside; that of decode has heads, in
+/// another layout.
 pub(super) fn around<'c>(context: &'c Context, plan: &Plan) -> Result<Vec<Module<'c>>> {
     let problem = plan.problem();
     let &Spec { tokens, q_heads, kv_heads, head_dim, .. } = problem.spec();

@@ -48,8 +48,8 @@ pub enum KvRows {
     Interleaved,
     /// A row for each head: its key in the first half of the elements, its value in the second.
     Packed,
-    /// Interleaved ones, and zeros that fill a TPU's tiles: behind them as many rows (4 in all for one head in 8 bits, 8 for three),
-    /// behind heads of more than a tile's lanes the rest of the last one (256 for 192).
+    /// Interleaved ones, and zeros that fill a TPU's tiles: behind them as many rows (4 in all for one head in 8 bits, 8 for
+    /// three), behind heads of more than a tile's lanes the rest of the last one (256 for 192).
     Padded,
 }
 
@@ -171,8 +171,8 @@ impl KvLayout {
         self.token_dims().iter().product()
     }
 
-    /// `[layers * pages, page_size, 2 * heads, head_dim]`, or some more of the last two, packed `[layers * pages, page_size, heads, 2 *
-    /// head_dim]`.
+    /// `[layers * pages, page_size, 2 * heads, head_dim]`, or some more of the last two, packed `[layers * pages, page_size,
+    /// heads, 2 * head_dim]`.
     pub fn buffer_type(&self) -> TensorType {
         let [rows, width] = self.token_dims();
         TensorType::new(self.element, &[self.layers * self.pages, self.page_size, rows, width])

@@ -12,7 +12,8 @@ const STEPS: usize = 24;
 /// Sizes of DMAs that a page lists.
 const SIZES: usize = 16;
 
-/// The rates of a chip. Those of DMAs are libtpu 0.0.52's, taken from its static profiles of kernels that do nothing but one copy.
+/// The rates of a chip. Those of DMAs are libtpu 0.0.52's, taken from its static profiles of kernels that do nothing but one
+/// copy.
 ///
 /// # Errors
 /// When libtpu has no static profile of the chip.

@@ -59,8 +59,8 @@ pub(in crate::cli) struct RunArgs {
     /// Draw an operand, by name or position, from the integers LOW <= x < HIGH. Repeatable.
     #[arg(long = "random-int", global = true, value_name = "NAME=LOW..HIGH", allow_hyphen_values = true)]
     integers: Vec<String>,
-    /// The names of a kernel's arrays, scratch included, for reports and files [default: those in its Python source, if that can be
-    /// read]. With N=, of kernel N alone. Repeatable.
+    /// The names of a kernel's arrays, scratch included, for reports and files [default: those in its Python source, if that
+    /// can be read]. With N=, of kernel N alone. Repeatable.
     #[arg(long, global = true, value_name = "[N=]NAME,...")]
     names: Vec<String>,
     /// Draw the other operands from this seed: floats in (-2, 2), ragged batches where the kernel has them. Integers of
@@ -94,11 +94,12 @@ pub(in crate::cli) struct RunArgs {
     /// Write the run's timeline, for Perfetto (ui.perfetto.dev): with several orders of DMAs or kernels, that of the last one.
     #[arg(long, global = true, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Write the run's timeline on a model's clock, of libtpu's rates of DMAs and the MXU's, for Perfetto: grid steps, windows, DMAs
-    /// from start to landing to wait, products, waits, and regions that the kernel names.
+    /// Write the run's timeline on a model's clock, of libtpu's rates of DMAs and the MXU's, for Perfetto: grid steps,
+    /// windows, DMAs from start to landing to wait, products, waits, and regions that the kernel names.
     #[arg(long, global = true, value_name = "FILE", conflicts_with = "trace")]
     timeline: Option<PathBuf>,
-    /// Print what is moved between which memories, sizes of DMAs, passes of the MXU and how full they are: per grid step and in all.
+    /// Print what is moved between which memories, sizes of DMAs, passes of the MXU and how full they are: per grid step and
+    /// in all.
     #[arg(long, global = true, conflicts_with = "trace")]
     counts: bool,
     /// Write counts and timeline as one HTML page.

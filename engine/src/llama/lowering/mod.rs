@@ -459,7 +459,8 @@ fn matmul<'c, 'a>(
     Ok((matmul::Problem::new(spec).map_err(unplanned)?, arguments))
 }
 
-/// Activations as 8-bit `element`, and a scale f32 for each row (one feature of it): its largest absolute value becomes the largest element.
+/// Activations as 8-bit `element`, and a scale f32 for each row (one feature of it): its largest absolute value becomes the
+/// largest element.
 fn quantize_rows<'c, 'a>(
     b: &Builder<'c, 'a>,
     orientation: Orientation,

@@ -74,7 +74,8 @@ impl<'c> Maker<'c> {
 pub(super) struct Mosaic<'c> {
     plain: Stablehlo,
     maker: Maker<'c>,
-    /// Of each kind of layers: what attention does, and the kernel that does it. Kinds that differ in their ropes alone share one.
+    /// Of each kind of layers: what attention does, and the kernel that does it. Kinds that differ in their ropes alone share
+    /// one.
     attention: Vec<(rpa::Problem, Rc<Kernel<'c>>)>,
     /// How many attention kernels there are.
     kernels: usize,

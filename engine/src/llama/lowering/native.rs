@@ -1,7 +1,7 @@
 //! Kernels in Rust, as custom calls of the CPU plugin: four matmuls and one attention a layer, and nothing between them.
 //!
-//! Experts are two grouped matmuls in the place of two. The matmuls that the call does not know are XLA's own: of quantised weights, and the gated one of a model with biases in
-//! its MLP or experts.
+//! Experts are two grouped matmuls in the place of two. The matmuls that the call does not know are XLA's own: of quantised
+//! weights, and the gated one of a model with biases in its MLP or experts.
 
 use pagoda_ir::stablehlo::{BackendConfig, Builder, CustomCall, Tensor};
 use pagoda_ir::{Result, TensorType};

@@ -295,8 +295,8 @@ impl<T: Float> Part<'_, T> {
     fn strips<P: Product<Element = T>, const R: usize>(&mut self, p: P) {
         let (k, m) = (self.k, self.m);
         let whole = k / P::ELEMENTS;
-        // For many groups a strip is copied first: rows that lie a power of two apart would share few places of the cache, and narrow
-        // elements become floats once.
+        // For many groups a strip is copied first: rows that lie a power of two apart would share few places of the cache, and
+        // narrow elements become floats once.
         let many = if P::FLOATS > 1 { WIDENED } else { COPIED };
         let widens = P::PACKS_FLOATS && self.packed.len() >= many;
         let bytes = if widens { size_of::<f32>() } else { size_of::<T>() };

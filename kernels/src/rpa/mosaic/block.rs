@@ -6,9 +6,9 @@
 //!
 //! What products take is of the type of the queries. Every number of a narrower type is one of it, so nothing is rounded here,
 //! and no scale is applied: those of an 8-bit cache multiply the logits and the finished sums ([`super::Heads`]). Floats of 8
-//! bits are unpacked by the vector units where they know the type, or one with its bits ([`scale`]): those of four tokens, or of two
-//! tokens of two heads, are brought into one word for that. Elsewhere they are converted by integer arithmetic, without a step
-//! through subnormal numbers, which a TPU takes for zero.
+//! bits are unpacked by the vector units where they know the type, or one with its bits ([`scale`]): those of four tokens, or
+//! of two tokens of two heads, are brought into one word for that. Elsewhere they are converted by integer arithmetic, without
+//! a step through subnormal numbers, which a TPU takes for zero.
 //!
 //! Of packed rows keys and values are loaded together with what shares their tiles of lanes: [`lanes`] says where the head's own
 //! elements are. A query has zeros in the other lanes, and of the sums over values the other lanes are not looked at.
@@ -188,9 +188,9 @@ impl<'a> Block<'a> {
         Some(rows.map(|row| self.unpack(of_four_tokens(words, row % self.packing()), to)))
     }
 
-    /// Keys and values of the two heads whose rows word `word` of a token holds, of `count` tokens from the `first` on: of each two
-    /// tokens those of the first head, then those of the second, `[2 * count, columns]` each. They are finite, and to be multiplied
-    /// by [`scale`].
+    /// Keys and values of the two heads whose rows word `word` of a token holds, of `count` tokens from the `first` on: of
+    /// each two tokens those of the first head, then those of the second, `[2 * count, columns]` each. They are finite, and to
+    /// be multiplied by [`scale`].
     pub fn two_heads(&self, word: usize, [first, count]: [usize; 2]) -> [Value<'a>; 2] {
         let to = self.unpacked.expect("a type that the chip unpacks");
         let words = self.load_each(&self.words, [word, first, count]);
@@ -274,8 +274,8 @@ fn of_four_tokens<'a>([a, b, c, d]: [Value<'a>; 4], index: usize) -> Value<'a> {
     }
 }
 
-/// Words of four floats of 8 bits as floats of `to`, a row each; their bits are as the cache has them. NaN and infinity become large
-/// numbers: one head's must not reach another's sums, where they have a weight of zero.
+/// Words of four floats of 8 bits as floats of `to`, a row each; their bits are as the cache has them. NaN and infinity become
+/// large numbers: one head's must not reach another's sums, where they have a weight of zero.
 fn unpacked(words: Value<'_>, to: Element) -> Value<'_> {
     let bytes = |byte: u32| i64::from((byte * 0x0101_0101).cast_signed());
     // Sums carry into a byte's highest bit.

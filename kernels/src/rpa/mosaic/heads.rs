@@ -84,7 +84,8 @@ impl<'a> Heads<'a> {
         Self { first: Some(first), count, ..self }
     }
 
-    /// With products of `count` KV heads each, of keys and values that are to be multiplied by `scale`, where the cache has scales.
+    /// With products of `count` KV heads each, of keys and values that are to be multiplied by `scale`, where the cache has
+    /// scales.
     #[must_use]
     pub fn in_products(self, count: usize, scale: f64) -> Self {
         Self { per_product: count, of_block: scale, ..self }

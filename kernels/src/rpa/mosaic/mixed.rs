@@ -31,8 +31,8 @@
 //! `few_rows`.
 //!
 //! A block's rows are worked on in parts ([`Part`]), and each part takes no more keys of a KV block than its last
-//! row sees, in whole tiles: of a prompt's last KV blocks the earlier parts take fewer ([`Plan::spans`]). The products of a part's
-//! queries and keys are written before the sums of the part before, so that the matrix unit has work while those are made.
+//! row sees, in whole tiles: of a prompt's last KV blocks the earlier parts take fewer ([`Plan::spans`]). The products of a
+//! part's queries and keys are written before the sums of the part before, so that the matrix unit has work while those are made.
 //! A band takes a quarter or a half of a KV block where its rows see no more ([`Plan::widths`]).
 //!
 //! Fused, a core first turns the keys of the new rows and writes their tokens into the pages, from the memory that KV blocks come

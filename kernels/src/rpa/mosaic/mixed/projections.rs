@@ -54,7 +54,8 @@ pub(super) struct Fused<'a> {
     projected: Ref<'a>,
     /// Their angles: `[buffers, rows, head_dim]`.
     new_angles: Ref<'a>,
-    /// The tokens made of them, or the KV blocks whose memory they take: `[buffers, pieces of a row, tokens, rows of a token, lanes]`.
+    /// The tokens made of them, or the KV blocks whose memory they take: `[buffers, pieces of a row, tokens, rows of a token,
+    /// lanes]`.
     new_tokens: Ref<'a>,
     token_buffers: TokenBuffers,
     /// For the angles of heads that are not whole tiles of lanes.
@@ -88,7 +89,8 @@ impl<'a> Fused<'a> {
         Self { written, angles, angles_arrived, projected, new_angles, new_tokens, token_buffers, wide, arrived, sent }
     }
 
-    /// Of the tokens in a buffer those from `first` on, `count` at most, a piece of their rows: `[tokens, rows of a token, lanes]`.
+    /// Of the tokens in a buffer those from `first` on, `count` at most, a piece of their rows: `[tokens, rows of a token,
+    /// lanes]`.
     fn tokens(&self, [slot, first]: [Value<'a>; 2], count: usize, piece: usize) -> Ref<'a> {
         let rows = self.new_angles.dims()[1];
         match self.token_buffers {
@@ -198,8 +200,8 @@ impl<'a> Body<'a, '_> {
         });
     }
 
-    /// Starts the copies of a buffer's tokens: to the pages, the first of which is one of `sequence` or of a later one, and to the
-    /// core's own memory. The sequence of the last row, and how many tokens are copied.
+    /// Starts the copies of a buffer's tokens: to the pages, the first of which is one of `sequence` or of a later one, and to
+    /// the core's own memory. The sequence of the last row, and how many tokens are copied.
     fn send_tokens(
         &self,
         fused: &Fused<'a>,
@@ -289,8 +291,8 @@ impl<'a> Body<'a, '_> {
         }
     }
 
-    /// As [`Body::page`], of page `number` to a buffer's token `start`, of a sequence of `kv_len` tokens of which those behind the
-    /// `before` first ones are in the core's own memory.
+    /// As [`Body::page`], of page `number` to a buffer's token `start`, of a sequence of `kv_len` tokens of which those behind
+    /// the `before` first ones are in the core's own memory.
     pub(super) fn page_or_fresh(
         &self,
         fresh: &Ref<'a>,
