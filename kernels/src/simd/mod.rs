@@ -399,7 +399,6 @@ pub(crate) fn with_bf16<W: Task<bf16>>(task: W) -> W::Output {
 /// # Safety
 /// `steps` steps of every row, and of `C` columns, can be read.
 #[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
 pub unsafe fn multiply<P: Product, const R: usize, const C: usize, const AHEAD: bool>(
     p: P,
     rows: [*const P::Element; R],
@@ -431,7 +430,6 @@ pub unsafe fn multiply<P: Product, const R: usize, const C: usize, const AHEAD: 
 /// # Safety
 /// As there.
 #[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
 pub unsafe fn multiply_floats<P: Product, const R: usize, const C: usize>(
     p: P,
     rows: [*const Register; R],

@@ -100,6 +100,7 @@ impl Isa for Avx2 {
 
     /// One half after the other: of both, rows and sums are more than there are registers.
     #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
     unsafe fn multiply<const R: usize, const C: usize>(
         self,
         rows: [*const f32; R],
