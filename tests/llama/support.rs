@@ -35,7 +35,7 @@ pub fn client() -> Client {
 static OPTIMIZE_LESS: LazyLock<()> = LazyLock::new(|| {
     if !std::env::args().any(|arg| arg == "--ignored") && std::env::var_os("XLA_FLAGS").is_none() {
         // SAFETY: what reads the environment without the lock of Rust's library is the plugin, which is loaded afterwards.
-        unsafe { std::env::set_var("XLA_FLAGS", "--xla_backend_optimization_level=0") };
+        unsafe { std::env::set_var("XLA_FLAGS", "--xla_backend_optimization_level=1") };
     }
 });
 
