@@ -30,8 +30,8 @@ pub fn client() -> Client {
     client_of(1)
 }
 
-/// Nearly all of a test's time is XLA's compiler, at the default level of optimization, which `make nightly` has. Flags that
-/// are given stay.
+/// Nearly all of a test's time is XLA's compiler, at the default level of optimization, which `make nightly` has. At none, sums
+/// are not vectorized, and roundings add up to more than logits may have. Flags that are given stay.
 static OPTIMIZE_LESS: LazyLock<()> = LazyLock::new(|| {
     if !std::env::args().any(|arg| arg == "--ignored") && std::env::var_os("XLA_FLAGS").is_none() {
         // SAFETY: what reads the environment without the lock of Rust's library is the plugin, which is loaded afterwards.

@@ -101,8 +101,7 @@ pub(super) fn around<'c>(context: &'c Context, plan: &Plan) -> Result<Vec<Module
     let types_of = problem.precision;
     let (q, f32) = (types_of.q, Element::F32);
     let heads = q_heads + 2 * kv_heads;
-    let (flat, features, padded) =
-        (problem.kind == Kind::Mixed, q_heads * head_dim, plan::padded_rows(problem, plan.chip()));
+    let (flat, features, padded) = (problem.kind == Kind::Mixed, q_heads * head_dim, plan.padded_rows());
     let before = Module::new(context, "before_attention");
     let write = kv_write::arguments(problem);
     let written = ["kv_pages", "slots", "first_page"];

@@ -308,7 +308,7 @@ impl Plan {
     pub(super) fn output_dims(&self) -> Vec<usize> {
         let problem = self.problem();
         match (problem.kind, problem.fused) {
-            (Kind::Mixed, _) => padded_rows(problem, self.chip()).to_vec(),
+            (Kind::Mixed, _) => self.padded_rows().to_vec(),
             (Kind::Decode, Some(_)) if decode::is_flat(self.details().split) => {
                 vec![
                     fused::projected(problem, self.chip())[0],
@@ -319,6 +319,11 @@ impl Plan {
         }
     }
 
+    /// See [`padded_rows`].
+    pub(super) fn padded_rows(&self) -> [usize; 2] {
+        padded_rows(self.problem(), self.chip())
+    }
+
     /// Where cores share the work of a fused kernel: what each has of the tokens of every row, `[cores, rows, rows of a token,
     /// head_dim]`.
     pub(super) fn fresh_tokens(&self) -> Option<TensorType> {
@@ -326,7 +331,7 @@ impl Plan {
         let is_shared =
             problem.fused.is_some() && problem.kind == Kind::Mixed && self.details().split == Split::Sequences;
         let [token_rows, width] = problem.kv_layout().token_dims();
-        let dims = [self.chip().info().cores, padded_rows(problem, self.chip())[0], token_rows, width];
+        let dims = [self.chip().info().cores, self.padded_rows()[0], token_rows, width];
         is_shared.then(|| TensorType::new(problem.precision.kv, &dims))
     }
 

@@ -9,7 +9,7 @@ use pagoda_ir::{Element, mosaic::tiling::LANES};
 use super::{
     kv_layout::Half,
     mosaic::few_rows::products_at_once,
-    plan::{self, CHUNK, MAX_SPANS, Part, Plan, Split, decode},
+    plan::{CHUNK, MAX_SPANS, Part, Plan, Split, decode},
     problem::Kind,
 };
 use crate::{
@@ -158,7 +158,7 @@ fn mixed(plan: &Plan, batch: &[Lengths]) -> (usize, Vec<Mixed>) {
         .collect();
     let mut cores = vec![Mixed::default(); plan.shares()];
     let mut listed = 0;
-    let [mut end, _] = plan::padded_rows(problem, plan.chip());
+    let [mut end, _] = plan.padded_rows();
     let total = first_rows[batch.len()];
     let live = total.next_multiple_of(band);
     let mut sequence = batch.len().saturating_sub(1);
@@ -498,7 +498,10 @@ mod tests {
     use super::*;
     use crate::{
         Choices, Kernel, Problem,
-        rpa::{Rpa, estimate, plan::Options},
+        rpa::{
+            Rpa, estimate,
+            plan::{self, Options},
+        },
     };
 
     fn plans(of: impl Fn(&Plan, &[Lengths])) {

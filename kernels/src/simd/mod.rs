@@ -59,33 +59,6 @@ pub trait Isa: Copy {
     /// # Safety
     /// 32 elements can be read.
     unsafe fn widen(self, from: *const bf16) -> [Self::Lanes; 2];
-    /// Adds the products of sixteen floats of `R` rows with those of `C` columns, `stride` registers apart, to their sums.
-    ///
-    /// # Safety
-    /// As many floats of every row and column can be read.
-    #[inline(always)]
-    #[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
-    unsafe fn multiply<const R: usize, const C: usize>(
-        self,
-        rows: [*const f32; R],
-        columns: *const Register,
-        stride: usize,
-        sums: &mut [[Self::Lanes; C]; R],
-    ) {
-        // SAFETY: by contract.
-        unsafe {
-            let mut left = [self.load(&*rows[0].cast()); R];
-            for row in 1..R {
-                left[row] = self.load(&*rows[row].cast());
-            }
-            for column in 0..C {
-                let right = self.load(&(*columns.add(column * stride)).0);
-                for row in 0..R {
-                    sums[row][column] = self.fma(left[row], right, sums[row][column]);
-                }
-            }
-        }
-    }
     /// The sum of each register's lanes: `(0 + 2) + (1 + 3)` within each four, then the fours in the same way.
     fn sums(self, of: [Self::Lanes; 4]) -> [f32; 4];
 }
@@ -119,32 +92,6 @@ pub trait Product: Copy {
     unsafe fn right(self, from: *const Register) -> Self::Right;
     /// Adds a step's products to a sum.
     fn dot(self, left: Self::Left, right: Self::Right, sum: Lanes<Self>) -> Lanes<Self>;
-    /// Adds the products of a step of `R` rows with one of `C` packed columns to their sums.
-    ///
-    /// # Safety
-    /// A step of every row and column can be read.
-    #[inline(always)]
-    #[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
-    unsafe fn step<const R: usize, const C: usize>(
-        self,
-        rows: [*const Self::Element; R],
-        columns: *const Register,
-        sums: &mut [[Lanes<Self>; C]; R],
-    ) {
-        // SAFETY: by contract.
-        unsafe {
-            let mut left = [self.left(rows[0]); R];
-            for row in 1..R {
-                left[row] = self.left(rows[row]);
-            }
-            for column in 0..C {
-                let right = self.right(columns.add(column * Self::REGISTERS));
-                for row in 0..R {
-                    sums[row][column] = self.dot(left[row], right, sums[row][column]);
-                }
-            }
-        }
-    }
     /// Packs a step of a column, whose values are elements exactly.
     fn pack(self, step: &[f32], to: &mut [Register]);
     /// Elements as floats, register by register: where lane `i` of register `r` belongs is [`Self::place`].
@@ -203,17 +150,6 @@ impl<I: Isa> Product for Wide<I> {
     #[inline(always)]
     fn dot(self, left: I::Lanes, right: I::Lanes, sum: I::Lanes) -> I::Lanes {
         self.0.fma(left, right, sum)
-    }
-
-    #[inline(always)]
-    unsafe fn step<const R: usize, const C: usize>(
-        self,
-        rows: [*const f32; R],
-        columns: *const Register,
-        sums: &mut [[I::Lanes; C]; R],
-    ) {
-        // SAFETY: by contract.
-        unsafe { self.0.multiply(rows, columns, 1, sums) }
     }
 
     #[inline(always)]
@@ -399,6 +335,7 @@ pub(crate) fn with_bf16<W: Task<bf16>>(task: W) -> W::Output {
 /// # Safety
 /// `steps` steps of every row, and of `C` columns, can be read.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
 pub unsafe fn multiply<P: Product, const R: usize, const C: usize, const AHEAD: bool>(
     p: P,
     rows: [*const P::Element; R],
@@ -415,11 +352,16 @@ pub unsafe fn multiply<P: Product, const R: usize, const C: usize, const AHEAD: 
         }
         // SAFETY: by contract.
         unsafe {
-            let mut at = rows;
-            for row in 0..R {
-                at[row] = rows[row].add(step * P::ELEMENTS);
+            let mut left = [p.left(rows[0].add(step * P::ELEMENTS)); R];
+            for row in 1..R {
+                left[row] = p.left(rows[row].add(step * P::ELEMENTS));
             }
-            p.step(at, columns.add(step * C * P::REGISTERS), &mut sums);
+            for column in 0..C {
+                let right = p.right(columns.add((step * C + column) * P::REGISTERS));
+                for row in 0..R {
+                    sums[row][column] = p.dot(left[row], right, sums[row][column]);
+                }
+            }
         }
     }
     sums
@@ -430,6 +372,7 @@ pub unsafe fn multiply<P: Product, const R: usize, const C: usize, const AHEAD: 
 /// # Safety
 /// As there.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
 pub unsafe fn multiply_floats<P: Product, const R: usize, const C: usize>(
     p: P,
     rows: [*const Register; R],
@@ -437,15 +380,21 @@ pub unsafe fn multiply_floats<P: Product, const R: usize, const C: usize>(
     steps: usize,
     mut sums: [[Lanes<P>; C]; R],
 ) -> [[Lanes<P>; C]; R] {
+    let isa = p.isa();
     for step in 0..steps {
         for register in 0..P::FLOATS {
             // SAFETY: by contract.
             unsafe {
-                let mut at = [rows[0].cast(); R];
+                let mut left = [isa.splat(0.0); R];
                 for row in 0..R {
-                    at[row] = rows[row].add(step * P::FLOATS + register).cast();
+                    left[row] = isa.load(&(*rows[row].add(step * P::FLOATS + register)).0);
                 }
-                p.isa().multiply(at, columns.add(step * C * P::FLOATS + register), P::FLOATS, &mut sums);
+                for column in 0..C {
+                    let right = isa.load(&(*columns.add((step * C + column) * P::FLOATS + register)).0);
+                    for row in 0..R {
+                        sums[row][column] = isa.fma(left[row], right, sums[row][column]);
+                    }
+                }
             }
         }
     }

@@ -98,32 +98,6 @@ impl Isa for Avx2 {
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
 
-    /// One half after the other: of both, rows and sums are more than there are registers.
-    #[inline(always)]
-    #[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
-    unsafe fn multiply<const R: usize, const C: usize>(
-        self,
-        rows: [*const f32; R],
-        columns: *const Register,
-        stride: usize,
-        sums: &mut [[[__m256; 2]; C]; R],
-    ) {
-        unsafe {
-            for half in 0..2 {
-                let mut left = [_mm256_loadu_ps(rows[0].add(half * LANES / 2)); R];
-                for row in 1..R {
-                    left[row] = _mm256_loadu_ps(rows[row].add(half * LANES / 2));
-                }
-                for column in 0..C {
-                    let right = _mm256_loadu_ps(columns.add(column * stride).cast::<f32>().add(half * LANES / 2));
-                    for row in 0..R {
-                        sums[row][column][half] = _mm256_fmadd_ps(left[row], right, sums[row][column][half]);
-                    }
-                }
-            }
-        }
-    }
-
     #[inline(always)]
     fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
         unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }

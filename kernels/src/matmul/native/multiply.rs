@@ -309,54 +309,67 @@ impl<T: Float> Part<'_, T> {
         let in_block = (BLOCK_BYTES / (column_bytes * self.packed[0].columns)).max(2);
         let rows = if self.up.is_some() { R / 2 } else { R };
         let count = self.y.len() / m;
-        // [tiles, groups, R * most columns]
         let waiting = if whole > steps { BLOCK_ROWS.div_ceil(rows) * in_block.min(self.packed.len()) } else { 0 };
-        let sums = R * P::Isa::COLUMNS.max(if R > 4 { P::Isa::FEW } else { 0 });
-        let mut partial = vec![Register::ZERO; waiting * sums];
-        // [tiles, R, steps, registers of a step]
         let of_row = if widens { steps * P::FLOATS } else { 0 };
-        let mut wide = vec![Register::ZERO; tiles * R * of_row];
+        let mut memory = Memory {
+            partial: vec![Register::ZERO; waiting * R * P::Isa::COLUMNS],
+            wide: vec![Register::ZERO; tiles * R * of_row],
+        };
         for begin in (0..count).step_by(BLOCK_ROWS) {
             let end = count.min(begin + BLOCK_ROWS);
             for block in self.packed.chunks(in_block) {
                 let mut from = 0;
                 loop {
                     let to = whole.min(from + steps);
-                    for (number, strip) in (begin..end).step_by(rows * tiles).enumerate() {
-                        let mut pointers = [[self.gate.as_ptr(); R]; STRIP_ROWS];
-                        let tiles_of_strip = (strip..end.min(strip + rows * tiles)).step_by(rows);
-                        for ((first, pointers), index) in tiles_of_strip.clone().zip(&mut pointers).zip(0..) {
-                            *pointers = self.tile_rows::<R>(first, rows, count);
-                            if widens {
-                                let wide = &mut wide[index * R * of_row..][..R * of_row];
-                                self.widen(p, *pointers, [from, to], wide, rows * tiles * k);
-                            }
-                        }
-                        for (at, group) in block.iter().enumerate() {
-                            for ((first, rows_of_tile), index) in tiles_of_strip.clone().zip(&pointers).zip(0..) {
-                                let tile = Tile { first, rows: rows.min(count - first), from, to, half: rows };
-                                let wide = if widens { &wide[index * R * of_row..][..R * of_row] } else { &[] };
-                                let place = ((number * tiles + index) * block.len() + at) * sums;
-                                let partial = if waiting == 0 { &mut [][..] } else { &mut partial[place..][..sums] };
-                                // The next strip is on its way while this one is worked on, a tile of it with each group.
-                                let is_next_asked_for = index.min(block.len() - 1) == at;
-                                let ahead = if is_next_asked_for { rows * tiles * k } else { 0 };
-                                let left = Left { rows: *rows_of_tile, wide, ahead };
-                                match group.columns {
-                                    1 => self.tile::<P, R, 1>(p, &left, group, &tile, partial),
-                                    2 => self.tile::<P, R, 2>(p, &left, group, &tile, partial),
-                                    3 => self.tile::<P, R, 3>(p, &left, group, &tile, partial),
-                                    4 => self.tile::<P, R, 4>(p, &left, group, &tile, partial),
-                                    5 => self.tile::<P, R, 5>(p, &left, group, &tile, partial),
-                                    _ => self.tile::<P, R, 6>(p, &left, group, &tile, partial),
-                                }
-                            }
-                        }
+                    for (number, first) in (begin..end).step_by(rows * tiles).enumerate() {
+                        let strip = Strip { first, end: end.min(first + rows * tiles), rows, number, tiles, from, to };
+                        self.strip::<P, R>(p, &strip, block, &mut memory);
                     }
                     from = to;
                     if from == whole {
                         break;
                     }
+                }
+            }
+        }
+    }
+
+    /// A strip by the groups of a block.
+    #[inline(always)]
+    fn strip<P: Product<Element = T>, const R: usize>(
+        &mut self,
+        p: P,
+        strip: &Strip,
+        block: &[Group],
+        memory: &mut Memory,
+    ) {
+        let (count, sums) = (self.y.len() / self.m, R * P::Isa::COLUMNS);
+        let &Strip { first, end, rows, number, tiles, from, to } = strip;
+        let next = rows * tiles * self.k;
+        let firsts = (first..end).step_by(rows);
+        let mut pointers = [[self.gate.as_ptr(); R]; STRIP_ROWS];
+        let of_tile = memory.wide.len() / tiles;
+        for ((first, pointers), index) in firsts.clone().zip(&mut pointers).zip(0..) {
+            *pointers = self.tile_rows::<R>(first, rows, count);
+            if of_tile > 0 {
+                self.widen(p, *pointers, [from, to], &mut memory.wide[index * of_tile..][..of_tile], next);
+            }
+        }
+        for (at, group) in block.iter().enumerate() {
+            for ((first, rows_of_tile), index) in firsts.clone().zip(&pointers).zip(0..) {
+                let tile = Tile { first, rows: rows.min(count - first), from, to, half: rows };
+                let place = ((number * tiles + index) * block.len() + at) * sums;
+                let partial = memory.partial.get_mut(place..place + sums).unwrap_or_default();
+                // The next strip is on its way while this one is worked on, a tile of it with each group.
+                let ahead = if index.min(block.len() - 1) == at { next } else { 0 };
+                let left = Left { rows: *rows_of_tile, wide: &memory.wide[index * of_tile..][..of_tile], ahead };
+                match group.columns {
+                    1 => self.tile::<P, R, 1>(p, &left, group, &tile, partial),
+                    2 => self.tile::<P, R, 2>(p, &left, group, &tile, partial),
+                    3 => self.tile::<P, R, 3>(p, &left, group, &tile, partial),
+                    4 => self.tile::<P, R, 4>(p, &left, group, &tile, partial),
+                    5 => self.tile::<P, R, 5>(p, &left, group, &tile, partial),
+                    _ => self.tile::<P, R, 6>(p, &left, group, &tile, partial),
                 }
             }
         }
@@ -488,6 +501,28 @@ impl<T: Float> Part<'_, T> {
             }
         }
     }
+}
+
+/// What is kept from one tile to another.
+struct Memory {
+    /// Sums that wait for the next steps, if there are: `[tiles of a block, groups, R * most columns]`.
+    partial: Vec<Register>,
+    /// A strip's steps as floats, if they are made: `[tiles, R, steps, registers of a step]`.
+    wide: Vec<Register>,
+}
+
+/// Tiles of the result that lie below each other, and steps along their rows.
+struct Strip {
+    /// The first row of the result, and the one behind the last.
+    first: usize,
+    end: usize,
+    /// Of a tile.
+    rows: usize,
+    /// Which strip of the block of rows it is, and how many tiles each has.
+    number: usize,
+    tiles: usize,
+    from: usize,
+    to: usize,
 }
 
 /// Rows of the weight.

@@ -180,7 +180,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let [step] = k.grid([(steps, Semantics::Parallel)]);
         let metadata = Metadata::declare(k, problem);
         let of_heads = Heads::declare(k, problem).in_products(1, block::scale(plan));
-        let [rows, columns] = plan::padded_rows(problem, plan.chip());
+        let [rows, columns] = plan.padded_rows();
         let q = match problem.fused {
             None => k.hbm_input("q", types.q, &[rows, columns]),
             Some(_) => k.hbm_input("qkv", types.q, &plan::fused::projected(problem, plan.chip())),
@@ -337,7 +337,7 @@ impl<'a, 'p> Body<'a, 'p> {
 
     /// Lists what the core has to do: how many entries there are, and segments.
     fn list(&self) -> [Value<'a>; 2] {
-        let (k, problem, block) = (self.k, self.plan.problem(), self.plan.block_rows() as i64);
+        let (k, block) = (self.k, self.plan.block_rows() as i64);
         let band = self.plan.band() as i64;
         let bands = |rows: Value<'a>| (rows + (band - 1)) & -band;
         let sequences = self.metadata.sequences();
@@ -346,7 +346,7 @@ impl<'a, 'p> Body<'a, 'p> {
         let total = self.metadata.first_row(sequences);
         let live = bands(total);
         let state = (
-            k.int(plan::padded_rows(problem, self.plan.chip())[0] as i64),
+            k.int(self.plan.padded_rows()[0] as i64),
             (sequences - 1).maximum(0),
             [k.int(0), k.int(0)],
             [k.int(0), k.int(0)],

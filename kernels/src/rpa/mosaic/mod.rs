@@ -110,7 +110,7 @@ pub(super) fn returned(plan: &Plan) -> Vec<TensorType> {
     let lanes = plan::log_sum_exp_lanes(problem);
     let lse = problem.log_sum_exp.then(|| match problem.kind {
         Kind::Decode => TensorType::new(Element::F32, &[problem.tokens, 1, lanes]),
-        Kind::Mixed => TensorType::new(Element::F32, &[plan::padded_rows(problem, plan.chip())[0], lanes]),
+        Kind::Mixed => TensorType::new(Element::F32, &[plan.padded_rows()[0], lanes]),
     });
     [Some(out), kv_pages, lse, plan.fresh_tokens()].into_iter().flatten().collect()
 }

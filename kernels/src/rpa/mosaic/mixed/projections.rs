@@ -101,13 +101,17 @@ impl<'a> Fused<'a> {
 }
 
 impl<'a> Body<'a, '_> {
+    /// New rows whose keys and values become tokens at a time.
+    fn new_rows(&self) -> usize {
+        plan::fused::rows(self.plan.problem(), self.plan.chip())
+    }
+
     /// How many times rows are taken, and the copies of the first ones started.
     pub(super) fn begin_new_tokens(&self, fused: &Fused<'a>) -> Value<'a> {
-        let (k, problem) = (self.k, self.plan.problem());
-        let rows = plan::fused::rows(problem, self.plan.chip());
+        let (k, rows) = (self.k, self.new_rows());
         let chunks = match fused.written.fresh {
             None => self.live_rows().div_ceil(rows),
-            Some(_) => k.int(plan::padded_rows(problem, self.plan.chip())[0].div_ceil(rows) as i64),
+            Some(_) => k.int(self.plan.padded_rows()[0].div_ceil(rows) as i64),
         };
         if let Some(wide) = &fused.wide {
             wide.store(0.0);
@@ -151,9 +155,7 @@ impl<'a> Body<'a, '_> {
 
     /// The first row that is copied with others: whole tiles, all of them rows of the array.
     fn first_copied(&self, chunk: Value<'a>) -> Value<'a> {
-        let problem = self.plan.problem();
-        let (rows, all) =
-            (plan::fused::rows(problem, self.plan.chip()), plan::padded_rows(problem, self.plan.chip())[0]);
+        let (rows, all) = (self.new_rows(), self.plan.padded_rows()[0]);
         match rows == all {
             true => self.k.int(0),
             false => (chunk * rows).minimum((all - rows) as i64).multiple_of(self.plan.band()),
@@ -163,7 +165,7 @@ impl<'a> Body<'a, '_> {
     /// The copies of the projections of some rows, and of their angles, into a buffer.
     fn copy_projected(&self, fused: &Fused<'a>, chunk: Value<'a>, slot: Value<'a>, act: impl Fn(Dma<'a>)) {
         let (k, problem) = (self.k, self.plan.problem());
-        let (start, rows) = (self.first_copied(chunk), plan::fused::rows(problem, self.plan.chip()));
+        let (start, rows) = (self.first_copied(chunk), self.new_rows());
         let mut done = 0;
         let Columns { parts, .. } = Columns::new_tokens(problem, self.plan.head_block());
         for (index, part) in parts.iter().enumerate() {
@@ -183,7 +185,7 @@ impl<'a> Body<'a, '_> {
     /// Tokens of the rows in a buffer.
     fn make_tokens(&self, fused: &Fused<'a>, slot: Value<'a>) {
         let (k, problem, heads) = (self.k, self.plan.problem(), self.plan.head_block());
-        let (dim, rows) = (problem.head_dim, plan::fused::rows(problem, self.plan.chip()));
+        let (dim, rows) = (problem.head_dim, self.new_rows());
         let [_, step] = plan::fused::steps(problem, self.plan.chip(), heads, self.plan.block_rows());
         let first = Columns::new_tokens(problem, heads).first;
         let pieces = fused.new_tokens.dims()[1];
@@ -210,13 +212,13 @@ impl<'a> Body<'a, '_> {
         sequence: Value<'a>,
     ) -> (Value<'a>, Value<'a>) {
         let (k, problem) = (self.k, self.plan.problem());
-        let (rows, page_size) = (plan::fused::rows(problem, self.plan.chip()), problem.page_size);
+        let (rows, page_size) = (self.new_rows(), problem.page_size);
         let (first, start) = (chunk * rows, self.first_copied(chunk));
         let end = (first + rows).minimum(self.live_rows());
         let (end, own) = match &fused.written.fresh {
             None => (end, k.int(0)),
             Some(fresh) => {
-                let count = (plan::padded_rows(problem, self.plan.chip())[0] as i64 - first).minimum(rows);
+                let count = (self.plan.padded_rows()[0] as i64 - first).minimum(rows);
                 let fresh = fresh.at(self.core).slice(0, first, rows);
                 self.copy_tokens(fused, slot, first - start, fresh, count);
                 // Every other run of rows is written by this core.
@@ -274,7 +276,7 @@ impl<'a> Body<'a, '_> {
         let k = self.k;
         let pieces = fused.new_tokens.dims()[1];
         let rows = self.plan.token_rows();
-        let most = plan::fused::rows(self.plan.problem(), self.plan.chip());
+        let most = self.new_rows();
         // Two copies of each, where the core has memory of its own.
         let tokens = |piece: usize, count: Value<'a>| {
             let tokens = fused.tokens([slot, k.int(0)], most, piece).slice(1, 0, rows);
