@@ -3,9 +3,9 @@
 
 help:
 	@echo "make demo         set up, build, and sample the demo model"
-	@echo "make test         set up, libtpu too, then format check, clippy, docs, every test, examples/my_kernel"
+	@echo "make test         set up, libtpu too, then format check, clippy, docs, every test, examples/my_kernel among them"
 	@echo "make nightly      10,000 random problems, tiles and batches through the Mosaic kernels (make test: 500);"
-	@echo "                  then each fuzz target for PAGODA_FUZZ_SECONDS (60) with a fresh seed"
+	@echo "                  then each fuzz target for PAGODA_FUZZ_SECONDS (60) with a fresh seed, and examples/my_kernel as its own crate"
 	@echo "make families     transformers writes the tiny checkpoints of tests/families anew (gigabytes of torch; only to change them)"
 	@echo "make jax-suite    JAX's own Pallas TPU tests on the tile machine (hours; JAX_SRC=a checkout of jax-v0.10.2, PYTHON=one with"
 	@echo "                  jax 0.10.2, absl-py, pytest, hypothesis; ARGS=\"--variants 2 --only 'tpu_ops*'\"; SERVING_SRC=tpu-inference)"
@@ -40,13 +40,13 @@ test: tpu-tools
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
 	cargo test --workspace --quiet
-	cargo run --manifest-path examples/my_kernel/Cargo.toml --target-dir target --quiet > /dev/null
 
 nightly: setup
 	cargo test --test mosaic_check --test sampler --test native_attention -- --ignored
 	cargo test --test llama -- --ignored fresh
 	cargo test -p pagoda-engine --lib -- --ignored a_million_requests --nocapture
 	PAGODA_FUZZ_SECONDS=$${PAGODA_FUZZ_SECONDS:-60} cargo test --test fuzz
+	cargo run --manifest-path examples/my_kernel/Cargo.toml --target-dir target --quiet > /dev/null
 
 families:
 	@[ -x .pagoda/families/bin/python ] || python3 -m venv .pagoda/families

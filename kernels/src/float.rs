@@ -4,7 +4,7 @@ use half::bf16;
 use pagoda_ir::element::Native;
 
 use crate::{
-    matmul::native::multiply::{Group, Pack, Part},
+    matmul::native::multiply::{Pack, Packed, Part},
     simd,
 };
 
@@ -17,7 +17,7 @@ pub trait Float: Native {
     /// A vector in f32: itself, or widened into `wide`.
     fn vector<'v>(narrow: &'v [Self], wide: &'v mut [f32]) -> &'v [f32];
     /// Packs columns for a matmul. This and the next are not generic, so that what they run is compiled once, here.
-    fn pack(columns: Pack<'_, Self>) -> Vec<Group>;
+    fn pack(columns: Pack<'_, Self>) -> Packed;
     /// Does a part of a matmul.
     fn part(part: Part<'_, Self>);
 }
@@ -38,7 +38,7 @@ impl Float for f32 {
         narrow
     }
 
-    fn pack(columns: Pack<'_, Self>) -> Vec<Group> {
+    fn pack(columns: Pack<'_, Self>) -> Packed {
         simd::with_f32(columns)
     }
 
@@ -67,7 +67,7 @@ impl Float for bf16 {
         wide
     }
 
-    fn pack(columns: Pack<'_, Self>) -> Vec<Group> {
+    fn pack(columns: Pack<'_, Self>) -> Packed {
         simd::with_bf16(columns)
     }
 
@@ -84,8 +84,9 @@ pub(crate) fn exp(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Adding and subtracting 1.5 * 2^23 rounds to an integer.
     const ROUND: f32 = 12_582_912.0;
-    let x = x.max(-87.0);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let x = if x > -87.0 { x } else { -87.0 };
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = x - n * LN2_HIGH - n * LN2_LOW;
     let p = 1.0 / 5040.0;
     let p = p * r + 1.0 / 720.0;
@@ -95,5 +96,6 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * r + 0.5;
     let p = p * r + 1.0;
     let p = p * r + 1.0;
-    p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    // The integer is in the last bits of the sum.
+    p * f32::from_bits((rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127)) << 23)
 }

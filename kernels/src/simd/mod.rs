@@ -11,6 +11,7 @@
 //! Everything is `inline(always)`, and loops rather than closures: what is not inlined into the entry function of an
 //! instruction set is compiled without its instructions.
 
+pub mod chains;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -52,6 +53,10 @@ pub trait Isa: Copy {
     }
     /// `a * b + c`
     fn fma(self, a: Self::Lanes, b: Self::Lanes, c: Self::Lanes) -> Self::Lanes;
+    /// `a + b`
+    fn add(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
+    /// The greater one of `a` and `b`, and `b` where one is NaN.
+    fn max(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
     /// `a * b`
     fn mul(self, a: Self::Lanes, b: Self::Lanes) -> Self::Lanes;
     /// The odd elements, and the even ones.
@@ -59,6 +64,23 @@ pub trait Isa: Copy {
     /// # Safety
     /// 32 elements can be read.
     unsafe fn widen(self, from: *const bf16) -> [Self::Lanes; 2];
+    /// Sixteen rows of sixteen floats as columns: the first floats of all rows, then the second ones, each `stride` registers from
+    /// the one of the next [`chains::chain`].
+    ///
+    /// # Safety
+    /// The rows can be read, and sixteen registers written.
+    unsafe fn turn(self, rows: &[*const f32; LANES], to: *mut Register, stride: usize);
+    /// The greatest of a register's lanes, none of which is NaN.
+    #[inline(always)]
+    fn most(self, of: Self::Lanes) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(of, &mut lanes);
+        let mut most = lanes[0];
+        for lane in lanes {
+            most = if lane > most { lane } else { most };
+        }
+        most
+    }
     /// The sum of each register's lanes: `(0 + 2) + (1 + 3)` within each four, then the fours in the same way.
     fn sums(self, of: [Self::Lanes; 4]) -> [f32; 4];
 }
@@ -94,7 +116,7 @@ pub trait Product: Copy {
     fn dot(self, left: Self::Left, right: Self::Right, sum: Lanes<Self>) -> Lanes<Self>;
     /// Packs a step of a column, whose values are elements exactly.
     fn pack(self, step: &[f32], to: &mut [Register]);
-    /// Elements as floats, register by register: where lane `i` of register `r` belongs is [`Self::place`].
+    /// Elements as floats, register by register, as [`Self::lane`] has them.
     ///
     /// # Safety
     /// As [`Self::left`].
@@ -103,8 +125,8 @@ pub trait Product: Copy {
     const FLOATS: usize = Self::ELEMENTS / LANES;
     /// Whether columns are packed as such registers.
     const PACKS_FLOATS: bool = Self::REGISTERS == Self::FLOATS;
-    /// The element, within its step, of a lane.
-    fn place(register: usize, lane: usize) -> usize;
+    /// The register, and its lane, of an element of a step.
+    fn lane(element: usize) -> [usize; 2];
 }
 
 /// A register of a product.
@@ -164,8 +186,8 @@ impl<I: Isa> Product for Wide<I> {
     }
 
     #[inline(always)]
-    fn place(_: usize, lane: usize) -> usize {
-        lane
+    fn lane(element: usize) -> [usize; 2] {
+        [0, element]
     }
 }
 
@@ -217,8 +239,8 @@ impl<I: Isa> Product for Split<I> {
     }
 
     #[inline(always)]
-    fn place(register: usize, lane: usize) -> usize {
-        2 * lane + 1 - register
+    fn lane(element: usize) -> [usize; 2] {
+        [1 - element % 2, element / 2]
     }
 }
 
@@ -261,6 +283,22 @@ impl Isa for Portable {
     }
 
     #[inline(always)]
+    fn add(self, a: [f32; LANES], mut b: [f32; LANES]) -> [f32; LANES] {
+        for lane in 0..LANES {
+            b[lane] += a[lane];
+        }
+        b
+    }
+
+    #[inline(always)]
+    fn max(self, a: [f32; LANES], mut b: [f32; LANES]) -> [f32; LANES] {
+        for lane in 0..LANES {
+            b[lane] = if a[lane] > b[lane] { a[lane] } else { b[lane] };
+        }
+        b
+    }
+
+    #[inline(always)]
     fn mul(self, a: [f32; LANES], mut b: [f32; LANES]) -> [f32; LANES] {
         for lane in 0..LANES {
             b[lane] *= a[lane];
@@ -277,6 +315,16 @@ impl Isa for Portable {
             (floats[0][lane], floats[1][lane]) = (from[2 * lane + 1].widen(), from[2 * lane].widen());
         }
         floats
+    }
+
+    #[inline(always)]
+    unsafe fn turn(self, rows: &[*const f32; LANES], to: *mut Register, stride: usize) {
+        for (at, row) in rows.iter().enumerate() {
+            for lane in 0..LANES {
+                // SAFETY: by contract.
+                unsafe { (*to.add(chains::chain(lane) * stride)).0[at] = *row.add(lane) };
+            }
+        }
     }
 
     #[inline(always)]
@@ -367,7 +415,7 @@ pub unsafe fn multiply<P: Product, const R: usize, const C: usize, const AHEAD: 
     sums
 }
 
-/// As [`multiply`], of rows whose steps are registers of floats, in the order of [`Product::place`], as the columns' are.
+/// As [`multiply`], of rows whose steps are registers of floats, as [`Product::lane`] has them, and the columns' are.
 ///
 /// # Safety
 /// As there.

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Isa, LANES, Product, Register, Split, Task};
+use super::{Isa, LANES, Product, Register, Split, Task, chains::chain};
 
 /// AVX2 with fused multiply-add: two registers.
 #[derive(Clone, Copy)]
@@ -99,6 +99,16 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn max(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
     fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
         unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
     }
@@ -111,6 +121,24 @@ impl Isa for Avx2 {
             let odd = |pair| _mm256_castsi256_ps(_mm256_and_si256(pair, high));
             let even = |pair| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pair));
             [[odd(pairs[0]), odd(pairs[1])], [even(pairs[0]), even(pairs[1])]]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn turn(self, rows: &[*const f32; LANES], to: *mut Register, stride: usize) {
+        for half in 0..2 {
+            for part in 0..2 {
+                unsafe {
+                    let mut eight = [_mm256_setzero_ps(); 8];
+                    for (eight, row) in eight.iter_mut().zip(&rows[8 * half..]) {
+                        *eight = _mm256_loadu_ps(row.add(8 * part));
+                    }
+                    for (lane, column) in eight_turned(eight).into_iter().enumerate() {
+                        let to = to.add(chain(8 * part + lane) * stride);
+                        _mm256_storeu_ps(to.cast::<f32>().add(8 * half), column);
+                    }
+                }
+            }
         }
     }
 
@@ -128,6 +156,30 @@ impl Isa for Avx2 {
             }
             fold(_mm256_add_ps(halves[0], halves[1]))
         }
+    }
+}
+
+/// Eight rows of eight as columns.
+#[inline(always)]
+unsafe fn eight_turned(rows: [__m256; 8]) -> [__m256; 8] {
+    unsafe {
+        let [mut pairs, mut fours, mut turned] = [[_mm256_setzero_ps(); 8]; 3];
+        for at in 0..4 {
+            let [a, b] = [rows[2 * at], rows[2 * at + 1]];
+            (pairs[2 * at], pairs[2 * at + 1]) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        }
+        for at in 0..4 {
+            // Of each half: columns 0 and 1, then 2 and 3, of four rows.
+            let at_pair = at / 2 * 4 + at % 2;
+            let [a, b] = [_mm256_castps_pd(pairs[at_pair]), _mm256_castps_pd(pairs[at_pair + 2])];
+            fours[2 * at] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            fours[2 * at + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+        }
+        for at in 0..4 {
+            turned[at] = _mm256_permute2f128_ps::<0x20>(fours[at], fours[at + 4]);
+            turned[at + 4] = _mm256_permute2f128_ps::<0x31>(fours[at], fours[at + 4]);
+        }
+        turned
     }
 }
 
@@ -173,6 +225,16 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
     fn mul(self, a: __m512, b: __m512) -> __m512 {
         unsafe { _mm512_mul_ps(a, b) }
     }
@@ -184,6 +246,11 @@ impl Isa for Avx512 {
             let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
             [_mm512_castsi512_ps(odd), _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))]
         }
+    }
+
+    #[inline(always)]
+    unsafe fn turn(self, rows: &[*const f32; LANES], to: *mut Register, stride: usize) {
+        unsafe { Avx2(()).turn(rows, to, stride) }
     }
 
     #[inline(always)]
@@ -243,7 +310,7 @@ impl Product for Avx512Bf16 {
     }
 
     #[inline(always)]
-    fn place(register: usize, lane: usize) -> usize {
-        Split::<Avx512>::place(register, lane)
+    fn lane(element: usize) -> [usize; 2] {
+        Split::<Avx512>::lane(element)
     }
 }

@@ -9,6 +9,10 @@ use crate::{
     threads::{self, Guard, Threads},
 };
 
+mod panels;
+
+use panels::Panel;
+
 /// What one core does in a nanosecond, roughly: multiply-adds, and bytes of a weight that is in a cache.
 const MULTIPLY_ADDS: usize = 100;
 const BYTES: usize = 60;
@@ -61,7 +65,7 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
     if k == 0 {
         return y.fill(O::narrow(0.0));
     }
-    let packed: Arc<[Group]> = pack(x, m, around.norm, threads).into();
+    let packed = Arc::new(pack(x, m, around.norm, threads));
     let weights = halves * n * k;
     let nanoseconds = (weights * m / MULTIPLY_ADDS).max(weights * size_of::<T>() / BYTES);
     let pieces = match threads.count() {
@@ -71,7 +75,8 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
         }
         _ => 1,
     };
-    let rows = n.div_ceil(pieces).next_multiple_of(8);
+    let whole = if matches!(*packed, Packed::Panels(_)) { panels::ROWS } else { STRIP_ROWS };
+    let rows = n.div_ceil(pieces).next_multiple_of(whole);
     let weight = Weight { w, n, k, activation };
     let take = |piece: usize, y: &mut [O], made: Vec<f32>| {
         let residual = around.residual.map(|residual| &residual[piece * rows * m..][..y.len()]);
@@ -82,7 +87,7 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
     match &call.resident {
         Some(guard) if pieces > 1 => {
             let elsewhere = Elsewhere { w: w.as_ptr(), length: w.len(), guard: Arc::clone(guard) };
-            let columns = packed.clone();
+            let columns = Arc::clone(&packed);
             let work = move |piece: usize| {
                 let weight = Weight { w: elsewhere.values(), n, k, activation };
                 weight.rows(piece * rows, rows, &columns, m)
@@ -102,14 +107,14 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
     }
 }
 
-/// All groups of columns; many are packed by all threads.
-fn pack<T: Float>(x: &[T], m: usize, norm: Option<Norm<&[T]>>, threads: &dyn Threads) -> Vec<Group> {
+/// All columns; many are packed by all threads.
+fn pack<T: Float>(x: &[T], m: usize, norm: Option<Norm<&[T]>>, threads: &dyn Threads) -> Packed {
     let parts = (x.len() / PACKED).clamp(1, threads.count());
-    let mut packed: Vec<Vec<Group>> = (0..parts).map(|_| vec![]).collect();
+    let mut packed: Vec<_> = (0..parts).map(|_| Packed::Groups(vec![])).collect();
     threads::for_each(threads, packed.iter_mut().enumerate().collect(), |(part, packed)| {
         *packed = T::pack(Pack { x, m, norm, part: [part, parts] });
     });
-    packed.into_iter().flatten().collect()
+    packed.into_iter().reduce(Packed::and).expect("a part at least")
 }
 
 /// A weight that stays where it is for as long as its guard lives.
@@ -143,7 +148,7 @@ struct Weight<'w, T> {
 
 impl<T: Float> Weight<'_, T> {
     /// Up to `most` rows of the product from row `first` on, gated where it is.
-    fn rows(&self, first: usize, most: usize, packed: &[Group], m: usize) -> Vec<f32> {
+    fn rows(&self, first: usize, most: usize, packed: &Packed, m: usize) -> Vec<f32> {
         let (k, count) = (self.k, most.min(self.n - first));
         let rows = |first: usize| &self.w[first * k..][..count * k];
         let up = self.activation.is_gated().then(|| (rows(self.n + first), self.activation));
@@ -153,13 +158,33 @@ impl<T: Float> Weight<'_, T> {
     }
 }
 
-/// Columns that are multiplied with the rows of the weight together, packed as registers take them.
+/// Columns, packed as registers take them.
+pub enum Packed {
+    /// A few: elements of a column are the lanes.
+    Groups(Vec<Group>),
+    /// Many: columns are the lanes.
+    Panels(Vec<Panel>),
+}
+
+/// Columns that are multiplied with the rows of the weight together.
 pub struct Group {
     /// The first of them.
     first: usize,
     columns: usize,
     /// `[steps, columns, registers of a step]`, zeros beyond the last element.
     registers: Vec<Register>,
+}
+
+impl Packed {
+    /// These, then those, which are of the same form.
+    fn and(mut self, other: Self) -> Self {
+        match (&mut self, other) {
+            (Self::Groups(groups), Self::Groups(others)) => groups.extend(others),
+            (Self::Panels(panels), Self::Panels(others)) => panels.extend(others),
+            _ => unreachable!("one form for all columns"),
+        }
+        self
+    }
 }
 
 /// Packs columns of `norm(x)`.
@@ -173,11 +198,14 @@ pub struct Pack<'p, T> {
 }
 
 impl<T: Float> Task<T> for Pack<'_, T> {
-    type Output = Vec<Group>;
+    type Output = Packed;
 
     #[inline(always)]
-    fn run<P: Product<Element = T>>(self, p: P) -> Vec<Group> {
+    fn run<P: Product<Element = T>>(self, p: P) -> Packed {
         let Self { x, m, norm, part: [part, parts] } = self;
+        if panels::is_many::<P>(m) {
+            return Packed::Panels(self.panels(p));
+        }
         let (k, count) = (x.len() / m, m.div_ceil(P::Isa::COLUMNS));
         let steps = k.div_ceil(P::ELEMENTS);
         // As even as can be.
@@ -214,7 +242,7 @@ impl<T: Float> Task<T> for Pack<'_, T> {
             }
             Group { first, columns, registers }
         };
-        groups.into_iter().map(pack).collect()
+        Packed::Groups(groups.into_iter().map(pack).collect())
     }
 }
 
@@ -246,15 +274,18 @@ fn normalize<P: Product>(p: P, wide: &mut [f32], columns: usize, norm: Norm<&[P:
         let weights = norm.weight.chunks(P::ELEMENTS);
         for (step, weights) in wide.chunks_exact_mut(columns * P::ELEMENTS).zip(weights) {
             let pairs = step[column * P::ELEMENTS..].iter_mut().zip(weights);
-            match norm.plus_one {
-                true => pairs.for_each(|(x, weight)| {
-                    *x = P::Element::narrow(*x * scale * (1.0 + weight.widen())).widen();
-                }),
-                false => pairs.for_each(|(x, weight)| {
-                    *x = P::Element::narrow(P::Element::narrow(*x * scale).widen() * weight.widen()).widen();
-                }),
-            }
+            let plus_one = norm.plus_one;
+            pairs.for_each(|(x, weight)| *x = normalized::<P::Element>(*x, scale, weight.widen(), plus_one));
         }
+    }
+}
+
+/// An element of a column behind the norm.
+#[inline(always)]
+fn normalized<T: Float>(x: f32, scale: f32, weight: f32, plus_one: bool) -> f32 {
+    match plus_one {
+        true => T::narrow(x * scale * (1.0 + weight)).widen(),
+        false => T::narrow(T::narrow(x * scale).widen() * weight).widen(),
     }
 }
 
@@ -264,7 +295,7 @@ pub struct Part<'p, T> {
     gate: &'p [T],
     /// What is gated, and how.
     up: Option<(&'p [T], Activation)>,
-    packed: &'p [Group],
+    packed: &'p Packed,
     y: &'p mut [f32],
     k: usize,
     m: usize,
@@ -275,10 +306,13 @@ impl<T: Float> Task<T> for Part<'_, T> {
 
     #[inline(always)]
     fn run<P: Product<Element = T>>(mut self, p: P) {
-        match (P::Isa::FEW, self.m <= P::Isa::FEW) {
-            (1, false) => self.strips::<P, 2>(p),
-            (1, true) | (_, false) => self.strips::<P, 4>(p),
-            (_, true) => self.strips::<P, 8>(p),
+        match self.packed {
+            Packed::Panels(panels) => self.panels(p, panels),
+            Packed::Groups(groups) => match (P::Isa::FEW, self.m <= P::Isa::FEW) {
+                (1, false) => self.strips::<P, 2>(p, groups),
+                (1, true) | (_, false) => self.strips::<P, 4>(p, groups),
+                (_, true) => self.strips::<P, 8>(p, groups),
+            },
         }
     }
 }
@@ -292,24 +326,24 @@ impl<T: Float> Part<'_, T> {
     /// one, meet every group of a block before the next strip comes, so that a group comes from the cache behind it once for all
     /// of these tiles. The sums wait in memory for the next steps.
     #[inline(always)]
-    fn strips<P: Product<Element = T>, const R: usize>(&mut self, p: P) {
+    fn strips<P: Product<Element = T>, const R: usize>(&mut self, p: P, groups: &[Group]) {
         let (k, m) = (self.k, self.m);
         let whole = k / P::ELEMENTS;
         // For many groups a strip is copied first: rows that lie a power of two apart would share few places of the cache, and
         // narrow elements become floats once.
         let many = if P::FLOATS > 1 { WIDENED } else { COPIED };
-        let widens = P::PACKS_FLOATS && self.packed.len() >= many;
+        let widens = P::PACKS_FLOATS && groups.len() >= many;
         let bytes = if widens { size_of::<f32>() } else { size_of::<T>() };
         let most_steps = STRIP_BYTES / (STRIP_ROWS * P::ELEMENTS * bytes);
-        let (steps, tiles) = match self.packed.len() {
+        let (steps, tiles) = match groups.len() {
             1 => (whole.max(1), 1),
             _ => (whole.div_ceil(whole.div_ceil(most_steps).max(1)).max(1), STRIP_ROWS / R),
         };
         let column_bytes = steps.min(whole + 1) * P::REGISTERS * size_of::<Register>();
-        let in_block = (BLOCK_BYTES / (column_bytes * self.packed[0].columns)).max(2);
+        let in_block = (BLOCK_BYTES / (column_bytes * groups[0].columns)).max(2);
         let rows = if self.up.is_some() { R / 2 } else { R };
         let count = self.y.len() / m;
-        let waiting = if whole > steps { BLOCK_ROWS.div_ceil(rows) * in_block.min(self.packed.len()) } else { 0 };
+        let waiting = if whole > steps { BLOCK_ROWS.div_ceil(rows) * in_block.min(groups.len()) } else { 0 };
         let of_row = if widens { steps * P::FLOATS } else { 0 };
         let mut memory = Memory {
             partial: vec![Register::ZERO; waiting * R * P::Isa::COLUMNS],
@@ -317,7 +351,7 @@ impl<T: Float> Part<'_, T> {
         };
         for begin in (0..count).step_by(BLOCK_ROWS) {
             let end = count.min(begin + BLOCK_ROWS);
-            for block in self.packed.chunks(in_block) {
+            for block in groups.chunks(in_block) {
                 let mut from = 0;
                 loop {
                     let to = whole.min(from + steps);
@@ -486,13 +520,8 @@ impl<T: Float> Part<'_, T> {
             let half = tile.half * C;
             let mut up = [0.0; MOST[0] * MOST[1] / 2];
             up[..half].copy_from_slice(&flat[half..2 * half]);
-            let gates = 0..(R / 2 * C).next_multiple_of(8);
-            match activation {
-                Activation::GeluGate => gates.for_each(|at| flat[at] *= sigmoid(gelu_argument(flat[at])) * up[at]),
-                Activation::Identity | Activation::SiluGate => {
-                    gates.for_each(|at| flat[at] *= sigmoid(flat[at]) * up[at]);
-                }
-            }
+            let gates = (R / 2 * C).next_multiple_of(8);
+            gate(activation, &mut flat[..gates], &up[..gates]);
         }
         for row in 0..tile.rows {
             let y = &mut self.y[(tile.first + row) * m + first_column..][..C];
@@ -500,6 +529,16 @@ impl<T: Float> Part<'_, T> {
                 y[column] = flat[row * C + column];
             }
         }
+    }
+}
+
+/// Gates what is beside them.
+#[inline(always)]
+fn gate(activation: Activation, gates: &mut [f32], up: &[f32]) {
+    let pairs = gates.iter_mut().zip(up);
+    match activation {
+        Activation::GeluGate => pairs.for_each(|(gate, up)| *gate *= sigmoid(gelu_argument(*gate)) * up),
+        Activation::Identity | Activation::SiluGate => pairs.for_each(|(gate, up)| *gate *= sigmoid(*gate) * up),
     }
 }
 

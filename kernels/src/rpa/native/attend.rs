@@ -3,6 +3,9 @@
 //! Keys, values and queries are f32 in registers, whatever is stored. Blocks of keys begin at multiples of [`KEY_BLOCK`], and
 //! every sum has one order, so that a row's bits depend neither on the rows that it is taken with nor on the threads. A key
 //! that none of these rows sees is not read.
+//!
+//! A few queries meet keys as they lie. For many, a block's keys are turned, so that sixteen of them are the lanes of a
+//! register ([`chains`]): a logit is a sum of few products, and without that its lanes' sum would cost more than they do.
 
 use super::{Call, Layer, Row};
 use crate::{
@@ -11,18 +14,28 @@ use crate::{
         cached::Cached,
         kv_layout::{Half, KvLayout},
     },
-    simd::{self, Isa, LANES, Product, Register, Task},
+    simd::{
+        self, Isa, LANES, Product, Register, Task,
+        chains::{self, chain},
+    },
     threads::{self, Threads},
 };
 
 /// Keys of one step of the online softmax.
 const KEY_BLOCK: usize = 64;
-/// Queries that meet a block of keys together, where a group of heads is not more already.
-const QUERIES: usize = 12;
+/// Queries that meet a block of keys together, where a group of heads is not more already: as many as leave enough jobs, from
+/// the first number to the second.
+const QUERIES: [usize; 2] = [12, 48];
+/// Jobs for each thread that are enough, and that a piece of work should leave.
+const JOBS: usize = 8;
+/// Queries for which a block's keys are turned.
+const TURNED: usize = 6;
 /// Multiply-adds that are worth a second thread.
 const THREADED_WORK: usize = 1 << 17;
 /// Registers of an accumulator that are summed into at a time.
 const TOGETHER: usize = 4;
+/// Queries that meet registers of turned keys together are a divisor of this.
+const ROWS: usize = 6;
 
 /// Attends; `q` and `out` are `[tokens, q_heads, head_dim]`, `lse` is `[tokens, q_heads]`; 0 in rows of padding and in rows
 /// that see nothing.
@@ -50,8 +63,10 @@ pub fn attend<T: Float, C: Cached>(
         lse.fill(0.0);
         sums.extend(lse.chunks_exact_mut(call.group()).map(Some));
     }
+    let most = rows.len() * call.q_heads / (JOBS * threads.count());
+    let most = (most.clamp(QUERIES[0], QUERIES[1]) / call.group()).max(1);
     let blocks = rows.chunk_by(|one, next| one.sequence == next.sequence);
-    let blocks = blocks.flat_map(|rows| rows.chunks((QUERIES / call.group()).max(1)));
+    let blocks = blocks.flat_map(|rows| rows.chunks(most));
     let jobs = blocks.flat_map(|rows| (0..kv_heads).map(move |head| (rows, head)));
     let mut jobs: Vec<Job<'_, T, C>> = jobs
         .map(|(rows, head)| {
@@ -68,7 +83,7 @@ pub fn attend<T: Float, C: Cached>(
         return attend_all(&mut jobs);
     }
     // Rows of one sequence grow with their position: many small pieces even out.
-    let pieces = jobs.len().min(8 * threads.count());
+    let pieces = jobs.len().min(JOBS * threads.count());
     let (mut jobs, mut lists) = (jobs.into_iter(), Vec::with_capacity(pieces));
     for piece in (1..=pieces).rev() {
         let count = jobs.len().div_ceil(piece);
@@ -100,7 +115,8 @@ struct Member<'j, T> {
 struct Scratch {
     /// Scaled queries, `[queries, steps]`.
     plain: Vec<Register>,
-    /// The same, packed: by groups of columns, each `[steps, columns]`.
+    /// The same, packed: by groups of columns, each `[steps, columns]`, or for turned keys by groups of rows, as
+    /// [`chains::multiply`] takes them.
     q: Vec<Register>,
     /// `[queries, steps]`
     acc: Vec<Register>,
@@ -114,13 +130,16 @@ struct Scratch {
     rescale: Vec<f32>,
     /// Keys, then values of a block in f32, where they are not read as they lie: `[2, KEY_BLOCK, steps]`.
     wide: Vec<Register>,
+    /// A block's keys in the lanes, by as many registers as are multiplied together: each `[chains, steps, registers]`.
+    turned: Vec<Register>,
 }
 
 /// Jobs, one after the other.
 fn attend_all<T: Float, C: Cached>(jobs: &mut [Job<'_, T, C>]) {
     let Some(call) = jobs.first().map(|job| job.call) else { return };
     let group = call.group();
-    let most = group * (QUERIES / group).max(1);
+    // Whole groups of rows, where keys are turned.
+    let most = jobs.iter().map(|job| job.members.len() * group).max().unwrap_or(0).next_multiple_of(ROWS);
     let steps = call.layer.kv.head_dim.div_ceil(LANES);
     let registers = |count: usize| vec![Register::ZERO; count];
     let mut scratch = Scratch {
@@ -133,6 +152,7 @@ fn attend_all<T: Float, C: Cached>(jobs: &mut [Job<'_, T, C>]) {
         sum: vec![0.0; most],
         rescale: vec![0.0; most],
         wide: registers(2 * KEY_BLOCK * steps),
+        turned: registers(KEY_BLOCK * steps),
     };
     jobs.iter_mut().for_each(|job| job.run(&mut scratch));
 }
@@ -166,13 +186,11 @@ impl Task<f32> for Work<'_, '_> {
     #[inline(always)]
     fn run<P: Product<Element = f32>>(self, p: P) {
         let Self { scratch, queries, steps, soft_cap, fetch } = self;
-        for query in 0..queries {
-            // Its group of columns, and its place there.
-            let first = query / P::Isa::COLUMNS * P::Isa::COLUMNS;
-            let columns = P::Isa::COLUMNS.min(queries - first);
-            for step in 0..steps {
-                scratch.q[first * steps + step * columns + query - first] = scratch.plain[query * steps + step];
-            }
+        let turned = queries >= TURNED;
+        match (turned, P::Isa::FEW) {
+            (true, 1) => pack_rows::<3>(scratch, queries, steps),
+            (true, _) => pack_rows::<6>(scratch, queries, steps),
+            (false, _) => pack_columns::<P>(scratch, queries, steps),
         }
         scratch.acc[..queries * steps].fill(Register::ZERO);
         scratch.max[..queries].fill(f32::NEG_INFINITY);
@@ -184,20 +202,23 @@ impl Task<f32> for Work<'_, '_> {
             let live = [from - block, to - block];
             // SAFETY: the vectors of live keys are readable, `steps` registers each.
             unsafe {
-                match P::Isa::FEW {
-                    1 => logits::<P, 2>(p, scratch, queries, steps, &keys, live),
-                    _ => logits::<P, 4>(p, scratch, queries, steps, &keys, live),
+                match (turned, P::Isa::FEW) {
+                    (true, 1) => turned_logits::<P, 3, 1>(p, scratch, queries, steps, &keys, live),
+                    (true, _) => turned_logits::<P, 6, 2>(p, scratch, queries, steps, &keys, live),
+                    (false, 1) => logits::<P, 2>(p, scratch, queries, steps, &keys, live),
+                    (false, _) => logits::<P, 4>(p, scratch, queries, steps, &keys, live),
                 }
             }
             for query in 0..queries {
                 let seen = scratch.seen[query];
                 let [start, end] = [seen[0].clamp(block, block + KEY_BLOCK), seen[1].clamp(block, block + KEY_BLOCK)];
-                weights(scratch, query, [start - block, end - block], soft_cap);
+                weights(p.isa(), scratch, query, [start - block, end - block], soft_cap);
             }
             // SAFETY: as above.
             unsafe {
-                match P::Isa::FEW {
-                    1 => accumulate::<P, 2, 2>(p, scratch, queries, steps, &values, live),
+                match (turned, P::Isa::FEW) {
+                    (true, 1) => accumulate::<P, 6, 1>(p, scratch, queries, steps, &values, live),
+                    (false, 1) => accumulate::<P, 2, 2>(p, scratch, queries, steps, &values, live),
                     _ => accumulate::<P, 4, TOGETHER>(p, scratch, queries, steps, &values, live),
                 }
             }
@@ -238,6 +259,7 @@ impl<T: Float, C: Cached> Job<'_, T, C> {
         let (page_size, dim) = (kv.page_size, kv.head_dim);
         let table = &self.call.page_indices[self.members[0].row.sequence * self.call.pages_per_seq..];
         let table = &table[..self.call.pages_per_seq];
+        let few = self.members.len() * self.call.group() < TURNED;
         let mut vectors = [[std::ptr::null(); KEY_BLOCK]; 2];
         for key in from..to {
             let page = first_page + table[key / page_size] as usize;
@@ -252,10 +274,12 @@ impl<T: Float, C: Cached> Job<'_, T, C> {
                 let floats = unsafe { std::slice::from_raw_parts_mut(wide.as_mut_ptr().cast::<f32>(), steps * LANES) };
                 let (place, filled) = (floats.as_ptr(), steps * LANES);
                 let vector = C::vector(stored, &mut floats[..dim]);
-                vectors[key - block] = if dim == filled || vector.as_ptr() == place {
+                let stays = dim == filled && (few || half == Half::Key);
+                vectors[key - block] = if stays || vector.as_ptr() == place {
                     vector.as_ptr()
                 } else {
-                    // As it lies, but not of whole registers.
+                    // As it lies, but not of whole registers, or of values that many queries meet: tokens that lie a power of
+                    // two apart would share few places of the cache.
                     // SAFETY: the buffer has room for `dim` floats and is not the vector.
                     unsafe { std::ptr::copy_nonoverlapping(vector.as_ptr(), place.cast_mut(), dim) };
                     place
@@ -294,9 +318,38 @@ impl<T: Float, C: Cached> Job<'_, T, C> {
     }
 }
 
+/// Queries, packed for keys as they lie.
+#[inline(always)]
+fn pack_columns<P: Product>(scratch: &mut Scratch, queries: usize, steps: usize) {
+    for query in 0..queries {
+        // Its group of columns, and its place there.
+        let first = query / P::Isa::COLUMNS * P::Isa::COLUMNS;
+        let columns = P::Isa::COLUMNS.min(queries - first);
+        for step in 0..steps {
+            scratch.q[first * steps + step * columns + query - first] = scratch.plain[query * steps + step];
+        }
+    }
+}
+
+/// Queries, packed for turned keys: by groups of `R`, each `[chains, steps, R]`. What is behind the last one stays as it is, and
+/// yields logits that nobody reads.
+#[inline(always)]
+fn pack_rows<const R: usize>(scratch: &mut Scratch, queries: usize, steps: usize) {
+    let of_group = R * steps;
+    for query in 0..queries {
+        let packed = &mut scratch.q[query / R * of_group..][..of_group];
+        for (step, register) in scratch.plain[query * steps..][..steps].iter().enumerate() {
+            for (lane, &q) in register.0.iter().enumerate() {
+                let at = (chain(lane) * steps + step) * R + query % R;
+                packed[at / LANES].0[at % LANES] = q;
+            }
+        }
+    }
+}
+
 /// Of the logits of a block, the weights of the keys that a query sees, and zeros.
 #[inline(always)]
-fn weights(scratch: &mut Scratch, query: usize, [start, end]: [usize; 2], soft_cap: Option<f32>) {
+fn weights<I: Isa>(isa: I, scratch: &mut Scratch, query: usize, [start, end]: [usize; 2], soft_cap: Option<f32>) {
     let logits = &mut scratch.logits[query];
     if start >= end {
         logits.fill(0.0);
@@ -310,16 +363,11 @@ fn weights(scratch: &mut Scratch, query: usize, [start, end]: [usize; 2], soft_c
     }
     logits[..start].fill(f32::NEG_INFINITY);
     logits[end..].fill(f32::NEG_INFINITY);
-    let mut largest = [f32::NEG_INFINITY; LANES];
-    for logits in logits.as_chunks::<LANES>().0 {
-        for lane in 0..LANES {
-            largest[lane] = if logits[lane] > largest[lane] { logits[lane] } else { largest[lane] };
-        }
+    let mut largest = isa.splat(scratch.max[query]);
+    for logits in logits.as_chunks().0 {
+        largest = isa.max(isa.load(logits), largest);
     }
-    let mut max = scratch.max[query];
-    for lane in largest {
-        max = max.max(lane);
-    }
+    let max = isa.most(largest);
     for logits in logits.as_chunks_mut::<LANES>().0 {
         for x in logits {
             *x = exp(*x - max);
@@ -327,17 +375,13 @@ fn weights(scratch: &mut Scratch, query: usize, [start, end]: [usize; 2], soft_c
     }
     logits[..start].fill(0.0);
     logits[end..].fill(0.0);
-    let mut total = [0.0; LANES];
-    for weights in logits.as_chunks::<LANES>().0 {
-        for lane in 0..LANES {
-            total[lane] += weights[lane];
-        }
+    let mut total = isa.splat(0.0);
+    for weights in logits.as_chunks().0 {
+        total = isa.add(total, isa.load(weights));
     }
+    let [total, ..] = isa.sums([total; 4]);
     let rescale = exp(scratch.max[query] - max);
-    let mut sum = scratch.sum[query] * rescale;
-    for lane in total {
-        sum += lane;
-    }
+    let sum = scratch.sum[query] * rescale + total;
     (scratch.max[query], scratch.sum[query], scratch.rescale[query]) = (max, sum, rescale);
 }
 
@@ -371,6 +415,50 @@ unsafe fn logits<P: Product<Element = f32>, const R: usize>(
                     4 => products::<P, R, 4>(p, rows, columns, steps, logits, key),
                     5 => products::<P, R, 5>(p, rows, columns, steps, logits, key),
                     _ => products::<P, R, 6>(p, rows, columns, steps, logits, key),
+                }
+            }
+        }
+    }
+}
+
+/// As [`logits`], of keys that are turned first: `R` queries by `C` registers of keys at a time.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
+unsafe fn turned_logits<P: Product<Element = f32>, const R: usize, const C: usize>(
+    p: P,
+    scratch: &mut Scratch,
+    queries: usize,
+    steps: usize,
+    keys: &Vectors,
+    live: [usize; 2],
+) {
+    let isa = p.isa();
+    let (keys_together, of_group) = (C * LANES, R * steps);
+    for first in (live[0] / keys_together * keys_together..live[1]).step_by(keys_together) {
+        for column in 0..C {
+            let first = first + column * LANES;
+            // Keys that nobody sees lie anywhere: one that somebody sees stands for them.
+            let keys: [*const f32; LANES] = std::array::from_fn(|at| keys[(first + at).clamp(live[0], live[1] - 1)]);
+            for step in 0..steps {
+                let to = &mut scratch.turned[step * C + column..];
+                assert!(to.len() > (LANES - 1) * steps * C);
+                // SAFETY: by contract, and as was just seen.
+                unsafe { isa.turn(&keys.map(|key| key.add(step * LANES)), to.as_mut_ptr(), steps * C) };
+            }
+        }
+        for group in 0..queries.div_ceil(R) {
+            let rows = scratch.q[group * of_group..][..of_group].as_ptr().cast();
+            let operands = chains::Operands { rows, columns: scratch.turned.as_ptr(), length: steps };
+            // SAFETY: rows and keys were packed for it.
+            let sums: chains::Sums<P::Isa, R, C> =
+                unsafe { chains::multiply::<_, R, C, true>(isa, operands, std::ptr::null()) };
+            for row in 0..R {
+                let logits = &mut scratch.logits[group * R + row][first..];
+                for column in 0..C {
+                    isa.store(sums[row][column], &mut logits.as_chunks_mut().0[column]);
                 }
             }
         }
@@ -429,10 +517,14 @@ unsafe fn accumulate<P: Product<Element = f32>, const Q: usize, const D: usize>(
                     (1, true) => weigh::<P, 1, D>(p, scratch, first, steps, step, values, live),
                     (2, true) => weigh::<P, 2, D>(p, scratch, first, steps, step, values, live),
                     (3, true) => weigh::<P, 3, D>(p, scratch, first, steps, step, values, live),
+                    (4, true) => weigh::<P, 4, D>(p, scratch, first, steps, step, values, live),
+                    (5, true) => weigh::<P, 5, D>(p, scratch, first, steps, step, values, live),
                     (_, true) => weigh::<P, Q, D>(p, scratch, first, steps, step, values, live),
                     (1, false) => weigh::<P, 1, 1>(p, scratch, first, steps, step, values, live),
                     (2, false) => weigh::<P, 2, 1>(p, scratch, first, steps, step, values, live),
                     (3, false) => weigh::<P, 3, 1>(p, scratch, first, steps, step, values, live),
+                    (4, false) => weigh::<P, 4, 1>(p, scratch, first, steps, step, values, live),
+                    (5, false) => weigh::<P, 5, 1>(p, scratch, first, steps, step, values, live),
                     (_, false) => weigh::<P, Q, 1>(p, scratch, first, steps, step, values, live),
                 }
             }

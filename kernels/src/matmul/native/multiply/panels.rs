@@ -1,0 +1,282 @@
+//! The product with many columns: sixteen of them are the lanes of a register ([`chains`]), and rows of the weight come
+//! element by element.
+//!
+//! Operands are packed by chunks along `k` that the second cache holds: a *panel* has the columns of a tile, a *strip* the rows of
+//! one. The strips of a block meet a panel's chunk before the next panel comes. Sums wait between chunks, one for each chain.
+
+use super::{Norm, Pack, Part, gate, normalized};
+use crate::{
+    float::Float,
+    simd::{
+        Isa, LANES, Product, Register,
+        chains::{self, Operands, Sums, chain, position},
+    },
+};
+
+/// Columns from which on there are panels: a strip is packed for each call, which must pay.
+const MANY: usize = 64;
+/// Elements along `k` of a chunk, at most.
+const CHUNK: usize = 2048;
+/// Bytes of the strips of a block.
+const STRIPS: usize = 3 << 16;
+/// Most rows, and most registers of columns, of a tile.
+const MOST: [usize; 2] = [12, 2];
+/// Rows of which strips are made without a rest, whatever the tile.
+pub(super) const ROWS: usize = 24;
+
+/// Whether that many columns are packed as panels. Not where the processor multiplies narrow elements as they are.
+pub(super) fn is_many<P: Product>(columns: usize) -> bool {
+    P::PACKS_FLOATS && columns >= MANY
+}
+
+/// Registers of columns of a panel.
+const fn registers<I: Isa>() -> usize {
+    if I::FEW == 1 { 1 } else { 2 }
+}
+
+/// Chunks along `k`, as even as can be, in steps of a product.
+#[derive(Clone, Copy)]
+struct Chunks {
+    /// Along all of `k`, and of a chunk.
+    steps: usize,
+    of_chunk: usize,
+}
+
+impl Chunks {
+    fn new<P: Product>(k: usize) -> Self {
+        let steps = k.div_ceil(P::ELEMENTS);
+        Self { steps, of_chunk: steps.div_ceil(k.div_ceil(CHUNK)) }
+    }
+
+    fn count(self) -> usize {
+        self.steps.div_ceil(self.of_chunk)
+    }
+
+    /// The steps of a chunk.
+    fn range(self, chunk: usize) -> [usize; 2] {
+        [chunk, chunk + 1].map(|chunk| self.steps.min(chunk * self.of_chunk))
+    }
+
+    /// The length of a chunk's chains.
+    fn length<P: Product>(self, chunk: usize) -> usize {
+        let [from, to] = self.range(chunk);
+        (to - from) * P::FLOATS
+    }
+}
+
+/// Columns of a panel, packed by chunks: `[chunks, chains, length, registers]`, zeros beyond the last column and element.
+pub struct Panel {
+    /// The first of them.
+    first: usize,
+    registers: Vec<Register>,
+}
+
+impl<T: Float> Pack<'_, T> {
+    /// A part of the panels.
+    #[inline(always)]
+    pub(super) fn panels<P: Product<Element = T>>(&self, p: P) -> Vec<Panel> {
+        let width = LANES * registers::<P::Isa>();
+        let (count, [part, parts]) = (self.m.div_ceil(width), self.part);
+        let mut panels = Vec::new();
+        for panel in part * count / parts..(part + 1) * count / parts {
+            panels.push(match registers::<P::Isa>() {
+                1 => self.panel::<P, 1>(p, panel * width),
+                _ => self.panel::<P, 2>(p, panel * width),
+            });
+        }
+        panels
+    }
+
+    #[inline(always)]
+    fn panel<P: Product<Element = T>, const C: usize>(&self, p: P, first: usize) -> Panel {
+        let Self { x, m, norm, .. } = *self;
+        let k = x.len() / m;
+        let columns = (LANES * C).min(m - first);
+        let scales = norm.map(|norm| self.scales::<P, C>(p, norm, first, columns));
+        let chunks = Chunks::new::<P>(k);
+        let mut registers = vec![Register::ZERO; LANES * chunks.steps * P::FLOATS * C];
+        let mut wide = [[0.0; LANES]; C];
+        for (element, row) in x.chunks_exact(m).enumerate() {
+            let row = &row[first..][..columns];
+            for (wide, x) in wide.as_flattened_mut().iter_mut().zip(row) {
+                *wide = x.widen();
+            }
+            if let (Some(norm), Some(scales)) = (norm, &scales) {
+                let weight = norm.weight[element].widen();
+                for (wide, scale) in wide.as_flattened_mut().iter_mut().zip(scales.as_flattened()) {
+                    *wide = normalized::<T>(*wide, *scale, weight, norm.plus_one);
+                }
+            }
+            let chunk = element / P::ELEMENTS / chunks.of_chunk;
+            let before = chunks.range(chunk)[0];
+            let [chain, place] = position::<P>(element - before * P::ELEMENTS);
+            let at = LANES * before * P::FLOATS + chain * chunks.length::<P>(chunk) + place;
+            for column in 0..C {
+                registers[at * C + column].0 = wide[column];
+            }
+        }
+        Panel { first, registers }
+    }
+
+    /// What the norm multiplies each column by. Its squares are summed as [`super::normalize`] does.
+    #[inline(always)]
+    fn scales<P: Product<Element = T>, const C: usize>(
+        &self,
+        p: P,
+        norm: Norm<&[T]>,
+        first: usize,
+        columns: usize,
+    ) -> [[f32; LANES]; C] {
+        let (isa, k) = (p.isa(), norm.weight.len());
+        let mut squares = [[isa.splat(0.0); C]; LANES];
+        let mut wide = [[0.0; LANES]; C];
+        for (element, row) in self.x.chunks_exact(self.m).enumerate() {
+            for (wide, x) in wide.as_flattened_mut().iter_mut().zip(&row[first..][..columns]) {
+                *wide = x.widen();
+            }
+            for column in 0..C {
+                let x = isa.load(&wide[column]);
+                let squares = &mut squares[element % LANES][column];
+                *squares = isa.fma(x, x, *squares);
+            }
+        }
+        let mut scales = wide;
+        for column in 0..C {
+            let mut sums = squares;
+            // The tree: lanes two apart, then neighbours; fours in the same way.
+            for distance in [2, 1, 8, 4] {
+                for lane in 0..LANES {
+                    if lane & distance == 0 {
+                        sums[lane][column] = isa.add(sums[lane][column], sums[lane + distance][column]);
+                    }
+                }
+            }
+            isa.store(sums[0][column], &mut scales[column]);
+            for scale in &mut scales[column] {
+                *scale = 1.0 / (*scale / k as f32 + norm.epsilon as f32).sqrt();
+            }
+        }
+        scales
+    }
+}
+
+impl<T: Float> Part<'_, T> {
+    /// Goes through the result by panels.
+    #[inline(always)]
+    pub(super) fn panels<P: Product<Element = T>>(&mut self, p: P, panels: &[Panel]) {
+        match registers::<P::Isa>() {
+            1 => self.by_panels::<P, 6, 1>(p, panels),
+            _ => self.by_panels::<P, 12, 2>(p, panels),
+        }
+    }
+
+    #[inline(always)]
+    fn by_panels<P: Product<Element = T>, const R: usize, const C: usize>(&mut self, p: P, panels: &[Panel]) {
+        let chunks = Chunks::new::<P>(self.k);
+        let rows = if self.up.is_some() { R / 2 } else { R };
+        let count = self.y.len() / self.m;
+        // Floats of a strip of the longest chunk.
+        let of_strip = LANES * chunks.of_chunk * P::FLOATS * R;
+        let strips = (STRIPS / (of_strip * size_of::<f32>())).clamp(1, count.div_ceil(rows));
+        let mut packed = vec![0.0; strips * of_strip];
+        let waiting = if chunks.count() > 1 { strips * panels.len() } else { 0 };
+        let mut partial = vec![Register::ZERO; waiting * LANES * R * C];
+        for begin in (0..count).step_by(strips * rows) {
+            let firsts = (begin..count.min(begin + strips * rows)).step_by(rows);
+            for chunk in 0..chunks.count() {
+                let (range, length) = (chunks.range(chunk), chunks.length::<P>(chunk));
+                for (strip, first) in firsts.clone().enumerate() {
+                    let pointers = self.tile_rows::<R>(first, rows, count);
+                    let strip = &mut packed[strip * of_strip..][..LANES * length * R];
+                    self.pack_strip::<P, R>(p, pointers, range, strip);
+                }
+                for (at, panel) in panels.iter().enumerate() {
+                    let columns = &panel.registers[LANES * range[0] * P::FLOATS * C..][..LANES * length * C];
+                    for (strip, first) in firsts.clone().enumerate() {
+                        let rows_of_strip = packed[strip * of_strip..][..LANES * length * R].as_ptr();
+                        let place = (strip * panels.len() + at) * LANES * R * C;
+                        let partial = partial.get_mut(place..place + LANES * R * C).unwrap_or_default();
+                        let columns = columns.as_ptr();
+                        let operands = Operands { rows: rows_of_strip, columns, length };
+                        let waiting = partial.as_mut_ptr();
+                        let before = if chunk > 0 { waiting.cast_const() } else { std::ptr::null() };
+                        // SAFETY: both were packed for it, and several chunks have sums that wait.
+                        unsafe {
+                            if chunk + 1 < chunks.count() {
+                                chains::accumulate::<_, R, C>(p.isa(), operands, before, waiting);
+                            } else {
+                                let sums = chains::multiply::<_, R, C, false>(p.isa(), operands, before);
+                                self.store::<P, R, C>(p, sums, [first, rows.min(count - first)], panel.first);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Some steps of a strip: `[chains, length, R]`, zeros beyond the last element.
+    #[inline(always)]
+    fn pack_strip<P: Product<Element = T>, const R: usize>(
+        &self,
+        p: P,
+        rows: [*const T; R],
+        [from, to]: [usize; 2],
+        strip: &mut [f32],
+    ) {
+        let isa = p.isa();
+        let length = (to - from) * P::FLOATS;
+        assert!(strip.len() == LANES * length * R && R <= MOST[0]);
+        for (row, pointer) in rows.into_iter().enumerate() {
+            for step in from..to {
+                let mut rest = [T::narrow(0.0); 2 * LANES];
+                let live = P::ELEMENTS.min(self.k - step * P::ELEMENTS);
+                let mut floats = [isa.splat(0.0); 2];
+                // SAFETY: the row has `k` elements, and the copy a whole step.
+                unsafe {
+                    let mut elements = pointer.add(step * P::ELEMENTS);
+                    if live < P::ELEMENTS {
+                        std::ptr::copy_nonoverlapping(elements, rest.as_mut_ptr(), live);
+                        elements = rest.as_ptr();
+                    }
+                    p.floats(elements, &mut floats);
+                }
+                for register in 0..P::FLOATS {
+                    let mut lanes = [0.0; LANES];
+                    isa.store(floats[register], &mut lanes);
+                    let at = (step - from) * P::FLOATS + register;
+                    for lane in 0..LANES {
+                        strip[(chain(lane) * length + at) * R + row] = lanes[lane];
+                    }
+                }
+            }
+        }
+    }
+
+    /// The results of a tile: so many rows from the first one on, gated where they are.
+    #[inline(always)]
+    fn store<P: Product<Element = T>, const R: usize, const C: usize>(
+        &mut self,
+        p: P,
+        sums: Sums<P::Isa, R, C>,
+        [first, live]: [usize; 2],
+        first_column: usize,
+    ) {
+        // [R, C] registers
+        let mut floats = [[0.0; LANES]; MOST[0] * MOST[1]];
+        for row in 0..R {
+            for column in 0..C {
+                p.isa().store(sums[row][column], &mut floats[row * C + column]);
+            }
+        }
+        let (gates, up) = floats.as_flattened_mut()[..R * C * LANES].split_at_mut(R * C * LANES / 2);
+        if let Some((_, activation)) = self.up {
+            gate(activation, gates, up);
+        }
+        let columns = (C * LANES).min(self.m - first_column);
+        let rows = floats.as_flattened().chunks_exact(C * LANES).take(live);
+        for (floats, y) in rows.zip(self.y[first * self.m..].chunks_exact_mut(self.m)) {
+            y[first_column..][..columns].copy_from_slice(&floats[..columns]);
+        }
+    }
+}
