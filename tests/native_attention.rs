@@ -171,6 +171,32 @@ fn a_row_among_many_has_the_bits_that_it_has_alone() {
     assert_eq!(run(&alone, &single)[0].as_slice::<f32>(), &together.as_slice::<f32>()[299 * width..]);
 }
 
+/// One thread takes many queries at a time, and turns keys for them; each of many threads takes a few.
+#[test]
+fn turned_keys_give_the_bits_of_keys_as_they_lie() {
+    let base = Spec { tokens: 230, pages: 100, pages_per_seq: 60, ..spec() };
+    let odd = Spec { q_heads: 10, head_dim: 40, sliding_window: Some(70), ..base.clone() };
+    let wide = Spec { q_heads: 6, page_size: 128, pages: 8, pages_per_seq: 4, ..base.clone() };
+    let capped = Spec { q_heads: 14, sinks: true, log_sum_exp: true, soft_cap: Some(4.0), ..base.clone() };
+    let of = |q, kv| Precision { kv, ..Precision::uniform(q) };
+    let specs = [
+        odd.clone(),
+        Spec { precision: of(Element::Bf16, Element::Bf16), ..odd },
+        wide.clone(),
+        Spec { precision: of(Element::F32, Element::Bf16), sliding_window: Some(100), ..wide },
+        capped.clone(),
+        Spec { precision: of(Element::Bf16, Element::I8), head_dim: 96, ..capped },
+    ];
+    let batch = [(150, 390), (1, 77), (64, 64), (15, 200)].map(|(q_len, kv_len)| Lengths { q_len, kv_len });
+    for spec in specs {
+        let problem = Problem::new(spec).unwrap();
+        let inputs = Rpa::draw(&problem, Some(&batch), 3).unwrap();
+        check(&problem, &inputs).unwrap();
+        let [turned, plain] = [1, 64].map(|threads| Rpa::native(&problem, &inputs, &Scoped(threads)).unwrap());
+        assert!(turned == plain, "{}", Rpa::describe(&problem));
+    }
+}
+
 #[test]
 fn writes_land_in_their_slots_and_nowhere_else() {
     let problem = Problem::new(spec()).unwrap();

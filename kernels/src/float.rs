@@ -77,7 +77,7 @@ impl Float for bf16 {
 }
 
 /// `e^x` for `x <= 0`, within 2 units in the last place: `2^n * e^r` with `|r| <= ln(2) / 2` and a Taylor polynomial of
-/// degree 7, in plain arithmetic that vectorises. 0 below the smallest normal number.
+/// degree 7, in plain arithmetic that vectorises. No less than `e^-87`.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4;

@@ -1,7 +1,8 @@
 //! What a matmul should cost: its steps, the work of each by kind, and the copies beside it.
 //!
 //! The model is of the compiler's static estimate, to whose records its weights are fitted ([`crate::cost`]), and of HBM,
-//! which that leaves out: what counts is what the steps take, or what the bytes take, whichever is more.
+//! which that leaves out: what counts is what the steps take, or what the bytes take, whichever is more, and never less than
+//! the products.
 //!
 //! A step asks for the next step's blocks, waits for its own, and works. Where a copy takes longer than the work, two are
 //! under way at a time, each at full speed: two steps then take a copy and the work of one.
@@ -59,11 +60,11 @@ pub(super) fn family(problem: &Problem) -> &'static Family {
 /// What a plan should cost, by a model of one core that overlaps copies and products.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Estimate {
-    /// Cycles of the whole kernel: what its steps take, or its bytes, whichever is more.
+    /// Cycles of the whole kernel: what its steps take, its bytes or its products, whichever is more.
     pub cycles: f64,
     /// Cycles that its steps take, as the compiler's static estimate has them.
     pub static_cycles: f64,
-    /// Cycles that the matrix units work, per core.
+    /// Cycles that the products take at least, on all cores together.
     pub mxu_cycles: f64,
     /// Bytes moved between HBM and VMEM, all cores together.
     pub bytes_moved: u64,
@@ -79,6 +80,15 @@ const VECTOR_SLOTS: f64 = 4.0;
 const CONVERT: f64 = 6.0;
 /// Words of a register.
 const REGISTER: f64 = (LANES * SUBLANES) as f64;
+
+/// bf16 products that one of a problem takes.
+fn passes(problem: &Problem, chip: Chip) -> f64 {
+    match arithmetic(problem, chip).operand {
+        Element::F32 => F32_PASSES,
+        narrow if narrow.bytes() == 1 => 0.5,
+        _ => 1.0,
+    }
+}
 
 /// Steps that take these cycles, whatever they do.
 fn fixed(cycles: f64) -> Stage {
@@ -227,12 +237,15 @@ impl Blocks<'_> {
         let parts = self.problem.group().map_or(1, |group| (LANES / group).max(1));
         let weight_tiles = (columns.div_ceil(side) * depth.div_ceil(side) * parts) as f64;
         let units = info.peak_flop_per_cycle_and_core as f64 / (2 * side * side) as f64;
-        let passes = match arithmetic(self.problem, chip).operand {
-            Element::F32 => F32_PASSES,
-            narrow if narrow.bytes() == 1 => 0.5,
-            _ => 1.0,
-        };
-        passes * weight_tiles / units
+        passes(self.problem, chip) * weight_tiles / units
+    }
+
+    /// Cycles that the matrix units of all cores take for the products alone.
+    fn mxu_floor(&self, chip: Chip) -> f64 {
+        let Shape { rows, columns, depth } = shape(self.problem);
+        let products = if gated(self.problem) { 2.0 } else { 1.0 };
+        let flops = 2.0 * products * (rows * columns) as f64 * depth as f64;
+        passes(self.problem, chip) * flops / chip.info().peak_flop_per_cycle()
     }
 
     /// Cycles of the matrix units for the products of a step: rows that stream through the weight tiles that they hold; loads
@@ -259,11 +272,11 @@ impl Blocks<'_> {
         let bytes = self.bytes_moved(order);
         let weights = cost::weights(family(self.problem), chip).expect("a table that a test holds complete");
         let static_cycles = weights.cycles(&self.stages(chip, order));
-        let bytes_take = bytes / chip.info().hbm_bytes_per_cycle();
+        let (bytes_take, mxu_cycles) = (bytes / chip.info().hbm_bytes_per_cycle(), self.mxu_floor(chip));
         Estimate {
-            cycles: static_cycles.max(bytes_take),
+            cycles: static_cycles.max(bytes_take).max(mxu_cycles),
             static_cycles,
-            mxu_cycles: self.turns(chip) * self.matrix(chip)[2],
+            mxu_cycles,
             bytes_moved: bytes as u64,
         }
     }

@@ -108,7 +108,7 @@ impl fmt::Display for Details {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Estimate { cycles, mxu_cycles, bytes_moved, .. } = self.estimate;
         let (share, moved) = (100.0 * mxu_cycles / cycles, Bytes(bytes_moved));
-        write!(f, "{:<24} {cycles:.0} cycles ({share:.0}% matrix unit), {moved} moved", "estimate")
+        write!(f, "{:<24} {cycles:.0} cycles ({share:.0}% of the matrix units' peak), {moved} moved", "estimate")
     }
 }
 

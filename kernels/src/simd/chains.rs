@@ -1,8 +1,8 @@
 //! Products with columns in the lanes: what many columns take, as no sum crosses lanes.
 //!
 //! The sum of a product has one order ([`super`]): sixteen lanes, each a chain of multiply-adds, then the lanes' sums by a tree.
-//! Here a chain is a loop, and its sum one lane of a register for each of sixteen columns, so that the tree is fifteen additions
-//! of registers. The bits are the same as by [`super::multiply`] and [`super::sums`], without a shuffle.
+//! Here each chain is a loop over sixteen columns at once, one in each lane, and the tree is fifteen additions of registers. The
+//! bits are the same as by [`super::multiply`] and [`super::sums`], without a shuffle.
 //!
 //! Both operands lie by chains, in the order in which the tree takes them up ([`chain`]): rows as floats, each of which goes to
 //! all lanes, and columns as registers.
@@ -36,8 +36,8 @@ pub struct Operands {
     pub length: usize,
 }
 
-/// The products of `R` rows with `C` registers of columns. With `PAIRS` two chains are summed at a time, for half as many
-/// rows: where chains are short, what waits for another sum would go through memory as often as it is added to.
+/// The products of `R` rows with `C` registers of columns. With `PAIRS` two chains are summed at a time, for
+/// which callers take half as many rows: where chains are short, what waits in memory for another sum would cost as much.
 ///
 /// # Safety
 /// The operands can be read, and so can the sums `before`: `[chains, R, C]`, or null.
@@ -56,7 +56,7 @@ pub unsafe fn multiply<I: Isa, const R: usize, const C: usize, const PAIRS: bool
     }
 }
 
-/// As [`multiply`], of operands that go on: the sums of all chains, which take on those `before`.
+/// As [`multiply`], of operands that are only a part: the sums of all chains, which take on those `before`.
 ///
 /// # Safety
 /// As there; `after` has room for `[chains, R, C]`, and may be `before`.
@@ -156,4 +156,123 @@ unsafe fn chains<I: Isa, const R: usize, const C: usize, const N: usize>(
         }
     }
     sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{self, Portable, Task, Wide, with_f32};
+
+    /// Tiles of `R` rows by `C` registers of columns, of two parts along `k`, all forms.
+    struct Tile<const R: usize, const C: usize>;
+
+    impl<const R: usize, const C: usize> Task<f32> for Tile<R, C> {
+        type Output = Vec<[[[f32; LANES]; C]; R]>;
+
+        #[inline(always)]
+        fn run<P: Product<Element = f32>>(self, p: P) -> Self::Output {
+            let (isa, lengths) = (p.isa(), [3, 4]);
+            let k = LANES * lengths.iter().sum::<usize>();
+            // Sums of such numbers are rounded: another order shows.
+            let number = |at: usize| ((at * 7919 % 1009) as f32 - 504.0) / 37.0;
+            let row = |row: usize| (0..k).map(|i| number(row * k + i)).collect::<Vec<_>>();
+            let column = |column: usize| (0..k).map(|i| number(3 * i + column * 131)).collect::<Vec<_>>();
+            let parts: Vec<_> = lengths
+                .iter()
+                .scan(0, |first, &length| {
+                    let from = *first;
+                    *first += LANES * length;
+                    let mut rows = vec![0.0; LANES * length * R];
+                    let mut columns = vec![Register::ZERO; LANES * length * C];
+                    for element in 0..LANES * length {
+                        let [chain, place] = position::<P>(element);
+                        let at = chain * length + place;
+                        (0..R).for_each(|of| rows[at * R + of] = row(of)[from + element]);
+                        (0..C * LANES)
+                            .for_each(|of| columns[at * C + of / LANES].0[of % LANES] = column(of)[from + element]);
+                    }
+                    Some((rows, columns, length))
+                })
+                .collect();
+            let operands = |(rows, columns, length): &(Vec<f32>, Vec<Register>, usize)| Operands {
+                rows: rows.as_ptr(),
+                columns: columns.as_ptr(),
+                length: *length,
+            };
+            let mut waiting = vec![Register::ZERO; LANES * R * C];
+            let mut all = Vec::new();
+            for pairs in [false, true] {
+                let nothing = std::ptr::null();
+                // SAFETY: the operands are as long as they say.
+                let sums: Sums<P::Isa, R, C> = unsafe {
+                    accumulate::<P::Isa, R, C>(isa, operands(&parts[0]), nothing, waiting.as_mut_ptr());
+                    match pairs {
+                        false => multiply::<P::Isa, R, C, false>(isa, operands(&parts[1]), waiting.as_ptr()),
+                        true => multiply::<P::Isa, R, C, true>(isa, operands(&parts[1]), waiting.as_ptr()),
+                    }
+                };
+                let mut stored = [[[0.0; LANES]; C]; R];
+                for row in 0..R {
+                    (0..C).for_each(|column| isa.store(sums[row][column], &mut stored[row][column]));
+                }
+                all.push(stored);
+            }
+            // The form with elements in the lanes.
+            let mut plain = [[[0.0; LANES]; C]; R];
+            for (of, plain) in plain.iter_mut().enumerate() {
+                for (at, sum) in plain.as_flattened_mut().iter_mut().enumerate() {
+                    let (row, column) = (row(of), column(at));
+                    let packed: Vec<_> = column.as_chunks().0.iter().map(|&lanes| Register(lanes)).collect();
+                    let zeros = [[isa.splat(0.0)]];
+                    // SAFETY: row and column have `k` elements.
+                    let lanes = unsafe {
+                        simd::multiply::<P, 1, 1, false>(p, [row.as_ptr()], packed.as_ptr(), k / LANES, zeros, 0)
+                    };
+                    *sum = simd::sums(p, &lanes)[0][0];
+                }
+            }
+            all.push(plain);
+            all
+        }
+    }
+
+    fn check<const R: usize, const C: usize>() {
+        for all in [with_f32(Tile::<R, C>), Tile::<R, C>.run(Wide(Portable))] {
+            assert!(all.iter().all(|sums| sums == &all[0]), "{R} rows, {C} registers of columns");
+        }
+    }
+
+    #[test]
+    fn columns_in_the_lanes_have_the_bits_of_elements_in_the_lanes() {
+        check::<6, 1>();
+        check::<12, 2>();
+        check::<3, 1>();
+        check::<6, 2>();
+    }
+
+    /// Rows that lie apart, as columns.
+    struct Turn<'t>(&'t [[f32; LANES + 3]; LANES]);
+
+    impl Task<f32> for Turn<'_> {
+        type Output = Vec<Register>;
+
+        #[inline(always)]
+        fn run<P: Product<Element = f32>>(self, p: P) -> Vec<Register> {
+            let mut to = vec![Register::ZERO; 2 * LANES];
+            // SAFETY: rows and registers are as many as it takes.
+            unsafe { p.isa().turn(&self.0.each_ref().map(|row| row.as_ptr()), to.as_mut_ptr(), 2) };
+            to
+        }
+    }
+
+    #[test]
+    fn turned_rows_are_columns_in_the_order_of_the_chains() {
+        let rows = std::array::from_fn(|row| std::array::from_fn(|at| (100 * row + at) as f32));
+        for turned in [with_f32(Turn(&rows)), Turn(&rows).run(Wide(Portable))] {
+            for lane in 0..LANES {
+                let expected: [f32; LANES] = std::array::from_fn(|row| rows[row][lane]);
+                assert_eq!(turned[2 * chain(lane)].0, expected, "lane {lane}");
+            }
+        }
+    }
 }

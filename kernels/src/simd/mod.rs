@@ -64,11 +64,10 @@ pub trait Isa: Copy {
     /// # Safety
     /// 32 elements can be read.
     unsafe fn widen(self, from: *const bf16) -> [Self::Lanes; 2];
-    /// Sixteen rows of sixteen floats as columns: the first floats of all rows, then the second ones, each `stride` registers from
-    /// the one of the next [`chains::chain`].
+    /// Sixteen rows of sixteen floats as columns: column `i` goes to register [`chain(i)`](chains::chain)` * stride`.
     ///
     /// # Safety
-    /// The rows can be read, and sixteen registers written.
+    /// The rows can be read, and every `stride`th of `16 * stride` registers written.
     unsafe fn turn(self, rows: &[*const f32; LANES], to: *mut Register, stride: usize);
     /// The greatest of a register's lanes, none of which is NaN.
     #[inline(always)]

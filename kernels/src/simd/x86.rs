@@ -125,17 +125,27 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn turn(self, rows: &[*const f32; LANES], to: *mut Register, stride: usize) {
+    unsafe fn turn(self, rows_at: &[*const f32; LANES], to: *mut Register, stride: usize) {
         for half in 0..2 {
-            for part in 0..2 {
+            for quarter in 0..4 {
                 unsafe {
-                    let mut eight = [_mm256_setzero_ps(); 8];
-                    for (eight, row) in eight.iter_mut().zip(&rows[8 * half..]) {
-                        *eight = _mm256_loadu_ps(row.add(8 * part));
+                    // Four columns of rows four apart.
+                    let [mut rows, mut pairs] = [[_mm256_setzero_ps(); 4]; 2];
+                    for at in 0..4 {
+                        let [low, high] = [at, at + 4].map(|at| _mm_loadu_ps(rows_at[8 * half + at].add(4 * quarter)));
+                        rows[at] = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high);
                     }
-                    for (lane, column) in eight_turned(eight).into_iter().enumerate() {
-                        let to = to.add(chain(8 * part + lane) * stride);
-                        _mm256_storeu_ps(to.cast::<f32>().add(8 * half), column);
+                    for at in 0..2 {
+                        let [a, b] = [rows[2 * at], rows[2 * at + 1]];
+                        (pairs[at], pairs[2 + at]) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                    }
+                    for at in 0..2 {
+                        let [a, b] = [_mm256_castps_pd(pairs[2 * at]), _mm256_castps_pd(pairs[2 * at + 1])];
+                        let columns = [_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b)];
+                        for (lane, column) in columns.into_iter().enumerate() {
+                            let to = to.add(chain(4 * quarter + 2 * at + lane) * stride);
+                            _mm256_storeu_ps(to.cast::<f32>().add(8 * half), _mm256_castpd_ps(column));
+                        }
                     }
                 }
             }
@@ -156,30 +166,6 @@ impl Isa for Avx2 {
             }
             fold(_mm256_add_ps(halves[0], halves[1]))
         }
-    }
-}
-
-/// Eight rows of eight as columns.
-#[inline(always)]
-unsafe fn eight_turned(rows: [__m256; 8]) -> [__m256; 8] {
-    unsafe {
-        let [mut pairs, mut fours, mut turned] = [[_mm256_setzero_ps(); 8]; 3];
-        for at in 0..4 {
-            let [a, b] = [rows[2 * at], rows[2 * at + 1]];
-            (pairs[2 * at], pairs[2 * at + 1]) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-        }
-        for at in 0..4 {
-            // Of each half: columns 0 and 1, then 2 and 3, of four rows.
-            let at_pair = at / 2 * 4 + at % 2;
-            let [a, b] = [_mm256_castps_pd(pairs[at_pair]), _mm256_castps_pd(pairs[at_pair + 2])];
-            fours[2 * at] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
-            fours[2 * at + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
-        }
-        for at in 0..4 {
-            turned[at] = _mm256_permute2f128_ps::<0x20>(fours[at], fours[at + 4]);
-            turned[at + 4] = _mm256_permute2f128_ps::<0x31>(fours[at], fours[at + 4]);
-        }
-        turned
     }
 }
 

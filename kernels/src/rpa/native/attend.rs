@@ -26,16 +26,17 @@ const KEY_BLOCK: usize = 64;
 /// Queries that meet a block of keys together, where a group of heads is not more already: as many as leave enough jobs, from
 /// the first number to the second.
 const QUERIES: [usize; 2] = [12, 48];
-/// Jobs for each thread that are enough, and that a piece of work should leave.
+/// Jobs for each thread that are enough, and pieces in which they are handed out.
 const JOBS: usize = 8;
-/// Queries for which a block's keys are turned.
-const TURNED: usize = 6;
+/// Queries from which on it pays to turn a block's keys.
+const TURNED: usize = 24;
 /// Multiply-adds that are worth a second thread.
 const THREADED_WORK: usize = 1 << 17;
 /// Registers of an accumulator that are summed into at a time.
 const TOGETHER: usize = 4;
-/// Queries that meet registers of turned keys together are a divisor of this.
+/// Queries that meet registers of turned keys together are a divisor of this, and registers this at most.
 const ROWS: usize = 6;
+const MOST_TURNED: usize = 2;
 
 /// Attends; `q` and `out` are `[tokens, q_heads, head_dim]`, `lse` is `[tokens, q_heads]`; 0 in rows of padding and in rows
 /// that see nothing.
@@ -63,7 +64,11 @@ pub fn attend<T: Float, C: Cached>(
         lse.fill(0.0);
         sums.extend(lse.chunks_exact_mut(call.group()).map(Some));
     }
-    let most = rows.len() * call.q_heads / (JOBS * threads.count());
+    let workers = if work < THREADED_WORK { 1 } else { threads.count() };
+    let most = match workers {
+        1 => QUERIES[1],
+        _ => rows.len() * call.q_heads / (JOBS * workers),
+    };
     let most = (most.clamp(QUERIES[0], QUERIES[1]) / call.group()).max(1);
     let blocks = rows.chunk_by(|one, next| one.sequence == next.sequence);
     let blocks = blocks.flat_map(|rows| rows.chunks(most));
@@ -79,11 +84,11 @@ pub fn attend<T: Float, C: Cached>(
             Job { call, kv_pages, head, members: members.collect() }
         })
         .collect();
-    if work < THREADED_WORK || threads.count() == 1 {
+    if workers == 1 {
         return attend_all(&mut jobs);
     }
     // Rows of one sequence grow with their position: many small pieces even out.
-    let pieces = jobs.len().min(JOBS * threads.count());
+    let pieces = jobs.len().min(JOBS * workers);
     let (mut jobs, mut lists) = (jobs.into_iter(), Vec::with_capacity(pieces));
     for piece in (1..=pieces).rev() {
         let count = jobs.len().div_ceil(piece);
@@ -130,7 +135,7 @@ struct Scratch {
     rescale: Vec<f32>,
     /// Keys, then values of a block in f32, where they are not read as they lie: `[2, KEY_BLOCK, steps]`.
     wide: Vec<Register>,
-    /// A block's keys in the lanes, by as many registers as are multiplied together: each `[chains, steps, registers]`.
+    /// The keys that are multiplied together, in the lanes: `[chains, steps, registers]`.
     turned: Vec<Register>,
 }
 
@@ -152,7 +157,7 @@ fn attend_all<T: Float, C: Cached>(jobs: &mut [Job<'_, T, C>]) {
         sum: vec![0.0; most],
         rescale: vec![0.0; most],
         wide: registers(2 * KEY_BLOCK * steps),
-        turned: registers(KEY_BLOCK * steps),
+        turned: registers(MOST_TURNED * LANES * steps),
     };
     jobs.iter_mut().for_each(|job| job.run(&mut scratch));
 }
@@ -168,6 +173,8 @@ struct Work<'w, 'f> {
     scratch: &'w mut Scratch,
     queries: usize,
     steps: usize,
+    /// Whether keys are turned.
+    turned: bool,
     soft_cap: Option<f32>,
     /// Yields vectors of `steps` registers that stay readable.
     fetch: &'w mut Fetch<'f>,
@@ -185,8 +192,7 @@ impl Task<f32> for Work<'_, '_> {
 
     #[inline(always)]
     fn run<P: Product<Element = f32>>(self, p: P) {
-        let Self { scratch, queries, steps, soft_cap, fetch } = self;
-        let turned = queries >= TURNED;
+        let Self { scratch, queries, steps, turned, soft_cap, fetch } = self;
         match (turned, P::Isa::FEW) {
             (true, 1) => pack_rows::<3>(scratch, queries, steps),
             (true, _) => pack_rows::<6>(scratch, queries, steps),
@@ -247,46 +253,12 @@ impl<T: Float, C: Cached> Job<'_, T, C> {
                 register.0.iter_mut().zip(part).for_each(|(wide, q)| *wide = q.widen() * scale);
             }
         }
-        let job = &*self;
-        let mut fetch = |block, from, to, wide: &mut [Register]| job.vectors(block, from, to, steps, wide);
-        Work { scratch, queries, steps, soft_cap: call.soft_cap, fetch: &mut fetch }.run();
+        let (job, turned) = (&*self, queries >= TURNED);
+        let mut fetch = |block, from, to, wide: &mut [Register]| {
+            simd::with_f32(Block { job, block, from, to, steps, turned, wide })
+        };
+        Work { scratch, queries, steps, turned, soft_cap: call.soft_cap, fetch: &mut fetch }.run();
         self.finish(scratch, steps);
-    }
-
-    /// The keys and values of a block from key `from` to key `to`, as whole registers of f32: as they lie, or in `wide`.
-    fn vectors(&self, block: usize, from: usize, to: usize, steps: usize, wide: &mut [Register]) -> [Vectors; 2] {
-        let Layer { first_page, kv } = self.call.layer;
-        let (page_size, dim) = (kv.page_size, kv.head_dim);
-        let table = &self.call.page_indices[self.members[0].row.sequence * self.call.pages_per_seq..];
-        let table = &table[..self.call.pages_per_seq];
-        let few = self.members.len() * self.call.group() < TURNED;
-        let mut vectors = [[std::ptr::null(); KEY_BLOCK]; 2];
-        for key in from..to {
-            let page = first_page + table[key / page_size] as usize;
-            let token = &self.kv_pages[kv.token(page, key % page_size)];
-            for (half, (vectors, wide)) in [Half::Key, Half::Value]
-                .into_iter()
-                .zip(vectors.iter_mut().zip(wide.chunks_exact_mut(KEY_BLOCK * steps)))
-            {
-                let stored = &token[kv.offset(self.head, half)..][..dim];
-                let wide = &mut wide[(key - block) * steps..][..steps];
-                // SAFETY: registers are arrays of floats.
-                let floats = unsafe { std::slice::from_raw_parts_mut(wide.as_mut_ptr().cast::<f32>(), steps * LANES) };
-                let (place, filled) = (floats.as_ptr(), steps * LANES);
-                let vector = C::vector(stored, &mut floats[..dim]);
-                let stays = dim == filled && (few || half == Half::Key);
-                vectors[key - block] = if stays || vector.as_ptr() == place {
-                    vector.as_ptr()
-                } else {
-                    // As it lies, but not of whole registers, or of values that many queries meet: tokens that lie a power of
-                    // two apart would share few places of the cache.
-                    // SAFETY: the buffer has room for `dim` floats and is not the vector.
-                    unsafe { std::ptr::copy_nonoverlapping(vector.as_ptr(), place.cast_mut(), dim) };
-                    place
-                };
-            }
-        }
-        vectors
     }
 
     /// Divides by the sums.
@@ -315,6 +287,63 @@ impl<T: Float, C: Cached> Job<'_, T, C> {
                 }
             }
         }
+    }
+}
+
+/// The keys and values of the block that begins at `block`, from key `from` to key `to`, as whole registers of f32: as they lie,
+/// or in `wide`.
+struct Block<'b, 'j, T, C: Cached> {
+    job: &'b Job<'j, T, C>,
+    block: usize,
+    from: usize,
+    to: usize,
+    steps: usize,
+    /// Whether keys are turned, as many queries meet them.
+    turned: bool,
+    wide: &'b mut [Register],
+}
+
+impl<T: Float, C: Cached> Task<f32> for Block<'_, '_, T, C> {
+    type Output = [Vectors; 2];
+
+    #[inline(always)]
+    fn run<P: Product<Element = f32>>(self, _: P) -> [Vectors; 2] {
+        let Self { job, block, from, to, steps, turned, wide } = self;
+        let Layer { first_page, kv } = job.call.layer;
+        let (page_size, dim, filled) = (kv.page_size, kv.head_dim, steps * LANES);
+        let table = &job.call.page_indices[job.members[0].row.sequence * job.call.pages_per_seq..];
+        let table = &table[..job.call.pages_per_seq];
+        let offsets = [Half::Key, Half::Value].map(|half| kv.offset(job.head, half));
+        let mut vectors = [[std::ptr::null(); KEY_BLOCK]; 2];
+        assert!(wide.len() >= 2 * KEY_BLOCK * steps);
+        let wide = wide.as_mut_ptr().cast::<f32>();
+        let mut key = from;
+        while key < to {
+            let (page, first) = (first_page + table[key / page_size] as usize, key % page_size);
+            for slot in first..page_size.min(first + to - key) {
+                let token = &job.kv_pages[kv.token(page, slot)];
+                let at = key - block;
+                for (half, offset) in offsets.into_iter().enumerate() {
+                    // SAFETY: there is room for `filled` floats of each key and value.
+                    let place = unsafe { wide.add((half * KEY_BLOCK + at) * filled) };
+                    // SAFETY: as above, and `dim` of them are within `filled`.
+                    let floats = unsafe { std::slice::from_raw_parts_mut(place, dim) };
+                    let vector = C::vector(&token[offset..][..dim], floats).as_ptr();
+                    let stays = dim == filled && (!turned || half == Half::Key as usize);
+                    vectors[half][at] = if stays || std::ptr::eq(vector, place) {
+                        vector
+                    } else {
+                        // As it lies, but not of whole registers, or of values that many queries meet: tokens that lie a power
+                        // of two apart would share few places of the cache.
+                        // SAFETY: the vector is not in the buffer.
+                        unsafe { std::ptr::copy_nonoverlapping(vector, place, dim) };
+                        place.cast_const()
+                    };
+                }
+                key += 1;
+            }
+        }
+        vectors
     }
 }
 

@@ -1,8 +1,8 @@
 //! The product with many columns: sixteen of them are the lanes of a register ([`chains`]), and rows of the weight come
 //! element by element.
 //!
-//! Operands are packed by chunks along `k` that the second cache holds: a *panel* has the columns of a tile, a *strip* the rows of
-//! one. The strips of a block meet a panel's chunk before the next panel comes. Sums wait between chunks, one for each chain.
+//! Operands are packed by chunks along `k` that the second cache holds: a *panel* has the columns of a tile, a *slab* its rows. The
+//! slabs of a block meet a panel's chunk before the next panel comes. Sums wait between chunks, one for each chain.
 
 use super::{Norm, Pack, Part, gate, normalized};
 use crate::{
@@ -13,15 +13,15 @@ use crate::{
     },
 };
 
-/// Columns from which on there are panels: a strip is packed for each call, which must pay.
+/// Columns from which on there are panels: a slab is packed for each call, which must pay.
 const MANY: usize = 64;
 /// Elements along `k` of a chunk, at most.
 const CHUNK: usize = 2048;
-/// Bytes of the strips of a block.
-const STRIPS: usize = 3 << 16;
-/// Most rows, and most registers of columns, of a tile.
-const MOST: [usize; 2] = [12, 2];
-/// Rows of which strips are made without a rest, whatever the tile.
+/// Bytes of the slabs of a block.
+const SLABS: usize = 3 << 16;
+/// Most registers of a tile.
+const MOST: usize = 12 * 2;
+/// Rows of whole slabs, whatever the tile, and several of them for a panel's chunk.
 pub(super) const ROWS: usize = 24;
 
 /// Whether that many columns are packed as panels. Not where the processor multiplies narrow elements as they are.
@@ -97,10 +97,7 @@ impl<T: Float> Pack<'_, T> {
         let mut registers = vec![Register::ZERO; LANES * chunks.steps * P::FLOATS * C];
         let mut wide = [[0.0; LANES]; C];
         for (element, row) in x.chunks_exact(m).enumerate() {
-            let row = &row[first..][..columns];
-            for (wide, x) in wide.as_flattened_mut().iter_mut().zip(row) {
-                *wide = x.widen();
-            }
+            widen(&row[first..][..columns], &mut wide);
             if let (Some(norm), Some(scales)) = (norm, &scales) {
                 let weight = norm.weight[element].widen();
                 for (wide, scale) in wide.as_flattened_mut().iter_mut().zip(scales.as_flattened()) {
@@ -131,9 +128,7 @@ impl<T: Float> Pack<'_, T> {
         let mut squares = [[isa.splat(0.0); C]; LANES];
         let mut wide = [[0.0; LANES]; C];
         for (element, row) in self.x.chunks_exact(self.m).enumerate() {
-            for (wide, x) in wide.as_flattened_mut().iter_mut().zip(&row[first..][..columns]) {
-                *wide = x.widen();
-            }
+            widen(&row[first..][..columns], &mut wide);
             for column in 0..C {
                 let x = isa.load(&wide[column]);
                 let squares = &mut squares[element % LANES][column];
@@ -160,6 +155,12 @@ impl<T: Float> Pack<'_, T> {
     }
 }
 
+/// A row's elements in some columns.
+#[inline(always)]
+fn widen<T: Float, const C: usize>(row: &[T], wide: &mut [[f32; LANES]; C]) {
+    wide.as_flattened_mut().iter_mut().zip(row).for_each(|(wide, x)| *wide = x.widen());
+}
+
 impl<T: Float> Part<'_, T> {
     /// Goes through the result by panels.
     #[inline(always)]
@@ -175,32 +176,32 @@ impl<T: Float> Part<'_, T> {
         let chunks = Chunks::new::<P>(self.k);
         let rows = if self.up.is_some() { R / 2 } else { R };
         let count = self.y.len() / self.m;
-        // Floats of a strip of the longest chunk.
-        let of_strip = LANES * chunks.of_chunk * P::FLOATS * R;
-        let strips = (STRIPS / (of_strip * size_of::<f32>())).clamp(1, count.div_ceil(rows));
-        let mut packed = vec![0.0; strips * of_strip];
-        let waiting = if chunks.count() > 1 { strips * panels.len() } else { 0 };
-        let mut partial = vec![Register::ZERO; waiting * LANES * R * C];
-        for begin in (0..count).step_by(strips * rows) {
-            let firsts = (begin..count.min(begin + strips * rows)).step_by(rows);
+        // Floats of a slab of the longest chunk.
+        let of_slab = LANES * chunks.of_chunk * P::FLOATS * R;
+        let slabs = (SLABS / (of_slab * size_of::<f32>())).clamp(1, count.div_ceil(rows));
+        let mut packed = vec![0.0; slabs * of_slab];
+        // `[slabs, panels, chains, R, C]`, written before they are read.
+        let waiting = if chunks.count() > 1 { slabs * panels.len() } else { 0 };
+        let mut partial = Vec::<Register>::with_capacity(waiting * LANES * R * C);
+        for begin in (0..count).step_by(slabs * rows) {
+            let firsts = (begin..count.min(begin + slabs * rows)).step_by(rows);
             for chunk in 0..chunks.count() {
                 let (range, length) = (chunks.range(chunk), chunks.length::<P>(chunk));
-                for (strip, first) in firsts.clone().enumerate() {
+                for (slab, first) in firsts.clone().enumerate() {
                     let pointers = self.tile_rows::<R>(first, rows, count);
-                    let strip = &mut packed[strip * of_strip..][..LANES * length * R];
-                    self.pack_strip::<P, R>(p, pointers, range, strip);
+                    let slab = &mut packed[slab * of_slab..][..LANES * length * R];
+                    self.pack_slab::<P, R>(p, pointers, range, slab);
                 }
                 for (at, panel) in panels.iter().enumerate() {
                     let columns = &panel.registers[LANES * range[0] * P::FLOATS * C..][..LANES * length * C];
-                    for (strip, first) in firsts.clone().enumerate() {
-                        let rows_of_strip = packed[strip * of_strip..][..LANES * length * R].as_ptr();
-                        let place = (strip * panels.len() + at) * LANES * R * C;
-                        let partial = partial.get_mut(place..place + LANES * R * C).unwrap_or_default();
-                        let columns = columns.as_ptr();
-                        let operands = Operands { rows: rows_of_strip, columns, length };
-                        let waiting = partial.as_mut_ptr();
+                    for (slab, first) in firsts.clone().enumerate() {
+                        let rows_of_slab = packed[slab * of_slab..][..LANES * length * R].as_ptr();
+                        let operands = Operands { rows: rows_of_slab, columns: columns.as_ptr(), length };
+                        let place = (slab * panels.len() + at) * LANES * R * C;
+                        assert!(chunks.count() == 1 || place + LANES * R * C <= partial.capacity());
+                        let waiting = partial.as_mut_ptr().wrapping_add(place);
                         let before = if chunk > 0 { waiting.cast_const() } else { std::ptr::null() };
-                        // SAFETY: both were packed for it, and several chunks have sums that wait.
+                        // SAFETY: both were packed for it; the sums of several chunks have room, and the first chunk writes them.
                         unsafe {
                             if chunk + 1 < chunks.count() {
                                 chains::accumulate::<_, R, C>(p.isa(), operands, before, waiting);
@@ -215,18 +216,18 @@ impl<T: Float> Part<'_, T> {
         }
     }
 
-    /// Some steps of a strip: `[chains, length, R]`, zeros beyond the last element.
+    /// Some steps of a slab: `[chains, length, R]`, zeros beyond the last element.
     #[inline(always)]
-    fn pack_strip<P: Product<Element = T>, const R: usize>(
+    fn pack_slab<P: Product<Element = T>, const R: usize>(
         &self,
         p: P,
         rows: [*const T; R],
         [from, to]: [usize; 2],
-        strip: &mut [f32],
+        slab: &mut [f32],
     ) {
         let isa = p.isa();
         let length = (to - from) * P::FLOATS;
-        assert!(strip.len() == LANES * length * R && R <= MOST[0]);
+        assert!(slab.len() == LANES * length * R);
         for (row, pointer) in rows.into_iter().enumerate() {
             for step in from..to {
                 let mut rest = [T::narrow(0.0); 2 * LANES];
@@ -246,7 +247,7 @@ impl<T: Float> Part<'_, T> {
                     isa.store(floats[register], &mut lanes);
                     let at = (step - from) * P::FLOATS + register;
                     for lane in 0..LANES {
-                        strip[(chain(lane) * length + at) * R + row] = lanes[lane];
+                        slab[(chain(lane) * length + at) * R + row] = lanes[lane];
                     }
                 }
             }
@@ -263,7 +264,8 @@ impl<T: Float> Part<'_, T> {
         first_column: usize,
     ) {
         // [R, C] registers
-        let mut floats = [[0.0; LANES]; MOST[0] * MOST[1]];
+        assert!(R * C <= MOST);
+        let mut floats = [[0.0; LANES]; MOST];
         for row in 0..R {
             for column in 0..C {
                 p.isa().store(sums[row][column], &mut floats[row * C + column]);
