@@ -61,6 +61,7 @@ pub unsafe fn multiply<I: Isa, const R: usize, const C: usize, const PAIRS: bool
 /// # Safety
 /// As there; `after` has room for `[chains, R, C]`, and may be `before`.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
 pub unsafe fn accumulate<I: Isa, const R: usize, const C: usize>(
     isa: I,
     of: Operands,

@@ -125,6 +125,7 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "indices of registers, each loop unrolled")]
     unsafe fn turn(self, rows_at: &[*const f32; LANES], to: *mut Register, stride: usize) {
         for half in 0..2 {
             for quarter in 0..4 {

@@ -242,9 +242,9 @@ impl<T: Float> Part<'_, T> {
                     }
                     p.floats(elements, &mut floats);
                 }
-                for register in 0..P::FLOATS {
+                for (register, &floats) in floats.iter().enumerate().take(P::FLOATS) {
                     let mut lanes = [0.0; LANES];
-                    isa.store(floats[register], &mut lanes);
+                    isa.store(floats, &mut lanes);
                     let at = (step - from) * P::FLOATS + register;
                     for lane in 0..LANES {
                         slab[(chain(lane) * length + at) * R + row] = lanes[lane];
