@@ -5,6 +5,9 @@
 //! work stays on its own thread. What owns all that it reads ([`race`]) is not waited for: a piece that is late is done again by
 //! the caller, and what comes of it elsewhere is dropped.
 //!
+//! A decode step calls hundreds of kernels, microseconds apart, and to wake a thread takes as long as a small one. So a thread
+//! whose help is done stays for a moment, and takes what is lent next at once ([`Staying`]).
+//!
 //! Invariants: [`share`] returns, or unwinds, only when no thread will look at the work any more; a panic in a piece becomes
 //! a panic of the caller, after all pieces; a thread that comes late finds nothing left, and nobody waits for it.
 
@@ -46,8 +49,14 @@ impl<'a> Pool<'a> {
         unsafe extern "C" fn help(data: *mut c_void) {
             QUEUED.fetch_sub(1, Ordering::Relaxed);
             // SAFETY: by contract.
-            unsafe { Helper::from_raw(data) }.work();
+            let mut helper = Some(unsafe { Helper::from_raw(data) });
+            while let Some(lent) = helper {
+                lent.work();
+                let is_busy = CAUTION.is_alone() || BUSY.is_alone();
+                helper = if is_busy { None } else { STAYING.next(Staying::TIME) };
+            }
         }
+        let Err(helper) = STAYING.give(helper) else { return };
         if QUEUED.fetch_add(1, Ordering::Relaxed) >= 2 * self.count {
             QUEUED.fetch_sub(1, Ordering::Relaxed);
             return;
@@ -77,6 +86,65 @@ impl Threads for Pool<'_> {
     }
 }
 
+/// Threads that wait for another helper. As many wait as are free and as there are helpers for.
+struct Staying {
+    free: AtomicUsize,
+    given: Mutex<Vec<Helper>>,
+    /// How many those are, to look at without the lock.
+    pending: AtomicUsize,
+}
+
+static STAYING: Staying = Staying::new();
+
+impl Staying {
+    /// Somewhat longer than what runs on one thread between two kernels: attention, in a decode step of one sequence.
+    const TIME: Duration = Duration::from_micros(100);
+    /// Some time slices of a neighbour.
+    const AFTER_LATE: Duration = Duration::from_millis(50);
+
+    const fn new() -> Self {
+        Self { free: AtomicUsize::new(0), given: Mutex::new(Vec::new()), pending: AtomicUsize::new(0) }
+    }
+
+    /// Makes a free thread one that there is a helper for, or that goes.
+    fn take_free(&self) -> bool {
+        let one_less = |free: usize| free.checked_sub(1);
+        self.free.fetch_update(Ordering::AcqRel, Ordering::Relaxed, one_less).is_ok()
+    }
+
+    /// Gives a helper to a thread that waits, or back.
+    fn give(&self, helper: Helper) -> Result<(), Helper> {
+        if !self.take_free() {
+            return Err(helper);
+        }
+        self.given.lock().unwrap_or_else(PoisonError::into_inner).push(helper);
+        self.pending.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+
+    /// Waits for a helper; after `time`, for none that is not on its way.
+    fn next(&self, time: Duration) -> Option<Helper> {
+        /// Looks that are cheaper than one at the clock.
+        const LOOKS: u32 = 32;
+        let started = Instant::now();
+        self.free.fetch_add(1, Ordering::AcqRel);
+        loop {
+            for _ in 0..LOOKS {
+                if self.pending.load(Ordering::Acquire) > 0
+                    && let Some(helper) = self.given.lock().unwrap_or_else(PoisonError::into_inner).pop()
+                {
+                    self.pending.fetch_sub(1, Ordering::Relaxed);
+                    return Some(helper);
+                }
+                std::hint::spin_loop();
+            }
+            if started.elapsed() > time && self.take_free() {
+                return None;
+            }
+        }
+    }
+}
+
 /// Whether work that is waited for stays on the caller's thread.
 struct Caution {
     since: LazyLock<Instant>,
@@ -84,13 +152,20 @@ struct Caution {
     until: AtomicU64,
 }
 
-static CAUTION: Caution = Caution { since: LazyLock::new(Instant::now), until: AtomicU64::new(0) };
+static CAUTION: Caution = Caution::new();
+
+/// Whether threads do not stay, as a piece of a race came late: others have use for the core.
+static BUSY: Caution = Caution::new();
 
 impl Caution {
     /// What is no preemption: a piece that takes long, or a thread that wakes up.
     const TOLERATED: Duration = Duration::from_micros(500);
     /// How many times what was lost is waited.
     const TIMES: u32 = 8;
+
+    const fn new() -> Self {
+        Self { since: LazyLock::new(Instant::now), until: AtomicU64::new(0) }
+    }
 
     fn now(&self) -> u64 {
         u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX)
@@ -103,9 +178,13 @@ impl Caution {
 
     fn was_held_up(&self, lost: Duration) {
         if lost > Self::TOLERATED {
-            let wait = u64::try_from((lost * Self::TIMES).as_nanos()).unwrap_or(u64::MAX);
-            self.until.store(self.now().saturating_add(wait), Ordering::Relaxed);
+            self.wait(lost * Self::TIMES);
         }
+    }
+
+    fn wait(&self, time: Duration) {
+        let time = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.until.store(self.now().saturating_add(time), Ordering::Relaxed);
     }
 }
 
@@ -243,7 +322,10 @@ fn race(
             let late = started.elapsed() > deadline;
             match std::mem::replace(&mut *slot, if late { Made::Late } else { Made::Open }) {
                 Made::Done(made) => break Some(made),
-                _ if late => break None,
+                _ if late => {
+                    BUSY.wait(Staying::AFTER_LATE);
+                    break None;
+                }
                 _ => drop(slot),
             }
             std::hint::spin_loop();
@@ -357,11 +439,34 @@ mod tests {
 
     #[test]
     fn who_was_held_up_is_alone_for_a_while() {
-        let caution = Caution { since: LazyLock::new(Instant::now), until: AtomicU64::new(0) };
+        let caution = Caution::new();
         caution.was_held_up(Caution::TOLERATED);
         assert!(!caution.is_alone());
         caution.was_held_up(Duration::from_secs(100));
         assert!(caution.is_alone());
+    }
+
+    /// Threads that come and go, and helpers that are given to them: none is lost, and no thread is kept.
+    #[test]
+    fn what_is_given_to_threads_that_stay_is_done() {
+        let (staying, runs) = (Staying::new(), AtomicUsize::new(0));
+        let work = |_| {
+            runs.fetch_add(1, Ordering::Relaxed);
+        };
+        let mut given = 0;
+        std::thread::scope(|scope| {
+            let stay = |time| {
+                let staying = &staying;
+                move || std::iter::from_fn(|| staying.next(Duration::from_micros(time))).for_each(Helper::work)
+            };
+            (0..3).for_each(|_| drop(scope.spawn(stay(20_000))));
+            let end = Instant::now() + Duration::from_millis(60);
+            while Instant::now() < end {
+                share(4, &work, 3, |helper| given += usize::from(staying.give(helper).is_ok()));
+            }
+        });
+        assert!(given > 0 && runs.into_inner().is_multiple_of(4));
+        assert!(staying.next(Duration::ZERO).is_none() && !staying.take_free(), "nobody stays, nothing is left");
     }
 
     #[test]
