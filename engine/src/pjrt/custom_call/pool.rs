@@ -52,7 +52,7 @@ impl<'a> Pool<'a> {
             let mut helper = Some(unsafe { Helper::from_raw(data) });
             while let Some(lent) = helper {
                 lent.work();
-                let is_busy = CAUTION.is_alone() || BUSY.is_alone();
+                let is_busy = CAUTION.lasts() || BUSY.lasts();
                 helper = if is_busy { None } else { STAYING.next(Staying::TIME) };
             }
         }
@@ -77,7 +77,7 @@ impl Threads for Pool<'_> {
     }
 
     fn run(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
-        let most = if CAUTION.is_alone() { 0 } else { self.count - 1 };
+        let most = if CAUTION.lasts() { 0 } else { self.count - 1 };
         share(count, work, most, |helper| self.lend(helper));
     }
 
@@ -145,16 +145,17 @@ impl Staying {
     }
 }
 
-/// Whether work that is waited for stays on the caller's thread.
+/// A time of caution, that may last.
 struct Caution {
     since: LazyLock<Instant>,
     /// Nanoseconds since then.
     until: AtomicU64,
 }
 
+/// While it lasts, work that is waited for stays on the caller's thread.
 static CAUTION: Caution = Caution::new();
 
-/// Whether threads do not stay, as a piece of a race came late: others have use for the core.
+/// While it lasts, threads do not stay: a piece of a race came late, so others have use for the core.
 static BUSY: Caution = Caution::new();
 
 impl Caution {
@@ -171,18 +172,18 @@ impl Caution {
         u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    fn is_alone(&self) -> bool {
+    fn lasts(&self) -> bool {
         let until = self.until.load(Ordering::Relaxed);
         until > 0 && self.now() < until
     }
 
     fn was_held_up(&self, lost: Duration) {
         if lost > Self::TOLERATED {
-            self.wait(lost * Self::TIMES);
+            self.begin(lost * Self::TIMES);
         }
     }
 
-    fn wait(&self, time: Duration) {
+    fn begin(&self, time: Duration) {
         let time = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.until.store(self.now().saturating_add(time), Ordering::Relaxed);
     }
@@ -323,7 +324,7 @@ fn race(
             match std::mem::replace(&mut *slot, if late { Made::Late } else { Made::Open }) {
                 Made::Done(made) => break Some(made),
                 _ if late => {
-                    BUSY.wait(Staying::AFTER_LATE);
+                    BUSY.begin(Staying::AFTER_LATE);
                     break None;
                 }
                 _ => drop(slot),
@@ -441,9 +442,9 @@ mod tests {
     fn who_was_held_up_is_alone_for_a_while() {
         let caution = Caution::new();
         caution.was_held_up(Caution::TOLERATED);
-        assert!(!caution.is_alone());
+        assert!(!caution.lasts());
         caution.was_held_up(Duration::from_secs(100));
-        assert!(caution.is_alone());
+        assert!(caution.lasts());
     }
 
     /// Threads that come and go, and helpers that are given to them: none is lost, and no thread is kept.
