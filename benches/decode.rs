@@ -36,13 +36,15 @@ fn engine(client: &Client, slots: usize, target: Target, sampling: SamplingOptio
     let options = EngineOptions {
         limits,
         compute: Element::F32,
+        matrices: Element::F32,
         kv_cache: KvCache::of(Element::F32),
         target,
         sampling,
         stop: StopRule::default(),
         mixed_steps: false,
         reuse_prefixes: false, // the prompts are alike
-    };
+    }
+    .on(target, &config, &weights);
     let model = DeviceModel::load(client, &config, &weights, &options.shape(&Parallel::ONE)).expect("loads");
     Engine::new(client, model, options).expect("compiles")
 }

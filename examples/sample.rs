@@ -44,6 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = EngineOptions {
         limits,
         compute: Element::F32,
+        matrices: Element::F32,
         kv_cache: KvCache::of(Element::F32),
         target: Target::Portable,
         sampling: SamplingOptions { temperature: 0.8, top_k: None, top_p: Some(0.95), seed: 1 },

@@ -23,9 +23,10 @@ use pagoda_kernels::rpa::kv_layout::{NO_SLOT, slot};
 
 use crate::error::{Error, Result};
 use crate::llama::step::StepShape;
-use crate::llama::{Call, DeviceModel, Executor, KvCache, Parallel, Sampled, Target};
+use crate::llama::{self, Call, DeviceModel, Executor, KvCache, Parallel, Sampled, Target};
 use crate::memory::Room;
 use crate::model::ModelSpec;
+use crate::model::weights::Weights;
 use crate::pjrt::{Client, Executable};
 use crate::sampler::Sampling;
 use crate::scheduler::{DecodeRow, Finished, Limits, PrefillRow, Request, Scheduler, Step};
@@ -235,6 +236,8 @@ pub struct EngineOptions {
     pub limits: Limits,
     /// Type of weights and activations: f32 or bf16.
     pub compute: Element,
+    /// Type of the weights' matrices on the device, [`llama::matrices`](crate::llama::matrices).
+    pub matrices: Element,
     /// What the KV cache holds.
     pub kv_cache: KvCache,
     /// What the step programs are emitted for.
@@ -255,9 +258,24 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
+    /// These options for a target, and for the files of a model.
+    #[must_use]
+    pub fn on(self, target: Target, config: &ModelSpec, weights: &Weights) -> Self {
+        Self { target, matrices: llama::matrices(config, weights, self.compute, target), ..self }
+    }
+
+    /// The kernels, and the weights where they have a type of their own: what took effect.
+    pub fn kernels(&self) -> String {
+        match self.matrices == self.compute {
+            true => self.target.to_string(),
+            false => format!("{}, weights in {} as in the files", self.target, self.matrices),
+        }
+    }
+
     /// The step programs' static sizes, for a model that is split like this.
     pub fn shape(&self, parallel: &Parallel) -> StepShape {
-        StepShape::of(&self.limits, self.compute, self.kv_cache, self.target, parallel.clone())
+        let shape = StepShape::of(&self.limits, self.compute, self.kv_cache, self.target, parallel.clone());
+        StepShape { matrices: self.matrices, ..shape }
     }
 
     /// Whether the KV caches of some devices fit in the memory that is left. [`Engine::new`] asks again: a caller who asks before

@@ -8,7 +8,7 @@ use half::bf16;
 use pagoda_ir::mosaic::wire;
 use pagoda_ir::tile_machine::{Machine, Program};
 use pagoda_ir::{Context, Element, HostTensor, TensorType};
-use pagoda_kernels::float::Float;
+use pagoda_kernels::float::{Float, Times};
 use pagoda_kernels::grouped_matmul;
 use pagoda_kernels::matmul::native::{Around, Norm};
 use pagoda_kernels::matmul::{self, Activation};
@@ -43,6 +43,17 @@ fn by_element(frame: Frame<'_>, f32s: fn(Frame<'_>) -> Outcome, bf16s: fn(Frame<
     }
 }
 
+/// Calls the handler for the types of a weight, operand 0, and of activations, operand 1: both f32, both bf16, or bf16 beside f32.
+fn by_types(frame: Frame<'_>, handlers: [fn(Frame<'_>) -> Outcome; 3]) -> Outcome {
+    let [f32s, bf16s, mixed] = handlers;
+    match (frame.operands.get(0)?.element, frame.operands.get(1)?.element) {
+        (Element::F32, Element::F32) => f32s(frame),
+        (Element::Bf16, Element::Bf16) => bf16s(frame),
+        (Element::Bf16, Element::F32) => mixed(frame),
+        (w, x) => Err(format!("a weight of {w} and activations of {x} are not supported")),
+    }
+}
+
 /// An option of the call that is a number, where it is on.
 fn number<N: std::str::FromStr>(options: Options<'_>, name: &str) -> std::result::Result<Option<N>, String> {
     let parse = |text: &str| text.parse().map_err(|_| format!("{name} = {text} is not a number"));
@@ -56,11 +67,11 @@ impl CustomCall for Matmul {
     const TARGET: &'static str = matmul::native::TARGET;
 
     fn call(frame: Frame<'_>) -> Outcome {
-        by_element(frame, multiply::<f32>, multiply::<bf16>)
+        by_types(frame, [multiply::<f32, f32>, multiply::<bf16, bf16>, multiply::<bf16, f32>])
     }
 }
 
-fn multiply<T: Float>(frame: Frame<'_>) -> Outcome {
+fn multiply<T: Times<X>, X: Float>(frame: Frame<'_>) -> Outcome {
     let [norm, plus_one, gate, residual] = matmul::native::OPTIONS;
     let Frame { operands, results, options } = frame;
     let mut operands = (0..operands.len()).map(|index| operands.get(index));
@@ -69,11 +80,11 @@ fn multiply<T: Float>(frame: Frame<'_>) -> Outcome {
     let &[_, columns] = x.dims else { return Err(format!("activations of rank {}", x.dims.len())) };
     let norm = match number(options, norm)? {
         Some(epsilon) => {
-            Some(Norm { weight: next()?.values::<T>()?, epsilon, plus_one: options.string(plus_one).is_some() })
+            Some(Norm { weight: next()?.values::<X>()?, epsilon, plus_one: options.string(plus_one).is_some() })
         }
         None => None,
     };
-    let residual = if options.string(residual).is_some() { Some(next()?.values::<T>()?) } else { None };
+    let residual = if options.string(residual).is_some() { Some(next()?.values::<X>()?) } else { None };
     let gates = [Activation::SiluGate, Activation::GeluGate];
     let activation = match options.string(gate) {
         None => Activation::Identity,
@@ -84,13 +95,13 @@ fn multiply<T: Float>(frame: Frame<'_>) -> Outcome {
     };
     let around = Around { norm, activation, residual };
     let w = w.values::<T>()?;
-    let call = matmul::native::Call { w, x: x.values()?, columns: columns as usize, around, resident: guard(w) };
+    let call = matmul::native::Call { w, x: x.values::<X>()?, columns: columns as usize, around, resident: guard(w) };
     let threads = options.threads();
     if results.ty(0)?.0 == Element::F32 {
         let [y] = results.values::<f32, 1>()?;
         matmul::native::multiply(&call, y, &threads);
     } else {
-        let [y] = results.values::<T, 1>()?;
+        let [y] = results.values::<X, 1>()?;
         matmul::native::multiply(&call, y, &threads);
     }
     Ok(())
@@ -103,11 +114,11 @@ impl CustomCall for GroupedMatmul {
     const TARGET: &'static str = grouped_matmul::native::TARGET;
 
     fn call(frame: Frame<'_>) -> Outcome {
-        by_element(frame, multiply_groups::<f32>, multiply_groups::<bf16>)
+        by_types(frame, [multiply_groups::<f32, f32>, multiply_groups::<bf16, bf16>, multiply_groups::<bf16, f32>])
     }
 }
 
-fn multiply_groups<T: Float>(Frame { operands, results, options }: Frame<'_>) -> Outcome {
+fn multiply_groups<T: Times<X>, X: Float>(Frame { operands, results, options }: Frame<'_>) -> Outcome {
     let (w, x, sizes) = (operands.get(0)?, operands.get(1)?, operands.get(2)?.values::<i32>()?);
     let (&[columns, k], &[m, _]) = (w.dims, x.dims) else { return Err("operands are not matrices".into()) };
     let rows: i64 = sizes.iter().map(|&size| i64::from(size)).sum();
@@ -118,13 +129,13 @@ fn multiply_groups<T: Float>(Frame { operands, results, options }: Frame<'_>) ->
     let n = columns as usize / sizes.len().max(1) / if gated { 2 } else { 1 };
     let w = w.values::<T>()?;
     let groups =
-        grouped_matmul::native::Groups { x: x.values()?, w, sizes, k: k as usize, n, gated, resident: guard(w) };
+        grouped_matmul::native::Groups { x: x.values::<X>()?, w, sizes, k: k as usize, n, gated, resident: guard(w) };
     let threads = options.threads();
     if results.ty(0)?.0 == Element::F32 {
         let [y] = results.values::<f32, 1>()?;
         grouped_matmul::native::multiply_groups(&groups, y, &threads);
     } else {
-        let [y] = results.values::<T, 1>()?;
+        let [y] = results.values::<X, 1>()?;
         grouped_matmul::native::multiply_groups(&groups, y, &threads);
     }
     Ok(())

@@ -16,9 +16,13 @@ pub trait Float: Native {
     fn narrow(value: f32) -> Self;
     /// A vector in f32: itself, or widened into `wide`.
     fn vector<'v>(narrow: &'v [Self], wide: &'v mut [f32]) -> &'v [f32];
-    /// Packs columns for a matmul. This and the next are not generic, so that what they run is compiled once, here.
-    fn pack(columns: Pack<'_, Self>) -> Packed;
-    /// Does a part of a matmul.
+}
+
+/// An element of a matmul's weight, beside activations of type `X`. What its functions run is compiled once, here.
+pub trait Times<X>: Float {
+    /// Packs columns.
+    fn pack(columns: Pack<'_, X>) -> Packed;
+    /// Does a part of the product.
     fn part(part: Part<'_, Self>);
 }
 
@@ -37,7 +41,9 @@ impl Float for f32 {
     fn vector<'v>(narrow: &'v [Self], _: &'v mut [f32]) -> &'v [f32] {
         narrow
     }
+}
 
+impl Times<Self> for f32 {
     fn pack(columns: Pack<'_, Self>) -> Packed {
         simd::with_f32(columns)
     }
@@ -66,13 +72,26 @@ impl Float for bf16 {
         wide.iter_mut().zip(narrow).for_each(|(wide, narrow)| *wide = narrow.widen());
         wide
     }
+}
 
+impl Times<Self> for bf16 {
     fn pack(columns: Pack<'_, Self>) -> Packed {
         simd::with_bf16(columns)
     }
 
     fn part(part: Part<'_, Self>) {
         simd::with_bf16(part);
+    }
+}
+
+/// A weight of half the bytes, with the values that it has: sums are as exact as with one in f32.
+impl Times<f32> for bf16 {
+    fn pack(columns: Pack<'_, f32>) -> Packed {
+        simd::with_widened(columns)
+    }
+
+    fn part(part: Part<'_, Self>) {
+        simd::with_widened(part);
     }
 }
 

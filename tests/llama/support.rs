@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use pagoda_engine::generate::{Engine, EngineOptions, SamplingOptions};
 use pagoda_engine::llama::step::{self, Output, StepShape};
-use pagoda_engine::llama::{DeviceModel, Group, KvCache, Parallel, Target};
+use pagoda_engine::llama::{DeviceModel, Group, KvCache, Parallel, Target, matrices};
 use pagoda_engine::mesh::Mesh;
 use pagoda_engine::model::ModelSpec;
 use pagoda_engine::model::reference::Reference;
@@ -67,6 +67,7 @@ pub fn greedy_options(limits: Limits, target: Target) -> EngineOptions {
     EngineOptions {
         limits,
         compute: Element::F32,
+        matrices: Element::F32,
         kv_cache: KvCache::of(Element::F32),
         target,
         sampling: SamplingOptions::GREEDY,
@@ -121,6 +122,7 @@ impl Model {
         let client = client();
         let kv_cache = KvCache::of(compute);
         let options = EngineOptions { compute, kv_cache, sampling, stop, ..greedy_options(limits, target) };
+        let options = options.on(target, &self.config, &self.weights);
         let model = self.on_device(&client, &options.shape(&Parallel::ONE));
         Engine::new(&client, model, options).unwrap()
     }
@@ -197,6 +199,7 @@ pub fn logits_by_cache(
         max_positions: longest,
         max_rounds: 1,
         compute,
+        matrices: matrices(config, &model.weights, compute, target),
         kv_cache,
         target,
         parallel: group.parallel().clone(),

@@ -30,6 +30,7 @@ fn shape(target: Target) -> StepShape {
         max_positions: 512,
         max_rounds: 16,
         compute: Element::Bf16,
+        matrices: Element::Bf16,
         kv_cache: KvCache::of(Element::Bf16),
         target,
         parallel: Parallel::ONE,
@@ -230,6 +231,7 @@ fn drawn(seed: u64) -> (ModelSpec, StepShape) {
         pages_per_seq,
         max_positions: page_size * pages_per_seq,
         compute,
+        matrices: compute,
         kv_cache: KvCache::of(compute),
         ..shape(Target::Tpu(choices.one_of(&Chip::ALL)))
     };

@@ -282,6 +282,7 @@ fn golden_text(folder: &Path, target: Target, device: &Device) -> Result<Option<
     let options = EngineOptions {
         limits,
         compute: pagoda_ir::Element::F32,
+        matrices: pagoda_ir::Element::F32,
         kv_cache: KvCache::of(pagoda_ir::Element::F32),
         target,
         sampling: SamplingOptions::GREEDY,
@@ -290,6 +291,7 @@ fn golden_text(folder: &Path, target: Target, device: &Device) -> Result<Option<
         reuse_prefixes: false, // the prompts are alike
     };
     let (config, weights) = (ModelSpec::open(folder)?, Weights::open(folder)?);
+    let options = options.on(target, &config, &weights);
     let model = DeviceModel::load(&device.client, &config, &weights, &options.shape(&Parallel::ONE))?;
     let mut engine = Engine::new(&device.client, model, options)?;
     let mut wrong = Vec::new();

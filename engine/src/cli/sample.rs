@@ -115,6 +115,7 @@ fn run(args: &SampleArgs, world: &mut Option<World>) -> Result<ExitCode> {
     let options = EngineOptions {
         limits,
         compute,
+        matrices: compute,
         kv_cache: settings.kv_cache(),
         target: Target::Portable, // settled with the client
         sampling: SamplingOptions {
@@ -203,13 +204,13 @@ fn load(
     config: &ModelSpec,
     weights: &Weights,
     place: &Place,
-    mut options: EngineOptions,
+    options: EngineOptions,
     start_up: &mut StartUp,
 ) -> Result<(Replicas, usize)> {
     let Place { client, placement, plugin_s } = place;
     let (parallel, devices) = (placement.parallel(), Vec::from_iter(0..placement.devices().get()));
-    options.target = args.plugin.target(client)?;
-    eprintln!("# plugin {client:?}, kernels {}", options.target);
+    let mut options = options.on(args.plugin.target(client)?, config, weights);
+    eprintln!("# plugin {client:?}, kernels {}", options.kernels());
     for note in settings.model.not_applied(options.target) {
         eprintln!("# {note}");
     }

@@ -89,23 +89,27 @@ pub(super) fn serve(args: &ServeArgs) -> Result<ExitCode> {
     // A file without a stop sequence asks for samples of full length; requests bring stop sequences of their own.
     let endless = args.config.is_none() && settings.ignore_eos == Some(true);
     let eos = if endless { Vec::new() } else { config.eos_token_ids.clone() };
+    let compute = settings.compute().element();
     let mut options = EngineOptions {
         limits,
-        compute: settings.compute().element(),
+        compute,
+        matrices: compute,
         kv_cache: settings.kv_cache(),
         target,
         sampling: SamplingOptions::GREEDY, // of rows that no request has
         stop: StopRule::new(eos, Vec::new()),
         mixed_steps: settings.engine.mixed_steps,
         reuse_prefixes: settings.engine.reuse_prefixes,
-    };
+    }
+    .on(target, &config, &weights);
     fit_pages(&settings, &config, &place, &mut options)?;
     let limits = options.limits;
     config.notes(limits.max_seq_len).iter().for_each(|note| eprintln!("# {note}"));
     let name = args.served_model_name.clone().unwrap_or_else(|| {
         folder.file_name().map_or_else(|| folder.display().to_string(), |name| name.to_string_lossy().into_owned())
     });
-    eprintln!("# {}; kernels {target}; {} of weights; {}", place.placement, weights.size(), place.client.platform());
+    let (kernels, platform) = (options.kernels(), place.client.platform());
+    eprintln!("# {}; kernels {kernels}; {} of weights; {platform}", place.placement, weights.size());
     eprintln!(
         "# {} slots of up to {} tokens, {} KV pages of {} tokens, {} prompt tokens per prefill, {} decode steps per call; up to {} \
          more wait",

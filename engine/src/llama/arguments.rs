@@ -26,7 +26,7 @@ impl<T> Projection<T> {
         bias: bool,
         mut next: impl FnMut(Element, &[usize]) -> T,
     ) -> Self {
-        let element = quantization.map_or(shape.compute, |quantization| quantization.weight);
+        let element = quantization.map_or(shape.matrices, |quantization| quantization.weight);
         let groups = quantization.and_then(Quantization::group).map_or(1, |group| from / group);
         let scales = if shape.target.is_row_major() { [groups, out] } else { [out, groups] };
         Self {
@@ -116,7 +116,7 @@ impl<T> Layer<T> {
                     gate_up: Projection::each(shape, None, [count * 2 * inner, hidden], *bias, &mut next),
                     down: Projection::each(shape, None, [count * hidden, *inner], *bias, &mut next),
                     shared: shared.map(|SharedExpert { inner, .. }| SharedWeights {
-                        gate: next(shape.compute, &[1, hidden]),
+                        gate: next(shape.matrices, &[1, hidden]),
                         gate_up: Projection::each(shape, None, [2 * inner, hidden], false, &mut next),
                         down: Projection::each(shape, None, [hidden, inner], false, &mut next),
                     }),
@@ -156,7 +156,7 @@ impl<T> Weights<T> {
         let config = &shape.parallel.shard_of(config);
         let hidden = config.hidden_size;
         let mut weight = |element: Element, dims: &[usize]| next(TensorType::new(element, dims));
-        let embedding = weight(shape.compute, &[config.vocab_size, hidden]);
+        let embedding = weight(shape.matrices, &[config.vocab_size, hidden]);
         let layers = match shape.stacks_layers(config) {
             false => Layers::Apart(config.layers.iter().map(|_| Layer::each(config, shape, &mut weight)).collect()),
             true => {

@@ -31,6 +31,13 @@ use crate::pjrt::{Arg, Buffer, Client, Executable};
 use executor::zeros;
 use step::StepShape;
 
+/// The type of a model's matrices on the device: `compute`, or bf16 beside f32 where the files hold them so and the target's
+/// kernels take it. Then no value changes, and a step that waits for its weights waits for half the bytes.
+pub fn matrices(config: &ModelSpec, weights: &Weights, compute: Element, target: Target) -> Element {
+    let narrowest = lowering::narrowest(config, compute, target);
+    if narrowest == compute || weights.matrices_fit(config, narrowest) { narrowest } else { compute }
+}
+
 /// A model's weights on the devices of a group, as the step programs take them.
 pub struct DeviceModel {
     config: ModelSpec,
@@ -189,7 +196,7 @@ fn argument_type(tensors: &[TensorSpec], shard: Shard, shape: &StepShape) -> Ten
     if is_turned(&tensors[0], shape) {
         dims.reverse();
     }
-    TensorType::new(tensors[0].element(shape.compute), &dims)
+    TensorType::new(tensors[0].element(shape.compute, shape.matrices), &dims)
 }
 
 /// Whether the programs take `[groups, out]` of what files hold as `[out, groups]`.
@@ -240,6 +247,27 @@ mod tests {
     use crate::model::quantization::{Quantization, Scales};
     use crate::model::spec::{GatedMlp, Mlp};
 
+    /// Where the kernels widen them, and the files hold no more.
+    #[test]
+    fn matrices_are_as_narrow_as_files_and_kernels_allow() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny-llama-kjv");
+        let (config, weights) = (ModelSpec::open(&folder).unwrap(), Weights::open(&folder).unwrap());
+        let (f32, bf16) = (Element::F32, Element::Bf16);
+        assert!(weights.matrices_fit(&config, bf16) && !weights.matrices_fit(&config, f32));
+        for (target, compute, expected) in [
+            (Target::Host, f32, bf16),
+            (Target::Host, bf16, bf16),
+            (Target::Portable, f32, f32),
+            (Target::Tpu(Chip::V5p), f32, f32),
+        ] {
+            assert_eq!(matrices(&config, &weights, compute, target), expected, "{compute} on {target}");
+        }
+        // XLA's own product of a gate with biases takes one type.
+        let Mlp::Gated(mlp) = config.mlp else { panic!("a Llama") };
+        let biased = ModelSpec { mlp: Mlp::Gated(GatedMlp { bias: true, ..mlp }), ..config };
+        assert_eq!(matrices(&biased, &weights, f32, Target::Host), f32);
+    }
+
     /// What is uploaded is what the programs take, in their order.
     #[test]
     fn uploads_have_the_types_of_the_arguments() {
@@ -254,7 +282,8 @@ mod tests {
             pages_per_seq: 2,
             max_positions: 32,
             max_rounds: 1,
-            compute: Element::Bf16,
+            compute: Element::F32,
+            matrices: Element::Bf16,
             kv_cache: KvCache::of(Element::Bf16),
             target: Target::Portable,
             parallel: Parallel::group(model),

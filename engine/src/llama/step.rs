@@ -61,8 +61,10 @@ pub struct StepShape {
     pub max_positions: usize,
     /// Most decode steps of one call.
     pub max_rounds: usize,
-    /// Type of weights and activations.
+    /// Type of activations and of the weights' vectors.
     pub compute: Element,
+    /// Type of the weights' matrices, where they are not quantized: that one, or [narrower](super::matrices).
+    pub matrices: Element,
     /// What the KV cache holds.
     pub kv_cache: KvCache,
     /// What the program is emitted for.
@@ -83,6 +85,7 @@ impl StepShape {
             max_positions: limits.max_seq_len,
             max_rounds: limits.max_rounds,
             compute,
+            matrices: compute,
             kv_cache,
             target,
             parallel,
@@ -225,6 +228,8 @@ impl<'c> Graph<'_, 'c> {
         let mut x = {
             let b = &b.named("embedding");
             let x = exchange.take(b, lowering, weights.embedding, tokens)?;
+            let compute = self.shape.compute;
+            let x = if x.element() == compute { x } else { b.convert(x, compute)? };
             let scaled =
                 self.config.embedding_scale.map(|scale| b.multiply(x, b.splat(x.element(), &x.dims(), scale)?));
             lowering.orientation().turn(b, scaled.unwrap_or(Ok(x))?)?

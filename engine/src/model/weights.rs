@@ -187,13 +187,18 @@ impl TensorSpec {
         Self { holds, ..self }
     }
 
-    /// The type that it is loaded as, where numbers are computed in `compute`.
-    pub fn element(&self, compute: Element) -> Element {
+    /// The type that it is loaded as, where numbers are computed in `compute`, and matrices of them kept in `matrices`.
+    pub fn element(&self, compute: Element, matrices: Element) -> Element {
         match self.holds {
+            Holds::Numbers if self.is_matrix() => matrices,
             Holds::Numbers => compute,
             Holds::Quantized(element) => element,
             Holds::Scales => Element::F32,
         }
+    }
+
+    fn is_matrix(&self) -> bool {
+        self.dims.len() == 2
     }
 
     /// A tensor that every shard has all of.
@@ -668,6 +673,12 @@ impl Weights {
         let known: BTreeSet<_> = names.iter().filter_map(|name| self.stored_name(name)).collect();
         // With tied embeddings some checkpoints store the output projection all the same.
         Ok(self.homes.keys().map(String::as_str).filter(|name| !known.contains(name)).collect())
+    }
+
+    /// Whether `element` holds the values of all matrices: they are of this type in the files, or of 4 bits times a power of two.
+    pub fn matrices_fit(&self, config: &ModelSpec, element: Element) -> bool {
+        let is = |spec: &TensorSpec| self.tensor(spec).is_ok_and(|view| view.element == element);
+        expected_tensors(config).iter().filter(|spec| spec.is_matrix()).all(|spec| spec.is_mxfp4() || is(spec))
     }
 
     /// A tensor, which must have the shape of `spec`.

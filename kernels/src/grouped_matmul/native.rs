@@ -11,10 +11,10 @@ use pagoda_ir::{
 
 use super::problem::{Activation, Layout, Problem};
 use crate::{
-    float::Float,
+    float::{Float, Times},
     matmul::{
         self,
-        native::{Around, Call, multiply},
+        native::{Around, Call, multiplies, multiply},
     },
     named::Arrays,
     threads::{Guard, Threads},
@@ -31,7 +31,7 @@ pub fn takes(activation: Activation, has_bias: bool) -> bool {
     !has_bias && activation != Activation::ClampedSwiglu
 }
 
-/// Emits the call; its result is `[m, n]` of type `result`: that of the operands, or f32.
+/// Emits the call; its result is `[m, n]` of type `result`: that of `x`, or f32.
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -46,7 +46,7 @@ pub fn emit<'c, 'a>(
     let (w_type, x_type, experts) = (w.ty(), x.ty(), sizes.ty().len());
     let fits = w_type.rank() == 2 && x_type.rank() == 2 && w_type.dims[1] == x_type.dims[1];
     let parts = experts * if activation.is_gated() { 2 } else { 1 };
-    if !fits || w_type.element != x_type.element || !w_type.dims[0].is_multiple_of(parts.max(1)) {
+    if !fits || !multiplies(w_type.element, x_type.element) || !w_type.dims[0].is_multiple_of(parts.max(1)) {
         return Err(pagoda_ir::Error::op(TARGET, format!("{x_type} times {w_type} of {experts} experts")));
     }
     let gated = activation.is_gated().then(|| (GATED.to_owned(), ConfigValue::Text("true".into())));
@@ -56,11 +56,11 @@ pub fn emit<'c, 'a>(
     Ok(b.custom_call(TARGET, &[w, x, sizes], &[result], call)?[0])
 }
 
-/// The operands of one call.
+/// The operands of one call: weights of type `T`, activations of type `X`.
 #[derive(Clone, Debug)]
-pub struct Groups<'a, T> {
+pub struct Groups<'a, T, X> {
     /// `[m, k]`, sorted by expert.
-    pub x: &'a [T],
+    pub x: &'a [X],
     /// `[experts, columns, k]`.
     pub w: &'a [T],
     /// Rows of each expert: not negative, and together at most `m`.
@@ -79,7 +79,7 @@ pub struct Groups<'a, T> {
 ///
 /// # Panics
 /// When a slice does not have the size that the shape gives.
-pub fn multiply_groups<T: Float, O: Float>(groups: &Groups<'_, T>, y: &mut [O], threads: &dyn Threads) {
+pub fn multiply_groups<T: Times<X>, X: Float, O: Float>(groups: &Groups<'_, T, X>, y: &mut [O], threads: &dyn Threads) {
     let &Groups { x, w, sizes, k, n, gated, .. } = groups;
     let columns = if gated { 2 * n } else { n };
     let activation = if gated { matmul::Activation::SiluGate } else { matmul::Activation::Identity };
@@ -120,13 +120,13 @@ pub(super) fn run(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> 
     Some(vec![run(problem, inputs, threads)])
 }
 
-fn run_as<T: Float, O: Float>(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> HostTensor {
+fn run_as<T: Times<T>, O: Float>(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> HostTensor {
     let ty = problem.output_type();
     let mut y = HostTensor::zeros(ty.element, &ty.dims);
     let (k, n, gated) = (problem.k, problem.n, problem.activation.is_gated());
     let layer = crate::kernel::layer_of(inputs) as usize * problem.experts * problem.weight_columns() * k;
     let w = &inputs["w"].as_slice::<T>()[layer..];
-    let (x, sizes) = (inputs["x"].as_slice(), inputs["group_sizes"].as_slice());
+    let (x, sizes) = (inputs["x"].as_slice::<T>(), inputs["group_sizes"].as_slice());
     multiply_groups(&Groups { x, w, sizes, k, n, gated, resident: None }, y.as_mut_slice::<O>(), threads);
     y
 }

@@ -1,6 +1,7 @@
 //! Matmul in plain Rust, for programs that run on the host's own processor.
 //!
-//! `y [n, m] = epilogue(w [n, k] norm(x) [k, m])`, the weight as Hugging Face stores it. Weights are read once for a few
+//! `y [n, m] = epilogue(w [n, k] norm(x) [k, m])`, the weight as Hugging Face stores it: in the type of `x`, or in bf16 beside
+//! f32. Weights are read once for a few
 //! columns, at the memory's bandwidth, and widened in registers; for many columns the tiles of both operands stay in the caches
 //! and the multiply-adds are the limit. XLA's CPU compiler calls a general matmul that packs the weights anew on every step,
 //! and makes loops of their own of what stands around the product, whose dispatch costs more than their work: norm, gate
@@ -10,7 +11,12 @@
 //! there are nor on how many threads.
 
 use super::problem::{Activation, Layout, Problem};
-use crate::{float::Float, kernel::Kernel, named::Arrays, threads::Threads};
+use crate::{
+    float::{Float, Times},
+    kernel::Kernel,
+    named::Arrays,
+    threads::Threads,
+};
 use half::bf16;
 use pagoda_ir::{
     Element, HostTensor, Result, TensorType,
@@ -55,7 +61,12 @@ impl<W> Around<W> {
     pub const NOTHING: Self = Self { norm: None, activation: Activation::Identity, residual: None };
 }
 
-/// Emits the call; its result is `[n, m]` of type `result`: that of the operands, or f32.
+/// Whether there is a product of such weights with such activations: of one type, or bf16 with f32.
+pub fn multiplies(w: Element, x: Element) -> bool {
+    w == x || (w, x) == (Element::Bf16, Element::F32)
+}
+
+/// Emits the call; its result is `[n, m]` of type `result`: that of `x`, or f32.
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -68,7 +79,7 @@ pub fn emit<'c, 'a>(
 ) -> Result<Tensor<'c, 'a>> {
     let (w_type, x_type) = (w.ty(), x.ty());
     let fits = w_type.rank() == 2 && x_type.rank() == 2 && w_type.dims[1] == x_type.dims[0];
-    if !fits || w_type.element != x_type.element {
+    if !fits || !multiplies(w_type.element, x_type.element) {
         let message = format!("{w_type} times {x_type}");
         return Err(pagoda_ir::Error::op(TARGET, message));
     }
@@ -106,12 +117,12 @@ pub(super) fn run(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> 
     Some(vec![run(problem, inputs, threads)])
 }
 
-fn run_as<T: Float, O: Float>(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> HostTensor {
+fn run_as<T: Times<T>, O: Float>(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> HostTensor {
     let ty = problem.output_type();
     let mut y = HostTensor::zeros(ty.element, &ty.dims);
     let residual = inputs.get("residual").map(HostTensor::as_slice::<T>);
     let around = Around { norm: None, activation: problem.epilogue.activation, residual };
-    let (w, x) = (inputs["w"].as_slice::<T>(), inputs["x"].as_slice());
+    let (w, x) = (inputs["w"].as_slice::<T>(), inputs["x"].as_slice::<T>());
     multiply(&Call { w, x, columns: problem.m, around, resident: None }, y.as_mut_slice::<O>(), threads);
     y
 }

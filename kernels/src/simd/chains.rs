@@ -227,7 +227,14 @@ mod tests {
                     let zeros = [[isa.splat(0.0)]];
                     // SAFETY: row and column have `k` elements.
                     let lanes = unsafe {
-                        simd::multiply::<P, 1, 1, false>(p, [row.as_ptr()], packed.as_ptr(), k / LANES, zeros, 0)
+                        simd::multiply::<P, 1, 1, false>(
+                            p,
+                            [row.as_ptr()],
+                            packed.as_ptr(),
+                            k / LANES,
+                            zeros,
+                            &simd::Ahead::nothing([row.as_ptr()]),
+                        )
                     };
                     *sum = simd::sums(p, &lanes)[0][0];
                 }

@@ -64,6 +64,16 @@ pub trait Isa: Copy {
     /// # Safety
     /// 32 elements can be read.
     unsafe fn widen(self, from: *const bf16) -> [Self::Lanes; 2];
+    /// Adds the products of 32 elements from `at` on with `right`, as [`widen`](Self::widen) has them, to a sum: the odd ones first.
+    ///
+    /// # Safety
+    /// These elements can be read.
+    #[inline(always)]
+    unsafe fn widened_dot(self, row: *const bf16, at: usize, right: [Self::Lanes; 2], sum: Self::Lanes) -> Self::Lanes {
+        // SAFETY: by contract.
+        let left = unsafe { self.widen(row.add(at)) };
+        self.fma(left[1], right[1], self.fma(left[0], right[0], sum))
+    }
     /// Sixteen rows of sixteen floats as columns: column `i` goes to register [`chain(i)`](chains::chain)` * stride`.
     ///
     /// # Safety
@@ -84,11 +94,11 @@ pub trait Isa: Copy {
     fn sums(self, of: [Self::Lanes; 4]) -> [f32; 4];
 }
 
-/// Sums of products of elements of one type.
+/// Sums of products of elements of one type, or of such elements with floats.
 pub trait Product: Copy {
     /// Whose registers.
     type Isa: Isa;
-    /// Of both operands.
+    /// Of the left operand.
     type Element: Float;
     /// A step's elements of a row of the left operand, in registers.
     type Left: Copy;
@@ -113,7 +123,16 @@ pub trait Product: Copy {
     unsafe fn right(self, from: *const Register) -> Self::Right;
     /// Adds a step's products to a sum.
     fn dot(self, left: Self::Left, right: Self::Right, sum: Lanes<Self>) -> Lanes<Self>;
-    /// Packs a step of a column, whose values are elements exactly.
+    /// Adds a step's products, of elements from `at` on of a row, to a sum.
+    ///
+    /// # Safety
+    /// As [`Self::left`].
+    #[inline(always)]
+    unsafe fn dot_of(self, row: *const Self::Element, at: usize, right: Self::Right, sum: Lanes<Self>) -> Lanes<Self> {
+        // SAFETY: by contract.
+        self.dot(unsafe { self.left(row.add(at)) }, right, sum)
+    }
+    /// Packs a step of a column, whose values are elements exactly; where it packs floats, any.
     fn pack(self, step: &[f32], to: &mut [Register]);
     /// Elements as floats, register by register, as [`Self::lane`] has them.
     ///
@@ -222,6 +241,12 @@ impl<I: Isa> Product for Split<I> {
     #[inline(always)]
     fn dot(self, left: [I::Lanes; 2], right: [I::Lanes; 2], sum: I::Lanes) -> I::Lanes {
         self.0.fma(left[1], right[1], self.0.fma(left[0], right[0], sum))
+    }
+
+    #[inline(always)]
+    unsafe fn dot_of(self, row: *const bf16, at: usize, right: [I::Lanes; 2], sum: I::Lanes) -> I::Lanes {
+        // SAFETY: by contract.
+        unsafe { self.0.widened_dot(row, at, right, sum) }
     }
 
     #[inline(always)]
@@ -359,13 +384,19 @@ pub(crate) fn with_f32<W: Task<f32>>(task: W) -> W::Output {
 /// As [`with_f32`], on bf16.
 pub(crate) fn with_bf16<W: Task<bf16>>(task: W) -> W::Output {
     #[cfg(target_arch = "x86_64")]
+    if let Some(isa) = x86::Avx512Bf16::detect() {
+        // SAFETY: the processor has it.
+        return unsafe { x86::with_avx512_bf16(task, isa) };
+    }
+    with_widened(task)
+}
+
+/// As [`with_f32`], on bf16 that become floats before they are multiplied: what is beside them may be any floats.
+pub(crate) fn with_widened<W: Task<bf16>>(task: W) -> W::Output {
+    #[cfg(target_arch = "x86_64")]
     {
-        if let Some(isa) = x86::Avx512Bf16::detect() {
-            // SAFETY: the processor has it.
-            return unsafe { x86::with_avx512_bf16(task, isa) };
-        }
         if let Some(isa) = x86::Avx512::detect() {
-            // SAFETY: as above.
+            // SAFETY: the processor has it.
             return unsafe { x86::with_avx512(task, Split(isa)) };
         }
         if let Some(isa) = x86::Avx2::detect() {
@@ -376,8 +407,25 @@ pub(crate) fn with_bf16<W: Task<bf16>>(task: W) -> W::Output {
     task.run(Split(Portable))
 }
 
-/// The products of `R` rows with `C` packed columns (`[steps, C, REGISTERS]`), added to `sums`. With `AHEAD`, elements that lie
-/// `ahead` behind those of the rows are fetched into the cache.
+/// Elements that are asked for ahead of their use: in each step `R` of them, so many behind those of the last step.
+#[derive(Clone, Copy)]
+pub struct Ahead<T, const R: usize> {
+    /// In the first step. They need not be there.
+    pub at: [*const T; R],
+    /// From one step to the next.
+    pub stride: usize,
+}
+
+impl<T, const R: usize> Ahead<T, R> {
+    /// What [`multiply`] takes where it asks for nothing.
+    #[inline(always)]
+    pub fn nothing(at: [*const T; R]) -> Self {
+        Self { at, stride: 0 }
+    }
+}
+
+/// The products of `R` rows with `C` packed columns (`[steps, C, REGISTERS]`), added to `sums`. With `AHEAD`, what that says is
+/// fetched into the cache.
 ///
 /// # Safety
 /// `steps` steps of every row, and of `C` columns, can be read.
@@ -389,16 +437,23 @@ pub unsafe fn multiply<P: Product, const R: usize, const C: usize, const AHEAD: 
     columns: *const Register,
     steps: usize,
     mut sums: [[Lanes<P>; C]; R],
-    ahead: usize,
+    ahead: &Ahead<P::Element, R>,
 ) -> [[Lanes<P>; C]; R] {
     for step in 0..steps {
         if AHEAD {
-            for row in rows {
-                p.isa().fetch(row.wrapping_add(step * P::ELEMENTS + ahead).cast());
+            for at in ahead.at {
+                p.isa().fetch(at.wrapping_add(step * ahead.stride).cast());
             }
         }
         // SAFETY: by contract.
         unsafe {
+            if C == 1 {
+                let right = p.right(columns.add(step * P::REGISTERS));
+                for row in 0..R {
+                    sums[row][0] = p.dot_of(rows[row], step * P::ELEMENTS, right, sums[row][0]);
+                }
+                continue;
+            }
             let mut left = [p.left(rows[0].add(step * P::ELEMENTS)); R];
             for row in 1..R {
                 left[row] = p.left(rows[row].add(step * P::ELEMENTS));
@@ -473,7 +528,9 @@ pub unsafe fn multiply_rest<P: Product, const R: usize, const C: usize>(
         pointers[row] = filled[row].as_ptr();
     }
     // SAFETY: by contract, one step of the copies.
-    unsafe { multiply::<P, R, C, false>(p, pointers, columns.add(steps * C * P::REGISTERS), 1, sums, 0) }
+    unsafe {
+        multiply::<P, R, C, false>(p, pointers, columns.add(steps * C * P::REGISTERS), 1, sums, &Ahead::nothing(rows))
+    }
 }
 
 /// The sums of the lanes.

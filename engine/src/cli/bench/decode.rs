@@ -24,6 +24,8 @@ pub struct DecodeRate {
     pub slots: usize,
     /// Compute type.
     pub dtype: Element,
+    /// Type of the weights' matrices.
+    pub weights: Element,
     /// New tokens of one run, over all slots.
     pub new_tokens: usize,
     /// Tokens per second (median of the runs).
@@ -62,13 +64,16 @@ pub fn decode_rate(
     let options = EngineOptions {
         limits,
         compute,
+        matrices: compute,
         kv_cache: KvCache::of(compute),
         target,
         sampling: SamplingOptions::GREEDY,
         stop: StopRule::default(),
         mixed_steps: false,
         reuse_prefixes: false, // the prompts are alike
-    };
+    }
+    .on(target, &config, &weights);
+    let matrices = options.matrices;
     let model = DeviceModel::load(client, &config, &weights, &options.shape(&Parallel::ONE))?;
     let mut engine = Engine::new(client, model, options)?;
     let mut runs: Vec<(f64, Timing)> = Vec::new();
@@ -88,6 +93,7 @@ pub fn decode_rate(
     Ok(DecodeRate {
         slots,
         dtype: compute,
+        weights: matrices,
         new_tokens: slots * new,
         tok_s: (slots * new) as f64 / seconds,
         step_ms: 1e3 * timing.decode_device_s / timing.decode_steps.max(1) as f64,

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use clap::Args;
+use pagoda_ir::Element;
 use pagoda_kernels::chips::Chip;
 use serde::Serialize;
 
@@ -69,6 +70,8 @@ struct Report {
     prompt: usize,
     new: usize,
     compute: Compute,
+    /// Of matrices.
+    weights: Element,
     kernels: String,
     platform: String,
     kind: Option<String>,
@@ -115,13 +118,16 @@ pub(in crate::cli) fn step(args: &StepArgs) -> Result<()> {
         let options = EngineOptions {
             limits,
             compute,
+            matrices: compute,
             kv_cache: KvCache::of(compute),
             target,
             sampling: SamplingOptions::GREEDY,
             stop: StopRule::default(),
             mixed_steps: false,
             reuse_prefixes: false, // each run has the prompts of the last one
-        };
+        }
+        .on(target, &config, &weights);
+        let matrices = options.matrices;
         let model = DeviceModel::load(&client, &config, &weights, &options.shape(&Parallel::ONE))?;
         let mut engine = Engine::new(&client, model, options)?;
         let token = |at: usize| ((300 + at * 7919) % config.vocab_size) as u32;
@@ -142,7 +148,7 @@ pub(in crate::cli) fn step(args: &StepArgs) -> Result<()> {
         })?;
         let measured = |seconds: Times, rows: usize, sampled: usize| {
             let products = (parameters - head) * rows + head * sampled;
-            let (bytes, flops) = ((parameters * compute.bytes()) as f64, 2.0 * products as f64);
+            let (bytes, flops) = ((parameters * matrices.bytes()) as f64, 2.0 * products as f64);
             let floor_seconds = rates.as_ref().map(|rates| rates.floor(flops, bytes));
             Measured {
                 seconds,
@@ -159,6 +165,7 @@ pub(in crate::cli) fn step(args: &StepArgs) -> Result<()> {
             prompt: args.prompt,
             new: args.new,
             compute: args.compute,
+            weights: matrices,
             kernels: target.to_string(),
             platform: client.platform(),
             kind: kind.clone(),

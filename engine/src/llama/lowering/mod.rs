@@ -306,6 +306,15 @@ pub(super) fn lowering<'c>(
     })
 }
 
+/// The type that a model's matrices may have beside activations of type `compute` and give the same products: bf16 beside f32
+/// where the kernels take it, if that is what the files hold.
+pub(super) fn narrowest(config: &ModelSpec, compute: Element, target: Target) -> Element {
+    match (target, compute) {
+        (Target::Host, Element::F32) if native::takes_all(config) => Element::Bf16,
+        _ => compute,
+    }
+}
+
 /// The attention of one shard in a layer of some kind, over `rows` query rows, as there is a TPU kernel for it: whole, or after
 /// rotation and KV write.
 ///

@@ -1,5 +1,7 @@
 //! Kernels in Rust, as custom calls of the CPU plugin: four matmuls and one attention a layer, and nothing between them.
 //!
+//! Weights are of the activations' type, or in bf16 beside activations in f32.
+//!
 //! Experts are two grouped matmuls in the place of two. The matmuls that the call does not know are XLA's own: of quantised
 //! weights, and the gated one of a model with biases in its MLP or experts.
 
@@ -10,6 +12,9 @@ use pagoda_kernels::{grouped_matmul, matmul, rpa};
 
 use super::stablehlo::Stablehlo;
 use super::{Batch, Grouped, Linear, Lowering, OfLayer, Orientation, Rows};
+use crate::llama::step::expert_activation;
+use crate::model::ModelSpec;
+use crate::model::spec::Mlp;
 use crate::native::TAKE;
 
 /// The lowering. Activations are feature-major, as the calls take them.
@@ -23,12 +28,21 @@ impl Native {
     }
 }
 
-/// Whether the call takes a projection.
-fn takes(linear: &Linear<'_, '_>) -> bool {
+/// Whether the call takes a projection of `x`.
+fn takes(x: Tensor<'_, '_>, linear: &Linear<'_, '_>) -> bool {
     let gated = linear.activation.is_gated();
-    // Biases are added as a residual is, which has the weight's type.
-    let adds = linear.bias.is_none() || !gated && linear.result == linear.weight.element();
+    // Biases are added as a residual is, which has the type of `x`.
+    let adds = linear.bias.is_none() || !gated && linear.result == x.element();
     linear.layer.is_none() && linear.scale.is_none() && adds
+}
+
+/// Whether every product of the model is one of the calls.
+pub(super) fn takes_all(config: &ModelSpec) -> bool {
+    let of_mlp = match &config.mlp {
+        Mlp::Gated(mlp) => !mlp.bias,
+        Mlp::Experts(experts) => grouped_matmul::native::takes(expert_activation(experts.gate), experts.bias),
+    };
+    config.quantization.is_none() && of_mlp
 }
 
 impl<'c> Lowering<'c> for Native {
@@ -48,7 +62,7 @@ impl<'c> Lowering<'c> for Native {
     }
 
     fn linear<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        if !takes(linear) {
+        if !takes(x, linear) {
             return self.plain.linear(b, x, linear);
         }
         let rows = x.dims()[1];
@@ -71,7 +85,7 @@ impl<'c> Lowering<'c> for Native {
     }
 
     fn by_row<'a>(&self, b: &Builder<'c, 'a>, x: Tensor<'c, 'a>, linear: &Linear<'c, 'a>) -> Result<Tensor<'c, 'a>> {
-        match takes(linear) {
+        match takes(x, linear) {
             true => self.orientation().turn(b, self.linear(b, x, linear)?),
             false => self.plain.by_row(b, x, linear),
         }

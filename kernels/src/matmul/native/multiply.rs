@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::{Activation, Around, Norm};
 use crate::{
-    float::{Float, exp},
-    simd::{self, Isa, LANES, Product, Register, Task},
+    float::{Float, Times, exp},
+    simd::{self, Ahead, Isa, LANES, Product, Register, Task},
     threads::{self, Guard, Threads},
 };
 
@@ -31,17 +31,17 @@ const STRIP_ROWS: usize = 8;
 const COPIED: usize = 8;
 const WIDENED: usize = 3;
 
-/// The operands of one call.
+/// The operands of one call: a weight of type `T`, activations of type `X`.
 #[derive(Clone, Debug)]
-pub struct Call<'a, T> {
+pub struct Call<'a, T, X> {
     /// `[n, k]`, with a gate `[2 n, k]`
     pub w: &'a [T],
     /// `[k, m]`
-    pub x: &'a [T],
+    pub x: &'a [X],
     /// `m`
     pub columns: usize,
     /// Norm, activation, residual.
-    pub around: Around<&'a [T]>,
+    pub around: Around<&'a [X]>,
     /// What keeps `w` alive and unwritten beyond the call: then no thread that is late holds the caller up.
     pub resident: Option<Guard>,
 }
@@ -50,7 +50,7 @@ pub struct Call<'a, T> {
 ///
 /// # Panics
 /// When a slice does not have the size that the shape gives.
-pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &dyn Threads) {
+pub fn multiply<T: Times<X>, X: Float, O: Float>(call: &Call<'_, T, X>, y: &mut [O], threads: &dyn Threads) {
     let Call { w, x, columns: m, around, .. } = *call;
     if m == 0 || y.is_empty() {
         return;
@@ -65,7 +65,7 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
     if k == 0 {
         return y.fill(O::narrow(0.0));
     }
-    let packed = Arc::new(pack(x, m, around.norm, threads));
+    let packed = Arc::new(pack::<T, X>(x, m, around.norm, threads));
     let weights = halves * n * k;
     let nanoseconds = (weights * m / MULTIPLY_ADDS).max(weights * size_of::<T>() / BYTES);
     let pieces = match threads.count() {
@@ -90,10 +90,10 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
             let columns = Arc::clone(&packed);
             let work = move |piece: usize| {
                 let weight = Weight { w: elsewhere.values(), n, k, activation };
-                weight.rows(piece * rows, rows, &columns, m)
+                weight.rows::<X>(piece * rows, rows, &columns, m)
             };
             threads.race(n.div_ceil(rows), Arc::new(work), &mut |piece, made| {
-                let made = made.unwrap_or_else(|| weight.rows(piece * rows, rows, &packed, m));
+                let made = made.unwrap_or_else(|| weight.rows::<X>(piece * rows, rows, &packed, m));
                 let first = piece * rows * m;
                 take(piece, &mut y[first..][..made.len()], made);
             });
@@ -101,14 +101,14 @@ pub fn multiply<T: Float, O: Float>(call: &Call<'_, T>, y: &mut [O], threads: &d
         _ => {
             let parts = y.chunks_mut(rows * m).enumerate();
             threads::for_each(threads, parts.collect(), |(piece, y)| {
-                take(piece, y, weight.rows(piece * rows, rows, &packed, m));
+                take(piece, y, weight.rows::<X>(piece * rows, rows, &packed, m));
             });
         }
     }
 }
 
 /// All columns; many are packed by all threads.
-fn pack<T: Float>(x: &[T], m: usize, norm: Option<Norm<&[T]>>, threads: &dyn Threads) -> Packed {
+fn pack<T: Times<X>, X: Float>(x: &[X], m: usize, norm: Option<Norm<&[X]>>, threads: &dyn Threads) -> Packed {
     let parts = (x.len() / PACKED).clamp(1, threads.count());
     let mut packed: Vec<_> = (0..parts).map(|_| Packed::Groups(vec![])).collect();
     threads::for_each(threads, packed.iter_mut().enumerate().collect(), |(part, packed)| {
@@ -146,13 +146,21 @@ struct Weight<'w, T> {
     activation: Activation,
 }
 
-impl<T: Float> Weight<'_, T> {
+impl<T> Weight<'_, T> {
     /// Up to `most` rows of the product from row `first` on, gated where it is.
-    fn rows(&self, first: usize, most: usize, packed: &Packed, m: usize) -> Vec<f32> {
+    fn rows<X>(&self, first: usize, most: usize, packed: &Packed, m: usize) -> Vec<f32>
+    where
+        T: Times<X>,
+    {
         let (k, count) = (self.k, most.min(self.n - first));
         let rows = |first: usize| &self.w[first * k..][..count * k];
-        let up = self.activation.is_gated().then(|| (rows(self.n + first), self.activation));
         let mut y = vec![0.0; count * m];
+        let mut up_y = vec![0.0; if self.activation.is_gated() { count * m } else { 0 }];
+        let up = self.activation.is_gated().then(|| Up {
+            rows: rows(self.n + first),
+            y: &mut up_y,
+            activation: self.activation,
+        });
         T::part(Part { gate: rows(first), up, packed, y: &mut y, k, m });
         y
     }
@@ -188,16 +196,16 @@ impl Packed {
 }
 
 /// Packs columns of `norm(x)`.
-pub struct Pack<'p, T> {
+pub struct Pack<'p, X> {
     /// `[k, m]`
-    x: &'p [T],
+    x: &'p [X],
     m: usize,
-    norm: Option<Norm<&'p [T]>>,
+    norm: Option<Norm<&'p [X]>>,
     /// Which part of the groups or panels this is, and of how many.
     part: [usize; 2],
 }
 
-impl<T: Float> Task<T> for Pack<'_, T> {
+impl<T: Float, X: Float> Task<T> for Pack<'_, X> {
     type Output = Packed;
 
     #[inline(always)]
@@ -217,40 +225,44 @@ impl<T: Float> Task<T> for Pack<'_, T> {
                 (first(group), columns, vec![0.0; steps * columns * P::ELEMENTS])
             })
             .collect();
+        if let ([(_, _, wide)], 1) = (&mut groups[..], m) {
+            wide.iter_mut().zip(x).for_each(|(wide, x)| *wide = x.widen());
+        }
         // Rows of `x` once for all groups.
-        for step in 0..steps {
+        for step in 0..if m == 1 { 0 } else { steps } {
             let rows = &x[step * P::ELEMENTS * m..x.len().min((step + 1) * P::ELEMENTS * m)];
             for (first, columns, wide) in &mut groups {
                 let wide = &mut wide[step * *columns * P::ELEMENTS..][..*columns * P::ELEMENTS];
                 match *columns {
-                    1 => transpose::<T, 1>(rows, m, *first, wide, P::ELEMENTS),
-                    2 => transpose::<T, 2>(rows, m, *first, wide, P::ELEMENTS),
-                    3 => transpose::<T, 3>(rows, m, *first, wide, P::ELEMENTS),
-                    4 => transpose::<T, 4>(rows, m, *first, wide, P::ELEMENTS),
-                    5 => transpose::<T, 5>(rows, m, *first, wide, P::ELEMENTS),
-                    _ => transpose::<T, 6>(rows, m, *first, wide, P::ELEMENTS),
+                    1 => transpose::<X, 1>(rows, m, *first, wide, P::ELEMENTS),
+                    2 => transpose::<X, 2>(rows, m, *first, wide, P::ELEMENTS),
+                    3 => transpose::<X, 3>(rows, m, *first, wide, P::ELEMENTS),
+                    4 => transpose::<X, 4>(rows, m, *first, wide, P::ELEMENTS),
+                    5 => transpose::<X, 5>(rows, m, *first, wide, P::ELEMENTS),
+                    _ => transpose::<X, 6>(rows, m, *first, wide, P::ELEMENTS),
                 }
             }
         }
-        let pack = |(first, columns, mut wide): (usize, usize, Vec<f32>)| {
+        let mut packed = Vec::with_capacity(groups.len());
+        for (first, columns, mut wide) in groups {
             if let Some(norm) = norm {
-                normalize::<P>(p, &mut wide, columns, norm);
+                normalize(p, &mut wide, columns, norm);
             }
             let mut registers = vec![Register::ZERO; steps * columns * P::REGISTERS];
             for (step, registers) in wide.chunks_exact(P::ELEMENTS).zip(registers.chunks_exact_mut(P::REGISTERS)) {
                 p.pack(step, registers);
             }
-            Group { first, columns, registers }
-        };
-        Packed::Groups(groups.into_iter().map(pack).collect())
+            packed.push(Group { first, columns, registers });
+        }
+        Packed::Groups(packed)
     }
 }
 
 /// `C` columns of rows of `m` elements, one behind the other, `of_column` elements each.
 #[inline(always)]
-fn transpose<T: Float, const C: usize>(rows: &[T], m: usize, first: usize, columns: &mut [f32], of_column: usize) {
+fn transpose<X: Float, const C: usize>(rows: &[X], m: usize, first: usize, columns: &mut [f32], of_column: usize) {
     for (at, row) in rows.chunks_exact(m).enumerate() {
-        let row: &[T; C] = row[first..].first_chunk().expect("as many columns");
+        let row: &[X; C] = row[first..].first_chunk().expect("as many columns");
         for column in 0..C {
             columns[column * of_column + at] = row[column].widen();
         }
@@ -259,33 +271,35 @@ fn transpose<T: Float, const C: usize>(rows: &[T], m: usize, first: usize, colum
 
 /// The norm of each of some columns, `[steps, columns, elements of a step]`. A column's squares are summed in one order.
 #[inline(always)]
-fn normalize<P: Product>(p: P, wide: &mut [f32], columns: usize, norm: Norm<&[P::Element]>) {
+fn normalize<P: Product, X: Float>(p: P, wide: &mut [f32], columns: usize, norm: Norm<&[X]>) {
     let (isa, k) = (p.isa(), norm.weight.len());
+    // A column that is alone is one piece.
+    let elements = if columns == 1 { wide.len() } else { P::ELEMENTS };
     for column in 0..columns {
         let mut squares = isa.splat(0.0);
-        for step in wide.chunks_exact(columns * P::ELEMENTS) {
-            for x in step[column * P::ELEMENTS..][..P::ELEMENTS].as_chunks::<LANES>().0 {
+        for step in wide.chunks_exact(columns * elements) {
+            for x in step[column * elements..][..elements].as_chunks::<LANES>().0 {
                 let x = isa.load(x);
                 squares = isa.fma(x, x, squares);
             }
         }
         let [squares, ..] = isa.sums([squares; 4]);
         let scale = 1.0 / (squares / k as f32 + norm.epsilon as f32).sqrt();
-        let weights = norm.weight.chunks(P::ELEMENTS);
-        for (step, weights) in wide.chunks_exact_mut(columns * P::ELEMENTS).zip(weights) {
-            let pairs = step[column * P::ELEMENTS..].iter_mut().zip(weights);
+        let weights = norm.weight.chunks(elements);
+        for (step, weights) in wide.chunks_exact_mut(columns * elements).zip(weights) {
+            let pairs = step[column * elements..].iter_mut().zip(weights);
             let plus_one = norm.plus_one;
-            pairs.for_each(|(x, weight)| *x = normalized::<P::Element>(*x, scale, weight.widen(), plus_one));
+            pairs.for_each(|(x, weight)| *x = normalized::<X>(*x, scale, weight.widen(), plus_one));
         }
     }
 }
 
 /// An element of a column behind the norm.
 #[inline(always)]
-fn normalized<T: Float>(x: f32, scale: f32, weight: f32, plus_one: bool) -> f32 {
+fn normalized<X: Float>(x: f32, scale: f32, weight: f32, plus_one: bool) -> f32 {
     match plus_one {
-        true => T::narrow(x * scale * (1.0 + weight)).widen(),
-        false => T::narrow(T::narrow(x * scale).widen() * weight).widen(),
+        true => X::narrow(x * scale * (1.0 + weight)).widen(),
+        false => X::narrow(X::narrow(x * scale).widen() * weight).widen(),
     }
 }
 
@@ -293,12 +307,20 @@ fn normalized<T: Float>(x: f32, scale: f32, weight: f32, plus_one: bool) -> f32 
 pub struct Part<'p, T> {
     /// The weight's rows, or those of the gate.
     gate: &'p [T],
-    /// What is gated, and how.
-    up: Option<(&'p [T], Activation)>,
+    up: Option<Up<'p, T>>,
     packed: &'p Packed,
     y: &'p mut [f32],
     k: usize,
     m: usize,
+}
+
+/// What is gated, and how.
+pub struct Up<'p, T> {
+    /// Of the weight.
+    rows: &'p [T],
+    /// Room for it.
+    y: &'p mut [f32],
+    activation: Activation,
 }
 
 impl<T: Float> Task<T> for Part<'_, T> {
@@ -313,6 +335,10 @@ impl<T: Float> Task<T> for Part<'_, T> {
                 (1, true) | (_, false) => self.strips::<P, 4>(p, groups),
                 (_, true) => self.strips::<P, 8>(p, groups),
             },
+        }
+        // All at once: a tile's would be too few for its exponentials to overlap.
+        if let Some(up) = self.up {
+            gate(up.activation, self.y, up.y);
         }
     }
 }
@@ -418,7 +444,7 @@ impl<T: Float> Part<'_, T> {
         for (row, pointer) in pointers.iter_mut().enumerate() {
             let (half, row) = match row < rows {
                 true => (self.gate, row),
-                false => (self.up.map_or(self.gate, |(up, _)| up), row - rows),
+                false => (self.up.as_ref().map_or(self.gate, |up| up.rows), row - rows),
             };
             *pointer = half[(first + row.min(live - 1)) * self.k..][..self.k].as_ptr();
         }
@@ -488,8 +514,19 @@ impl<T: Float> Part<'_, T> {
                     }
                     simd::multiply_floats::<P, R, C>(p, floats, columns, steps, sums)
                 }
-                0 => simd::multiply::<P, R, C, false>(p, at, columns, steps, sums, 0),
-                _ => simd::multiply::<P, R, C, true>(p, at, columns, steps, sums, ahead),
+                0 => simd::multiply::<P, R, C, false>(p, at, columns, steps, sums, &Ahead::nothing(at)),
+                _ => {
+                    // Whole rows that lie one behind the other, of the gate and of what is gated, come in the order in which they
+                    // lie: rows that are a power of two apart would share few places of the cache.
+                    let stride = if steps == k / P::ELEMENTS { R / 2 } else { 1 };
+                    let mut far = at;
+                    for (row, far) in far.iter_mut().enumerate() {
+                        let first = row / stride * stride;
+                        *far = at[first].wrapping_add(ahead + (row - first) * P::ELEMENTS);
+                    }
+                    let ahead = Ahead { at: far, stride: stride * P::ELEMENTS };
+                    simd::multiply::<P, R, C, true>(p, at, columns, steps, sums, &ahead)
+                }
             }
         };
         if tile.to < k / P::ELEMENTS {
@@ -505,7 +542,7 @@ impl<T: Float> Part<'_, T> {
         self.finish(simd::sums(p, &sums), group.first, tile);
     }
 
-    /// What is done behind the product.
+    /// Keeps the sums of a tile.
     #[inline(always)]
     fn finish<const R: usize, const C: usize>(&mut self, sums: [[f32; C]; R], first_column: usize, tile: &Tile) {
         let m = self.m;
@@ -516,17 +553,12 @@ impl<T: Float> Part<'_, T> {
                 flat[row * C + column] = sums[row][column];
             }
         }
-        if let Some((_, activation)) = self.up {
-            let half = tile.half * C;
-            let mut up = [0.0; MOST[0] * MOST[1] / 2];
-            up[..half].copy_from_slice(&flat[half..2 * half]);
-            let gates = (R / 2 * C).next_multiple_of(8);
-            gate(activation, &mut flat[..gates], &up[..gates]);
-        }
+        let mut up = self.up.as_mut().map(|up| &mut *up.y);
         for row in 0..tile.rows {
-            let y = &mut self.y[(tile.first + row) * m + first_column..][..C];
-            for column in 0..C {
-                y[column] = flat[row * C + column];
+            let first = (tile.first + row) * m + first_column;
+            self.y[first..][..C].copy_from_slice(&flat[row * C..][..C]);
+            if let Some(up) = &mut up {
+                up[first..][..C].copy_from_slice(&flat[(tile.half + row) * C..][..C]);
             }
         }
     }
@@ -619,18 +651,15 @@ mod tests {
         HostTensor::from_f64(element, dims, &values)
     }
 
-    fn run<T: Float>(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> HostTensor {
+    /// With the weight in type `T`, which holds its values.
+    fn run<T: Times<X>, X: Float>(problem: &Problem, inputs: &Arrays, threads: &dyn Threads) -> HostTensor {
         let mut output = tensor(problem.output, &problem.output_type().dims, 0);
-        let residual = inputs.get("residual").map(|residual| residual.as_slice::<T>());
+        let residual = inputs.get("residual").map(|residual| residual.as_slice::<X>());
         let around = Around { norm: None, activation: problem.epilogue.activation, residual };
-        let call = Call {
-            w: inputs["w"].as_slice::<T>(),
-            x: inputs["x"].as_slice(),
-            columns: problem.m,
-            around,
-            resident: None,
-        };
-        multiply(&call, output.as_mut_slice::<T>(), threads);
+        let w: Vec<T> = inputs["w"].to_f64().into_iter().map(|w| T::narrow(w as f32)).collect();
+        let x = inputs["x"].as_slice::<X>();
+        let call = Call { w: &w[..], x, columns: problem.m, around, resident: None };
+        multiply(&call, output.as_mut_slice::<X>(), threads);
         output
     }
 
@@ -658,14 +687,19 @@ mod tests {
                 let arguments = problem.arguments();
                 let arrays = arguments.iter().zip([5, 0, 11]);
                 let inputs = arguments.name(arrays.map(|(argument, first)| tensor(element, &argument.ty.dims, first)));
-                let run = |threads: &dyn Threads| match element {
-                    Element::F32 => run::<f32>(&problem, &inputs, threads),
-                    _ => run::<bf16>(&problem, &inputs, threads),
+                let expected = reference(&problem, &inputs);
+                type Form = fn(&Problem, &Arrays, &dyn Threads) -> HostTensor;
+                let forms: &[Form] = match element {
+                    Element::F32 => &[run::<f32, f32>, run::<bf16, f32>],
+                    _ => &[run::<bf16, bf16>],
                 };
-                let (actual, expected) = (run(&Caller), reference(&problem, &inputs));
-                compare("native", &actual, &expected)
-                    .unwrap_or_else(|error| panic!("[{n}, {k}] x {m} {epilogue:?}: {error}"));
-                assert!(run(&Scoped(3)) == actual, "[{n}, {k}] x {m}: threads show in the result");
+                for (form, run) in forms.iter().enumerate() {
+                    let actual = run(&problem, &inputs, &Caller);
+                    compare("native", &actual, &expected)
+                        .unwrap_or_else(|error| panic!("form {form}, [{n}, {k}] x {m} {epilogue:?}: {error}"));
+                    let shared = run(&problem, &inputs, &Scoped(3));
+                    assert!(shared == actual, "form {form}, [{n}, {k}] x {m}: threads show in the result");
+                }
             }
         }
     }
@@ -702,13 +736,12 @@ mod tests {
     /// Whatever stands beside it, and on however many threads: the strips of long rows included.
     #[test]
     fn a_column_depends_on_itself_alone() {
-        fn result<T: Float>(k: usize, m: usize, place: usize) -> Vec<u32> {
+        fn result<T: Times<X>, X: Float>(k: usize, m: usize, place: usize) -> Vec<u32> {
             let n = 40;
             let w: Vec<T> = (0..n * k).map(|i| T::narrow(value(i) as f32)).collect();
-            let column = |row: usize| T::narrow(value(row * 17) as f32);
-            let x: Vec<T> =
-                (0..k * m).map(|i| if i % m == place { column(i / m) } else { T::narrow((i % 5) as f32) }).collect();
-            let weight: Vec<T> = (0..k).map(|i| T::narrow(value(i + 5) as f32)).collect();
+            let number = |i: usize| if i % m == place { value(i / m * 17) as f32 } else { (i % 5) as f32 };
+            let x: Vec<X> = (0..k * m).map(|i| X::narrow(number(i))).collect();
+            let weight: Vec<X> = (0..k).map(|i| X::narrow(value(i + 5) as f32)).collect();
             let mut y = vec![0f32; n * m];
             let norm = Some(Norm { weight: &weight[..], epsilon: 1e-5, plus_one: false });
             let around = Around { norm, ..Around::NOTHING };
@@ -720,14 +753,14 @@ mod tests {
             assert_eq!(y, raced);
             (0..n).map(|row| y[row * m + place].to_bits()).collect()
         }
+        let results = |k, m, place| {
+            let of_one_type = [result::<f32, f32>(k, m, place), result::<bf16, bf16>(k, m, place)];
+            (of_one_type, result::<bf16, f32>(k, m, place))
+        };
         for (k, most) in [(96, 40), (100, 70), (4100, 70), (9000, 100)] {
-            let alone = [result::<f32>(k, 1, 0), result::<bf16>(k, 1, 0)];
+            let alone = results(k, 1, 0);
             for (m, place) in [(2, 1), (3, 0), (7, 5), (8, 7), (23, 22), (most, 0), (most, most - 1)] {
-                assert_eq!(
-                    [result::<f32>(k, m, place), result::<bf16>(k, m, place)],
-                    alone,
-                    "{place} of {m}, {k} long"
-                );
+                assert_eq!(results(k, m, place), alone, "{place} of {m}, {k} long");
             }
         }
     }
@@ -744,11 +777,15 @@ mod tests {
             let (w, x) = (numbers(n * k, 0), numbers(k * m, 7));
             let mut best = vec![0f32; n * m];
             multiply(&Call { w: &w, x: &x, columns: m, around: Around::NOTHING, resident: None }, &mut best, &Caller);
+            let wide: Vec<f32> = x.iter().map(|x| x.widen()).collect();
+            let mut mixed = vec![0f32; n * m];
+            let call = Call { w: &w, x: &wide, columns: m, around: Around::NOTHING, resident: None };
+            multiply(&call, &mut mixed, &Caller);
             let mut plain = vec![0f32; n * m];
             let packed = Pack { x: &x, m, norm: None, part: [0, 1] }.run(Split(Portable));
             Part { gate: &w, up: None, packed: &packed, y: &mut plain, k, m }.run(Split(Portable));
             // Values of few bits: every sum is exact, in any order.
-            assert_eq!(best, plain, "{m} columns");
+            assert_eq!([&best, &mixed], [&plain; 2], "{m} columns");
         }
     }
 }

@@ -510,7 +510,9 @@ unsafe fn products<P: Product<Element = f32>, const R: usize, const C: usize>(
     let queries = &queries[..steps * C];
     let sums = [[p.isa().splat(0.0); C]; R];
     // SAFETY: by contract.
-    let sums = unsafe { simd::multiply::<P, R, C, false>(p, keys, queries.as_ptr(), steps, sums, 0) };
+    let sums = unsafe {
+        simd::multiply::<P, R, C, false>(p, keys, queries.as_ptr(), steps, sums, &simd::Ahead::nothing(keys))
+    };
     let sums = simd::sums(p, &sums);
     for (column, logits) in logits[..C].iter_mut().enumerate() {
         for row in 0..R {

@@ -4,7 +4,7 @@
 //! Operands are packed by chunks along `k` that the second cache holds: a *panel* has the columns of a tile, a *slab* its rows. The
 //! slabs of a block meet a panel's chunk before the next panel comes. Sums wait between chunks, one for each chain.
 
-use super::{Norm, Pack, Part, gate, normalized};
+use super::{Norm, Pack, Part, normalized};
 use crate::{
     float::Float,
     simd::{
@@ -71,10 +71,10 @@ pub struct Panel {
     registers: Vec<Register>,
 }
 
-impl<T: Float> Pack<'_, T> {
+impl<X: Float> Pack<'_, X> {
     /// A part of the panels.
     #[inline(always)]
-    pub(super) fn panels<P: Product<Element = T>>(&self, p: P) -> Vec<Panel> {
+    pub(super) fn panels<P: Product>(&self, p: P) -> Vec<Panel> {
         let width = LANES * registers::<P::Isa>();
         let (count, [part, parts]) = (self.m.div_ceil(width), self.part);
         let mut panels = Vec::new();
@@ -88,7 +88,7 @@ impl<T: Float> Pack<'_, T> {
     }
 
     #[inline(always)]
-    fn panel<P: Product<Element = T>, const C: usize>(&self, p: P, first: usize) -> Panel {
+    fn panel<P: Product, const C: usize>(&self, p: P, first: usize) -> Panel {
         let Self { x, m, norm, .. } = *self;
         let k = x.len() / m;
         let columns = (LANES * C).min(m - first);
@@ -101,7 +101,7 @@ impl<T: Float> Pack<'_, T> {
             if let (Some(norm), Some(scales)) = (norm, &scales) {
                 let weight = norm.weight[element].widen();
                 for (wide, scale) in wide.as_flattened_mut().iter_mut().zip(scales.as_flattened()) {
-                    *wide = normalized::<T>(*wide, *scale, weight, norm.plus_one);
+                    *wide = normalized::<X>(*wide, *scale, weight, norm.plus_one);
                 }
             }
             let chunk = element / P::ELEMENTS / chunks.of_chunk;
@@ -117,10 +117,10 @@ impl<T: Float> Pack<'_, T> {
 
     /// What the norm multiplies each column by. Its squares are summed as [`super::normalize`] does.
     #[inline(always)]
-    fn scales<P: Product<Element = T>, const C: usize>(
+    fn scales<P: Product, const C: usize>(
         &self,
         p: P,
-        norm: Norm<&[T]>,
+        norm: Norm<&[X]>,
         first: usize,
         columns: usize,
     ) -> [[f32; LANES]; C] {
@@ -157,7 +157,7 @@ impl<T: Float> Pack<'_, T> {
 
 /// A row's elements in some columns.
 #[inline(always)]
-fn widen<T: Float, const C: usize>(row: &[T], wide: &mut [[f32; LANES]; C]) {
+fn widen<X: Float, const C: usize>(row: &[X], wide: &mut [[f32; LANES]; C]) {
     wide.as_flattened_mut().iter_mut().zip(row).for_each(|(wide, x)| *wide = x.widen());
 }
 
@@ -254,7 +254,7 @@ impl<T: Float> Part<'_, T> {
         }
     }
 
-    /// The results of a tile: so many rows from the first one on, gated where they are.
+    /// Keeps the sums of a tile: so many rows from the first one on.
     #[inline(always)]
     fn store<P: Product<Element = T>, const R: usize, const C: usize>(
         &mut self,
@@ -271,14 +271,16 @@ impl<T: Float> Part<'_, T> {
                 p.isa().store(sums[row][column], &mut floats[row * C + column]);
             }
         }
-        let (gates, up) = floats.as_flattened_mut()[..R * C * LANES].split_at_mut(R * C * LANES / 2);
-        if let Some((_, activation)) = self.up {
-            gate(activation, gates, up);
-        }
-        let columns = (C * LANES).min(self.m - first_column);
-        let rows = floats.as_flattened().chunks_exact(C * LANES).take(live);
-        for (floats, y) in rows.zip(self.y[first * self.m..].chunks_exact_mut(self.m)) {
-            y[first_column..][..columns].copy_from_slice(&floats[..columns]);
+        let (m, columns) = (self.m, (C * LANES).min(self.m - first_column));
+        let keep = |y: &mut [f32], floats: &[[f32; LANES]]| {
+            let rows = floats.as_flattened().chunks_exact(C * LANES).take(live);
+            for (floats, y) in rows.zip(y[first * m..].chunks_exact_mut(m)) {
+                y[first_column..][..columns].copy_from_slice(&floats[..columns]);
+            }
+        };
+        keep(self.y, &floats);
+        if let Some(up) = &mut self.up {
+            keep(up.y, &floats[R * C / 2..]);
         }
     }
 }
