@@ -6,7 +6,8 @@
 //! the caller, and what comes of it elsewhere is dropped.
 //!
 //! A decode step calls hundreds of kernels, microseconds apart, and to wake a thread takes as long as a small one. So a thread
-//! whose help is done stays for a moment, and takes what is lent next at once ([`Staying`]).
+//! whose help is done stays for a moment, and takes what is lent next at once ([`Staying`]). Where pieces come late, others have use
+//! for the core: then no thread stays, and a race of few pieces is the caller's alone.
 //!
 //! Invariants: [`share`] returns, or unwinds, only when no thread will look at the work any more; a panic in a piece becomes
 //! a panic of the caller, after all pieces; a thread that comes late finds nothing left, and nobody waits for it.
@@ -82,7 +83,9 @@ impl Threads for Pool<'_> {
     }
 
     fn race(&self, count: usize, work: Arc<Elsewhere>, take: &mut dyn FnMut(usize, Option<Vec<f32>>)) {
-        race(count, work, take, self.count - 1, |helper| self.lend(helper));
+        let alone = count <= Staying::PIECES && BUSY.lasts();
+        let most = if alone { 0 } else { self.count - 1 };
+        race(count, work, take, most, |helper| self.lend(helper));
     }
 }
 
@@ -99,8 +102,10 @@ static STAYING: Staying = Staying::new();
 impl Staying {
     /// Somewhat longer than what runs on one thread between two kernels: attention, in a decode step of one sequence.
     const TIME: Duration = Duration::from_micros(100);
-    /// Some time slices of a neighbour.
-    const AFTER_LATE: Duration = Duration::from_millis(50);
+    /// How long a time of caution is after a piece that was late: a host's other guest comes and goes, a busy neighbour stays.
+    const AFTER_LATE: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(100)];
+    /// Pieces, of some microseconds each, that are not worth waking a thread.
+    const PIECES: usize = 4;
 
     const fn new() -> Self {
         Self { free: AtomicUsize::new(0), given: Mutex::new(Vec::new()), pending: AtomicUsize::new(0) }
@@ -150,6 +155,8 @@ struct Caution {
     since: LazyLock<Instant>,
     /// Nanoseconds since then.
     until: AtomicU64,
+    /// How long the last one was, in nanoseconds.
+    length: AtomicU64,
 }
 
 /// While it lasts, work that is waited for stays on the caller's thread.
@@ -165,11 +172,11 @@ impl Caution {
     const TIMES: u32 = 8;
 
     const fn new() -> Self {
-        Self { since: LazyLock::new(Instant::now), until: AtomicU64::new(0) }
+        Self { since: LazyLock::new(Instant::now), until: AtomicU64::new(0), length: AtomicU64::new(0) }
     }
 
     fn now(&self) -> u64 {
-        u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        Self::nanoseconds(self.since.elapsed())
     }
 
     fn lasts(&self) -> bool {
@@ -184,8 +191,20 @@ impl Caution {
     }
 
     fn begin(&self, time: Duration) {
-        let time = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let time = Self::nanoseconds(time);
+        self.length.store(time, Ordering::Relaxed);
         self.until.store(self.now().saturating_add(time), Ordering::Relaxed);
+    }
+
+    /// Begins one of the least length, or of twice the last one's where that has ended no longer ago than it lasted.
+    fn begin_anew(&self, [least, most]: [Duration; 2]) {
+        let (until, length) = (self.until.load(Ordering::Relaxed), self.length.load(Ordering::Relaxed));
+        let again = length > 0 && self.now() < until.saturating_add(length);
+        self.begin(if again { Duration::from_nanos(length).saturating_mul(2).clamp(least, most) } else { least });
+    }
+
+    fn nanoseconds(time: Duration) -> u64 {
+        u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
     }
 }
 
@@ -324,7 +343,7 @@ fn race(
             match std::mem::replace(&mut *slot, if late { Made::Late } else { Made::Open }) {
                 Made::Done(made) => break Some(made),
                 _ if late => {
-                    BUSY.begin(Staying::AFTER_LATE);
+                    BUSY.begin_anew(Staying::AFTER_LATE);
                     break None;
                 }
                 _ => drop(slot),
@@ -445,6 +464,24 @@ mod tests {
         assert!(!caution.lasts());
         caution.was_held_up(Duration::from_secs(100));
         assert!(caution.lasts());
+    }
+
+    #[test]
+    fn caution_grows_while_what_it_is_for_comes_back() {
+        let caution = Caution::new();
+        let length = || caution.length.load(Ordering::Relaxed) / 1_000_000;
+        let lengths: Vec<_> = (0..5)
+            .map(|_| {
+                caution.begin_anew([Duration::from_millis(200), Duration::from_secs(1)]);
+                length()
+            })
+            .collect();
+        assert_eq!(lengths, [200, 400, 800, 1000, 1000]);
+        let caution = Caution::new();
+        caution.begin(Duration::from_nanos(1));
+        std::thread::sleep(Duration::from_millis(1));
+        caution.begin_anew([Duration::from_millis(200), Duration::from_secs(1)]);
+        assert_eq!(caution.length.load(Ordering::Relaxed), 200_000_000, "what is over does not count");
     }
 
     /// Threads that come and go, and helpers that are given to them: none is lost, and no thread is kept.

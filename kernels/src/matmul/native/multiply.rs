@@ -225,21 +225,24 @@ impl<T: Float, X: Float> Task<T> for Pack<'_, X> {
                 (first(group), columns, vec![0.0; steps * columns * P::ELEMENTS])
             })
             .collect();
-        if let ([(_, _, wide)], 1) = (&mut groups[..], m) {
-            wide.iter_mut().zip(x).for_each(|(wide, x)| *wide = x.widen());
-        }
-        // Rows of `x` once for all groups.
-        for step in 0..if m == 1 { 0 } else { steps } {
-            let rows = &x[step * P::ELEMENTS * m..x.len().min((step + 1) * P::ELEMENTS * m)];
-            for (first, columns, wide) in &mut groups {
-                let wide = &mut wide[step * *columns * P::ELEMENTS..][..*columns * P::ELEMENTS];
-                match *columns {
-                    1 => transpose::<X, 1>(rows, m, *first, wide, P::ELEMENTS),
-                    2 => transpose::<X, 2>(rows, m, *first, wide, P::ELEMENTS),
-                    3 => transpose::<X, 3>(rows, m, *first, wide, P::ELEMENTS),
-                    4 => transpose::<X, 4>(rows, m, *first, wide, P::ELEMENTS),
-                    5 => transpose::<X, 5>(rows, m, *first, wide, P::ELEMENTS),
-                    _ => transpose::<X, 6>(rows, m, *first, wide, P::ELEMENTS),
+        match (&mut groups[..], m) {
+            // It lies as it is packed.
+            ([(_, _, wide)], 1) => wide.iter_mut().zip(x).for_each(|(wide, x)| *wide = x.widen()),
+            // Rows of `x` once for all groups.
+            (groups, _) => {
+                for step in 0..steps {
+                    let rows = &x[step * P::ELEMENTS * m..x.len().min((step + 1) * P::ELEMENTS * m)];
+                    for (first, columns, wide) in &mut *groups {
+                        let wide = &mut wide[step * *columns * P::ELEMENTS..][..*columns * P::ELEMENTS];
+                        match *columns {
+                            1 => transpose::<X, 1>(rows, m, *first, wide, P::ELEMENTS),
+                            2 => transpose::<X, 2>(rows, m, *first, wide, P::ELEMENTS),
+                            3 => transpose::<X, 3>(rows, m, *first, wide, P::ELEMENTS),
+                            4 => transpose::<X, 4>(rows, m, *first, wide, P::ELEMENTS),
+                            5 => transpose::<X, 5>(rows, m, *first, wide, P::ELEMENTS),
+                            _ => transpose::<X, 6>(rows, m, *first, wide, P::ELEMENTS),
+                        }
+                    }
                 }
             }
         }
