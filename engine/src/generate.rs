@@ -236,7 +236,7 @@ pub struct EngineOptions {
     pub limits: Limits,
     /// Type of weights and activations: f32 or bf16.
     pub compute: Element,
-    /// Type of the weights' matrices on the device, [`llama::matrices`](crate::llama::matrices).
+    /// Type of the weights' matrices on the device, [`llama::matrices`].
     pub matrices: Element,
     /// What the KV cache holds.
     pub kv_cache: KvCache,
